@@ -1,0 +1,218 @@
+"""The configuration of a run: frozen dataclasses that validate themselves.
+
+A file of ``configs/`` builds a ``Config`` in its function ``get_config``; the command line overrides
+any field by its dotted name (``--optimizer.learning-rate 3e-4``), with ``tyro`` refusing unknown names
+and wrong types. A config is stored with every checkpoint as JSON and read back from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
+from dit_jax.diffusion import DiffusionConfig
+from dit_jax.models import ModelConfig
+from dit_jax.parallel import MeshConfig
+from dit_jax.sampling import SamplingConfig
+from dit_jax.training import CheckpointConfig, OptimizerConfig
+
+SOURCES = (ShapesConfig, RecordsConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how it is packed."""
+
+    source: ShapesConfig | RecordsConfig = ShapesConfig()
+    packing: PackingConfig = PackingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What a run tells while it goes."""
+
+    every: int = 20
+    """Steps from one line of scalars to the next."""
+    draw_every: int = 1000
+    """Steps from one grid of samples to the next; 0 draws none."""
+    draw_count: int = 8
+    """Clips in a grid."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.draw_every < 0 or self.draw_count < 1:
+            raise ValueError(
+                f"log.every {self.every} and draw_count {self.draw_count} are at least 1, draw_every "
+                f"{self.draw_every} at least 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What a run measures when it is done, where its data has a judge or true clips."""
+
+    prompts: int = 96
+    """Clips made for it; 0 measures nothing."""
+    records_split: str | None = None
+    """For recorded data: the split whose captions are prompts and whose clips are the truth."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 0:
+            raise ValueError(f"evaluation.prompts is {self.prompts}: it is at least 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run of text-to-video training."""
+
+    output: str = "runs/default"
+    """Directory of the run: checkpoints, logs and samples. A run found there is resumed."""
+    steps: int = 1000
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: it is at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: it is at least 0.")
+        rows, parts = self.data.packing.rows, self.optimizer.accumulate
+        if rows % parts:
+            raise ValueError(
+                f"data.packing.rows {rows} does not divide into optimizer.accumulate {parts} parts: "
+                "make rows a multiple of it."
+            )
+        if self.model.text.max_tokens > self.data.packing.row_text:
+            raise ValueError(
+                f"data.packing.row_text {self.data.packing.row_text} is smaller than one caption of "
+                f"{self.model.text.max_tokens} tokens: raise it, or lower model.text.max_bytes."
+            )
+        if isinstance(self.data.source, ShapesConfig):
+            self._check_shapes(self.data.source)
+
+    def _check_shapes(self, source: ShapesConfig) -> None:
+        if self.model.patch.channels != 3:
+            raise ValueError(
+                f"model.patch.channels is {self.model.patch.channels}: moving shapes have 3 (pixels)."
+            )
+        clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
+        images = [(1, h, w) for h, w in source.image_sizes] if source.image_fraction else []
+        limit = self.data.packing.row_tokens
+        for clip in clips + images:
+            count = self.model.patch.num_tokens(*clip)
+            if count > limit:
+                raise ValueError(
+                    f"data.packing.row_tokens {limit} is smaller than one clip: "
+                    f"{clip[0]} x {clip[1]} x {clip[2]} has {count} tokens. Raise it to at least "
+                    f"{count}, or use larger patches."
+                )
+
+
+def load_config(path: str) -> Config:
+    """The config that the file's ``get_config()`` builds."""
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in Path("configs").glob("*.py"))
+        raise ValueError(
+            f"--config {path!r} is not a file. "
+            + (f"In configs/ there are: {', '.join(near)}." if near else "Give a path to one.")
+        )
+    spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config {path!r} is not a Python file: give one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config() that returns a Config: add one.")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ValueError(f"get_config() of {path} returned {type(config).__name__}, not a Config.")
+    return config
+
+
+def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config:
+    """A config from ``--config FILE`` and dotted overrides.
+
+    Prints a message and exits with 2 where something is wrong, before anything else is done.
+    """
+    arguments = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            arguments[i : i + 1] = argument.split("=", 1)
+            break
+    try:
+        if "--config" in arguments[:-1]:
+            at = arguments.index("--config")
+            default = load_config(arguments[at + 1])
+            del arguments[at : at + 2]
+        elif {"-h", "--help"} & set(arguments):
+            default = Config()
+        else:
+            raise ValueError("--config FILE is required, e.g. --config configs/quickstart.py.")
+        return tyro.cli(
+            Config,
+            args=arguments,
+            default=default,
+            prog=f"{prog} --config FILE",
+            description=description,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
+    except ValueError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def to_dict(config: Any) -> Any:
+    """A config as JSON values; a choice between dataclasses is named by ``type``."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        tag = {"type": type(config).__name__} if isinstance(config, SOURCES) else {}
+        return tag | fields
+    if isinstance(config, tuple | list):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(kind: Any, values: Any) -> Any:
+    """Inverse of ``to_dict``; unknown fields are refused by name."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if values is None:
+            return None
+        if isinstance(values, dict) and "type" in values:
+            named = {option.__name__: option for option in options}
+            return from_dict(
+                named[values["type"]], {k: v for k, v in values.items() if k != "type"}
+            )
+        return from_dict(next(o for o in options if o is not types.NoneType), values)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(set(values) - set(hints)):
+            raise ValueError(
+                f"the stored config has {unknown[0]!r}, which {kind.__name__} does not: the run was "
+                "made by another version of dit_jax; use that version to read it."
+            )
+        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})  # type: ignore[operator]
+    if origin is tuple:
+        args = typing.get_args(kind)
+        inner = [args[0]] * len(values) if args[-1] is Ellipsis else args
+        return tuple(from_dict(k, v) for k, v in zip(inner, values, strict=True))
+    return values

@@ -1,0 +1,15 @@
+"""Data: sources of clips, and rows of packed segments."""
+
+from dit_jax.data.packing import Loader as Loader
+from dit_jax.data.packing import PackingConfig as PackingConfig
+from dit_jax.data.packing import Tokenized as Tokenized
+from dit_jax.data.packing import check_fits as check_fits
+from dit_jax.data.packing import pack_rows as pack_rows
+from dit_jax.data.records import RecordsConfig as RecordsConfig
+from dit_jax.data.records import RecordsSource as RecordsSource
+from dit_jax.data.records import write_records as write_records
+from dit_jax.data.shapes import MovingShapes as MovingShapes
+from dit_jax.data.shapes import Scene as Scene
+from dit_jax.data.shapes import ShapesConfig as ShapesConfig
+from dit_jax.data.shapes import caption as caption
+from dit_jax.data.shapes import held_out_scenes as held_out_scenes

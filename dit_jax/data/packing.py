@@ -1,0 +1,227 @@
+"""Rows of packed segments, read by Grain in an order that depends on nothing but the seed.
+
+Every row of the global batch is a *lane*: its own stream of samples (each so-many-th of the
+shuffled, endlessly repeated source) and its own packing. A lane never looks at another, so the
+global batch is the same whichever process makes which rows, and a run goes on with another number
+of processes. Packing is Grain's: samples go whole into the first (or best) of a few open rows that
+has room for their tokens and their text (NaViT, Dehghani et al. 2023, section 2.3).
+
+How a sample becomes tokens is the caller's: this module does not know patches or text encoders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypedDict
+
+import grain
+import numpy as np
+
+from dit_jax.types import PackedBatch, Sample, Source
+
+
+class Tokenized(TypedDict):
+    """A sample as tokens."""
+
+    tokens: np.ndarray
+    """float32 [l, p]"""
+    positions: np.ndarray
+    """float32 [l, 3]"""
+    frame_ids: np.ndarray
+    """int32 [l]"""
+    text: np.ndarray
+    """int32 [s]"""
+
+
+Tokenize = Callable[[Sample], Tokenized]
+PACKERS = {
+    "first_fit": grain.experimental.FirstFitPackIterDataset,
+    "best_fit": grain.experimental.BestFitPackIterDataset,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingConfig:
+    """Shape of the global batch: everything the step is compiled for."""
+
+    rows: int = 8
+    """Rows of the global batch, over all devices."""
+    row_tokens: int = 256
+    """Tokens of a row; several clips and images share one."""
+    row_text: int = 256
+    """Text tokens of a row."""
+    row_segments: int = 8
+    """Clips and images in a row at most."""
+    bins: int = 8
+    """Rows that are open at once while packing: more leave less padding."""
+    packer: Literal["first_fit", "best_fit"] = "first_fit"
+    threads: int = 0
+    """Threads that read ahead for each row; 0 reads and packs all rows in one thread. Reading is
+    ahead of the step either way."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "row_tokens", "row_text", "row_segments", "bins"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"packing.{name} is {getattr(self, name)}: it is at least 1.")
+        if self.threads < 0:
+            raise ValueError(f"packing.threads is {self.threads}: it is at least 0.")
+
+
+def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None:
+    """Raises ``ValueError`` where a sample could never enter an empty row."""
+    if tokens > config.row_tokens:
+        raise ValueError(
+            f"{what} has {tokens} tokens and a row holds {config.row_tokens}: raise "
+            f"data.packing.row_tokens to at least {tokens}, use larger patches, or leave such "
+            "clips out."
+        )
+    if text > config.row_text:
+        raise ValueError(
+            f"{what} has {text} text tokens and a row holds {config.row_text}: raise "
+            f"data.packing.row_text to at least {text}, or let the text encoder cut captions."
+        )
+
+
+def _element(
+    tokenize: Tokenize, config: PackingConfig, index: int, sample: Sample
+) -> dict[str, np.ndarray]:
+    tokenized = tokenize(sample)
+    count = len(tokenized["tokens"])
+    caption = sample["caption"]
+    check_fits(config, count, len(tokenized["text"]), f"sample {index} ({caption[:60]!r})")
+    return {
+        **tokenized,
+        # The place in the endless shuffled order names the sample: the same clip seen again in a
+        # later epoch has noise of its own even within one batch.
+        "sample_ids": np.array([index % 2**32], np.uint32),
+        "num_tokens": np.array([count], np.int32),
+        "num_frames": np.array([tokenized["frame_ids"][-1] + 1], np.int32),
+    }
+
+
+def lane(
+    source: Source, tokenize: Tokenize, config: PackingConfig, seed: int, row: int
+) -> grain.IterDataset:
+    """The endless stream of packed rows that fills row ``row`` of every global batch."""
+    ordered = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    mine = ordered.map_with_index(lambda i, s: _element(tokenize, config, i, s))
+    read = grain.ReadOptions(
+        num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
+    )
+    return PACKERS[config.packer](
+        mine[row :: config.rows].to_iter_dataset(read),
+        length_struct={
+            "tokens": config.row_tokens,
+            "positions": config.row_tokens,
+            "frame_ids": config.row_tokens,
+            "text": config.row_text,
+            "sample_ids": config.row_segments,
+            "num_tokens": config.row_segments,
+            "num_frames": config.row_segments,
+        },
+        num_packing_bins=config.bins,
+        seed=seed,
+        meta_features=("positions", "frame_ids", "sample_ids", "num_tokens", "num_frames"),
+    )
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> PackedBatch:
+    stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return PackedBatch(
+        tokens=stacked["tokens"],
+        positions=stacked["positions"],
+        segment_ids=stacked["tokens_segment_ids"],
+        frame_ids=stacked["frame_ids"],
+        token_ids=stacked["tokens_positions"],
+        text=stacked["text"],
+        text_segment_ids=stacked["text_segment_ids"],
+        sample_ids=stacked["sample_ids"],
+        num_tokens=stacked["num_tokens"],
+        num_frames=stacked["num_frames"],
+    )
+
+
+def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> PackedBatch:
+    """Packs given samples into given rows, without Grain; sample ids count the samples.
+
+    Used where the caller decides who shares a row: sampling and tests.
+    """
+    shape = (len(rows), config.row_tokens)
+    patch = rows[0][0]["tokens"].shape[-1]
+    text, segments = np.zeros((len(rows), config.row_text), np.int32), config.row_segments
+    fields = {name: np.zeros(shape, np.int32) for name in ("segment", "frame", "token")}
+    tokens, places = np.zeros((*shape, patch), np.float32), np.zeros((*shape, 3), np.float32)
+    text_ids, ids = np.zeros_like(text), np.zeros((len(rows), segments), np.uint32)
+    counts, frames = np.zeros_like(ids, np.int32), np.zeros_like(ids, np.int32)
+    number = 0
+    for r, row in enumerate(rows):
+        start = text_start = 0
+        for j, sample in enumerate(row):
+            count, letters = len(sample["tokens"]), len(sample["text"])
+            check_fits(config, start + count, text_start + letters, f"row {r}")
+            span, letter_span = slice(start, start + count), slice(text_start, text_start + letters)
+            tokens[r, span], places[r, span] = sample["tokens"], sample["positions"]
+            fields["segment"][r, span] = j + 1
+            fields["frame"][r, span] = sample["frame_ids"]
+            fields["token"][r, span] = np.arange(count)
+            text[r, letter_span], text_ids[r, letter_span] = sample["text"], j + 1
+            ids[r, j], counts[r, j], frames[r, j] = number, count, sample["frame_ids"][-1] + 1
+            start, text_start, number = start + count, text_start + letters, number + 1
+    return PackedBatch(
+        tokens=tokens,
+        positions=places,
+        segment_ids=fields["segment"],
+        frame_ids=fields["frame"],
+        token_ids=fields["token"],
+        text=text,
+        text_segment_ids=text_ids,
+        sample_ids=ids,
+        num_tokens=counts,
+        num_frames=frames,
+    )
+
+
+class Loader(Iterator[PackedBatch]):
+    """Iterates over this process's rows of the global batches, with a state that can be saved.
+
+    The state is a dict from the number of a row to that lane's own state, JSON throughout, and
+    says what has been *given out*, not what was read ahead.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenize: Tokenize,
+        config: PackingConfig,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        if len(source) < 1:
+            raise ValueError("the dataset is empty: check data.source's path, split and filters.")
+        self.rows = tuple(range(config.rows) if rows is None else rows)
+        lanes = [lane(source, tokenize, config, seed, row) for row in self.rows]
+        batches = grain.experimental.ZipIterDataset(lanes).map(_stack)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+        self._batches = iter(ahead)
+
+    def __next__(self) -> PackedBatch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        lanes = self._batches.get_state()["parents"]
+        return {str(row): state for row, state in zip(self.rows, lanes, strict=True)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state, which may hold more rows than this process reads."""
+        missing = [row for row in self.rows if str(row) not in state]
+        if missing:
+            raise ValueError(
+                f"the saved data state has no row {missing[0]} (it has {len(state)}): resume with "
+                "the same data.packing.rows, or start a new run."
+            )
+        self._batches.set_state({"parents": [state[str(row)] for row in self.rows]})
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._batches.close()

@@ -1,0 +1,275 @@
+"""A judge of moving-shapes clips that needs no network: what is in the video, and does it follow?
+
+The background is the median of the frame's border, the foreground alpha the distance from it.
+Colour is the nearest palette hue, direction a Theil-Sen fit to the centroid, shape the best
+intersection over union with analytically rendered templates, size the area. The judge is strict:
+what is not clearly one of the words is None, and None is never right.
+
+It knows the vocabulary of `dit_jax.data.shapes` only, and says nothing about realism.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from dit_jax.data.shapes import AREAS, COLORS, EXTENTS, RADII, SHAPES, STEPS, Scene, coverage
+
+MIN_CONTRAST = 0.25  # distance of foreground from background, in [0, 1] RGB: less is nothing
+MIN_AREA = 12.0  # px: the smallest triangle covers 35
+MIN_PRESENCE = 0.6  # share of the frames that must show something
+MIN_CHROMA = 0.25  # max - min of RGB in [0, 1]: less is grey
+MAX_HUE_ERROR = 25.0  # degrees; the palette's neighbours are 50 or more apart
+MIN_COLOR_VOTE = 0.7  # share of the foreground pixels that must agree
+MIN_SHAPE_IOU = 0.89  # true clips score > 0.93; a circle reaches about 0.87 as a square
+MIN_SHAPE_LEAD = 0.02  # over the second best template
+MAX_SOFTNESS = 1.2  # half-covered over covered area: a Gaussian blob has 2.0, drawn shapes < 0.6
+MAX_SECOND_BLOB = 0.25  # of the mass of the largest
+MIN_MOTION = 0.25  # px/frame; below it rests. Scenes move at 0.5 or more
+MAX_CROSSWAYS = 0.5  # of the motion along the main axis
+FIT_FRAMES = 6  # frames that are compared with templates: more changed no verdict
+
+SIZE_BORDER = (RADII["small"][1] + RADII["big"][0]) / 2
+SIZE_LIMITS = (0.7 * RADII["small"][0], 1.3 * RADII["big"][1])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a clip shows, in the words of `dit_jax.data.shapes`; None for what cannot be told.
+
+    `direction` is None for a single frame and "still" where nothing noticeably moves.
+    """
+
+    color: str | None = None
+    shape: str | None = None
+    direction: str | None = None
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class _Foreground:
+    """Frames that show something, n of t.
+
+    pixels [n, h, w, 3] in [0, 1]; alpha [n, h, w] >= 0, about 1 inside; mask: alpha steepened about
+    one half into [0, 1]; area [n] px; times [n] frame numbers; centers [n, 2] (x, y) px.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray
+    mask: np.ndarray
+    area: np.ndarray
+    times: np.ndarray
+    centers: np.ndarray
+
+
+def judge(video: np.ndarray) -> Verdict:
+    """Say what a clip shows.
+
+    `video` is [t, h, w, 3], uint8 or float in [-1, 1] (clipped). A clip with NaN or infinite pixels
+    shows nothing. Raises ValueError for another shape or type.
+    """
+    pixels = _unit_pixels(np.asarray(video))
+    found = _foreground(pixels) if np.isfinite(pixels).all() else None
+    if found is None:
+        return Verdict()
+    direction = _direction(found, len(pixels))
+    color = _color(found)
+    shape = _shape(found)
+    return Verdict(color=color, shape=shape, direction=direction, size=_size(found, shape))
+
+
+def prompt_following(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Fractions in [0, 1] of clips that show what their scene says, and their count "n".
+
+    Keys "color", "shape", "direction", "size", and "all" for colour, shape and direction at once.
+    A resting scene asks for "still", or for nothing in a single frame; where the judge finds
+    nothing, nothing is right. Raises ValueError for unequal or zero numbers.
+    """
+    if len(videos) != len(scenes) or not len(scenes):
+        raise ValueError(
+            f"{len(videos)} videos for {len(scenes)} scenes: give one video a scene, at least one"
+        )
+    right = np.array([_right(video, scene) for video, scene in zip(videos, scenes, strict=True)])
+    names = ("color", "shape", "direction", "size")
+    fractions = {name: float(right[:, k].mean()) for k, name in enumerate(names)}
+    return {**fractions, "all": float(right[:, :3].all(1).mean()), "n": float(len(scenes))}
+
+
+def _right(video: np.ndarray, scene: Scene) -> tuple[bool, bool, bool, bool]:
+    verdict = judge(video)
+    # Noise has an area and rests, too: without a colour or a shape there is no object to judge.
+    if verdict.color is None and verdict.shape is None:
+        return (False,) * 4
+    direction = scene.direction or ("still" if len(video) > 1 else None)
+    return (
+        verdict.color == scene.color,
+        verdict.shape == scene.shape,
+        verdict.direction == direction,
+        verdict.size == scene.size,
+    )
+
+
+def _unit_pixels(video: np.ndarray) -> np.ndarray:
+    """float32 [t, h, w, 3] in [0, 1] of uint8, or of float in [-1, 1]."""
+    if video.ndim != 4 or video.shape[-1] != 3 or min(video.shape) < 1 or min(video.shape[1:3]) < 8:
+        raise ValueError(f"video has shape {video.shape}: give [t, h, w, 3] with h, w >= 8")
+    if video.dtype == np.uint8:
+        return video.astype(np.float32) / 255
+    # Custom floats such as bfloat16 are no subtype of np.floating, but kind "V" is theirs alone.
+    if video.dtype.kind not in "fV":
+        raise ValueError(f"video has dtype {video.dtype}: give uint8, or float in [-1, 1]")
+    return np.clip(video.astype(np.float32) / 2 + 0.5, 0, 1)
+
+
+def _foreground(pixels: np.ndarray) -> _Foreground | None:
+    """Part the shape from the background; None where too few frames show anything."""
+    t, h, w, _ = pixels.shape
+    ring = np.ones((h, w), bool)
+    ring[1:-1, 1:-1] = False
+    # A background for each frame: generated ones flicker.
+    background = np.median(pixels[:, ring], axis=1)
+    distance = np.linalg.norm(pixels - background[:, None, None], axis=-1)
+    # Noise has a length too; without its floor it would grow the area and blur the outline.
+    floor = np.median(distance[:, ring], axis=1)
+    distance = np.maximum(distance - floor[:, None, None], 0)
+    brightest = np.sort(distance.reshape(t, -1), axis=1)[:, -int(MIN_AREA) :]
+    peak = np.median(brightest.mean(1))
+    if peak < MIN_CONTRAST:
+        return None
+    level = np.median(distance[distance > 0.6 * peak])
+    alpha = distance / level
+    mask = np.clip(2 * alpha - 0.5, 0, 1)
+    area = mask.sum((1, 2))
+    times = np.flatnonzero(area >= MIN_AREA)
+    if len(times) < MIN_PRESENCE * t:
+        return None
+    alpha, mask, area = alpha[times], mask[times], area[times]
+    x = (mask.sum(1) * (np.arange(w) + 0.5)).sum(1) / area
+    y = (mask.sum(2) * (np.arange(h) + 0.5)).sum(1) / area
+    return _Foreground(pixels[times], alpha, mask, area, times, np.stack([x, y], 1))
+
+
+def _hue(rgb: np.ndarray) -> np.ndarray:
+    """Hue in degrees, [..., 3] -> [...], on the chromatic plane; adding grey leaves it as it is."""
+    r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    return np.degrees(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b))
+
+
+_PALETTE_HUES = _hue(np.array(list(COLORS.values()), np.float32))
+
+
+def _color(found: _Foreground) -> str | None:
+    """The palette colour that the foreground's pixels agree on."""
+    rgb = found.pixels[found.alpha > 0.7]
+    chroma = rgb.max(-1) - rgb.min(-1)
+    error = np.abs((_hue(rgb)[:, None] - _PALETTE_HUES + 180) % 360 - 180)
+    votes = np.where(
+        (chroma >= MIN_CHROMA) & (error.min(1) <= MAX_HUE_ERROR), error.argmin(1), len(COLORS)
+    )
+    counts = np.bincount(votes, minlength=len(COLORS) + 1)[:-1]
+    best = int(counts.argmax())
+    return tuple(COLORS)[best] if counts[best] >= MIN_COLOR_VOTE * len(votes) else None
+
+
+def _direction(found: _Foreground, frames: int) -> str | None:
+    """One of DIRECTIONS, "still", or None for a single frame, a diagonal and erratic motion."""
+    if frames < 2 or len(found.times) < 2:
+        return None
+    first, second = np.triu_indices(len(found.times), 1)
+    steps = found.centers[second] - found.centers[first]
+    slopes = steps / (found.times[second] - found.times[first])[:, None]
+    velocity = np.median(slopes, axis=0)
+    path = found.centers - velocity * found.times[:, None]
+    scatter = np.abs(path - np.median(path, axis=0)).max(1)
+    axis = int(np.abs(velocity).argmax())
+    speed = float(np.abs(velocity[axis]))
+    # A blob that jumps about has a slope too: most frames must lie near the fitted line.
+    if np.median(scatter) > max(1.0, 0.25 * speed * (frames - 1)):
+        return None
+    if speed < MIN_MOTION:
+        return "still"
+    if np.abs(velocity[1 - axis]) > MAX_CROSSWAYS * speed:
+        return None
+    step = [0, 0]
+    step[axis] = int(np.sign(velocity[axis]))
+    return next(name for name, way in STEPS.items() if way == tuple(step))
+
+
+def _shape(found: _Foreground) -> str | None:
+    """The shape whose template fits best, if it fits well, has edges, and is alone."""
+    chosen = np.unique(np.linspace(0, len(found.area) - 1, FIT_FRAMES).round().astype(int))
+    mask, alpha = found.mask[chosen], found.alpha[chosen]
+    soft = ((alpha > 0.2) & (alpha < 0.8)).sum((1, 2)) / found.area[chosen]
+    if np.median(soft) > MAX_SOFTNESS or np.median(_second_blob(mask)) > MAX_SECOND_BLOB:
+        return None
+    scores = np.array(
+        [_overlap(s, mask, found.area[chosen], found.centers[chosen]) for s in SHAPES]
+    )
+    best, second = np.argsort(scores)[::-1][:2]
+    if scores[best] < MIN_SHAPE_IOU or scores[best] - scores[second] < MIN_SHAPE_LEAD:
+        return None
+    return SHAPES[best]
+
+
+def _second_blob(mask: np.ndarray) -> np.ndarray:
+    """Mass of the second largest connected blob over that of the largest, [n]."""
+    ratios = np.zeros(len(mask))
+    for k, frame in enumerate(mask):
+        labels, count = ndimage.label(frame > 0.5)
+        if count > 1:
+            masses = np.sort(ndimage.sum(frame, labels, np.arange(1, count + 1)))
+            ratios[k] = masses[-2] / masses[-1]
+    return ratios
+
+
+def _overlap(shape: str, mask: np.ndarray, area: np.ndarray, centers: np.ndarray) -> float:
+    """Mean over frames of the best soft intersection over union with templates of one shape.
+
+    Templates start at the measured area and centroid; the radius is searched by 10 %, then the
+    place by 0.4 px. mask [n, h, w], area [n], centers [n, 2].
+    """
+    radius = np.sqrt(area / AREAS[shape])
+    x, y = centers.T
+    if shape == "triangle":
+        # Its centroid lies two thirds down from the apex, a third of the extent below the centre.
+        y = y - EXTENTS[shape] * radius / 3
+    half = int(np.ceil(1.1 * EXTENTS[shape] * radius.max())) + 2
+    corner = np.floor(np.stack([x, y], 1)).astype(int)
+    padded = np.pad(mask, ((0, 0), (half, half), (half, half)))
+    span = np.arange(2 * half)
+    rows = np.clip(corner[:, 1, None] + span, 0, padded.shape[1] - 1)
+    cols = np.clip(corner[:, 0, None] + span, 0, padded.shape[2] - 1)
+    window = padded[np.arange(len(mask))[:, None, None], rows[:, :, None], cols[:, None, :]]
+    x, y = x - corner[:, 0] + half, y - corner[:, 1] + half
+
+    scales = np.array([0.9, 0.95, 1.0, 1.05, 1.1])[:, None]
+    zeros = np.zeros_like(scales)
+    scores = _iou(shape, window, area, x + zeros, y + zeros, radius * scales)
+    radius = radius * scales[scores.argmax(0), 0]
+    dy, dx = (d.reshape(-1, 1) for d in np.meshgrid([-0.4, 0, 0.4], [-0.4, 0, 0.4]))
+    scores = _iou(shape, window, area, x + dx, y + dy, radius + 0 * dx)
+    return float(scores.max(0).mean())
+
+
+def _iou(
+    shape: str, window: np.ndarray, area: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray
+) -> np.ndarray:
+    """Soft intersection over union [k, n] of k templates a frame; window [n, s, s], x, y, r [k, n].
+
+    `area` is that of the whole frame, so that mass outside the window counts against the fit.
+    """
+    side = window.shape[1]
+    template = coverage(shape, x.ravel(), y.ravel(), r.ravel(), side, side)
+    template = np.clip(2 * template - 0.5, 0, 1).reshape(*x.shape, side, side)
+    both = np.minimum(template, window).sum((-2, -1))
+    return both / (template.sum((-2, -1)) + area - both)
+
+
+def _size(found: _Foreground, shape: str | None) -> str | None:
+    """The size word by the median area; a shape that cannot be told counts as an average one."""
+    factor = AREAS[shape] if shape else np.mean(list(AREAS.values()))
+    radius = float(np.sqrt(np.median(found.area) / factor))
+    if not SIZE_LIMITS[0] <= radius <= SIZE_LIMITS[1]:
+        return None
+    return "small" if radius < SIZE_BORDER else "big"

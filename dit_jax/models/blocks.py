@@ -1,0 +1,219 @@
+"""The layers of the diffusion transformer.
+
+One block is self-attention within segments, cross-attention to text and an MLP, each in a
+residual branch; self-attention and MLP are modulated by their token's conditioning group
+(adaLN-Zero, Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2). The
+modulation is computed per group and gathered to tokens. Every branch ends in a zero at
+initialisation, so a fresh block is the identity.
+
+Parameters are float32; matrix products run in ``dtype``. The float32 islands are: norms,
+modulation, rotary angles and the softmax (in the attention function).
+
+Axis letters in ``types``; parameter and activation axes carry logical names only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dit_jax.models.positions import rotate
+from dit_jax.types import Attention, Constrain
+
+Dtype = Any
+Initializer = Callable[..., jax.Array]
+
+XAVIER = nn.initializers.xavier_uniform()
+ZERO = nn.initializers.zeros_init()
+NORM_EPS = 1e-6
+
+
+def dense(
+    features: int,
+    axes: tuple[str, str],
+    dtype: Dtype,
+    name: str,
+    init: Initializer = XAVIER,
+    use_bias: bool = True,
+) -> nn.Dense:
+    """A linear layer whose kernel ``[in, out]`` carries logical axes."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(init, axes),
+        bias_init=nn.with_logical_partitioning(ZERO, axes[1:]),
+        name=name,
+    )
+
+
+def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Layer norm without parameters, in float32; the result is float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    centred = x - mean
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPS)
+
+
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Gaussian error linear unit, tanh approximation (Hendrycks & Gimpel 2016, section 2)."""
+    return nn.gelu(x, approximate=True)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned scale (Zhang & Sennrich 2019)."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,))
+        scale = self.param("scale", init, (x.shape[-1],))
+        squares = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
+        return (x * jax.lax.rsqrt(squares + NORM_EPS) * scale).astype(x.dtype)
+
+
+def gather_groups(
+    per_group: Float[Array, "b k d"], group_ids: Int[Array, "b l"]
+) -> Float[Array, "b l d"]:
+    """What each token's conditioning group has, token by token."""
+    if per_group.shape[1] == 1:
+        return per_group
+    return jnp.take_along_axis(per_group, group_ids[:, :, None], axis=1)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of ``branches`` residual branches for every group; zero at init."""
+
+    width: int
+    branches: int
+    gated: bool = True
+
+    @nn.compact
+    def __call__(self, condition: Float[Array, "b k d"]) -> Float[Array, "b k m"]:
+        each = 3 if self.gated else 2
+        layer = dense(
+            self.branches * each * self.width, ("embed", "modulation"), jnp.float32, "linear", ZERO
+        )
+        return layer(nn.silu(condition))
+
+
+class SelfAttention(nn.Module):
+    """Attention of a row's tokens to those of their own segment."""
+
+    heads: int
+    dtype: Dtype
+    attention: Attention
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        segment_ids: Int[Array, "b l"],
+        rotary: tuple[jax.Array, jax.Array] | None,
+    ) -> Float[Array, "b l d"]:
+        b, l, width = x.shape
+        # Queries, keys and values of one head lie side by side, so that splitting the heads over
+        # devices splits the kernel in whole heads.
+        qkv = dense(3 * width, ("embed", "heads"), self.dtype, "qkv")(x)
+        qkv = qkv.reshape(b, l, self.heads, 3, width // self.heads)
+        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+        q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = (self.constrain(y, "batch", "tokens", "heads", None) for y in (q, k, v))
+        out = self.attention(q, k, v, segment_ids, segment_ids)
+        out = self.constrain(out, "batch", "tokens", "heads", None).reshape(b, l, width)
+        return dense(width, ("heads", "embed"), self.dtype, "out")(out)
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to the text of their own segment; its output is zero at init."""
+
+    heads: int
+    dtype: Dtype
+    attention: Attention
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        text: Float[Array, "b s e"],
+        segment_ids: Int[Array, "b l"],
+        text_segment_ids: Int[Array, "b s"],
+    ) -> Float[Array, "b l d"]:
+        b, l, width = x.shape
+        d = width // self.heads
+        q = dense(width, ("embed", "heads"), self.dtype, "q")(x).reshape(b, l, self.heads, d)
+        kv = dense(2 * width, ("embed", "heads"), self.dtype, "kv")(text)
+        kv = kv.reshape(b, text.shape[1], self.heads, 2, d)
+        q, k, v = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(kv[..., 0, :]), kv[..., 1, :]
+        q = self.constrain(q, "batch", "tokens", "heads", None)
+        k, v = (self.constrain(y, "batch", "text_tokens", "heads", None) for y in (k, v))
+        out = self.attention(q, k, v, segment_ids, text_segment_ids)
+        out = self.constrain(out, "batch", "tokens", "heads", None).reshape(b, l, width)
+        return dense(width, ("heads", "embed"), self.dtype, "out", ZERO)(out)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between."""
+
+    hidden: int
+    dtype: Dtype
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        hidden = dense(self.hidden, ("embed", "mlp"), self.dtype, "up")(x)
+        hidden = self.constrain(gelu(hidden), "batch", "tokens", "mlp")
+        return dense(x.shape[-1], ("mlp", "embed"), self.dtype, "down")(hidden)
+
+
+class DiTBlock(nn.Module):
+    """One block; returns ``(x, None)`` so that ``nn.scan`` can carry ``x`` over the layers."""
+
+    heads: int
+    mlp_dim: int
+    dtype: Dtype
+    attention: Attention
+    constrain: Constrain
+    cross_attention: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        condition: Float[Array, "b k d"],
+        group_ids: Int[Array, "b l"],
+        segment_ids: Int[Array, "b l"],
+        rotary: tuple[jax.Array, jax.Array],
+        text: Float[Array, "b s e"] | None,
+        text_segment_ids: Int[Array, "b s"] | None,
+    ) -> tuple[Float[Array, "b l d"], None]:
+        width = x.shape[-1]
+        layers = {"dtype": self.dtype, "constrain": self.constrain}
+        attend = {"heads": self.heads, "attention": self.attention, **layers}
+        groups = Modulation(width, branches=2, name="modulation")(condition)
+        per_token = gather_groups(groups, group_ids)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(per_token, 6, axis=-1)
+
+        h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
+        branch = SelfAttention(name="self_attention", **attend)(h, segment_ids, rotary)
+        x = x + (gate1 * branch).astype(x.dtype)
+        if self.cross_attention:
+            h = layer_norm(x).astype(self.dtype)
+            branch = CrossAttention(name="cross_attention", **attend)(
+                h, text, segment_ids, text_segment_ids
+            )
+            x = x + branch.astype(x.dtype)
+        h = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
+        branch = MLP(self.mlp_dim, name="mlp", **layers)(h)
+        x = x + (gate2 * branch).astype(x.dtype)
+        return self.constrain(x, "batch", "tokens", "width"), None

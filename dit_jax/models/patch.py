@@ -1,0 +1,131 @@
+"""Spacetime patches: latents cut into tokens and put together again.
+
+A grid of latents ``[t, h, w, c]`` becomes ``l`` tokens of ``p = pt * ph * pw * c`` numbers
+(ViT, Dosovitskiy et al. 2020; spacetime patches of the Sora report), in (t, h, w) raster
+order. When the patch spans several frames the first frame stands alone, repeated to fill its
+patch, as in causal video codecs: a clip has ``1 + pt * n`` frames and a still image is a clip
+of one frame. Embedding the patches is the model's business, not this module's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from einops import rearrange, repeat
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchConfig:
+    """Patch size in latent frames, rows and columns, and the clock of the positions."""
+
+    t: int = 1
+    h: int = 2
+    w: int = 2
+    channels: int = 4
+    """Channels of a latent (3 for pixels)."""
+    reference_fps: float = 24.0
+    """The frame rate at which one latent frame is one unit of time."""
+
+    def __post_init__(self) -> None:
+        for name in ("t", "h", "w", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"patch.{name} is {getattr(self, name)}: patch sizes and channels are at least 1."
+                )
+        if self.reference_fps <= 0:
+            raise ValueError(
+                f"patch.reference_fps is {self.reference_fps}: a frame rate is above 0."
+            )
+
+    @property
+    def dim(self) -> int:
+        """Numbers in one patch, p."""
+        return self.t * self.h * self.w * self.channels
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tokens along (t, h, w) of a clip of that size.
+
+        Raises:
+            ValueError: where the patch does not divide the clip, with the nearest sizes that do.
+        """
+        if frames < 1 or (frames - 1) % self.t:
+            low = 1 + max(frames - 1, 0) // self.t * self.t
+            raise ValueError(
+                f"{frames} frames: with temporal patches of {self.t} the first frame stands alone, so "
+                f"the number of frames is 1 + {self.t}n. The nearest are {low} and {low + self.t}."
+            )
+        for name, size, patch in (("height", height, self.h), ("width", width, self.w)):
+            if size < 1 or size % patch:
+                low = max(size // patch * patch, patch)
+                raise ValueError(
+                    f"{name} {size} is not a multiple of the patch's {patch}. "
+                    f"The nearest are {low} and {low + patch}."
+                )
+        return 1 + (frames - 1) // self.t, height // self.h, width // self.w
+
+    def num_tokens(self, frames: int, height: int, width: int) -> int:
+        """Tokens of a clip of that size."""
+        t, h, w = self.grid(frames, height, width)
+        return t * h * w
+
+
+def patchify(config: PatchConfig, video: np.ndarray) -> np.ndarray:
+    """Cuts a clip ``[t, h, w, c]`` into tokens ``[l, p]``; raises ``ValueError`` as ``grid`` does."""
+    frames, height, width, channels = video.shape
+    config.grid(frames, height, width)
+    if channels != config.channels:
+        raise ValueError(
+            f"the clip has {channels} channels and the model's patches {config.channels}: "
+            "set model.patch.channels, or prepare the data with the codec of this model."
+        )
+    first = repeat(video[:1], "1 h w c -> pt h w c", pt=config.t)
+    filled = np.concatenate([first, video[1:]]) if config.t > 1 else video
+    return rearrange(
+        filled,
+        "(t pt) (h ph) (w pw) c -> (t h w) (pt ph pw c)",
+        pt=config.t,
+        ph=config.h,
+        pw=config.w,
+    )
+
+
+def unpatchify(
+    config: PatchConfig, tokens: np.ndarray, frames: int, height: int, width: int
+) -> np.ndarray:
+    """Puts tokens ``[l, p]`` together to a clip ``[t, h, w, c]``.
+
+    The first frame is the mean of the copies that fill its patch.
+    """
+    t, h, _ = config.grid(frames, height, width)
+    video = rearrange(
+        tokens,
+        "(t h w) (pt ph pw c) -> (t pt) (h ph) (w pw) c",
+        t=t,
+        h=h,
+        pt=config.t,
+        ph=config.h,
+        pw=config.w,
+    )
+    if config.t == 1:
+        return video
+    return np.concatenate([video[: config.t].mean(0, keepdims=True), video[config.t :]])
+
+
+def positions(
+    config: PatchConfig, frames: int, height: int, width: int, fps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates float32 ``[l, 3]`` and latent-frame index int32 ``[l]`` of a clip's tokens.
+
+    Time is counted in latent frames at ``reference_fps``: a patch stands at the middle of the
+    frames it holds, so clips of any frame rate share one clock. Rows and columns count patches.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}: a frame rate is above 0; give the clip's own.")
+    t, h, w = config.grid(frames, height, width)
+    index = np.arange(t, dtype=np.float32)
+    middle = np.where(index == 0, 0.0, (index - 1) * config.t + 1 + (config.t - 1) / 2)
+    clock = middle / config.t * (config.reference_fps / fps)
+    axes = np.meshgrid(clock, np.arange(h), np.arange(w), indexing="ij")
+    coordinates = np.stack(axes, -1).reshape(-1, 3).astype(np.float32)
+    return coordinates, np.repeat(np.arange(t, dtype=np.int32), h * w)

@@ -1,0 +1,58 @@
+"""Three-dimensional rotary position embedding.
+
+Rotary embedding (Su et al. 2021, "RoFormer", eq. 34) along time, height and width: the pairs of
+a head are shared out among the three axes, and each pair is turned by an angle proportional to
+the token's coordinate on its axis. Queries and keys then meet through differences of
+coordinates alone, so sizes and lengths never trained on have positions too.
+
+A pair is element ``i`` of the first half and element ``i`` of the second half of a head.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Dimensions of a head that turn with (t, h, w); even, and 44, 42, 42 for 128."""
+    if head_dim % 2 or head_dim < 6:
+        raise ValueError(
+            f"head dimension {head_dim}: rotary embedding needs an even number of at least 6, a pair "
+            "for each of t, h and w. Change width or heads."
+        )
+    side = head_dim // 6 * 2
+    return head_dim - 2 * side, side, side
+
+
+def frequencies(head_dim: int, theta: float) -> Float[np.ndarray, "3 f"]:
+    """Angle per unit of each coordinate for every pair, ``f = head_dim / 2``; one row per axis.
+
+    ``theta`` is the ratio of the shortest to (nearly) the longest wavelength, over 2 pi.
+    """
+    rows = np.zeros((3, head_dim // 2), np.float32)
+    start = 0
+    for axis, dim in enumerate(axis_dims(head_dim)):
+        pairs = dim // 2
+        rows[axis, start : start + pairs] = theta ** (-np.arange(pairs) / pairs)
+        start += pairs
+    return rows
+
+
+def rotary_angles(
+    positions: Float[Array, "b l 3"], head_dim: int, theta: float
+) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
+    """Cosine and sine, float32, of every token's angles; made once for all layers."""
+    angles = jnp.einsum("blx,xf->blf", positions, frequencies(head_dim, theta), precision="highest")
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "b l a d"], cos: Float[Array, "b l f"], sin: Float[Array, "b l f"]
+) -> Float[Array, "b l a d"]:
+    """Turns the pairs of queries or keys by their token's angles, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,160 @@
+"""``python -m dit_jax.train --config FILE``: trains, from the top of this page to its bottom.
+
+config -> processes -> mesh -> task -> state -> data -> loop. A run is a directory: if it holds a
+checkpoint, the run goes on from there and ends up, bit for bit, where it would have without the
+interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dit_jax import tasks
+from dit_jax.config import Config, from_dict, parse_config, to_dict
+from dit_jax.parallel import global_batch, initialize, local_rows, make_mesh
+from dit_jax.training import (
+    Checkpointer,
+    Progress,
+    StopSignal,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    make_step,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what the command line says; returns the exit status."""
+    config = parse_config(
+        sys.argv[1:] if arguments is None else arguments,
+        prog="python -m dit_jax.train",
+        description="Trains a model. Any field of the config can be given by its dotted name.",
+    )
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        initialize()
+        directory = prepare_directory(config)
+        train(config, directory)
+    except ValueError as error:
+        print(f"python -m dit_jax.train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare_directory(config: Config) -> Path:
+    """Makes the run's directory and stores the config in it.
+
+    Raises:
+        ValueError: where it cannot be written, or holds a run of another model or data.
+    """
+    directory = Path(config.output).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output {config.output!r} cannot be written ({error.strerror}): give another directory "
+            "with --output."
+        ) from error
+    stored = directory / "config.json"
+    if stored.exists():
+        check_same_run(config, from_dict(Config, json.loads(stored.read_text())), directory)
+    if jax.process_index() == 0:
+        fresh = stored.with_suffix(".tmp")
+        fresh.write_text(json.dumps(to_dict(config), indent=2))
+        os.replace(fresh, stored)
+    return directory
+
+
+def check_same_run(config: Config, stored: Config, directory: Path) -> None:
+    """Raises ``ValueError`` where a run cannot be resumed under this config."""
+    if not (directory / "checkpoints").is_dir():
+        return
+    for name, now, before in (
+        ("model", config.model, stored.model),
+        ("data.packing.rows", config.data.packing.rows, stored.data.packing.rows),
+        ("seed", config.seed, stored.seed),
+    ):
+        if to_dict(now) != to_dict(before):
+            raise ValueError(
+                f"{str(directory)!r} holds a run whose {name} is another ({before!r}, and not "
+                f"{now!r}): give a new --output, or the config that the run was made with."
+            )
+
+
+def train(config: Config, directory: Path) -> None:
+    """The training loop."""
+    mesh = make_mesh(config.mesh)
+    rows = local_rows(mesh, config.data.packing.rows)
+    task = tasks.build(config, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    shapes, shardings = abstract_state(task.init, optimizer, mesh)
+    step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)
+
+    checkpointer = Checkpointer(directory, config.checkpoint)
+    loader = task.loader(rows)
+    latest = checkpointer.latest()
+    if latest is None:
+        state = init_state(task.init, optimizer, shardings, jax.random.key(config.seed))
+    else:
+        state, data_state = checkpointer.restore(latest, shapes, shardings)
+        loader.set_state(data_state)
+    start = int(state.step)
+
+    progress = Progress(directory, start, config.steps)
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
+    progress.say(
+        f"{task.name}: {count / 1e6:.1f} M parameters, {len(jax.devices())} x "
+        f"{jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}, "
+        + (f"resumed at step {start}" if start else "compiling the step...")
+    )
+    stop = StopSignal()
+    data_state = loader.get_state()
+    for step in range(start, config.steps):
+        local = next(loader)
+        data_state = loader.get_state()
+        state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows))
+        done = step + 1
+        progress.advance(task.work(local))
+        if done % config.log.every == 0 or done in (start + 1, config.steps):
+            progress.report(done, metrics)
+        stopping = stop.asked(done)
+        clock = time.perf_counter()
+        if done == config.steps or stopping or done % config.checkpoint.every == 0:
+            checkpointer.save(state, data_state, to_dict(config), done)
+        if config.log.draw_every and done % config.log.draw_every == 0 and not stopping:
+            picture = directory / f"samples_{done:07d}.png"
+            task.draw(state.ema, picture)
+            progress.image(done, "samples", picture)
+        progress.away(time.perf_counter() - clock)
+        if stopping:
+            progress.say(f"{stop.name}: saving step {done}; the same command resumes there.")
+            break
+
+    checkpointer.wait()
+    if int(state.step) >= config.steps:
+        report = dict(task.report(state.ema, directory))
+        progress.scalars(config.steps, report, "report")
+        if report:
+            text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
+            progress.say(f"{task.name} report: {text}\npictures: {directory / 'samples.png'}")
+            if jax.process_index() == 0:
+                (directory / "report.json").write_text(json.dumps(report, indent=2))
+    loader.close()
+    progress.close()
+    checkpointer.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""Checkpoints: Orbax items apart, asynchronous, restorable onto another mesh.
+
+A run's directory holds ``config.json`` and ``checkpoints/<step>/`` with the items ``params``,
+``ema``, ``opt`` (moments and counters), ``data`` (where every row's stream stands) and ``config``.
+Sampling restores ``ema`` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from dit_jax.training.state import TrainState
+from dit_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved and how much of it is kept."""
+
+    every: int = 1000
+    """Steps from one save to the next; the last step is always saved."""
+    max_to_keep: int = 3
+    """Older checkpoints are deleted."""
+    keep_period: int | None = None
+    """Checkpoints at multiples of this are never deleted."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.max_to_keep < 1:
+            raise ValueError(
+                f"checkpoint.every {self.every} and max_to_keep {self.max_to_keep} are at least 1."
+            )
+        if self.keep_period is not None and self.keep_period < 1:
+            raise ValueError(
+                f"checkpoint.keep_period is {self.keep_period}: it is at least 1, or unset."
+            )
+
+
+def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The data state of all processes' rows, on every process."""
+    if jax.process_count() == 1:
+        return state
+    mine = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([mine.size]))
+    padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
+    gathered = multihost_utils.process_allgather(padded)
+    whole: dict[str, Any] = {}
+    for size, row in zip(sizes.ravel(), gathered, strict=True):
+        whole.update(json.loads(bytes(row[: int(size)]).decode()))
+    return whole
+
+
+class Checkpointer:
+    """Saves and restores the states of one run."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+        self.directory = directory
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.max_to_keep,
+            keep_period=config.keep_period,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            (directory / "checkpoints").absolute(),
+            options=options,
+            item_names=("params", "ema", "opt", "data", "config"),
+        )
+
+    def latest(self) -> int | None:
+        """The newest step saved, or None."""
+        return self._manager.latest_step()
+
+    def save(
+        self, state: TrainState, data: dict[str, Any], config: dict[str, Any], step: int
+    ) -> None:
+        """Starts to save; returns as soon as the state is copied. Does nothing if already saved."""
+        if step == self._manager.latest_step():
+            return
+        counters = {"step": state.step, "skipped": state.skipped}
+        self._manager.save(
+            step,
+            force=True,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema=ocp.args.StandardSave(state.ema),
+                opt=ocp.args.StandardSave({"opt_state": state.opt_state, **counters}),
+                data=ocp.args.JsonSave(gather_data_state(data)),
+                config=ocp.args.JsonSave(config),
+            ),
+        )
+
+    def restore(
+        self, step: int, shapes: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state at ``step``, laid out by ``shardings``, and the data state."""
+        target = jax.tree.map(_abstract, shapes, shardings)
+        opt = {"opt_state": target.opt_state, "step": target.step, "skipped": target.skipped}
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(target.params),
+                ema=ocp.args.StandardRestore(target.ema),
+                opt=ocp.args.StandardRestore(opt),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        state = TrainState(
+            step=found.opt["step"],
+            skipped=found.opt["skipped"],
+            params=found.params,
+            ema=found.ema,
+            opt_state=found.opt["opt_state"],
+        )
+        return state, found.data
+
+    def restore_ema(self, step: int, shapes: Params, shardings: Params) -> Params:
+        """The averaged parameters alone."""
+        target = jax.tree.map(_abstract, shapes, shardings)
+        args = ocp.args.Composite(ema=ocp.args.StandardRestore(target))
+        return self._manager.restore(step, args=args).ema
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The config that made a checkpoint."""
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args).config
+
+    def wait(self) -> None:
+        """Returns when everything begun is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def open_run(directory: Path) -> tuple[Checkpointer, int]:
+    """The checkpoints of a finished or running run, to read, and its newest step.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    if not (directory / "checkpoints").is_dir():
+        raise ValueError(
+            f"{str(directory)!r} holds no checkpoints: give the output directory of a training run "
+            "(it has a folder 'checkpoints')."
+        )
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    step = checkpointer.latest()
+    if step is None:
+        raise ValueError(
+            f"{str(directory)!r} has no finished checkpoint yet: wait for the first save "
+            "(checkpoint.every steps), or give another run."
+        )
+    return checkpointer, step

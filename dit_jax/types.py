@@ -1,0 +1,122 @@
+"""Axis letters, the packed batch and the functions that rooms hand to each other.
+
+Axis letters, used in every shape of this project (DESIGN section 7)::
+
+    b rows          l tokens of a row     s text tokens of a row
+    n segments      k conditioning groups p patch dimension
+    t h w grid      c channels            e text width
+    d width or head dimension             a attention heads
+
+A *row* holds several *segments* (clips, images) side by side, as NaViT packs images
+(Dehghani et al. 2023, "Patch n' Pack"). A *group* is a set of tokens of one segment that
+share a noise level.
+
+This module holds names only: no computation, and no import of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypedDict
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt
+
+Params = Any
+"""A nested dict of parameters, as Flax Linen makes it."""
+
+PAD = 0
+"""The segment id of padding; segments of a row are numbered 1, 2, ..."""
+
+
+class Sample(TypedDict):
+    """One training example as a source gives it."""
+
+    video: np.ndarray
+    """uint8 [t, h, w, c], or float latents."""
+    caption: str
+    fps: float
+
+
+class Source(Protocol):
+    """Random access to samples; the same index gives the same sample in every process."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@struct.dataclass
+class PackedBatch:
+    """Rows of packed clean tokens, and what is known of each segment.
+
+    Segment slot ``j`` of the ``[b, n]`` fields describes the tokens whose segment id is
+    ``j + 1``; an empty slot has ``num_tokens == 0``.
+    """
+
+    tokens: Float[Array, "b l p"]
+    """Clean patches (see ``models.patch``); zero where padded."""
+    positions: Float[Array, "b l 3"]
+    """(t, h, w) coordinates; t in latent frames at the reference frame rate."""
+    segment_ids: Int[Array, "b l"]
+    """0 is padding; attention never crosses segments."""
+    frame_ids: Int[Array, "b l"]
+    """Latent frame of each token within its segment, from 0."""
+    token_ids: Int[Array, "b l"]
+    """Index of each token within its segment, from 0."""
+    text: Int[Array, "b s"]
+    """Text tokens of the captions, packed the same way."""
+    text_segment_ids: Int[Array, "b s"]
+    sample_ids: UInt[Array, "b n"]
+    """Identity of each segment's sample: the randomness of its noise, wherever it is packed."""
+    num_tokens: Int[Array, "b n"]
+    num_frames: Int[Array, "b n"]
+    """Latent frames of each segment."""
+
+
+@struct.dataclass
+class Noised:
+    """What the denoiser sees of a batch, and what it is measured against."""
+
+    tokens: Float[Array, "b l p"]
+    """Noised patches x_tau."""
+    eps: Float[Array, "b l p"]
+    tau: Float[Array, "b l"]
+    """Noise level of each token: min(t of its segment, its ceiling). 0 is data, 1 is noise."""
+    group_ids: Int[Array, "b l"]
+    group_t: Float[Array, "b k"]
+    """Noise level of each conditioning group."""
+    dropped: Float[Array, "b n"]
+    """1 where the segment's caption was dropped, else 0."""
+
+
+class Attention(Protocol):
+    """Scaled dot-product attention within segments, made in ``parallel`` and given to models.
+
+    Queries see the keys of their own segment id only; the output at padding is finite and
+    otherwise unspecified.
+    """
+
+    def __call__(
+        self,
+        q: Float[Array, "b l a d"],
+        k: Float[Array, "b m a d"],
+        v: Float[Array, "b m a d"],
+        q_segment_ids: Int[Array, "b l"],
+        k_segment_ids: Int[Array, "b m"],
+    ) -> Float[Array, "b l a d"]: ...
+
+
+Constrain = Callable[..., jax.Array]
+"""``constrain(x, *logical_axes) -> x``: lays ``x`` out over the mesh; the identity off-mesh."""
+
+Denoiser = Callable[[Float[Array, "b l p"], Float[Array, ""]], Float[Array, "b l p"]]
+"""``velocity(x, sigma)``: dx/dt of every token when the schedule stands at ``sigma``."""
+
+
+def unconstrained(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """The layout function of a single device: ``x`` as it is."""
+    del logical_axes
+    return x

@@ -1,0 +1,362 @@
+"""Records: what is written is read back exactly, without TensorFlow, and mistakes are named."""
+
+import gzip
+import importlib.util
+import pickle
+import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dit_jax.data.records import RecordsConfig, RecordsSource, write_records
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+SHAPES = [(5, 24, 40, 3), (1, 16, 8, 3), (3, 9, 7, 3), (2, 32, 32, 3)]
+
+
+def samples(n=4, seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        video = rng.integers(0, 256, SHAPES[i % len(SHAPES)], np.uint8)
+        yield {"video": video, "caption": f"Nº {i}", "fps": 8.0 + i / 2, "kind": i % 3}
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    splits = {"train": samples(), "test": samples(2, seed=1)}
+    root = tmp_path_factory.mktemp("records")
+    return write_records(root, "clips", splits, description="d", labels=["kind"])
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_png(path, pixels, pix_fmt):
+    with av.open(str(path), "w", format="image2") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.height, stream.width = pixels.shape[:2]
+        stream.pix_fmt = pix_fmt
+        frame = av.VideoFrame.from_ndarray(pixels, format=pix_fmt)
+        for packet in (*stream.encode(frame), *stream.encode()):
+            container.mux(packet)
+
+
+def foreign_builder(root, features, examples, file_format="array_record"):
+    """A builder with features of its own, as any TFDS user makes one."""
+
+    class Foreign(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("2.0.0")
+        name = "foreign"
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="d",
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate(examples)
+
+    made = Foreign(data_dir=str(root), file_format=file_format)
+    made.download_and_prepare(download_dir=str(root / "downloads"))
+    return str(root / "foreign" / "2.0.0")
+
+
+@pytest.mark.parametrize("encoding", ["zlib", "bytes"])
+def test_round_trip_is_exact_and_keeps_the_order(tmp_path, encoding):
+    path = write_records(
+        tmp_path, "clips", {"train": samples()}, description="d", encoding=encoding
+    )
+    assert path == tmp_path / "clips" / "1.0.0"
+    assert [p.name for p in tmp_path.iterdir()] == ["clips"]
+    source = RecordsSource(RecordsConfig(str(path)))
+    assert len(source) == 4
+    for i, expected in enumerate(samples()):
+        sample = source[i]
+        assert set(sample) == {"video", "caption", "fps"}
+        assert sample["video"].dtype == np.uint8 and type(sample["fps"]) is float
+        np.testing.assert_array_equal(sample["video"], expected["video"])
+        assert (sample["caption"], sample["fps"]) == (expected["caption"], expected["fps"])
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_itself_reads_the_builder(builder):
+    read = tfds.builder_from_directory(builder)
+    assert {k: v.num_examples for k, v in read.info.splits.items()} == {"train": 4, "test": 2}
+    assert [r["kind"] for r in read.as_data_source(split="train")] == [0, 1, 2, 0]
+    assert read.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+
+
+def test_splits_slices_names_and_numpy_indices(builder):
+    path = str(builder)
+    assert RecordsSource(RecordsConfig(path, split="test"))[1]["caption"] == "Nº 1"
+    assert RecordsSource(RecordsConfig(path, split="train[50%:]"))[0]["caption"] == "Nº 2"
+    assert len(RecordsSource(RecordsConfig(path, split="train+test"))) == 6
+    named = RecordsSource(RecordsConfig("clips", data_dir=str(builder.parents[1])))
+    assert named[np.int64(3)]["caption"] == "Nº 3"
+    for i in (-1, 4):
+        with pytest.raises(IndexError):
+            named[i]
+
+
+def test_pickles_and_serves_threads(builder):
+    source = RecordsSource(RecordsConfig(str(builder)))
+    copy = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(4) as pool:
+        parallel = list(pool.map(source.__getitem__, [i % 4 for i in range(80)]))
+    for i, sample in enumerate(parallel):
+        np.testing.assert_array_equal(sample["video"], copy[i % 4]["video"])
+
+
+def test_captions_of_labels_and_frame_rates(builder):
+    path = str(builder)
+    plain = RecordsConfig(path, caption_template="kind {kind} of {{x}}")
+    assert RecordsSource(plain)[1]["caption"] == "kind 1 of {x}"
+    named = RecordsConfig(path, caption_template="a {kind}", label_names=("cat", "dog", "cow"))
+    assert [s["caption"] for s in RecordsSource(named)] == ["a cat", "a dog", "a cow", "a cat"]
+    both = RecordsConfig(path, caption_template="{caption}: {kind}", fps_key=None, fps=24.0)
+    assert RecordsSource(both)[2]["caption"] == "Nº 2: 2"
+    assert RecordsSource(both)[2]["fps"] == 24.0
+    assert RecordsSource(RecordsConfig(path, fps_key="kind"))[2]["fps"] == 2.0
+
+
+def test_image_features_are_one_frame_videos(tmp_path):
+    rng = np.random.default_rng(0)
+    grey, rgb = rng.integers(0, 256, (28, 26), np.uint8), rng.integers(0, 256, (9, 7, 3), np.uint8)
+    write_png(tmp_path / "grey.png", grey, "gray")
+    write_png(tmp_path / "rgb.png", rgb, "rgb24")
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 1)),
+        "other": tfds.features.Image(shape=(None, None, 3)),
+        "raw": tfds.features.Tensor(shape=(4, 6, 1), dtype=np.uint8),
+        "float": tfds.features.Tensor(shape=(4, 6, 3), dtype=np.float32),
+        "label": tfds.features.ClassLabel(names=["zero", "one"]),
+    }
+    example = {
+        "image": str(tmp_path / "grey.png"),
+        "other": str(tmp_path / "rgb.png"),
+        "raw": np.arange(24, dtype=np.uint8).reshape(4, 6, 1),
+        "float": np.zeros((4, 6, 3), np.float32),
+        "label": 1,
+    }
+    path = foreign_builder(tmp_path, features, [example])
+
+    def read(key):
+        config = RecordsConfig(path, video_key=key, caption_template="digit {label}", fps=4.0)
+        return RecordsSource(config)[0]
+
+    sample = read("image")
+    np.testing.assert_array_equal(sample["video"], np.repeat(grey[None, :, :, None], 3, -1))
+    assert (sample["caption"], sample["fps"]) == ("digit one", 4.0)
+    np.testing.assert_array_equal(read("other")["video"], rgb[None])
+    np.testing.assert_array_equal(read("raw")["video"][0, :, :, 2], np.arange(24).reshape(4, 6))
+    with pytest.raises(ValueError, match=r"'float' of record 0 .* is float32 \[4, 6, 3\]"):
+        read("float")
+    with pytest.raises(ValueError, match="'label' of record 0"):
+        read("label")
+
+
+def test_features_that_need_tensorflow_are_refused(tmp_path):
+    write_png(tmp_path / "rgb.png", np.zeros((9, 7, 3), np.uint8), "rgb24")
+    features = {
+        "video": tfds.features.Sequence(tfds.features.Image(shape=(9, 7, 3))),
+        "caption": tfds.features.Text(),
+    }
+    path = foreign_builder(
+        tmp_path, features, [{"video": [str(tmp_path / "rgb.png")], "caption": "x"}]
+    )
+    if importlib.util.find_spec("PIL") or importlib.util.find_spec("cv2"):
+        pytest.skip("Pillow or OpenCV is installed, and TFDS decodes the sequence with it")
+    with pytest.raises(ValueError, match="cannot be decoded without TensorFlow"):
+        RecordsSource(RecordsConfig(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "val"}, r"split 'val' .* choose one of train \(4\), test \(2\)"),
+        ({"split": "train[:0]"}, "is empty or malformed"),
+        ({"video_key": "image"}, "no feature 'image' .* has caption, fps, kind, video"),
+        ({"video_key": "caption"}, "'caption' of record 0"),
+        ({"caption_key": "text"}, "caption_key: no feature 'text'"),
+        ({"caption_template": "a {label}"}, "caption_template: no feature 'label'"),
+        ({"fps_key": "rate"}, "fps_key: no feature 'rate'"),
+    ],
+)
+def test_source_refuses(builder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        RecordsSource(RecordsConfig(str(builder), **changes))
+
+
+def test_source_refuses_places_without_a_builder(builder, tmp_path):
+    with pytest.raises(ValueError, match=r"no dataset_info.json; it holds .*clips/1.0.0"):
+        RecordsSource(RecordsConfig(str(builder.parents[1])))
+    with pytest.raises(ValueError, match="neither a directory nor the name"):
+        RecordsSource(RecordsConfig(str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match="neither a directory nor the name"):
+        RecordsSource(RecordsConfig("no_such_data_set", data_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="not prepared in"):
+        RecordsSource(RecordsConfig("mnist", data_dir=str(tmp_path)))
+
+
+def test_a_label_without_a_name_is_refused(builder):
+    config = RecordsConfig(str(builder), caption_template="a {kind}", label_names=("cat",))
+    with pytest.raises(ValueError, match="kind=1 .* has 1: give a name for every value"):
+        RecordsSource(config)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": ""}, "path is empty"),
+        ({"fps": 0.0}, "fps=0.0"),
+        ({"caption_template": "a digit"}, "names no feature"),
+        ({"caption_template": "a {digit"}, "is no template"),
+        ({"label_names": ("a",)}, "exactly one feature"),
+        ({"label_names": ("a",), "caption_template": "{x} {y}"}, "exactly one feature"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RecordsConfig(**{"path": "x", **changes})
+
+
+GOOD = {"video": np.zeros((1, 4, 4, 3), np.uint8), "caption": "x", "fps": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (None, "split 'train' has no samples"),
+        ({"video": GOOD["video"]}, r"sample 0 of split 'train' lacks \['caption', 'fps'\]"),
+        ({**GOOD, "video": np.zeros((1, 4, 4, 3))}, r"is float64 \[1, 4, 4, 3\]: need uint8"),
+        ({**GOOD, "video": np.zeros((0, 4, 4, 3), np.uint8)}, "no axis empty"),
+        ({**GOOD, "video": np.zeros((1, 4, 4, 4), np.uint8)}, r"uint8 \[1, 4, 4, 4\]"),
+        ({**GOOD, "fps": 0.0}, "fps 0.0"),
+        ({**GOOD, "caption": 3}, "caption 3"),
+    ],
+)
+def test_writer_refuses_samples(tmp_path, sample, message):
+    with pytest.raises(ValueError, match=message):
+        write_records(tmp_path, "clips", {"train": [sample] if sample else []}, description="d")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_writer_refuses_names_and_places(builder, tmp_path):
+    splits = {"train": [GOOD]}
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ((builder.parents[1], "clips", splits), "exists: remove it"),
+        ((tmp_path, "My Clips", splits), "name='My Clips'"),
+        ((tmp_path, "clips", {}), "splits is empty"),
+        ((tmp_path / "file", "clips", splits), "cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_records(*arguments, description="d")
+    with pytest.raises(ValueError, match="labels hold"):
+        write_records(tmp_path, "clips", splits, description="d", labels=["fps"])
+    with pytest.raises(ValueError, match="encoding='png'"):
+        write_records(tmp_path, "clips", splits, description="d", encoding="png")
+
+
+@pytest.mark.skipif(not (SHARED / "sprites.npz").is_file(), reason="needs shared/data/sprites.npz")
+def test_sprites_script(tmp_path):
+    sprites = script("sprites_to_records")
+    x, y = sprites.load(SHARED / "sprites.npz")
+    assert x.shape == (3870, 8, 32, 32, 3)
+    captions = [sample["caption"] for sample in sprites.samples(x, y)]
+    assert len(set(captions)) == 3870
+    # y[0] is 0 6 3 6 6: action 0 (spell), direction 0 (left).
+    assert captions[0] == "body 6, trousers 3, top 6, hair 6 casts facing left"
+    assert captions[-1] == "body 2, trousers 0, top 6, hair 1 slashes facing right"
+    np.savez(tmp_path / "part.npz", x=x[-280:], y=y[-280:])
+    path = sprites.convert(tmp_path / "part.npz", tmp_path / "out")
+    test = RecordsSource(RecordsConfig(str(path), split="test"))
+    assert (len(test), len(RecordsSource(RecordsConfig(str(path))))) == (270, 10)
+    assert (test[-1 + 270]["caption"], test[0]["fps"]) == (captions[-1], 8.0)
+    np.testing.assert_array_equal(test[4]["video"], x[-266])
+    record = tfds.builder_from_directory(path).as_data_source(split="test")[269]
+    assert [record[k] for k in sprites.LABELS] == [2, 2, 2, 0, 6, 1]
+
+
+def test_sprites_script_refuses(tmp_path):
+    sprites = script("sprites_to_records")
+    x, y = np.zeros((280, 8, 4, 4, 3), np.uint8), np.zeros((280, 5), np.uint8)
+    arrays = {
+        "do not hold": {"x": x},
+        "need x uint8": {"x": x.astype(float), "y": y},
+        "need more than 270": {"x": x[:9], "y": y[:9]},
+        "must stay below": {"x": x, "y": y + 9},
+    }
+    for message, content in arrays.items():
+        np.savez(tmp_path / "s.npz", **content)
+        with pytest.raises(ValueError, match=message.replace("do not hold", "does not hold")):
+            sprites.convert(tmp_path / "s.npz", tmp_path)
+    with pytest.raises(ValueError, match="is not there"):
+        sprites.convert(tmp_path / "absent.npz", tmp_path)
+    (tmp_path / "s.npz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="does not hold"):
+        sprites.convert(tmp_path / "s.npz", tmp_path)
+
+
+def write_idx(path, array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def test_mnist_script(tmp_path):
+    mnist = script("mnist_to_records")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 28, 28), np.uint8)
+    for stem in ("extra10k", "t10k"):
+        write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{stem}-labels-idx1-ubyte.gz", np.arange(10))
+    path = mnist.convert(tmp_path, tmp_path / "out")
+    source = RecordsSource(RecordsConfig(str(path), split="test"))
+    sample = source[7]
+    assert (len(source), sample["caption"]) == (10, "a handwritten digit seven")
+    assert sample["video"].shape == (1, 32, 32, 3)
+    np.testing.assert_array_equal(sample["video"][0, 2:30, 2:30, 1], images[7])
+    assert sample["video"].sum() == 3 * images[7].sum(dtype=int)
+    by_label = RecordsConfig(str(path), caption_template="{label}")
+    assert RecordsSource(by_label)[4]["caption"] == "4"
+
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    write_idx(labels, np.arange(9))
+    with pytest.raises(ValueError, match=r"labels \(9,\)"):
+        mnist.convert(tmp_path, tmp_path / "two")
+    labels.write_bytes(labels.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        mnist.convert(tmp_path, tmp_path / "two")
+    labels.write_bytes(gzip.compress(b"text, not idx"))
+    with pytest.raises(ValueError, match="is no idx file"):
+        mnist.convert(tmp_path, tmp_path / "two")
+    labels.unlink()
+    with pytest.raises(ValueError, match="is not there"):
+        mnist.convert(tmp_path, tmp_path / "two")
+    with pytest.raises(ValueError, match="is no directory"):
+        mnist.convert(labels, tmp_path / "two")
+
+
+@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="needs shared/data/mnist")
+def test_real_mnist_files_load():
+    mnist = script("mnist_to_records")
+    for stem in mnist.FILES.values():
+        images, labels = mnist.load(SHARED / "mnist", stem)
+        assert images.shape == (10_000, 32, 32, 1)
+        assert np.bincount(labels).min() > 800 and labels.max() == 9

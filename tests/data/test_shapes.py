@@ -1,0 +1,218 @@
+"""Moving shapes: what is drawn is what is said, by measurement of the pixels."""
+
+import dataclasses
+import pickle
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from dit_jax.data.shapes import (
+    AREAS,
+    COLORS,
+    DIRECTIONS,
+    EXTENTS,
+    MIN_SPEED,
+    RADII,
+    SHAPES,
+    SIZES,
+    STEPS,
+    MovingShapes,
+    Scene,
+    ShapesConfig,
+    caption,
+    coverage,
+    held_out_combinations,
+    held_out_scenes,
+    render,
+)
+
+
+def still(shape="circle", size="big", radius=7.5, **changes):
+    scene = Scene(shape, "red", size, None, 1, 32, 32, 16.0, 16.0, 0.0, radius, 0.1)
+    return dataclasses.replace(scene, **changes)
+
+
+def triple(scene):
+    return scene.color, scene.shape, scene.direction
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("radius", [4.0, 4.7, 7.0, 8.0])
+def test_coverage_sums_to_the_area(shape, radius):
+    # Antialiased coverage integrates to the area; the distance-based shapes miss some at corners.
+    alpha = coverage(shape, np.array([15.8]), np.array([16.3]), radius, 32, 32)
+    tolerance = 1e-5 if shape in ("square", "cross") else 0.02
+    np.testing.assert_allclose(alpha.sum(), AREAS[shape] * radius**2, rtol=tolerance)
+    assert alpha.min() == 0 and alpha.max() == 1
+
+
+def test_coverage_equals_supersampling():
+    at = (np.arange(32 * 16) + 0.5) / 16 - 16.2
+    y, x = at[:, None], at[None, :]
+    r, e = 6.4, {k: v * 6.4 for k, v in EXTENTS.items()}
+    arm = 0.36 * e["cross"]
+    inside = {
+        "circle": x**2 + y**2 < r**2,
+        "square": (abs(x) < e["square"]) & (abs(y) < e["square"]),
+        "triangle": (2 * abs(x) - y < e["triangle"]) & (y < e["triangle"]),
+        "cross": ((abs(x) < e["cross"]) & (abs(y) < arm))
+        | ((abs(y) < e["cross"]) & (abs(x) < arm)),
+    }
+    for shape in SHAPES:
+        exact = inside[shape].reshape(32, 16, 32, 16).mean((1, 3))
+        drawn = coverage(shape, np.array([16.2]), np.array([16.2]), r, 32, 32)[0]
+        # 1/16 px of sampling in the exact one; a straight edge's distance is not quite its area.
+        assert np.abs(exact - drawn).max() < (0.07 if shape in ("square", "cross") else 0.26)
+        assert np.abs(exact - drawn).mean() < 0.004
+
+
+def test_caption_and_colours():
+    scene = still()
+    assert caption(scene) == "a big red circle"
+    moving = dataclasses.replace(scene, direction="left", frames=5, speed=1.0)
+    assert caption(moving) == "a big red circle moves left"
+    frame = render(scene)[0]
+    assert frame.dtype == np.uint8
+    assert tuple(frame[16, 16]) == COLORS["red"]
+    assert tuple(frame[0, 0]) == (26, 26, 26)  # 0.1 of 255, rounded
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_motion_is_subpixel_and_exact(direction):
+    scene = still(direction=direction, frames=9, speed=0.65)
+    alpha = render(dataclasses.replace(scene, shade=0.0))[..., 0] / 235
+    mass = alpha.sum((1, 2))
+    x = (alpha.sum(1) * (np.arange(32) + 0.5)).sum(1) / mass
+    y = (alpha.sum(2) * (np.arange(32) + 0.5)).sum(1) / mass
+    dx, dy = STEPS[direction]
+    # Eight-bit rounding moves the centroid by about 0.01 px.
+    np.testing.assert_allclose(x, 16 + dx * 0.65 * np.arange(9), atol=0.02)
+    np.testing.assert_allclose(y, 16 + dy * 0.65 * np.arange(9), atol=0.02)
+
+
+def test_examples_stay_inside_and_within_ranges():
+    source = MovingShapes(ShapesConfig(seed=5))
+    counts = Counter()
+    for i in range(1500):
+        scene = source.scene(i)
+        video = render(scene)
+        assert video.shape == (scene.frames, scene.height, scene.width, 3)
+        background = round(255 * scene.shade)
+        ring = np.concatenate(
+            [video[:, 0], video[:, -1], video[:, :, 0], video[:, :, -1]], axis=1
+        ).astype(int)
+        # A margin of 0.25 px leaves the outermost pixels at most three quarters covered.
+        share = np.abs(ring - background).max() / max(COLORS[scene.color])
+        assert share < 0.8
+        low, high = RADII[scene.size]
+        assert low <= scene.radius <= high and 0 <= scene.shade <= 0.2
+        if scene.direction:
+            assert MIN_SPEED <= scene.speed <= 1.5
+            assert (scene.height, scene.width) in source.config.sizes
+        else:
+            assert scene.frames == 1 and (scene.height, scene.width) in source.config.image_sizes
+        for field in ("shape", "color", "size", "direction", "frames"):
+            counts[getattr(scene, field)] += 1
+    assert set(counts) == {*SHAPES, *COLORS, *SIZES, *DIRECTIONS, None, 1, 5, 9, 13}
+    assert 0.12 < counts[None] / 1500 < 0.18
+    assert min(counts[c] for c in COLORS) > 180 and min(counts[s] for s in SHAPES) > 300
+
+
+def test_sizes_never_overlap_in_area():
+    areas = {size: [AREAS[s] * r**2 for s in SHAPES for r in RADII[size]] for size in SIZES}
+    assert max(areas["small"]) < 0.75 * min(areas["big"])
+
+
+def test_held_out_is_balanced_and_never_in_training():
+    held_out = set(held_out_combinations())
+    assert len(held_out) == 12 == len(held_out_combinations())
+    for position, words, times in ((0, COLORS, 2), (1, SHAPES, 3), (2, DIRECTIONS, 3)):
+        assert Counter(t[position] for t in held_out) == dict.fromkeys(words, times)
+    train = MovingShapes(ShapesConfig(seed=1))
+    seen = Counter(triple(train.scene(i)) for i in range(4000))
+    assert not held_out & set(seen)
+    assert len([t for t in seen if t[2]]) == 84
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        pairs = {(t[a], t[b]) for t in seen if t[2]}
+        assert len(pairs) == {(0, 1): 24, (0, 2): 24, (1, 2): 16}[a, b]
+    test = MovingShapes(ShapesConfig(seed=1, split="held_out"))
+    assert {triple(test.scene(i)) for i in range(300)} == held_out
+
+
+def test_held_out_scenes_cover_evenly():
+    scenes = held_out_scenes(48, seed=0)
+    assert Counter((triple(s), s.size) for s in scenes) == {
+        (t, size): 2 for t in held_out_combinations() for size in SIZES
+    }
+    assert scenes == held_out_scenes(48, seed=0) != held_out_scenes(48, seed=1)
+    assert scenes[:5] == held_out_scenes(5, seed=0)
+    other = held_out_scenes(2, seed=0, frames=5, height=24, width=40)[1]
+    assert (other.frames, other.height, other.width) == (5, 24, 40)
+
+
+def test_deterministic_by_index_in_any_order_thread_and_process():
+    source = MovingShapes(ShapesConfig(seed=7))
+    copy = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(4) as pool:
+        parallel = list(pool.map(source.__getitem__, range(40)))
+    for i in reversed(range(40)):
+        again = copy[np.int64(i)]
+        np.testing.assert_array_equal(parallel[i]["video"], again["video"])
+        assert parallel[i]["caption"] == again["caption"] and again["fps"] == 8.0
+    other = MovingShapes(ShapesConfig(seed=8))
+    assert [other.scene(i) for i in range(9)] != [source.scene(i) for i in range(9)]
+    assert len({source.scene(i) for i in range(500)}) == 500
+
+
+def test_len_and_bounds():
+    source = MovingShapes(ShapesConfig(num_examples=3))
+    assert len(source) == 3 == len(list(source))
+    for i in (-1, 3):
+        with pytest.raises(IndexError):
+            source[i]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_examples": 0}, "num_examples=0"),
+        ({"sizes": ((16, 32),)}, "a canvas of 16x32 px has no room"),
+        ({"frames": (5, 33)}, "must be at least 33.94 px"),
+        ({"frames": (1, 5)}, "image_fraction"),
+        ({"frames": ()}, "frames is empty"),
+        ({"image_sizes": ((16, 16),)}, "no room for 1 frames"),
+        ({"image_fraction": 1.5}, "image_fraction=1.5"),
+        ({"fps": 0.0}, "fps=0.0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"split": "test"}, "'train' or 'held_out'"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ShapesConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": "star"}, "shape='star'"),
+        ({"color": "white"}, "color='white'"),
+        ({"size": "huge"}, "size='huge'"),
+        ({"direction": "in", "frames": 5}, "direction='in'"),
+        ({"direction": "left"}, "two frames or more"),
+        ({"x": 5.0}, "must stay in 0..32"),
+        ({"direction": "down", "frames": 9, "speed": 1.1}, "spans y"),
+    ],
+)
+def test_scene_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        still(**changes)
+
+
+def test_held_out_scenes_refuses():
+    with pytest.raises(ValueError, match="frames >= 2"):
+        held_out_scenes(4, seed=0, frames=1)
+    with pytest.raises(ValueError, match="no room for 9 frames"):
+        held_out_scenes(4, seed=0, height=16)

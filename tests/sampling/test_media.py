@@ -1,0 +1,344 @@
+"""Files in and out: what is written is what is read, byte for byte the same the second time."""
+
+import os
+import warnings
+from pathlib import Path
+
+import av
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dit_jax.sampling import media
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+def smooth(t=9, h=24, w=40) -> np.ndarray:
+    """A clip uint8 [t, h, w, 3] of slow waves in all three colours."""
+    i, y, x = np.mgrid[0:t, 0:h, 0:w]
+    waves = [np.sin(x / 9 + i / 3), np.cos(y / 8 - i / 4), np.sin((x + y) / 12)]
+    return np.rint(127 + 100 * np.stack(waves, -1)).astype(np.uint8)
+
+
+def flags(t=4, h=16, w=16) -> np.ndarray:
+    """A clip uint8 [t, h, w, 3] of few and pure colours: a bar that moves over four quarters."""
+    video = np.zeros((t, h, w, 3), np.uint8)
+    video[:, : h // 2, : w // 2] = (255, 0, 0)
+    video[:, h // 2 :, : w // 2] = (0, 200, 30)
+    video[:, h // 2 :, w // 2 :] = (10, 20, 250)
+    for i in range(t):
+        video[i, :, 2 * i : 2 * i + 2] = 255
+    return video
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal to noise in dB of two uint8 arrays."""
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+
+
+def mosaic_of(*levels: int, t=1, h=2, w=3) -> list[np.ndarray]:
+    """Clips uint8 [t, h, w, 3], one for every grey level."""
+    return [np.full((t, h, w, 3), level, np.uint8) for level in levels]
+
+
+# --- pixels ---
+
+
+def test_to_uint8_rounds_and_clips():
+    x = np.array([-3.0, -1.0, -1 + 0.9 / 255, -1 + 1.1 / 255, 0.2, 1.0, 1.5])
+    assert media.to_uint8(x).tolist() == [0, 0, 0, 1, 153, 255, 255]
+    assert media.to_uint8(x.astype(ml_dtypes.bfloat16)).dtype == np.uint8
+
+
+def test_floats_invert_exactly():
+    levels = np.arange(256, dtype=np.uint8)
+    x = media.to_float(levels)
+    assert x.dtype == np.float32 and x[0] == -1.0 and x[-1] == 1.0
+    assert np.array_equal(media.to_uint8(x), levels)
+
+
+def test_pixels_of_the_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match="2 of 3 pixels are NaN"):
+        media.to_uint8(np.array([0.0, np.nan, np.inf]))
+    with pytest.raises(ValueError, match="dtype uint8"):
+        media.to_uint8(np.zeros(3, np.uint8))
+    with pytest.raises(ValueError, match="dtype float32"):
+        media.to_float(np.zeros(3, np.float32))
+
+
+# --- video files ---
+
+
+@pytest.mark.parametrize("fps", [8, 0.5, 24000 / 1001, 60])
+@pytest.mark.parametrize("shape", [(9, 24, 40), (1, 24, 40), (3, 16, 16), (2, 64, 48)])
+def test_mp4_round_trip(tmp_path, fps, shape):
+    video = smooth(*shape)
+    path = media.write_video(tmp_path / "a.mp4", video, fps)
+    back, rate = media.read_video(path)
+    assert back.shape == video.shape and back.dtype == np.uint8
+    assert psnr(back, video) > 35  # crf 12 and colour at half resolution: 36.4 to 42 dB seen
+    assert rate == pytest.approx(fps, rel=1e-6)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert container.duration / 1e6 == pytest.approx(shape[0] / fps, abs=1e-5)
+        assert not container.metadata.get("creation_time")
+
+
+def test_mp4_keeps_pure_colours(tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 30, 90), (255,) * 3, (0,) * 3]
+    for colour in colours:
+        media.write_video(tmp_path / "c.mp4", np.full((2, 16, 16, 3), colour, np.uint8), 8)
+        back, _ = media.read_video(tmp_path / "c.mp4")
+        # A wrong matrix or range is off by 10 or more; 8 bits of YUV cost 2.
+        assert np.abs(back.astype(int) - colour).max() <= 2, colour
+
+
+@pytest.mark.parametrize("size", [(23, 39), (23, 40), (24, 39), (1, 1)])
+def test_odd_sizes_are_padded_in_mp4_with_a_warning(tmp_path, size):
+    video = smooth(3, *size)
+    with pytest.warns(UserWarning, match="H.264 needs even sizes"):
+        media.write_video(tmp_path / "a.mp4", video, 8)
+    back, _ = media.read_video(tmp_path / "a.mp4")
+    even = tuple(n + n % 2 for n in size)
+    assert back.shape[1:3] == even
+    grow = [(0, 0), (0, even[0] - size[0]), (0, even[1] - size[1]), (0, 0)]
+    assert psnr(back, np.pad(video, grow, mode="edge")) > 35
+    media.write_video(tmp_path / "a.gif", video, 8)
+    assert media.read_video(tmp_path / "a.gif")[0].shape == video.shape
+
+
+def test_even_sizes_do_not_warn(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for extension in media.EXTENSIONS:
+            media.write_video(tmp_path / f"a{extension}", flags(), 8)
+
+
+@pytest.mark.parametrize("fps", [8, 10, 24, 50])
+def test_gif_plays_as_long_as_the_clip_and_loops(tmp_path, fps):
+    video = flags(6)
+    path = media.write_video(tmp_path / "a.gif", video, fps)
+    back, rate = media.read_video(path)
+    # Six colours fit the palette: only rounding inside it is allowed.
+    assert back.shape == video.shape and np.abs(back.astype(int) - video).max() <= 2
+    assert rate == pytest.approx(fps, rel=0.01)  # times are whole hundredths of a second
+    with av.open(str(path)) as container:
+        assert container.duration / 1e6 == pytest.approx(6 / fps, abs=0.0051)
+    assert b"NETSCAPE2.0\x03\x01\x00\x00\x00" in path.read_bytes()  # repeat for ever
+
+
+def test_gif_of_many_colours_and_of_one_frame(tmp_path):
+    media.write_video(tmp_path / "a.gif", smooth(), 8)
+    assert psnr(media.read_video(tmp_path / "a.gif")[0], smooth()) > 28  # 256 of 7,000 colours
+    media.write_video(tmp_path / "b.gif", smooth(1), 8)
+    assert media.read_video(tmp_path / "b.gif")[0].shape == (1, 24, 40, 3)
+
+
+def test_gif_too_fast_for_players_is_slowed_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="GIF players stop at 50"):
+        media.write_video(tmp_path / "a.gif", flags(), 120)
+    assert media.read_video(tmp_path / "a.gif")[1] == pytest.approx(50)
+
+
+def test_png_is_exact(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 5, 7, 3), dtype=np.uint8)
+    media.write_png(tmp_path / "a.PNG", noise[0])
+    assert np.array_equal(media.read_video(tmp_path / "a.PNG")[0][0], noise[0])
+    media.write_video(tmp_path / "b.png", noise[:1], 8)
+    assert np.array_equal(media.read_video(tmp_path / "b.png")[0], noise[:1])
+    media.write_video(tmp_path / "100%d.png", noise, 8)  # no number is put in for %d
+    strip = media.read_video(tmp_path / "100%d.png")[0][0]
+    assert np.array_equal(strip, np.hstack(noise)) and strip.shape == (5, 28, 3)
+
+
+@pytest.mark.parametrize("extension", media.EXTENSIONS)
+def test_the_same_clip_gives_the_same_bytes(tmp_path, extension):
+    rng = np.random.default_rng(0)
+    odd = smooth()[:, :23, :39]
+    edges = np.pad(odd, [(0, 0), (0, 1), (0, 1), (0, 0)], mode="edge")
+    for clip in (edges, np.asfortranarray(edges), flags(), smooth(8, 40, 24)[:, :, ::-1]):
+        seen = set()
+        for i in range(30):  # with its defaults, x264 differs in up to one run of eight
+            dirty = [rng.integers(0, 256, rng.integers(1000, 60000), np.uint8) for _ in range(4)]
+            del dirty
+            path = media.write_video(tmp_path / f"{i}{extension}", clip, 0.5)
+            seen.add(path.read_bytes())
+        assert len(seen) == 1
+
+
+def test_writing_replaces_whole_files_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_text("old")
+    media.write_video(path, flags(), 8)
+    assert len(media.read_video(path)[0]) == 4
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
+    with pytest.raises(ValueError, match="cannot write.*directory must exist"):
+        media.write_video(tmp_path / "none" / "a.mp4", flags(), 8)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((2, 4, 4)), flags()[0], flags()[:0], flags()[..., :1]])
+def test_wrong_arrays_are_refused(tmp_path, pixels):
+    with pytest.raises(ValueError, match=r"must be uint8 \[t, h, w, 3\]"):
+        media.write_video(tmp_path / "a.mp4", pixels, 8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e-9])
+def test_wrong_rates_are_refused(tmp_path, fps):
+    with pytest.raises(ValueError, match="fps is"):
+        media.write_video(tmp_path / "a.mp4", flags(), fps)
+
+
+def test_reading_stops_at_max_frames_and_names_what_it_cannot_read(tmp_path):
+    path = media.write_video(tmp_path / "a.mp4", smooth(), 8)
+    back, rate = media.read_video(path, max_frames=3)
+    assert back.shape == (3, 24, 40, 3) and rate == 8
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "half.mp4").write_bytes(path.read_bytes()[:500])
+    for name in ("none.mp4", "text.mp4", "half.mp4", "."):
+        with pytest.raises(ValueError, match="cannot read .* as a video"):
+            media.read_video(tmp_path / name)
+    with pytest.raises(ValueError, match="max_frames is 0"):
+        media.read_video(path, max_frames=0)
+
+
+# --- the output path ---
+
+
+def test_check_output_makes_directories_and_leaves_no_file(tmp_path):
+    path = tmp_path / "new" / "deep" / "a.MP4"
+    assert media.check_output(path) == path and media.check_output(str(path)) == path
+    assert list(path.parent.iterdir()) == []
+    path.write_text("kept")
+    media.check_output(path)
+    assert path.read_text() == "kept"
+
+
+def test_check_output_refuses_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "clips.mp4").mkdir()
+    with pytest.raises(ValueError, match=r"extension '.avi', .*\.mp4, \.gif, \.png"):
+        media.check_output(tmp_path / "new" / "a.avi")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="extension ''"):
+        media.check_output("")
+    with pytest.raises(ValueError, match="is a directory"):
+        media.check_output(tmp_path / "clips.mp4")
+    for name in ("file/a.mp4", "file/deep/a.mp4", "n" * 300 + ".mp4"):
+        with pytest.raises(ValueError, match="cannot write in"):
+            media.check_output(tmp_path / name)
+
+
+def test_check_output_tries_read_only_places():
+    place = Path("/proc/self/a.mp4")  # refuses files from root as well
+    if not place.parent.is_dir():
+        pytest.skip("no /proc, the read-only directory this test needs")
+    with pytest.raises(ValueError, match="cannot write in"):
+        media.check_output(place)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes everywhere")
+def test_check_output_tries_directories_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="cannot write in"):
+        media.check_output(tmp_path / "a.mp4")
+
+
+# --- pictures of many clips ---
+
+
+def test_upscale_repeats_pixels():
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert np.array_equal(media.upscale(image, 3), np.kron(image, np.ones((3, 3, 1), np.uint8)))
+    assert media.upscale(smooth(), 2).shape == (9, 48, 80, 3)
+    with pytest.raises(ValueError, match="upscale by 0"):
+        media.upscale(image, 0)
+
+
+def test_grid_places_every_clip():
+    tiled = media.grid(mosaic_of(10, 20, 30), columns=2, pad=1, fill=(1, 2, 3))
+    assert tiled.shape == (1, 7, 9, 3)
+    expected = np.full((7, 9), 1)
+    expected[1:3, 1:4], expected[1:3, 5:8], expected[4:6, 1:4] = 10, 20, 30
+    assert np.array_equal(tiled[0, ..., 0], expected)
+    assert tiled[0, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_grid_centres_small_clips_and_holds_short_ones():
+    small, large = np.full((1, 2, 2, 3), 7, np.uint8), smooth(3, 6, 4)
+    tiled = media.grid([small, large], columns=2, pad=0, fill=0)
+    assert tiled.shape == (3, 6, 8, 3)
+    assert (tiled[:, 2:4, 1:3] == 7).all() and tiled[:, :, :4].sum() == 3 * 2 * 2 * 3 * 7
+    assert np.array_equal(tiled[:, :, 4:], large)
+
+
+@pytest.mark.parametrize(
+    "n, size, columns",
+    [(1, (8, 8), 1), (4, (8, 8), 2), (9, (8, 8), 3), (2, (9, 16), 1), (5, (8, 8), 3)],
+)
+def test_grid_is_near_square(n, size, columns):
+    tiled = media.grid(mosaic_of(*range(n), h=size[0], w=size[1]), pad=0)
+    assert tiled.shape[1:3] == (-(-n // columns) * size[0], columns * size[1])
+
+
+def test_contact_sheet_shows_first_and_last_frame():
+    ramp = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    sheet = media.contact_sheet([ramp, ramp[:2]], frames_per_video=3, scale=2, pad=1, fill=99)
+    assert sheet.shape == (2 * 5 + 1, 3 * 5 + 1, 3)
+    assert sheet[2, 2::5, 0].tolist() == [0, 4, 8]
+    assert sheet[7, 2::5, 0].tolist() == [0, 1, 99]
+
+
+def test_pictures_of_nothing_are_refused():
+    for draw in (media.grid, media.contact_sheet):
+        with pytest.raises(ValueError, match="0 clips"):
+            draw([])
+    with pytest.raises(ValueError, match="columns 0"):
+        media.grid([flags()], columns=0)
+    with pytest.raises(ValueError, match="0 frames per video"):
+        media.contact_sheet([flags()], frames_per_video=0)
+
+
+# --- prompts ---
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \t\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_prompts_in_every_line_ending(tmp_path, bom, newline, end):
+    prompts = ["a red square", "# not a comment", "雪の中の狐 🦊", "two\u2028parts"]
+    text = newline.join([" " + prompts[0], "", *prompts[1:]]) + end.replace("\n", newline)
+    (tmp_path / "p.txt").write_bytes(bom + text.encode())
+    assert media.read_prompts(tmp_path / "p.txt") == prompts
+
+
+@pytest.mark.parametrize(
+    "raw, why",
+    [(b"", "no prompt"), (b"\xef\xbb\xbf \r\n", "no prompt"), (b"\xff\xfea\0", "utf-8"),
+     (b"a\0b", "zero bytes"), (b"\x89PNG", "utf-8"), (None, "No such file")],
+)  # fmt: skip
+def test_files_without_prompts_are_refused(tmp_path, raw, why):
+    path = tmp_path / "p.txt"
+    if raw is not None:
+        path.write_bytes(raw)
+    with pytest.raises(ValueError, match=why):
+        media.read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "name, count, first, last",
+    [
+        ("Open-Sora-Plan__sora.txt", 51, "A stylish woman walks down", "and heavy machinery."),
+        ("VBench__all_dimension_cn.txt", 946, "", ""),
+    ],
+)
+def test_published_prompt_lists(name, count, first, last):
+    path = SHARED / "prompts" / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent: published prompt lists are not part of the repository")
+    prompts = media.read_prompts(path)
+    assert len(prompts) == count
+    assert prompts[0].startswith(first) and prompts[-1].endswith(last)
+    assert all(prompt == prompt.strip() and prompt for prompt in prompts)
