@@ -25,5 +25,5 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, ema_decay=0.995),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(draw_every=500),
-        sampling=SamplingConfig(steps=24, cfg_scale=3.0),
+        sampling=SamplingConfig(frames=9, height=32, width=32, fps=8.0, steps=24, cfg_scale=3.0),
     )

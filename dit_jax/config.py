@@ -103,6 +103,14 @@ class Config:
                 f"data.packing.row_text {self.data.packing.row_text} is smaller than one caption of "
                 f"{self.model.text.max_tokens} tokens: raise it, or lower model.text.max_bytes."
             )
+        drawn = self.sampling
+        try:
+            self.model.patch.grid(drawn.frames, drawn.height, drawn.width)
+        except ValueError as error:
+            raise ValueError(
+                f"sampling.frames, height, width = {drawn.frames}, {drawn.height}, {drawn.width} do "
+                f"not fit the model's patches: {error}"
+            ) from error
         if isinstance(self.data.source, ShapesConfig):
             self._check_shapes(self.data.source)
 

@@ -83,9 +83,7 @@ def draw_pattern(
     return shape, jnp.where(jax.random.bernoulli(noisy, config.noisy), ceiling, 0.0)
 
 
-def held_frames(
-    frame_ids: Int[Array, "*b"], pattern: Int[Array, "*b 4"]
-) -> Bool[Array, "*b"]:
+def held_frames(frame_ids: Int[Array, "*b"], pattern: Int[Array, "*b 4"]) -> Bool[Array, "*b"]:
     """Whether each token's latent frame is given under its segment's drawn pattern."""
     head, tail, stride, frames = jnp.moveaxis(pattern, -1, 0)
     every = (stride > 0) & (frame_ids % jnp.maximum(stride, 1) == 0)

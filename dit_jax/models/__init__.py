@@ -3,6 +3,7 @@
 from dit_jax.models.dit import PRESETS as PRESETS
 from dit_jax.models.dit import DiT as DiT
 from dit_jax.models.dit import DiTConfig as DiTConfig
+from dit_jax.models.flops import forward_flops as forward_flops
 from dit_jax.models.patch import PatchConfig as PatchConfig
 from dit_jax.models.patch import patchify as patchify
 from dit_jax.models.patch import positions as positions
@@ -12,4 +13,3 @@ from dit_jax.models.text import ByteEncoderConfig as ByteEncoderConfig
 from dit_jax.models.text import byte_tokens as byte_tokens
 from dit_jax.models.text_to_video import ModelConfig as ModelConfig
 from dit_jax.models.text_to_video import TextToVideo as TextToVideo
-from dit_jax.models.flops import forward_flops as forward_flops

@@ -39,7 +39,9 @@ def initialize() -> None:
             "whole numbers."
         ) from error
     if not 0 <= index < count:
-        raise ValueError(f"{PROCESS_ID}={index} is not in 0..{count - 1} ({NUM_PROCESSES}={count}).")
+        raise ValueError(
+            f"{PROCESS_ID}={index} is not in 0..{count - 1} ({NUM_PROCESSES}={count})."
+        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(given[COORDINATOR], num_processes=count, process_id=index)
 

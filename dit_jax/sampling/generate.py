@@ -35,8 +35,12 @@ from dit_jax.types import PAD, Params
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How clips are drawn from a trained model."""
+    """How clips are drawn from a trained model, and of what size unless said."""
 
+    frames: int = 17
+    height: int = 256
+    width: int = 256
+    fps: float = 24.0
     steps: int = 30
     solver: Literal["euler", "heun"] = "euler"
     cfg_scale: float = 4.0
@@ -47,14 +51,17 @@ class SamplingConfig:
     """Clips made at once."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(
-                f"sampling.steps {self.steps} and batch {self.batch} are at least 1 (30 steps are usual)."
-            )
+        for name in ("frames", "height", "width", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}: it is at least 1.")
+        if not self.fps > 0:
+            raise ValueError(f"sampling.fps is {self.fps}: a frame rate is above 0.")
         if self.cfg_scale < 0:
             raise ValueError(f"sampling.cfg_scale is {self.cfg_scale}: it is at least 0.")
         if self.shift is not None and self.shift <= 0:
-            raise ValueError(f"sampling.shift is {self.shift}: it is above 0 (1 is none), or unset.")
+            raise ValueError(
+                f"sampling.shift is {self.shift}: it is above 0 (1 is none), or unset."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """Tasks: what can be trained. Each is data, a model, a loss and what to show, for the one loop."""
 
 from dit_jax.tasks.text_to_video import build as build
+from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model

@@ -114,10 +114,9 @@ class Cases:
         self._scenes: list[Any] = []
         self._true: list[np.ndarray] = []
         if isinstance(source, ShapesConfig):
-            height, width = source.sizes[0]
-            frames = sorted(source.frames)[len(source.frames) // 2]
+            made = config.sampling
             shown = max(count, config.log.draw_count)
-            self._scenes = held_out_scenes(shown, config.seed, frames, height, width)
+            self._scenes = held_out_scenes(shown, config.seed, made.frames, made.height, made.width)
             sizes = [(caption(s), s.frames, s.height, s.width, source.fps) for s in self._scenes]
         else:
             split = config.evaluation.records_split

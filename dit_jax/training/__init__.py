@@ -3,14 +3,15 @@
 from dit_jax.training.checkpoint import CheckpointConfig as CheckpointConfig
 from dit_jax.training.checkpoint import Checkpointer as Checkpointer
 from dit_jax.training.checkpoint import open_run as open_run
+from dit_jax.training.metrics import Progress as Progress
 from dit_jax.training.optimizer import OptimizerConfig as OptimizerConfig
 from dit_jax.training.optimizer import learning_rate as learning_rate
 from dit_jax.training.optimizer import make_optimizer as make_optimizer
+from dit_jax.training.signals import StopSignal as StopSignal
 from dit_jax.training.state import TrainState as TrainState
+from dit_jax.training.state import abstract_params as abstract_params
 from dit_jax.training.state import abstract_state as abstract_state
 from dit_jax.training.state import init_state as init_state
 from dit_jax.training.step import make_step as make_step
 from dit_jax.training.task import Task as Task
 from dit_jax.training.task import Work as Work
-from dit_jax.training.metrics import Progress as Progress
-from dit_jax.training.signals import StopSignal as StopSignal

@@ -77,6 +77,10 @@ class Checkpointer:
         """The newest step saved, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All steps saved, in order."""
+        return sorted(self._manager.all_steps())
+
     def save(
         self, state: TrainState, data: dict[str, Any], config: dict[str, Any], step: int
     ) -> None:
@@ -143,11 +147,11 @@ def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def open_run(directory: Path) -> tuple[Checkpointer, int]:
-    """The checkpoints of a finished or running run, to read, and its newest step.
+def open_run(directory: Path, step: int | None = None) -> tuple[Checkpointer, int]:
+    """The checkpoints of a finished or running run, to read, and the step asked for or the newest.
 
     Raises:
-        ValueError: where there are none.
+        ValueError: where there is no such checkpoint.
     """
     if not (directory / "checkpoints").is_dir():
         raise ValueError(
@@ -155,10 +159,12 @@ def open_run(directory: Path) -> tuple[Checkpointer, int]:
             "(it has a folder 'checkpoints')."
         )
     checkpointer = Checkpointer(directory, CheckpointConfig())
-    step = checkpointer.latest()
-    if step is None:
+    steps = checkpointer.steps()
+    if not steps:
         raise ValueError(
             f"{str(directory)!r} has no finished checkpoint yet: wait for the first save "
             "(checkpoint.every steps), or give another run."
         )
-    return checkpointer, step
+    if step is not None and step not in steps:
+        raise ValueError(f"{str(directory)!r} has no checkpoint of step {step}: there are {steps}.")
+    return checkpointer, steps[-1] if step is None else step

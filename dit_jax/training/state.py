@@ -33,22 +33,26 @@ InitParams = Callable[[jax.Array], Params]
 """``init(key) -> params`` whose leaves still carry their logical axes."""
 
 
+def abstract_params(init: InitParams, mesh: Mesh) -> tuple[Params, Params]:
+    """Shapes of the parameters and the sharding of each, without making any."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return nn.unbox(boxed), parameter_shardings(mesh, boxed)
+
+
 def abstract_state(
     init: InitParams, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[Any, Any]:
+) -> tuple[TrainState, TrainState]:
     """Shapes of a run's state and the shardings of each of its arrays, without making any.
 
     Optimizer moments and averaged parameters are laid out like the parameters they belong to.
     """
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    params = nn.unbox(boxed)
-    of_params = parameter_shardings(mesh, boxed)
+    params, of_params = abstract_params(init, mesh)
     opt_state = jax.eval_shape(optimizer.init, params)
     whole = NamedSharding(mesh, PartitionSpec())
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(scalar, scalar, params, params, opt_state)
     of_opt = like_parameters(mesh, opt_state, of_params)
-    return shapes, TrainState(whole, whole, of_params, of_params, of_opt)
+    return shapes, TrainState(whole, whole, of_params, of_params, of_opt)  # type: ignore[arg-type]
 
 
 def init_state(

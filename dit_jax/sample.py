@@ -1,0 +1,158 @@
+"""``python -m dit_jax.sample --checkpoint RUN --prompt "..."``: clips from a trained model.
+
+Everything is checked before the weights are read: the output can be written, the run has a
+checkpoint, and the model can make clips of the size that was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from dit_jax import tasks
+from dit_jax.config import Config, from_dict
+from dit_jax.parallel import MeshConfig, initialize, make_mesh
+from dit_jax.sampling import (
+    Generator,
+    Request,
+    check_output,
+    check_request,
+    grid,
+    make_clips,
+    read_prompts,
+    upscale,
+    write_video,
+)
+from dit_jax.training import abstract_params, open_run
+
+PROG = "python -m dit_jax.sample"
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleArguments:
+    """Makes clips from the averaged weights of a training run."""
+
+    checkpoint: str
+    """Directory of the run."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar='"TEXT" ["TEXT" ...]')] = ()
+    """What to make; several prompts make several clips."""
+    prompts_file: str | None = None
+    """A text file with a prompt on every line."""
+    output: str = "samples.mp4"
+    """A file ending in .mp4, .gif or .png (several clips share it, as a grid), or a directory that
+    gets a file for each clip."""
+    format: Literal["mp4", "gif", "png"] = "mp4"
+    """Of the files in a directory."""
+    num: int = 1
+    """Clips for each prompt."""
+    seed: int = 0
+    """Clip number i (from 0) is made from noise of seed + i; the same seed gives the same file."""
+    frames: int | None = None
+    """Length; 1 is a still image. Unset, as are the next three: what the run's config says."""
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    steps: int | None = None
+    """Solver steps. Unset, as are the next three: what the run's config says."""
+    cfg_scale: float | None = None
+    """Guidance: how strongly the prompt is followed; 1 is none."""
+    solver: Literal["euler", "heun"] | None = None
+    batch: int | None = None
+    """Clips made at once."""
+    step: int | None = None
+    """Of the checkpoint; the newest if unset."""
+    scale: int = 1
+    """Enlarges every pixel so many times in the file."""
+    mesh: MeshConfig = MeshConfig()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Samples what the command line says; returns the exit status."""
+    given = tyro.cli(SampleArguments, args=arguments, prog=PROG)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        initialize()
+        sample(given)
+    except ValueError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _override(config: Config, given: SampleArguments) -> Config:
+    """The run's config with what the command line says otherwise."""
+    names = ("steps", "cfg_scale", "solver", "batch", "frames", "height", "width", "fps")
+    said = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **said))
+
+
+def _prompts(given: SampleArguments) -> list[str]:
+    prompts = list(given.prompt)
+    if given.prompts_file is not None:
+        prompts += read_prompts(given.prompts_file)
+    if not prompts:
+        raise ValueError('nothing to make: give --prompt "..." or --prompts-file FILE.')
+    if given.num < 1 or given.scale < 1:
+        raise ValueError(f"--num {given.num} and --scale {given.scale} are at least 1.")
+    return [prompt for prompt in prompts for _ in range(given.num)]
+
+
+def sample(given: SampleArguments) -> None:
+    """Makes the clips and writes them."""
+    directory = Path(given.output)
+    single = bool(directory.suffix)
+    if single:
+        check_output(given.output)
+    else:
+        check_output(directory / f"0.{given.format}")
+    prompts = _prompts(given)
+    checkpointer, step = open_run(Path(given.checkpoint), given.step)
+    config = _override(from_dict(Config, checkpointer.config(step)), given)
+    made = config.sampling
+    requests = [
+        Request(prompt, made.frames, made.height, made.width, made.fps, given.seed + i)
+        for i, prompt in enumerate(prompts)
+    ]
+    check_request(requests[0], config.model.patch)
+
+    mesh = make_mesh(given.mesh)
+    model = tasks.make_model(config.model, mesh)
+    shapes, shardings = abstract_params(lambda key: tasks.init_params(model, key), mesh)
+    params = checkpointer.restore_ema(step, shapes, shardings)
+    checkpointer.close()
+    generator = Generator(model, config.diffusion, made)
+    clips = make_clips(generator, params, requests, config.model, mesh, progress=True)
+    if jax.process_index() == 0:
+        _write(given, directory, single, prompts, clips, made.fps)
+
+
+def _write(
+    given: SampleArguments,
+    directory: Path,
+    single: bool,
+    prompts: list[str],
+    clips: list[np.ndarray],
+    fps: float,
+) -> None:
+    large = [upscale(clip, given.scale) for clip in clips]
+    if single:
+        write_video(directory, large[0] if len(large) == 1 else grid(large), fps)
+        print(f"{len(large)} clip(s): {directory}")
+        return
+    for i, (prompt, clip) in enumerate(zip(prompts, large, strict=True)):
+        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+        write_video(directory / f"{i:04d}-{slug}.{given.format}", clip, fps)
+    print(f"{len(large)} clip(s) in {directory}/")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
