@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +212,51 @@ def from_dict(kind: Any, values: Any) -> Any:
                 named[values["type"]], {k: v for k, v in values.items() if k != "type"}
             )
         return from_dict(next(o for o in options if o is not types.NoneType), values)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if unknown := sorted(set(values) - set(hints)):
             raise ValueError(
                 f"the stored config has {unknown[0]!r}, which {kind.__name__} does not: the run was "
                 "made by another version of dit_jax; use that version to read it."
             )
-        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})  # type: ignore[operator]
+        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
     if origin is tuple:
         args = typing.get_args(kind)
         inner = [args[0]] * len(values) if args[-1] is Ellipsis else args
         return tuple(from_dict(k, v) for k, v in zip(inner, values, strict=True))
     return values
+
+
+def stored_config(values: Any, where: str | Path) -> Config:
+    """The config that was stored in the file ``where`` as these values."""
+    try:
+        return from_dict(Config, values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(where)!r} holds no config that this version of dit_jax can use "
+            f"({type(error).__name__}: {error}): restore the file, or use the version that wrote it."
+        ) from error
+
+
+def read_config(path: Path) -> Config:
+    """The config that was stored in a file."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as JSON ({error}): restore it (every checkpoint has a copy, "
+            "in checkpoints/STEP/config/metadata)."
+        ) from error
+    return stored_config(values, path)
+
+
+def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields, by their dotted names, in which two configs are not the same, and both values."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        for key in sorted(now | before):
+            inner = f"{name}.{key}" if name else key
+            yield from differences(now.get(key), before.get(key), inner)
+    elif dataclasses.is_dataclass(now):
+        yield from differences(to_dict(now), to_dict(before), name)
+    elif now != before:
+        yield name, now, before

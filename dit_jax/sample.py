@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from dit_jax import tasks
-from dit_jax.config import Config, from_dict
-from dit_jax.parallel import MeshConfig, initialize, make_mesh
+from dit_jax.config import Config, stored_config
+from dit_jax.parallel import MeshConfig, initialize, make_mesh, restart_with_huge_pages
 from dit_jax.sampling import (
     Generator,
     Request,
@@ -33,6 +34,7 @@ from dit_jax.sampling import (
     write_video,
 )
 from dit_jax.training import abstract_params, open_run
+from dit_jax.types import Params
 
 PROG = "python -m dit_jax.sample"
 
@@ -109,14 +111,15 @@ def _prompts(given: SampleArguments) -> list[str]:
 def sample(given: SampleArguments) -> None:
     """Makes the clips and writes them."""
     directory = Path(given.output)
-    single = bool(directory.suffix)
+    single = bool(directory.suffix) and not directory.is_dir()
     if single:
         check_output(given.output)
     else:
         check_output(directory / f"0.{given.format}")
     prompts = _prompts(given)
     checkpointer, step = open_run(Path(given.checkpoint), given.step)
-    config = _override(from_dict(Config, checkpointer.config(step)), given)
+    config = stored_config(checkpointer.config(step), checkpointer.path(step) / "config")
+    config = _override(config, given)
     made = config.sampling
     requests = [
         Request(prompt, made.frames, made.height, made.width, made.fps, given.seed + i)
@@ -128,11 +131,20 @@ def sample(given: SampleArguments) -> None:
     model = tasks.make_model(config.model, mesh)
     shapes, shardings = abstract_params(lambda key: tasks.init_params(model, key), mesh)
     params = checkpointer.restore_ema(step, shapes, shardings)
+    if not jax.jit(_finite)(params):
+        raise ValueError(
+            f"{str(checkpointer.path(step))!r} has parameters that are NaN or infinite, from which "
+            f"nothing can be made: choose an earlier --step, of {checkpointer.steps()}."
+        )
     checkpointer.close()
     generator = Generator(model, config.diffusion, made)
     clips = make_clips(generator, params, requests, config.model, mesh, progress=True)
     if jax.process_index() == 0:
         _write(given, directory, single, prompts, clips, made.fps)
+
+
+def _finite(params: Params) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 def _write(
@@ -155,4 +167,5 @@ def _write(
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     raise SystemExit(main())

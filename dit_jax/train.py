@@ -3,6 +3,10 @@
 config -> processes -> mesh -> task -> state -> data -> loop. A run is a directory: if it holds a
 checkpoint, the run goes on from there and ends up, bit for bit, where it would have without the
 interruption.
+
+Exit status: 0, the run is complete; 2, something given is wrong, and the message says what; 143 or
+130 (128 + the signal, as shells count), SIGTERM or SIGINT stopped it after it saved its step, so that
+whoever restarts what did not end in 0 resumes it.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -20,8 +25,14 @@ import jax
 import numpy as np
 
 from dit_jax import tasks
-from dit_jax.config import Config, from_dict, parse_config, to_dict
-from dit_jax.parallel import global_batch, initialize, local_rows, make_mesh
+from dit_jax.config import Config, differences, parse_config, read_config, to_dict
+from dit_jax.parallel import (
+    global_batch,
+    initialize,
+    local_rows,
+    make_mesh,
+    restart_with_huge_pages,
+)
 from dit_jax.training import (
     Checkpointer,
     Progress,
@@ -31,6 +42,10 @@ from dit_jax.training import (
     make_optimizer,
     make_step,
 )
+
+MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
+"""Fields of ``model`` and ``data`` that a resumed run may change: where the data lies, and how the
+same numbers are computed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         initialize()
         directory = prepare_directory(config)
-        train(config, directory)
+        stopped = train(config, directory)
     except ValueError as error:
         print(f"python -m dit_jax.train: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 128 + signal.Signals[stopped] if stopped else 0
 
 
 def prepare_directory(config: Config) -> Path:
@@ -68,8 +83,8 @@ def prepare_directory(config: Config) -> Path:
             "with --output."
         ) from error
     stored = directory / "config.json"
-    if stored.exists():
-        check_same_run(config, from_dict(Config, json.loads(stored.read_text())), directory)
+    if stored.exists() and any(p.name.isdigit() for p in directory.glob("checkpoints/*")):
+        check_same_run(config, read_config(stored), directory)
     if jax.process_index() == 0:
         fresh = stored.with_suffix(".tmp")
         fresh.write_text(json.dumps(to_dict(config), indent=2))
@@ -79,22 +94,17 @@ def prepare_directory(config: Config) -> Path:
 
 def check_same_run(config: Config, stored: Config, directory: Path) -> None:
     """Raises ``ValueError`` where a run cannot be resumed under this config."""
-    if not (directory / "checkpoints").is_dir():
-        return
-    for name, now, before in (
-        ("model", config.model, stored.model),
-        ("data.packing.rows", config.data.packing.rows, stored.data.packing.rows),
-        ("seed", config.seed, stored.seed),
-    ):
-        if to_dict(now) != to_dict(before):
+    for name, now, before in differences(config, stored):
+        fixed = name.split(".")[0] in ("model", "data", "seed")
+        if fixed and name.split(".")[-1] not in MAY_CHANGE:
             raise ValueError(
-                f"{str(directory)!r} holds a run whose {name} is another ({before!r}, and not "
-                f"{now!r}): give a new --output, or the config that the run was made with."
+                f"{str(directory)!r} holds a run with {name} = {before!r}, and not {now!r}: give a new "
+                "--output, or the config that the run was made with."
             )
 
 
-def train(config: Config, directory: Path) -> None:
-    """The training loop."""
+def train(config: Config, directory: Path) -> str | None:
+    """The training loop; returns the name of the signal that stopped it, if one did."""
     mesh = make_mesh(config.mesh)
     rows = local_rows(mesh, config.data.packing.rows)
     task = tasks.build(config, mesh)
@@ -129,7 +139,7 @@ def train(config: Config, directory: Path) -> None:
         progress.advance(task.work(local))
         if done % config.log.every == 0 or done in (start + 1, config.steps):
             progress.report(done, metrics)
-        stopping = stop.asked(done)
+        stopping = stop.asked(done) and done < config.steps
         clock = time.perf_counter()
         if done == config.steps or stopping or done % config.checkpoint.every == 0:
             checkpointer.save(state, data_state, to_dict(config), done)
@@ -154,7 +164,9 @@ def train(config: Config, directory: Path) -> None:
     loader.close()
     progress.close()
     checkpointer.close()
+    return stop.name if int(state.step) < config.steps else None
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     raise SystemExit(main())

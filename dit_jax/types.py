@@ -112,6 +112,9 @@ class Attention(Protocol):
 Constrain = Callable[..., jax.Array]
 """``constrain(x, *logical_axes) -> x``: lays ``x`` out over the mesh; the identity off-mesh."""
 
+DotGeneral = Callable[..., jax.Array]
+"""What linear layers multiply with; the signature is ``jax.lax.dot_general``'s."""
+
 Denoiser = Callable[[Float[Array, "b l p"], Float[Array, ""]], Float[Array, "b l p"]]
 """``velocity(x, sigma)``: dx/dt of every token when the schedule stands at ``sigma``."""
 

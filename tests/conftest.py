@@ -1,9 +1,65 @@
-"""Eight emulated CPU devices for every test, set before JAX makes its backend."""
+"""Eight emulated CPU devices for every test, set before JAX makes its backend; shapes checked."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
+from jaxtyping import install_import_hook
+
+from tests.runs import Run, Verbs, end, free_port
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# From here on the annotated shapes and dtypes of these rooms are checked at every call (once per
+# trace where a function is compiled); an int may stand for a float, as for type checkers.
+install_import_hook(
+    ["dit_jax.models", "dit_jax.diffusion"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+
+@pytest.fixture(scope="session")
+def verbs(tmp_path_factory: pytest.TempPathFactory) -> Verbs:
+    """Starts processes, which share what they compile."""
+    return Verbs(tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="session")
+def begun(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Run]]:
+    """Two runs side by side, for there are two cores: of one process, not interrupted; and of two
+    processes, of which the second gets SIGTERM at its eleventh step."""
+    alone, shared = (tmp_path_factory.mktemp(name) / "run" for name in ("alone", "shared"))
+    port = free_port()
+    runs = (
+        Run(alone, [verbs.train(alone)]),
+        Run(
+            shared,
+            [
+                verbs.train(shared, place=(0, 2, port)),
+                verbs.train(shared, place=(1, 2, port), stop=("SIGTERM", 11, 0)),
+            ],
+        ),
+    )
+    yield runs
+    for run in runs:
+        for one in run.started:
+            one.process.kill()
+
+
+@pytest.fixture(scope="session")
+def whole(begun: tuple[Run, Run]) -> Run:
+    """The run of the tiny config that nothing interrupted."""
+    run = begun[0]
+    run.ended = end(*run.started)
+    return run
+
+
+@pytest.fixture(scope="session")
+def pair(begun: tuple[Run, Run]) -> Run:
+    """The run of two processes, up to its SIGTERM."""
+    run = begun[1]
+    run.ended = end(*run.started)
+    return run

@@ -85,7 +85,7 @@ def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None
 
 def _element(
     tokenize: Tokenize, config: PackingConfig, index: int, sample: Sample
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     tokenized = tokenize(sample)
     count = len(tokenized["tokens"])
     caption = sample["caption"]
@@ -127,7 +127,7 @@ def lane(
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> PackedBatch:
-    stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return PackedBatch(
         tokens=stacked["tokens"],
         positions=stacked["positions"],
@@ -147,13 +147,16 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
 
     Used where the caller decides who shares a row: sampling and tests.
     """
-    shape = (len(rows), config.row_tokens)
+    b, l, s, n = len(rows), config.row_tokens, config.row_text, config.row_segments
     patch = rows[0][0]["tokens"].shape[-1]
-    text, segments = np.zeros((len(rows), config.row_text), np.int32), config.row_segments
-    fields = {name: np.zeros(shape, np.int32) for name in ("segment", "frame", "token")}
-    tokens, places = np.zeros((*shape, patch), np.float32), np.zeros((*shape, 3), np.float32)
-    text_ids, ids = np.zeros_like(text), np.zeros((len(rows), segments), np.uint32)
-    counts, frames = np.zeros_like(ids, np.int32), np.zeros_like(ids, np.int32)
+    batch: dict[str, Any] = {
+        "tokens": np.zeros((b, l, patch), np.float32),
+        "positions": np.zeros((b, l, 3), np.float32),
+        **{name: np.zeros((b, l), np.int32) for name in ("segment_ids", "frame_ids", "token_ids")},
+        **{name: np.zeros((b, s), np.int32) for name in ("text", "text_segment_ids")},
+        "sample_ids": np.zeros((b, n), np.uint32),
+        **{name: np.zeros((b, n), np.int32) for name in ("num_tokens", "num_frames")},
+    }
     number = 0
     for r, row in enumerate(rows):
         start = text_start = 0
@@ -161,25 +164,15 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
             count, letters = len(sample["tokens"]), len(sample["text"])
             check_fits(config, start + count, text_start + letters, f"row {r}")
             span, letter_span = slice(start, start + count), slice(text_start, text_start + letters)
-            tokens[r, span], places[r, span] = sample["tokens"], sample["positions"]
-            fields["segment"][r, span] = j + 1
-            fields["frame"][r, span] = sample["frame_ids"]
-            fields["token"][r, span] = np.arange(count)
-            text[r, letter_span], text_ids[r, letter_span] = sample["text"], j + 1
-            ids[r, j], counts[r, j], frames[r, j] = number, count, sample["frame_ids"][-1] + 1
+            for name in ("tokens", "positions", "frame_ids"):
+                batch[name][r, span] = sample[name]
+            batch["segment_ids"][r, span], batch["token_ids"][r, span] = j + 1, np.arange(count)
+            batch["text"][r, letter_span] = sample["text"]
+            batch["text_segment_ids"][r, letter_span] = j + 1
+            batch["sample_ids"][r, j], batch["num_tokens"][r, j] = number, count
+            batch["num_frames"][r, j] = sample["frame_ids"][-1] + 1
             start, text_start, number = start + count, text_start + letters, number + 1
-    return PackedBatch(
-        tokens=tokens,
-        positions=places,
-        segment_ids=fields["segment"],
-        frame_ids=fields["frame"],
-        token_ids=fields["token"],
-        text=text,
-        text_segment_ids=text_ids,
-        sample_ids=ids,
-        num_tokens=counts,
-        num_frames=frames,
-    )
+    return PackedBatch(**batch)
 
 
 class Loader(Iterator[PackedBatch]):

@@ -20,6 +20,9 @@ from typing import Any, Literal
 import av
 import numpy as np
 import tensorflow_datasets as tfds
+from av.error import FFmpegError
+
+from dit_jax.types import Sample
 
 VERSION = "1.0.0"
 
@@ -136,20 +139,20 @@ class RecordsSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"index {i} is out of range for {len(self)} records")
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} records")
         try:
-            record = self._records[i]
+            record = self._records[index]
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"record {i} of {self.config.path!r} has features that cannot be decoded without "
+                f"record {index} of {self.config.path!r} has features that cannot be decoded without "
                 f"TensorFlow ({error}): store them again, see dit_jax.data.records.write_records"
             ) from error
         key = self.config.video_key
         video = _decode_image(record[key]) if key in self._encoded else record[key]
         fps = float(record[self.config.fps_key]) if self._has_fps else self.config.fps
-        where = f"feature {key!r} of record {i} of {self.config.path!r}"
+        where = f"feature {key!r} of record {index} of {self.config.path!r}"
         return {"video": _as_video(video, where), "caption": self._caption(record), "fps": fps}
 
     def _caption(self, record: Mapping[str, Any]) -> str:
@@ -237,11 +240,11 @@ def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
 def _decode_image(data: bytes) -> np.ndarray:
     """Encoded png or jpeg to uint8 [h, w, 3]; ValueError where it is none."""
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), "r") as container:
             # One small picture: starting threads costs more than decoding it.
             container.streams.video[0].thread_type = "NONE"
             return next(container.decode(video=0)).to_ndarray(format="rgb24")
-    except (av.FFmpegError, IndexError, StopIteration) as error:
+    except (FFmpegError, IndexError, StopIteration) as error:
         raise ValueError(
             f"an image of {len(data)} bytes could not be decoded ({error}): the record is damaged"
         ) from error
@@ -279,7 +282,8 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         encoding: str,
         data_dir: str,
     ) -> None:
-        self.name = name
+        # TFDS has a name for each class and this writer one for each builder.
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
         self._splits, self._labels, self._about = splits, tuple(labels), description
         self._video_encoding = encoding
         super().__init__(data_dir=data_dir, file_format="array_record")

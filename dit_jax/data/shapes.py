@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from dit_jax.types import Sample
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 COLORS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
@@ -334,6 +336,6 @@ class MovingShapes:
         frames = config.frames[rng.integers(len(config.frames))]
         return _place(rng, triple, size, frames, config.sizes[rng.integers(len(config.sizes))])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        scene = self.scene(i)
+    def __getitem__(self, index: int) -> Sample:
+        scene = self.scene(index)
         return {"video": render(scene), "caption": caption(scene), "fps": self.config.fps}

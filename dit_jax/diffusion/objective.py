@@ -20,6 +20,8 @@ from dit_jax.types import PAD, Noised, PackedBatch
 
 GROUPS_PER_SEGMENT = 2
 """Of a segment's tokens, the free ones share a noise level, and the given ones another."""
+SMALLEST_T = 1e-4
+"""Solvers divide by a token's noise level where it is at least this; below, it does not move."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class DiffusionConfig:
     caption_dropout: float = 0.1
     """Probability that a segment is trained without its caption, for guidance."""
     min_t: float = 0.05
-    """Floor of t where x0 is turned into a velocity (division by t)."""
+    """Floor of t in the loss of predicted x0, whose error is divided by t: a higher one tells a young
+    model to mind the whole picture before the last of the noise."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
@@ -84,7 +87,7 @@ def noise_batch(config: DiffusionConfig, key: jax.Array, batch: PackedBatch) -> 
     held = held_frames(batch.frame_ids, per_segment(patterns, batch.segment_ids))
     slots = jnp.maximum(batch.segment_ids - 1, 0)
     group_t = jnp.stack([t, jnp.minimum(t, given)], -1).reshape(t.shape[0], -1)
-    group_ids = GROUPS_PER_SEGMENT * slots + held
+    group_ids = GROUPS_PER_SEGMENT * slots + held.astype(slots.dtype)
     tau = jnp.take_along_axis(group_t, group_ids, 1)
     eps = token_noise(noise_keys, batch.segment_ids, batch.token_ids, batch.tokens.shape[-1])
     return Noised(
@@ -114,11 +117,12 @@ def predicted_velocity(
     output: Float[Array, "b l p"],
     xt: Float[Array, "b l p"],
     tau: Float[Array, "b l"],
+    min_t: float = SMALLEST_T,
 ) -> Float[Array, "b l p"]:
-    """The network's output as a velocity."""
+    """The network's output as a velocity; ``min_t`` bounds the division by tau."""
     if config.prediction == "velocity":
         return output
-    return velocity_from_x0(xt, output, tau, config.min_t)
+    return velocity_from_x0(xt, output, tau, min_t)
 
 
 def velocity_loss(
@@ -137,7 +141,7 @@ def velocity_loss(
         target = noised.eps - x0
     else:
         target = velocity_from_x0(noised.tokens, x0, noised.tau, config.min_t)
-    predicted = predicted_velocity(config, output, noised.tokens, noised.tau)
+    predicted = predicted_velocity(config, output, noised.tokens, noised.tau, config.min_t)
     error = jnp.square(predicted - target).mean(-1)
     weight = (batch.segment_ids != PAD) & (noised.tau > 0)
     return jnp.where(weight, error, 0.0), weight.astype(jnp.float32)

@@ -11,12 +11,14 @@ Times are drawn uniformly or logit-normally and shifted towards noise by the res
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
 def interpolate(
@@ -60,13 +62,13 @@ class TimeConfig:
             )
 
 
-def shift_time(t: Float[Array, "*b"], r: Float[Array, "*b"] | float) -> Float[Array, "*b"]:
+def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Float[AnyArray, "*b"]:
     """t' = r t / (1 + (r - 1) t); keeps 0 and 1."""
     return r * t / (1 + (r - 1) * t)
 
 
 def resolution_shift(
-    config: TimeConfig, num_tokens: Int[Array | np.ndarray, "*b"]
+    config: TimeConfig, num_tokens: Int[Array | np.ndarray, "*b"] | np.integer
 ) -> Float[Array, "*b"]:
     """The shift r of segments of so many tokens (eq. 23: the square root of their ratio)."""
     count = jnp.asarray(num_tokens, jnp.float32)

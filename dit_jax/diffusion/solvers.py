@@ -95,6 +95,7 @@ def solve(
     sigmas: Float[Array | np.ndarray, "k"],
 ) -> Float[Array, "b l p"]:
     """Runs a solver over a whole schedule."""
+    sigmas = jnp.asarray(sigmas)
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
         x = step(denoiser, x, ceilings, sigma, sigma_next)
     return x

@@ -100,7 +100,7 @@ def _right(video: np.ndarray, scene: Scene) -> tuple[bool, bool, bool, bool]:
     verdict = judge(video)
     # Noise has an area and rests, too: without a colour or a shape there is no object to judge.
     if verdict.color is None and verdict.shape is None:
-        return (False,) * 4
+        return False, False, False, False
     direction = scene.direction or ("still" if len(video) > 1 else None)
     return (
         verdict.color == scene.color,
@@ -216,7 +216,8 @@ def _second_blob(mask: np.ndarray) -> np.ndarray:
     """Mass of the second largest connected blob over that of the largest, [n]."""
     ratios = np.zeros(len(mask))
     for k, frame in enumerate(mask):
-        labels, count = ndimage.label(frame > 0.5)
+        # SciPy has no stubs, and the checker sees the result of a call with `output` here.
+        labels, count = ndimage.label(frame > 0.5)  # pyright: ignore[reportGeneralTypeIssues]
         if count > 1:
             masses = np.sort(ndimage.sum(frame, labels, np.arange(1, count + 1)))
             ratios[k] = masses[-2] / masses[-1]

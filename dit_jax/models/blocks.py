@@ -15,6 +15,7 @@ Axis letters in ``types``; parameter and activation axes carry logical names onl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models.positions import rotate
-from dit_jax.types import Attention, Constrain
+from dit_jax.types import Attention, Constrain, DotGeneral
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -39,30 +40,63 @@ def dense(
     dtype: Dtype,
     name: str,
     init: Initializer = XAVIER,
-    use_bias: bool = True,
+    dot_general: DotGeneral = jax.lax.dot_general,
 ) -> nn.Dense:
     """A linear layer whose kernel ``[in, out]`` carries logical axes."""
     return nn.Dense(
         features,
-        use_bias=use_bias,
         dtype=dtype,
+        dot_general=dot_general,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(ZERO, axes[1:]),
         name=name,
     )
 
 
+@jax.custom_vjp
 def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Layer norm without parameters, in float32; the result is float32."""
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    centred = x - mean
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPS)
+    """Layer norm without parameters, in float32; the result is float32.
+
+    The backward pass is written out (here and in ``gelu``) so that it keeps the input alone.
+    """
+    return _layer_norm_forward(x)[0]
 
 
+def _layer_norm_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    centred = wide - mean
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPS)
+    return centred * inverse, (x, mean, inverse)
+
+
+def _layer_norm_backward(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array]:
+    x, mean, inverse = kept
+    y = (x.astype(jnp.float32) - mean) * inverse
+    along = y * (g * y).mean(-1, keepdims=True)
+    return ((inverse * (g - g.mean(-1, keepdims=True) - along)).astype(x.dtype),)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+GELU_SCALE = (2 / jnp.pi) ** 0.5
+GELU_CUBIC = 0.044715
+
+
+@jax.custom_vjp
 def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Gaussian error linear unit, tanh approximation (Hendrycks & Gimpel 2016, section 2)."""
-    return nn.gelu(x, approximate=True)
+    return 0.5 * x * (1 + jnp.tanh(GELU_SCALE * x * (1 + GELU_CUBIC * x * x)))
+
+
+def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    square = x * x
+    tanh = jnp.tanh(GELU_SCALE * x * (1 + GELU_CUBIC * square))
+    slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * square)
+    return (g * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * slope),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class RMSNorm(nn.Module):
@@ -73,18 +107,22 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,))
-        scale = self.param("scale", init, (x.shape[-1],))
-        squares = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
-        return (x * jax.lax.rsqrt(squares + NORM_EPS) * scale).astype(x.dtype)
+        # Flax types the boxed initial value; `param` returns it unboxed.
+        scale: Any = self.param("scale", init, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        squares = jnp.square(y).mean(-1, keepdims=True)
+        return (y * jax.lax.rsqrt(squares + NORM_EPS) * scale).astype(x.dtype)
 
 
 def gather_groups(
     per_group: Float[Array, "b k d"], group_ids: Int[Array, "b l"]
-) -> Float[Array, "b l d"]:
-    """What each token's conditioning group has, token by token."""
+) -> Float[Array, "b #l d"]:
+    """What each token's conditioning group has, token by token (one for all if it is the only)."""
     if per_group.shape[1] == 1:
         return per_group
-    return jnp.take_along_axis(per_group, group_ids[:, :, None], axis=1)
+    # A product with a one-hot matrix: exact, and its gradient is a product too, not a scatter.
+    chosen = jax.nn.one_hot(group_ids, per_group.shape[1], dtype=per_group.dtype)
+    return jnp.einsum("blk,bkd->bld", chosen, per_group, precision="highest")
 
 
 class Modulation(nn.Module):
@@ -110,6 +148,7 @@ class SelfAttention(nn.Module):
     dtype: Dtype
     attention: Attention
     constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
     def __call__(
@@ -119,9 +158,10 @@ class SelfAttention(nn.Module):
         rotary: tuple[jax.Array, jax.Array] | None,
     ) -> Float[Array, "b l d"]:
         b, l, width = x.shape
+        linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
         # Queries, keys and values of one head lie side by side, so that splitting the heads over
         # devices splits the kernel in whole heads.
-        qkv = dense(3 * width, ("embed", "heads"), self.dtype, "qkv")(x)
+        qkv = linear(3 * width, ("embed", "heads"), name="qkv")(x)
         qkv = qkv.reshape(b, l, self.heads, 3, width // self.heads)
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
@@ -130,7 +170,7 @@ class SelfAttention(nn.Module):
         q, k, v = (self.constrain(y, "batch", "tokens", "heads", None) for y in (q, k, v))
         out = self.attention(q, k, v, segment_ids, segment_ids)
         out = self.constrain(out, "batch", "tokens", "heads", None).reshape(b, l, width)
-        return dense(width, ("heads", "embed"), self.dtype, "out")(out)
+        return linear(width, ("heads", "embed"), name="out")(out)
 
 
 class CrossAttention(nn.Module):
@@ -140,6 +180,7 @@ class CrossAttention(nn.Module):
     dtype: Dtype
     attention: Attention
     constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
     def __call__(
@@ -151,15 +192,16 @@ class CrossAttention(nn.Module):
     ) -> Float[Array, "b l d"]:
         b, l, width = x.shape
         d = width // self.heads
-        q = dense(width, ("embed", "heads"), self.dtype, "q")(x).reshape(b, l, self.heads, d)
-        kv = dense(2 * width, ("embed", "heads"), self.dtype, "kv")(text)
+        linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
+        q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, d)
+        kv = linear(2 * width, ("embed", "heads"), name="kv")(text)
         kv = kv.reshape(b, text.shape[1], self.heads, 2, d)
         q, k, v = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(kv[..., 0, :]), kv[..., 1, :]
         q = self.constrain(q, "batch", "tokens", "heads", None)
         k, v = (self.constrain(y, "batch", "text_tokens", "heads", None) for y in (k, v))
         out = self.attention(q, k, v, segment_ids, text_segment_ids)
         out = self.constrain(out, "batch", "tokens", "heads", None).reshape(b, l, width)
-        return dense(width, ("heads", "embed"), self.dtype, "out", ZERO)(out)
+        return linear(width, ("heads", "embed"), name="out", init=ZERO)(out)
 
 
 class MLP(nn.Module):
@@ -168,12 +210,14 @@ class MLP(nn.Module):
     hidden: int
     dtype: Dtype
     constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        hidden = dense(self.hidden, ("embed", "mlp"), self.dtype, "up")(x)
+        linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
+        hidden = linear(self.hidden, ("embed", "mlp"), name="up")(x)
         hidden = self.constrain(gelu(hidden), "batch", "tokens", "mlp")
-        return dense(x.shape[-1], ("mlp", "embed"), self.dtype, "down")(hidden)
+        return linear(x.shape[-1], ("mlp", "embed"), name="down")(hidden)
 
 
 class DiTBlock(nn.Module):
@@ -184,6 +228,7 @@ class DiTBlock(nn.Module):
     dtype: Dtype
     attention: Attention
     constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
     cross_attention: bool = True
 
     @nn.compact
@@ -198,7 +243,11 @@ class DiTBlock(nn.Module):
         text_segment_ids: Int[Array, "b s"] | None,
     ) -> tuple[Float[Array, "b l d"], None]:
         width = x.shape[-1]
-        layers = {"dtype": self.dtype, "constrain": self.constrain}
+        layers = {
+            "dtype": self.dtype,
+            "constrain": self.constrain,
+            "dot_general": self.dot_general,
+        }
         attend = {"heads": self.heads, "attention": self.attention, **layers}
         groups = Modulation(width, branches=2, name="modulation")(condition)
         per_token = gather_groups(groups, group_ids)
@@ -206,8 +255,9 @@ class DiTBlock(nn.Module):
 
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
         branch = SelfAttention(name="self_attention", **attend)(h, segment_ids, rotary)
-        x = x + (gate1 * branch).astype(x.dtype)
+        x = x + (gate1 * branch.astype(jnp.float32)).astype(x.dtype)
         if self.cross_attention:
+            assert text is not None and text_segment_ids is not None
             h = layer_norm(x).astype(self.dtype)
             branch = CrossAttention(name="cross_attention", **attend)(
                 h, text, segment_ids, text_segment_ids
@@ -215,5 +265,5 @@ class DiTBlock(nn.Module):
             x = x + branch.astype(x.dtype)
         h = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
         branch = MLP(self.mlp_dim, name="mlp", **layers)(h)
-        x = x + (gate2 * branch).astype(x.dtype)
+        x = x + (gate2 * branch.astype(jnp.float32)).astype(x.dtype)
         return self.constrain(x, "batch", "tokens", "width"), None

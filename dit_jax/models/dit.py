@@ -12,6 +12,7 @@ labels and learned sigma are not here.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
@@ -28,8 +29,8 @@ from dit_jax.models.blocks import (
     gather_groups,
     layer_norm,
 )
-from dit_jax.models.positions import axis_dims, rotary_angles
-from dit_jax.types import Attention, Constrain
+from dit_jax.models.positions import axis_dims, rotary_angles, sincos_features
+from dit_jax.types import Attention, Constrain, DotGeneral
 
 REMAT_POLICIES = {
     "full": None,
@@ -52,6 +53,13 @@ class DiTConfig:
     """Hidden width of the MLP; four times the width if not given."""
     rope_theta: float = 1e4
     """Ratio of rotary wavelengths (see ``models.positions``)."""
+    absolute_positions: bool = False
+    """Also add sines and cosines of the coordinates to the patches. A small model learns where
+    things are much sooner; sizes never trained on are then a little harder."""
+    cross_attention: bool = True
+    """Attend to the text in every block; without it only ``pooled_text`` tells of the text."""
+    pooled_text: bool = False
+    """Also condition the modulation on the mean of the text states, and not by attention alone."""
     scan: bool | None = None
     """Compile one block and loop over the layers (quick to compile), or unroll them (quick to run
     on a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs."""
@@ -95,7 +103,8 @@ PRESETS = {
 def time_features(t: Float[Array, "b k"]) -> Float[Array, "b k f"]:
     """Sinusoids of noise levels in [0, 1], counted in thousandths as DDPM's steps are."""
     half = TIME_FREQUENCIES // 2
-    angles = 1000.0 * t[..., None] * jnp.exp(-jnp.log(1e4) * jnp.arange(half) / half)
+    rates = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 1000.0 * t[..., None] * rates
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
@@ -106,9 +115,23 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t: Float[Array, "b k"]) -> Float[Array, "b k d"]:
-        init = nn.initializers.normal(0.02)
-        hidden = dense(self.width, ("time", "embed"), jnp.float32, "up", init)(time_features(t))
-        return dense(self.width, ("embed", "embed_out"), jnp.float32, "out", init)(nn.silu(hidden))
+        hidden = dense(self.width, ("time", "embed"), jnp.float32, "up")(time_features(t))
+        return dense(self.width, ("embed", "embed_out"), jnp.float32, "out")(nn.silu(hidden))
+
+
+def pool_text(
+    text: Float[Array, "b s e"],
+    text_segment_ids: Int[Array, "b s"],
+    segment_ids: Int[Array, "b l"],
+    group_ids: Int[Array, "b l"],
+    groups: int,
+) -> Float[Array, "b k e"]:
+    """The mean text state, float32, of the segment that each of ``groups`` groups belongs to."""
+    member = group_ids[:, None, :] == jnp.arange(groups)[None, :, None]
+    segment = jnp.where(member, segment_ids[:, None, :], 0).max(-1)
+    mine = (segment[:, :, None] == text_segment_ids[:, None, :]).astype(jnp.float32)
+    weights = mine / jnp.maximum(mine.sum(-1, keepdims=True), 1.0)
+    return jnp.einsum("bks,bse->bke", weights, text.astype(jnp.float32), precision="highest")
 
 
 class DiT(nn.Module):
@@ -119,6 +142,7 @@ class DiT(nn.Module):
     attention: Attention
     constrain: Constrain
     dtype: Dtype = jnp.float32
+    dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
     def __call__(
@@ -128,18 +152,30 @@ class DiT(nn.Module):
         segment_ids: Int[Array, "b l"],
         group_ids: Int[Array, "b l"],
         group_t: Float[Array, "b k"],
-        text: Float[Array, "b s e"],
-        text_segment_ids: Int[Array, "b s"],
+        text: Float[Array, "b s e"] | None,
+        text_segment_ids: Int[Array, "b s"] | None,
     ) -> Float[Array, "b l p"]:
-        """Returns float32 patches; at padding they are finite and otherwise unspecified."""
+        """Returns float32 patches; at padding they are finite and otherwise unspecified.
+
+        Text may be None where the config uses none.
+        """
         config = self.config
-        x = dense(config.width, ("patch", "embed"), self.dtype, "patch_embedding")(
+        linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
+        x = linear(config.width, ("patch", "embed"), name="patch_embedding")(
             tokens.astype(self.dtype)
         )
+        if config.absolute_positions:
+            features = sincos_features(positions, config.width, config.rope_theta)
+            x = x + features.astype(self.dtype)
         x = self.constrain(x, "batch", "tokens", "width")
         condition = TimeEmbedding(config.width, name="time")(group_t)
         rotary = rotary_angles(positions, config.width // config.heads, config.rope_theta)
-        text = text.astype(self.dtype)
+        if text is not None:
+            text = text.astype(self.dtype)
+        if config.pooled_text:
+            assert text is not None and text_segment_ids is not None
+            pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, group_t.shape[1])
+            condition += dense(config.width, ("embed", "embed_out"), jnp.float32, "pooled")(pooled)
 
         block = DiTBlock
         if config.remat != "none":
@@ -149,17 +185,24 @@ class DiT(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
             length=config.depth,
             unroll=1 if scan else config.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = blocks(
-            config.heads, config.hidden, self.dtype, self.attention, self.constrain, name="blocks"
+            config.heads,
+            config.hidden,
+            self.dtype,
+            self.attention,
+            self.constrain,
+            self.dot_general,
+            config.cross_attention,
+            name="blocks",
         )(x, condition, group_ids, segment_ids, rotary, text, text_segment_ids)
 
         groups = Modulation(config.width, 1, gated=False, name="final_modulation")(condition)
         shift, scale = jnp.split(gather_groups(groups, group_ids), 2, axis=-1)
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
-        x = dense(self.patch_dim, ("embed", "patch"), self.dtype, "final", ZERO)(x)
+        x = linear(self.patch_dim, ("embed", "patch"), name="final", init=ZERO)(x)
         return x.astype(jnp.float32)

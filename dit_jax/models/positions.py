@@ -40,6 +40,21 @@ def frequencies(head_dim: int, theta: float) -> Float[np.ndarray, "3 f"]:
     return rows
 
 
+def sincos_features(
+    positions: Float[Array, "b l 3"], width: int, theta: float
+) -> Float[Array, "b l d"]:
+    """Sines and cosines of the coordinates, float32, a third of ``width`` for each of t, h and w.
+
+    The fixed embedding of Vaswani et al. 2017 (section 3.5), as DiT adds it to its patches; what
+    does not divide by six stays zero.
+    """
+    pairs = width // 6
+    rates = theta ** (-np.arange(pairs, dtype=np.float32) / pairs)
+    angles = (positions[..., None] * rates).reshape(*positions.shape[:2], 3 * pairs)
+    features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return jnp.pad(features, ((0, 0), (0, 0), (0, width - 6 * pairs)))
+
+
 def rotary_angles(
     positions: Float[Array, "b l 3"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models.blocks import MLP, Dtype, SelfAttention, dense, layer_norm
-from dit_jax.types import Attention, Constrain
+from dit_jax.types import Attention, Constrain, DotGeneral
 
 BEGIN = 1
 FIRST_BYTE = 2
@@ -66,6 +67,7 @@ class TextBlock(nn.Module):
     dtype: Dtype
     attention: Attention
     constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
     def __call__(
@@ -73,10 +75,17 @@ class TextBlock(nn.Module):
     ) -> Float[Array, "b s e"]:
         h = layer_norm(x).astype(self.dtype)
         x = x + SelfAttention(
-            self.config.heads, self.dtype, self.attention, self.constrain, name="self_attention"
+            self.config.heads,
+            self.dtype,
+            self.attention,
+            self.constrain,
+            self.dot_general,
+            name="self_attention",
         )(h, segment_ids, None)
         h = layer_norm(x).astype(self.dtype)
-        return x + MLP(4 * self.config.width, self.dtype, self.constrain, name="mlp")(h)
+        return x + MLP(
+            4 * self.config.width, self.dtype, self.constrain, self.dot_general, name="mlp"
+        )(h)
 
 
 class ByteEncoder(nn.Module):
@@ -86,6 +95,7 @@ class ByteEncoder(nn.Module):
     attention: Attention
     constrain: Constrain
     dtype: Dtype = jnp.float32
+    dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
     def __call__(
@@ -107,7 +117,12 @@ class ByteEncoder(nn.Module):
         x = (x + places).astype(self.dtype)
         for i in range(self.config.depth):
             block = TextBlock(
-                self.config, self.dtype, self.attention, self.constrain, name=f"block_{i}"
+                self.config,
+                self.dtype,
+                self.attention,
+                self.constrain,
+                self.dot_general,
+                name=f"block_{i}",
             )
             x = block(x, segment_ids)
         x = layer_norm(x).astype(self.dtype)

@@ -14,7 +14,7 @@ from dit_jax.models.blocks import Dtype
 from dit_jax.models.dit import DiT, DiTConfig
 from dit_jax.models.patch import PatchConfig
 from dit_jax.models.text import ByteEncoder, ByteEncoderConfig
-from dit_jax.types import Attention, Constrain
+from dit_jax.types import Attention, Constrain, DotGeneral
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,13 @@ class TextToVideo(nn.Module):
     config: ModelConfig
     attention: Attention
     constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
 
     def setup(self) -> None:
         dtype = self.config.compute_dtype()
-        self.text = ByteEncoder(self.config.text, self.attention, self.constrain, dtype)
-        self.dit = DiT(
-            self.config.dit, self.config.patch.dim, self.attention, self.constrain, dtype
-        )
+        given = (self.attention, self.constrain, dtype, self.dot_general)
+        self.text = ByteEncoder(self.config.text, *given)
+        self.dit = DiT(self.config.dit, self.config.patch.dim, *given)
 
     def encode_text(
         self, text: Int[Array, "b s"], text_segment_ids: Int[Array, "b s"]

@@ -57,7 +57,10 @@ class MeshConfig:
         return shape
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
     """The mesh over ``devices`` (all of them, on every process, if not given)."""
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))

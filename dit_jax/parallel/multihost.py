@@ -42,8 +42,20 @@ def initialize() -> None:
         raise ValueError(
             f"{PROCESS_ID}={index} is not in 0..{count - 1} ({NUM_PROCESSES}={count})."
         )
+    host, _, port = (given[COORDINATOR] or "").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(
+            f"{COORDINATOR}={given[COORDINATOR]!r} must be the host and port of process 0, such as "
+            "10.0.0.1:8476."
+        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(given[COORDINATOR], num_processes=count, process_id=index)
+    try:
+        jax.distributed.initialize(f"{host}:{port}", num_processes=count, process_id=index)
+    except RuntimeError as error:
+        raise ValueError(
+            f"process {index} of {count} could not join the others at {host}:{port} ({error}): start "
+            "them all, with the same address, and a port that is free on the host of process 0."
+        ) from error
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
@@ -79,7 +91,8 @@ def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> A
         )
         sharding = batch_sharding(mesh, field.ndim, along_tokens)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             wanted = range(*index[0].indices(total))
             local = field[place[wanted[0]] : place[wanted[-1]] + 1]
             return local[(slice(None), *index[1:])]

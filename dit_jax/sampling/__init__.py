@@ -13,5 +13,6 @@ from dit_jax.sampling.media import grid as grid
 from dit_jax.sampling.media import read_prompts as read_prompts
 from dit_jax.sampling.media import to_float as to_float
 from dit_jax.sampling.media import to_uint8 as to_uint8
+from dit_jax.sampling.media import upscale as upscale
 from dit_jax.sampling.media import write_png as write_png
 from dit_jax.sampling.media import write_video as write_video

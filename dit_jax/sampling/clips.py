@@ -54,7 +54,7 @@ def make_clips(
             full = part + [dataclasses.replace(part[-1])] * (rows - len(part))
             condition = text_condition(full, model, length)
             placed = global_batch(mesh, condition, tuple(range(rows)), rows)
-            tokens = np.asarray(gather(generator(params, placed, lambda: bar.update() and None)))
+            tokens = np.asarray(gather(generator(params, placed, bar.update)))
             for request, row in zip(part, tokens, strict=False):
                 size = (request.frames, request.height, request.width)
                 clip = unpatchify(model.patch, row[: model.patch.num_tokens(*size)], *size)

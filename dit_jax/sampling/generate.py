@@ -9,6 +9,7 @@ requests share the batch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -54,8 +55,8 @@ class SamplingConfig:
         for name in ("frames", "height", "width", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}: it is at least 1.")
-        if not self.fps > 0:
-            raise ValueError(f"sampling.fps is {self.fps}: a frame rate is above 0.")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"sampling.fps is {self.fps}: it is above 0 and finite (24 is usual).")
         if self.cfg_scale < 0:
             raise ValueError(f"sampling.cfg_scale is {self.cfg_scale}: it is at least 0.")
         if self.shift is not None and self.shift <= 0:
@@ -114,7 +115,8 @@ def text_condition(
         tokens[i, :count] = np.arange(count)
         letters = byte_tokens(request.prompt, model.text.max_bytes)
         text[i, : len(letters)], text_segments[i, : len(letters)] = letters, 1
-    return Condition(
+    # NumPy arrays here; `parallel.global_batch` makes them JAX arrays of the mesh.
+    fields: dict[str, Any] = dict(
         clean=np.zeros((b, length, model.patch.dim), np.float32),
         ceilings=np.ones((b, length), np.float32),
         group_ids=np.zeros((b, length), np.int32),
@@ -126,13 +128,14 @@ def text_condition(
         text_segment_ids=text_segments,
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
     )
+    return Condition(**fields)
 
 
 def unconditioned(condition: Condition) -> Condition:
     """The same rows with the empty prompt: only the first token of every text is seen."""
     ids = condition.text_segment_ids
     first = jnp.arange(ids.shape[1]) == 0
-    return condition.replace(text_segment_ids=jnp.where(first, ids, PAD))
+    return dataclasses.replace(condition, text_segment_ids=jnp.where(first, ids, PAD))
 
 
 class Generator:
@@ -170,7 +173,7 @@ class Generator:
             return jnp.concatenate([y, y]) if guided else y
 
         def velocity(x: Float[Array, "b l p"], sigma: Float[Array, ""]) -> Float[Array, "b l p"]:
-            output = self._model.apply(
+            output: Any = self._model.apply(
                 params,
                 twice(x),
                 twice(condition.positions),
@@ -185,7 +188,8 @@ class Generator:
             v = predicted_velocity(self._diffusion, output, twice(x), tau)
             if not guided:
                 return v
-            return classifier_free(*jnp.split(v, 2), self.config.cfg_scale)
+            with_text, without = jnp.split(v, 2)
+            return classifier_free(with_text, without, self.config.cfg_scale)
 
         step = SOLVERS[self.config.solver]
         return step(velocity, x, condition.ceilings, sigma, sigma_next)
@@ -194,7 +198,7 @@ class Generator:
         self,
         params: Params,
         condition: Condition,
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> Float[Array, "b l p"]:
         """Clean tokens for a condition; ``on_step`` is called after each step of the solver."""
         config = self.config
@@ -218,5 +222,5 @@ class Generator:
 def check_request(request: Request, patch: PatchConfig) -> None:
     """Raises ``ValueError`` where the model cannot make such a clip, with what it can."""
     patch.grid(request.frames, request.height, request.width)
-    if not request.fps > 0:
-        raise ValueError(f"fps is {request.fps}: a frame rate is above 0.")
+    if not 0 < request.fps < math.inf:
+        raise ValueError(f"fps is {request.fps}: a frame rate is above 0 and finite; try 24.")

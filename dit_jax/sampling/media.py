@@ -18,12 +18,16 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
+import av.codec.context
+import av.container
 import numpy as np
+from av.error import FFmpegError
+from av.filter import Graph
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 EXTENSIONS = (".mp4", ".gif", ".png")
-GIF_MAX_FPS = 50  # GIF counts in 1/100 s, and players slow delays under 2/100 s down to 10/100 s.
+GIF_TICK = Fraction(1, 100)  # GIF's unit of time, in s.
+GIF_MAX_FPS = 50  # Players slow delays under 2/100 s down to 10/100 s.
 Fill = int | tuple[int, int, int]
 
 # Only the colour planes are scaled, never the picture; all their pixels count.
@@ -147,7 +151,7 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[
     frames, times = [], []
     try:
         # An open file and not a name, in which FFmpeg would see protocols ("a:") and "%d".
-        with open(path, "rb") as file, av.open(file) as container:
+        with open(path, "rb") as file, av.open(file, "r") as container:
             if not container.streams.video:
                 raise ValueError(f"{str(path)!r} has no video stream; choose a video or an image")
             stream = container.streams.video[0]
@@ -157,7 +161,7 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[
                 if len(frames) == max_frames:
                     break
             rate = _mean_rate(stream, times)
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, FFmpegError) as error:
         raise ValueError(
             f"cannot read {str(path)!r} as a video ({error.strerror or error}); it must be a "
             "complete file in a format that FFmpeg knows; check the path, or convert it to mp4"
@@ -281,9 +285,10 @@ def _rate(fps: float) -> Fraction:
 def _mean_rate(stream, times: list[float | None]) -> float:
     """Frames per second: what the file says, unless its frames' times contradict it (GIF)."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    if len(times) < 2 or None in (times[0], times[-1]) or times[-1] <= times[0]:
+    first, last = (times[0], times[-1]) if times else (None, None)
+    if first is None or last is None or last <= first:
         return rate
-    gaps, span = len(times) - 1, times[-1] - times[0]
+    gaps, span = len(times) - 1, last - first
     return rate if abs(gaps / rate - span) < 0.75 * float(stream.time_base) else gaps / span
 
 
@@ -314,7 +319,7 @@ def _writing(path: Path) -> Iterator[Path]:
         with _scratch(path) as scratch:
             yield scratch
             os.replace(scratch, os.path.realpath(path))
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, FFmpegError) as error:
         raise ValueError(
             f"cannot write {str(path)!r} ({error.strerror or error}); its directory must exist and "
             "be writable, and its size be one that the format allows; create the directory, or "
@@ -359,29 +364,27 @@ def _encode_mp4(path: Path, video: np.ndarray, rate: Fraction) -> None:
 
 def _encode_gif(path: Path, video: np.ndarray, rate: Fraction) -> None:
     """A looping GIF; times are rounded to 1/100 s each, so that the clip keeps its length."""
-    tick = Fraction(1, 100)
-    ticks = [round(i / rate / tick) for i in range(len(video) + 1)]
+    ticks = [round(i / rate / GIF_TICK) for i in range(len(video) + 1)]
     options = {"loop": "0", "final_delay": str(min(ticks[-1] - ticks[-2], 65535))}
     with av.open(str(path), "w", format="gif", options=options) as container:
         container.flags |= av.container.Flags.bitexact.value
         stream = container.add_stream("gif", rate)
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "pal8"
-        stream.codec_context.time_base = tick
+        stream.codec_context.time_base = GIF_TICK
         stream.codec_context.flags |= av.codec.context.Flags.bitexact.value
         for i, frame in enumerate(_paletted(video)):
-            frame.pts, frame.duration, frame.time_base = ticks[i], ticks[i + 1] - ticks[i], tick
+            frame.pts, frame.duration, frame.time_base = ticks[i], ticks[i + 1] - ticks[i], GIF_TICK
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
 def _paletted(video: np.ndarray) -> Iterator[av.VideoFrame]:
     """The frames in one palette of 256 colours chosen over the whole clip (FFmpeg's filters)."""
-    t, h, w, _ = video.shape
-    tick = Fraction(1, 100)
-    graph = av.filter.Graph()
+    h, w = video.shape[1:3]
+    graph = Graph()
     graph.threads = 1
-    source = graph.add_buffer(width=w, height=h, format="rgb24", time_base=tick)
-    split, sink = graph.add("split"), graph.add("buffersink")
+    source = graph.add_buffer(None, w, h, av.VideoFormat("rgb24", w, h), time_base=GIF_TICK)
+    split = graph.add("split")
     palette = graph.add("palettegen", "reserve_transparent=0:stats_mode=full")
     # Ordered dithering: still pixels stay still, where error diffusion flickers.
     use = graph.add("paletteuse", "dither=bayer:bayer_scale=5")
@@ -389,10 +392,9 @@ def _paletted(video: np.ndarray) -> Iterator[av.VideoFrame]:
     split.link_to(use, 0, 0)
     split.link_to(palette, 1, 0)
     palette.link_to(use, 0, 1)
-    use.link_to(sink)
+    use.link_to(graph.add("buffersink"))
     graph.configure()
     for i, image in enumerate(video):
-        source.push(_frame(image, i, tick))
+        source.push(_frame(image, i, GIF_TICK))
     source.push(None)
-    for _ in range(t):
-        yield sink.pull()
+    yield from (graph.vpull() for _ in video)

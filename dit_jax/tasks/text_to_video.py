@@ -38,7 +38,7 @@ from dit_jax.models import (
     patchify,
     positions,
 )
-from dit_jax.parallel import make_constrain, xla_attention
+from dit_jax.parallel import choose_attention, choose_dot_general, make_constrain
 from dit_jax.sampling import Generator, Request, contact_sheet, make_clips, to_float, write_png
 from dit_jax.training import Task, Work
 from dit_jax.types import PAD, PackedBatch, Params, Sample, Source
@@ -56,7 +56,9 @@ def make_source(config: DataConfig) -> Source:
 
 def make_model(config: ModelConfig, mesh: Mesh) -> TextToVideo:
     """The model, told how to attend and how to lie on the mesh."""
-    return TextToVideo(config, xla_attention, make_constrain(mesh))
+    return TextToVideo(
+        config, choose_attention(mesh), make_constrain(mesh), choose_dot_general(mesh)
+    )
 
 
 def tokenize(model: ModelConfig, sample: Sample) -> Tokenized:
@@ -83,7 +85,7 @@ def batch_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the tokens' velocity errors, and the sum of their weights."""
     noised = noise_batch(config, key, batch)
-    output = model.apply(
+    output: Any = model.apply(
         params,
         noised.tokens,
         batch.positions,
@@ -100,8 +102,8 @@ def batch_loss(
 def batch_work(model: ModelConfig, batch: PackedBatch) -> Work:
     """What training on a (local, NumPy) batch takes."""
     segments = np.arange(batch.num_tokens.shape[1]) + 1
-    letters = (batch.text_segment_ids[:, None] == segments[:, None]).sum(-1)
-    flops = 3 * forward_flops(model, batch.num_tokens, letters).sum()
+    letters = (np.asarray(batch.text_segment_ids)[:, None] == segments[:, None]).sum(-1)
+    flops = 3 * forward_flops(model, np.asarray(batch.num_tokens), letters).sum()
     return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
 
 

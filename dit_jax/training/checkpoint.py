@@ -7,8 +7,10 @@ Sampling restores ``ema`` alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,34 +108,67 @@ class Checkpointer:
         """The state at ``step``, laid out by ``shardings``, and the data state."""
         target = jax.tree.map(_abstract, shapes, shardings)
         opt = {"opt_state": target.opt_state, "step": target.step, "skipped": target.skipped}
-        found = self._manager.restore(
+        self._check_arrays(step, "params", target.params)
+        found = self._read(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
-                ema=ocp.args.StandardRestore(target.ema),
-                opt=ocp.args.StandardRestore(opt),
-                data=ocp.args.JsonRestore(),
-            ),
+            params=ocp.args.StandardRestore(target.params),
+            ema=ocp.args.StandardRestore(target.ema),
+            opt=ocp.args.StandardRestore(opt),
+            data=ocp.args.JsonRestore(),
         )
         state = TrainState(
-            step=found.opt["step"],
-            skipped=found.opt["skipped"],
-            params=found.params,
-            ema=found.ema,
-            opt_state=found.opt["opt_state"],
+            step=found["opt"]["step"],
+            skipped=found["opt"]["skipped"],
+            params=found["params"],
+            ema=found["ema"],
+            opt_state=found["opt"]["opt_state"],
         )
-        return state, found.data
+        return state, found["data"]
 
     def restore_ema(self, step: int, shapes: Params, shardings: Params) -> Params:
         """The averaged parameters alone."""
         target = jax.tree.map(_abstract, shapes, shardings)
-        args = ocp.args.Composite(ema=ocp.args.StandardRestore(target))
-        return self._manager.restore(step, args=args).ema
+        self._check_arrays(step, "ema", target)
+        return self._read(step, ema=ocp.args.StandardRestore(target))["ema"]
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that made a checkpoint."""
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args).config
+        return self._read(step, config=ocp.args.JsonRestore())["config"]
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.directory / "checkpoints" / str(step)
+
+    def _read(self, step: int, **items: Any) -> Any:
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _check_arrays(self, step: int, item: str, target: Params) -> None:
+        """Raises ``ValueError`` where an item's arrays are not those of the model."""
+        with self._reading(step):
+            path: Any = self.path(step) / item  # Orbax types a kind of its own, and takes any.
+            stored = _shapes(ocp.StandardCheckpointHandler().metadata(path).tree)
+        wanted = _shapes(target)
+        for name in sorted(stored | wanted):
+            if stored.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{str(self.path(step))!r} is a checkpoint of another model: {item} {name!r} is "
+                    f"{stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} in the "
+                    "model of the config. Use the config that the checkpoint was made with."
+                )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns whatever goes wrong while a checkpoint is read into ``ValueError``."""
+        try:
+            yield
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0][:300]
+            raise ValueError(
+                f"{str(self.path(step))!r} cannot be read ({reason}): the checkpoint is damaged. "
+                f"Take another of {self.steps()}: sampling does with --step, and training goes on from "
+                "the newest that is left when this one is moved away."
+            ) from error
 
     def wait(self) -> None:
         """Returns when everything begun is on disk; raises what went wrong."""
@@ -141,6 +176,11 @@ class Checkpointer:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:

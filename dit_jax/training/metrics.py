@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
+
+# Protocol buffers make their classes when they are imported; no stub says so.
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from dit_jax.training.task import Work
@@ -105,7 +107,9 @@ class Progress:
             # The file as it is: tensorboardX would want Pillow to make it again.
             encoded = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
             summary = Summary(value=[Summary.Value(tag=name, image=encoded)])
-            self._writer.file_writer.add_summary(summary, step)
+            writer = self._writer.file_writer
+            assert writer is not None
+            writer.add_summary(summary, step)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, once."""

@@ -48,11 +48,11 @@ def abstract_state(
     """
     params, of_params = abstract_params(init, mesh)
     opt_state = jax.eval_shape(optimizer.init, params)
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(scalar, scalar, params, params, opt_state)
     of_opt = like_parameters(mesh, opt_state, of_params)
-    return shapes, TrainState(whole, whole, of_params, of_params, of_opt)  # type: ignore[arg-type]
+    return shapes, TrainState(whole, whole, of_params, of_params, of_opt)
 
 
 def init_state(

@@ -1,0 +1,362 @@
+"""Packing: nothing is lost, doubled or mixed up, and a saved stream goes on as if never stopped."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dit_jax.data import (
+    Loader,
+    MovingShapes,
+    PackingConfig,
+    ShapesConfig,
+    Tokenized,
+    check_fits,
+    pack_rows,
+)
+from dit_jax.models import ByteEncoderConfig, ModelConfig, PatchConfig
+from dit_jax.tasks.text_to_video import tokenize
+from dit_jax.types import PAD, PackedBatch, Sample
+
+CONFIG = PackingConfig(rows=8, row_tokens=24, row_text=20, row_segments=4, bins=3)
+SIZES = [(1, 2, 2), (3, 2, 2), (2, 3, 2), (1, 4, 4), (1, 1, 1), (5, 2, 2)]
+FIELDS = [field.name for field in dataclasses.fields(PackedBatch)]
+
+
+class Clips:
+    """Clips and images of several sizes whose every pixel says whose it is."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Sample:
+        t, h, w = SIZES[index % len(SIZES)]
+        pixels = np.full((t, h, w, 1), index, np.uint8)
+        return {"video": pixels, "caption": "abcdefghi"[: index % 7], "fps": 8.0}
+
+
+def tokens_of(sample: Sample) -> Tokenized:
+    """One token a pixel: its sample and its number in it."""
+    t, h, w, _ = sample["video"].shape
+    owner = sample["video"].reshape(-1).astype(np.float32)
+    axes = np.meshgrid(np.arange(t), np.arange(h), np.arange(w), indexing="ij")
+    letters = np.frombuffer(sample["caption"].encode(), np.uint8).astype(np.int32)
+    return {
+        "tokens": np.stack([owner, np.arange(len(owner), dtype=np.float32)], -1),
+        "positions": np.stack(axes, -1).reshape(-1, 3).astype(np.float32) + 1,
+        "frame_ids": np.repeat(np.arange(t, dtype=np.int32), h * w),
+        "text": np.concatenate([np.array([1 + int(owner[0])], np.int32), letters]),
+    }
+
+
+@pytest.fixture
+def loader():
+    """``loader(count, config, seed, rows)``; all are closed at the end of the test."""
+    made: list[Loader] = []
+
+    def make(
+        count: int = 40,
+        config: PackingConfig = CONFIG,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> Loader:
+        made.append(Loader(Clips(count), tokens_of, config, seed, rows))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def take(loader: Loader, count: int) -> list[PackedBatch]:
+    return list(itertools.islice(loader, count))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    for name in FIELDS:
+        a, b = getattr(one, name), getattr(other, name)
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def segments(batch: Any) -> Any:
+    """(row, slot, slice of tokens, slice of text) of every segment, by the counts alone."""
+    for row, counts in enumerate(batch.num_tokens):
+        start = text_start = 0
+        for slot, count in enumerate(counts):
+            if count == 0:
+                continue
+            letters = int((batch.text_segment_ids[row] == slot + 1).sum())
+            yield row, slot, slice(start, start + count), slice(text_start, text_start + letters)
+            start, text_start = start + count, text_start + letters
+
+
+@pytest.mark.parametrize("packer", ["first_fit", "best_fit"])
+def test_every_sample_comes_whole_and_once_an_epoch(loader, packer: Any):
+    count, epochs = 40, 3
+    config = dataclasses.replace(CONFIG, packer=packer)
+    places: list[int] = []
+    owners: list[int] = []
+    # Each lane gives rows out some way behind what it reads: three epochs are whole after four.
+    for batch in take(loader(count, config), 40):
+        for row, slot, span, text in segments(batch):
+            number = int(batch.sample_ids[row, slot])
+            owner = int(batch.tokens[row, span.start, 0])
+            expected = tokens_of(Clips(count)[owner])
+            np.testing.assert_array_equal(batch.tokens[row, span], expected["tokens"])
+            np.testing.assert_array_equal(batch.positions[row, span], expected["positions"])
+            np.testing.assert_array_equal(batch.frame_ids[row, span], expected["frame_ids"])
+            np.testing.assert_array_equal(batch.text[row, text], expected["text"])
+            np.testing.assert_array_equal(batch.segment_ids[row, span], slot + 1)
+            np.testing.assert_array_equal(batch.text_segment_ids[row, text], slot + 1)
+            np.testing.assert_array_equal(batch.token_ids[row, span], np.arange(span.stop - span.start))
+            assert batch.num_frames[row, slot] == expected["frame_ids"][-1] + 1
+            assert number % config.rows == row  # a lane has every so-many-th sample
+            places.append(number)
+            owners.append(owner)
+    assert len(set(places)) == len(places)
+    of = dict(zip(places, owners, strict=True))
+    orders = [
+        [of[place] for place in range(epoch * count, (epoch + 1) * count)] for epoch in range(epochs)
+    ]
+    for order in orders:
+        assert Counter(order) == Counter(range(count))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_padding_is_zero_and_follows_the_segments(loader):
+    padded = 0
+    for batch in take(loader(), 5):
+        used, letters = batch.num_tokens.sum(1), (batch.text_segment_ids != PAD).sum(1)
+        for row in range(CONFIG.rows):
+            assert (batch.segment_ids[row, : used[row]] != PAD).all()
+            assert (batch.text_segment_ids[row, : letters[row]] != PAD).all()
+            for name in ("tokens", "positions", "segment_ids", "frame_ids", "token_ids"):
+                assert not getattr(batch, name)[row, used[row] :].any(), name
+            for name in ("text", "text_segment_ids"):
+                assert not getattr(batch, name)[row, letters[row] :].any(), name
+            slots = int(batch.segment_ids[row].max())
+            assert (batch.num_tokens[row, :slots] > 0).all()
+            for name in ("num_tokens", "num_frames", "sample_ids"):
+                assert not getattr(batch, name)[row, slots:].any(), name
+            padded += CONFIG.row_tokens - int(used[row])
+    assert padded > 0
+
+
+def test_shapes_and_dtypes(loader):
+    (batch,) = take(loader(rows=(2, 5)), 1)
+    found = {name: (getattr(batch, name).shape, getattr(batch, name).dtype) for name in FIELDS}
+    ints, floats, ids = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint32)
+    assert found == {
+        "tokens": ((2, 24, 2), floats),
+        "positions": ((2, 24, 3), floats),
+        **{name: ((2, 24), ints) for name in ("segment_ids", "frame_ids", "token_ids")},
+        **{name: ((2, 20), ints) for name in ("text", "text_segment_ids")},
+        "sample_ids": ((2, 4), ids),
+        **{name: ((2, 4), ints) for name in ("num_tokens", "num_frames")},
+    }
+
+
+QUICKSTART = ModelConfig(
+    patch=PatchConfig(t=2, h=8, w=8, channels=3, reference_fps=8.0),
+    text=ByteEncoderConfig(max_bytes=47),
+)
+
+
+@pytest.mark.parametrize("packer", ["first_fit", "best_fit"])
+def test_rows_of_moving_shapes_are_mixed_and_full(packer: Any):
+    config = PackingConfig(rows=4, row_tokens=256, row_text=192, row_segments=8, packer=packer)
+    loader = Loader(MovingShapes(ShapesConfig()), functools.partial(tokenize, QUICKSTART), config, 0)
+    batches = take(loader, 16)
+    loader.close()
+    used = np.concatenate([batch.num_tokens for batch in batches])
+    frames = np.concatenate([batch.num_frames for batch in batches])
+    # Measured: FULLNESS of the tokens of 64 rows.
+    assert used.sum() / (len(used) * config.row_tokens) > 0.9
+    mixed = [
+        len(set(counts[counts > 0])) > 1 and 1 in row and row.max() > 1
+        for counts, row in zip(used, frames, strict=True)
+    ]
+    assert np.mean(mixed) > 0.3
+
+
+# Order.
+
+
+def test_lanes_of_two_processes_together_are_those_of_one(loader):
+    whole = take(loader(), 6)
+    first, second = (take(loader(rows=rows), 6) for rows in ((0, 1, 2, 3), (4, 5, 6, 7)))
+    for batch, upper, lower in zip(whole, first, second, strict=True):
+        both = PackedBatch(
+            **{n: np.concatenate([getattr(upper, n), getattr(lower, n)]) for n in FIELDS}
+        )
+        assert_same(batch, both)
+
+
+def test_seeds_differ_and_repeat(loader):
+    one, again, other = (take(loader(seed=seed), 3) for seed in (0, 0, 1))
+    for a, b in zip(one, again, strict=True):
+        assert_same(a, b)
+    assert any((a.tokens != b.tokens).any() for a, b in zip(one, other, strict=True))
+
+
+def test_threads_and_bins_change_no_sample(loader):
+    plain = take(loader(), 4)
+    threaded = take(loader(config=dataclasses.replace(CONFIG, threads=2)), 4)
+    for a, b in zip(plain, threaded, strict=True):
+        assert_same(a, b)
+
+
+# Saved streams.
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("given", [0, 1, 7])
+def test_restored_stream_goes_on_bit_by_bit(loader, threads: int, given: int):
+    config = dataclasses.replace(CONFIG, threads=threads)
+    stream = loader(config=config)
+    take(stream, given)
+    state = json.loads(json.dumps(stream.get_state()))
+    expected = take(stream, 6)
+    resumed = loader(config=config)
+    take(resumed, 2)  # also one that has begun
+    for fresh in (loader(config=config), resumed):
+        fresh.set_state(state)
+        assert json.loads(json.dumps(fresh.get_state())) == state
+        for a, b in zip(take(fresh, 6), expected, strict=True):
+            assert_same(a, b)
+
+
+def test_states_of_two_processes_restore_into_one_and_back(loader):
+    stream = loader()
+    take(stream, 5)
+    halves = [loader(rows=rows) for rows in ((0, 1, 2, 3), (4, 5, 6, 7))]
+    for half in halves:
+        take(half, 5)
+    merged = halves[0].get_state() | halves[1].get_state()
+    assert merged == stream.get_state()
+    expected = take(stream, 3)
+
+    one = loader()
+    one.set_state(merged)
+    for a, b in zip(take(one, 3), expected, strict=True):
+        assert_same(a, b)
+
+    other = loader(rows=(3, 6))
+    other.set_state(merged)
+    for batch, whole in zip(take(other, 3), expected, strict=True):
+        np.testing.assert_array_equal(batch.tokens, whole.tokens[[3, 6]])
+
+
+def test_state_of_fewer_rows_is_refused(loader):
+    state = loader(rows=(0, 1)).get_state()
+    with pytest.raises(ValueError, match=r"no row 2 \(it has 2\): resume with the same data.packing"):
+        loader().set_state(state)
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "message"),
+    [
+        (25, 3, r"a clip has 25 tokens and a row holds 24: raise data.packing.row_tokens to at least"),
+        (24, 21, r"a clip has 21 text tokens and a row holds 20: raise data.packing.row_text to at"),
+    ],
+)
+def test_sample_larger_than_a_row_is_refused(tokens: int, text: int, message: str):
+    check_fits(CONFIG, 24, 20, "a clip")
+    with pytest.raises(ValueError, match=message):
+        check_fits(CONFIG, tokens, text, "a clip")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_tokens": 19}, r"sample \d+ \('a?b?c?d?e?f?'\) has 20 tokens and a row holds 19"),
+        ({"row_text": 6}, r"sample \d+ \('abcdef'\) has 7 text tokens and a row holds 6"),
+    ],
+)
+def test_loader_names_the_sample_that_does_not_fit(loader, threads: int, change: Any, message: str):
+    stream = loader(config=dataclasses.replace(CONFIG, threads=threads, **change))
+    with pytest.raises(ValueError, match=message):
+        take(stream, 10)
+
+
+def test_text_alone_can_fill_a_row(loader):
+    config = dataclasses.replace(CONFIG, row_text=7)
+    for batch in take(loader(config=config), 10):
+        letters = (batch.text_segment_ids != PAD).sum(1)
+        assert letters.max() <= 7
+        assert (batch.num_tokens > 0).sum(1).max() <= 3  # four captions need at least 1 + 2 + 3 + 4
+    assert (take(loader(), 1)[0].text_segment_ids != PAD).sum(1).max() > 7
+
+
+def test_row_holds_at_most_row_segments(loader):
+    config = dataclasses.replace(CONFIG, row_segments=2)
+    counts = np.concatenate([(b.num_tokens > 0).sum(1) for b in take(loader(config=config), 10)])
+    assert counts.max() == 2
+    assert (take(loader(), 1)[0].num_tokens > 0).sum(1).max() > 2
+
+
+def test_empty_source_is_refused():
+    with pytest.raises(ValueError, match="the dataset is empty: check data.source"):
+        Loader(Clips(0), tokens_of, CONFIG, 0)
+
+
+def test_one_sample_repeats(loader):
+    batches = take(loader(count=1), 2)
+    owners = np.concatenate([b.tokens[b.segment_ids != PAD][:, 0] for b in batches])
+    assert not owners.any()
+    numbers = np.concatenate([b.sample_ids[b.num_tokens > 0] for b in batches])
+    assert len(np.unique(numbers)) == len(numbers)  # each time it has noise of its own
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rows", 0), ("row_tokens", -1), ("row_text", 0), ("row_segments", 0), ("bins", 0)],
+)
+def test_config_refuses_what_is_below_one(field: str, value: int):
+    with pytest.raises(ValueError, match=rf"packing.{field} is {value}: it is at least 1"):
+        PackingConfig(**{field: value})
+
+
+def test_config_refuses_negative_threads():
+    with pytest.raises(ValueError, match="packing.threads is -1: it is at least 0"):
+        PackingConfig(threads=-1)
+
+
+# Packing by hand.
+
+
+def test_pack_rows_makes_what_the_loader_makes(loader):
+    for batch in take(loader(), 3):
+        rows: list[list[Tokenized]] = [[] for _ in range(CONFIG.rows)]
+        for row, _, span, _ in segments(batch):
+            rows[row].append(tokens_of(Clips(40)[int(batch.tokens[row, span.start, 0])]))
+        made = pack_rows(rows, CONFIG)
+        count = int((batch.num_tokens > 0).sum())
+        np.testing.assert_array_equal(made.sample_ids[made.num_tokens > 0], np.arange(count))
+        assert_same(dataclasses.replace(made, sample_ids=batch.sample_ids), batch)
+
+
+def test_pack_rows_refuses_what_does_not_fit():
+    clip = tokens_of(Clips(40)[5])
+    with pytest.raises(ValueError, match=r"row 1 has 40 tokens and a row holds 24"):
+        pack_rows([[clip], [clip, clip]], CONFIG)
+
+
+def test_row_of_padding_alone():
+    batch = pack_rows([[tokens_of(Clips(40)[3])], []], CONFIG)
+    assert not batch.segment_ids[1].any() and not batch.num_tokens[1].any()
+    assert batch.num_tokens[0, 0] == 16

@@ -1,0 +1,336 @@
+"""What training asks: noise that belongs to the sample, and a loss that counts what is to be made."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+from scipy.special import ndtr
+
+from dit_jax.diffusion import (
+    GROUPS_PER_SEGMENT,
+    CeilingConfig,
+    DiffusionConfig,
+    TimeConfig,
+    drop_captions,
+    noise_batch,
+    predicted_velocity,
+    velocity_loss,
+)
+from dit_jax.types import PAD, PackedBatch
+
+DIM = 4
+CONFIG = DiffusionConfig(
+    time=TimeConfig(shift=1.5, reference_tokens=6),
+    ceilings=CeilingConfig(free=0.3, first=0.3, head=0.1, tail=0.1, ends=0.1, every=0.1),
+    caption_dropout=0.5,
+)
+
+
+class Clip(NamedTuple):
+    """One sample to pack: its identity, its frames and the tokens of each."""
+
+    id: int
+    frames: int
+    per_frame: int
+
+
+CLIPS = [Clip(7, 3, 2), Clip(2**32 - 1, 1, 4), Clip(0, 2, 3), Clip(8, 4, 2), Clip(123, 3, 1)]
+
+
+def pack(rows: list[list[Clip]], length: int, slots: int) -> PackedBatch:
+    """Clips side by side; their tokens are a function of their identity."""
+    ids = np.zeros((4, len(rows), length), np.int32)
+    segment, frame, token, _ = ids
+    tokens = np.zeros((len(rows), length, DIM), np.float32)
+    sample, count, frames = np.zeros((3, len(rows), slots), np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for j, clip in enumerate(row):
+            n = clip.frames * clip.per_frame
+            span = slice(start, start + n)
+            tokens[r, span] = np.random.default_rng(clip.id).normal(size=(n, DIM))
+            segment[r, span], token[r, span] = j + 1, np.arange(n)
+            frame[r, span] = np.arange(n) // clip.per_frame
+            sample[r, j], count[r, j], frames[r, j] = clip.id, n, clip.frames
+            start += n
+    fields = dict(
+        tokens=tokens,
+        positions=np.zeros((len(rows), length, 3), np.float32),
+        segment_ids=segment,
+        frame_ids=frame,
+        token_ids=token,
+        text=np.ones((len(rows), slots), np.int32),
+        text_segment_ids=np.tile(np.arange(1, slots + 1, dtype=np.int32), (len(rows), 1)),
+        sample_ids=sample.astype(np.uint32),
+        num_tokens=count.astype(np.int32),
+        num_frames=frames.astype(np.int32),
+    )
+    return PackedBatch(**fields)
+
+
+@pytest.fixture(scope="module")
+def noise(jit):
+    """``noise(config, batch, seed)``, as NumPy arrays; compiled once a config and shape."""
+
+    @functools.cache
+    def compiled(config):
+        return jit(functools.partial(noise_batch, config))
+
+    return lambda config, batch, seed=0: jax.tree.map(
+        np.asarray, compiled(config)(jax.random.key(seed), batch)
+    )
+
+
+ARRANGEMENTS = {
+    "two rows": pack([CLIPS[:3], CLIPS[3:]], 20, 4),
+    "other rows and slots": pack([[CLIPS[4], CLIPS[1], CLIPS[3]], [CLIPS[2], CLIPS[0]]], 20, 4),
+    "one row": pack([CLIPS[::-1]], 32, 6),
+}
+
+
+def by_sample(batch, noised):
+    """What each sample got, by its identity."""
+    found = {}
+    for r, j in np.argwhere(batch.num_tokens > 0):
+        at = batch.segment_ids[r] == j + 1
+        groups = slice(GROUPS_PER_SEGMENT * j, GROUPS_PER_SEGMENT * (j + 1))
+        found[int(batch.sample_ids[r, j])] = {
+            "tokens": noised.tokens[r, at],
+            "eps": noised.eps[r, at],
+            "tau": noised.tau[r, at],
+            "group": noised.group_ids[r, at] - GROUPS_PER_SEGMENT * j,
+            "group_t": noised.group_t[r, groups],
+            "dropped": noised.dropped[r, j],
+            "frame": batch.frame_ids[r, at],
+            "x0": batch.tokens[r, at],
+        }
+    return found
+
+
+# --- noise ---
+
+
+@pytest.mark.parametrize("name", ["other rows and slots", "one row"])
+def test_a_samples_noise_does_not_depend_on_where_it_is_packed(noise, name):
+    here, there = (
+        by_sample(batch, noise(CONFIG, batch))
+        for batch in (ARRANGEMENTS["two rows"], ARRANGEMENTS[name])
+    )
+    assert here.keys() == there.keys() == {clip.id for clip in CLIPS}
+    for sample, fields in here.items():
+        for key, value in fields.items():
+            # The random numbers bit for bit; their sum with the data may be fused in another way.
+            if key == "tokens":
+                np.testing.assert_allclose(value, there[sample][key], rtol=1e-6, atol=1e-6)
+            else:
+                assert np.array_equal(value, there[sample][key]), (sample, key)
+
+
+def test_samples_steps_and_tokens_have_noise_of_their_own(noise):
+    batch = ARRANGEMENTS["two rows"]
+    one, two = (by_sample(batch, noise(CONFIG, batch, seed)) for seed in (0, 1))
+    everything = np.concatenate([f["eps"].ravel() for run in (one, two) for f in run.values()])
+    assert len(np.unique(everything)) == everything.size
+    times = [f["group_t"][0] for run in (one, two) for f in run.values()]
+    assert len(set(times)) == len(times)
+
+
+def test_noise_levels_are_consistent(noise):
+    batch = ARRANGEMENTS["two rows"]
+    held = 0
+    for seed in range(20):
+        for fields in by_sample(batch, noise(CONFIG, batch, seed)).values():
+            free_t, given_t = fields["group_t"]
+            assert 0 < free_t <= 1 and 0 <= given_t <= min(free_t, CONFIG.ceilings.max_noise)
+            assert np.array_equal(fields["tau"], fields["group_t"][fields["group"]])
+            tau = fields["tau"][:, None].astype(np.float64)
+            expected = (1 - tau) * fields["x0"] + tau * fields["eps"]
+            np.testing.assert_allclose(fields["tokens"], expected, atol=1e-6)  # float32
+            # All tokens of a frame are given, or none; and something is left to make.
+            frames = [set(fields["group"][fields["frame"] == f]) for f in set(fields["frame"])]
+            assert all(len(groups) == 1 for groups in frames) and {0} in frames
+            assert len(frames) > 1 or frames == [{0}]
+            held += {1} in frames
+    assert held > 20
+
+
+def test_noise_is_standard_normal(noise):
+    batch = pack([[Clip(r, 4, 64)] for r in range(8)], 256, 1)
+    eps = np.sort(noise(CONFIG, batch).eps.ravel().astype(np.float64))
+    n = eps.size
+    assert n == 8 * 256 * DIM
+    distance = np.abs(ndtr(eps) - (np.arange(n) + 0.5) / n).max()
+    # Kolmogorov and Smirnov: passed by chance less often than once in 10^4.
+    assert distance < 2.23 / n**0.5
+    # Neighbouring tokens and numbers are not correlated: within 4.5 standard deviations.
+    field = noise(CONFIG, batch).eps
+    for a, b in (
+        (field[:, 1:], field[:, :-1]),
+        (field[1:], field[:-1]),
+        (field[..., 1:], field[..., :-1]),
+    ):
+        assert abs((a * b).mean()) < 4.5 / a.size**0.5
+
+
+def test_captions_are_dropped_as_often_as_asked(noise):
+    batch = pack([[Clip(64 * r + j, 1, 1) for j in range(64)] for r in range(64)], 64, 64)
+    for rate in (0.0, 0.1):
+        config = DiffusionConfig(caption_dropout=rate)
+        dropped = noise(config, batch).dropped
+        assert set(np.unique(dropped)) <= {0.0, 1.0}
+        # 4096 draws, within 4.5 standard deviations.
+        assert abs(dropped.mean() - rate) <= 4.5 * (rate * (1 - rate) / 4096) ** 0.5
+
+
+def test_dropping_leaves_the_first_token_of_the_dropped(jit):
+    ids = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [1, 2, 2, 2, 2, 0, 0, 0]], np.int32)
+    drop = jit(drop_captions)
+
+    def dropped(*which):
+        flags = np.zeros((2, 4), np.float32)
+        for r, j in which:
+            flags[r, j] = 1
+        return np.asarray(drop(ids, flags)).tolist()
+
+    assert dropped() == ids.tolist()
+    assert dropped((0, 0)) == [[1, 0, 0, 2, 3, 3, 0, 0], ids[1].tolist()]
+    assert dropped((0, 2), (1, 1)) == [[1, 1, 1, 2, 3, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0]]
+    # A caption of one token is empty already; an empty slot has none.
+    assert dropped((0, 1), (1, 0), (0, 3)) == ids.tolist()
+
+
+# --- the loss ---
+
+HELD = dataclasses.replace(
+    CONFIG, ceilings=CeilingConfig(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, noisy=0.0), min_t=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def case(noise):
+    """A batch whose first frames are given without noise, its noise, and some network's output."""
+    batch = ARRANGEMENTS["two rows"]
+    output = np.random.default_rng(9).normal(size=batch.tokens.shape).astype(np.float32)
+    return batch, noise(HELD, batch), output
+
+
+@pytest.fixture(scope="module")
+def loss(jit):
+    @functools.cache
+    def compiled(prediction):
+        return jit(
+            functools.partial(velocity_loss, dataclasses.replace(HELD, prediction=prediction))
+        )
+
+    return lambda prediction, *args: map(np.asarray, compiled(prediction)(*args))
+
+
+def test_the_loss_of_a_velocity_by_hand(loss, case):
+    batch, noised, output = case
+    error, weight = loss("velocity", output, noised, batch)
+    expected = np.square(output - (noised.eps - batch.tokens)).mean(-1)
+    np.testing.assert_allclose(error, expected * weight, rtol=1e-5)  # float32
+
+
+def test_the_loss_of_clean_patches_by_hand(loss, case):
+    batch, noised, output = case
+    error, weight = loss("x0", output, noised, batch)
+    # Both velocities are (x_t - x0) / t, with t at least 0.2: x_t cancels.
+    scale = np.maximum(noised.tau, 0.2)
+    expected = np.square(output - batch.tokens).mean(-1) / scale**2
+    # float32 differences of numbers up to 4 / 0.2.
+    np.testing.assert_allclose(error, expected * weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_weights_are_those_of_tokens_to_make(loss, case, prediction):
+    batch, noised, output = case
+    error, weight = loss(prediction, output, noised, batch)
+    made = (batch.segment_ids != PAD) & (noised.tau > 0)
+    assert weight.dtype == np.float32 and np.array_equal(weight, made.astype(np.float32))
+    assert (error[made] > 0).all() and not error[~made].any()
+    # The case holds all three: padding, given frames and frames to make.
+    assert (batch.segment_ids == PAD).any()
+    assert ((batch.segment_ids != PAD) & (noised.tau == 0)).sum() == 2 + 3 + 2 + 1
+    assert made.sum() == 4 + 4 + 3 + 6 + 2
+
+
+def test_a_perfect_prediction_has_no_loss(loss, case):
+    batch, noised, _ = case
+    assert not next(loss("velocity", noised.eps - batch.tokens, noised, batch)).any()
+    assert not next(loss("x0", batch.tokens, noised, batch)).any()
+
+
+def test_clean_patches_and_velocities_say_the_same(loss, case):
+    batch, noised, velocity = case
+    x0 = noised.tokens - noised.tau[..., None] * velocity
+    ours, same = (
+        next(loss("x0", x0, noised, batch)),
+        next(loss("velocity", velocity, noised, batch)),
+    )
+    far = noised.tau >= HELD.min_t
+    assert far.sum() > 5
+    np.testing.assert_allclose(ours[far], same[far], rtol=1e-4)  # float32, divided by 0.2
+
+
+def test_a_predicted_velocity_is_the_output_or_leads_to_it(case):
+    _, noised, output = case
+    xt, tau = jnp.asarray(noised.tokens), jnp.asarray(noised.tau)
+    assert predicted_velocity(HELD, jnp.asarray(output), xt, tau) is not None
+    same = predicted_velocity(HELD, jnp.asarray(output), xt, tau)
+    assert np.array_equal(same, output)
+    config = dataclasses.replace(HELD, prediction="x0")
+    velocity = np.asarray(predicted_velocity(config, jnp.asarray(output), xt, tau))
+    far = noised.tau >= HELD.min_t
+    # One step of length tau ends at the predicted patches: float32.
+    ends = (noised.tokens - noised.tau[..., None] * velocity)[far]
+    np.testing.assert_allclose(ends, output[far], atol=1e-5)
+
+
+# --- types and errors ---
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_no_dtype_is_promoted_silently(prediction):
+    config, batch = dataclasses.replace(CONFIG, prediction=prediction), ARRANGEMENTS["two rows"]
+
+    def everything(key, batch):
+        noised = noise_batch(config, key, batch)
+        drop_captions(batch.text_segment_ids, noised.dropped)
+        return noised, velocity_loss(config, noised.eps, noised, batch)
+
+    with jax.numpy_dtype_promotion("strict"):
+        noised, (error, weight) = jax.eval_shape(everything, jax.random.key(0), batch)
+    assert noised.group_ids.dtype == jnp.int32
+    floats = (noised.tokens, noised.eps, noised.tau, noised.group_t, noised.dropped, error, weight)
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
+def test_a_wrong_shape_is_caught():
+    batch = ARRANGEMENTS["two rows"]
+    noised = jax.eval_shape(functools.partial(noise_batch, CONFIG), jax.random.key(0), batch)
+    trace = functools.partial(jax.eval_shape, functools.partial(velocity_loss, CONFIG))
+    trace(noised.eps, noised, batch)
+    with pytest.raises(TypeCheckError, match="parameter 'output'"):
+        trace(jax.ShapeDtypeStruct((2, 20), jnp.float32), noised, batch)
+    with pytest.raises(TypeCheckError, match="parameter 'dropped'"):
+        jax.eval_shape(drop_captions, batch.text_segment_ids, noised.dropped[:1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"caption_dropout": 1.0}, "caption_dropout is 1.0"),
+        ({"caption_dropout": -0.1}, "caption_dropout is -0.1"),
+        ({"min_t": 0.0}, "min_t is 0.0"),
+        ({"min_t": 1.0}, "min_t is 1.0"),
+    ],
+)
+def test_nonsense_objectives_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig(**fields)

@@ -1,0 +1,249 @@
+"""Sampling as a user starts it, from a run that was trained by one process with one device.
+
+Most of it runs in this process, whose devices are eight; so all of it is sharded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax import sample
+from dit_jax.config import load_config
+from dit_jax.parallel import make_mesh
+from dit_jax.sampling import grid
+from dit_jax.sampling.media import read_video
+from dit_jax.training import Checkpointer, abstract_state, make_optimizer
+from tests.runs import CONFIG, Run, Verbs, end
+
+PROMPT = "a big red circle moves left"
+OTHER = "a small green cross moves up"
+ACROSS = 1
+"""Grey levels of 255 that a pixel may differ by where the same sums are made in another order."""
+
+Sampled = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cached(verbs: Verbs) -> Iterator[None]:
+    """Every call of the verb compiles anew: what it compiled before it finds in the cache."""
+    names = {
+        "jax_compilation_cache_dir": str(verbs.cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def sampled(whole: Run, tmp_path: Path) -> Sampled:
+    """Samples in this process and gives the pixels of the file."""
+
+    def run(*arguments: object, output: str = "clip.png", prompt: str = PROMPT) -> np.ndarray:
+        given = ["--checkpoint", whole.directory, "--output", tmp_path / output, *arguments]
+        if "--prompts-file" not in arguments:
+            given += ["--prompt", prompt]
+        assert sample.main([str(one) for one in given]) == 0
+        return read_video(tmp_path / output)[0] if Path(output).suffix else np.zeros(0)
+
+    return run
+
+
+def test_files_of_every_format(sampled: Sampled, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    strip = sampled()
+    assert strip.shape == (1, 24, 5 * 24, 3) and strip.std() > 0
+    assert capfd.readouterr().out == f"1 clip(s): {tmp_path / 'clip.png'}\n"
+    frames = np.stack(np.split(strip[0], 5, axis=1))
+    for output, error in (("clip.mp4", 20), ("clip.gif", 10)):
+        clip = sampled("--fps", 8, output=output)
+        assert clip.shape == (5, 24, 24, 3) and read_video(tmp_path / output)[1] == 8
+        # Colours lose half their resolution in the one, and all but 256 in the other.
+        assert np.abs(clip.astype(int) - frames).mean() < error
+    assert sampled("--scale", 3, output="large.png").shape == (1, 72, 5 * 72, 3)
+
+
+def test_same_seed_is_the_same_file_and_another_is_not(sampled: Sampled, tmp_path: Path):
+    first = sampled("--seed", 7, output="a.mp4")
+    sampled("--seed", 7, output="b.mp4")
+    other = sampled("--seed", 8, output="c.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert np.abs(first.astype(int) - other).mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width"), [(13, 40, 24), (1, 24, 24)], ids=["longer and larger", "image"]
+)
+def test_sizes_and_lengths_that_were_not_trained(
+    sampled: Sampled, frames: int, height: int, width: int
+):
+    strip = sampled("--frames", frames, "--height", height, "--width", width)
+    assert strip.shape == (1, height, frames * width, 3) and strip.std() > 0
+
+
+def test_several_prompts_share_a_grid_or_a_directory(
+    sampled: Sampled, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    alone = [sampled(prompt=PROMPT), sampled("--seed", 1, prompt=OTHER)]
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n\n{OTHER}\n")
+    together = sampled("--prompts-file", file)
+    # Noise comes from a clip's own seed, whatever else is made.
+    clips = [np.stack(np.split(strip[0], 5, axis=1)) for strip in alone]
+    np.testing.assert_array_equal(together[0], np.concatenate(list(grid(clips)), axis=1))
+
+    sampled("--num", 2, "--prompts-file", file, "--format", "png", output="clips")
+    assert "4 clip(s) in" in capfd.readouterr().out
+    slugs = [re.sub(" ", "-", prompt) for prompt in (PROMPT, PROMPT, OTHER, OTHER)]
+    names = [f"{i:04d}-{slug}.png" for i, slug in enumerate(slugs)]
+    assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == names
+    np.testing.assert_array_equal(read_video(tmp_path / "clips" / names[0])[0], alone[0])
+
+
+def test_guidance_solver_steps_and_checkpoint_are_chosen(sampled: Sampled):
+    changes = ["--cfg-scale", 1], ["--solver", "heun"], ["--steps", 4], ["--step", 8]
+    strips = [sampled()] + [sampled(*change) for change in changes]
+    for i, one in enumerate(strips):
+        for other in strips[:i]:
+            assert one.shape == other.shape and (one != other).any()
+
+
+def test_eight_devices_make_what_one_makes(
+    whole: Run, verbs: Verbs, sampled: Sampled, tmp_path: Path
+):
+    one = tmp_path / "one.png"
+    arguments = ["--checkpoint", whole.directory, "--output", one, "--prompt", PROMPT]
+    (ended,) = end(verbs.start("sample", arguments))
+    assert ended.status == 0
+    single = read_video(one)[0].astype(int)
+    assert np.abs(sampled() - single).max() <= ACROSS
+    for mesh in (["--mesh.context", 2], ["--mesh.fsdp", 2, "--mesh.tensor", 2]):
+        assert np.abs(sampled(*mesh) - single).max() <= ACROSS
+
+
+def test_averaged_weights_are_all_that_is_read(whole: Run, sampled: Sampled, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(whole.directory, run)
+    for item in ("params", "opt", "data"):
+        shutil.rmtree(run / "checkpoints" / "20" / item)
+    np.testing.assert_array_equal(sampled("--checkpoint", run), sampled())
+
+
+# Bad input: refused at once, with the value, the constraint and the remedy.
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(whole: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+    """Runs the verb and gives its message, without the frame."""
+
+    def run(*arguments: object) -> str:
+        given = ["--checkpoint", whole.directory, "--output", tmp_path / "clip.mp4", *arguments]
+        clock = time.perf_counter()
+        try:
+            status = sample.main([str(one) for one in given])
+        except SystemExit as error:
+            status = error.code
+        text = capfd.readouterr().err
+        assert status == 2 and "Traceback" not in text and "sampling:" not in text
+        assert time.perf_counter() - clock < 20
+        assert not (tmp_path / "clip.mp4").exists()
+        return " ".join(re.sub("[╭─╮│╰╯]", " ", text).split())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["nothing to make: give --prompt"]),
+        (["--prompts-file", "/none"], ["cannot read prompt file '/none'", "check the path"]),
+        (["--frames", "4"], ["4 frames", "1 + 2n", "nearest are 3 and 5"]),
+        (["--frames", "0"], ["frames is 0", "at least 1"]),
+        (["--height", "20"], ["height 20 is not a multiple of the patch's 8", "16 and 24"]),
+        (["--width", "-8"], ["width is -8", "at least 1"]),
+        (["--fps", "0"], ["fps is 0.0", "above 0"]),
+        (["--fps", "inf"], ["fps is inf", "finite"]),
+        (["--frames", "x"], ["'x'", "--frames", "INT"]),
+        (["--speed", "2"], ["Unrecognized options: --speed"]),
+        (["--solver", "rk4"], ["'rk4'", "--solver", "heun"]),
+        (["--steps", "0"], ["steps is 0", "at least 1"]),
+        (["--num", "0"], ["--num 0", "at least 1"]),
+        (["--mesh.context", "3"], ["context 3", "8 device(s)", "Change mesh.*"]),
+        (["--step", "3"], ["no checkpoint of step 3: there are [4, 8, 12, 16, 20]"]),
+        (["--output", "clip.avi"], ["extension '.avi'", ".mp4, .gif, .png"]),
+        (["--output", f"{CONFIG}/clip.mp4"], ["cannot write in", "choose another"]),
+        (["--output", "/proc/clips"], ["cannot write in '/proc/clips'", "choose another"]),
+        (["--checkpoint", "/none"], ["'/none' holds no checkpoints: give the output directory"]),
+        (["--checkpoint", str(CONFIG.parent)], ["holds no checkpoints: give the output directory"]),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,
+)
+def test_bad_value_is_refused(refused: Refused, arguments: list[str], parts: list[str]):
+    prompt = [] if not arguments or arguments[0] == "--prompts-file" else ["--prompt", PROMPT]
+    message = refused(*prompt, *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_run_that_cannot_be_read_is_refused(whole: Run, refused: Refused, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(whole.directory, run)
+    config = run / "checkpoints" / "20" / "config" / "metadata"
+    text = config.read_text()
+    stored = json.loads(text)
+
+    def message() -> str:
+        return refused("--checkpoint", run, "--prompt", PROMPT)
+
+    stored["model"]["dit"]["width"] = 64
+    config.write_text(json.dumps(stored))
+    assert "checkpoints/20' is a checkpoint of another model: ema 'params/dit/" in message()
+    stored["model"]["dit"]["width"], stored["model"]["text"]["depth"] = 32, 2
+    config.write_text(json.dumps(stored))
+    assert "'params/text/block_1/mlp/down/bias' is absent there and (16,) in" in message()
+    stored["speed"] = 1
+    config.write_text(json.dumps(stored))
+    assert "holds no config" in (unknown := message()) and "'speed'" in unknown
+    config.write_text("[]")
+    assert "holds no config that this version" in message()
+    config.write_text("{")
+    assert "checkpoints/20' cannot be read" in (broken := message())
+    assert "Take another of [4, 8, 12, 16, 20]" in broken
+
+    config.write_text(text)
+    shutil.rmtree(run / "checkpoints" / "20" / "ema")
+    assert "checkpoints/20' cannot be read" in message()
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    assert "has no finished checkpoint yet: wait" in message()
+
+
+def test_parameters_that_are_not_finite_are_refused(whole: Run, refused: Refused, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(whole.directory, run)
+    config = load_config(str(CONFIG))
+    mesh = make_mesh(config.mesh)
+    model = sample.tasks.make_model(config.model, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    places = abstract_state(lambda key: sample.tasks.init_params(model, key), optimizer, mesh)
+    checkpointer = Checkpointer(run, config.checkpoint)
+    state, data = checkpointer.restore(20, *places)
+    ema = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), state.ema)
+    checkpointer.save(state.replace(ema=ema), data, checkpointer.config(20), 21)
+    checkpointer.close()
+    message = refused("--checkpoint", run, "--prompt", PROMPT)
+    assert "checkpoints/21' has parameters that are NaN or infinite" in message
+    assert "choose an earlier --step, of [4, 8, 12, 16, 20, 21]" in message

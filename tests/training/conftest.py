@@ -1,0 +1,142 @@
+"""A tiny model, a packed batch of it, and its train step on any mesh, each compiled once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dit_jax import tasks
+from dit_jax.data import PackingConfig, pack_rows
+from dit_jax.diffusion import DiffusionConfig
+from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.parallel import MeshConfig, global_batch, make_mesh
+from dit_jax.tasks.text_to_video import batch_loss, tokenize
+from dit_jax.training import OptimizerConfig, abstract_state, make_optimizer, make_step
+
+# Eight heads, so that every axis of the mesh can have all eight devices; layers are scanned, as on
+# accelerators, so that their parameters are stacked.
+MODEL = ModelConfig(
+    dit=DiTConfig(width=64, depth=2, heads=8, mlp_dim=64, scan=True),
+    patch=PatchConfig(t=1, h=2, w=2, channels=3, reference_fps=8.0),
+    text=ByteEncoderConfig(width=16, depth=1, heads=8, max_bytes=7),
+)
+PACKING = PackingConfig(rows=8, row_tokens=16, row_text=24, row_segments=3)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_norm=0.1, weight_decay=0.1)
+STEPS = 20
+SEED = 3
+
+# What is compared here is what the partitioner and the optimizer did, not how fast it runs:
+# without these, compiling one step takes six times as long.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    try:
+        jax.jit(lambda x: x, compiler_options=QUICK)(np.ones(()))
+    except jax.errors.JaxRuntimeError:  # another version of XLA, with other options: only slower
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        yield
+
+
+def perturbed(init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+    """Parameters none of which is zero, so that every path has a gradient."""
+    leaves, structure = jax.tree.flatten(init(key))
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    noise = (0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True))
+    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+def make_clips(count: int, seed: int) -> list[Any]:
+    """Tokenized clips and images of 1 to 6 tokens with captions of 0 to 7 letters."""
+    rng = np.random.default_rng(seed)
+    sizes = [(1, 2, 2), (2, 2, 4), (1, 4, 4), (3, 4, 2), (5, 2, 2)]
+    clips = []
+    for i in range(count):
+        pixels = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
+        sample: Any = {"video": pixels, "caption": "abcdefg"[: i % 8], "fps": 4.0 + i % 3}
+        clips.append(tokenize(MODEL, sample))
+    return clips
+
+
+@dataclasses.dataclass
+class Rig:
+    """The tiny model on one mesh: as the training loop puts it together."""
+
+    mesh: Any
+    model: Any
+    init: Callable[[jax.Array], Any]
+    optimizer: Any
+    shapes: Any
+    shardings: Any
+    loss: Callable[..., Any]
+    step: Any
+    _start: Callable[[], Any]
+
+    def state(self) -> Any:
+        """The state that every rig starts from, laid out over this mesh."""
+        return jax.device_put(self._start(), self.shardings)
+
+    def put(self, batch: Any) -> Any:
+        """A NumPy batch on this mesh."""
+        rows = len(batch.tokens)
+        return global_batch(self.mesh, batch, tuple(range(rows)), rows)
+
+
+@pytest.fixture(scope="package")
+def rig():
+    """``rig(data, fsdp, context, tensor, accumulate=1)`` on as many devices as that takes."""
+
+    @functools.cache
+    def start():
+        one = build(1, 1, 1, 1)
+        make = jax.jit(functools.partial(perturbed, one.init))
+        params = jax.device_get(nn.unbox(make(jax.random.key(0))))
+        zero = np.zeros((), np.int32)
+        ema = jax.tree.map(lambda x: x + np.float32(0.5), params)
+        opt_state = jax.device_get(jax.jit(one.optimizer.init)(params))
+        return type(one.shapes)(zero, zero, params, ema, opt_state)
+
+    @functools.cache
+    def build(data, fsdp, context, tensor, accumulate=1):
+        sizes = MeshConfig(data, fsdp, context, tensor)
+        mesh = make_mesh(sizes, jax.devices()[: data * fsdp * context * tensor])
+        model = tasks.make_model(MODEL, mesh)
+        init = functools.partial(tasks.init_params, model)
+        config = dataclasses.replace(OPTIMIZER, accumulate=accumulate)
+        optimizer = make_optimizer(config, STEPS)
+        shapes, shardings = abstract_state(init, optimizer, mesh)
+        loss = functools.partial(batch_loss, model, DiffusionConfig())
+        step = make_step(loss, optimizer, config, SEED, shardings)
+        return Rig(mesh, model, init, optimizer, shapes, shardings, loss, step, start)
+
+    return build
+
+
+@pytest.fixture(scope="package")
+def random_clips():
+    """``random_clips(count, seed)``"""
+    return make_clips
+
+
+@pytest.fixture(scope="package")
+def batches():
+    """Three different NumPy batches of three segments a row, with padding."""
+    made = []
+    for seed in range(3):
+        clips = make_clips(3 * PACKING.rows, seed)
+        made.append(pack_rows([clips[3 * r : 3 * r + 3] for r in range(PACKING.rows)], PACKING))
+    return made

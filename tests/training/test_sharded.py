@@ -1,0 +1,166 @@
+"""Every mesh computes what one device does, and really spreads what it says it spreads."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dit_jax.training import init_state
+
+MESHES = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (1, 1, 1, 8),
+    (2, 2, 2, 1),
+    (2, 2, 1, 2),
+    (2, 1, 2, 2),
+    (1, 2, 2, 2),
+]
+GRADIENT_TOLERANCE = 2e-5
+"""Of a parameter's largest gradient: float32 sums of some thousand terms in another order; 5e-6 was
+seen, and a wrong collective is off by a factor."""
+PARAMETER_TOLERANCE = 2e-5
+"""Absolute, where two steps of Adam moved a parameter by about 2e-3: a gradient that is nearly zero
+may be rounded to another size, and Adam divides by it; 2e-6 was seen."""
+
+
+def trajectory(rig, batches):
+    """States and metrics, on the host, after each of two steps."""
+    state, found = rig.state(), []
+    for batch in batches[:2]:
+        state, metrics = rig.step(state, rig.put(batch))
+        found.append((jax.device_get(state), jax.device_get(metrics)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(rig, batches):
+    return trajectory(rig(1, 1, 1, 1), batches)
+
+
+def moments(state):
+    """The moments of Adam, and the count of its steps."""
+    return state.opt_state[1][0]
+
+
+def assert_close(got, expected, tolerance, relative):
+    leaves = jax.tree_util.tree_flatten_with_path(expected)[0]
+    for (path, b), a in zip(leaves, jax.tree.leaves(got), strict=True):
+        scale = np.abs(b).max() if relative else 1
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_mesh_computes_what_one_device_does(rig, batches, alone, sizes):
+    for (state, metrics), (expected, said) in zip(
+        trajectory(rig(*sizes), batches), alone, strict=True
+    ):
+        for name in ("loss", "gradient_norm"):
+            # Scalars: the same sums in another order.
+            np.testing.assert_allclose(metrics[name], said[name], rtol=2e-6, err_msg=name)
+        # After one step the first moment is (1 - b1) times the (clipped) gradient, and the second
+        # its square.
+        assert_close(moments(state).mu, moments(expected).mu, GRADIENT_TOLERANCE, True)
+        assert_close(moments(state).nu, moments(expected).nu, 2 * GRADIENT_TOLERANCE, True)
+        assert_close(state.params, expected.params, PARAMETER_TOLERANCE, False)
+        assert_close(state.ema, expected.ema, PARAMETER_TOLERANCE, False)
+        assert (state.step, state.skipped) == (expected.step, 0)
+        assert moments(state).count == expected.step
+
+
+def test_the_comparison_means_something(rig, alone):
+    start, (first, said), (second, _) = jax.device_get(rig(1, 1, 1, 1).state()), *alone
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), second.params, start.params)
+    gradients = jax.tree.map(lambda mu: np.abs(mu).max(), moments(first).mu)
+    for (path, change), size in zip(
+        jax.tree_util.tree_flatten_with_path(moved)[0], jax.tree.leaves(gradients), strict=True
+    ):
+        # Every parameter takes part, and moves much further than the tolerance.
+        assert size > 1e-7 and change > 20 * PARAMETER_TOLERANCE, jax.tree_util.keystr(path)
+    assert said["gradient_norm"] > 1  # clipped, so that the norm over all shards matters
+
+
+def shard(array):
+    shapes = {part.data.shape for part in array.addressable_shards}
+    assert len(shapes) == 1
+    return shapes.pop()
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_parameters_moments_and_averages_are_spread(rig, sizes):
+    data, fsdp, context, tensor = sizes
+    state = rig(*sizes).state()
+    adam = moments(state)
+    for tree in (state.params, state.ema, adam.mu, adam.nu):
+        dit, text = tree["params"]["dit"], tree["params"]["text"]
+        block = dit["blocks"]
+        expected = [
+            (block["mlp"]["up"]["kernel"], (2, 64 // fsdp, 64 // tensor)),
+            (block["mlp"]["down"]["kernel"], (2, 64 // tensor, 64 // fsdp)),
+            (block["self_attention"]["qkv"]["kernel"], (2, 64 // fsdp, 192 // tensor)),
+            (block["self_attention"]["qkv"]["bias"], (2, 192 // tensor)),
+            (block["modulation"]["linear"]["kernel"], (2, 64 // fsdp, 384 // tensor)),
+            (dit["final"]["kernel"], (64 // fsdp, 12)),
+            (text["bytes"]["embedding"], (258, 16 // fsdp)),
+        ]
+        for array, shape in expected:
+            assert shard(array) == shape
+            # Every part of the array lies on as many devices as hold replicas.
+            pieces = {str(part.index) for part in array.addressable_shards}
+            assert len(pieces) == math.prod(array.shape) // math.prod(shape)
+    assert shard(adam.count) == shard(state.step) == ()
+    # Per device: all but the small vectors is divided by fsdp and tensor.
+    whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    mine = sum(math.prod(shard(leaf)) for leaf in jax.tree.leaves(state.params))
+    assert mine < whole * (1 / (fsdp * tensor) + 0.3)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_updated_state_keeps_its_layout(rig, batches, sizes):
+    one = rig(*sizes)
+    state, _ = one.step(one.state(), one.put(batches[0]))
+    for (path, leaf), wanted in zip(
+        jax.tree_util.tree_flatten_with_path(state)[0],
+        jax.tree.leaves(one.shardings),
+        strict=True,
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_batch_is_spread_over_rows_and_context(rig, batches, sizes):
+    data, fsdp, context, _ = sizes
+    placed = rig(*sizes).put(batches[0])
+    rows = 8 // (data * fsdp)
+    assert shard(placed.tokens) == (rows, 16 // context, 12)
+    assert shard(placed.positions) == (rows, 16 // context, 3)
+    assert shard(placed.segment_ids) == (rows, 16 // context)
+    assert shard(placed.text) == (rows, 24)
+    assert shard(placed.sample_ids) == (rows, 3)
+    if context > 1:
+        assert placed.tokens.sharding.spec == P(("data", "fsdp"), "context")
+
+
+def test_fresh_state_is_the_same_on_every_mesh(rig):
+    """Initialisation runs sharded, from the same random numbers."""
+    states = []
+    for sizes in [(1, 1, 1, 1), (1, 2, 2, 2)]:
+        one = rig(*sizes)
+        states.append(init_state(one.init, one.optimizer, one.shardings, jax.random.key(7)))
+    alone, spread = states
+    assert shard(spread.params["params"]["dit"]["blocks"]["mlp"]["up"]["kernel"]) == (2, 32, 32)
+    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
+        # The same bits drawn; turning them into normal numbers may be fused another way.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    for a, b in zip(jax.tree.leaves(spread.params), jax.tree.leaves(spread.ema), strict=True):
+        np.testing.assert_array_equal(a, b)
+    drawn = functools.reduce(max, (float(np.abs(x).max()) for x in jax.tree.leaves(spread.params)))
+    assert drawn > 0.1
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(spread.opt_state))
+    assert int(spread.step) == int(spread.skipped) == 0

@@ -1,0 +1,161 @@
+"""The step: one compilation, donated memory, accumulation, bad batches, averages, randomness."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax.training import init_state
+from dit_jax.training.optimizer import ema_rate
+from dit_jax.training.step import loss_and_gradients
+
+MESH = (2, 1, 2, 2)
+
+
+@pytest.fixture
+def one(rig):
+    return rig(*MESH)
+
+
+def assert_equal(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def changing(state):
+    return state.params, state.ema, state.opt_state
+
+
+def test_step_compiles_once_and_reuses_memory(one, batches):
+    state = init_state(one.init, one.optimizer, one.shardings, jax.random.key(0))
+    losses = []
+    for i in range(4):
+        before = state
+        state, metrics = one.step(state, one.put(batches[i % 3]))
+        losses.append(float(metrics["loss"]))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert int(state.step) == 4 and np.isfinite(losses).all()
+    assert one.step._cache_size() == 1
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(rig, one, batches, parts):
+    """Parts of unequal weight, for their rows hold different numbers of tokens."""
+    counts = batches[0].num_tokens.sum(1)
+    assert len({counts[i::parts].sum() for i in range(parts)}) > 1
+    other = rig(*MESH, accumulate=parts)
+    (a, said), (b, expected) = (r.step(r.state(), r.put(batches[0])) for r in (other, one))
+    np.testing.assert_allclose(said["loss"], expected["loss"], rtol=2e-6)
+    np.testing.assert_allclose(said["gradient_norm"], expected["gradient_norm"], rtol=2e-6)
+    for x, y in zip(jax.tree.leaves(changing(a)), jax.tree.leaves(changing(b)), strict=True):
+        # Float32 sums in another order (see test_sharded); parameters are of order one.
+        scale = max(float(np.abs(y).max()), 1e-12)
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * scale)
+
+
+def test_parts_take_interleaved_rows():
+    """Every device has rows of every part; weights add up over parts."""
+
+    def loss(params, rows, key):
+        del key
+        # A row of x has weight x; an order that showed would show in `seen`.
+        return (params["w"] * rows["x"] ** 2).sum(), rows["x"].sum()
+
+    x = np.arange(8, dtype=np.float32)
+    for parts in (1, 2, 4, 8):
+        value, gradients = loss_and_gradients(
+            loss, {"w": np.float32(3)}, {"x": x}, jax.random.key(0), parts
+        )
+        assert float(value) == 3 * (x**2).sum() / x.sum()
+        assert float(gradients["w"]) == (x**2).sum() / x.sum()
+
+
+def spoiled(batch, value):
+    tokens = batch.tokens.copy()
+    tokens[3, 1, 5] = value
+    assert batch.segment_ids[3, 1] > 0
+    return dataclasses.replace(batch, tokens=tokens)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30], ids=str)
+def test_bad_batch_changes_only_the_counters(one, batches, value):
+    """1e30 is finite, and its square is not."""
+    state, _ = one.step(one.state(), one.put(batches[0]))
+    before = jax.device_get(state)
+    state, metrics = one.step(state, one.put(spoiled(batches[1], value)))
+    assert not np.isfinite(metrics["loss"])
+    assert (int(state.step), int(state.skipped), int(metrics["skipped"])) == (2, 1, 1)
+    assert_equal(changing(state), changing(before))
+
+    # Training goes on as it does from a state that never saw the batch.
+    after, metrics = one.step(state, one.put(batches[2]))
+    again = jax.device_put(
+        dataclasses.replace(before, step=np.int32(2), skipped=np.int32(1)), one.shardings
+    )
+    expected, said = one.step(again, one.put(batches[2]))
+    assert float(metrics["loss"]) == float(said["loss"]) and np.isfinite(metrics["loss"])
+    assert_equal(after, expected)
+    assert (int(after.step), int(after.skipped)) == (3, 1)
+    assert np.abs(jax.tree.leaves(after.params)[0] - jax.tree.leaves(before.params)[0]).max() > 0
+
+
+def test_batch_of_padding_has_no_loss(one, batches):
+    empty = jax.tree.map(np.zeros_like, batches[0])
+    before = jax.device_get(one.state())
+    state, metrics = one.step(one.state(), one.put(empty))
+    assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0
+    assert int(state.skipped) == 0
+    for leaf in jax.tree.leaves(state):
+        assert np.isfinite(leaf).all()
+    # Only the decay of matrices is left: lr 5e-4 (of the warm-up) times 0.1.
+    up = before.params["params"]["dit"]["blocks"]["mlp"]["up"]
+    now = state.params["params"]["dit"]["blocks"]["mlp"]["up"]
+    np.testing.assert_allclose(now["kernel"], up["kernel"] * (1 - 5e-5), rtol=2e-7)
+    np.testing.assert_array_equal(now["bias"], up["bias"])
+
+
+def test_averages_follow_the_parameters(one, batches):
+    state = one.state()
+    expected = jax.device_get(state.ema)
+    for i in range(3):
+        state, _ = one.step(state, one.put(batches[i]))
+        rate = min(0.999, (1 + i) / (10 + i))
+        params = jax.device_get(state.params)
+        expected = jax.tree.map(lambda e, p, r=rate: r * e + (1 - r) * p, expected, params)
+    for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-7)  # float32 of values of order one
+
+
+@pytest.mark.parametrize(
+    ("decay", "step", "rate"),
+    [(0.999, 0, 0.1), (0.999, 8, 0.5), (0.5, 8, 0.5), (0.5, 100, 0.5), (0.999, 10**6, 0.999), (0.0, 5, 0)],
+)
+def test_ema_rate(decay, step, rate):
+    np.testing.assert_allclose(ema_rate(decay, np.int32(step)), rate, rtol=1e-6)
+
+
+def test_randomness_is_that_of_the_step(one, batches):
+    """The same state and batch give the same bits; another step number other noise."""
+    start = jax.device_get(one.state())
+    batch = one.put(batches[0])
+    found = {}
+    for number in (0, 1, 0):
+        state = jax.device_put(dataclasses.replace(start, step=np.int32(number)), one.shardings)
+        new, metrics = one.step(state, batch)
+        if number in found:
+            assert_equal(new, found[number][0])
+            assert float(metrics["loss"]) == found[number][1]
+        found[number] = jax.device_get(new), float(metrics["loss"])
+    assert abs(found[0][1] - found[1][1]) > 1e-3
+
+
+def test_training_lowers_the_loss(one, batches):
+    """Of the same batch, over the noise of ten steps."""
+    state, losses = one.state(), []
+    batch = one.put(batches[0])
+    for _ in range(20):
+        state, metrics = one.step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert one.step._cache_size() == 1
