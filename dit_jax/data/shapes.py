@@ -204,14 +204,24 @@ def _check_room(height: int, width: int, frames: int) -> None:
         )
 
 
+def _offset(room: float, jitter: float | None, u: float) -> float:
+    """Where the middle of a path lies off the canvas's, uniform over the room there is."""
+    half = max(room, 0.0) / 2
+    return (2 * u - 1) * (half if jitter is None else min(jitter, half))
+
+
 def _place(
     rng: np.random.Generator,
     triple: tuple[str, str, str | None],
     size: str,
     frames: int,
     hw: tuple[int, int],
+    jitter: float | None = None,
 ) -> Scene:
-    """A scene with the free numbers (radius, speed, start, shade) drawn; the canvas has room."""
+    """A scene with the free numbers (radius, speed, start, shade) drawn; the canvas has room.
+
+    The middle of the path lies within `jitter` px of the canvas's, or anywhere.
+    """
     color, shape, direction = triple
     height, width = hw
     u = rng.random(5).tolist()
@@ -226,9 +236,8 @@ def _place(
         slowest = min(SPEEDS[0], fastest)
         speed = slowest + (fastest - slowest) * u[1]
     way = speed * (frames - 1)
-    # The start is uniform over what is left of the canvas once the whole path is inside.
-    x = reach + max(-dx, 0) * way + u[2] * max(width - 2 * reach - abs(dx) * way, 0.0)
-    y = reach + max(-dy, 0) * way + u[3] * max(height - 2 * reach - abs(dy) * way, 0.0)
+    x = width / 2 - dx * way / 2 + _offset(width - 2 * reach - abs(dx) * way, jitter, u[2])
+    y = height / 2 - dy * way / 2 + _offset(height - 2 * reach - abs(dy) * way, jitter, u[3])
     return Scene(
         shape, color, size, direction, frames, height, width, x, y, speed, radius, MAX_SHADE * u[4]
     )
@@ -273,6 +282,9 @@ class ShapesConfig:
     frames: tuple[int, ...] = (5, 9, 13)
     image_fraction: float = 0.15
     image_sizes: tuple[tuple[int, int], ...] = ((32, 32), (48, 48), (24, 40), (40, 24))
+    jitter: float | None = None
+    """How far the middle of a path may lie from the canvas's, in px along each side; None: as far
+    as the path fits. The less of it, the sooner a small model learns the rest."""
     fps: float = 8.0
     seed: int = 0
     split: Literal["train", "held_out"] = "train"
@@ -282,6 +294,8 @@ class ShapesConfig:
             raise ValueError(f"num_examples={self.num_examples}: give at least 1")
         if not 0 <= self.image_fraction <= 1:
             raise ValueError(f"image_fraction={self.image_fraction}: give a share in [0, 1]")
+        if self.jitter is not None and not self.jitter >= 0:
+            raise ValueError(f"jitter={self.jitter}: give at least 0 px, or None for anywhere")
         if not self.fps > 0:
             raise ValueError(f"fps={self.fps}: give a positive number of frames a second")
         if not 0 <= self.seed < 2**64:
@@ -331,10 +345,11 @@ class MovingShapes:
         if is_image:
             triple = (tuple(COLORS)[rng.integers(len(COLORS))], SHAPES[rng.integers(4)], None)
             canvas = config.image_sizes[rng.integers(len(config.image_sizes))]
-            return _place(rng, triple, size, 1, canvas)
+            return _place(rng, triple, size, 1, canvas, config.jitter)
         triple = self._triples[rng.integers(len(self._triples))]
         frames = config.frames[rng.integers(len(config.frames))]
-        return _place(rng, triple, size, frames, config.sizes[rng.integers(len(config.sizes))])
+        canvas = config.sizes[rng.integers(len(config.sizes))]
+        return _place(rng, triple, size, frames, canvas, config.jitter)
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)

@@ -91,7 +91,7 @@ class DiTConfig:
 
 
 PRESETS = {
-    "Ti": DiTConfig(width=256, depth=6, heads=4),
+    "Ti": DiTConfig(width=192, depth=6, heads=4),
     "S": DiTConfig(width=384, depth=12, heads=6),
     "B": DiTConfig(width=768, depth=12, heads=12),
     "L": DiTConfig(width=1024, depth=24, heads=16),

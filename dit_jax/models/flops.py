@@ -21,11 +21,12 @@ def forward_flops(
     dit, text = config.dit, config.text
     tokens, letters = num_tokens.astype(np.float64), num_text.astype(np.float64)
     d, hidden = dit.width, dit.hidden
-    per_token = 2 * d * (3 * d + d) + 2 * d * 2 * d + 4 * d * hidden
-    per_letter = 2 * text.width * 2 * d
-    pairs = 4 * d * (tokens * tokens + tokens * letters)
-    blocks = dit.depth * (per_token * tokens + per_letter * letters + pairs)
+    per_token = 2 * d * (3 * d + d) + 4 * d * hidden
+    block = per_token * tokens + 4 * d * tokens * tokens
+    if dit.cross_attention:
+        block += 2 * d * 2 * d * tokens + 2 * text.width * 2 * d * letters
+        block += 4 * d * tokens * letters
     ends = 4 * config.patch.dim * d * tokens
     e = text.width
     encoder = text.depth * (24 * e * e * letters + 4 * e * letters * letters) + 2 * e * e * letters
-    return blocks + ends + encoder
+    return dit.depth * block + ends + encoder

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a decay of the learning rate, clipping and no decay of vectors."""
+"""AdamW or Muon with warm-up, a decay of the learning rate, clipping and no decay of vectors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any, Literal
 
 import jax
 import optax
+import optax.contrib
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer (Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization")."""
+    """The optimizer: AdamW (Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization"), or
+    Muon for the matrices of the blocks (Jordan 2024; Liu et al. 2025, "Muon is Scalable for LLM
+    Training", whose scaling of updates lets both share a learning rate) and AdamW for the rest."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     """Peak, reached after the warm-up."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -70,18 +74,43 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 
+MUON_LAYERS = ("self_attention", "cross_attention", "mlp")
+MUON_RMS = 0.2
+"""Size of Muon's updates, matched to AdamW's (Liu et al. 2025, section 2.2)."""
+
+
+def muon_axes(params: Any) -> Any:
+    """Which parameters Muon orthogonalises: the layers' matrices; their last two axes are in and out,
+    whether or not a scan has stacked the layers."""
+
+    def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [entry.key for entry in path]
+        if names[-1] != "kernel" or not set(names) & set(MUON_LAYERS):
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The gradient transformation for a run of ``steps`` steps."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
+    rate = learning_rate(config, steps)
+    if config.kind == "muon":
+        update = optax.contrib.muon(
+            rate,
             weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
-    )
+            weight_decay_mask=decayed,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=muon_axes,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        update = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
 def ema_rate(decay: float, step: jax.Array) -> jax.Array:

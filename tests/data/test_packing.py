@@ -118,7 +118,9 @@ def test_every_sample_comes_whole_and_once_an_epoch(loader, packer: Any):
             np.testing.assert_array_equal(batch.text[row, text], expected["text"])
             np.testing.assert_array_equal(batch.segment_ids[row, span], slot + 1)
             np.testing.assert_array_equal(batch.text_segment_ids[row, text], slot + 1)
-            np.testing.assert_array_equal(batch.token_ids[row, span], np.arange(span.stop - span.start))
+            np.testing.assert_array_equal(
+                batch.token_ids[row, span], np.arange(span.stop - span.start)
+            )
             assert batch.num_frames[row, slot] == expected["frame_ids"][-1] + 1
             assert number % config.rows == row  # a lane has every so-many-th sample
             places.append(number)
@@ -126,7 +128,8 @@ def test_every_sample_comes_whole_and_once_an_epoch(loader, packer: Any):
     assert len(set(places)) == len(places)
     of = dict(zip(places, owners, strict=True))
     orders = [
-        [of[place] for place in range(epoch * count, (epoch + 1) * count)] for epoch in range(epochs)
+        [of[place] for place in range(epoch * count, (epoch + 1) * count)]
+        for epoch in range(epochs)
     ]
     for order in orders:
         assert Counter(order) == Counter(range(count))
@@ -175,7 +178,9 @@ QUICKSTART = ModelConfig(
 @pytest.mark.parametrize("packer", ["first_fit", "best_fit"])
 def test_rows_of_moving_shapes_are_mixed_and_full(packer: Any):
     config = PackingConfig(rows=4, row_tokens=256, row_text=192, row_segments=8, packer=packer)
-    loader = Loader(MovingShapes(ShapesConfig()), functools.partial(tokenize, QUICKSTART), config, 0)
+    loader = Loader(
+        MovingShapes(ShapesConfig()), functools.partial(tokenize, QUICKSTART), config, 0
+    )
     batches = take(loader, 16)
     loader.close()
     used = np.concatenate([batch.num_tokens for batch in batches])
@@ -259,7 +264,9 @@ def test_states_of_two_processes_restore_into_one_and_back(loader):
 
 def test_state_of_fewer_rows_is_refused(loader):
     state = loader(rows=(0, 1)).get_state()
-    with pytest.raises(ValueError, match=r"no row 2 \(it has 2\): resume with the same data.packing"):
+    with pytest.raises(
+        ValueError, match=r"no row 2 \(it has 2\): resume with the same data.packing"
+    ):
         loader().set_state(state)
 
 
@@ -269,8 +276,16 @@ def test_state_of_fewer_rows_is_refused(loader):
 @pytest.mark.parametrize(
     ("tokens", "text", "message"),
     [
-        (25, 3, r"a clip has 25 tokens and a row holds 24: raise data.packing.row_tokens to at least"),
-        (24, 21, r"a clip has 21 text tokens and a row holds 20: raise data.packing.row_text to at"),
+        (
+            25,
+            3,
+            r"a clip has 25 tokens and a row holds 24: raise data.packing.row_tokens to at least",
+        ),
+        (
+            24,
+            21,
+            r"a clip has 21 text tokens and a row holds 20: raise data.packing.row_text to at",
+        ),
     ],
 )
 def test_sample_larger_than_a_row_is_refused(tokens: int, text: int, message: str):

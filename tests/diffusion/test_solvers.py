@@ -34,7 +34,7 @@ def gaussian_velocity(ceilings, x, sigma):
     return -MEAN + (t - (1 - t) * DEVIATION**2) / variance * (x - (1 - t) * MEAN)
 
 
-def gaussian_flow(x: np.ndarray, t: np.ndarray, end: float) -> np.ndarray:
+def gaussian_flow(x: np.ndarray, t: np.ndarray, end: np.ndarray | float) -> np.ndarray:
     """Where the exact flow takes x from time t to time ``end``."""
     t = t[..., None]
 
@@ -113,12 +113,9 @@ def test_a_schedule_has_steps(steps):
 def test_the_closed_form_is_one():
     """The flow's derivative is the velocity, by central differences."""
     x, t = points([0.2, 0.5, 0.9])
-    ahead, back = (
-        np.stack([gaussian_flow(x, t, e) for e in (t[0] + h)[:, None]]) for h in (1e-5, -1e-5)
-    )
-    slopes = np.stack([(ahead - back)[i, 0, i] / 2e-5 for i in range(3)])
+    ahead, back = (gaussian_flow(x, t, t[..., None] + h) for h in (1e-5, -1e-5))
     # Central differences: h^2, and float64 over h.
-    np.testing.assert_allclose(slopes, gaussian_velocity(t, x, 1.0)[0], atol=1e-8)
+    np.testing.assert_allclose((ahead - back) / 2e-5, gaussian_velocity(t, x, 1.0), atol=1e-8)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -140,7 +137,9 @@ def test_shifted_schedules_converge_to_the_same(run, name):
     x, ceilings = points([1.0] * 4)
     t = np.linspace(1, 0, 257)
     out = run(name, gaussian_velocity, x, ceilings, 3 * t / (1 + 2 * t))
-    atol = {1: 2e-2, 2: 2e-4}[ORDERS[name]]  # of some 256 steps, as above
+    # 256 even steps leave 4e-3 (order 1) and 2e-5 (order 2); the last of these are three times as
+    # long, and nine times as wrong.
+    atol = {1: 4e-2, 2: 5e-4}[ORDERS[name]]
     np.testing.assert_allclose(out, gaussian_flow(x, ceilings, 0.0), atol=atol)
 
 

@@ -116,6 +116,12 @@ def jit() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def other_ways() -> dict[str, bool]:
+    """Fields of ``DiTConfig`` by which the model is told of places and text in its other ways."""
+    return {"absolute_positions": True, "pooled_text": True, "cross_attention": False}
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., TextToVideo]:
     return make_model
 
@@ -151,9 +157,7 @@ def inputs(segment) -> dict[str, np.ndarray]:
     )
 
 
-@pytest.fixture(scope="session")
-def params(model) -> Any:
-    """Random parameters, none of them zero, so that every branch counts."""
+def random_params(model: TextToVideo) -> Any:
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -163,6 +167,17 @@ def params(model) -> Any:
         return (size * rng.normal(size=leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(model)))
+
+
+@pytest.fixture(scope="session")
+def params_of() -> Callable[[TextToVideo], Any]:
+    """Random parameters of a model, none of them zero, so that every branch counts."""
+    return random_params
+
+
+@pytest.fixture(scope="session")
+def params(model) -> Any:
+    return random_params(model)
 
 
 @pytest.fixture(scope="session")

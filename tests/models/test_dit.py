@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dit_jax.models import PRESETS, DiT, DiTConfig, TextToVideo
-from dit_jax.models.dit import time_features
+from dit_jax.models.dit import pool_text, time_features
 from dit_jax.parallel import host_attention, xla_attention
 from dit_jax.parallel.kernels import flat_dot_general
 from dit_jax.parallel.rules import ACTIVATION_RULES, PARAMETER_RULES
@@ -78,6 +78,44 @@ def test_presets_have_the_parameters_that_their_shapes_say(name, width, depth, h
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == depth * block + time + ends
 
 
+def test_other_ways_have_parameters_of_their_own(tiny, boxed, other_ways):
+    def count(**changes):
+        return sum(leaf.size for leaf in jax.tree.leaves(boxed(tiny(**changes))["params"]["dit"]))
+
+    d, e, heads, depth = 32, 16, 2, 2
+    cross_attention = (d * d + d) + (e * 2 * d + 2 * d) + (d * d + d) + 2 * d // heads
+    plain = count()
+    assert count(absolute_positions=True) == plain
+    assert count(pooled_text=True) == plain + e * d + d
+    assert count(cross_attention=False) == plain - depth * cross_attention
+
+
+def test_text_may_be_absent_where_none_is_used(model):
+    config = dataclasses.replace(model.config.dit, cross_attention=False)
+    network = DiT(config, 12, xla_attention, unconstrained)
+    ids = jnp.zeros((1, 4), jnp.int32)
+
+    def run(key, x):
+        given = (x, x[..., :3], ids, ids, x[:, :1, 0], None, None)
+        return network.init_with_output(key, *given)[0]
+
+    out = jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((1, 4, 12), jnp.float32))
+    assert out.shape == (1, 4, 12)
+
+
+def test_pooled_text_is_the_mean_of_each_groups_segment(jit):
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    text_ids = np.array([[1, 1, 2, 2, 2, 0], [2, 1, 1, 1, 0, 0]], np.int32)
+    ids = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 0, 0]], np.int32)
+    groups = np.array([[0, 1, 2, 2, 0], [0, 3, 2, 0, 0]], np.int32)
+    pooled = np.asarray(jit(pool_text, static_argnums=4)(text, text_ids, ids, groups, 4))
+    one, two = text[0, :2].mean(0), text[0, 2:5].mean(0)
+    np.testing.assert_allclose(pooled[0, :3], [one, one, two], rtol=1e-6, atol=1e-6)  # float32
+    one, two = text[1, 1:4].mean(0), text[1, 0]
+    np.testing.assert_allclose(pooled[1, [0, 2, 3]], [one, two, two], rtol=1e-6, atol=1e-6)
+
+
 def test_presets_are_about_the_fields_sizes():
     # Peebles & Xie 2022, table 1, in millions; ours have cross-attention (about 2 d^2 a layer) more.
     for name, millions in (("S", 33), ("B", 130), ("L", 458), ("XL", 675)):
@@ -86,10 +124,10 @@ def test_presets_are_about_the_fields_sizes():
         assert millions < ours < 1.15 * millions + 2
 
 
-def test_every_parameter_has_axes_that_the_rules_know(model, boxed):
-    leaves = leaves_with_names(boxed(model))
+def test_every_parameter_has_axes_that_the_rules_know(tiny, boxed, other_ways):
+    leaves = leaves_with_names(boxed(tiny()))
     assert len(leaves) == 30 + 14  # the transformer's and the text encoder's
-    for path, leaf in leaves:
+    for path, leaf in leaves + leaves_with_names(boxed(tiny(**other_ways))):
         where = jax.tree_util.keystr(path)
         assert isinstance(leaf, nn.LogicallyPartitioned), where
         assert len(leaf.names) == leaf.value.ndim, where

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dit_jax.models import (
     ByteEncoderConfig,
@@ -34,7 +35,8 @@ def counted_by_hand(config: ModelConfig, l: int, s: int) -> int:
         (s, e, 3 * e), (s, e, s), (s, s, e), (s, e, e), (s, e, 4 * e), (s, 4 * e, e)
     )
     encoder = config.text.depth * letter_layer + products((s, e, e))
-    return config.dit.depth * (self_attention + cross_attention + mlp) + ends + encoder
+    attention = self_attention + cross_attention * config.dit.cross_attention
+    return config.dit.depth * (attention + mlp) + ends + encoder
 
 
 CONFIG = ModelConfig(
@@ -45,13 +47,16 @@ CONFIG = ModelConfig(
 )
 
 
-def test_every_matrix_product_is_counted():
+@pytest.mark.parametrize("cross_attention", [True, False])
+def test_every_matrix_product_is_counted(cross_attention):
+    dit = dataclasses.replace(CONFIG.dit, cross_attention=cross_attention)
+    config = dataclasses.replace(CONFIG, dit=dit)
     tokens, text = np.array([[1, 40], [96, 0]]), np.array([[1, 12], [32, 0]])
-    counts = forward_flops(CONFIG, tokens, text)
+    counts = forward_flops(config, tokens, text)
     assert counts.shape == (2, 2)
     # Exact: whole numbers below 2^53.
     for index, count in np.ndenumerate(counts):
-        assert count == counted_by_hand(CONFIG, int(tokens[index]), int(text[index]))
+        assert count == counted_by_hand(config, int(tokens[index]), int(text[index]))
     assert counts[1, 1] == 0
 
 

@@ -6,18 +6,34 @@ exactly zero, and each row of a matrix product is computed from its own inputs a
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from dit_jax import parallel
 from dit_jax.models import byte_tokens
+from dit_jax.parallel import host_attention
 from dit_jax.types import PAD
 
 
-@pytest.fixture(scope="module", params=["xla_attention", "host_attention"])
-def forward(request, tiny, jit):
-    """The model with the reference attention, and with that of CPUs."""
-    apply = jit(tiny(attention=getattr(parallel, request.param)).apply)
+@pytest.fixture(scope="module", params=["reference", "host_attention", "other_ways"])
+def way(request, tiny, other_ways):
+    """The model with the reference attention, with that of CPUs, and with the text pooled."""
+    changes = {
+        "reference": {},
+        "host_attention": {"attention": host_attention},
+        "other_ways": other_ways,
+    }
+    return tiny(**changes[request.param])
+
+
+@pytest.fixture(scope="module")
+def params(way, params_of):
+    return params_of(way)
+
+
+@pytest.fixture(scope="module")
+def forward(way, jit):
+    apply = jit(way.apply)
     return lambda params, **inputs: np.asarray(apply(params, **inputs))
 
 
@@ -77,6 +93,26 @@ def test_text_of_a_segment_reaches_that_segment_alone(forward, params, inputs, b
 def test_a_noise_level_reaches_its_segment_alone(forward, params, inputs, base, j, group):
     other = forward(params, **altered(inputs, "group_t", (0, 2 * (j - 1) + group), 0.33))
     assert np.array_equal(changed(inputs, base, other), tokens_of(inputs, j))
+
+
+def test_no_gradient_crosses_segments(way, params, inputs, jit):
+    """What one segment says has no slope at all along what the others are given."""
+    fields = ("tokens", "positions", "group_t")
+    given = {name: inputs[name] for name in fields}
+    others = {name: field for name, field in inputs.items() if name not in fields}
+
+    def said(given, others, mine):
+        return (way.apply(params, **given, **others) * mine[..., None]).sum()
+
+    slopes = jit(jax.grad(said))
+    for j in (1, 2, 3):
+        mine = tokens_of(inputs, j)
+        slope = slopes(given, others, mine.astype(np.float32))
+        for name in ("tokens", "positions"):
+            reached = np.asarray(slope[name] != 0).any(-1)
+            assert np.array_equal(reached, mine), name
+        groups = np.unique(inputs["group_ids"][mine])
+        assert np.argwhere(np.asarray(slope["group_t"])).tolist() == [[0, g] for g in groups]
 
 
 def test_padding_is_seen_by_none(forward, params, inputs, base):

@@ -89,7 +89,8 @@ def block(p, x, condition, places, text):
     )
     h = layer_norm(x) * (1 + scale1) + shift1
     x = x + gate1 * self_attention(p["self_attention"], h, places)
-    x = x + cross_attention(p["cross_attention"], layer_norm(x), text)
+    if "cross_attention" in p:
+        x = x + cross_attention(p["cross_attention"], layer_norm(x), text)
     h = layer_norm(x) * (1 + scale2) + shift2
     return x + gate2 * mlp(p["mlp"], h)
 
@@ -103,12 +104,24 @@ def encode(p, letters):
     return linear(p["out"], layer_norm(x))
 
 
-def transformer(p, tokens, places, levels, text):
+def sines(places, width):
+    """The fixed embedding: sines, then cosines, of t, h and w in turn; the rest is zero."""
+    rates = 1e4 ** (-np.arange(width // 6) / (width // 6))
+    angles = np.concatenate([np.outer(places[:, axis], rates) for axis in range(3)], -1)
+    features = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    return np.pad(features, ((0, 0), (0, width - features.shape[-1])))
+
+
+def transformer(p, tokens, places, levels, text, absolute_positions=False):
     """A segment's output; ``levels`` is each token's own noise level ``[l]``."""
     angles = np.outer(1000 * levels, 1e4 ** (-np.arange(128) / 128))
     features = np.concatenate([np.cos(angles), np.sin(angles)], -1)
     condition = linear(p["time"]["out"], silu(linear(p["time"]["up"], features)))
+    if "pooled" in p:
+        condition = condition + linear(p["pooled"], text.mean(0))
     x = linear(p["patch_embedding"], tokens)
+    if absolute_positions:
+        x = x + sines(places, x.shape[-1])
     for i in range(2):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"])
         x = block(layer, x, condition, places, text)
@@ -181,8 +194,13 @@ def test_the_text_encoder_is_that_of_numpy(model, params, exact, inputs, jit):
         np.testing.assert_allclose(np.asarray(encoded)[row, at], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_model_is_that_of_numpy(forward, params, exact, inputs):
-    out = forward(params, **inputs)
+@pytest.mark.parametrize("ways", ["cross-attention", "other ways"])
+def test_the_model_is_that_of_numpy(ways, tiny, other_ways, params_of, inputs, jit):
+    changes = other_ways if ways == "other ways" else {}
+    model = tiny(**changes)
+    params = params_of(model)
+    exact = jax.tree.map(lambda leaf: leaf.astype(np.float64), params["params"])
+    out = np.asarray(jit(model.apply)(params, **inputs))
     for row, at, text_at in segments_of(inputs):
         expected = transformer(
             exact["dit"],
@@ -190,6 +208,7 @@ def test_the_model_is_that_of_numpy(forward, params, exact, inputs):
             inputs["positions"][row, at],
             inputs["group_t"][row, inputs["group_ids"][row, at]].astype(np.float64),
             encode(exact["text"], inputs["text"][row, text_at]),
+            changes.get("absolute_positions", False),
         )
         # As above, through all layers; noise levels in thousandths lose 2^-24 * 1000 in float32.
         np.testing.assert_allclose(out[row, at], expected, rtol=1e-4, atol=2e-4)

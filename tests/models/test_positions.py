@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_jax.models.positions import axis_dims, frequencies, rotary_angles, rotate
+from dit_jax.models.positions import axis_dims, frequencies, rotary_angles, rotate, sincos_features
 
 THETA = 1e4
 
@@ -96,6 +96,19 @@ def test_an_axis_turns_its_own_pairs_only():
         moved = turned(x, np.eye(3)[axis : axis + 1]) != x
         pairs = moved[0, :32] | moved[0, 32:]
         assert pairs[first:last].all() and pairs.sum() == last - first
+
+
+def test_absolute_features_are_sines_and_cosines(jit):
+    places = np.random.default_rng(1).uniform(0, 20, (1, 4, 3)).astype(np.float32)
+    features = np.asarray(jit(sincos_features, static_argnums=(1, 2))(places, 20, THETA))
+    assert features.shape == (1, 4, 20) and features.dtype == np.float32
+    rates = [1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
+    angles = np.array([[[x * rate for x in token for rate in rates] for token in places[0]]])
+    # Angles reach 20 in float32.
+    np.testing.assert_allclose(features[..., :9], np.sin(angles), atol=5e-6)
+    np.testing.assert_allclose(features[..., 9:18], np.cos(angles), atol=5e-6)
+    # 20 is 3 x 6 and 2 more.
+    assert not features[..., 18:].any()
 
 
 def test_low_precision_heads_are_turned_in_float32():

@@ -129,7 +129,14 @@ def test_averages_follow_the_parameters(one, batches):
 
 @pytest.mark.parametrize(
     ("decay", "step", "rate"),
-    [(0.999, 0, 0.1), (0.999, 8, 0.5), (0.5, 8, 0.5), (0.5, 100, 0.5), (0.999, 10**6, 0.999), (0.0, 5, 0)],
+    [
+        (0.999, 0, 0.1),
+        (0.999, 8, 0.5),
+        (0.5, 8, 0.5),
+        (0.5, 100, 0.5),
+        (0.999, 10**6, 0.999),
+        (0.0, 5, 0),
+    ],
 )
 def test_ema_rate(decay, step, rate):
     np.testing.assert_allclose(ema_rate(decay, np.int32(step)), rate, rtol=1e-6)

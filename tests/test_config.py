@@ -1,0 +1,364 @@
+"""The configuration: what the command line says, what is refused and how, and JSON and back."""
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from dit_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    differences,
+    from_dict,
+    load_config,
+    parse_config,
+    read_config,
+    stored_config,
+    to_dict,
+)
+from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
+from dit_jax.diffusion import DiffusionConfig
+from dit_jax.models import DiTConfig, PatchConfig
+from dit_jax.parallel import MeshConfig
+from dit_jax.sampling import SamplingConfig
+from dit_jax.training import CheckpointConfig, OptimizerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(ROOT.glob("configs/*.py"))
+QUICKSTART = ROOT / "configs" / "quickstart.py"
+PROG = "python -m dit_jax.train"
+
+
+def parse(*arguments):
+    return parse_config([str(one) for one in arguments], PROG, "Trains a model.")
+
+
+@pytest.fixture
+def refused(capsys):
+    """``refused(arguments...)``: what is said when these are refused, without tyro's frame."""
+
+    def run(*arguments):
+        clock = time.perf_counter()
+        with pytest.raises(SystemExit) as error:
+            parse(*arguments)
+        said = capsys.readouterr()
+        assert error.value.code == 2 and not said.out
+        assert "Traceback" not in said.err
+        assert time.perf_counter() - clock < 20  # nothing was read or compiled
+        return " ".join(re.sub("[╭─╮│╰╯]", " ", said.err).split())
+
+    return run
+
+
+# What is said.
+
+
+def test_file_alone_is_what_it_builds():
+    assert parse("--config", QUICKSTART) == parse(f"--config={QUICKSTART}")
+    config = parse("--config", QUICKSTART)
+    assert config == load_config(str(QUICKSTART))
+    assert config.data.packing.row_tokens == 256 and config.model.patch.h == 8
+
+
+def test_dotted_names_override_the_file():
+    config = parse(
+        *("--config", QUICKSTART, "--steps", 7, "--output", "runs/x", "--seed", 3),
+        *("--optimizer.learning-rate", "3e-4", "--optimizer.schedule", "constant"),
+        *("--model.dit.width", 64, "--model.dit.remat", "full", "--mesh.tensor", 2),
+        *("--data.packing.rows", 16, "--data.source.frames", 3, 5, "--checkpoint.keep-period", 500),
+        *("--diffusion.time.shift", 2, "--model.dit.scan", "True"),
+    )
+    assert (config.steps, config.output, config.seed) == (7, "runs/x", 3)
+    assert config.optimizer.learning_rate == 3e-4 and config.optimizer.schedule == "constant"
+    assert config.model.dit == dataclasses.replace(
+        load_config(str(QUICKSTART)).model.dit, width=64, remat="full", scan=True
+    )
+    assert config.mesh == MeshConfig(tensor=2) and config.data.packing.rows == 16
+    assert isinstance(config.data.source, ShapesConfig) and config.data.source.frames == (3, 5)
+    assert config.checkpoint.keep_period == 500 and config.diffusion.time.shift == 2.0
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_the_file_may_come_anywhere(order):
+    file, change = ["--config", str(QUICKSTART)], ["--steps", "9"]
+    config = parse(*(file + change if order == "before" else change + file))
+    assert config.steps == 9 and config.output == "runs/quickstart"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_file_builds_a_config(file):
+    assert isinstance(parse("--config", file), Config)
+
+
+@pytest.mark.parametrize("given", [["--help"], ["-h"], ["--config", QUICKSTART, "--help"]])
+def test_help(given, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(*given)
+    assert error.value.code == 0
+    said = capsys.readouterr()
+    assert not said.err
+    text = " ".join(re.sub("[╭─╮│╰╯]", " ", said.out).split())
+    for words in (
+        "usage: python -m dit_jax.train --config FILE",
+        "Trains a model.",
+        "--steps INT",
+        "--output STR",
+        "Directory of the run: checkpoints, logs and samples. A run found there is resumed.",
+        "--optimizer.learning-rate FLOAT",
+        "Peak, reached after the warm-up.",
+        "--optimizer.schedule {constant,cosine}",
+        "--data.packing.row-tokens INT",
+        "Tokens of a row; several clips and images share one.",
+        "--mesh.context INT",
+        "Devices along each axis; one of them may be -1",
+        "--checkpoint.keep-period",
+        "--sampling.cfg-scale FLOAT",
+    ):
+        assert words in text, words
+    shown = "(default: 1500)" if QUICKSTART in given else "(default: 1000)"
+    assert shown in text
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["--optimizer.learning-rat", "1"],
+            ["Unrecognized", "--optimizer.learning-rat", "--optimizer.learning-rate"],
+        ),
+        (["--setps", "1"], ["--setps", "--steps"]),
+        (["--data.packing.row-token", "8"], ["--data.packing.row-tokens"]),
+        (["--steps", "many"], ["'many'", "--steps INT"]),
+        (["--steps", "1.5"], ["'1.5'", "--steps"]),
+        (["--optimizer.learning-rate", "big"], ["'big'", "--optimizer.learning-rate"]),
+        (["--optimizer.schedule", "linear"], ["linear", "constant", "cosine"]),
+        (["--data.packing.packer", "worst_fit"], ["worst_fit", "first_fit", "best_fit"]),
+        (["--model.dtype", "float16"], ["float16", "auto", "bfloat16"]),
+        (["--steps"], ["--steps"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_mistyped_argument_is_refused(refused, arguments, parts):
+    message = refused("--config", QUICKSTART, *arguments)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--steps", "0"], ["steps is 0: it is at least 1"]),
+        (["--seed", "-1"], ["seed is -1: it is at least 0"]),
+        (["--log.every", "0"], ["log.every 0", "at least 1"]),
+        (["--log.draw-count", "0"], ["draw_count 0", "at least 1"]),
+        (["--evaluation.prompts", "-1"], ["evaluation.prompts is -1: it is at least 0"]),
+        (["--data.packing.rows", "0"], ["packing.rows is 0: it is at least 1"]),
+        (["--optimizer.accumulate", "3"], ["packing.rows 8 does not divide into", "accumulate 3"]),
+        (
+            ["--data.packing.row-text", "40"],
+            ["row_text 40 is smaller than one caption of 48 tokens", "raise it, or lower"],
+        ),
+        (
+            ["--data.packing.row-tokens", "100"],
+            ["row_tokens 100 is smaller than one clip: 9 x 24 x 40 has", "Raise it to at least"],
+        ),
+        (["--model.patch.channels", "4"], ["model.patch.channels is 4: moving shapes have 3"]),
+        (["--sampling.frames", "8"], ["sampling.frames, height, width = 8, 32, 32 do not fit"]),
+        (["--sampling.frames", "8"], ["1 + 2n. The nearest are 7 and 9"]),
+        (["--data.source.frames", "4"], ["4 frames", "The nearest are 3 and 5"]),
+        (["--data.source.sizes", "36", "36"], ["not a multiple of the patch's 8", "32 and 40"]),
+        (["--model.dit.heads", "3"], ["width 256 does not divide into 3 heads", "such as 255"]),
+        (["--mesh.data", "0"], ["'data': 0", "each axis is at least 1"]),
+        (["--diffusion.caption-dropout", "1"], ["caption_dropout is 1.0: it is in [0, 1)"]),
+        (["--sampling.cfg-scale", "-1"], ["sampling.cfg_scale is -1.0: it is at least 0"]),
+        (["--checkpoint.keep-period", "0"], ["keep_period is 0: it is at least 1, or unset"]),
+        (["--data.source.image-fraction", "2"], ["image_fraction=2.0: give a share in [0, 1]"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_bad_value_is_refused(refused, arguments, parts):
+    message = refused("--config", QUICKSTART, *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_config_file_is_required(refused):
+    for arguments in ([], ["--steps", "3"], ["--steps", "3", "--config"]):
+        assert "--config FILE is required, e.g. --config configs/quickstart.py" in refused(
+            *arguments
+        )
+
+
+def test_missing_config_file_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    message = refused("--config", "configs/quickstar.py")
+    assert "--config 'configs/quickstar.py' is not a file." in message
+    assert "In configs/ there are:" in message and "configs/quickstart.py" in message
+    monkeypatch.chdir(tmp_path)
+    assert "Give a path to one." in refused("--config", "x.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n", r"has no function get_config\(\) that returns a Config: add one"),
+        ("def get_config():\n    return {}\n", r"get_config\(\) of .* returned dict, not a Config"),
+        (
+            "from dit_jax.config import Config\n\ndef get_config():\n    return Config(steps=-2)\n",
+            "steps is -2: it is at least 1",
+        ),
+    ],
+)
+def test_bad_config_file_is_refused(refused, tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    assert re.search(message, refused("--config", file))
+
+
+def test_config_file_of_another_kind_is_refused(refused, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: 3\n")
+    assert "is not a Python file: give one that ends in .py" in refused("--config", file)
+
+
+# Every check on its own: the value, the constraint, the remedy.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogConfig(draw_every=-1), "draw_every -1 at least 0"),
+        (lambda: EvaluationConfig(prompts=-2), "evaluation.prompts is -2"),
+        (lambda: PackingConfig(row_tokens=0), "packing.row_tokens is 0: it is at least 1"),
+        (lambda: MeshConfig(-1, -1), "one of them may be -1"),
+        (lambda: OptimizerConfig(b2=1.0), r"optimizer.b2 is 1.0: it is in \[0, 1\)"),
+        (lambda: CheckpointConfig(every=0), "checkpoint.every 0"),
+        (lambda: SamplingConfig(batch=0), "sampling.batch is 0: it is at least 1"),
+        (lambda: SamplingConfig(fps=0.0), "sampling.fps is 0.0: a frame rate is above 0"),
+        (lambda: SamplingConfig(shift=0.0), r"sampling.shift is 0.0: it is above 0 \(1 is none\)"),
+        (lambda: DiffusionConfig(min_t=0.0), "diffusion.min_t is 0.0: it is between 0 and 1"),
+        (lambda: PatchConfig(h=0), "patch.h is 0: patch sizes and channels are at least 1"),
+        (lambda: DiTConfig(depth=0), "dit.depth is 0: it must be at least 1. Take a preset"),
+        (lambda: ShapesConfig(frames=(1, 5)), "clips need two frames or more; image_fraction sets"),
+        (lambda: RecordsConfig(path=""), "path is empty: give a builder's directory or the name"),
+    ],
+)
+def test_value_constraint_and_remedy(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_images_are_checked_against_the_row_too():
+    quickstart = load_config(str(QUICKSTART))
+    source = ShapesConfig(sizes=((24, 24),), frames=(3,), image_sizes=((160, 160),))
+    with pytest.raises(
+        ValueError, match="row_tokens 256 is smaller than one clip: 1 x 160 x 160 has 4"
+    ):
+        dataclasses.replace(quickstart, data=DataConfig(source, quickstart.data.packing))
+    # Where no images are drawn, their sizes do not matter.
+    source = dataclasses.replace(source, image_fraction=0.0)
+    dataclasses.replace(quickstart, data=DataConfig(source, quickstart.data.packing))
+
+
+# JSON and back.
+
+
+def variants():
+    quickstart = load_config(str(QUICKSTART))
+    yield "defaults", Config()
+    for file in FILES:
+        yield file.stem, load_config(str(file))
+    source = RecordsConfig(
+        path="a/b", caption_template="a {label}", label_names=("x", "é"), data_dir="c", fps_key=None
+    )
+    yield "records", dataclasses.replace(quickstart, data=DataConfig(source))
+    yield (
+        "unusual",
+        dataclasses.replace(
+            quickstart,
+            model=dataclasses.replace(quickstart.model, dit=DiTConfig(scan=True, mlp_dim=7)),
+            checkpoint=CheckpointConfig(keep_period=9),
+            sampling=dataclasses.replace(quickstart.sampling, shift=1.5),
+        ),
+    )
+
+
+VARIANTS = dict(variants())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_trip_through_json(name):
+    config = VARIANTS[name]
+    text = json.dumps(to_dict(config))
+    again = from_dict(Config, json.loads(text))
+    assert again == config and hash(again) == hash(config)  # tuples, not lists
+    assert type(again.data.source) is type(config.data.source)
+    assert json.loads(text)["data"]["source"]["type"] == type(config.data.source).__name__
+
+
+def test_absent_fields_get_their_defaults():
+    values = to_dict(Config())
+    del values["optimizer"]["b2"], values["log"]
+    assert from_dict(Config, values) == Config()
+
+
+def test_unknown_field_is_refused_by_name():
+    values = to_dict(Config())
+    values["model"]["dit"]["mixture"] = 8
+    with pytest.raises(
+        ValueError, match="'mixture', which DiTConfig does not: the run was made by"
+    ):
+        from_dict(Config, values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v["data"]["source"].update(type="FolderConfig"),
+        lambda v: v["model"].update(dit=3),
+        lambda v: v.update(steps=-1),
+        lambda v: v.update(unknown=1),
+    ],
+)
+def test_stored_config_that_cannot_be_used_names_its_file(change):
+    values = to_dict(Config())
+    change(values)
+    with pytest.raises(ValueError, match="'run/config.json' holds no config that this version"):
+        stored_config(values, "run/config.json")
+    with pytest.raises(ValueError, match="'x' holds no config"):
+        stored_config(None, "x")
+
+
+def test_read_config(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(Config(steps=3))))
+    assert read_config(file) == Config(steps=3)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"config.json' cannot be read as JSON .* restore it"):
+        read_config(file)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        read_config(tmp_path / "none.json")
+
+
+def test_differences():
+    one = load_config(str(QUICKSTART))
+    other = dataclasses.replace(
+        one,
+        steps=2,
+        model=dataclasses.replace(one.model, dit=dataclasses.replace(one.model.dit, width=64)),
+        data=dataclasses.replace(one.data, source=RecordsConfig("p")),
+    )
+    assert list(differences(one, one)) == []
+    found = {name: (now, before) for name, now, before in differences(one, other)}
+    assert found["steps"] == (1500, 2) and found["model.dit.width"] == (256, 64)
+    assert found["data.source.type"] == ("ShapesConfig", "RecordsConfig")
+    assert found["data.source.path"] == (None, "p")
+    assert all(name.split(".")[0] in ("steps", "model", "data") for name in found)

@@ -1,0 +1,244 @@
+"""Checkpoints: exact on any mesh, apart by item, kept by rule, and errors that name the remedy."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dit_jax.config import Config, from_dict, to_dict
+from dit_jax.training import (
+    CheckpointConfig,
+    Checkpointer,
+    TrainState,
+    abstract_params,
+    open_run,
+)
+
+SPREAD = (1, 2, 2, 2)
+DATA = {"0": {"next": 3, "parent": {"counter": 12}}, "1": {"next": 4, "parent": {"counter": 13}}}
+CONFIG = dataclasses.replace(Config(), seed=5, steps=77)
+
+
+@pytest.fixture(scope="module")
+def saved(rig, batches, tmp_path_factory):
+    """A run of eight devices, saved after its first step, and its state on the host."""
+    directory = tmp_path_factory.mktemp("run")
+    one = rig(*SPREAD)
+    state, _ = one.step(one.state(), one.put(batches[0]))
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    checkpointer.save(state, DATA, to_dict(CONFIG), 1)
+    host = jax.device_get(state)
+    # The state's memory is reused at once, as the training loop does, while it is being written.
+    one.step(state, one.put(batches[1]))
+    checkpointer.wait()
+    checkpointer.close()
+    return directory, host
+
+
+def assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(other), strict=True
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("sizes", [SPREAD, (4, 1, 1, 2), (1, 4, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_restore_is_exact_on_any_number_of_devices(saved, rig, sizes):
+    directory, expected = saved
+    one = rig(*sizes)
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    assert checkpointer.latest() == 1
+    state, data = checkpointer.restore(1, one.shapes, one.shardings)
+    checkpointer.close()
+    assert_equal(jax.device_get(state), expected)
+    assert data == DATA
+    assert (int(state.step), int(state.skipped), int(state.opt_state[1][0].count)) == (1, 0, 1)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(one.shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+        assert len(leaf.sharding.device_set) == np.prod(sizes)
+
+
+def test_restored_run_goes_on_without_compiling_again(saved, rig, batches):
+    directory, host = saved
+    one = rig(*SPREAD)
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    state, _ = checkpointer.restore(1, one.shapes, one.shardings)
+    checkpointer.close()
+    batch = one.put(batches[1])
+    state, metrics = one.step(state, batch)
+    expected, said = one.step(jax.device_put(host, one.shardings), batch)
+    assert_equal(jax.device_get(state), jax.device_get(expected))
+    assert float(metrics["loss"]) == float(said["loss"])
+    assert one.step._cache_size() == 1
+
+
+@pytest.mark.parametrize("sizes", [SPREAD, (1, 1, 1, 1)], ids=str)
+def test_averages_alone(saved, rig, sizes):
+    directory, expected = saved
+    one = rig(*sizes)
+    shapes, shardings = abstract_params(one.init, one.mesh)
+    checkpointer, step = open_run(directory)
+    assert step == 1
+    ema = checkpointer.restore_ema(step, shapes, shardings)
+    checkpointer.close()
+    assert_equal(jax.device_get(ema), expected.ema)
+    differ = [
+        np.any(a != b)
+        for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(expected.params), strict=True)
+    ]
+    assert all(differ)
+
+
+def test_averages_need_no_other_item(saved, rig, tmp_path):
+    directory, expected = saved
+    shutil.copytree(directory, tmp_path / "run")
+    for item in ("params", "opt", "data"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "1" / item)
+    one = rig(1, 1, 1, 1)
+    checkpointer, step = open_run(tmp_path / "run")
+    ema = checkpointer.restore_ema(step, *abstract_params(one.init, one.mesh))
+    checkpointer.close()
+    assert_equal(jax.device_get(ema), expected.ema)
+
+
+def test_config_comes_back(saved):
+    checkpointer, step = open_run(saved[0])
+    stored = checkpointer.config(step)
+    checkpointer.close()
+    assert stored == to_dict(CONFIG) == json.loads(json.dumps(stored))
+    assert from_dict(Config, stored) == CONFIG
+
+
+# What is kept.
+
+
+def small(value: int) -> TrainState:
+    leaf = {"w": jax.numpy.full((2,), float(value))}
+    count = jax.numpy.int32(value)
+    return TrainState(count, count, leaf, leaf, leaf)
+
+
+def save(directory: Path, config: CheckpointConfig, steps) -> Checkpointer:
+    checkpointer = Checkpointer(directory, config)
+    for step in steps:
+        checkpointer.save(small(step), {}, {"at": step}, step)
+    checkpointer.wait()
+    return checkpointer
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (CheckpointConfig(max_to_keep=2), [4, 5]),
+        (CheckpointConfig(max_to_keep=1, keep_period=2), [2, 4, 5]),
+        (CheckpointConfig(max_to_keep=9), [1, 2, 3, 4, 5]),
+    ],
+)
+def test_old_checkpoints_go(tmp_path, config, kept):
+    checkpointer = save(tmp_path, config, range(1, 6))
+    assert checkpointer.steps() == kept and checkpointer.latest() == 5
+    checkpointer.close()
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+    checkpointer = save(tmp_path, CheckpointConfig(), [3])
+    checkpointer.save(small(8), {}, {"at": 8}, 3)
+    checkpointer.wait()
+    assert checkpointer.steps() == [3] and checkpointer.config(3) == {"at": 3}
+    checkpointer.close()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run with checkpoints of steps 2 and 4."""
+    directory = tmp_path_factory.mktemp("two")
+    save(directory, CheckpointConfig(), [2, 4]).close()
+    return directory
+
+
+def test_interrupted_save_is_ignored(two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two, run)
+    # As a killed process leaves it: the directory gets its final name when all is written.
+    partial = run / "checkpoints" / f"6{ocp.utils.TMP_DIR_SUFFIX}123"
+    shutil.copytree(run / "checkpoints" / "4", partial)
+    shutil.rmtree(partial / "opt")
+    assert ocp.utils.is_tmp_checkpoint(partial)
+    checkpointer, step = open_run(run)
+    assert step == 4 and checkpointer.steps() == [2, 4] and checkpointer.latest() == 4
+    checkpointer.close()
+    with pytest.raises(ValueError, match=r"no checkpoint of step 6: there are \[2, 4\]"):
+        open_run(run, 6)
+    # The run can save that step.
+    checkpointer = save(run, CheckpointConfig(), [6])
+    assert checkpointer.steps() == [2, 4, 6] and checkpointer.config(6) == {"at": 6}
+    checkpointer.close()
+
+
+def test_chosen_step(two):
+    checkpointer, step = open_run(two, 2)
+    assert step == 2 and checkpointer.config(2) == {"at": 2}
+    checkpointer.close()
+
+
+# Errors.
+
+
+def test_unknown_step_is_refused(two):
+    with pytest.raises(ValueError, match=r"has no checkpoint of step 3: there are \[2, 4\]"):
+        open_run(two, 3)
+
+
+def test_run_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoints: give the output directory of a"):
+        open_run(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="no finished checkpoint yet: wait for the first save"):
+        open_run(tmp_path)
+
+
+def test_fresh_run_has_no_latest(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    assert checkpointer.latest() is None and checkpointer.steps() == []
+    checkpointer.close()
+
+
+def test_checkpoint_of_another_model_is_refused(two, rig):
+    one = rig(1, 1, 1, 1)
+    checkpointer, step = open_run(two)
+    with pytest.raises(ValueError, match="is a checkpoint of another model: ema .* absent there"):
+        checkpointer.restore_ema(step, *abstract_params(one.init, one.mesh))
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("item", ["params", "ema", "opt", "data"])
+def test_damaged_checkpoint_is_refused(saved, rig, tmp_path, item):
+    run = tmp_path / "run"
+    shutil.copytree(saved[0], run)
+    shutil.rmtree(run / "checkpoints" / "1" / item)
+    one = rig(1, 1, 1, 1)
+    checkpointer = Checkpointer(run, CheckpointConfig())
+    with pytest.raises(ValueError, match=r"checkpoints/1' cannot be read .* Take another of \[1\]"):
+        checkpointer.restore(1, one.shapes, one.shardings)
+    checkpointer.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"every": 0}, "checkpoint.every 0 and max_to_keep 3 are at least 1"),
+        ({"max_to_keep": 0}, "max_to_keep 0 are at least 1"),
+        ({"keep_period": 0}, "checkpoint.keep_period is 0: it is at least 1, or unset"),
+    ],
+)
+def test_config_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        CheckpointConfig(**change)

@@ -1,0 +1,155 @@
+"""The optimizer against its formulas, written again in NumPy."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dit_jax.training import OptimizerConfig, learning_rate, make_optimizer
+from dit_jax.training.optimizer import decayed
+
+STEPS = 12
+# Learning rates and moments are float32 there and float64 here.
+TOLERANCE = 2e-6
+
+
+def rates(config: OptimizerConfig, steps: int = STEPS) -> list[float]:
+    schedule = learning_rate(config, steps)
+    return [float(schedule(np.int32(i))) for i in range(steps + 2)]
+
+
+def test_warm_up_and_cosine():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1)
+    found = rates(config)
+    np.testing.assert_allclose(found[:4], [0.5, 1.0, 1.5, 2.0], rtol=TOLERANCE)
+    share = [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
+    np.testing.assert_allclose(found[4:13], [0.2 + 1.8 * s for s in share], rtol=TOLERANCE)
+    np.testing.assert_allclose(found[12:], 0.2, rtol=TOLERANCE)  # and stays there
+
+
+def test_cosine_ends_at_zero_and_passes_half_in_the_middle():
+    found = rates(OptimizerConfig(learning_rate=1.0, warmup_steps=0))
+    np.testing.assert_allclose([found[0], found[6]], [1.0, 0.5], rtol=TOLERANCE)
+    np.testing.assert_allclose(found[12], 0, atol=1e-7)
+
+
+def test_constant():
+    config = OptimizerConfig(learning_rate=3.0, schedule="constant", warmup_steps=3)
+    np.testing.assert_allclose(rates(config), [1.0, 2.0, *[3.0] * 12], rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"),
+    [
+        (0, 3, [1.0, 0.75, 0.25]),
+        (1, 3, [1.0, 1.0, 0.5]),
+        # A warm-up as long as the run leaves its last step to the schedule.
+        (100, 3, [0.5, 1.0, 1.0]),
+        (100, 1, [1.0]),
+    ],
+)
+def test_short_runs(warmup: int, steps: int, expected: list[float]):
+    found = rates(OptimizerConfig(learning_rate=1.0, warmup_steps=warmup), steps)
+    np.testing.assert_allclose(found[:steps], expected, rtol=TOLERANCE)
+
+
+SHAPES: dict[str, Any] = {
+    "dense": {"kernel": (3, 4), "bias": (4,)},
+    # Two scanned layers: their vectors are matrices, and still no matrices.
+    "blocks": {"mlp": {"kernel": (2, 4, 5), "bias": (2, 5)}, "q_norm": {"scale": (2, 4)}},
+    "bytes": {"embedding": (6, 3)},
+}
+DECAYED = {"dense/kernel", "blocks/mlp/kernel", "bytes/embedding"}
+
+
+def draw(rng: np.random.Generator, size: float) -> Any:
+    return jax.tree.map(
+        lambda shape: (size * rng.normal(size=shape)).astype(np.float32),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(k.key) for k in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_decay_is_for_kernels_and_embeddings_alone():
+    mask = flat(decayed(draw(np.random.default_rng(0), 1.0)))
+    assert {name for name, on in mask.items() if on} == DECAYED
+
+
+def test_decay_of_the_model(rig):
+    mask = flat(decayed(rig(1, 1, 1, 1).shapes.params))
+    kinds = {name.split("/")[-1]: bool(on) for name, on in mask.items()}
+    assert kinds == {"kernel": True, "embedding": True, "bias": False, "scale": False}
+    for name, on in mask.items():
+        assert bool(on) == kinds[name.split("/")[-1]]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_steps_are_those_of_adamw(schedule: Any):
+    config = OptimizerConfig(
+        learning_rate=0.01,
+        schedule=schedule,
+        warmup_steps=2,
+        b1=0.8,
+        b2=0.95,
+        weight_decay=0.3,
+        clip_norm=2.0,
+    )
+    rng = np.random.default_rng(1)
+    params = draw(rng, 1.0)
+    optimizer = make_optimizer(config, STEPS)
+    state = optimizer.init(params)
+    x = {name: leaf.astype(np.float64) for name, leaf in flat(params).items()}
+    m, v = ({name: np.zeros_like(leaf) for name, leaf in x.items()} for _ in range(2))
+    lrs = rates(config)
+    norms = []
+    for step in range(6):
+        # The norm is about 8 times the size: some steps are clipped, some are not.
+        gradients = draw(rng, 0.05 if step % 2 else 1.5)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+
+        g = {name: leaf.astype(np.float64) for name, leaf in flat(gradients).items()}
+        norms.append(math.sqrt(sum((leaf**2).sum() for leaf in g.values())))
+        for name in x:
+            clipped = g[name] * min(1, config.clip_norm / norms[-1])
+            m[name] = config.b1 * m[name] + (1 - config.b1) * clipped
+            v[name] = config.b2 * v[name] + (1 - config.b2) * clipped**2
+            mhat = m[name] / (1 - config.b1 ** (step + 1))
+            vhat = v[name] / (1 - config.b2 ** (step + 1))
+            change = mhat / (np.sqrt(vhat) + 1e-8)
+            if name in DECAYED:
+                change = change + config.weight_decay * x[name]
+            x[name] = x[name] - lrs[step] * change
+        for name, leaf in flat(params).items():
+            np.testing.assert_allclose(leaf, x[name], rtol=0, atol=TOLERANCE, err_msg=name)
+    assert min(norms) < config.clip_norm < max(norms)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"learning_rate": 0.0},
+            r"learning_rate 0.0 and clip_norm 1.0 must be above 0 \(1e-4 and 1",
+        ),
+        ({"clip_norm": -1.0}, "clip_norm -1.0 must be above 0"),
+        ({"b1": 1.0}, r"optimizer.b1 is 1.0: it is in \[0, 1\)"),
+        ({"b2": -0.1}, r"optimizer.b2 is -0.1: it is in \[0, 1\)"),
+        ({"ema_decay": 1.0}, r"optimizer.ema_decay is 1.0: it is in \[0, 1\)"),
+        ({"final_fraction": 1.5}, r"optimizer.final_fraction is 1.5"),
+        ({"warmup_steps": -1}, "warmup_steps -1 and weight_decay 0.0 are at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1 are at least 0"),
+        ({"accumulate": 0}, "accumulate 0 at least 1"),
+    ],
+)
+def test_config_refuses(change: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**change)
