@@ -3,11 +3,13 @@
     pip install -e . torch diffusers && python benchmarks/train_step.py
 
 Both sides train a DiT of the same size (S/2 and B/4, 32 x 32 x 4 latents, batch 4) in float32:
-forward, backward and AdamW; ours also clips, averages the parameters and checks that they are finite,
-as training does. The PyTorch side is ``diffusers``' DiTTransformer2DModel with fused AdamW. Each side is a
-process of its own; the two take turns, a few steps each, so that a change in the machine's speed meets
-both. Printed: the median and minimum step, tokens a second, peak memory of the process, compile time apart,
-and the ratio of the medians. Every process is started as ``--malloc`` says, both sides alike.
+forward, backward and AdamW; ours also clips, averages the parameters and checks that they are
+finite, as training does. The PyTorch side is ``diffusers``' DiTTransformer2DModel with fused AdamW;
+it embeds time and label in every block (39.8 and 147.6 M parameters), ours once for all blocks, and
+ours adds QK-norm and rotary positions. Each side is a process of its own; the two take turns, a few
+steps each, so that a change in the machine's speed meets both. Printed: the median and minimum
+step, tokens a second, peak memory of the process, the first step (with compilation) apart, and the
+ratios. Every process is started as ``--malloc`` says, both sides alike.
 """
 
 from __future__ import annotations
@@ -180,6 +182,7 @@ def compare(size: str, rounds: int, steps: int, arguments: argparse.Namespace) -
 
 
 def main() -> None:
+    """Compares the sizes asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

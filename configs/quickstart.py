@@ -2,8 +2,9 @@
 
     python -m dit_jax.train --config configs/quickstart.py
 
-Clips of five and nine frames in four sizes and still images share rows of 128 tokens, each token a patch of 2 x 8 x 8
-pixels. The network predicts clean patches (a patch has more numbers than the model has width).
+Clips of five and nine frames in four sizes and still images share rows of 128 tokens, each token a
+patch of 2 x 8 x 8 pixels. The network predicts clean patches (a patch has more numbers than the
+model has width).
 
 Measured: not yet.
 """

@@ -3,9 +3,10 @@
     python scripts/sprites_to_records.py --input sprites.npz --output data
     python -m dit_jax.train --config configs/sprites.py
 
-``sprites.npz`` holds ``x`` uint8 (3870, 8, 32, 32, 3) and ``y``, its labels (Liberated Pixel Cup sprites, CC BY-SA
-3.0 / GPL-3, in YingzhenLi/Sprites). The captions are made of the labels; the last 270 clips show characters that
-training never sees. They have eight frames, 1 + 7: a patch spans seven.
+``sprites.npz`` holds ``x`` uint8 (3870, 8, 32, 32, 3) and ``y``, its labels (Liberated Pixel Cup
+sprites, CC BY-SA 3.0 / GPL-3, in YingzhenLi/Sprites). The captions are made of the labels; the last
+270 clips show characters that training never sees. They have eight frames, 1 + 7: a patch spans
+seven.
 
 Measured: not yet.
 """

@@ -2,6 +2,7 @@
 
 from dit_jax.parallel.attention import host_attention as host_attention
 from dit_jax.parallel.attention import xla_attention as xla_attention
+from dit_jax.parallel.host import restart_with_huge_pages as restart_with_huge_pages
 from dit_jax.parallel.kernels import choose_attention as choose_attention
 from dit_jax.parallel.kernels import choose_dot_general as choose_dot_general
 from dit_jax.parallel.mesh import AXES as AXES
@@ -15,4 +16,3 @@ from dit_jax.parallel.rules import batch_sharding as batch_sharding
 from dit_jax.parallel.rules import like_parameters as like_parameters
 from dit_jax.parallel.rules import make_constrain as make_constrain
 from dit_jax.parallel.rules import parameter_shardings as parameter_shardings
-from dit_jax.parallel.host import restart_with_huge_pages as restart_with_huge_pages
