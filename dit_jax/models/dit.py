@@ -134,6 +134,23 @@ def pool_text(
     return jnp.einsum("bks,bse->bke", weights, text.astype(jnp.float32), precision="highest")
 
 
+def layers(config: DiTConfig) -> type[DiTBlock]:
+    """A block that stands for all layers, one after another, their parameters stacked."""
+    block = DiTBlock
+    if config.remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    scan = config.scan if config.scan is not None else jax.default_backend() != "cpu"
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
+        length=config.depth,
+        unroll=1 if scan else config.depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
 class DiT(nn.Module):
     """The transformer: noised tokens, their noise levels and text in, a patch a token out."""
 
@@ -177,20 +194,7 @@ class DiT(nn.Module):
             pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, group_t.shape[1])
             condition += dense(config.width, ("embed", "embed_out"), jnp.float32, "pooled")(pooled)
 
-        block = DiTBlock
-        if config.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        scan = config.scan if config.scan is not None else jax.default_backend() != "cpu"
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
-            length=config.depth,
-            unroll=1 if scan else config.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, _ = blocks(
+        x, _ = layers(config)(
             config.heads,
             config.hidden,
             self.dtype,

@@ -14,7 +14,8 @@ import optax.contrib
 class OptimizerConfig:
     """The optimizer: AdamW (Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization"), or
     Muon for the matrices of the blocks (Jordan 2024; Liu et al. 2025, "Muon is Scalable for LLM
-    Training", whose scaling of updates lets both share a learning rate) and AdamW for the rest."""
+    Training", whose scaling of updates lets both share a learning rate) and AdamW with Nesterov
+    momentum for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4

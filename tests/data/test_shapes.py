@@ -216,3 +216,21 @@ def test_held_out_scenes_refuses():
         held_out_scenes(4, seed=0, frames=1)
     with pytest.raises(ValueError, match="no room for 9 frames"):
         held_out_scenes(4, seed=0, height=16)
+
+
+def test_jitter_bounds_how_far_paths_lie_from_the_middle() -> None:
+    near, far = (MovingShapes(ShapesConfig(jitter=jitter, frames=(5,))) for jitter in (1.5, None))
+
+    def offsets(source: MovingShapes) -> np.ndarray:
+        scenes = [source.scene(i) for i in range(300)]
+        middles = [[c.mean() for c in s.centers()] for s in scenes]
+        return np.abs(np.array(middles) - [[s.width / 2, s.height / 2] for s in scenes])
+
+    assert offsets(near).max() <= 1.5 + 1e-9
+    assert offsets(near).max() > 1.4
+    assert offsets(far).max() > 6
+
+
+def test_negative_jitter_is_refused() -> None:
+    with pytest.raises(ValueError, match="jitter=-1.0: give at least 0 px"):
+        ShapesConfig(jitter=-1.0)
