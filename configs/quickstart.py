@@ -51,5 +51,5 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(draw_every=500),
-        sampling=SamplingConfig(frames=9, height=32, width=32, fps=8.0, steps=24, cfg_scale=3.0),
+        sampling=SamplingConfig(frames=9, height=32, width=32, fps=8.0, steps=24, cfg_scale=1.5),
     )

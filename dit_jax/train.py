@@ -43,8 +43,10 @@ from dit_jax.training import (
     make_step,
 )
 
+FIXED = ("model", "data", "seed", "optimizer.kind")
+"""What a run is made of: a resumed run must have the same."""
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
-"""Fields of ``model`` and ``data`` that a resumed run may change: where the data lies, and how the
+"""Fields in these that a resumed run may change all the same: where the data lies, and how the
 same numbers are computed."""
 
 
@@ -95,7 +97,7 @@ def prepare_directory(config: Config) -> Path:
 def check_same_run(config: Config, stored: Config, directory: Path) -> None:
     """Raises ``ValueError`` where a run cannot be resumed under this config."""
     for name, now, before in differences(config, stored):
-        fixed = name.split(".")[0] in ("model", "data", "seed")
+        fixed = any(f"{name}.".startswith(f"{part}.") for part in FIXED)
         if fixed and name.split(".")[-1] not in MAY_CHANGE:
             raise ValueError(
                 f"{str(directory)!r} holds a run with {name} = {before!r}, and not {now!r}: give a new "

@@ -47,6 +47,7 @@ def begun(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     for run in runs:
         for one in run.started:
             one.process.kill()
+            one.process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -144,14 +144,19 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def item_arrays(directory: Path, step: int, item: str) -> Any:
+    """The tree of one item of a checkpoint, as NumPy arrays."""
+    path: Any = directory / "checkpoints" / str(step) / item
+    names = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+    return ocp.PyTreeCheckpointer().restore(path, restore_args=plain)
+
+
 def arrays(directory: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, by its path: parameters, averages, moments and counters."""
     found = {}
     for item in ("params", "ema", "opt"):
-        path = directory / "checkpoints" / str(step) / item
-        names = ocp.PyTreeCheckpointHandler().metadata(path).tree
-        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-        tree = ocp.PyTreeCheckpointer().restore(path, restore_args=plain)
+        tree = item_arrays(directory, step, item)
         for key, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             found[item + jax.tree_util.keystr(key)] = np.asarray(leaf)
     return found

@@ -21,7 +21,7 @@ from dit_jax.types import PAD, Noised, PackedBatch
 GROUPS_PER_SEGMENT = 2
 """Of a segment's tokens, the free ones share a noise level, and the given ones another."""
 SMALLEST_T = 1e-4
-"""Solvers divide by a token's noise level where it is at least this; below, it does not move."""
+"""Floor of the noise level that solvers divide by; a given token (level 0) does not move at all."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 def frequencies(head_dim: int, theta: float) -> Float[np.ndarray, "3 f"]:
     """Angle per unit of each coordinate for every pair, ``f = head_dim / 2``; one row per axis.
 
-    ``theta`` is the ratio of the shortest to (nearly) the longest wavelength, over 2 pi.
+    ``theta`` is (nearly) the ratio of the longest wavelength to the shortest, which is 2 pi units.
     """
     rows = np.zeros((3, head_dim // 2), np.float32)
     start = 0

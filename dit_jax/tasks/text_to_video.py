@@ -44,6 +44,7 @@ from dit_jax.training import Task, Work
 from dit_jax.types import PAD, PackedBatch, Params, Sample, Source
 
 FRAMES_SHOWN = 5
+CLIPS_SHOWN = 24
 SHEET_SCALE = 3
 
 
@@ -166,7 +167,7 @@ def build(config: Config, mesh: Mesh) -> Task:
             return {}
         requests = cases.requests[: config.evaluation.prompts]
         clips = make_clips(generator, params, requests, config.model, mesh, progress=True)
-        _sheet(clips[:: max(len(clips) // 24, 1)][:24], directory / "samples.png")
+        _sheet(clips[:CLIPS_SHOWN], directory / "samples.png")
         return cases.measure(clips)
 
     return Task(

@@ -17,7 +17,7 @@ from dit_jax.parallel import (
     make_mesh,
     parameter_shardings,
 )
-from dit_jax.parallel.rules import ACTIVATION_RULES, PARAMETER_RULES
+from dit_jax.parallel.rules import ACTIVATION_RULES, PARAMETER_RULES, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,7 @@ def test_constrain_lays_activations_out(mesh):
     constrain = make_constrain(mesh)
     x = np.arange(4 * 6 * 4 * 3, dtype=np.float32).reshape(4, 6, 4, 3)
     y = jax.jit(lambda x: constrain(x, "batch", "tokens", "heads", None))(x)
-    assert y.sharding.is_equivalent_to(
-        NamedSharding(mesh, P(("data", "fsdp"), "context", "tensor")), 4
-    )
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(ROWS, "context", "tensor")), 4)
     np.testing.assert_array_equal(y, x)
     # Five tokens do not divide over two devices: they stay whole, the rest is laid out.
     z = jax.jit(lambda x: constrain(x, "batch", "tokens", "width"))(x[:, :5, 0])
@@ -137,10 +135,10 @@ def test_what_is_smaller_than_its_parameter_is_whole(mesh):
 @pytest.mark.parametrize(
     ("ndim", "tokens", "expected"),
     [
-        (1, True, P(("data", "fsdp"))),
-        (2, True, P(("data", "fsdp"), "context")),
-        (3, True, P(("data", "fsdp"), "context")),
-        (3, False, P(("data", "fsdp"))),
+        (1, True, P(ROWS)),
+        (2, True, P(ROWS, "context")),
+        (3, True, P(ROWS, "context")),
+        (3, False, P(ROWS)),
     ],
 )
 def test_batches_lie_over_rows_and_tokens(mesh, ndim, tokens, expected):

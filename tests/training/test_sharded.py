@@ -6,8 +6,11 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.parallel.rules import ROWS
 from dit_jax.training import init_state
 
 MESHES = [
@@ -144,7 +147,7 @@ def test_batch_is_spread_over_rows_and_context(rig, batches, sizes):
     assert shard(placed.text) == (rows, 24)
     assert shard(placed.sample_ids) == (rows, 3)
     if context > 1:
-        assert placed.tokens.sharding.spec == P(("data", "fsdp"), "context")
+        assert placed.tokens.sharding.spec == P(("fsdp", "data"), "context")
 
 
 def test_fresh_state_is_the_same_on_every_mesh(rig):
@@ -164,3 +167,18 @@ def test_fresh_state_is_the_same_on_every_mesh(rig):
     assert drawn > 0.1
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(spread.opt_state))
     assert int(spread.step) == int(spread.skipped) == 0
+
+
+def test_product_that_the_order_of_rows_once_spoiled():
+    """The smallest case of what ``rules.ROWS`` is about, should someone turn it round."""
+    mesh = make_mesh(MeshConfig(2, 2, 1, 2))
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.integers(-3, 4, size).astype(np.float32) for size in ((8, 16, 64), (64, 64)))
+
+    def put(array, *axes):
+        return jax.device_put(array, NamedSharding(mesh, P(*axes)))
+
+    out = jax.jit(lambda x, k: x @ k, out_shardings=NamedSharding(mesh, P(ROWS, None, "tensor")))(
+        put(x, ROWS, None, "tensor"), put(kernel, "tensor", "fsdp")
+    )
+    np.testing.assert_array_equal(out, x @ kernel)
