@@ -37,6 +37,8 @@ from dit_jax.training import (
     Checkpointer,
     Progress,
     StopSignal,
+    Task,
+    TrainState,
     abstract_state,
     init_state,
     make_optimizer,
@@ -155,18 +157,25 @@ def train(config: Config, directory: Path) -> str | None:
             break
 
     checkpointer.wait()
-    if int(state.step) >= config.steps:
-        report = dict(task.report(state.ema, directory))
-        progress.scalars(config.steps, report, "report")
-        if report:
-            text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
-            progress.say(f"{task.name} report: {text}\npictures: {directory / 'samples.png'}")
-            if jax.process_index() == 0:
-                (directory / "report.json").write_text(json.dumps(report, indent=2))
+    finished = int(state.step) >= config.steps
+    if finished:
+        conclude(task, state, progress, directory)
     loader.close()
     progress.close()
     checkpointer.close()
-    return stop.name if int(state.step) < config.steps else None
+    return None if finished else stop.name
+
+
+def conclude(task: Task, state: TrainState, progress: Progress, directory: Path) -> None:
+    """Measures the finished model, says what came of it, and stores it as ``report.json``."""
+    report = dict(task.report(state.ema, directory))
+    if not report:
+        return
+    progress.scalars(int(state.step), report, "report")
+    text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
+    progress.say(f"{task.name} report: {text}\npictures: {directory / 'samples.png'}")
+    if jax.process_index() == 0:
+        (directory / "report.json").write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
