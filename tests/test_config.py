@@ -62,7 +62,7 @@ def test_file_alone_is_what_it_builds():
     assert parse("--config", QUICKSTART) == parse(f"--config={QUICKSTART}")
     config = parse("--config", QUICKSTART)
     assert config == load_config(str(QUICKSTART))
-    assert config.data.packing.row_tokens == 256 and config.model.patch.h == 8
+    assert config.data.packing.row_tokens == 128 and config.model.patch.h == 8
 
 
 def test_dotted_names_override_the_file():
@@ -120,7 +120,7 @@ def test_help(given, capsys):
         "--sampling.cfg-scale FLOAT",
     ):
         assert words in text, words
-    shown = "(default: 1500)" if QUICKSTART in given else "(default: 1000)"
+    shown = "(default: 2100)" if QUICKSTART in given else "(default: 1000)"
     assert shown in text
 
 
@@ -161,21 +161,21 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
         (["--log.draw-count", "0"], ["draw_count 0", "at least 1"]),
         (["--evaluation.prompts", "-1"], ["evaluation.prompts is -1: it is at least 0"]),
         (["--data.packing.rows", "0"], ["packing.rows is 0: it is at least 1"]),
-        (["--optimizer.accumulate", "3"], ["packing.rows 8 does not divide into", "accumulate 3"]),
+        (["--optimizer.accumulate", "3"], ["packing.rows 16 does not divide into", "accumulate 3"]),
         (
             ["--data.packing.row-text", "40"],
             ["row_text 40 is smaller than one caption of 48 tokens", "raise it, or lower"],
         ),
         (
-            ["--data.packing.row-tokens", "100"],
-            ["row_tokens 100 is smaller than one clip: 9 x 24 x 40 has", "Raise it to at least"],
+            ["--data.packing.row-tokens", "60"],
+            ["row_tokens 60 is smaller than one clip: 9 x 32 x 32 has", "Raise it to at least"],
         ),
         (["--model.patch.channels", "4"], ["model.patch.channels is 4: moving shapes have 3"]),
         (["--sampling.frames", "8"], ["sampling.frames, height, width = 8, 32, 32 do not fit"]),
         (["--sampling.frames", "8"], ["1 + 2n. The nearest are 7 and 9"]),
         (["--data.source.frames", "4"], ["4 frames", "The nearest are 3 and 5"]),
         (["--data.source.sizes", "36", "36"], ["not a multiple of the patch's 8", "32 and 40"]),
-        (["--model.dit.heads", "3"], ["width 256 does not divide into 3 heads", "such as 255"]),
+        (["--model.dit.heads", "5"], ["width 192 does not divide into 5 heads", "such as 190"]),
         (["--mesh.data", "0"], ["'data': 0", "each axis is at least 1"]),
         (["--diffusion.caption-dropout", "1"], ["caption_dropout is 1.0: it is in [0, 1)"]),
         (["--sampling.cfg-scale", "-1"], ["sampling.cfg_scale is -1.0: it is at least 0"]),
@@ -242,7 +242,7 @@ def test_config_file_of_another_kind_is_refused(refused, tmp_path):
         (lambda: OptimizerConfig(b2=1.0), r"optimizer.b2 is 1.0: it is in \[0, 1\)"),
         (lambda: CheckpointConfig(every=0), "checkpoint.every 0"),
         (lambda: SamplingConfig(batch=0), "sampling.batch is 0: it is at least 1"),
-        (lambda: SamplingConfig(fps=0.0), "sampling.fps is 0.0: a frame rate is above 0"),
+        (lambda: SamplingConfig(fps=0.0), "sampling.fps is 0.0: it is above 0"),
         (lambda: SamplingConfig(shift=0.0), r"sampling.shift is 0.0: it is above 0 \(1 is none\)"),
         (lambda: DiffusionConfig(min_t=0.0), "diffusion.min_t is 0.0: it is between 0 and 1"),
         (lambda: PatchConfig(h=0), "patch.h is 0: patch sizes and channels are at least 1"),
@@ -260,7 +260,7 @@ def test_images_are_checked_against_the_row_too():
     quickstart = load_config(str(QUICKSTART))
     source = ShapesConfig(sizes=((24, 24),), frames=(3,), image_sizes=((160, 160),))
     with pytest.raises(
-        ValueError, match="row_tokens 256 is smaller than one clip: 1 x 160 x 160 has 4"
+        ValueError, match="row_tokens 128 is smaller than one clip: 1 x 160 x 160 has 4"
     ):
         dataclasses.replace(quickstart, data=DataConfig(source, quickstart.data.packing))
     # Where no images are drawn, their sizes do not matter.
@@ -358,7 +358,7 @@ def test_differences():
     )
     assert list(differences(one, one)) == []
     found = {name: (now, before) for name, now, before in differences(one, other)}
-    assert found["steps"] == (1500, 2) and found["model.dit.width"] == (256, 64)
+    assert found["steps"] == (2100, 2) and found["model.dit.width"] == (192, 64)
     assert found["data.source.type"] == ("ShapesConfig", "RecordsConfig")
     assert found["data.source.path"] == (None, "p")
     assert all(name.split(".")[0] in ("steps", "model", "data") for name in found)
