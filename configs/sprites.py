@@ -24,7 +24,7 @@ from dit_jax.training import CheckpointConfig, OptimizerConfig
 def get_config() -> Config:
     return Config(
         output="runs/sprites",
-        steps=1500,
+        steps=1000,
         data=DataConfig(
             source=RecordsConfig(path="data/sprites/1.0.0"),
             packing=PackingConfig(rows=16, row_tokens=128, row_text=224, row_segments=4),

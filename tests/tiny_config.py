@@ -25,7 +25,7 @@ def get_config() -> Config:
         checkpoint=CheckpointConfig(every=4, max_to_keep=20),
         log=LogConfig(every=1, draw_every=10, draw_count=2),
         sampling=SamplingConfig(
-            frames=5, height=24, width=24, fps=8.0, steps=3, cfg_scale=2.0, batch=4
+            frames=5, height=24, width=24, fps=8.0, steps=3, cfg_scale=2.0, batch=2
         ),
         evaluation=EvaluationConfig(prompts=3),
     )
