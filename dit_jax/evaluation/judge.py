@@ -3,7 +3,8 @@
 The background is the median of the frame's border, the foreground alpha the distance from it.
 Colour is the nearest palette hue, direction a Theil-Sen fit to the centroid, shape the best
 intersection over union with analytically rendered templates, size the area. The judge is strict:
-what is not clearly one of the words is None, and None is never right.
+what is not clearly one of the words is None, and None is never right; templates of shapes that no
+scene has (diamonds, ellipses, fat crosses) compete, so that a near miss is not taken for a hit.
 
 It knows the vocabulary of `dit_jax.data.shapes` only, and says nothing about realism.
 """
@@ -22,7 +23,7 @@ MIN_PRESENCE = 0.6  # share of the frames that must show something
 MIN_CHROMA = 0.25  # max - min of RGB in [0, 1]: less is grey
 MAX_HUE_ERROR = 25.0  # degrees; the palette's neighbours are 50 or more apart
 MIN_COLOR_VOTE = 0.7  # share of the foreground pixels that must agree
-MIN_SHAPE_IOU = 0.89  # true clips score > 0.93; a circle reaches about 0.87 as a square
+MIN_SHAPE_IOU = 0.83  # of the best template; true clips score > 0.93
 MIN_SHAPE_LEAD = 0.02  # over the second best template
 MAX_SOFTNESS = 1.2  # half-covered over covered area: a Gaussian blob has 2.0, drawn shapes < 0.6
 MAX_SECOND_BLOB = 0.25  # of the mass of the largest
@@ -197,19 +198,53 @@ def _direction(found: _Foreground, frames: int) -> str | None:
 
 
 def _shape(found: _Foreground) -> str | None:
-    """The shape whose template fits best, if it fits well, has edges, and is alone."""
+    """The shape whose template fits best, if it fits well, has edges, and is alone.
+
+    Shapes that no scene has compete too: a diamond is nearest to a diamond, and so is nothing.
+    """
     chosen = np.unique(np.linspace(0, len(found.area) - 1, FIT_FRAMES).round().astype(int))
     mask, alpha = found.mask[chosen], found.alpha[chosen]
     soft = ((alpha > 0.2) & (alpha < 0.8)).sum((1, 2)) / found.area[chosen]
     if np.median(soft) > MAX_SOFTNESS or np.median(_second_blob(mask)) > MAX_SECOND_BLOB:
         return None
-    scores = np.array(
-        [_overlap(s, mask, found.area[chosen], found.centers[chosen]) for s in SHAPES]
-    )
-    best, second = np.argsort(scores)[::-1][:2]
-    if scores[best] < MIN_SHAPE_IOU or scores[best] - scores[second] < MIN_SHAPE_LEAD:
+    names = (*SHAPES, *OTHERS)
+    scores = np.array([_overlap(s, mask, found.area[chosen], found.centers[chosen]) for s in names])
+    best, second = np.argsort(scores[: len(SHAPES)])[::-1][:2]
+    lead = scores[best] - scores[second]
+    if scores.argmax() != best or scores[best] < MIN_SHAPE_IOU or lead < MIN_SHAPE_LEAD:
         return None
     return SHAPES[best]
+
+
+def _ellipse(x: np.ndarray, y: np.ndarray, r: np.ndarray, stretch: float) -> np.ndarray:
+    return r - np.hypot(x / stretch, y * stretch)
+
+
+def _fat_cross(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
+    bar = np.minimum(r - abs(x), 0.56 * r - abs(y))
+    return np.maximum(bar, np.minimum(0.56 * r - abs(x), r - abs(y)))
+
+
+OTHERS = {
+    "diamond": (lambda x, y, r: (1.25 * r - abs(x) - abs(y)) / np.sqrt(2), 1.25, 3.125),
+    "wide ellipse": (lambda x, y, r: _ellipse(x, y, r, 1.15), 1.15, np.pi),
+    "tall ellipse": (lambda x, y, r: _ellipse(x, y, r, 1 / 1.15), 1.15, np.pi),
+    "fat cross": (_fat_cross, 1.0, 3.23),
+}
+"""Shapes that no scene has: depth inside the outline in px (x, y from the centre, radius r), half
+extent in radii and area in radii squared."""
+
+
+def _template(
+    shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, side: int
+) -> np.ndarray:
+    """Share of each pixel of a [side, side] canvas that a template covers, [n, side, side]."""
+    if shape in SHAPES:
+        return coverage(shape, x, y, radius, side, side)
+    at = np.arange(side) + 0.5
+    rows, cols = (at - y[:, None])[:, :, None], (at - x[:, None])[:, None, :]
+    depth = OTHERS[shape][0](cols + 0 * rows, rows + 0 * cols, radius[:, None, None])
+    return np.clip(0.5 + depth, 0, 1)
 
 
 def _second_blob(mask: np.ndarray) -> np.ndarray:
@@ -230,12 +265,13 @@ def _overlap(shape: str, mask: np.ndarray, area: np.ndarray, centers: np.ndarray
     Templates start at the measured area and centroid; the radius is searched by 10 %, then the
     place by 0.4 px. mask [n, h, w], area [n], centers [n, 2].
     """
-    radius = np.sqrt(area / AREAS[shape])
+    extent, size = (EXTENTS[shape], AREAS[shape]) if shape in SHAPES else OTHERS[shape][1:]
+    radius = np.sqrt(area / size)
     x, y = centers.T
     if shape == "triangle":
         # Its centroid lies two thirds down from the apex, a third of the extent below the centre.
         y = y - EXTENTS[shape] * radius / 3
-    half = int(np.ceil(1.1 * EXTENTS[shape] * radius.max())) + 2
+    half = int(np.ceil(1.1 * extent * radius.max())) + 2
     corner = np.floor(np.stack([x, y], 1)).astype(int)
     padded = np.pad(mask, ((0, 0), (half, half), (half, half)))
     span = np.arange(2 * half)
@@ -261,7 +297,7 @@ def _iou(
     `area` is that of the whole frame, so that mass outside the window counts against the fit.
     """
     side = window.shape[1]
-    template = coverage(shape, x.ravel(), y.ravel(), r.ravel(), side, side)
+    template = _template(shape, x.ravel(), y.ravel(), r.ravel(), side)
     template = np.clip(2 * template - 0.5, 0, 1).reshape(*x.shape, side, side)
     both = np.minimum(template, window).sum((-2, -1))
     return both / (template.sum((-2, -1)) + area - both)
