@@ -5,7 +5,7 @@
 
 ``mnist`` holds idx files as the script's help names them (CC BY-SA 3.0).
 
-Measured: not yet.
+Not measured.
 """
 
 import dataclasses
