@@ -8,7 +8,8 @@ sprites, CC BY-SA 3.0 / GPL-3, in YingzhenLi/Sprites). The captions are made of 
 270 clips show characters that training never sees. They have eight frames, 1 + 7: a patch spans
 seven.
 
-Measured: not yet.
+Measured: 30.5 dB PSNR (mean over the 270 held-out clips) after 1,000 steps, about 8.5 minutes on two
+shared cores; the mean clip of each action scores 20.1.
 """
 
 import dataclasses
