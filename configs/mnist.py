@@ -5,7 +5,8 @@
 
 ``mnist`` holds idx files as the script's help names them (CC BY-SA 3.0).
 
-Not measured.
+Not measured by a number. Of 30 digits made after the 1,000 steps, three for each caption, all were
+read as the right one by eye.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ and wrong types. A config is stored with every checkpoint as JSON and read back 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import sys
@@ -21,12 +22,13 @@ import tyro
 
 from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ModelConfig, PatchConfig
-from dit_jax.parallel import MeshConfig
+from dit_jax.models import ByteEncoderConfig, ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
-SOURCES = (ShapesConfig, RecordsConfig)
+CHOICES = (ShapesConfig, RecordsConfig, ByteEncoderConfig, TextStatesConfig)
+"""Dataclasses that stand where another may stand: stored with their name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,26 @@ class EvaluationConfig:
             raise ValueError(f"evaluation.prompts is {self.prompts}: it is at least 0.")
 
 
+def check_choices(config: Any, name: str = "") -> None:
+    """Raises ``ValueError`` for a field, however deep, whose value is none of its type's choices.
+
+    Python checks no types, and a config file is Python; the command line is checked by ``tyro``.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        here = f"{name}.{field.name}" if name else field.name
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), map(str, choices), 1, 0.5)
+            raise ValueError(
+                f"{here} is {value!r}: it is one of {', '.join(map(repr, choices))}."
+                + (f" Perhaps {near[0]!r} was meant." if near else "")
+            )
+        if dataclasses.is_dataclass(value):
+            check_choices(value, here)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A run of text-to-video training."""
@@ -83,12 +105,14 @@ class Config:
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    attention: AttentionConfig = AttentionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}: it is at least 1.")
         if self.seed < 0:
@@ -102,7 +126,7 @@ class Config:
         if self.model.text.max_tokens > self.data.packing.row_text:
             raise ValueError(
                 f"data.packing.row_text {self.data.packing.row_text} is smaller than one caption of "
-                f"{self.model.text.max_tokens} tokens: raise it, or lower model.text.max_bytes."
+                f"{self.model.text.max_tokens} tokens: raise it, or lower the limit in model.text."
             )
         drawn = self.sampling
         try:
@@ -114,6 +138,11 @@ class Config:
             ) from error
         if isinstance(self.data.source, ShapesConfig):
             self._check_shapes(self.data.source)
+        elif self.model.patch.channels != 3 and (self.log.draw_every or self.evaluation.prompts):
+            raise ValueError(
+                f"model.patch.channels is {self.model.patch.channels}: these are latents, which "
+                "cannot be drawn as pictures. Set log.draw_every and evaluation.prompts to 0."
+            )
 
     def _check_shapes(self, source: ShapesConfig) -> None:
         if self.model.patch.channels != 3:
@@ -147,7 +176,12 @@ def load_config(path: str) -> Config:
         raise ValueError(f"--config {path!r} is not a Python file: give one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    # A config may be built from another that lies beside it: `from video_1b3 import ...`.
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no function get_config() that returns a Config: add one.")
     config = module.get_config()
@@ -192,7 +226,7 @@ def to_dict(config: Any) -> Any:
     """A config as JSON values; a choice between dataclasses is named by ``type``."""
     if dataclasses.is_dataclass(config):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        tag = {"type": type(config).__name__} if isinstance(config, SOURCES) else {}
+        tag = {"type": type(config).__name__} if isinstance(config, CHOICES) else {}
         return tag | fields
     if isinstance(config, tuple | list):
         return [to_dict(item) for item in config]

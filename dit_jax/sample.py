@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,15 @@ import tyro
 
 from dit_jax import tasks
 from dit_jax.config import Config, stored_config
-from dit_jax.parallel import MeshConfig, initialize, make_mesh, restart_with_huge_pages
+from dit_jax.models import TextStatesConfig
+from dit_jax.parallel import (
+    PROCESS_HELP,
+    MeshConfig,
+    joined,
+    make_mesh,
+    restart_with_huge_pages,
+    take_process_flags,
+)
 from dit_jax.sampling import (
     Generator,
     Request,
@@ -75,15 +84,20 @@ class SampleArguments:
     scale: int = 1
     """Enlarges every pixel so many times in the file."""
     mesh: MeshConfig = MeshConfig()
+    spread_parameters: bool = False
+    """Shard parameters over mesh.context too: for models too large for one device, at the price of
+    gathering them in every step."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Samples what the command line says; returns the exit status."""
-    given = tyro.cli(SampleArguments, args=arguments, prog=PROG)
+    arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    description = f"{SampleArguments.__doc__} {PROCESS_HELP}"
+    given = tyro.cli(SampleArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        initialize()
-        sample(given)
+        with joined(flags, PROG):
+            sample(given)
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
@@ -126,10 +140,15 @@ def sample(given: SampleArguments) -> None:
         for i, prompt in enumerate(prompts)
     ]
     check_request(requests[0], config.model.patch)
+    _check_model(config, given.checkpoint)
 
     mesh = make_mesh(given.mesh)
-    model = tasks.make_model(config.model, mesh)
-    shapes, shardings = abstract_params(lambda key: tasks.init_params(model, key), mesh)
+    # Kernel and way are for the machine that samples to say, not for the one that trained.
+    attention = dataclasses.replace(config.attention, kernel="auto", ulysses=None)
+    model = tasks.make_model(config.model, mesh, attention)
+    shapes, shardings = abstract_params(
+        partial(tasks.init_params, model), mesh, over_context=given.spread_parameters
+    )
     params = checkpointer.restore_ema(step, shapes, shardings)
     if not jax.jit(_finite)(params):
         raise ValueError(
@@ -141,6 +160,21 @@ def sample(given: SampleArguments) -> None:
     clips = make_clips(generator, params, requests, config.model, mesh, progress=True)
     if jax.process_index() == 0:
         _write(given, directory, single, prompts, clips, made.fps)
+
+
+def _check_model(config: Config, run: str) -> None:
+    """Raises ``ValueError`` where the run's model reads or makes what is not made or read here."""
+    text, channels = config.model.text, config.model.patch.channels
+    if isinstance(text, TextStatesConfig):
+        raise ValueError(
+            f"the model of {run!r} reads prompts as states of the encoder {text.encoder!r}, which is "
+            "not here: sample from a model that reads bytes (model.text)."
+        )
+    if channels != 3:
+        raise ValueError(
+            f"the model of {run!r} makes latents of {channels} channels, and no codec is here to turn "
+            "them into pixels: sample from a model of pixels."
+        )
 
 
 def _finite(params: Params) -> jax.Array:

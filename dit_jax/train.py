@@ -5,8 +5,9 @@ checkpoint, the run goes on from there and ends up, bit for bit, where it would 
 interruption.
 
 Exit status: 0, the run is complete; 2, something given is wrong, and the message says what; 143 or
-130 (128 + the signal, as shells count), SIGTERM or SIGINT stopped it after it saved its step, so that
-whoever restarts what did not end in 0 resumes it.
+130 (128 + the signal, as shells count), SIGTERM or SIGINT stopped it after it saved its step; 1,
+something failed, or another process of the run died. What did not end in 0 or 2 goes on when all its
+processes are started again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import numpy as np
 from dit_jax import tasks
 from dit_jax.config import Config, differences, parse_config, read_config, to_dict
 from dit_jax.parallel import (
+    PROCESS_HELP,
     global_batch,
-    initialize,
+    joined,
     local_rows,
     make_mesh,
     restart_with_huge_pages,
+    take_process_flags,
 )
 from dit_jax.training import (
     Checkpointer,
@@ -45,6 +48,7 @@ from dit_jax.training import (
     make_step,
 )
 
+PROG = "python -m dit_jax.train"
 FIXED = ("model", "data", "seed", "optimizer.kind")
 """What a run is made of: a resumed run must have the same."""
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
@@ -54,18 +58,20 @@ same numbers are computed."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains what the command line says; returns the exit status."""
+    arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
     config = parse_config(
-        sys.argv[1:] if arguments is None else arguments,
-        prog="python -m dit_jax.train",
-        description="Trains a model. Any field of the config can be given by its dotted name.",
+        arguments,
+        prog=PROG,
+        description="Trains a model. Any field of the config can be given by its dotted name. "
+        + PROCESS_HELP,
     )
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        initialize()
-        directory = prepare_directory(config)
-        stopped = train(config, directory)
+        with joined(flags, PROG):
+            directory = prepare_directory(config)
+            stopped = train(config, directory)
     except ValueError as error:
-        print(f"python -m dit_jax.train: error: {error}", file=sys.stderr)
+        print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     return 128 + signal.Signals[stopped] if stopped else 0
 
@@ -147,6 +153,7 @@ def train(config: Config, directory: Path) -> str | None:
         clock = time.perf_counter()
         if done == config.steps or stopping or done % config.checkpoint.every == 0:
             checkpointer.save(state, data_state, to_dict(config), done)
+            progress.flush()
         if config.log.draw_every and done % config.log.draw_every == 0 and not stopping:
             picture = directory / f"samples_{done:07d}.png"
             task.draw(state.ema, picture)

@@ -17,7 +17,7 @@ This module holds names only: no computation, and no import of ours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import jax
 import numpy as np
@@ -30,6 +30,10 @@ Params = Any
 PAD = 0
 """The segment id of padding; segments of a row are numbered 1, 2, ..."""
 
+ATTENTION, QKV, RESIDUAL = "attention", "qkv", "residual"
+"""Names under which rematerialisation policies know what a block computes: the results of attention,
+the product that its inputs are made from, and what enters the block."""
+
 
 class Sample(TypedDict):
     """One training example as a source gives it."""
@@ -38,6 +42,8 @@ class Sample(TypedDict):
     """uint8 [t, h, w, c], or float latents."""
     caption: str
     fps: float
+    text_states: NotRequired[np.ndarray]
+    """float [s, e]: the caption as the states of a text encoder, where the data has them."""
 
 
 class Source(Protocol):
@@ -66,14 +72,29 @@ class PackedBatch:
     """Latent frame of each token within its segment, from 0."""
     token_ids: Int[Array, "b l"]
     """Index of each token within its segment, from 0."""
-    text: Int[Array, "b s"]
-    """Text tokens of the captions, packed the same way."""
+    text: Int[Array, "b s"] | Float[Array, "b s e"]
+    """Text tokens of the captions, or states of a text encoder, packed the same way."""
     text_segment_ids: Int[Array, "b s"]
     sample_ids: UInt[Array, "b n"]
     """Identity of each segment's sample: the randomness of its noise, wherever it is packed."""
     num_tokens: Int[Array, "b n"]
     num_frames: Int[Array, "b n"]
     """Latent frames of each segment."""
+
+
+ALONG_TOKENS = frozenset(
+    {
+        "tokens",
+        "positions",
+        "segment_ids",
+        "frame_ids",
+        "token_ids",
+        "clean",
+        "ceilings",
+        "group_ids",
+    }
+)
+"""Fields of batches (and of what is sampled) with a value for every token: ``[b, l, ...]``."""
 
 
 @struct.dataclass
@@ -96,7 +117,10 @@ class Attention(Protocol):
     """Scaled dot-product attention within segments, made in ``parallel`` and given to models.
 
     Queries see the keys of their own segment id only; the output at padding is finite and
-    otherwise unspecified.
+    otherwise unspecified. Without ``k_segment_ids`` the keys are of the queries' own tokens
+    (self-attention), and are spread over devices as those are; with them they are others (text),
+    whole on every device. ``band`` limits self-attention to keys at most so many tokens away in
+    the row, on either side.
     """
 
     def __call__(
@@ -105,7 +129,9 @@ class Attention(Protocol):
         k: Float[Array, "b m a d"],
         v: Float[Array, "b m a d"],
         q_segment_ids: Int[Array, "b l"],
-        k_segment_ids: Int[Array, "b m"],
+        k_segment_ids: Int[Array, "b m"] | None,
+        *,
+        band: int | None = None,
     ) -> Float[Array, "b l a d"]: ...
 
 

@@ -6,8 +6,10 @@ import re
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from dit_jax import tasks
 from dit_jax.config import (
     Config,
     DataConfig,
@@ -24,7 +26,7 @@ from dit_jax.config import (
 from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.models import DiTConfig, PatchConfig
-from dit_jax.parallel import MeshConfig
+from dit_jax.parallel import AttentionConfig, MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
@@ -93,6 +95,76 @@ def test_the_file_may_come_anywhere(order):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_file_builds_a_config(file):
     assert isinstance(parse("--config", file), Config)
+
+
+def test_the_large_configs_are_among_them():
+    names = {file.stem for file in FILES}
+    assert {"video_1b3", "video_14b", "minute_1080p", "dit_xl2_imagenet256"} <= names
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "d", "hidden", "depth", "heads", "about"),
+    [
+        ("video_1b3", 1536, 8960, 30, 12, 1.4e9),
+        ("video_14b", 5120, 13_824, 40, 40, 1.4e10),
+    ],
+)
+def test_video_configs_have_the_parameters_that_their_names_say(
+    name, d, hidden, depth, heads, about
+):
+    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    model = tasks.make_model(config.model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    shapes = jax.eval_shape(lambda key: tasks.init_params(model, key), jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    patch, text = 1 * 2 * 2 * 16, 4096
+    norms = 2 * d // heads
+    self_attention = linear(d, 3 * d) + linear(d, d) + norms
+    cross_attention = linear(d, d) + linear(d, 2 * d) + linear(d, d) + norms
+    mlp = linear(d, hidden) + linear(hidden, d)
+    table = 6 * d
+    ends = linear(patch, d) + linear(d, patch) + linear(d, 2 * d)
+    condition = linear(256, d) + linear(d, d) + linear(d, 6 * d)
+    states = linear(text, d) + linear(d, d)
+    layers = depth * (self_attention + cross_attention + mlp + table)
+    assert count == layers + ends + condition + states
+    assert abs(count / about - 1) < 0.04
+
+
+def test_a_clip_of_the_video_configs_fills_a_row():
+    for name in ("video_1b3", "video_14b"):
+        config = load_config(str(ROOT / "configs" / f"{name}.py"))
+        made, packing = config.sampling, config.data.packing
+        # 81 frames of 480 x 832 in a codec of 4 x 8 x 8, and patches of 1 x 2 x 2.
+        assert (made.frames, made.height, made.width) == (1 + 80 // 4, 480 // 8, 832 // 8)
+        tokens = config.model.patch.num_tokens(made.frames, made.height, made.width)
+        assert tokens == 21 * 30 * 52 == 32_760
+        # The next multiple of the kernels' 128.
+        assert packing.row_tokens == -(-tokens // 128) * 128 == 32_768
+        assert packing.row_text == config.model.text.max_tokens
+
+
+def test_a_minute_is_one_row():
+    config = load_config(str(ROOT / "configs" / "minute_1080p.py"))
+    made, dit = config.sampling, config.model.dit
+    tokens = config.model.patch.num_tokens(made.frames, made.height, made.width)
+    assert tokens == (1 + 60 * 24 // 4) * 68 * 120 == 2_945_760
+    assert 0 <= config.data.packing.row_tokens - tokens < 65_536
+    assert dit.band == 4 * 68 * 120 and dit.depth % dit.dense_every == 0
+    assert dataclasses.replace(dit, band=None) == VARIANTS["video_1b3"].model.dit
+
+
+def test_imagenet_is_one_image_a_row():
+    config = load_config(str(ROOT / "configs" / "dit_xl2_imagenet256.py"))
+    made, packing = config.sampling, config.data.packing
+    tokens = config.model.patch.num_tokens(made.frames, made.height, made.width)
+    assert tokens == 16 * 16 == packing.row_tokens and packing.rows == 256
+    dit = config.model.dit
+    assert (dit.width, dit.depth, dit.heads) == (1152, 28, 16)
 
 
 @pytest.mark.parametrize("given", [["--help"], ["-h"], ["--config", QUICKSTART, "--help"]])
@@ -362,3 +434,25 @@ def test_differences():
     assert found["data.source.type"] == ("ShapesConfig", "RecordsConfig")
     assert found["data.source.path"] == (None, "p")
     assert all(name.split(".")[0] in ("steps", "model", "data") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: Config(attention=AttentionConfig(kernel="flsh")),
+            r"attention.kernel is 'flsh'.*'flash' was",
+        ),
+        (
+            lambda: Config(sampling=SamplingConfig(solver="Euler")),
+            "sampling.solver is 'Euler'.*'euler' was meant",
+        ),
+        (
+            lambda: Config(optimizer=OptimizerConfig(kind="sgd")),
+            r"optimizer.kind is 'sgd': it is one of",
+        ),
+    ],
+)
+def test_choices_are_checked_in_files_too(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

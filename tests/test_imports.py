@@ -32,6 +32,7 @@ ROOMS = {
     "sampling": {"types", "config"} | PARTS,
     "evaluation": {"types", "config", "interop", "training", "sampling"} | PARTS,
     "tasks": {"types", "config", "interop", "training", "sampling", "evaluation"} | PARTS,
+    "planning": {"types", "config", "parallel", "models", "training", "sampling", "tasks"},
 }
 EVERYTHING = set(ROOMS)
 # From these rooms `config` may take names ending in Config and UPPERCASE presets, nothing else.

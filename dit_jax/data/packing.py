@@ -31,7 +31,7 @@ class Tokenized(TypedDict):
     frame_ids: np.ndarray
     """int32 [l]"""
     text: np.ndarray
-    """int32 [s]"""
+    """int32 [s], or float32 [s, e]"""
 
 
 Tokenize = Callable[[Sample], Tokenized]
@@ -148,12 +148,13 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
     Used where the caller decides who shares a row: sampling and tests.
     """
     b, l, s, n = len(rows), config.row_tokens, config.row_text, config.row_segments
-    patch = rows[0][0]["tokens"].shape[-1]
+    patch, letter = rows[0][0]["tokens"].shape[-1], rows[0][0]["text"]
     batch: dict[str, Any] = {
         "tokens": np.zeros((b, l, patch), np.float32),
         "positions": np.zeros((b, l, 3), np.float32),
         **{name: np.zeros((b, l), np.int32) for name in ("segment_ids", "frame_ids", "token_ids")},
-        **{name: np.zeros((b, s), np.int32) for name in ("text", "text_segment_ids")},
+        "text": np.zeros((b, s, *letter.shape[1:]), letter.dtype),
+        "text_segment_ids": np.zeros((b, s), np.int32),
         "sample_ids": np.zeros((b, n), np.uint32),
         **{name: np.zeros((b, n), np.int32) for name in ("num_tokens", "num_frames")},
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import av
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from av.error import FFmpegError
@@ -35,11 +36,13 @@ class RecordsConfig:
     one, sought in `data_dir` (None: TFDS's own place). `split` may be sliced: "train[:90%]".
 
     `video_key` names a uint8 feature [t, h, w, c] or [h, w, c] (one frame), c 1 or 3; grey is
-    repeated to three channels. The caption is the text of `caption_key`, or, where
-    `caption_template` is given, that template with features in braces, "a handwritten digit
-    {label}"; `label_names` are the words for the values of its single feature (a ClassLabel's own
-    names by default). `fps_key` names the frame rate; None, or a builder without "fps", gives
-    `fps`.
+    repeated to three channels. A float feature of these shapes holds latents, with any c, and the
+    frame rate is then that of latent frames.
+    `text_states_key` names a float feature [s, e]: the caption as a text encoder's states.
+    The caption is the text of `caption_key`, or, where `caption_template` is given, that template
+    with features in braces, "a handwritten digit {label}"; `label_names` are the words for the
+    values of its single feature (a ClassLabel's own names by default). `fps_key` names the frame
+    rate; None, or a builder without "fps", gives `fps`.
 
     Raises ValueError for values that contradict each other.
     """
@@ -50,6 +53,7 @@ class RecordsConfig:
     caption_key: str = "caption"
     caption_template: str | None = None
     label_names: tuple[str, ...] = ()
+    text_states_key: str | None = None
     fps_key: str | None = "fps"
     fps: float = 8.0
     data_dir: str | None = None
@@ -88,8 +92,9 @@ class RecordsConfig:
 class RecordsSource:
     """The random-access source over one split of a builder.
 
-    A sample is {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}; IndexError outside
-    0..len-1. Deterministic, picklable (files are opened again), usable from threads.
+    A sample is {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}, the video float32
+    [t, h, w, c] where it holds latents, with "text_states": float32 [s, e] where those are asked for;
+    IndexError outside 0..len-1. Deterministic, picklable (files are opened again), usable from threads.
 
     Raises ValueError at construction, where the first record is read, too: for an absent or foreign
     directory, an absent or empty split, a missing feature, and a record that is no clip.
@@ -153,7 +158,14 @@ class RecordsSource:
         video = _decode_image(record[key]) if key in self._encoded else record[key]
         fps = float(record[self.config.fps_key]) if self._has_fps else self.config.fps
         where = f"feature {key!r} of record {index} of {self.config.path!r}"
-        return {"video": _as_video(video, where), "caption": self._caption(record), "fps": fps}
+        sample: Sample = {
+            "video": _as_video(video, where),
+            "caption": self._caption(record),
+            "fps": fps,
+        }
+        if self.config.text_states_key is not None:
+            sample["text_states"] = np.asarray(record[self.config.text_states_key], np.float32)
+        return sample
 
     def _caption(self, record: Mapping[str, Any]) -> str:
         if self.config.caption_template is None:
@@ -225,6 +237,8 @@ def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
     needed = {"video_key": (config.video_key,), "caption_template": config.template_keys}
     if config.caption_template is None:
         needed["caption_key"] = (config.caption_key,)
+    if config.text_states_key is not None:
+        needed["text_states_key"] = (config.text_states_key,)
     # The default frame rate stands in for the default key only: another key is meant to exist.
     if config.fps_key not in (None, "fps"):
         needed["fps_key"] = (config.fps_key,)
@@ -250,16 +264,21 @@ def _decode_image(data: bytes) -> np.ndarray:
         ) from error
 
 
-def _as_video(value: Any, where: str) -> np.ndarray:
-    """uint8 [t, h, w, 3] of [t, h, w, c] or [h, w, c] with c 1 or 3; `where` starts the error."""
+def _as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
+    """uint8 [t, h, w, 3] of [t, h, w, c] or [h, w, c] with c 1 or 3, or, where they may be `latents`,
+    float32 of any c; `where` starts the error."""
     video = np.asarray(value)
     if video.ndim == 3:
         video = video[None]
-    fits = video.ndim == 4 and video.shape[-1] in (1, 3) and min(video.shape) > 0
-    if not fits or video.dtype != np.uint8:
+    whole = video.ndim == 4 and min(video.shape) > 0
+    if latents and whole and jnp.issubdtype(video.dtype, jnp.floating):
+        return video.astype(np.float32)
+    if not whole or video.shape[-1] not in (1, 3) or video.dtype != np.uint8:
+        other = ", or float latents," if latents else ""
         raise ValueError(
             f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or "
-            "[h, w, c] with c of 1 or 3 and no axis empty; choose another feature or convert it"
+            f"[h, w, c] with c of 1 or 3{other} and no axis empty; choose another feature or "
+            "convert it"
         )
     return np.repeat(video, 3, axis=-1) if video.shape[-1] == 1 else video
 
@@ -327,7 +346,8 @@ def _checked(sample: Mapping[str, Any], labels: Sequence[str], where: str) -> di
         )
     record = {"caption": sample["caption"], "fps": float(sample["fps"])}
     record |= {key: int(sample[key]) for key in labels}
-    return {"video": _as_video(sample["video"], f"video of {where}"), **record}
+    video = _as_video(sample["video"], f"video of {where}", latents=False)
+    return {"video": video, **record}
 
 
 def write_records(

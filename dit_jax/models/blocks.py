@@ -14,17 +14,18 @@ Axis letters in ``types``; parameter and activation axes carry logical names onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models.positions import rotate
-from dit_jax.types import Attention, Constrain, DotGeneral
+from dit_jax.types import QKV, RESIDUAL, Attention, Constrain, DotGeneral
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -42,13 +43,17 @@ def dense(
     init: Initializer = XAVIER,
     dot_general: DotGeneral = jax.lax.dot_general,
 ) -> nn.Dense:
-    """A linear layer whose kernel ``[in, out]`` carries logical axes."""
+    """A linear layer whose kernel ``[in, out]`` carries logical axes.
+
+    A bias along "embed" is whole on every device: gathering it in every layer costs more than its room.
+    """
+    of_bias = "embed_vector" if axes[1] == "embed" else axes[1]
     return nn.Dense(
         features,
         dtype=dtype,
         dot_general=dot_general,
         kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(ZERO, axes[1:]),
+        bias_init=nn.with_logical_partitioning(ZERO, (of_bias,)),
         name=name,
     )
 
@@ -114,15 +119,42 @@ class RMSNorm(nn.Module):
         return (y * jax.lax.rsqrt(squares + NORM_EPS) * scale).astype(x.dtype)
 
 
+FEW_GROUPS = 4
+"""So many are chosen from by comparisons, which XLA fuses into what uses them: nothing as long as the
+row is stored."""
+
+
 def gather_groups(
     per_group: Float[Array, "b k d"], group_ids: Int[Array, "b l"]
 ) -> Float[Array, "b #l d"]:
     """What each token's conditioning group has, token by token (one for all if it is the only)."""
-    if per_group.shape[1] == 1:
-        return per_group
+    if per_group.shape[1] <= FEW_GROUPS:
+        out = per_group[:, :1]
+        for i in range(1, per_group.shape[1]):
+            out = jnp.where((group_ids == i)[..., None], per_group[:, i : i + 1], out)
+        return out
     # A product with a one-hot matrix: exact, and its gradient is a product too, not a scatter.
     chosen = jax.nn.one_hot(group_ids, per_group.shape[1], dtype=per_group.dtype)
     return jnp.einsum("blk,bkd->bld", chosen, per_group, precision="highest")
+
+
+FLOAT32_LAYERS = {"time", "pooled", "modulation", "final_modulation"}
+"""Linear layers that compute in float32 whatever the dtype of activations."""
+
+
+def as_computed(path: Sequence[str], leaf: jax.Array, dtype: Dtype) -> jax.Array:
+    """A parameter in the dtype that its layer computes with (see ``dense``); the others as they are."""
+    linear = path[-1] in ("kernel", "bias") and not FLOAT32_LAYERS.intersection(path)
+    return leaf.astype(dtype) if linear else leaf
+
+
+def gather_parts(
+    per_group: Float[Array, "b k d"], group_ids: Int[Array, "b l"], parts: int
+) -> list[Float[Array, "b #l m"]]:
+    """``gather_groups`` of each of so many equal parts."""
+    if per_group.shape[1] <= FEW_GROUPS:
+        return [gather_groups(part, group_ids) for part in jnp.split(per_group, parts, -1)]
+    return jnp.split(gather_groups(per_group, group_ids), parts, -1)
 
 
 class Modulation(nn.Module):
@@ -142,13 +174,16 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of a row's tokens to those of their own segment."""
+    """Attention of a row's tokens to those of their own segment, within ``band`` if given."""
 
     heads: int
     dtype: Dtype
     attention: Attention
     constrain: Constrain
     dot_general: DotGeneral = jax.lax.dot_general
+    band: int | None = None
+    axis: str = "tokens"
+    """Logical axis of the tokens; those of text are whole on every device."""
 
     @nn.compact
     def __call__(
@@ -160,16 +195,18 @@ class SelfAttention(nn.Module):
         b, l, width = x.shape
         linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
         # Queries, keys and values of one head lie side by side, so that splitting the heads over
-        # devices splits the kernel in whole heads.
-        qkv = linear(3 * width, ("embed", "heads"), name="qkv")(x)
+        # devices splits the kernel in whole heads. Named before the norms, whose backward pass needs
+        # what enters them: kept after them alone, the product would be computed again.
+        qkv = checkpoint_name(linear(3 * width, ("embed", "heads"), name="qkv")(x), QKV)
         qkv = qkv.reshape(b, l, self.heads, 3, width // self.heads)
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (self.constrain(y, "batch", "tokens", "heads", None) for y in (q, k, v))
-        out = self.attention(q, k, v, segment_ids, segment_ids)
-        out = self.constrain(out, "batch", "tokens", "heads", None).reshape(b, l, width)
+        q, k, v = (self.constrain(y, "batch", self.axis, "heads", None) for y in (q, k, v))
+        keys = None if self.axis == "tokens" else segment_ids
+        out = self.attention(q, k, v, segment_ids, keys, band=self.band)
+        out = self.constrain(out, "batch", self.axis, "heads", None).reshape(b, l, width)
         return linear(width, ("heads", "embed"), name="out")(out)
 
 
@@ -211,17 +248,22 @@ class MLP(nn.Module):
     dtype: Dtype
     constrain: Constrain
     dot_general: DotGeneral = jax.lax.dot_general
+    axis: str = "tokens"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
         hidden = linear(self.hidden, ("embed", "mlp"), name="up")(x)
-        hidden = self.constrain(gelu(hidden), "batch", "tokens", "mlp")
+        hidden = self.constrain(gelu(hidden), "batch", self.axis, "mlp")
         return linear(x.shape[-1], ("mlp", "embed"), name="down")(hidden)
 
 
 class DiTBlock(nn.Module):
-    """One block; returns ``(x, None)`` so that ``nn.scan`` can carry ``x`` over the layers."""
+    """One block; returns ``(x, None)`` so that ``nn.scan`` can carry ``x`` over the layers.
+
+    With ``shared_modulation`` the condition is the modulation itself, one for all layers, to which a
+    block adds a table of its own (adaLN-single, Chen et al. 2023, "PixArt-alpha", section 2.3).
+    """
 
     heads: int
     mlp_dim: int
@@ -230,12 +272,23 @@ class DiTBlock(nn.Module):
     constrain: Constrain
     dot_general: DotGeneral = jax.lax.dot_general
     cross_attention: bool = True
+    shared_modulation: bool = False
+    band: int | None = None
+
+    def modulation(self, condition: Float[Array, "b k x"], width: int) -> Float[Array, "b k m"]:
+        """Shift, scale and gate of both modulated branches, for every group."""
+        if not self.shared_modulation:
+            return Modulation(width, branches=2, name="modulation")(condition)
+        init = nn.with_logical_partitioning(ZERO, ("modulation_table",))
+        # Flax types the boxed initial value; `param` returns it unboxed.
+        table: Any = self.param("modulation_table", init, (6 * width,))
+        return condition + table
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b l d"],
-        condition: Float[Array, "b k d"],
+        condition: Float[Array, "b k x"],
         group_ids: Int[Array, "b l"],
         segment_ids: Int[Array, "b l"],
         rotary: tuple[jax.Array, jax.Array],
@@ -249,21 +302,25 @@ class DiTBlock(nn.Module):
             "dot_general": self.dot_general,
         }
         attend = {"heads": self.heads, "attention": self.attention, **layers}
-        groups = Modulation(width, branches=2, name="modulation")(condition)
-        per_token = gather_groups(groups, group_ids)
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(per_token, 6, axis=-1)
 
-        h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
-        branch = SelfAttention(name="self_attention", **attend)(h, segment_ids, rotary)
+        def lay(y: jax.Array) -> jax.Array:
+            # Left free, the compiler spreads widths over `tensor` and gathers them at every product.
+            return self.constrain(y, "batch", "tokens", "width")
+
+        x = checkpoint_name(x, RESIDUAL)
+        groups = self.constrain(self.modulation(condition, width), "batch", None, None)
+        shift1, scale1, gate1, shift2, scale2, gate2 = gather_parts(groups, group_ids, 6)
+
+        h = lay((layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype))
+        attention = SelfAttention(name="self_attention", band=self.band, **attend)
+        branch = lay(attention(h, segment_ids, rotary))
         x = x + (gate1 * branch.astype(jnp.float32)).astype(x.dtype)
         if self.cross_attention:
             assert text is not None and text_segment_ids is not None
-            h = layer_norm(x).astype(self.dtype)
-            branch = CrossAttention(name="cross_attention", **attend)(
-                h, text, segment_ids, text_segment_ids
-            )
-            x = x + branch.astype(x.dtype)
-        h = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
-        branch = MLP(self.mlp_dim, name="mlp", **layers)(h)
+            h = lay(layer_norm(x).astype(self.dtype))
+            cross = CrossAttention(name="cross_attention", **attend)
+            x = x + lay(cross(h, text, segment_ids, text_segment_ids)).astype(x.dtype)
+        h = lay((layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype))
+        branch = lay(MLP(self.mlp_dim, name="mlp", **layers)(h))
         x = x + (gate2 * branch.astype(jnp.float32)).astype(x.dtype)
-        return self.constrain(x, "batch", "tokens", "width"), None
+        return lay(x), None

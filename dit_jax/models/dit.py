@@ -12,8 +12,9 @@ labels and learned sigma are not here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +27,28 @@ from dit_jax.models.blocks import (
     Dtype,
     Modulation,
     dense,
-    gather_groups,
+    gather_parts,
     layer_norm,
 )
 from dit_jax.models.positions import axis_dims, rotary_angles, sincos_features
-from dit_jax.types import Attention, Constrain, DotGeneral
+from dit_jax.types import ATTENTION, QKV, RESIDUAL, Attention, Constrain, DotGeneral
 
+policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": policies.save_only_these_names(ATTENTION),
+    "projections": policies.save_only_these_names(ATTENTION, QKV),
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
+    ),
+    "offload": policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[ATTENTION],
+        names_which_can_be_offloaded=[RESIDUAL, QKV],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What a block keeps for its backward pass: nothing, or the results of its linear layers."""
+"""What a block keeps for its backward pass (``DiTConfig.remat`` says it in words)."""
 
 TIME_FREQUENCIES = 256
 """Sinusoids that a noise level is embedded in, as in DiT."""
@@ -60,12 +72,25 @@ class DiTConfig:
     """Attend to the text in every block; without it only ``pooled_text`` tells of the text."""
     pooled_text: bool = False
     """Also condition the modulation on the mean of the text states, and not by attention alone."""
+    modulation: Literal["layer", "shared"] = "layer"
+    """Whether every layer makes its modulation from the condition by a matrix of its own
+    (adaLN-Zero), or one matrix serves all and a layer adds a table (PixArt-alpha's adaLN-single: a
+    quarter to a third fewer parameters)."""
+    band: int | None = None
+    """Tokens on either side, in the row's order, that the banded layers attend to: n tokens are
+    n / (h w) latent frames of h w patches. Unset, every layer attends to the whole segment."""
+    dense_every: int = 2
+    """With a band: every so-many-th layer attends to the whole segment, the others are banded (the
+    alternating pattern of Child et al. 2019, "Sparse Transformers", as in GPT-3)."""
     scan: bool | None = None
     """Compile one block and loop over the layers (quick to compile), or unroll them (quick to run
     on a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What is computed again in the backward pass instead of being kept: nothing, all but the
-    linear layers' results, or the whole block."""
+    remat: Literal["none", "dots", "projections", "attention", "full", "offload"] = "none"
+    """What the backward pass has from the forward pass, and does not compute again. none: all that it
+    needs. dots: the results of linear layers and of attention. projections: attention's results and the
+    product its inputs are made from. attention: its results. full: only what enters the block. offload:
+    attention's results on the device, that product and the block's input in the host's memory (TPUs and
+    GPUs)."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
@@ -80,6 +105,13 @@ class DiTConfig:
                 f"make it a multiple, such as {self.width // self.heads * self.heads or self.heads}."
             )
         axis_dims(self.width // self.heads)
+        if self.band is not None and (
+            self.band < 1 or self.dense_every < 1 or self.depth % self.dense_every
+        ):
+            raise ValueError(
+                f"dit.band {self.band} and dense_every {self.dense_every} are at least 1, and "
+                f"dense_every divides the depth, {self.depth}."
+            )
         if self.mlp_dim is not None and self.mlp_dim < 1:
             raise ValueError(
                 f"dit.mlp_dim is {self.mlp_dim}: it must be at least 1, or unset for 4 x width."
@@ -112,11 +144,14 @@ class TimeEmbedding(nn.Module):
     """Noise levels of groups to conditioning vectors, in float32."""
 
     width: int
+    constrain: Constrain
 
     @nn.compact
     def __call__(self, t: Float[Array, "b k"]) -> Float[Array, "b k d"]:
         hidden = dense(self.width, ("time", "embed"), jnp.float32, "up")(time_features(t))
-        return dense(self.width, ("embed", "embed_out"), jnp.float32, "out")(nn.silu(hidden))
+        hidden = self.constrain(nn.silu(hidden), "batch", None, "width")
+        out = dense(self.width, ("embed", "embed_out"), jnp.float32, "out")(hidden)
+        return self.constrain(out, "batch", None, "width")
 
 
 def pool_text(
@@ -134,21 +169,44 @@ def pool_text(
     return jnp.einsum("bks,bse->bke", weights, text.astype(jnp.float32), precision="highest")
 
 
-def layers(config: DiTConfig) -> type[DiTBlock]:
-    """A block that stands for all layers, one after another, their parameters stacked."""
-    block = DiTBlock
+class LayerGroup(nn.Module):
+    """Banded layers and a dense one after them: the unit that repeats where there is a band."""
+
+    block: Callable[..., DiTBlock]
+    count: int
+    band: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], *given: Any) -> tuple[Float[Array, "b l d"], None]:
+        for i in range(self.count):
+            band = self.band if i < self.count - 1 else None
+            x, _ = self.block(band=band, name=f"layer_{i}")(x, *given)
+        return x, None
+
+
+def layers(
+    config: DiTConfig, name: str, **given: Any
+) -> Callable[..., tuple[Float[Array, "b l d"], None]]:
+    """All layers one after another, their parameters stacked, as one module that carries ``x``."""
+    block: Any = DiTBlock
     if config.remat != "none":
         block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
     scan = config.scan if config.scan is not None else jax.default_backend() != "cpu"
-    return nn.scan(
-        block,
+    each = config.dense_every if config.band is not None else 1
+    given |= {"cross_attention": config.cross_attention}
+    given |= {"shared_modulation": config.modulation == "shared"}
+    if config.band is not None:
+        given = {"block": partial(block, **given), "count": each, "band": config.band}
+    stacked = nn.scan(
+        block if config.band is None else LayerGroup,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
-        length=config.depth,
-        unroll=1 if scan else config.depth,
+        length=config.depth // each,
+        unroll=1 if scan else config.depth // each,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+    return stacked(name=name, **given)
 
 
 class DiT(nn.Module):
@@ -160,6 +218,8 @@ class DiT(nn.Module):
     constrain: Constrain
     dtype: Dtype = jnp.float32
     dot_general: DotGeneral = jax.lax.dot_general
+    layer_dot_general: DotGeneral | None = None
+    """That of the blocks, where it is another one (in low precision)."""
 
     @nn.compact
     def __call__(
@@ -185,7 +245,7 @@ class DiT(nn.Module):
             features = sincos_features(positions, config.width, config.rope_theta)
             x = x + features.astype(self.dtype)
         x = self.constrain(x, "batch", "tokens", "width")
-        condition = TimeEmbedding(config.width, name="time")(group_t)
+        condition = TimeEmbedding(config.width, self.constrain, name="time")(group_t)
         rotary = rotary_angles(positions, config.width // config.heads, config.rope_theta)
         if text is not None:
             text = text.astype(self.dtype)
@@ -194,19 +254,24 @@ class DiT(nn.Module):
             pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, group_t.shape[1])
             condition += dense(config.width, ("embed", "embed_out"), jnp.float32, "pooled")(pooled)
 
-        x, _ = layers(config)(
-            config.heads,
-            config.hidden,
-            self.dtype,
-            self.attention,
-            self.constrain,
-            self.dot_general,
-            config.cross_attention,
-            name="blocks",
-        )(x, condition, group_ids, segment_ids, rotary, text, text_segment_ids)
+        of_layers = condition = self.constrain(condition, "batch", None, "width")
+        if config.modulation == "shared":
+            of_layers = Modulation(config.width, 2, name="modulation")(condition)
+            of_layers = self.constrain(of_layers, "batch", None, None)
+        x, _ = layers(
+            config,
+            "blocks",
+            heads=config.heads,
+            mlp_dim=config.hidden,
+            dtype=self.dtype,
+            attention=self.attention,
+            constrain=self.constrain,
+            dot_general=self.layer_dot_general or self.dot_general,
+        )(x, of_layers, group_ids, segment_ids, rotary, text, text_segment_ids)
 
         groups = Modulation(config.width, 1, gated=False, name="final_modulation")(condition)
-        shift, scale = jnp.split(gather_groups(groups, group_ids), 2, axis=-1)
+        groups = self.constrain(groups, "batch", None, None)
+        shift, scale = gather_parts(groups, group_ids, 2)
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
         x = linear(self.patch_dim, ("embed", "patch"), name="final", init=ZERO)(x)
         return x.astype(jnp.float32)

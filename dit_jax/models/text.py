@@ -1,9 +1,12 @@
-"""A small text encoder over bytes, learned together with the model it conditions.
+"""How text enters: a small encoder over bytes learned with the model, or an encoder's stored states.
 
 Prompts in any language work with nothing downloaded. UTF-8 bytes (after a first token that
 stands for the beginning) are embedded and pass through a few bidirectional transformer layers
 within their own segment. An empty caption is the beginning token alone; that is also what a
 dropped caption becomes, so classifier-free guidance's "unconditional" is the empty prompt.
+
+States that a large encoder made beforehand come with the data. A zero state is put before them and
+stands for the beginning in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dit_jax.models.blocks import MLP, Dtype, SelfAttention, dense, layer_norm
+from dit_jax.models.blocks import MLP, Dtype, SelfAttention, dense, gelu, layer_norm
 from dit_jax.types import Attention, Constrain, DotGeneral
 
 BEGIN = 1
@@ -50,6 +53,30 @@ class ByteEncoderConfig:
         return self.max_bytes + 1
 
 
+@dataclasses.dataclass(frozen=True)
+class TextStatesConfig:
+    """Captions that come as the states of a text encoder, made when the data was prepared."""
+
+    encoder: str = "umt5-xxl"
+    """The encoder's name, for the reader: its states cannot stand in for another's."""
+    dim: int = 4096
+    """Numbers of a state."""
+    max_tokens: int = 512
+    """The beginning and the states of a caption; longer captions are cut there."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.max_tokens < 2:
+            raise ValueError(
+                f"text.dim {self.dim} is at least 1 and max_tokens {self.max_tokens} at least 2."
+            )
+
+
+def with_beginning(states: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Text states ``[s, e]`` after a zero state, cut to ``max_tokens``; float32."""
+    cut = states[: max_tokens - 1].astype(np.float32)
+    return np.concatenate([np.zeros((1, states.shape[1]), np.float32), cut])
+
+
 def byte_tokens(caption: str, max_bytes: int) -> np.ndarray:
     """A caption as int32 tokens ``[s]``: the beginning, then its UTF-8 bytes, cut to ``max_bytes``.
 
@@ -73,19 +100,18 @@ class TextBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b s e"], segment_ids: Int[Array, "b s"]
     ) -> Float[Array, "b s e"]:
-        h = layer_norm(x).astype(self.dtype)
-        x = x + SelfAttention(
-            self.config.heads,
-            self.dtype,
-            self.attention,
-            self.constrain,
-            self.dot_general,
-            name="self_attention",
-        )(h, segment_ids, None)
-        h = layer_norm(x).astype(self.dtype)
-        return x + MLP(
-            4 * self.config.width, self.dtype, self.constrain, self.dot_general, name="mlp"
-        )(h)
+        def lay(y: jax.Array) -> jax.Array:
+            # Left free, the compiler spreads the states by their width, as their kernels are.
+            return self.constrain(y, "batch", "text_tokens", "width")
+
+        given = (self.dtype, self.attention, self.constrain, self.dot_general)
+        attention = SelfAttention(
+            self.config.heads, *given, axis="text_tokens", name="self_attention"
+        )
+        x = lay(x + lay(attention(lay(layer_norm(x).astype(self.dtype)), segment_ids, None)))
+        given = (4 * self.config.width, self.dtype, self.constrain, self.dot_general)
+        mlp = MLP(*given, axis="text_tokens", name="mlp")
+        return lay(x + lay(mlp(lay(layer_norm(x).astype(self.dtype)))))
 
 
 class ByteEncoder(nn.Module):
@@ -103,7 +129,7 @@ class ByteEncoder(nn.Module):
     ) -> Float[Array, "b s e"]:
         width = self.config.width
         normal = nn.initializers.normal(1.0)
-        table = nn.with_logical_partitioning(normal, ("vocab", "embed"))
+        table = nn.with_logical_partitioning(normal, ("vocab", "embed_out"))
         x = nn.Embed(VOCABULARY, width, embedding_init=table, name="bytes")(tokens)
         # A learned place for every byte of its own caption: words are told apart by order.
         starts = jnp.argmax(segment_ids[:, :, None] == segment_ids[:, None, :], axis=-1)
@@ -111,10 +137,11 @@ class ByteEncoder(nn.Module):
         places = nn.Embed(
             self.config.max_tokens,
             width,
-            embedding_init=nn.with_logical_partitioning(normal, ("text_place", "embed")),
+            embedding_init=nn.with_logical_partitioning(normal, ("text_place", "embed_out")),
             name="places",
         )(place)
-        x = (x + places).astype(self.dtype)
+        # Said here, or the compiler may spread the states by their width, as the tables are.
+        x = self.constrain((x + places).astype(self.dtype), "batch", "text_tokens", "width")
         for i in range(self.config.depth):
             block = TextBlock(
                 self.config,
@@ -125,5 +152,25 @@ class ByteEncoder(nn.Module):
                 name=f"block_{i}",
             )
             x = block(x, segment_ids)
-        x = layer_norm(x).astype(self.dtype)
-        return dense(width, ("embed", "text_out"), self.dtype, "out")(x)
+        x = self.constrain(layer_norm(x).astype(self.dtype), "batch", "text_tokens", "width")
+        x = dense(width, ("embed", "text_out"), self.dtype, "out")(x)
+        return self.constrain(x, "batch", "text_tokens", "width")
+
+
+class StatesProjection(nn.Module):
+    """An encoder's states ``[b, s, e]`` to text states of the model's width, token by token.
+
+    The zero state of the beginning becomes what the biases say: a learned "no caption".
+    """
+
+    width: int
+    dtype: Dtype
+    constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, states: Float[Array, "b s e"]) -> Float[Array, "b s d"]:
+        given = {"dtype": self.dtype, "dot_general": self.dot_general}
+        hidden = dense(self.width, ("text_states", "embed"), name="up", **given)(states)
+        x = dense(self.width, ("embed", "text_out"), name="out", **given)(gelu(hidden))
+        return self.constrain(x, "batch", "text_tokens", "width")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models.blocks import Dtype
 from dit_jax.models.dit import DiT, DiTConfig
 from dit_jax.models.patch import PatchConfig
-from dit_jax.models.text import ByteEncoder, ByteEncoderConfig
+from dit_jax.models.text import (
+    ByteEncoder,
+    ByteEncoderConfig,
+    StatesProjection,
+    TextStatesConfig,
+    byte_tokens,
+    with_beginning,
+)
 from dit_jax.types import Attention, Constrain, DotGeneral
 
 
@@ -23,9 +31,36 @@ class ModelConfig:
 
     dit: DiTConfig = DiTConfig()
     patch: PatchConfig = PatchConfig()
-    text: ByteEncoderConfig = ByteEncoderConfig()
+    text: ByteEncoderConfig | TextStatesConfig = ByteEncoderConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
+    matmul: Literal["full", "int8", "fp8"] = "full"
+    """What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
+    bits (``parallel.quantized`` says what, in both passes; needs ``dit-jax[quant]``)."""
+
+    @property
+    def text_width(self) -> int:
+        """Numbers of a text state as the transformer sees it."""
+        return self.text.width if isinstance(self.text, ByteEncoderConfig) else self.dit.width
+
+    def on(self, platform: str) -> ModelConfig:
+        """The same with what is left to the platform (cpu, gpu, tpu) decided for this one."""
+        scan = self.dit.scan if self.dit.scan is not None else platform != "cpu"
+        dtype: Any = jnp.dtype(self.compute_dtype(platform)).name
+        return dataclasses.replace(self, dtype=dtype, dit=dataclasses.replace(self.dit, scan=scan))
+
+    def text_tokens(self, caption: str, states: np.ndarray | None) -> np.ndarray:
+        """A caption as the model reads it: int32 bytes ``[s]``, or float32 states ``[s, e]``."""
+        if isinstance(self.text, ByteEncoderConfig):
+            return byte_tokens(caption, self.text.max_bytes)
+        if states is None or states.ndim != 2 or states.shape[1] != self.text.dim:
+            found = "none" if states is None else f"an array of shape {states.shape}"
+            raise ValueError(
+                f"the model reads captions as states [s, {self.text.dim}] of the text encoder "
+                f"{self.text.encoder!r}, and {found} came with {caption[:60]!r}: give records that "
+                "have them (data.source.text_states_key), or a model with a byte encoder (model.text)."
+            )
+        return with_beginning(states, self.text.max_tokens)
 
     def compute_dtype(self, backend: str | None = None) -> Dtype:
         """The dtype of activations on ``backend`` (this process's, if not given)."""
@@ -42,17 +77,28 @@ class TextToVideo(nn.Module):
     attention: Attention
     constrain: Constrain
     dot_general: DotGeneral = jax.lax.dot_general
+    layer_dot_general: DotGeneral | None = None
+    """That of the transformer's blocks, where it is another one (in low precision)."""
 
     def setup(self) -> None:
         dtype = self.config.compute_dtype()
         given = (self.attention, self.constrain, dtype, self.dot_general)
-        self.text = ByteEncoder(self.config.text, *given)
-        self.dit = DiT(self.config.dit, self.config.patch.dim, *given)
+        text = self.config.text
+        if isinstance(text, ByteEncoderConfig):
+            self.text = ByteEncoder(text, *given)
+        else:
+            width = self.config.dit.width
+            self.text = StatesProjection(width, dtype, self.constrain, self.dot_general)
+        self.dit = DiT(self.config.dit, self.config.patch.dim, *given, self.layer_dot_general)
 
     def encode_text(
-        self, text: Int[Array, "b s"], text_segment_ids: Int[Array, "b s"]
+        self,
+        text: Int[Array, "b s"] | Float[Array, "b s x"],
+        text_segment_ids: Int[Array, "b s"],
     ) -> Float[Array, "b s e"]:
         """Text states, needed once for all steps of a solver."""
+        if isinstance(self.text, StatesProjection):
+            return self.text(text)
         return self.text(text, text_segment_ids)
 
     def denoise(
@@ -77,7 +123,7 @@ class TextToVideo(nn.Module):
         segment_ids: Int[Array, "b l"],
         group_ids: Int[Array, "b l"],
         group_t: Float[Array, "b k"],
-        text: Int[Array, "b s"],
+        text: Int[Array, "b s"] | Float[Array, "b s x"],
         text_segment_ids: Int[Array, "b s"],
     ) -> Float[Array, "b l p"]:
         states = self.encode_text(text, text_segment_ids)

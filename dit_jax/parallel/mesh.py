@@ -3,13 +3,19 @@
 ``data`` holds replicas, ``fsdp`` shards parameters and batch, ``context`` shards the tokens of a
 row, ``tensor`` shards heads and the MLP. Axes are of type Auto: the compiler places the
 collectives, from the shardings of parameters and the constraints inside the model.
+
+TPUs of several slices are joined by the data centre's network, far slower than the links inside a
+slice. One axis crosses it, ``data`` unless ``slices_over`` says ``fsdp``; every other axis stays
+within a slice. GPUs are laid out host by host, so that inner axes stay within a host where they fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -27,6 +33,9 @@ class MeshConfig:
     fsdp: int = 1
     context: int = 1
     tensor: int = 1
+    slices_over: Literal["data", "fsdp"] = "data"
+    """The axis that crosses TPU slices, where there are several; its size is a multiple of their
+    number. data moves the gradients between slices once a step, fsdp the parameters too."""
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -34,6 +43,11 @@ class MeshConfig:
             raise ValueError(
                 f"mesh {dict(zip(AXES, sizes, strict=True))}: each axis is at least 1, and one of "
                 "them may be -1 to take all remaining devices."
+            )
+        if self.slices_over not in ("data", "fsdp"):
+            raise ValueError(
+                f"mesh.slices_over is {self.slices_over!r}: it is data or fsdp. (context and tensor "
+                "talk too much to leave a slice.)"
             )
 
     @property
@@ -57,19 +71,50 @@ class MeshConfig:
         return shape
 
 
+def _across(config: MeshConfig, shape: tuple[int, ...], devices: Sequence[Any]) -> tuple[int, ...]:
+    """How many slices each axis crosses: one, all but ``slices_over``.
+
+    Raises:
+        ValueError: where the slices differ in size, or the axis does not divide over them.
+    """
+    sizes = Counter(getattr(device, "slice_index", 0) for device in devices)
+    count = len(sizes)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"the {count} TPU slices have {', '.join(map(str, sizes.values()))} devices: a mesh needs "
+            "the same number in each. Give every slice the same topology."
+        )
+    size = shape[AXES.index(config.slices_over)]
+    if size % count:
+        other = "fsdp" if config.slices_over == "data" else "data"
+        raise ValueError(
+            f"mesh.{config.slices_over} is {size}, but it crosses {count} TPU slices: make it a "
+            f"multiple of {count}, or set mesh.slices_over to {other} if mesh.{other} is one."
+        )
+    return tuple(count if axis == config.slices_over else 1 for axis in AXES)
+
+
+def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array ``[data, fsdp, context, tensor]``: neighbours where axes talk most."""
+    shape, platform = config.shape(len(devices)), devices[0].platform
+    if platform == "cpu":
+        return np.asarray(devices).reshape(shape)
+    across = _across(config, shape, devices) if platform == "tpu" else (1,) * len(AXES)
+    # Axes may share a physical one: else only products of the torus's own sizes would be possible.
+    if max(across) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    within = tuple(size // slices for size, slices in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+
+
 def make_mesh(
     config: MeshConfig,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """The mesh over ``devices`` (all of them, on every process, if not given)."""
-    devices = jax.devices() if devices is None else devices
-    shape = config.shape(len(devices))
-    if devices[0].platform == "cpu":
-        grid = np.asarray(devices).reshape(shape)
-    else:
-        grid = mesh_utils.create_device_mesh(
-            shape, devices, allow_split_physical_axes=True, contiguous_submeshes=False
-        )
+    grid = device_grid(config, jax.devices() if devices is None else devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -1,61 +1,94 @@
-"""Several processes: finding each other, and each making its own part of a batch."""
+"""Several processes: joining each other, ending together, and each making its own part of a batch."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.sharding import Mesh
 
+from dit_jax.parallel.cluster import Place, find_place
+from dit_jax.parallel.lifeline import Lifeline, delay_aborts
 from dit_jax.parallel.rules import batch_sharding
+from dit_jax.types import ALONG_TOKENS
 
-COORDINATOR = "JAX_COORDINATOR_ADDRESS"
-NUM_PROCESSES = "JAX_NUM_PROCESSES"
-PROCESS_ID = "JAX_PROCESS_ID"
+INVITATION = "dit_jax/lifeline"
+"""Where the coordination service keeps how to reach process 0's lifeline."""
 
 
-def initialize() -> None:
-    """Joins the other processes of the run where the environment says that there are any.
+@contextlib.contextmanager
+def joined(flags: Mapping[str, str | None] | None, prog: str) -> Iterator[None]:
+    """What is done inside is done by all processes of the run: they begin, fail and end together.
 
-    ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
-    ``JAX_PROCESS_ID`` name them; without these the process is alone. CPU processes talk by gloo.
+    ``flags`` are those of ``take_process_flags``. A process that is alone notices nothing. Among
+    several, an error inside ends the process here (exit status 2 for a ``ValueError``, which is printed
+    as ``prog``'s, else 1): the way out through the interpreter would wait for the others.
     """
-    given = {name: os.environ.get(name) for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID)}
-    if not any(given.values()):
+    lifeline = initialize(flags)
+    if lifeline is None:
+        yield
         return
-    if missing := [name for name, value in given.items() if not value]:
-        raise ValueError(
-            f"{', '.join(missing)} is not set, but "
-            f"{', '.join(name for name, value in given.items() if value)} is: set all three for a run "
-            "of several processes, or none for one."
-        )
     try:
-        count, index = int(given[NUM_PROCESSES] or ""), int(given[PROCESS_ID] or "")
-    except ValueError as error:
-        raise ValueError(
-            f"{NUM_PROCESSES}={given[NUM_PROCESSES]!r} and {PROCESS_ID}={given[PROCESS_ID]!r} must be "
-            "whole numbers."
-        ) from error
-    if not 0 <= index < count:
-        raise ValueError(
-            f"{PROCESS_ID}={index} is not in 0..{count - 1} ({NUM_PROCESSES}={count})."
-        )
-    host, _, port = (given[COORDINATOR] or "").rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(
-            f"{COORDINATOR}={given[COORDINATOR]!r} must be the host and port of process 0, such as "
-            "10.0.0.1:8476."
-        )
+        yield
+        jax.distributed.shutdown()  # returns when all have come here
+    except BaseException as error:
+        lifeline.fail(error, prog)
+    lifeline.close()
+
+
+def initialize(flags: Mapping[str, str | None] | None = None) -> Lifeline | None:
+    """Joins the other processes of the run, if ``find_place`` says that there are any.
+
+    CPU processes talk by gloo. From then on the death of any of them ends this one, too.
+
+    Raises:
+        ValueError: where flags or environment make no sense, or the others are not there.
+    """
+    place = find_place(flags)
+    if place is None:
+        return None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(f"{host}:{port}", num_processes=count, process_id=index)
+        jax.distributed.initialize(
+            place.coordinator,
+            num_processes=place.count,
+            process_id=place.index,
+            local_device_ids=place.devices,
+            cluster_detection_method="deactivate",
+        )
     except RuntimeError as error:
         raise ValueError(
-            f"process {index} of {count} could not join the others at {host}:{port} ({error}): start "
-            "them all, with the same address, and a port that is free on the host of process 0."
+            f"process {place.index} of {place.count} could not join the others at "
+            f"{place.coordinator} ({error}): start them all, with the same address, and a port that is "
+            "free on the host of process 0."
         ) from error
+    delay_aborts()
+    return _start_lifeline(place)
+
+
+def _start_lifeline(place: Place) -> Lifeline:
+    """Connects every process with process 0, by way of the coordination service's store."""
+    lifeline = Lifeline(place.index, place.count)
+    client = distributed.global_state.client
+    assert client is not None
+    if place.index == 0:
+        client.key_value_set(INVITATION, lifeline.listen())
+        return lifeline
+    host = place.coordinator.rpartition(":")[0]
+    try:
+        lifeline.join(host, client.blocking_key_value_get(INVITATION, 60_000))
+    except OSError as error:
+        print(
+            f"{lifeline.name} cannot reach process 0 at {host} by TCP ({error}): if it dies, "
+            "the others learn of it from JAX alone, a minute later. Allow connections between hosts.",
+            file=sys.stderr,
+        )
+    return lifeline
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
@@ -80,16 +113,14 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
 def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> Any:
     """Global arrays of a batch whose rows ``rows`` this process holds as NumPy arrays.
 
-    Fields ``[b, l, ...]`` as long as the row's tokens are spread over ``context`` too.
+    Fields of tokens (``types.ALONG_TOKENS``) are spread over ``context`` too, where it divides them.
     """
-    length = batch.tokens.shape[1] if hasattr(batch, "tokens") else batch.clean.shape[1]
     place = {row: i for i, row in enumerate(rows)}
 
-    def put(field: np.ndarray) -> jax.Array:
-        along_tokens = (
-            field.ndim > 1 and field.shape[1] == length and length % mesh.shape["context"] == 0
-        )
-        sharding = batch_sharding(mesh, field.ndim, along_tokens)
+    def put(path: Any, field: np.ndarray) -> jax.Array:
+        of_tokens = path[-1].name in ALONG_TOKENS
+        along_tokens = of_tokens and field.shape[1] % mesh.shape["context"] == 0
+        sharding = batch_sharding(mesh, field.ndim, along_tokens, rows=total)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
@@ -99,4 +130,4 @@ def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> A
 
         return jax.make_array_from_callback((total, *field.shape[1:]), sharding, part)
 
-    return jax.tree.map(put, batch)
+    return jax.tree_util.tree_map_with_path(put, batch)

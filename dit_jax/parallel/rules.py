@@ -1,7 +1,9 @@
 """Which mesh axis each logical axis of parameters and activations lies on.
 
 Models name logical axes only; this table is the one place that knows the mesh. A dimension that a
-mesh axis does not divide stays whole (a tiny model on a large mesh is replicated, not refused).
+mesh axis does not divide stays whole: a tiny model on a large mesh is replicated, not refused, but a
+large parameter is (``parameter_shardings``). A rule that matches nothing is refused too
+(``check_rules``).
 """
 
 from __future__ import annotations
@@ -16,17 +18,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PARAMETER_RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "embed_out": None,
+    "embed_vector": None,
     "heads": "tensor",
     "mlp": "tensor",
     "modulation": "tensor",
+    "modulation_table": None,
     "patch": None,
     "time": None,
     "vocab": None,
     "text_place": None,
     "text_out": None,
+    "text_states": None,
 }
+OPTIONAL = frozenset({"modulation_table", "text_out", "text_place", "text_states", "vocab"})
+"""Axes that not every model has. Any other rule that a model does not use is refused as a typo."""
+LARGE = 2**20
+"""Elements that a device may hold of a parameter which the mesh should have split and could not."""
 ROWS = ("fsdp", "data")
 """The axes that rows lie over, fsdp first. With data first, XLA (of jax 0.10.2, GSPMD and Shardy)
 moves the rows of a product whose kernel has its columns over fsdp, and does not move them back: wrong
@@ -39,6 +48,10 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "width": None,
 }
+
+
+def _names(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else (target or ())
 
 
 def _spec(
@@ -55,38 +68,103 @@ def _spec(
                 "dit_jax/parallel/rules.py."
             )
         target = rules[axis] if axis is not None else None
-        names = (target,) if isinstance(target, str) else (target or ())
+        names: tuple[str, ...] = _names(target)
         if clash := used.intersection(names):
             raise ValueError(f"logical axes {axes} use mesh axis {clash.pop()!r} twice.")
         used.update(names)
-        divides = size % math.prod(mesh.shape[name] for name in names) == 0
-        parts.append(target if names and divides else None)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        parts.append(names if len(names) > 1 else next(iter(names), None))
     return PartitionSpec(*parts)
+
+
+def activation_spec(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """How an activation with these logical axes lies over the mesh."""
+    return _spec(ACTIVATION_RULES, mesh, shape, axes)
 
 
 def make_constrain(mesh: Mesh) -> Callable[..., jax.Array]:
     """The function that lays activations out over the mesh, for models to call."""
 
     def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-        spec = _spec(ACTIVATION_RULES, mesh, x.shape, axes)
+        spec = activation_spec(mesh, x.shape, *axes)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return constrain
 
 
-def parameter_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """Shardings of abstract parameters that still carry their logical axes."""
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
 
-    def sharding(leaf: Any) -> NamedSharding:
-        if isinstance(leaf, nn.LogicallyPartitioned):
+
+def check_rules(boxed: Any) -> None:
+    """Refuses rules that match nothing in a model's abstract parameters, unless in ``OPTIONAL``."""
+    leaves = [leaf for leaf in jax.tree.leaves(boxed, is_leaf=_is_boxed) if _is_boxed(leaf)]
+    used = {name for leaf in leaves for name in leaf.names if name is not None}
+    if unused := sorted(PARAMETER_RULES.keys() - used - OPTIONAL):
+        raise ValueError(
+            f"the rules for {unused} match no parameter of this model, whose logical axes are "
+            f"{sorted(used)}: correct them in dit_jax/parallel/rules.py, or add them to OPTIONAL there "
+            "if only some models have them."
+        )
+
+
+def _check_split(path: Any, leaf: Any, sharding: NamedSharding, left_out: str | None) -> None:
+    """Refuses a large parameter that lies whole along an axis which the mesh has for it."""
+    boxed, mesh = _is_boxed(leaf), sharding.mesh
+    shape = leaf.value.shape if boxed else leaf.shape
+    mine = math.prod(sharding.shard_shape(shape))
+    if mine <= LARGE:
+        return
+    text = f"parameter {jax.tree_util.keystr(path)} {list(shape)}"
+    if not boxed:
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+            raise ValueError(
+                f"{text} carries no logical axes, so that each device would hold all of its {mine:,} "
+                "elements: give its initialiser nn.with_logical_partitioning."
+            )
+        return
+    for size, name, lies in zip(shape, leaf.names, sharding.spec, strict=True):
+        wanted = _names(PARAMETER_RULES[name]) if name is not None else ()
+        wanted = [axis for axis in wanted if mesh.shape[axis] > 1 and axis != left_out]
+        if set(wanted) <= set(_names(lies)):
+            continue
+        parts = math.prod(mesh.shape[axis] for axis in wanted)
+        axes = " x ".join(f"mesh.{axis}" for axis in wanted)
+        raise ValueError(
+            f"{text}: its dimension {name!r} of {size} does not divide over {axes} {parts}, so that "
+            f"each device would hold {mine:,} elements. Make the dimension a multiple of {parts}, or "
+            f"the mesh axis a divisor of {size}, such as {math.gcd(size, parts)}."
+        )
+
+
+def _without(part: Any, axis: str) -> Any:
+    kept = tuple(name for name in _names(part) if name != axis)
+    return kept if len(kept) > 1 else (kept[0] if kept else None)
+
+
+def parameter_shardings(mesh: Mesh, boxed: Any, over_context: bool = True) -> Any:
+    """Shardings of abstract parameters that still carry their logical axes.
+
+    Without ``over_context`` the devices that share a row all have the parameters that it passes: more
+    memory and less to gather, as sampling wants it.
+
+    Raises:
+        ValueError: for a parameter of which a device would hold more than ``LARGE`` elements because
+            a dimension does not divide over its mesh axis.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        spec = PartitionSpec()
+        if _is_boxed(leaf):
             spec = _spec(PARAMETER_RULES, mesh, leaf.value.shape, leaf.names)
-        else:
-            spec = PartitionSpec()
-        return NamedSharding(mesh, spec)
+            if not over_context:
+                spec = PartitionSpec(*(_without(part, "context") for part in spec))
+        found = NamedSharding(mesh, spec)
+        _check_split(path, leaf, found, None if over_context else "context")
+        return found
 
-    return jax.tree.map(
-        sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    )
+    return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_boxed)
 
 
 def like_parameters(mesh: Mesh, tree: Any, shardings: Any) -> Any:
@@ -110,7 +188,12 @@ def like_parameters(mesh: Mesh, tree: Any, shardings: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def batch_sharding(mesh: Mesh, ndim: int, tokens: bool) -> NamedSharding:
-    """Of a batch's field: rows over data and fsdp, and the tokens of a row over context."""
+def batch_sharding(mesh: Mesh, ndim: int, tokens: bool, rows: int | None = None) -> NamedSharding:
+    """Of a batch's field: rows over data and fsdp, and the tokens of a row over context.
+
+    ``rows`` that do not divide lie whole on every device (given for sampling, where a batch may be
+    smaller than the mesh).
+    """
     context = ("context",) if tokens and ndim > 1 else ()
-    return NamedSharding(mesh, PartitionSpec(ROWS, *context))
+    whole = rows is not None and rows % math.prod(mesh.shape[axis] for axis in ROWS)
+    return NamedSharding(mesh, PartitionSpec(None if whole else ROWS, *context))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from dit_jax.models import ModelConfig, unpatchify
-from dit_jax.parallel import batch_shards, global_batch
+from dit_jax.parallel import batch_shards, global_batch, token_multiple
 from dit_jax.sampling.generate import Generator, Request, check_request, text_condition
 from dit_jax.sampling.media import to_uint8
 from dit_jax.types import Params
@@ -36,8 +36,11 @@ def make_clips(
     for request in requests:
         check_request(request, model.patch)
     sizes = [model.patch.num_tokens(r.frames, r.height, r.width) for r in requests]
-    length = _round_up(max(sizes), mesh.shape["context"])
-    rows = _round_up(min(generator.config.batch, len(requests)), batch_shards(mesh))
+    length = _round_up(max(sizes), token_multiple(mesh))
+    shards = batch_shards(mesh)
+    if generator.config.cfg_scale != 1 and shards % 2 == 0:
+        shards //= 2  # a guided step has two rows for each clip
+    rows = _round_up(min(generator.config.batch, len(requests)), shards)
     gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     clips: list[np.ndarray] = []
     batches = -(-len(requests) // rows)

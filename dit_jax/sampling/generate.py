@@ -30,7 +30,7 @@ from dit_jax.diffusion import (
     start,
     token_noise,
 )
-from dit_jax.models import ModelConfig, PatchConfig, TextToVideo, byte_tokens, positions
+from dit_jax.models import ModelConfig, PatchConfig, TextToVideo, as_computed, positions
 from dit_jax.types import PAD, Params
 
 
@@ -75,6 +75,8 @@ class Request:
     width: int
     fps: float
     seed: int
+    text_states: np.ndarray | None = None
+    """The prompt as the states ``[s, e]`` of a text encoder, for a model that reads those."""
 
 
 @struct.dataclass
@@ -91,7 +93,7 @@ class Condition:
     positions: Float[Array, "b l 3"]
     segment_ids: Int[Array, "b l"]
     token_ids: Int[Array, "b l"]
-    text: Int[Array, "b s"]
+    text: Int[Array, "b s"] | Float[Array, "b s e"]
     text_segment_ids: Int[Array, "b s"]
     seeds: Int[Array, "b n"]
 
@@ -108,12 +110,13 @@ def text_condition(
     b, s = len(requests), model.text.max_tokens
     places = np.zeros((b, length, 3), np.float32)
     segments, tokens = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
-    text, text_segments = np.zeros((b, s), np.int32), np.zeros((b, s), np.int32)
-    for i, (request, grid) in enumerate(zip(requests, grids, strict=True)):
+    read = [model.text_tokens(r.prompt, r.text_states) for r in requests]
+    text = np.zeros((b, s, *read[0].shape[1:]), read[0].dtype)
+    text_segments = np.zeros((b, s), np.int32)
+    for i, (grid, letters) in enumerate(zip(grids, read, strict=True)):
         count = len(grid)
         places[i, :count], segments[i, :count] = grid, 1
         tokens[i, :count] = np.arange(count)
-        letters = byte_tokens(request.prompt, model.text.max_bytes)
         text[i, : len(letters)], text_segments[i, : len(letters)] = letters, 1
     # NumPy arrays here; `parallel.global_batch` makes them JAX arrays of the mesh.
     fields: dict[str, Any] = dict(
@@ -148,8 +151,17 @@ class Generator:
         self._model = model
         self._diffusion = diffusion
         self._begin = jax.jit(self._make_start)
+        self._prepare = jax.jit(self.prepared)
         self._encode = jax.jit(partial(model.apply, method="encode_text"))
-        self._step = jax.jit(self._make_step, donate_argnums=1)
+        self.step = jax.jit(self._make_step, donate_argnums=1)
+
+    def prepared(self, params: Params) -> Params:
+        """Parameters (or their shapes) as the steps take them: what the layers would convert to the
+        dtype of activations in every step is converted once. The numbers come out the same."""
+        dtype = self._model.config.compute_dtype()
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: as_computed([entry.key for entry in path], leaf, dtype), params
+        )
 
     def _make_start(self, condition: Condition) -> Float[Array, "b l p"]:
         keys = jax.vmap(jax.vmap(jax.random.key))(condition.seeds)
@@ -202,6 +214,8 @@ class Generator:
     ) -> Float[Array, "b l p"]:
         """Clean tokens for a condition; ``on_step`` is called after each step of the solver."""
         config = self.config
+        if self._model.config.compute_dtype() != jnp.float32:
+            params = self._prepare(params)
         text = self._encode(params, condition.text, condition.text_segment_ids)
         text_segment_ids = condition.text_segment_ids
         if config.cfg_scale != 1:
@@ -213,7 +227,7 @@ class Generator:
         sigmas = sigma_schedule(config.steps, shift)
         x = self._begin(condition)
         for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-            x = self._step(params, x, condition, text, text_segment_ids, sigma, sigma_next)
+            x = self.step(params, x, condition, text, text_segment_ids, sigma, sigma_next)
             x.block_until_ready()
             on_step()
         return x

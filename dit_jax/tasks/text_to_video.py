@@ -7,6 +7,7 @@ noise levels, a prediction and a loss; the averaged parameters become clips.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,13 +33,23 @@ from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, veloc
 from dit_jax.evaluation import mean_psnr, prompt_following
 from dit_jax.models import (
     ModelConfig,
+    TextStatesConfig,
     TextToVideo,
-    byte_tokens,
     forward_flops,
     patchify,
     positions,
 )
-from dit_jax.parallel import choose_attention, choose_dot_general, make_constrain
+from dit_jax.parallel import (
+    DEFAULT_ATTENTION,
+    AttentionConfig,
+    batch_shards,
+    choose_attention,
+    choose_dot_general,
+    make_constrain,
+    platform,
+    token_multiple,
+    ulysses_size,
+)
 from dit_jax.sampling import Generator, Request, contact_sheet, make_clips, to_float, write_png
 from dit_jax.training import Task, Work
 from dit_jax.types import PAD, PackedBatch, Params, Sample, Source
@@ -55,30 +66,73 @@ def make_source(config: DataConfig) -> Source:
     return RecordsSource(config.source)
 
 
-def make_model(config: ModelConfig, mesh: Mesh) -> TextToVideo:
+def make_model(
+    config: ModelConfig, mesh: Mesh, attention: AttentionConfig = DEFAULT_ATTENTION
+) -> TextToVideo:
     """The model, told how to attend and how to lie on the mesh."""
+    heads, tensor = config.dit.heads, mesh.shape["tensor"]
+    if heads % tensor:
+        raise ValueError(
+            f"mesh.tensor {tensor} does not divide the transformer's {heads} heads, each lying "
+            f"on one device: make it {math.gcd(heads, tensor)}, or spread tokens (mesh.context)."
+        )
     return TextToVideo(
-        config, choose_attention(mesh), make_constrain(mesh), choose_dot_general(mesh)
+        config.on(platform(mesh)),
+        choose_attention(mesh, attention),
+        make_constrain(mesh),
+        choose_dot_general(mesh),
+        choose_dot_general(mesh, config.matmul),
     )
+
+
+def check_layout(config: Config, mesh: Mesh) -> None:
+    """Raises ``ValueError`` where batches of the config cannot be laid out over the mesh."""
+    packing, parts, context = config.data.packing, batch_shards(mesh), mesh.shape["context"]
+    accumulate = config.optimizer.accumulate
+    if packing.rows // accumulate % parts:
+        each = f" in each of optimizer.accumulate {accumulate} parts" if accumulate > 1 else ""
+        raise ValueError(
+            f"data.packing.rows {packing.rows}: {packing.rows // accumulate} rows{each} do not divide "
+            f"over mesh.data x mesh.fsdp = {parts}. Make rows a multiple of {accumulate * parts}, or "
+            "spread tokens (mesh.context) instead."
+        )
+    multiple = token_multiple(mesh, config.attention)
+    if packing.row_tokens % multiple:
+        raise ValueError(
+            f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: "
+            f"make them a multiple of {multiple}."
+        )
+    if context > 1:
+        ulysses_size(config.attention, context, config.model.dit.heads // mesh.shape["tensor"])
 
 
 def tokenize(model: ModelConfig, sample: Sample) -> Tokenized:
     """A sample as clean patches, positions and text tokens."""
-    video = to_float(sample["video"])
+    video = sample["video"]
+    if video.dtype == np.uint8:
+        video = to_float(video)
     places, frame_ids = positions(model.patch, *video.shape[:3], fps=sample["fps"])
     return {
         "tokens": patchify(model.patch, video),
         "positions": places,
         "frame_ids": frame_ids,
-        "text": byte_tokens(sample["caption"], model.text.max_bytes),
+        "text": model.text_tokens(sample["caption"], sample.get("text_states")),
     }
+
+
+def _no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    return q
 
 
 def init_params(model: TextToVideo, key: jax.Array) -> Params:
     """Fresh parameters that carry their logical axes (the shapes do not depend on the batch)."""
+    # Attention has no parameters, and its kernels do not take the single token given here.
+    model = model.clone(attention=_no_attention)
     ids = jnp.zeros((1, 1), jnp.int32)
     tokens = jnp.zeros((1, 1, model.config.patch.dim))
-    return model.init(key, tokens, jnp.zeros((1, 1, 3)), ids, ids, jnp.zeros((1, 1)), ids, ids)
+    of_text = model.config.text
+    text = jnp.zeros((1, 1, of_text.dim)) if isinstance(of_text, TextStatesConfig) else ids
+    return model.init(key, tokens, jnp.zeros((1, 1, 3)), ids, ids, jnp.zeros((1, 1)), text, ids)
 
 
 def batch_loss(
@@ -121,13 +175,18 @@ class Cases:
             shown = max(count, config.log.draw_count)
             self._scenes = held_out_scenes(shown, config.seed, made.frames, made.height, made.width)
             sizes = [(caption(s), s.frames, s.height, s.width, source.fps) for s in self._scenes]
+            states = [None] * len(sizes)
         else:
             split = config.evaluation.records_split
             held = RecordsSource(dataclasses.replace(source, split=split or source.split))
             samples = [held[i] for i in range(min(len(held), max(count, config.log.draw_count)))]
             self._true = [s["video"] for s in samples] if split else []
             sizes = [(s["caption"], *s["video"].shape[:3], s["fps"]) for s in samples]
-        self.requests = [Request(*size, seed=i) for i, size in enumerate(sizes)]
+            states = [s.get("text_states") for s in samples]
+        self.requests = [
+            Request(*size, seed=i, text_states=state)
+            for i, (size, state) in enumerate(zip(sizes, states, strict=True))
+        ]
 
     def measure(self, clips: list[np.ndarray]) -> dict[str, float]:
         """The judge's verdict on moving shapes; the distance to the truth on recorded clips."""
@@ -142,18 +201,14 @@ class Cases:
 
 def build(config: Config, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
+    check_layout(config, mesh)
     source = make_source(config.data)
     if len(source) < 1:
         raise ValueError("the dataset is empty: check data.source's path, split and filters.")
     packing = config.data.packing
-    if packing.row_tokens % mesh.shape["context"]:
-        raise ValueError(
-            f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context "
-            f"{mesh.shape['context']}: make them a multiple of it."
-        )
     first = tokenize(config.model, source[0])
     check_fits(packing, len(first["tokens"]), len(first["text"]), "the first sample")
-    model = make_model(config.model, mesh)
+    model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
     cases = Cases(config)
 

@@ -63,14 +63,15 @@ class Checkpointer:
     """Saves and restores the states of one run."""
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        self.directory = directory
+        # Orbax reads no relative paths.
+        self.directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.max_to_keep,
             keep_period=config.keep_period,
             enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(
-            (directory / "checkpoints").absolute(),
+            self.directory / "checkpoints",
             options=options,
             item_names=("params", "ema", "opt", "data", "config"),
         )

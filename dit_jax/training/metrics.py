@@ -13,30 +13,8 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
+from dit_jax.parallel.topologies import peak_flops
 from dit_jax.training.task import Work
-
-PEAK_FLOPS = {
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bfloat16 flops a second of one device (one JAX device: a v3 and a 7x core), by the vendors'
-data sheets; the longest name that a device's kind begins with holds."""
-
-
-def peak_flops(kind: str) -> float | None:
-    """Peak of a device of this kind, or None where it is not known (CPUs among them)."""
-    names = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 class Progress:
@@ -94,6 +72,11 @@ class Progress:
         if scalars["skipped"]:
             shown["skipped"] = f"{scalars['skipped']:.0f}"
         self._bar.set_postfix(shown)
+
+    def flush(self) -> None:
+        """Puts on disk what was written: a resumed run does not write again what it has saved."""
+        if self._writer:
+            self._writer.flush()
 
     def scalars(self, step: int, values: dict[str, float], prefix: str) -> None:
         """Writes other scalars, such as a final report."""

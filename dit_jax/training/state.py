@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.parallel import like_parameters, parameter_shardings
+from dit_jax.parallel import check_rules, like_parameters, parameter_shardings
 from dit_jax.types import Params
 
 
@@ -33,10 +33,13 @@ InitParams = Callable[[jax.Array], Params]
 """``init(key) -> params`` whose leaves still carry their logical axes."""
 
 
-def abstract_params(init: InitParams, mesh: Mesh) -> tuple[Params, Params]:
+def abstract_params(
+    init: InitParams, mesh: Mesh, over_context: bool = True
+) -> tuple[Params, Params]:
     """Shapes of the parameters and the sharding of each, without making any."""
     boxed = jax.eval_shape(init, jax.random.key(0))
-    return nn.unbox(boxed), parameter_shardings(mesh, boxed)
+    check_rules(boxed)
+    return nn.unbox(boxed), parameter_shardings(mesh, boxed, over_context)
 
 
 def abstract_state(
@@ -55,10 +58,10 @@ def abstract_state(
     return shapes, TrainState(whole, whole, of_params, of_params, of_opt)
 
 
-def init_state(
-    init: InitParams, optimizer: optax.GradientTransformation, shardings: Any, key: jax.Array
-) -> TrainState:
-    """A fresh state. Each device makes its own part: none ever holds the whole model."""
+def make_init(
+    init: InitParams, optimizer: optax.GradientTransformation, shardings: Any
+) -> Callable[[jax.Array], TrainState]:
+    """The jitted function ``key -> state`` of fresh, sharded states."""
 
     def make(key: jax.Array) -> TrainState:
         params = nn.unbox(init(key))
@@ -67,4 +70,11 @@ def init_state(
             zero, zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params)
         )
 
-    return jax.jit(make, out_shardings=shardings)(key)
+    return jax.jit(make, out_shardings=shardings)
+
+
+def init_state(
+    init: InitParams, optimizer: optax.GradientTransformation, shardings: Any, key: jax.Array
+) -> TrainState:
+    """A fresh state. Each device makes its own part: none ever holds the whole model."""
+    return make_init(init, optimizer, shardings)(key)

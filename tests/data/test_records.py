@@ -144,14 +144,14 @@ def test_image_features_are_one_frame_videos(tmp_path):
         "image": tfds.features.Image(shape=(None, None, 1)),
         "other": tfds.features.Image(shape=(None, None, 3)),
         "raw": tfds.features.Tensor(shape=(4, 6, 1), dtype=np.uint8),
-        "float": tfds.features.Tensor(shape=(4, 6, 3), dtype=np.float32),
+        "wide": tfds.features.Tensor(shape=(4, 6, 3), dtype=np.int32),
         "label": tfds.features.ClassLabel(names=["zero", "one"]),
     }
     example = {
         "image": str(tmp_path / "grey.png"),
         "other": str(tmp_path / "rgb.png"),
         "raw": np.arange(24, dtype=np.uint8).reshape(4, 6, 1),
-        "float": np.zeros((4, 6, 3), np.float32),
+        "wide": np.zeros((4, 6, 3), np.int32),
         "label": 1,
     }
     path = foreign_builder(tmp_path, features, [example])
@@ -165,10 +165,72 @@ def test_image_features_are_one_frame_videos(tmp_path):
     assert (sample["caption"], sample["fps"]) == ("digit one", 4.0)
     np.testing.assert_array_equal(read("other")["video"], rgb[None])
     np.testing.assert_array_equal(read("raw")["video"][0, :, :, 2], np.arange(24).reshape(4, 6))
-    with pytest.raises(ValueError, match=r"'float' of record 0 .* is float32 \[4, 6, 3\]"):
-        read("float")
+    with pytest.raises(ValueError, match=r"'wide' of record 0 .* is int32 \[4, 6, 3\]: need uint8"):
+        read("wide")
     with pytest.raises(ValueError, match="'label' of record 0"):
         read("label")
+
+
+LATENTS = [(3, 4, 6, 16), (1, 2, 2, 16), (2, 4, 4, 16)]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """The directory of a builder of latents and text states of several sizes, and what is in it."""
+    rng = np.random.default_rng(0)
+    examples = [
+        {
+            "latents": rng.normal(size=size).astype(np.float32),
+            "half": rng.normal(size=size[1:]).astype(np.float16),
+            "states": rng.normal(size=(length, 8)).astype(np.float32),
+            "caption": f"clip {i}",
+        }
+        for i, (size, length) in enumerate(zip(LATENTS, (5, 0, 2), strict=True))
+    ]
+    features = {
+        "latents": tfds.features.Tensor(
+            shape=(None, None, None, 16), dtype=np.float32, encoding="zlib"
+        ),
+        "half": tfds.features.Tensor(shape=(None, None, 16), dtype=np.float16, encoding="zlib"),
+        "states": tfds.features.Tensor(shape=(None, 8), dtype=np.float32),
+        "caption": tfds.features.Text(),
+    }
+    root = tmp_path_factory.mktemp("latents")
+    return foreign_builder(root, features, examples), examples
+
+
+def test_latents_and_text_states_are_read_back_exactly(latents):
+    path, examples = latents
+    config = RecordsConfig(path, video_key="latents", text_states_key="states", fps=6.0)
+    source = RecordsSource(config)
+    assert len(source) == 3
+    for sample, example in zip(source, examples, strict=True):
+        assert set(sample) == {"video", "caption", "fps", "text_states"}
+        assert sample["video"].dtype == sample["text_states"].dtype == np.float32
+        np.testing.assert_array_equal(sample["video"], example["latents"])
+        np.testing.assert_array_equal(sample["text_states"], example["states"])
+        assert (sample["caption"], sample["fps"]) == (example["caption"], 6.0)
+    assert "tensorflow" not in sys.modules
+
+
+def test_latents_of_an_image_are_one_frame_and_half_precision_widens(latents):
+    path, examples = latents
+    source = RecordsSource(RecordsConfig(path, video_key="half"))
+    for sample, example in zip(source, examples, strict=True):
+        assert "text_states" not in sample
+        assert sample["video"].dtype == np.float32
+        np.testing.assert_array_equal(sample["video"], example["half"][None].astype(np.float32))
+
+
+def test_text_states_that_are_not_there_are_refused(latents, builder):
+    message = "text_states_key: no feature 't5' in .*; it has caption, half, latents, states: set"
+    with pytest.raises(ValueError, match=message):
+        RecordsSource(RecordsConfig(latents[0], video_key="latents", text_states_key="t5"))
+    # A caption is none, and neither are latents a caption's states where they are not asked for.
+    with pytest.raises(
+        ValueError, match="text_states_key: no feature 'states' .* has caption, fps"
+    ):
+        RecordsSource(RecordsConfig(str(builder), text_states_key="states"))
 
 
 def test_features_that_need_tensorflow_are_refused(tmp_path):

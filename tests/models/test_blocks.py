@@ -22,7 +22,7 @@ from dit_jax.parallel import xla_attention
 from dit_jax.types import unconstrained
 
 
-def no_attention(q, k, v, q_segment_ids, k_segment_ids):
+def no_attention(q, k, v, q_segment_ids, k_segment_ids, *, band=None):
     """Attention that mixes nothing: tokens go their way alone."""
     return jnp.zeros_like(q)
 
@@ -176,6 +176,6 @@ def test_a_wrong_shape_is_caught(inputs):
         jax.eval_shape(lambda x: layer.init(jax.random.key(0), **x), {**given, **changes})
 
     trace()
-    for name, shape in (("condition", (2, 6, 31)), ("segment_ids", (2, 31)), ("text", (2, 3))):
+    for name, shape in (("condition", (2, 31)), ("segment_ids", (2, 31)), ("text", (2, 3))):
         with pytest.raises(TypeCheckError, match=f"parameter '{name}'"):
             trace(**{name: jax.ShapeDtypeStruct(shape, given[name].dtype)})

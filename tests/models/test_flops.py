@@ -12,10 +12,12 @@ from dit_jax.models import (
     DiTConfig,
     ModelConfig,
     PatchConfig,
+    TextStatesConfig,
     TextToVideo,
     forward_flops,
 )
 from dit_jax.parallel import xla_attention
+from dit_jax.parallel.attention import Band, visible
 from dit_jax.types import unconstrained
 
 
@@ -26,15 +28,18 @@ def products(*shapes: tuple[int, int, int]) -> int:
 
 def counted_by_hand(config: ModelConfig, l: int, s: int) -> int:
     d, f, p = config.dit.width, config.dit.hidden, config.patch.dim
-    e = config.text.width
+    e = config.text_width
     self_attention = products((l, d, 3 * d), (l, d, l), (l, l, d), (l, d, d))
     cross_attention = products((l, d, d), (s, e, 2 * d), (l, d, s), (l, s, d), (l, d, d))
     mlp = products((l, d, f), (l, f, d))
     ends = products((l, p, d), (l, d, p))
-    letter_layer = products(
-        (s, e, 3 * e), (s, e, s), (s, s, e), (s, e, e), (s, e, 4 * e), (s, 4 * e, e)
-    )
-    encoder = config.text.depth * letter_layer + products((s, e, e))
+    if isinstance(config.text, TextStatesConfig):
+        encoder = products((s, config.text.dim, d), (s, d, d))
+    else:
+        letter_layer = products(
+            (s, e, 3 * e), (s, e, s), (s, s, e), (s, e, e), (s, e, 4 * e), (s, 4 * e, e)
+        )
+        encoder = config.text.depth * letter_layer + products((s, e, e))
     attention = self_attention + cross_attention * config.dit.cross_attention
     return config.dit.depth * (attention + mlp) + ends + encoder
 
@@ -47,10 +52,11 @@ CONFIG = ModelConfig(
 )
 
 
+@pytest.mark.parametrize("text", [CONFIG.text, TextStatesConfig(dim=24, max_tokens=32)])
 @pytest.mark.parametrize("cross_attention", [True, False])
-def test_every_matrix_product_is_counted(cross_attention):
+def test_every_matrix_product_is_counted(cross_attention, text):
     dit = dataclasses.replace(CONFIG.dit, cross_attention=cross_attention)
-    config = dataclasses.replace(CONFIG, dit=dit)
+    config = dataclasses.replace(CONFIG, dit=dit, text=text)
     tokens, text = np.array([[1, 40], [96, 0]]), np.array([[1, 12], [32, 0]])
     counts = forward_flops(config, tokens, text)
     assert counts.shape == (2, 2)
@@ -58,6 +64,22 @@ def test_every_matrix_product_is_counted(cross_attention):
     for index, count in np.ndenumerate(counts):
         assert count == counted_by_hand(config, int(tokens[index]), int(text[index]))
     assert counts[1, 1] == 0
+
+
+@pytest.mark.parametrize(("depth", "every"), [(6, 2), (6, 3), (6, 6), (6, 1)])
+@pytest.mark.parametrize("band", [1, 5, 63, 64, 1000])
+def test_banded_layers_count_the_pairs_that_they_see(band, depth, every):
+    dit = dataclasses.replace(CONFIG.dit, depth=depth, band=band, dense_every=every)
+    config = dataclasses.replace(CONFIG, dit=dit)
+    tokens = np.array([0, 1, 2, 5, 6, 7, 40, 64])
+    counts = forward_flops(config, tokens, np.full(len(tokens), 12))
+    banded = depth - depth // every
+    for l, count in zip(tokens.tolist(), counts.tolist(), strict=True):
+        one = np.ones((1, l), np.int32)
+        pairs = int(visible(one, one, Band(band)).sum())
+        # A pair is a score and a share of the values, each of `width` multiplications and additions.
+        unseen = banded * (l * l - pairs) * 2 * 2 * dit.width
+        assert count == counted_by_hand(config, l, 12) - unseen
 
 
 def test_long_clips_cost_their_square():

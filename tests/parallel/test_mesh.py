@@ -1,4 +1,8 @@
-"""The mesh: sizes that fill, and sizes that are refused."""
+"""The mesh: sizes that fill, sizes that are refused, and what lies next to what on TPU slices."""
+
+import dataclasses
+import itertools
+import random
 
 import jax
 import numpy as np
@@ -6,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from dit_jax.parallel import AXES, MeshConfig, batch_shards, make_mesh
+from dit_jax.parallel.mesh import device_grid
 
 
 @pytest.mark.parametrize(
@@ -54,3 +59,118 @@ def test_sizes_that_do_not_use_the_devices_are_refused(sizes):
 def test_more_fixed_than_there_is_is_refused():
     with pytest.raises(ValueError, match="does not divide 1 device"):
         MeshConfig(-1, 2, 1, 1).shape(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX tells of a TPU device, and what the layout is made from."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+
+
+def slices(shape=(4, 4, 4), count=2):
+    """Chips of so many slices, four to a host, in no particular order."""
+    chips = []
+    for index in range(count):
+        for coords in itertools.product(*map(range, shape)):
+            chips.append(Chip(len(chips), index, coords, len(chips) // 4))
+    random.Random(0).shuffle(chips)
+    return chips
+
+
+def crossings(grid):
+    """Axes along which the slice changes."""
+    index = np.vectorize(lambda chip: chip.slice_index)(grid)
+    return {axis for i, axis in enumerate(AXES) if np.diff(index, axis=i).any()}
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(2, -1, 2, 4), (2, 8, 2, 4)),
+        (MeshConfig(-1, 8, 2, 2), (4, 8, 2, 2)),
+        (MeshConfig(2, 64, 1, 1), (2, 64, 1, 1)),
+        (MeshConfig(2, 1, 64, 1), (2, 1, 64, 1)),
+        # Sizes that are no product of the torus's 4 x 4 x 4: physical axes are split.
+        (MeshConfig(2, 2, 2, 16), (2, 2, 2, 16)),
+        (MeshConfig(8, 8, 1, 2), (8, 8, 1, 2)),
+    ],
+)
+def test_only_the_replicas_cross_slices(config, shape):
+    grid = device_grid(config, slices())
+    assert grid.shape == shape
+    assert sorted(chip.id for chip in grid.flat) == list(range(128))
+    assert crossings(grid) == {"data"}
+    # A half of the replicas to each slice: the gradients cross once, and not for every replica.
+    assert np.count_nonzero(np.diff([chip.slice_index for chip in grid[:, 0, 0, 0]])) == 1
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_fsdp_crosses_slices_where_told(count):
+    config = MeshConfig(2, -1, 2, 4, slices_over="fsdp")
+    grid = device_grid(config, slices(count=count))
+    assert grid.shape == (2, 4 * count, 2, 4)
+    assert crossings(grid) == {"fsdp"}
+
+
+def test_one_slice_is_a_torus():
+    """Whole axes go to neighbours: along each, a step is one link (or the wrap of the torus)."""
+    grid = device_grid(MeshConfig(1, 4, 4, 4), slices(count=1))
+    for axis in (1, 2, 3):
+        line = [chip.coords for chip in np.moveaxis(grid, axis, 0)[:, 0, 0, 0]]
+        for a, b in zip(line, line[1:] + line[:1], strict=True):
+            assert sum(min((x - y) % 4, (y - x) % 4) for x, y in zip(a, b, strict=True)) == 1
+
+
+def test_physical_axes_are_split():
+    """2 x 32 of 4 x 4 x 4, and 16 of 4 x 4: no axis of the mesh is one of the torus."""
+    for config, shape, count in [
+        (MeshConfig(1, 2, 1, 32), (4, 4, 4), 64),
+        (MeshConfig(2, 2, 2, 2), (4, 4, 1), 16),
+    ]:
+        grid = device_grid(config, slices(shape, 1))
+        assert grid.shape == config.shape(count)
+        assert len({chip.id for chip in grid.flat}) == count
+
+
+@pytest.mark.parametrize("over", ["data", "fsdp"])
+def test_axis_that_does_not_divide_over_slices_is_refused(over):
+    sizes = {"data": 3, "fsdp": 3} | {over: 1}
+    config = MeshConfig(**sizes, context=-1, slices_over=over)
+    chips = slices((3, 2, 2), 2)
+    with pytest.raises(ValueError) as error:
+        device_grid(config, chips)
+    text = str(error.value)
+    assert f"mesh.{over} is 1, but it crosses 2 TPU slices: make it a multiple of 2" in text
+    other = {"data": "fsdp", "fsdp": "data"}[over]
+    assert f"set mesh.slices_over to {other} if mesh.{other} is one" in text
+
+
+def test_unequal_slices_are_refused():
+    chips = [chip for chip in slices((2, 2, 1), 2) if chip.id != 7]
+    with pytest.raises(
+        ValueError, match=r"the 2 TPU slices have .* devices: a mesh needs the same"
+    ):
+        device_grid(MeshConfig(), chips)
+
+
+def test_inner_axes_do_not_cross_slices():
+    with pytest.raises(ValueError, match=r"mesh.slices_over is 'context': it is data or fsdp"):
+        MeshConfig(slices_over="context")  # pyright: ignore[reportArgumentType]
+
+
+def test_gpus_lie_host_by_host():
+    """Whatever order they are found in, inner axes stay within a host of four."""
+    gpus = [
+        Chip(i, 0, (0, 0, 0), i // 4, platform="gpu", device_kind="NVIDIA H100") for i in range(16)
+    ]
+    random.Random(0).shuffle(gpus)
+    grid = device_grid(MeshConfig(2, 2, 2, 2), gpus)
+    hosts = np.vectorize(lambda gpu: gpu.process_index)(grid).reshape(4, 4)
+    np.testing.assert_array_equal(hosts, np.arange(4)[:, None].repeat(4, 1))

@@ -1,4 +1,4 @@
-"""Batches put together from rows. (Several real processes are in tests/test_train.py.)"""
+"""Batches put together from rows. (Several real processes are in tests/test_multiprocess.py.)"""
 
 import dataclasses
 
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import struct
 
-from dit_jax.parallel import MeshConfig, global_batch, initialize, local_rows, make_mesh
+from dit_jax.parallel import MeshConfig, global_batch, initialize, joined, local_rows, make_mesh
+from dit_jax.parallel.cluster import FLAGS, VARIABLES
 from dit_jax.types import PackedBatch
 
 MESHES = [
@@ -99,36 +100,15 @@ def test_rows_of_other_devices_are_not_local():
     assert local_rows(mesh, 6) == (0, 1, 2, 3, 4, 5)
 
 
-NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-
-def test_alone_without_an_environment(monkeypatch):
-    for name in NAMES:
+def test_alone_nothing_is_joined(monkeypatch):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    initialize()
-    assert jax.process_count() == 1
+    assert initialize() is None and jax.process_count() == 1
+    # Errors pass: the verb prints them.
+    with pytest.raises(ValueError, match="no rows"), joined(None, "prog"):
+        raise ValueError("no rows")
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (("host:1", None, None), "JAX_NUM_PROCESSES, JAX_PROCESS_ID is not set"),
-        (
-            (None, "2", "0"),
-            "JAX_COORDINATOR_ADDRESS is not set, but JAX_NUM_PROCESSES, JAX_PROCESS",
-        ),
-        (
-            ("host:1", "two", "0"),
-            "JAX_NUM_PROCESSES='two' and JAX_PROCESS_ID='0' must be whole numb",
-        ),
-        (("host:1", "2", "2"), r"JAX_PROCESS_ID=2 is not in 0..1"),
-        (("host:1", "2", "-1"), r"JAX_PROCESS_ID=-1 is not in 0..1"),
-    ],
-)
-def test_incomplete_environment_is_refused(monkeypatch, values, message):
-    for name, value in zip(NAMES, values, strict=True):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
-        initialize()
+def test_others_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="--process-id=2 is not in 0..1"):
+        initialize(dict(zip(FLAGS, ("host:1", "2", "2"), strict=True)))

@@ -12,12 +12,16 @@ from jax.sharding import PartitionSpec as P
 from dit_jax.parallel import (
     MeshConfig,
     batch_sharding,
+    check_rules,
     like_parameters,
     make_constrain,
     make_mesh,
     parameter_shardings,
+    rules,
 )
-from dit_jax.parallel.rules import ACTIVATION_RULES, PARAMETER_RULES, ROWS
+from dit_jax.parallel.rules import ACTIVATION_RULES, LARGE, OPTIONAL, PARAMETER_RULES, ROWS
+
+EMBED = ("fsdp", "context")
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +40,31 @@ def spec(mesh, shape, *names):
 @pytest.mark.parametrize(
     ("shape", "names", "expected"),
     [
-        ((8, 16), ("embed", "mlp"), P("fsdp", "tensor")),
-        ((16, 8), ("mlp", "embed"), P("tensor", "fsdp")),
-        ((4, 8, 24), ("layers", "embed", "heads"), P(None, "fsdp", "tensor")),
+        ((8, 16), ("embed", "mlp"), P(EMBED, "tensor")),
+        ((16, 8), ("mlp", "embed"), P("tensor", EMBED)),
+        ((4, 8, 24), ("layers", "embed", "heads"), P(None, EMBED, "tensor")),
         ((4, 24), ("layers", "heads"), P(None, "tensor")),
-        ((258, 8), ("vocab", "embed"), P(None, "fsdp")),
-        ((8, 6), ("embed", "patch"), P("fsdp", None)),
+        ((258, 8), ("vocab", "embed"), P(None, EMBED)),
+        ((8, 6), ("embed", "patch"), P(EMBED, None)),
         ((6,), (None,), P(None)),
         # What an axis does not divide stays whole, dimension by dimension.
         ((7, 16), ("embed", "mlp"), P(None, "tensor")),
-        ((8, 15), ("embed", "mlp"), P("fsdp", None)),
+        ((8, 15), ("embed", "mlp"), P(EMBED, None)),
         ((1, 1), ("embed", "mlp"), P(None, None)),
     ],
 )
 def test_parameters_lie_by_their_logical_axes(mesh, shape, names, expected):
     assert spec(mesh, shape, *names) == expected
+
+
+def test_parameters_of_sampling_are_whole_along_context(mesh):
+    shapes = {"a": boxed((8, 16), "embed", "mlp"), "b": boxed((4, 8), "layers", "embed")}
+    found = parameter_shardings(mesh, shapes, over_context=False)
+    assert found["a"].spec == P("fsdp", "tensor") and found["b"].spec == P(None, "fsdp")
+
+
+def test_what_context_does_not_divide_lies_over_fsdp_alone(mesh):
+    assert spec(mesh, (6, 16), "embed", "mlp") == P("fsdp", "tensor")
 
 
 def test_mesh_of_one_device_takes_everything():
@@ -66,7 +80,7 @@ def test_parameters_without_axes_are_whole(mesh):
 
 @pytest.mark.parametrize("names", [("heads", "mlp"), ("embed", "embed"), ("modulation", "heads")])
 def test_two_dimensions_on_one_axis_are_refused(mesh, names):
-    with pytest.raises(ValueError, match=r"use mesh axis '(tensor|fsdp)' twice"):
+    with pytest.raises(ValueError, match=r"use mesh axis '(tensor|fsdp|context)' twice"):
         spec(mesh, (8, 8), *names)
 
 
@@ -89,10 +103,101 @@ def test_axes_for_another_number_of_dimensions_are_refused(mesh):
 
 
 def test_rules_name_axes_of_the_mesh_only(mesh):
-    for rules in (PARAMETER_RULES, ACTIVATION_RULES):
-        for target in rules.values():
+    for table in (PARAMETER_RULES, ACTIVATION_RULES):
+        for target in table.values():
             names = (target,) if isinstance(target, str) else (target or ())
             assert set(names) <= set(mesh.axis_names)
+
+
+# The kernel of the issue: 30 layers of 4096 x 1536.
+BIG = 30 * 4096 * 1536
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "names", "message"),
+    [
+        (
+            (1, 7, 1, 1),
+            (30, 4096, 1536),
+            ("layers", "embed", "embed_out"),
+            "dimension 'embed' of 4096 does not divide over mesh.fsdp 7, so that each device would "
+            f"hold {BIG:,} elements. Make the dimension a multiple of 7, or the mesh axis a divisor of "
+            "4096, such as 1.",
+        ),
+        # Split over fsdp, and what is left is large still.
+        (
+            (1, 1, 1, 6),
+            (30, 4096, 1536 + 2),
+            ("layers", "embed", "mlp"),
+            "dimension 'mlp' of 1538 does not divide over mesh.tensor 6",
+        ),
+        (
+            (1, 2, 1, 3),
+            (2**13, 2**10),
+            ("embed", "mlp"),
+            "each device would hold 4,194,304 elements",
+        ),
+        ((1, 1, 1, 6), (2**10, 2**12), ("embed", "mlp"), "a divisor of 4096, such as 2."),
+        # Over fsdp it would divide, and over both it does not.
+        (
+            (1, 2, 4, 1),
+            (1022, 2**13),
+            ("embed", "mlp"),
+            "does not divide over mesh.fsdp x mesh.context 8, so that each device would hold 4,186,112",
+        ),
+    ],
+)
+def test_large_parameter_that_stays_whole_is_refused(sizes, shape, names, message):
+    few = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    with pytest.raises(ValueError) as error:
+        parameter_shardings(few, {"mlp": {"kernel": boxed(shape, *names)}})
+    text = str(error.value)
+    assert text.startswith(f"parameter ['mlp']['kernel'] {list(shape)}: its dimension")
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "names", "expected"),
+    [
+        # Small ones, and what is small once another axis has split it.
+        ((1, 7, 1, 1), (1024, 1024), ("embed", "mlp"), P(None, "tensor")),
+        ((1, 2, 1, 3), (2**11, 2**10), ("embed", "mlp"), P(EMBED, None)),
+        # Whole by its rule, and not for a size: the table means it so.
+        ((1, 2, 1, 3), (2**12, 2**10), ("vocab", "patch"), P(None, None)),
+        # An axis of one device divides everything.
+        ((7, 1, 1, 1), (30, 4096, 1536), ("layers", "embed", "mlp"), P(None, EMBED, "tensor")),
+    ],
+)
+def test_what_is_small_or_meant_whole_is_not_refused(sizes, shape, names, expected):
+    few = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    assert spec(few, shape, *names) == expected
+
+
+def test_large_parameter_without_axes_is_refused(mesh):
+    wide = {"w": jax.ShapeDtypeStruct((LARGE + 1,), jnp.float32)}
+    with pytest.raises(ValueError, match=r"\['w'\] \[1048577\] carries no logical axes.*1,048,577"):
+        parameter_shardings(mesh, wide)
+    # Nothing would be split anyway.
+    assert parameter_shardings(make_mesh(MeshConfig()), wide)["w"].is_fully_replicated
+
+
+def everything(*without):
+    """Abstract parameters that have every axis but some."""
+    return [boxed((8,), name) for name in PARAMETER_RULES if name not in without]
+
+
+def test_rule_that_matches_nothing_is_refused(monkeypatch):
+    check_rules(everything())
+    check_rules(everything(*OPTIONAL))
+    with pytest.raises(
+        ValueError, match=r"the rules for \['heads', 'mlp'\] match no parameter .*'embed'"
+    ):
+        check_rules(everything("heads", "mlp"))
+    monkeypatch.setattr(rules, "PARAMETER_RULES", PARAMETER_RULES | {"text_inn": None})
+    with pytest.raises(
+        ValueError, match=r"\['text_inn'\] match no parameter.* add them to OPTIONAL"
+    ):
+        check_rules(everything())
 
 
 def test_constrain_lays_activations_out(mesh):
@@ -120,13 +225,13 @@ def test_moments_lie_like_their_parameters(mesh):
     adam = found[1][0]
     assert adam.mu == shardings and adam.nu == shardings
     assert adam.count == NamedSharding(mesh, P())
-    assert adam.mu["a"]["kernel"].spec == P("fsdp", "tensor")
-    assert adam.mu["b"]["kernel"].spec == P("fsdp", None)
+    assert adam.mu["a"]["kernel"].spec == P(EMBED, "tensor")
+    assert adam.mu["b"]["kernel"].spec == P(EMBED, None)
 
 
 def test_what_is_smaller_than_its_parameter_is_whole(mesh):
     """Factored moments (as Adafactor's) have the path of a parameter, and not its dimensions."""
-    shardings = {"kernel": NamedSharding(mesh, P("fsdp", "tensor"))}
+    shardings = {"kernel": NamedSharding(mesh, P(EMBED, "tensor"))}
     vector = jax.ShapeDtypeStruct((16,), jnp.float32)
     found = like_parameters(mesh, {"v_row": {"kernel": vector}}, shardings)
     assert found["v_row"]["kernel"] == NamedSharding(mesh, P())

@@ -40,7 +40,7 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     try:
         jax.jit(lambda x: x, compiler_options=QUICK)(np.ones(()))

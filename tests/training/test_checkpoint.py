@@ -108,6 +108,19 @@ def test_averages_need_no_other_item(saved, rig, tmp_path):
     assert_equal(jax.device_get(ema), expected.ema)
 
 
+def test_run_may_be_named_by_a_relative_path(saved, rig, monkeypatch):
+    directory, expected = saved
+    monkeypatch.chdir(directory.parent)
+    one = rig(1, 1, 1, 1)
+    checkpointer, step = open_run(Path(directory.name))
+    monkeypatch.chdir("/")  # it was named from where the run was opened
+    ema = checkpointer.restore_ema(step, *abstract_params(one.init, one.mesh))
+    state, _ = checkpointer.restore(step, one.shapes, one.shardings)
+    checkpointer.close()
+    assert_equal(jax.device_get(ema), expected.ema)
+    assert_equal(jax.device_get(state), expected)
+
+
 def test_config_comes_back(saved):
     checkpointer, step = open_run(saved[0])
     stored = checkpointer.config(step)

@@ -1,0 +1,109 @@
+"""Matrix products of linear layers in 8 bits, forward and backward, while training (by qwix).
+
+Every operand is scaled by its largest magnitude (per token, or per column of a kernel) and rounded to
+8 bits for the product alone: kernels, their gradients, optimizer state and everything between the
+products stay in the types they have. For ``y = x w`` with slope ``g``:
+
+=====  ===========  ===========  ================================================================
+kind   ``y = x w``  ``g wT``     ``xT g``, the kernel's gradient
+=====  ===========  ===========  ================================================================
+int8   int8         int8         not quantised: SwitchBack (Wortsman et al. 2023, "Stable and
+                                 low-precision training for large-scale vision-language models",
+                                 algorithm 1). It sums over all tokens, where rounding errors add up
+                                 and an int32 sum can overflow (above 133,000 tokens)
+fp8    e4m3         e5m2 e4m3    e4m3 e5m2 (Micikevicius et al. 2022, "FP8 formats for deep
+                                 learning": e4m3 for tensors, e5m2 for slopes)
+=====  ===========  ===========  ================================================================
+
+Kernels spread over ``fsdp`` are gathered as int8 (in a step compiled for eight CPUs). What is summed
+over ``tensor`` travels as int32 or float32, twice the bytes of bfloat16; the rematerialisation policy
+"dots" keeps these sums too. int8 is fast on TPUs from v5e and on GPUs, fp8 on TPU7x and on GPUs from
+H100; elsewhere both only cost. Not here: stochastic rounding, delayed scaling, 8-bit gradients on the
+wire.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.types import DotGeneral
+
+Matmul = Literal["full", "int8", "fp8"]
+VALUES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+SLOPES = {"int8": jnp.int8, "fp8": jnp.float8_e5m2}
+
+
+def _quantize(x: jax.Array, dtype: Any, *axes: int) -> Any:
+    """``x`` in 8 bits, with one scale for all that differ in ``axes`` alone."""
+    import qwix  # An extra; a run without it never comes here.
+
+    channels = tuple(i for i in range(x.ndim) if i not in axes)
+    return qwix.quantize(x.astype(jnp.float32), dtype, channelwise_axes=channels)
+
+
+def _product(a: Any, b: Any, of_a: tuple[int, ...], of_b: tuple[int, ...]) -> jax.Array:
+    """The product of two 8-bit arrays over these axes, scaled back, float32."""
+    import qwix
+
+    return qwix.dot_general(a, b, ((of_a, of_b), ((), ())))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(kind: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``[..., d]`` times ``[d, e]``, both of one type, which the result and the gradients have."""
+    return _linear_forward(kind, x, kernel)[0]
+
+
+def _linear_forward(kind: str, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    last, dtype = x.ndim - 1, VALUES[kind]
+    x8, kernel8 = _quantize(x, dtype, last), _quantize(kernel, dtype, 0)
+    out = _product(x8, kernel8, (last,), (0,)).astype(x.dtype)
+    return out, (x if kind == "int8" else x8, kernel8)
+
+
+def _linear_backward(kind: str, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel8 = kept
+    last, tokens = g.ndim - 1, tuple(range(g.ndim - 1))
+    wide, dtype = g.astype(jnp.float32), SLOPES[kind]
+    # A scale cannot be taken out of a sum along its own axis. So the slope is multiplied by the other
+    # operand's (kernel's [1, e], x's [..., 1]) before it is rounded.
+    dx = _product(_quantize(wide * kernel8.scale, dtype, last), kernel8.qvalue, (last,), (1,))
+    if kind == "int8":
+        d_kernel = jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
+    else:
+        slope8 = _quantize(wide * x.scale, dtype, *tokens)
+        d_kernel = _product(x.qvalue, slope8, tokens, tokens)
+    return dx.astype(g.dtype), d_kernel.astype(g.dtype)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def quantized_dot_general(kind: Matmul) -> DotGeneral:
+    """The product for linear layers in 8 bits.
+
+    Raises:
+        ValueError: where qwix is not installed.
+    """
+    assert kind in VALUES, kind
+    if importlib.util.find_spec("qwix") is None:
+        raise ValueError(
+            f"model.matmul is {kind!r}, which qwix computes, and qwix is not installed: pip install "
+            "'dit-jax[quant]', in a clone pip install -e '.[quant]', or set model.matmul to full."
+        )
+
+    def dot_general(
+        lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **options: Any
+    ) -> jax.Array:
+        del options  # Of precision, which is what it is.
+        ((of_lhs, of_rhs), batch) = dimension_numbers
+        assert (tuple(of_lhs), tuple(of_rhs)) == ((lhs.ndim - 1,), (0,)) and not any(batch)
+        assert rhs.ndim == 2 and lhs.dtype == rhs.dtype, (rhs.shape, lhs.dtype, rhs.dtype)
+        return _linear(kind, lhs, rhs)
+
+    return dot_general

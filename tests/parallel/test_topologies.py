@@ -1,0 +1,114 @@
+"""Named topologies: shapes, the table of chips, and what is refused."""
+
+import importlib.util
+import sys
+
+import pytest
+
+from dit_jax.parallel.topologies import (
+    CHIPS,
+    parse_topology,
+    peak_flops,
+    topology_devices,
+)
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (dit-jax[tpu])"
+)
+
+
+def test_a_name_is_a_chip_and_a_shape():
+    topology = parse_topology("v5p:4x4x8", slices=2)
+    assert topology.chip.name == "v5p" and topology.shape == (4, 4, 8)
+    assert topology.num_chips == topology.num_devices == 256 and topology.name == "v5p:4x4x8"
+
+
+def test_a_chip_may_be_two_devices():
+    topology = parse_topology("tpu7x:2x2x1")
+    assert (topology.num_chips, topology.num_devices) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "name, wrap",
+    [
+        ("v5p:4x4x4", (True,) * 3),
+        ("v5p:4x4x8", (True,) * 3),
+        ("v5p:2x4x4", (False,) * 3),
+        ("v4:4x4x4", (True,) * 3),
+        ("v5e:16x16", (True, True)),
+        ("v6e:8x16", (False, True)),
+        ("v6e:8x8", (False, False)),
+    ],
+)
+def test_which_slices_close_into_rings(name, wrap):
+    assert parse_topology(name).wrap == wrap
+
+
+@pytest.mark.parametrize(
+    "name, slices, message",
+    [
+        ("v9:2x2", 1, "the chip 'v9' is not known. The form is CHIP:SHAPE, such as v4:2x2x1, v5e"),
+        ("v5p", 1, "a v5p slice has 3 sizes of at least 1, as in v5p:2x2x2"),
+        ("v5p:4x4", 1, "a v5p slice has 3 sizes"),
+        ("v5e:2x4x1", 1, "a v5e slice has 2 sizes"),
+        ("v5e:0x4", 1, "a v5e slice has 2 sizes"),
+        ("v5e:2xa", 1, "a v5e slice has 2 sizes"),
+        ("v5e:2x4", 0, "--slices is 0: it is at least 1"),
+    ],
+)
+def test_what_is_no_topology_is_refused(name, slices, message):
+    with pytest.raises(ValueError, match=message):
+        parse_topology(name, slices)
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),  # Half a chip.
+        ("TPU v3", 61.5e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_by_device_kind(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_every_chip_has_its_source():
+    for name, chip in CHIPS.items():
+        assert chip.source.startswith("https://") and parse_topology(chip.example).chip is chip
+        assert chip.example.startswith(f"{name}:") and chip.ports in (4, 6)
+
+
+def test_without_libtpu_it_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(
+        ValueError, match=r"libtpu.* is not installed: pip install 'dit-jax\[tpu\]'"
+    ):
+        topology_devices(parse_topology("v5e:2x4"))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", [chip.example for chip in CHIPS.values()])
+def test_libtpu_knows_every_chip(name):
+    topology = parse_topology(name)
+    devices = topology_devices(topology)
+    assert len(devices) == topology.num_devices
+    assert any(devices[0].device_kind.startswith(kind) for kind in topology.chip.kinds)
+
+
+@needs_libtpu
+def test_slices_have_numbers():
+    devices = topology_devices(parse_topology("v5e:2x4", slices=2))
+    assert [device.slice_index for device in devices] == [0] * 8 + [1] * 8
+
+
+@needs_libtpu
+def test_a_shape_that_libtpu_refuses_is_told():
+    with pytest.raises(ValueError, match="libtpu does not know the topology v5e:3x5"):
+        topology_devices(parse_topology("v5e:3x5"))

@@ -1,0 +1,209 @@
+"""What a compiler is told of a task, against what the task does: shapes, dtypes and shardings."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dit_jax import tasks
+from dit_jax.config import Config, DataConfig, load_config
+from dit_jax.data import PackingConfig, RecordsConfig
+from dit_jax.models import forward_flops
+from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
+from dit_jax.sampling import Generator, Request, make_clips
+from dit_jax.training import abstract_params
+from tests import tiny_config
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])
+
+
+@pytest.fixture(scope="module", params=["bytes", "states"])
+def config(request, latents):
+    if request.param == "states":
+        return latents
+    return dataclasses.replace(
+        tiny_config.get_config(),
+        # One clip is made below, of 3 x 3 x 3 tokens, which context does not divide.
+        sampling=dataclasses.replace(latents.sampling, frames=5, height=24, width=24),
+    )
+
+
+def assert_alike(expected, found, but_for=()):
+    """Leaves of equal shapes and dtypes, that lie alike but for those named."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(expected)
+    assert structure == jax.tree.structure(found)
+    for (path, ours), theirs in zip(paths, jax.tree.leaves(found), strict=True):
+        where = jax.tree_util.keystr(path)
+        assert ours.shape == theirs.shape, where
+        assert ours.dtype == theirs.dtype, where
+        if where not in but_for:
+            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim), (
+                where,
+                ours.sharding,
+                theirs.sharding,
+            )
+
+
+def test_a_batch_is_as_the_loader_and_the_mesh_make_it(config, mesh):
+    abstract = tasks.abstract_task(config, mesh)
+    task = tasks.build(config, mesh)
+    rows = tuple(range(task.rows))
+    loader = task.loader(rows)
+    batch = global_batch(mesh, next(loader), rows, task.rows)
+    loader.close()
+    assert_alike(abstract.batch, batch)
+    # Tokens are spread over all four devices, texts over the two that hold different rows.
+    whole = batch.tokens.size // 4, batch.text.size // 2
+    parts = (batch.tokens, batch.text)
+    assert tuple(part.addressable_shards[0].data.size for part in parts) == whole
+
+
+def test_parameters_are_those_of_the_task(config, mesh):
+    abstract, task = tasks.abstract_task(config, mesh), tasks.build(config, mesh)
+    ours, theirs = (abstract_params(one.init, mesh) for one in (abstract, task))
+    assert ours == theirs
+
+
+def test_flops_are_three_forward_passes_of_full_rows(config, mesh):
+    abstract, packing = tasks.abstract_task(config, mesh), config.data.packing
+    assert abstract.tokens == packing.rows * packing.row_tokens
+    full = np.array([packing.row_tokens]), np.array([packing.row_text])
+    # Exact: whole numbers below 2^53.
+    assert abstract.flops == 3 * packing.rows * forward_flops(config.model, *full)[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((8, 1, 1, 1), "data.packing.rows 4: 4 rows do not divide over mesh.data x mesh.fsdp = 8"),
+        ((1, 1, 3, 1), "data.packing.row_tokens 16 do not divide over mesh.context 3: make them a"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(latents, sizes, message):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    with pytest.raises(ValueError, match=message):
+        tasks.abstract_task(latents, mesh)
+
+
+class Seen(Exception):
+    """Raised in place of the first step."""
+
+
+@pytest.fixture
+def first_step(mesh):
+    """``first_step(config, clips)``: what a generator gives its first step for clips of the config."""
+
+    def run(config, clips=1):
+        made, text = config.sampling, config.model.text
+        model = tasks.make_model(config.model, mesh, config.attention)
+        generator = Generator(model, config.diffusion, made)
+        shapes, shardings = abstract_params(
+            partial(tasks.init_params, model), mesh, over_context=False
+        )
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        states = np.ones((3, text.dim), np.float16) if hasattr(text, "dim") else None
+        size = (made.frames, made.height, made.width, made.fps)
+        seen = []
+
+        def step(*arguments):
+            seen.append(arguments)
+            raise Seen
+
+        generator.step = step
+        requests = clips * [Request("a red circle", *size, seed=3, text_states=states)]
+        with pytest.raises(Seen):
+            make_clips(generator, jax.device_put(zeros, shardings), requests, config.model, mesh)
+        return seen[0]
+
+    return run
+
+
+# Levels of noise are numbers of the host, which lie nowhere yet.
+LEVELS = ("[5]", "[6]")
+
+
+# One guided clip is two rows, one for each of data's devices; one that is not guided is made twice.
+@pytest.mark.parametrize(
+    ("clips", "cfg_scale", "rows", "texts"), [(1, 2.0, 1, 2), (2, 2.0, 2, 4), (1, 1.0, 2, 2)]
+)
+def test_a_step_of_the_solver_is_given_what_the_generator_gives(
+    config, mesh, first_step, clips, cfg_scale, rows, texts
+):
+    sampling = dataclasses.replace(config.sampling, cfg_scale=cfg_scale)
+    config = dataclasses.replace(config, sampling=sampling)
+    given = first_step(config, clips)
+    assert (given[1].shape[0], given[3].shape[0]) == (rows, texts)
+    abstract = tasks.abstract_denoise(config, mesh, rows)
+    assert_alike(abstract.arguments, given, LEVELS)
+    count = config.model.patch.num_tokens(sampling.frames, sampling.height, sampling.width)
+    # The text is encoded once, before the first step.
+    letters = np.array([config.model.text.max_tokens])
+    once = forward_flops(config.model, np.array([count]), letters, encode_text=False)
+    assert abstract.flops == texts * once[0]
+
+
+def test_parameters_of_a_step_are_in_the_dtype_that_layers_compute_in(latents, mesh, first_step):
+    config = dataclasses.replace(
+        latents, model=dataclasses.replace(latents.model, dtype="bfloat16")
+    )
+    given = first_step(config)
+    abstract = tasks.abstract_denoise(config, mesh, rows=1)
+    assert_alike(abstract.arguments, given, LEVELS)
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(abstract.arguments[0])}
+    assert dtypes == {"bfloat16", "float32"} and given[3].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 4}, "2 rows in each of optimizer.accumulate 4 parts do not divide over"),
+        ({"rows": 6}, "data.packing.rows 6: 6 rows do not divide over mesh.data x mesh.fsdp = 4"),
+        ({"row_tokens": 31}, "row_tokens 31 do not divide over mesh.context 2"),
+        ({"ulysses": 8}, "attention.ulysses 8 must divide mesh.context 2"),
+    ],
+)
+def test_batches_that_cannot_be_laid_out_are_refused(changes, message):
+    config = tiny(**changes)
+    with pytest.raises(ValueError, match=message):
+        tasks.abstract_task(config, make_mesh(config.mesh))
+
+
+def tiny(rows=8, row_tokens=32, accumulate=1, ulysses=None):
+    base = Config()
+    sizes = {"rows": rows, "row_tokens": row_tokens, "row_text": 64, "row_segments": 1}
+    return dataclasses.replace(
+        base,
+        data=DataConfig(source=RecordsConfig(path="nowhere"), packing=PackingConfig(**sizes)),
+        optimizer=dataclasses.replace(base.optimizer, accumulate=accumulate),
+        attention=AttentionConfig(ulysses=ulysses),
+        mesh=MeshConfig(2, 2, 2, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart", "mnist", "sprites", "dit_xl2_imagenet256", "video_1b3"]
+)
+def test_every_config_traces_with_the_kernel_of_tpus(name):
+    """Texts and clips of all lengths: the kernel takes blocks, and pads what is shorter."""
+    config = load_config(f"configs/{name}.py")
+    config = dataclasses.replace(config, attention=AttentionConfig(kernel="splash"))
+    mesh = make_mesh(MeshConfig(1), jax.devices()[:1])
+    task = tasks.abstract_task(config, mesh)
+    params = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    total, _ = jax.eval_shape(task.loss, params, task.batch, jax.random.key(0))
+    assert total.shape == ()
+    step = tasks.abstract_denoise(config, mesh)
+    made = jax.eval_shape(step.function, *step.arguments)
+    assert made.shape == step.arguments[1].shape
+    # And the text, which is encoded apart.
+    model = tasks.make_model(config.model, mesh, config.attention)
+    condition = step.arguments[2]
+    given = (condition.text, condition.text_segment_ids)
+    states = jax.eval_shape(partial(model.apply, method="encode_text"), params, *given)
+    assert states.shape[:2] == condition.text.shape[:2]

@@ -1,0 +1,146 @@
+"""Latents with text states: what is recorded trains, what cannot be drawn is refused, and JSON."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax import tasks
+from dit_jax.config import Config, EvaluationConfig, LogConfig, from_dict, stored_config, to_dict
+from dit_jax.models import ByteEncoderConfig, TextStatesConfig, unpatchify
+from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
+from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def trained(latents, mesh):
+    """Two batches from the loader, and the losses of a step on each and of many on the first."""
+    task = tasks.build(latents, mesh)
+    rows = tuple(range(task.rows))
+    loader = task.loader(rows)
+    batches = [next(loader) for _ in range(2)]
+    loader.close()
+    optimizer = make_optimizer(latents.optimizer, STEPS)
+    _, shardings = abstract_state(task.init, optimizer, mesh)
+    state = init_state(task.init, optimizer, shardings, jax.random.key(0))
+    step = make_step(task.loss, optimizer, latents.optimizer, 0, shardings)
+    placed = [global_batch(mesh, batch, rows, task.rows) for batch in batches]
+    losses = []
+    for i in range(STEPS + 1):
+        state, metrics = step(state, placed[i == 1])
+        assert int(metrics["skipped"]) == 0
+        losses.append(float(metrics["loss"]))
+    return task, batches, losses
+
+
+def test_batches_hold_what_was_recorded(trained, latents, records):
+    _, batches, _ = trained
+    source = tasks.text_to_video.make_source(latents.data)
+    clips = [source[i] for i in range(len(source))]
+    found = 0
+    for batch in batches:
+        assert batch.tokens.shape == (4, 16, 16) and batch.tokens.dtype == np.float32
+        assert batch.text.shape == (4, 18, 8) and batch.text.dtype == np.float32
+        for row, slot in np.ndindex(batch.num_tokens.shape):
+            if not batch.num_tokens[row, slot]:
+                continue
+            tokens = batch.tokens[row][batch.segment_ids[row] == slot + 1]
+            text = batch.text[row][batch.text_segment_ids[row] == slot + 1]
+            # Exactly: latents are cut into patches, states get a beginning, and nothing else.
+            matching = [
+                np.array_equal(text[1:], clip["text_states"][:5])
+                and len(tokens) == clip["video"].size // 16
+                and np.array_equal(
+                    unpatchify(latents.model.patch, tokens, *clip["video"].shape[:3]), clip["video"]
+                )
+                for clip in clips
+            ]
+            assert sum(matching) == 1 and not text[0].any()
+            found += 1
+    assert found >= 12
+
+
+def test_latents_train(trained):
+    _, _, losses = trained
+    assert np.isfinite(losses).all()
+    # Fresh, the model says zero: the mean of (eps - x0)^2 is 1 and the colours' own square, 0.88 and
+    # 1.13, within what 60 tokens of 16 numbers leave to chance.
+    assert abs(losses[0] - 2.0) < 0.3
+    # The colours are known soon; that is worth far more than one step's noise differs from another's.
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+
+
+def test_work_counts_states(trained, latents):
+    task, (batch, _), _ = trained
+    work = task.work(batch)
+    assert work.tokens == batch.num_tokens.sum() and work.capacity == 64
+    shorter = dataclasses.replace(batch, text_segment_ids=np.minimum(batch.text_segment_ids, 1))
+    assert 0 < task.work(shorter).flops != work.flops
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"log": LogConfig(draw_every=5)}, {"evaluation": EvaluationConfig(prompts=1)}],
+    ids=["draw_every", "prompts"],
+)
+def test_latents_that_would_be_drawn_are_refused(latents, change):
+    message = "channels is 4: these are latents.* Set log.draw_every and evaluation.prompts to 0"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(latents, **change)
+
+
+def test_records_without_states_are_refused_before_training(latents, mesh):
+    source = dataclasses.replace(latents.data.source, text_states_key=None)
+    config = dataclasses.replace(latents, data=dataclasses.replace(latents.data, source=source))
+    with pytest.raises(ValueError, match=r"states \[s, 8\] .*, and none came with 'colour"):
+        tasks.build(config, mesh)
+    text = dataclasses.replace(latents.model.text, dim=7)
+    config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, text=text))
+    with pytest.raises(ValueError, match=r"states \[s, 7\] .*, and an array of shape \(\d, 8\)"):
+        tasks.build(config, mesh)
+
+
+def test_latents_of_another_codec_are_refused(latents, mesh):
+    patch = dataclasses.replace(latents.model.patch, channels=16)
+    config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, patch=patch))
+    with pytest.raises(ValueError, match="the clip has 4 channels and the model's patches 16"):
+        tasks.build(config, mesh)
+
+
+def test_text_states_survive_json(latents):
+    values = json.loads(json.dumps(to_dict(latents)))
+    assert values["model"]["text"] == {
+        "type": "TextStatesConfig",
+        "encoder": "umt5-xxl",
+        "dim": 8,
+        "max_tokens": 6,
+    }
+    again = from_dict(Config, values)
+    assert again == latents and hash(again) == hash(latents)
+    assert isinstance(again.model.text, TextStatesConfig)
+
+
+def test_configs_stored_before_there_were_states_still_load():
+    """The text encoder had no ``type``, and attention, bands and modulation were not chosen."""
+    model = dataclasses.replace(Config().model, text=ByteEncoderConfig(width=16, heads=2))
+    config = dataclasses.replace(Config(), model=model)
+    values = json.loads(json.dumps(to_dict(config)))
+    assert values["model"]["text"].pop("type") == "ByteEncoderConfig"
+    del values["attention"]
+    for name in ("modulation", "band", "dense_every"):
+        del values["model"]["dit"][name]
+    again = stored_config(values, "run/config.json")
+    assert again == config and again.attention == AttentionConfig()
+    # States' fields without their type are no byte encoder.
+    values["model"]["text"] = {"dim": 8, "max_tokens": 6}
+    with pytest.raises(ValueError, match="'dim', which ByteEncoderConfig does not"):
+        stored_config(values, "run/config.json")
