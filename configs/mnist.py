@@ -28,7 +28,7 @@ def get_config() -> Config:
             packing=PackingConfig(rows=16, row_tokens=128, row_text=256, row_segments=8),
         ),
         model=ModelConfig(
-            dit=dataclasses.replace(PRESETS["Ti"], absolute_positions=True, pooled_text=True),
+            dit=dataclasses.replace(PRESETS["Ti"], absolute_positions="thw", pooled_text=True),
             patch=PatchConfig(t=1, h=8, w=8, channels=3),
             text=ByteEncoderConfig(width=128, depth=2, heads=4, max_bytes=31),
         ),

@@ -37,7 +37,7 @@ def get_config() -> Config:
         ),
         model=ModelConfig(
             dit=dataclasses.replace(
-                PRESETS["Ti"], rope_theta=100.0, absolute_positions=True, pooled_text=True
+                PRESETS["Ti"], rope_theta=100.0, absolute_positions="thw", pooled_text=True
             ),
             patch=PatchConfig(t=2, h=8, w=8, channels=3, reference_fps=8.0),
             text=ByteEncoderConfig(width=128, depth=2, heads=4, max_bytes=47),

@@ -44,6 +44,8 @@ class Sample(TypedDict):
     fps: float
     text_states: NotRequired[np.ndarray]
     """float [s, e]: the caption as the states of a text encoder, where the data has them."""
+    label: NotRequired[int]
+    """The class, where the data has classes."""
 
 
 class Source(Protocol):

@@ -11,6 +11,7 @@ from dit_jax.models.patch import positions as positions
 from dit_jax.models.patch import unpatchify as unpatchify
 from dit_jax.models.text import ByteEncoder as ByteEncoder
 from dit_jax.models.text import ByteEncoderConfig as ByteEncoderConfig
+from dit_jax.models.text import ClassLabelsConfig as ClassLabelsConfig
 from dit_jax.models.text import TextStatesConfig as TextStatesConfig
 from dit_jax.models.text import byte_tokens as byte_tokens
 from dit_jax.models.text_to_video import ModelConfig as ModelConfig

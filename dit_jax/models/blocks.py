@@ -184,6 +184,7 @@ class SelfAttention(nn.Module):
     band: int | None = None
     axis: str = "tokens"
     """Logical axis of the tokens; those of text are whole on every device."""
+    qk_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -200,7 +201,8 @@ class SelfAttention(nn.Module):
         qkv = checkpoint_name(linear(3 * width, ("embed", "heads"), name="qkv")(x), QKV)
         qkv = qkv.reshape(b, l, self.heads, 3, width // self.heads)
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
-        q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+        if self.qk_norm:
+            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = (self.constrain(y, "batch", self.axis, "heads", None) for y in (q, k, v))
@@ -218,6 +220,7 @@ class CrossAttention(nn.Module):
     attention: Attention
     constrain: Constrain
     dot_general: DotGeneral = jax.lax.dot_general
+    qk_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -233,7 +236,9 @@ class CrossAttention(nn.Module):
         q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, d)
         kv = linear(2 * width, ("embed", "heads"), name="kv")(text)
         kv = kv.reshape(b, text.shape[1], self.heads, 2, d)
-        q, k, v = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(kv[..., 0, :]), kv[..., 1, :]
+        k, v = kv[..., 0, :], kv[..., 1, :]
+        if self.qk_norm:
+            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         q = self.constrain(q, "batch", "tokens", "heads", None)
         k, v = (self.constrain(y, "batch", "text_tokens", "heads", None) for y in (k, v))
         out = self.attention(q, k, v, segment_ids, text_segment_ids)
@@ -274,6 +279,7 @@ class DiTBlock(nn.Module):
     cross_attention: bool = True
     shared_modulation: bool = False
     band: int | None = None
+    qk_norm: bool = True
 
     def modulation(self, condition: Float[Array, "b k x"], width: int) -> Float[Array, "b k m"]:
         """Shift, scale and gate of both modulated branches, for every group."""
@@ -291,7 +297,7 @@ class DiTBlock(nn.Module):
         condition: Float[Array, "b k x"],
         group_ids: Int[Array, "b l"],
         segment_ids: Int[Array, "b l"],
-        rotary: tuple[jax.Array, jax.Array],
+        rotary: tuple[jax.Array, jax.Array] | None,
         text: Float[Array, "b s e"] | None,
         text_segment_ids: Int[Array, "b s"] | None,
     ) -> tuple[Float[Array, "b l d"], None]:
@@ -301,7 +307,8 @@ class DiTBlock(nn.Module):
             "constrain": self.constrain,
             "dot_general": self.dot_general,
         }
-        attend = {"heads": self.heads, "attention": self.attention, **layers}
+        attend = {"heads": self.heads, "attention": self.attention, "qk_norm": self.qk_norm}
+        attend |= layers
 
         def lay(y: jax.Array) -> jax.Array:
             # Left free, the compiler spreads widths over `tensor` and gathers them at every product.

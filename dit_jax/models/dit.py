@@ -2,11 +2,11 @@
 
 Tokens of any number of clips and images lie side by side in a row; noise levels come per
 conditioning group; text comes packed the same way. The output has the shape of the input
-patches; what it means (velocity, clean patches) is decided in ``diffusion``.
+patches, or twice that (with learned variance); what it means is decided in ``diffusion``.
 
 Sources: Peebles & Xie 2022 (adaLN-Zero blocks), Dehghani et al. 2023 (packing; QK-norm from
-"Scaling Vision Transformers to 22 Billion Parameters"), Su et al. 2021 (rotary positions). Class
-labels and learned sigma are not here.
+"Scaling Vision Transformers to 22 Billion Parameters"), Su et al. 2021 (rotary positions).
+``published`` gives DiT as Peebles & Xie trained it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dit_jax.models.blocks import (
+    XAVIER,
     ZERO,
     DiTBlock,
     Dtype,
@@ -30,7 +31,7 @@ from dit_jax.models.blocks import (
     gather_parts,
     layer_norm,
 )
-from dit_jax.models.positions import axis_dims, rotary_angles, sincos_features
+from dit_jax.models.positions import axis_dims, grid_features, rotary_angles, sincos_features
 from dit_jax.types import ATTENTION, QKV, RESIDUAL, Attention, Constrain, DotGeneral
 
 policies = jax.checkpoint_policies
@@ -50,6 +51,7 @@ REMAT_POLICIES = {
 }
 """What a block keeps for its backward pass (``DiTConfig.remat`` says it in words)."""
 
+ABSOLUTE = {"thw": sincos_features, "wh": grid_features}
 TIME_FREQUENCIES = 256
 """Sinusoids that a noise level is embedded in, as in DiT."""
 
@@ -65,9 +67,20 @@ class DiTConfig:
     """Hidden width of the MLP; four times the width if not given."""
     rope_theta: float = 1e4
     """Ratio of rotary wavelengths (see ``models.positions``)."""
-    absolute_positions: bool = False
-    """Also add sines and cosines of the coordinates to the patches. A small model learns where
-    things are much sooner; sizes never trained on are then a little harder."""
+    rotary: bool = True
+    """Turn queries and keys by their token's coordinates."""
+    qk_norm: bool = True
+    """Normalise queries and keys (root mean square, a learned scale for each dimension of a head)."""
+    absolute_positions: Literal["none", "thw", "wh"] = "none"
+    """Also add sines and cosines of the coordinates to the patches: of all three, or of columns and
+    rows alone as DiT and MAE do. A small model learns where things are much sooner; sizes never
+    trained on are then a little harder."""
+    time_scale: float = 1000.0
+    time_offset: float = 0.0
+    """The network is told ``time_scale * t + time_offset`` of a noise level t in [0, 1]. 1000 and -1
+    count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's clock."""
+    time_std: float | None = None
+    """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
     cross_attention: bool = True
     """Attend to the text in every block; without it only ``pooled_text`` tells of the text."""
     pooled_text: bool = False
@@ -104,13 +117,24 @@ class DiTConfig:
                 f"dit.width {self.width} does not divide into {self.heads} heads; "
                 f"make it a multiple, such as {self.width // self.heads * self.heads or self.heads}."
             )
-        axis_dims(self.width // self.heads)
+        if self.rotary:
+            axis_dims(self.width // self.heads)
         if self.band is not None and (
             self.band < 1 or self.dense_every < 1 or self.depth % self.dense_every
         ):
             raise ValueError(
                 f"dit.band {self.band} and dense_every {self.dense_every} are at least 1, and "
                 f"dense_every divides the depth, {self.depth}."
+            )
+        if self.absolute_positions == "wh" and self.width % 4:
+            raise ValueError(
+                f"dit.width {self.width} is not a multiple of 4, as sines and cosines of columns and "
+                'rows (absolute_positions "wh") need: change the width, or take "thw".'
+            )
+        if self.time_scale == 0 or (self.time_std is not None and self.time_std <= 0):
+            raise ValueError(
+                f"dit.time_scale {self.time_scale} must not be 0, nor time_std {self.time_std} below "
+                "or equal to 0 (1000 and unset are usual)."
             )
         if self.mlp_dim is not None and self.mlp_dim < 1:
             raise ValueError(
@@ -132,25 +156,48 @@ PRESETS = {
 """The field's sizes (Peebles & Xie 2022, table 1), and a tiny one; patch sizes are set apart."""
 
 
-def time_features(t: Float[Array, "b k"]) -> Float[Array, "b k f"]:
+def published(preset: str) -> DiTConfig:
+    """A preset as in Peebles & Xie 2022: fixed positions, no QK-norm, a class for a condition.
+
+    To be used with ``ClassLabelsConfig`` and patches of one frame; ``ModelConfig.learned_variance``
+    is theirs too.
+    """
+    return dataclasses.replace(
+        PRESETS[preset],
+        rotary=False,
+        qk_norm=False,
+        absolute_positions="wh",
+        cross_attention=False,
+        pooled_text=True,
+        time_offset=-1.0,
+        time_std=0.02,
+    )
+
+
+def time_features(
+    t: Float[Array, "b k"], scale: float = 1000.0, offset: float = 0.0
+) -> Float[Array, "b k f"]:
     """Sinusoids of noise levels in [0, 1], counted in thousandths as DDPM's steps are."""
     half = TIME_FREQUENCIES // 2
     rates = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = 1000.0 * t[..., None] * rates
+    angles = (scale * t + offset)[..., None] * rates
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
 class TimeEmbedding(nn.Module):
     """Noise levels of groups to conditioning vectors, in float32."""
 
-    width: int
+    config: DiTConfig
     constrain: Constrain
 
     @nn.compact
     def __call__(self, t: Float[Array, "b k"]) -> Float[Array, "b k d"]:
-        hidden = dense(self.width, ("time", "embed"), jnp.float32, "up")(time_features(t))
+        config = self.config
+        features = time_features(t, config.time_scale, config.time_offset)
+        init = XAVIER if config.time_std is None else nn.initializers.normal(config.time_std)
+        hidden = dense(config.width, ("time", "embed"), jnp.float32, "up", init)(features)
         hidden = self.constrain(nn.silu(hidden), "batch", None, "width")
-        out = dense(self.width, ("embed", "embed_out"), jnp.float32, "out")(hidden)
+        out = dense(config.width, ("embed", "embed_out"), jnp.float32, "out", init)(hidden)
         return self.constrain(out, "batch", None, "width")
 
 
@@ -194,7 +241,7 @@ def layers(
     scan = config.scan if config.scan is not None else jax.default_backend() != "cpu"
     each = config.dense_every if config.band is not None else 1
     given |= {"cross_attention": config.cross_attention}
-    given |= {"shared_modulation": config.modulation == "shared"}
+    given |= {"shared_modulation": config.modulation == "shared", "qk_norm": config.qk_norm}
     if config.band is not None:
         given = {"block": partial(block, **given), "count": each, "band": config.band}
     stacked = nn.scan(
@@ -213,13 +260,15 @@ class DiT(nn.Module):
     """The transformer: noised tokens, their noise levels and text in, a patch a token out."""
 
     config: DiTConfig
-    patch_dim: int
+    output_dim: int
     attention: Attention
     constrain: Constrain
     dtype: Dtype = jnp.float32
     dot_general: DotGeneral = jax.lax.dot_general
     layer_dot_general: DotGeneral | None = None
     """That of the blocks, where it is another one (in low precision)."""
+    project_pooled: bool = True
+    """Whether pooled text passes through a linear layer on its way to the condition."""
 
     @nn.compact
     def __call__(
@@ -231,8 +280,8 @@ class DiT(nn.Module):
         group_t: Float[Array, "b k"],
         text: Float[Array, "b s e"] | None,
         text_segment_ids: Int[Array, "b s"] | None,
-    ) -> Float[Array, "b l p"]:
-        """Returns float32 patches; at padding they are finite and otherwise unspecified.
+    ) -> Float[Array, "b l o"]:
+        """Returns float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
 
         Text may be None where the config uses none.
         """
@@ -241,18 +290,23 @@ class DiT(nn.Module):
         x = linear(config.width, ("patch", "embed"), name="patch_embedding")(
             tokens.astype(self.dtype)
         )
-        if config.absolute_positions:
-            features = sincos_features(positions, config.width, config.rope_theta)
-            x = x + features.astype(self.dtype)
+        if config.absolute_positions != "none":
+            features = ABSOLUTE[config.absolute_positions]
+            x = x + features(positions, config.width, config.rope_theta).astype(self.dtype)
         x = self.constrain(x, "batch", "tokens", "width")
-        condition = TimeEmbedding(config.width, self.constrain, name="time")(group_t)
-        rotary = rotary_angles(positions, config.width // config.heads, config.rope_theta)
-        if text is not None:
-            text = text.astype(self.dtype)
+        condition = TimeEmbedding(config, self.constrain, name="time")(group_t)
+        rotary = None
+        if config.rotary:
+            rotary = rotary_angles(positions, config.width // config.heads, config.rope_theta)
         if config.pooled_text:
             assert text is not None and text_segment_ids is not None
             pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, group_t.shape[1])
-            condition += dense(config.width, ("embed", "embed_out"), jnp.float32, "pooled")(pooled)
+            if self.project_pooled:
+                to_width = dense(config.width, ("embed", "embed_out"), jnp.float32, "pooled")
+                pooled = to_width(pooled)
+            condition += pooled
+        if text is not None:
+            text = text.astype(self.dtype)
 
         of_layers = condition = self.constrain(condition, "batch", None, "width")
         if config.modulation == "shared":
@@ -273,5 +327,5 @@ class DiT(nn.Module):
         groups = self.constrain(groups, "batch", None, None)
         shift, scale = gather_parts(groups, group_ids, 2)
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
-        x = linear(self.patch_dim, ("embed", "patch"), name="final", init=ZERO)(x)
+        x = linear(self.output_dim, ("embed", "patch"), name="final", init=ZERO)(x)
         return x.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """How many floating-point operations the model takes, counted from its shapes.
 
 A multiplication and an addition count as two. Only what the mathematics asks for is counted:
-attention within segments (and bands), no recomputation, no padding.
+attention within segments (and bands), one noise level a segment, no recomputation, no padding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from dit_jax.models.text import ByteEncoderConfig
+from dit_jax.models.dit import TIME_FREQUENCIES
+from dit_jax.models.text import ByteEncoderConfig, ClassLabelsConfig
 from dit_jax.models.text_to_video import ModelConfig
 
 
@@ -29,7 +30,12 @@ def forward_flops(
     if dit.cross_attention:
         block += 2 * d * 2 * d * tokens + 2 * config.text_width * 2 * d * letters
         block += 4 * d * tokens * letters
-    ends = 4 * config.patch.dim * d * tokens
+    ends = 2 * (config.patch.dim + config.output_dim) * d * tokens
+    # Once a segment: its noise level's embedding, the pooled text's, and the modulation.
+    layers = dit.depth if dit.modulation == "layer" else 1
+    pooled = dit.pooled_text and not isinstance(text, ClassLabelsConfig)
+    condition = (TIME_FREQUENCIES + d) * d + pooled * config.text_width * d
+    ends = ends + 2 * (condition + (6 * layers + 2) * d * d) * (tokens > 0)
     unseen = 0.0
     if dit.band is not None:
         reach = np.minimum(dit.band, np.maximum(tokens - 1, 0))
@@ -40,6 +46,8 @@ def forward_flops(
         e = text.width
         encoder = text.depth * (24 * e * e * letters + 4 * e * letters * letters)
         encoder += 2 * e * e * letters
+    elif isinstance(text, ClassLabelsConfig):
+        encoder = 0.0
     else:
         encoder = 2 * (text.dim + d) * d * letters
     return dit.depth * block - unseen + ends + (encoder if encode_text else 0.0)

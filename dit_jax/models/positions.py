@@ -55,6 +55,20 @@ def sincos_features(
     return jnp.pad(features, ((0, 0), (0, 0), (0, width - 6 * pairs)))
 
 
+def grid_features(
+    positions: Float[Array, "b l 3"], width: int, theta: float
+) -> Float[Array, "b l d"]:
+    """Sines and cosines of the column and then of the row, float32, half of ``width`` for each.
+
+    The fixed embedding of MAE (He et al. 2022, section A.1) and of DiT; time does not enter.
+    """
+    pairs = width // 4
+    rates = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
+    angles = positions[..., [2, 1], None] * rates.astype(np.float32)
+    features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return features.reshape(*positions.shape[:2], width)
+
+
 def rotary_angles(
     positions: Float[Array, "b l 3"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:

@@ -1,4 +1,7 @@
-"""The text-to-video model: a text encoder and the diffusion transformer it conditions."""
+"""The text-to-video model: a text encoder and the diffusion transformer it conditions.
+
+With class labels for text, no cross-attention and one frame it is DiT as published.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ from dit_jax.models.patch import PatchConfig
 from dit_jax.models.text import (
     ByteEncoder,
     ByteEncoderConfig,
+    ClassEmbedding,
+    ClassLabelsConfig,
     StatesProjection,
     TextStatesConfig,
     byte_tokens,
+    label_tokens,
     with_beginning,
 )
 from dit_jax.types import Attention, Constrain, DotGeneral
@@ -31,12 +37,28 @@ class ModelConfig:
 
     dit: DiTConfig = DiTConfig()
     patch: PatchConfig = PatchConfig()
-    text: ByteEncoderConfig | TextStatesConfig = ByteEncoderConfig()
+    text: ByteEncoderConfig | TextStatesConfig | ClassLabelsConfig = ByteEncoderConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
     matmul: Literal["full", "int8", "fp8"] = "full"
     """What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
     bits (``parallel.quantized`` says what, in both passes; needs ``dit-jax[quant]``)."""
+    learned_variance: bool = False
+    """Whether the network's output has a second half: the variance of the reverse step, for every
+    number of the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
+
+    def __post_init__(self) -> None:
+        told = self.dit.pooled_text or self.dit.cross_attention
+        if isinstance(self.text, ClassLabelsConfig) and not told:
+            raise ValueError(
+                "model.text are classes, and neither dit.pooled_text nor dit.cross_attention is set: "
+                "the model would not learn of them. Set pooled_text, as DiT does."
+            )
+
+    @property
+    def output_dim(self) -> int:
+        """Numbers that the network gives for a token: p, or 2 p with learned variance."""
+        return self.patch.dim * (2 if self.learned_variance else 1)
 
     @property
     def text_width(self) -> int:
@@ -49,10 +71,21 @@ class ModelConfig:
         dtype: Any = jnp.dtype(self.compute_dtype(platform)).name
         return dataclasses.replace(self, dtype=dtype, dit=dataclasses.replace(self.dit, scan=scan))
 
-    def text_tokens(self, caption: str, states: np.ndarray | None) -> np.ndarray:
-        """A caption as the model reads it: int32 bytes ``[s]``, or float32 states ``[s, e]``."""
+    def text_tokens(
+        self, caption: str, states: np.ndarray | None = None, label: int | None = None
+    ) -> np.ndarray:
+        """What the model reads: int32 bytes ``[s]`` of the caption, its states float32 ``[s, e]``, or
+        the label as int32 ``[s]``."""
         if isinstance(self.text, ByteEncoderConfig):
             return byte_tokens(caption, self.text.max_bytes)
+        if isinstance(self.text, ClassLabelsConfig):
+            if label is None and caption:
+                raise ValueError(
+                    f"the model knows classes, 0 to {self.text.classes - 1}, and no captions, and no "
+                    f"class came with {caption[:60]!r}: give records that have one "
+                    "(data.source.label_key), or the number of a class."
+                )
+            return label_tokens(label, self.text.classes)
         if states is None or states.ndim != 2 or states.shape[1] != self.text.dim:
             found = "none" if states is None else f"an array of shape {states.shape}"
             raise ValueError(
@@ -84,12 +117,21 @@ class TextToVideo(nn.Module):
         dtype = self.config.compute_dtype()
         given = (self.attention, self.constrain, dtype, self.dot_general)
         text = self.config.text
+        width = self.config.dit.width
         if isinstance(text, ByteEncoderConfig):
             self.text = ByteEncoder(text, *given)
+        elif isinstance(text, ClassLabelsConfig):
+            self.text = ClassEmbedding(text, width, self.constrain)
         else:
-            width = self.config.dit.width
             self.text = StatesProjection(width, dtype, self.constrain, self.dot_general)
-        self.dit = DiT(self.config.dit, self.config.patch.dim, *given, self.layer_dot_general)
+        self.dit = DiT(
+            self.config.dit,
+            self.config.output_dim,
+            *given,
+            self.layer_dot_general,
+            # A class has an embedding of the transformer's own width.
+            project_pooled=not isinstance(text, ClassLabelsConfig),
+        )
 
     def encode_text(
         self,
@@ -110,7 +152,7 @@ class TextToVideo(nn.Module):
         group_t: Float[Array, "b k"],
         text_states: Float[Array, "b s e"],
         text_segment_ids: Int[Array, "b s"],
-    ) -> Float[Array, "b l p"]:
+    ) -> Float[Array, "b l o"]:
         """The transformer alone, on encoded text."""
         return self.dit(
             tokens, positions, segment_ids, group_ids, group_t, text_states, text_segment_ids
@@ -125,7 +167,7 @@ class TextToVideo(nn.Module):
         group_t: Float[Array, "b k"],
         text: Int[Array, "b s"] | Float[Array, "b s x"],
         text_segment_ids: Int[Array, "b s"],
-    ) -> Float[Array, "b l p"]:
+    ) -> Float[Array, "b l o"]:
         states = self.encode_text(text, text_segment_ids)
         return self.denoise(
             tokens, positions, segment_ids, group_ids, group_t, states, text_segment_ids

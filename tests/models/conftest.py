@@ -118,7 +118,7 @@ def jit() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def other_ways() -> dict[str, bool]:
     """Fields of ``DiTConfig`` by which the model is told of places and text in its other ways."""
-    return {"absolute_positions": True, "pooled_text": True, "cross_attention": False}
+    return {"absolute_positions": "thw", "pooled_text": True, "cross_attention": False}
 
 
 @pytest.fixture(scope="session")

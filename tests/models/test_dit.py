@@ -85,7 +85,7 @@ def test_other_ways_have_parameters_of_their_own(tiny, boxed, other_ways):
     d, e, heads, depth = 32, 16, 2, 2
     cross_attention = (d * d + d) + (e * 2 * d + 2 * d) + (d * d + d) + 2 * d // heads
     plain = count()
-    assert count(absolute_positions=True) == plain
+    assert count(absolute_positions="thw") == plain
     assert count(pooled_text=True) == plain + e * d + d
     assert count(cross_attention=False) == plain - depth * cross_attention
 

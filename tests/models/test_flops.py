@@ -41,7 +41,13 @@ def counted_by_hand(config: ModelConfig, l: int, s: int) -> int:
         )
         encoder = config.text.depth * letter_layer + products((s, e, e))
     attention = self_attention + cross_attention * config.dit.cross_attention
-    return config.dit.depth * (attention + mlp) + ends + encoder
+    # Of the one noise level of a segment, if there is one.
+    condition = products((1, 256, d), (1, d, d), (1, d, 2 * d))
+    if config.dit.pooled_text:
+        condition += products((1, e, d))
+    modulation = products((1, d, 6 * d))
+    layers = config.dit.depth * (attention + mlp + modulation * (l > 0))
+    return layers + ends + condition * (l > 0) + encoder
 
 
 CONFIG = ModelConfig(

@@ -157,7 +157,7 @@ def test_blocks_multiply_in_8_bits_under_scan_and_remat(kind):
 
 
 MODEL = ModelConfig(
-    dit=DiTConfig(width=64, depth=2, heads=4, scan=True, remat="full", absolute_positions=True),
+    dit=DiTConfig(width=64, depth=2, heads=4, scan=True, remat="full", absolute_positions="thw"),
     patch=PatchConfig(t=1, h=2, w=2, channels=3, reference_fps=8.0),
     text=ByteEncoderConfig(width=16, depth=0, heads=4, max_bytes=7),
 )
