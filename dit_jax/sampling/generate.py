@@ -77,6 +77,8 @@ class Request:
     seed: int
     text_states: np.ndarray | None = None
     """The prompt as the states ``[s, e]`` of a text encoder, for a model that reads those."""
+    label: int | None = None
+    """The class, for a model of classes."""
 
 
 @struct.dataclass
@@ -110,7 +112,7 @@ def text_condition(
     b, s = len(requests), model.text.max_tokens
     places = np.zeros((b, length, 3), np.float32)
     segments, tokens = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
-    read = [model.text_tokens(r.prompt, r.text_states) for r in requests]
+    read = [model.text_tokens(r.prompt, r.text_states, r.label) for r in requests]
     text = np.zeros((b, s, *read[0].shape[1:]), read[0].dtype)
     text_segments = np.zeros((b, s), np.int32)
     for i, (grid, letters) in enumerate(zip(grids, read, strict=True)):
