@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.records import write_records
+from dit_jax.data.writing import write_records
 
 FILES = {"train": "extra10k", "test": "t10k"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.records import write_records
+from dit_jax.data.writing import write_records
 
 HELD_OUT = 270
 FPS = 8.0

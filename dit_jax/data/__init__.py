@@ -7,9 +7,12 @@ from dit_jax.data.packing import check_fits as check_fits
 from dit_jax.data.packing import pack_rows as pack_rows
 from dit_jax.data.records import RecordsConfig as RecordsConfig
 from dit_jax.data.records import RecordsSource as RecordsSource
-from dit_jax.data.records import write_records as write_records
 from dit_jax.data.shapes import MovingShapes as MovingShapes
 from dit_jax.data.shapes import Scene as Scene
 from dit_jax.data.shapes import ShapesConfig as ShapesConfig
 from dit_jax.data.shapes import caption as caption
 from dit_jax.data.shapes import held_out_scenes as held_out_scenes
+from dit_jax.data.transforms import TransformConfig as TransformConfig
+from dit_jax.data.transforms import flip as flip
+from dit_jax.data.transforms import resize as resize
+from dit_jax.data.writing import write_records as write_records

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import grain
@@ -35,6 +36,7 @@ class Tokenized(TypedDict):
 
 
 Tokenize = Callable[[Sample], Tokenized]
+Augment = Callable[[Sample, np.random.Generator], Sample]
 PACKERS = {
     "first_fit": grain.experimental.FirstFitPackIterDataset,
     "best_fit": grain.experimental.BestFitPackIterDataset,
@@ -84,8 +86,15 @@ def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None
 
 
 def _element(
-    tokenize: Tokenize, config: PackingConfig, index: int, sample: Sample
+    tokenize: Tokenize,
+    config: PackingConfig,
+    augment: Augment | None,
+    seed: int,
+    index: int,
+    sample: Sample,
 ) -> dict[str, Any]:
+    if augment is not None:
+        sample = augment(sample, np.random.default_rng((seed, index)))
     tokenized = tokenize(sample)
     count = len(tokenized["tokens"])
     caption = sample["caption"]
@@ -101,11 +110,20 @@ def _element(
 
 
 def lane(
-    source: Source, tokenize: Tokenize, config: PackingConfig, seed: int, row: int
+    source: Source,
+    tokenize: Tokenize,
+    config: PackingConfig,
+    seed: int,
+    row: int,
+    augment: Augment | None = None,
 ) -> grain.IterDataset:
-    """The endless stream of packed rows that fills row ``row`` of every global batch."""
+    """The endless stream of packed rows that fills row ``row`` of every global batch.
+
+    ``augment`` changes samples at random; what it draws depends on the seed and the sample's place in
+    the endless order, and on nothing else.
+    """
     ordered = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    mine = ordered.map_with_index(lambda i, s: _element(tokenize, config, i, s))
+    mine = ordered.map_with_index(partial(_element, tokenize, config, augment, seed))
     read = grain.ReadOptions(
         num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
     )
@@ -190,11 +208,12 @@ class Loader(Iterator[PackedBatch]):
         config: PackingConfig,
         seed: int,
         rows: Sequence[int] | None = None,
+        augment: Augment | None = None,
     ) -> None:
         if len(source) < 1:
             raise ValueError("the dataset is empty: check data.source's path, split and filters.")
         self.rows = tuple(range(config.rows) if rows is None else rows)
-        lanes = [lane(source, tokenize, config, seed, row) for row in self.rows]
+        lanes = [lane(source, tokenize, config, seed, row, augment) for row in self.rows]
         batches = grain.experimental.ZipIterDataset(lanes).map(_stack)
         ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
         self._batches = iter(ahead)

@@ -1,9 +1,8 @@
-"""TFDS builders in ArrayRecord format, written and read without TensorFlow.
+"""TFDS builders in ArrayRecord format, read without TensorFlow.
 
-`write_records` makes a builder directory that `tfds.data_source` and `tfds.builder_from_directory`
-read; `RecordsSource` is the random-access source over one split of ours or of any builder with a
-suitable feature: a video tensor, or an image, which is a video of one frame. Encoded image features
-(png, jpeg) are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenCV or Pillow.
+`RecordsSource` is the random-access source over one split of a builder that `write_records` made, or of
+any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded image
+features (png, jpeg) are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenCV or Pillow.
 
 It does not read TFRecord files or the Video feature of TFDS: both need TensorFlow.
 """
@@ -11,11 +10,10 @@ It does not read TFRecord files or the Video feature of TFDS: both need TensorFl
 import io
 import re
 import string
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import jax.numpy as jnp
@@ -25,7 +23,8 @@ from av.error import FFmpegError
 
 from dit_jax.types import Sample
 
-VERSION = "1.0.0"
+CODEC = "codec"
+"""Where a builder's metadata say which codec made its latents."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class RecordsConfig:
     with features in braces, "a handwritten digit {label}"; `label_names` are the words for the
     values of its single feature (a ClassLabel's own names by default). `fps_key` names the frame
     rate; None, or a builder without "fps", gives `fps`.
+    `label_key` names an integer feature, the class. A builder needs no captions then: without
+    `caption_key` they are empty.
 
     Raises ValueError for values that contradict each other.
     """
@@ -54,6 +55,7 @@ class RecordsConfig:
     caption_template: str | None = None
     label_names: tuple[str, ...] = ()
     text_states_key: str | None = None
+    label_key: str | None = None
     fps_key: str | None = "fps"
     fps: float = 8.0
     data_dir: str | None = None
@@ -93,8 +95,9 @@ class RecordsSource:
     """The random-access source over one split of a builder.
 
     A sample is {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}, the video float32
-    [t, h, w, c] where it holds latents, with "text_states": float32 [s, e] where those are asked for;
-    IndexError outside 0..len-1. Deterministic, picklable (files are opened again), usable from threads.
+    [t, h, w, c] where it holds latents, with "text_states": float32 [s, e] and "label": int where those
+    are asked for; IndexError outside 0..len-1. Deterministic, picklable (files are opened again),
+    usable from threads.
 
     Raises ValueError at construction, where the first record is read, too: for an absent or foreign
     directory, an absent or empty split, a missing feature, and a record that is no clip.
@@ -112,6 +115,9 @@ class RecordsSource:
         _check_features(features, self.config)
         # Images are handed over as they are encoded, also those that nobody asked for.
         self._encoded = {k for k in features if isinstance(features[k], tfds.features.Image)}
+        self._captioned = self.config.caption_key in features
+        self.codec: str | None = (builder.info.metadata or {}).get(CODEC)
+        """The codec that made the latents, where the builder says so."""
         self._has_fps = self.config.fps_key is not None and self.config.fps_key in features
         self._names = {
             key: self.config.label_names or tuple(getattr(features[key], "names", None) or ())
@@ -159,16 +165,20 @@ class RecordsSource:
         fps = float(record[self.config.fps_key]) if self._has_fps else self.config.fps
         where = f"feature {key!r} of record {index} of {self.config.path!r}"
         sample: Sample = {
-            "video": _as_video(video, where),
+            "video": as_video(video, where),
             "caption": self._caption(record),
             "fps": fps,
         }
         if self.config.text_states_key is not None:
             sample["text_states"] = np.asarray(record[self.config.text_states_key], np.float32)
+        if self.config.label_key is not None:
+            sample["label"] = int(record[self.config.label_key])
         return sample
 
     def _caption(self, record: Mapping[str, Any]) -> str:
         if self.config.caption_template is None:
+            if not self._captioned:
+                return ""
             return _as_text(record[self.config.caption_key])
         words = {key: self._word(key, record[key]) for key in self.config.template_keys}
         return self.config.caption_template.format(**words)
@@ -235,8 +245,10 @@ def _check_split(builder: Any, config: RecordsConfig) -> None:
 
 def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
     needed = {"video_key": (config.video_key,), "caption_template": config.template_keys}
-    if config.caption_template is None:
+    if config.caption_template is None and config.label_key is None:
         needed["caption_key"] = (config.caption_key,)
+    if config.label_key is not None:
+        needed["label_key"] = (config.label_key,)
     if config.text_states_key is not None:
         needed["text_states_key"] = (config.text_states_key,)
     # The default frame rate stands in for the default key only: another key is meant to exist.
@@ -264,7 +276,7 @@ def _decode_image(data: bytes) -> np.ndarray:
         ) from error
 
 
-def _as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
+def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
     """uint8 [t, h, w, 3] of [t, h, w, c] or [h, w, c] with c 1 or 3, or, where they may be `latents`,
     float32 of any c; `where` starts the error."""
     video = np.asarray(value)
@@ -285,110 +297,3 @@ def _as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
 
 def _as_text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder of given samples; TFDS's own AdhocBuilder imports TensorFlow."""
-
-    VERSION = tfds.core.Version(VERSION)
-
-    def __init__(
-        self,
-        name: str,
-        splits: Mapping[str, Iterable[Mapping[str, Any]]],
-        labels: Sequence[str],
-        description: str,
-        encoding: str,
-        data_dir: str,
-    ) -> None:
-        # TFDS has a name for each class and this writer one for each builder.
-        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
-        self._splits, self._labels, self._about = splits, tuple(labels), description
-        self._video_encoding = encoding
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> Any:
-        features = {
-            "video": tfds.features.Tensor(
-                shape=(None, None, None, 3), dtype=np.uint8, encoding=self._video_encoding
-            ),
-            "caption": tfds.features.Text(),
-            "fps": tfds.features.Scalar(np.float32),
-        }
-        features |= {name: tfds.features.Scalar(np.int64) for name in self._labels}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._about,
-            features=tfds.features.FeaturesDict(features),
-            # Record i is the i-th sample: the writer's order is the order a user can check.
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(split) for split in self._splits}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        i = -1
-        for i, sample in enumerate(self._splits[split]):
-            yield i, _checked(sample, self._labels, f"sample {i} of split {split!r}")
-        if i < 0:
-            raise ValueError(f"split {split!r} has no samples: give at least one, or leave it out")
-
-
-def _checked(sample: Mapping[str, Any], labels: Sequence[str], where: str) -> dict[str, Any]:
-    missing = [key for key in ("video", "caption", "fps", *labels) if key not in sample]
-    if missing:
-        raise ValueError(f"{where} lacks {missing}: it has {sorted(sample)}; add what is missing")
-    if not isinstance(sample["caption"], str) or not float(sample["fps"]) > 0:
-        raise ValueError(
-            f"{where} has caption {sample['caption']!r} and fps {sample['fps']!r}: need a string "
-            "and a positive number"
-        )
-    record = {"caption": sample["caption"], "fps": float(sample["fps"])}
-    record |= {key: int(sample[key]) for key in labels}
-    video = _as_video(sample["video"], f"video of {where}", latents=False)
-    return {"video": video, **record}
-
-
-def write_records(
-    directory: str | Path,
-    name: str,
-    splits: Mapping[str, Iterable[Mapping[str, Any]]],
-    *,
-    description: str,
-    labels: Sequence[str] = (),
-    encoding: Literal["zlib", "bytes"] = "zlib",
-) -> Path:
-    """Write samples as the TFDS builder `directory/name/1.0.0` and return that path.
-
-    `splits` maps split names to samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}
-    plus the integers named in `labels`; sizes and lengths may differ, order is kept. `encoding` of
-    the videos: "zlib" is lossless compression, "bytes" is raw, larger and quicker to read.
-
-    Raises ValueError for a bad name, an existing builder, a directory that cannot be written, an
-    empty split and a sample that does not fit; nothing but empty directories is left behind then.
-    """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"name={name!r}: use lower case letters, digits and _, a letter first")
-    if reserved := {"video", "caption", "fps"} & set(labels):
-        raise ValueError(f"labels hold {sorted(reserved)}, which every sample has: rename them")
-    if not splits:
-        raise ValueError("splits is empty: give at least one, such as {'train': samples}")
-    if encoding not in ("zlib", "bytes"):
-        raise ValueError(f"encoding={encoding!r} is unknown: use 'zlib' or 'bytes'")
-    root = Path(directory).expanduser()
-    target = root / name / VERSION
-    if target.exists():
-        raise ValueError(f"{target} exists: remove it, or choose another directory or name")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        raise ValueError(
-            f"{str(directory)!r} cannot be written ({error}): choose a directory with write access"
-        ) from error
-    writer = _Writer(name, splits, labels, description, encoding, str(root))
-    # TFDS makes a place for downloads, of which there are none: not beside the data.
-    with tempfile.TemporaryDirectory() as downloads:
-        writer.download_and_prepare(download_dir=downloads)
-    return target

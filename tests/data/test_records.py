@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_jax.data.records import RecordsConfig, RecordsSource, write_records
+from dit_jax.data.records import RecordsConfig, RecordsSource
+from dit_jax.data.writing import write_records
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

@@ -1,0 +1,141 @@
+"""Writes samples as a TFDS builder in ArrayRecord format, without TensorFlow.
+
+`tfds.data_source`, `tfds.builder_from_directory` and `RecordsSource` read it. Pixels are stored as
+uint8; latents as float16 or float32, with the name of the codec that made them in the metadata.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dit_jax.data.records import CODEC, as_video
+
+VERSION = "1.0.0"
+
+
+class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A builder of given samples; TFDS's own AdhocBuilder imports TensorFlow."""
+
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(
+        self,
+        name: str,
+        splits: Mapping[str, Iterable[Mapping[str, Any]]],
+        labels: Sequence[str],
+        description: str,
+        encoding: str,
+        data_dir: str,
+        latents: tuple[int, str] | None,
+    ) -> None:
+        # TFDS has a name for each class and this writer one for each builder.
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
+        self._splits, self._labels, self._about = splits, tuple(labels), description
+        self._video_encoding, self._latents = encoding, latents
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> Any:
+        channels, dtype = (3, np.uint8) if self._latents is None else (self._latents[0], np.float16)
+        codec = {} if self._latents is None else {CODEC: self._latents[1]}
+        features = {
+            "video": tfds.features.Tensor(
+                shape=(None, None, None, channels), dtype=dtype, encoding=self._video_encoding
+            ),
+            "caption": tfds.features.Text(),
+            "fps": tfds.features.Scalar(np.float32),
+        }
+        features |= {name: tfds.features.Scalar(np.int64) for name in self._labels}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self._about,
+            metadata=tfds.core.MetadataDict(codec),
+            features=tfds.features.FeaturesDict(features),
+            # Record i is the i-th sample: the writer's order is the order a user can check.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples(split) for split in self._splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        i = -1
+        for i, sample in enumerate(self._splits[split]):
+            where = f"sample {i} of split {split!r}"
+            yield i, _checked(sample, self._labels, where, self._latents)
+        if i < 0:
+            raise ValueError(f"split {split!r} has no samples: give at least one, or leave it out")
+
+
+def _checked(
+    sample: Mapping[str, Any], labels: Sequence[str], where: str, latents: tuple[int, str] | None
+) -> dict[str, Any]:
+    missing = [key for key in ("video", "caption", "fps", *labels) if key not in sample]
+    if missing:
+        raise ValueError(f"{where} lacks {missing}: it has {sorted(sample)}; add what is missing")
+    if not isinstance(sample["caption"], str) or not float(sample["fps"]) > 0:
+        raise ValueError(
+            f"{where} has caption {sample['caption']!r} and fps {sample['fps']!r}: need a string "
+            "and a positive number"
+        )
+    record = {"caption": sample["caption"], "fps": float(sample["fps"])}
+    record |= {key: int(sample[key]) for key in labels}
+    video = as_video(sample["video"], f"video of {where}", latents=latents is not None)
+    if latents is not None:
+        if video.dtype == np.uint8 or video.shape[-1] != latents[0]:
+            raise ValueError(
+                f"video of {where} is {video.dtype} with {video.shape[-1]} channels: latents of "
+                f"{latents[1]!r} are float with {latents[0]}"
+            )
+        video = video.astype(np.float16)
+    return {"video": video, **record}
+
+
+def write_records(
+    directory: str | Path,
+    name: str,
+    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    *,
+    description: str,
+    labels: Sequence[str] = (),
+    encoding: Literal["zlib", "bytes"] = "zlib",
+    latents: tuple[int, str] | None = None,
+) -> Path:
+    """Write samples as the TFDS builder `directory/name/1.0.0` and return that path.
+
+    `splits` maps split names to samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}
+    plus the integers named in `labels`; sizes and lengths may differ, order is kept. `encoding` of
+    the videos: "zlib" is lossless compression, "bytes" is raw, larger and quicker to read. `latents`
+    says that the videos are latents (stored as float16): their channels and the codec's name.
+
+    Raises ValueError for a bad name, an existing builder, a directory that cannot be written, an
+    empty split and a sample that does not fit; nothing but empty directories is left behind then.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name={name!r}: use lower case letters, digits and _, a letter first")
+    if reserved := {"video", "caption", "fps"} & set(labels):
+        raise ValueError(f"labels hold {sorted(reserved)}, which every sample has: rename them")
+    if not splits:
+        raise ValueError("splits is empty: give at least one, such as {'train': samples}")
+    if encoding not in ("zlib", "bytes"):
+        raise ValueError(f"encoding={encoding!r} is unknown: use 'zlib' or 'bytes'")
+    root = Path(directory).expanduser()
+    target = root / name / VERSION
+    if target.exists():
+        raise ValueError(f"{target} exists: remove it, or choose another directory or name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"{str(directory)!r} cannot be written ({error}): choose a directory with write access"
+        ) from error
+    writer = _Writer(name, splits, labels, description, encoding, str(root), latents)
+    # TFDS makes a place for downloads, of which there are none: not beside the data.
+    with tempfile.TemporaryDirectory() as downloads:
+        writer.download_and_prepare(download_dir=downloads)
+    return target
