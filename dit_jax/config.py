@@ -20,14 +20,20 @@ from typing import Any
 
 import tyro
 
-from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
+from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ByteEncoderConfig, ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.models import (
+    ByteEncoderConfig,
+    ClassLabelsConfig,
+    ModelConfig,
+    PatchConfig,
+    TextStatesConfig,
+)
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
-CHOICES = (ShapesConfig, RecordsConfig, ByteEncoderConfig, TextStatesConfig)
+CHOICES = (ShapesConfig, RecordsConfig, ByteEncoderConfig, TextStatesConfig, ClassLabelsConfig)
 """Dataclasses that stand where another may stand: stored with their name."""
 
 
@@ -37,6 +43,40 @@ class DataConfig:
 
     source: ShapesConfig | RecordsConfig = ShapesConfig()
     packing: PackingConfig = PackingConfig()
+    transform: TransformConfig = TransformConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """What turns pixels into the latents that the model makes, and back; none for models of pixels."""
+
+    path: str | None = None
+    """The folder of an autoencoder (``python -m dit_jax.convert`` says which). Pixels of the data are
+    encoded by it as they are read, and what the model makes is decoded by it."""
+    t: int = 1
+    h: int = 1
+    w: int = 1
+    """Frames, rows and columns of pixels to one latent: 1 x 8 x 8 for Stable Diffusion's. The first
+    frame has a latent of its own. Sizes in ``sampling`` count pixels."""
+
+    def __post_init__(self) -> None:
+        if min(self.t, self.h, self.w) < 1:
+            raise ValueError(
+                f"codec.t, h, w = {self.t}, {self.h}, {self.w}: strides are at least 1."
+            )
+
+    def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of so many frames of so many pixels.
+
+        Raises:
+            ValueError: where the strides do not divide them.
+        """
+        if (frames - 1) % self.t or height % self.h or width % self.w:
+            raise ValueError(
+                f"{frames} frames of {height} x {width} pixels have no whole latents of {self.t} x "
+                f"{self.h} x {self.w}: give 1 + {self.t}n frames and multiples of the others."
+            )
+        return 1 + (frames - 1) // self.t, height // self.h, width // self.w
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +106,9 @@ class EvaluationConfig:
     """Clips made for it; 0 measures nothing."""
     records_split: str | None = None
     """For recorded data: the split whose captions are prompts and whose clips are the truth."""
+    classifier_split: str | None = None
+    """For images with labels: the split that a small classifier is trained on, which then judges what
+    was made; a fifth of it is kept to judge the classifier by."""
 
     def __post_init__(self) -> None:
         if self.prompts < 0:
@@ -106,6 +149,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     attention: AttentionConfig = AttentionConfig()
+    codec: CodecConfig = CodecConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -130,7 +174,7 @@ class Config:
             )
         drawn = self.sampling
         try:
-            self.model.patch.grid(drawn.frames, drawn.height, drawn.width)
+            self.model.patch.grid(*self.codec.latent_size(drawn.frames, drawn.height, drawn.width))
         except ValueError as error:
             raise ValueError(
                 f"sampling.frames, height, width = {drawn.frames}, {drawn.height}, {drawn.width} do "
@@ -138,10 +182,27 @@ class Config:
             ) from error
         if isinstance(self.data.source, ShapesConfig):
             self._check_shapes(self.data.source)
-        elif self.model.patch.channels != 3 and (self.log.draw_every or self.evaluation.prompts):
+        elif self.model.patch.channels != 3 and self.codec.path is None:
+            if self.log.draw_every or self.evaluation.prompts:
+                raise ValueError(
+                    f"model.patch.channels is {self.model.patch.channels}: these are latents, which "
+                    "cannot be drawn as pictures without codec.path. Give it, or set log.draw_every "
+                    "and evaluation.prompts to 0."
+                )
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        source = self.data.source
+        labelled = isinstance(source, RecordsConfig) and source.label_key is not None
+        if isinstance(self.model.text, ClassLabelsConfig) and not labelled:
             raise ValueError(
-                f"model.patch.channels is {self.model.patch.channels}: these are latents, which "
-                "cannot be drawn as pictures. Set log.draw_every and evaluation.prompts to 0."
+                "model.text are classes, and the data have no labels: give data.source.label_key, the "
+                "feature of the records that holds the class."
+            )
+        if self.evaluation.classifier_split is not None and not labelled:
+            raise ValueError(
+                f"evaluation.classifier_split is {self.evaluation.classifier_split!r}, and the data "
+                "have no labels: give data.source.label_key, or leave it unset."
             )
 
     def _check_shapes(self, source: ShapesConfig) -> None:

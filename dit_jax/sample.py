@@ -22,7 +22,7 @@ import tyro
 
 from dit_jax import tasks
 from dit_jax.config import Config, stored_config
-from dit_jax.models import TextStatesConfig
+from dit_jax.models import ClassLabelsConfig, TextStatesConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -58,6 +58,8 @@ class SampleArguments:
     """What to make; several prompts make several clips."""
     prompts_file: str | None = None
     """A text file with a prompt on every line."""
+    label: tuple[int, ...] = ()
+    """Classes, by number, for a model of classes: in place of prompts."""
     output: str = "samples.mp4"
     """A file ending in .mp4, .gif or .png (several clips share it, as a grid), or a directory that
     gets a file for each clip."""
@@ -79,6 +81,8 @@ class SampleArguments:
     solver: Literal["euler", "heun"] | None = None
     batch: int | None = None
     """Clips made at once."""
+    codec: str | None = None
+    """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
     step: int | None = None
     """Of the checkpoint; the newest if unset."""
     scale: int = 1
@@ -108,18 +112,50 @@ def _override(config: Config, given: SampleArguments) -> Config:
     """The run's config with what the command line says otherwise."""
     names = ("steps", "cfg_scale", "solver", "batch", "frames", "height", "width", "fps")
     said = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **said))
+    codec = (
+        config.codec if given.codec is None else dataclasses.replace(config.codec, path=given.codec)
+    )
+    sampling = dataclasses.replace(config.sampling, **said)
+    return dataclasses.replace(config, sampling=sampling, codec=codec)
 
 
-def _prompts(given: SampleArguments) -> list[str]:
-    prompts = list(given.prompt)
+def _prompts(given: SampleArguments) -> list[str | int]:
+    """What is asked for: texts, or numbers of classes."""
+    prompts: list[str | int] = [*given.prompt, *given.label]
     if given.prompts_file is not None:
         prompts += read_prompts(given.prompts_file)
     if not prompts:
-        raise ValueError('nothing to make: give --prompt "..." or --prompts-file FILE.')
+        raise ValueError(
+            'nothing to make: give --prompt "...", --prompts-file FILE or --label NUMBER.'
+        )
     if given.num < 1 or given.scale < 1:
         raise ValueError(f"--num {given.num} and --scale {given.scale} are at least 1.")
     return [prompt for prompt in prompts for _ in range(given.num)]
+
+
+def _requests(config: Config, prompts: list[str | int], seed: int) -> list[Request]:
+    """One clip for each prompt; raises ``ValueError`` where the model reads no such prompts."""
+    made, text = config.sampling, config.model.text
+    classes = isinstance(text, ClassLabelsConfig)
+    for prompt in prompts:
+        if classes and not isinstance(prompt, int):
+            raise ValueError(
+                f"the model knows classes and reads no prompts: in place of {prompt[:60]!r} give "
+                f"--label with numbers of 0 to {text.classes - 1}."
+            )
+        if not classes and isinstance(prompt, int):
+            raise ValueError(
+                f"--label {prompt}: the model reads prompts and knows no classes. Give --prompt."
+            )
+        if classes:
+            config.model.text_tokens("", label=int(prompt))
+    size = config.codec.latent_size(made.frames, made.height, made.width)
+    return [
+        Request("", *size, made.fps, seed + i, label=prompt)
+        if isinstance(prompt, int)
+        else Request(prompt, *size, made.fps, seed + i)
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def sample(given: SampleArguments) -> None:
@@ -135,12 +171,10 @@ def sample(given: SampleArguments) -> None:
     config = stored_config(checkpointer.config(step), checkpointer.path(step) / "config")
     config = _override(config, given)
     made = config.sampling
-    requests = [
-        Request(prompt, made.frames, made.height, made.width, made.fps, given.seed + i)
-        for i, prompt in enumerate(prompts)
-    ]
+    requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
     _check_model(config, given.checkpoint)
+    codec = tasks.open_codec(config)
 
     mesh = make_mesh(given.mesh)
     # Kernel and way are for the machine that samples to say, not for the one that trained.
@@ -157,7 +191,8 @@ def sample(given: SampleArguments) -> None:
         )
     checkpointer.close()
     generator = Generator(model, config.diffusion, made)
-    clips = make_clips(generator, params, requests, config.model, mesh, progress=True)
+    decode = None if codec is None else codec.decode
+    clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
     if jax.process_index() == 0:
         _write(given, directory, single, prompts, clips, made.fps)
 
@@ -165,15 +200,16 @@ def sample(given: SampleArguments) -> None:
 def _check_model(config: Config, run: str) -> None:
     """Raises ``ValueError`` where the run's model reads or makes what is not made or read here."""
     text, channels = config.model.text, config.model.patch.channels
+    coded = config.codec.path is not None
     if isinstance(text, TextStatesConfig):
         raise ValueError(
             f"the model of {run!r} reads prompts as states of the encoder {text.encoder!r}, which is "
             "not here: sample from a model that reads bytes (model.text)."
         )
-    if channels != 3:
+    if channels != 3 and not coded:
         raise ValueError(
-            f"the model of {run!r} makes latents of {channels} channels, and no codec is here to turn "
-            "them into pixels: sample from a model of pixels."
+            f"the model of {run!r} makes latents of {channels} channels: give --codec, the folder of "
+            "the autoencoder that turns them into pixels."
         )
 
 
@@ -185,7 +221,7 @@ def _write(
     given: SampleArguments,
     directory: Path,
     single: bool,
-    prompts: list[str],
+    prompts: list[str | int],
     clips: list[np.ndarray],
     fps: float,
 ) -> None:
@@ -195,7 +231,8 @@ def _write(
         print(f"{len(large)} clip(s): {directory}")
         return
     for i, (prompt, clip) in enumerate(zip(prompts, large, strict=True)):
-        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+        words = prompt if isinstance(prompt, str) else f"class {prompt}"
+        slug = re.sub(r"\W+", "-", words.lower()).strip("-")[:60]
         write_video(directory / f"{i:04d}-{slug}.{given.format}", clip, fps)
     print(f"{len(large)} clip(s) in {directory}/")
 

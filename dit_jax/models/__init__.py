@@ -4,6 +4,7 @@ from dit_jax.models.blocks import as_computed as as_computed
 from dit_jax.models.dit import PRESETS as PRESETS
 from dit_jax.models.dit import DiT as DiT
 from dit_jax.models.dit import DiTConfig as DiTConfig
+from dit_jax.models.dit import published as published
 from dit_jax.models.flops import forward_flops as forward_flops
 from dit_jax.models.patch import PatchConfig as PatchConfig
 from dit_jax.models.patch import patchify as patchify

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +15,9 @@ from dit_jax.parallel import batch_shards, global_batch, token_multiple
 from dit_jax.sampling.generate import Generator, Request, check_request, text_condition
 from dit_jax.sampling.media import to_uint8
 from dit_jax.types import Params
+
+Decode = Callable[[np.ndarray], np.ndarray]
+"""Latents ``[t, h, w, c]`` to pixels ``[t, h, w, 3]``, float in [-1, 1]."""
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -28,10 +31,12 @@ def make_clips(
     model: ModelConfig,
     mesh: Mesh,
     progress: bool = False,
+    decode: Decode | None = None,
 ) -> list[np.ndarray]:
     """Makes every request's clip, uint8 ``[t, h, w, 3]``; the same on every process.
 
-    Requests of any sizes share batches; all are checked before the first is made.
+    The sizes of requests count latents where ``decode`` makes pixels of what the model makes. Requests
+    of any sizes share batches; all are checked before the first is made.
     """
     for request in requests:
         check_request(request, model.patch)
@@ -61,5 +66,5 @@ def make_clips(
             for request, row in zip(part, tokens, strict=False):
                 size = (request.frames, request.height, request.width)
                 clip = unpatchify(model.patch, row[: model.patch.num_tokens(*size)], *size)
-                clips.append(to_uint8(clip))
+                clips.append(to_uint8(clip if decode is None else decode(clip)))
     return clips

@@ -4,6 +4,7 @@ from dit_jax.tasks.abstract import AbstractStep as AbstractStep
 from dit_jax.tasks.abstract import AbstractTask as AbstractTask
 from dit_jax.tasks.abstract import abstract_denoise as abstract_denoise
 from dit_jax.tasks.abstract import abstract_task as abstract_task
+from dit_jax.tasks.codecs import open_codec as open_codec
 from dit_jax.tasks.text_to_video import build as build
 from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model

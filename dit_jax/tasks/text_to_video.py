@@ -6,7 +6,6 @@ noise levels, a prediction and a loss; the averaged parameters become clips.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -25,12 +24,12 @@ from dit_jax.data import (
     RecordsSource,
     ShapesConfig,
     Tokenized,
-    caption,
+    TransformConfig,
     check_fits,
-    held_out_scenes,
+    flip,
+    resize,
 )
 from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, velocity_loss
-from dit_jax.evaluation import mean_psnr, prompt_following
 from dit_jax.models import (
     ModelConfig,
     TextStatesConfig,
@@ -50,13 +49,13 @@ from dit_jax.parallel import (
     token_multiple,
     ulysses_size,
 )
-from dit_jax.sampling import Generator, Request, contact_sheet, make_clips, to_float, write_png
+from dit_jax.sampling import Generator, make_clips, to_float
+from dit_jax.tasks.cases import Cases, write_sheet
+from dit_jax.tasks.codecs import check_codec, open_codec
 from dit_jax.training import Task, Work
-from dit_jax.types import PAD, PackedBatch, Params, Sample, Source
+from dit_jax.types import PAD, Codec, PackedBatch, Params, Sample, Source
 
-FRAMES_SHOWN = 5
-CLIPS_SHOWN = 24
-SHEET_SCALE = 3
+AS_THEY_ARE = TransformConfig()
 
 
 def make_source(config: DataConfig) -> Source:
@@ -106,17 +105,28 @@ def check_layout(config: Config, mesh: Mesh) -> None:
         ulysses_size(config.attention, context, config.model.dit.heads // mesh.shape["tensor"])
 
 
-def tokenize(model: ModelConfig, sample: Sample) -> Tokenized:
-    """A sample as clean patches, positions and text tokens."""
+def tokenize(
+    model: ModelConfig,
+    sample: Sample,
+    transform: TransformConfig = AS_THEY_ARE,
+    codec: Codec | None = None,
+) -> Tokenized:
+    """A sample as clean patches, positions and text tokens; pixels pass through ``codec`` if given."""
     video = sample["video"]
     if video.dtype == np.uint8:
-        video = to_float(video)
+        strides = (1, 1, 1) if codec is None else codec.strides
+        patch = (model.patch.h * strides[1], model.patch.w * strides[2])
+        video = to_float(resize(transform, video, patch))
+        if codec is not None:
+            video = np.asarray(codec.encode(video), np.float32)
     places, frame_ids = positions(model.patch, *video.shape[:3], fps=sample["fps"])
     return {
         "tokens": patchify(model.patch, video),
         "positions": places,
         "frame_ids": frame_ids,
-        "text": model.text_tokens(sample["caption"], sample.get("text_states")),
+        "text": model.text_tokens(
+            sample["caption"], sample.get("text_states"), sample.get("label")
+        ),
     }
 
 
@@ -162,43 +172,6 @@ def batch_work(model: ModelConfig, batch: PackedBatch) -> Work:
     return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
 
 
-class Cases:
-    """Prompts that a run shows and is measured on, with the truth where there is one."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        source, count = config.data.source, config.evaluation.prompts
-        self._scenes: list[Any] = []
-        self._true: list[np.ndarray] = []
-        if isinstance(source, ShapesConfig):
-            made = config.sampling
-            shown = max(count, config.log.draw_count)
-            self._scenes = held_out_scenes(shown, config.seed, made.frames, made.height, made.width)
-            sizes = [(caption(s), s.frames, s.height, s.width, source.fps) for s in self._scenes]
-            states = [None] * len(sizes)
-        else:
-            split = config.evaluation.records_split
-            held = RecordsSource(dataclasses.replace(source, split=split or source.split))
-            samples = [held[i] for i in range(min(len(held), max(count, config.log.draw_count)))]
-            self._true = [s["video"] for s in samples] if split else []
-            sizes = [(s["caption"], *s["video"].shape[:3], s["fps"]) for s in samples]
-            states = [s.get("text_states") for s in samples]
-        self.requests = [
-            Request(*size, seed=i, text_states=state)
-            for i, (size, state) in enumerate(zip(sizes, states, strict=True))
-        ]
-
-    def measure(self, clips: list[np.ndarray]) -> dict[str, float]:
-        """The judge's verdict on moving shapes; the distance to the truth on recorded clips."""
-        if self._scenes:
-            return prompt_following(clips, self._scenes[: len(clips)])
-        return {"psnr": mean_psnr(clips, self._true[: len(clips)]), "count": len(clips)}
-
-    @property
-    def measurable(self) -> bool:
-        return bool(self._scenes or self._true) and self._config.evaluation.prompts > 0
-
-
 def build(config: Config, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
@@ -206,39 +179,37 @@ def build(config: Config, mesh: Mesh) -> Task:
     if len(source) < 1:
         raise ValueError("the dataset is empty: check data.source's path, split and filters.")
     packing = config.data.packing
-    first = tokenize(config.model, source[0])
+    codec = open_codec(config)
+    check_codec(codec, source)
+    to_tokens = partial(tokenize, config.model, transform=config.data.transform, codec=codec)
+    first = to_tokens(source[0])
     check_fits(packing, len(first["tokens"]), len(first["text"]), "the first sample")
     model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
     cases = Cases(config)
+    augment = flip if config.data.transform.flip else None
+    decode = None if codec is None else codec.decode
 
     def draw(params: Params, path: Path) -> None:
         requests = cases.requests[: config.log.draw_count]
-        clips = make_clips(generator, params, requests, config.model, mesh)
-        _sheet(clips, path)
+        clips = make_clips(generator, params, requests, config.model, mesh, decode=decode)
+        write_sheet(clips, path)
 
     def report(params: Params, directory: Path) -> Mapping[str, float]:
         if not cases.measurable:
             return {}
         requests = cases.requests[: config.evaluation.prompts]
-        clips = make_clips(generator, params, requests, config.model, mesh, progress=True)
-        _sheet(clips[:CLIPS_SHOWN], directory / "samples.png")
+        clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
+        write_sheet(clips, directory / "samples.png")
         return cases.measure(clips)
 
     return Task(
         name="text_to_video",
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
-        loader=lambda rows: Loader(
-            source, partial(tokenize, config.model), packing, config.seed, rows
-        ),
+        loader=lambda rows: Loader(source, to_tokens, packing, config.seed, rows, augment),
         rows=packing.rows,
         work=partial(batch_work, config.model),
         draw=draw,
         report=report,
     )
-
-
-def _sheet(clips: list[np.ndarray], path: Path) -> None:
-    if jax.process_index() == 0:
-        write_png(path, contact_sheet(clips, FRAMES_SHOWN, SHEET_SCALE))

@@ -93,7 +93,7 @@ def test_work_counts_states(trained, latents):
     ids=["draw_every", "prompts"],
 )
 def test_latents_that_would_be_drawn_are_refused(latents, change):
-    message = "channels is 4: these are latents.* Set log.draw_every and evaluation.prompts to 0"
+    message = "channels is 4: these are latents.* set log.draw_every and evaluation.prompts to 0"
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(latents, **change)
 

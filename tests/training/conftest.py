@@ -21,7 +21,13 @@ from dit_jax.training import OptimizerConfig, abstract_state, make_optimizer, ma
 # accelerators, so that their parameters are stacked.
 MODEL = ModelConfig(
     dit=DiTConfig(
-        width=64, depth=2, heads=8, mlp_dim=64, scan=True, absolute_positions="thw", pooled_text=True
+        width=64,
+        depth=2,
+        heads=8,
+        mlp_dim=64,
+        scan=True,
+        absolute_positions="thw",
+        pooled_text=True,
     ),
     patch=PatchConfig(t=1, h=2, w=2, channels=3, reference_fps=8.0),
     text=ByteEncoderConfig(width=16, depth=1, heads=8, max_bytes=7),

@@ -1,0 +1,128 @@
+"""What a run shows and is measured on: prompts or classes, and the truth where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.config import Config
+from dit_jax.data import (
+    RecordsConfig,
+    RecordsSource,
+    ShapesConfig,
+    caption,
+    held_out_scenes,
+    resize,
+)
+from dit_jax.evaluation import judge_classes, mean_psnr, prompt_following
+from dit_jax.models import ClassLabelsConfig
+from dit_jax.sampling import Request, contact_sheet, grid, write_png
+
+FRAMES_SHOWN = 5
+CLIPS_SHOWN = 24
+IMAGES_SHOWN = 100
+SHEET_SCALE = 3
+
+
+class Cases:
+    """Requests for a run's samples, and how well the clips made for them do."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        source, count = config.data.source, config.evaluation.prompts
+        self._scenes: list[Any] = []
+        self._true: list[np.ndarray] = []
+        shown = max(count, config.log.draw_count)
+        if isinstance(source, ShapesConfig):
+            self.requests = self._of_shapes(source, shown)
+        elif isinstance(config.model.text, ClassLabelsConfig):
+            self.requests = self._of_classes(config.model.text.classes, shown)
+        else:
+            self.requests = self._of_records(source, shown)
+
+    def _of_shapes(self, source: ShapesConfig, count: int) -> list[Request]:
+        config, made = self._config, self._config.sampling
+        self._scenes = held_out_scenes(count, config.seed, made.frames, made.height, made.width)
+        return [
+            Request(caption(s), s.frames, s.height, s.width, source.fps, seed=i)
+            for i, s in enumerate(self._scenes)
+        ]
+
+    def _of_classes(self, classes: int, count: int) -> list[Request]:
+        made = self._config.sampling
+        size = self._config.codec.latent_size(made.frames, made.height, made.width)
+        return [Request("", *size, made.fps, i, label=i % classes) for i in range(count)]
+
+    def _of_records(self, source: RecordsConfig, count: int) -> list[Request]:
+        split = self._config.evaluation.records_split
+        held = RecordsSource(dataclasses.replace(source, split=split or source.split))
+        samples = [held[i] for i in range(min(len(held), count))]
+        codec, transform, patch = (
+            self._config.codec,
+            self._config.data.transform,
+            self._config.model.patch,
+        )
+        requests = []
+        for i, sample in enumerate(samples):
+            video = sample["video"]
+            if video.dtype == np.uint8:
+                video = resize(transform, video, (patch.h * codec.h, patch.w * codec.w))
+                t, h, w = codec.latent_size(*video.shape[:3])
+            else:
+                t, h, w = video.shape[:3]
+            states = sample.get("text_states")
+            requests.append(Request(sample["caption"], t, h, w, sample["fps"], i, states))
+            if split:
+                self._true.append(video)
+        return requests
+
+    def measure(self, clips: list[np.ndarray]) -> dict[str, float]:
+        """The judge's verdict on moving shapes; the classifier's on images of classes; the distance to
+        the truth of recorded clips."""
+        if self._scenes:
+            return prompt_following(clips, self._scenes[: len(clips)])
+        if self._config.evaluation.classifier_split is not None:
+            return self._classify(clips)
+        return {"psnr": mean_psnr(clips, self._true[: len(clips)]), "count": len(clips)}
+
+    def _classify(self, clips: list[np.ndarray]) -> dict[str, float]:
+        source, split = self._config.data.source, self._config.evaluation.classifier_split
+        assert isinstance(source, RecordsConfig) and split is not None
+        held, trained = (
+            self._images(dataclasses.replace(source, split=name), limit)
+            for name, limit in ((split, None), (source.split, len(clips)))
+        )
+        labels = np.array([request.label for request in self.requests[: len(clips)]])
+        return judge_classes(np.concatenate(clips), labels, *held, trained[0])
+
+    def _images(self, source: RecordsConfig, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures and labels of a split, transformed as training transforms them; evenly spaced
+        ones, where there are more than ``limit``."""
+        records, patch, codec = RecordsSource(source), self._config.model.patch, self._config.codec
+        count = len(records) if limit is None else min(limit, len(records))
+        samples = [records[i * len(records) // count] for i in range(count)]
+        multiple = (patch.h * codec.h, patch.w * codec.w)
+        pictures = [resize(self._config.data.transform, s["video"], multiple)[0] for s in samples]
+        return np.stack(pictures), np.array([s.get("label", 0) for s in samples])
+
+    @property
+    def measurable(self) -> bool:
+        judged = self._scenes or self._true or self._config.evaluation.classifier_split is not None
+        return bool(judged) and self._config.evaluation.prompts > 0
+
+
+def write_sheet(clips: Sequence[np.ndarray], path: Path) -> None:
+    """Writes a picture of the first clips, once: rows of frames, or a square of still images."""
+    if jax.process_index() != 0:
+        return
+    if all(len(clip) == 1 for clip in clips):
+        columns = 10 if len(clips) >= 30 else None
+        picture = grid(list(clips[:IMAGES_SHOWN]), columns)[0]
+    else:
+        picture = contact_sheet(clips[:CLIPS_SHOWN], FRAMES_SHOWN, SHEET_SCALE)
+    write_png(path, picture)

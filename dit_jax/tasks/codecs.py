@@ -1,0 +1,39 @@
+"""The autoencoder of a run of latents: opened, and held against the config and the data."""
+
+from __future__ import annotations
+
+from dit_jax.config import Config
+from dit_jax.data import RecordsSource
+from dit_jax.types import Codec, Source
+
+
+def open_codec(config: Config) -> Codec | None:
+    """The codec at ``config.codec.path``, if there is one.
+
+    Raises:
+        ValueError: where it is absent, or makes other latents than the model does.
+    """
+    if config.codec.path is None:
+        return None
+    from dit_jax.interop import load_codec
+
+    codec = load_codec(config.codec.path)
+    wanted = (config.codec.t, config.codec.h, config.codec.w)
+    if codec.strides != wanted or codec.channels != config.model.patch.channels:
+        raise ValueError(
+            f"the codec {config.codec.path!r} makes latents of {codec.channels} channels with strides "
+            f"{codec.strides}, and the config has model.patch.channels {config.model.patch.channels} "
+            f"and codec.t, h, w = {wanted}: make them the same."
+        )
+    return codec
+
+
+def check_codec(codec: Codec | None, source: Source) -> None:
+    """Raises ``ValueError`` where the latents of the data are another codec's."""
+    if codec is None or not isinstance(source, RecordsSource) or source.codec is None:
+        return
+    if source.codec != codec.hash:
+        raise ValueError(
+            f"the latents of {source.config.path!r} were made by the codec {source.codec!r}, "
+            f"and codec.path is {codec.hash!r} ({codec.name}): give the one that made them."
+        )
