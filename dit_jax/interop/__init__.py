@@ -1,5 +1,15 @@
 """Published weights in and out."""
 
+from dit_jax.interop.diffusers_dit import diffusers_map as diffusers_map
+from dit_jax.interop.diffusers_dit import from_diffusers as from_diffusers
+from dit_jax.interop.diffusers_dit import to_diffusers as to_diffusers
+from dit_jax.interop.dit import DiTFile as DiTFile
+from dit_jax.interop.dit import dit_map as dit_map
+from dit_jax.interop.dit import infer_dit as infer_dit
+from dit_jax.interop.dit import pick_weights as pick_weights
+from dit_jax.interop.maps import Map as Map
+from dit_jax.interop.safetensors_files import read_safetensors as read_safetensors
+from dit_jax.interop.safetensors_files import write_safetensors as write_safetensors
 from dit_jax.interop.torch_files import read_torch as read_torch
 from dit_jax.interop.torch_files import read_torch_tree as read_torch_tree
 from dit_jax.interop.torch_writer import write_torch as write_torch
