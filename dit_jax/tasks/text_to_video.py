@@ -29,7 +29,7 @@ from dit_jax.data import (
     check_fits,
     held_out_scenes,
 )
-from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, velocity_loss
+from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, token_loss
 from dit_jax.evaluation import mean_psnr, prompt_following
 from dit_jax.models import (
     ModelConfig,
@@ -138,7 +138,7 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
 def batch_loss(
     model: TextToVideo, config: DiffusionConfig, params: Params, batch: PackedBatch, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the tokens' velocity errors, and the sum of their weights."""
+    """Sum of the tokens' losses, and the sum of their weights."""
     noised = noise_batch(config, key, batch)
     output: Any = model.apply(
         params,
@@ -150,7 +150,7 @@ def batch_loss(
         batch.text,
         drop_captions(batch.text_segment_ids, noised.dropped),
     )
-    error, weight = velocity_loss(config, output, noised, batch)
+    error, weight = token_loss(config, output, noised, batch)
     return error.sum(), weight.sum()
 
 
