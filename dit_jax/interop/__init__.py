@@ -1,5 +1,9 @@
 """Published weights in and out."""
 
+from dit_jax.interop.autoencoder import autoencoder_from_diffusers as autoencoder_from_diffusers
+from dit_jax.interop.autoencoder import autoencoder_map as autoencoder_map
+from dit_jax.interop.autoencoder import autoencoder_to_diffusers as autoencoder_to_diffusers
+from dit_jax.interop.autoencoder import load_codec as load_codec
 from dit_jax.interop.diffusers_dit import diffusers_map as diffusers_map
 from dit_jax.interop.diffusers_dit import from_diffusers as from_diffusers
 from dit_jax.interop.diffusers_dit import to_diffusers as to_diffusers
@@ -7,6 +11,9 @@ from dit_jax.interop.dit import DiTFile as DiTFile
 from dit_jax.interop.dit import dit_map as dit_map
 from dit_jax.interop.dit import infer_dit as infer_dit
 from dit_jax.interop.dit import pick_weights as pick_weights
+from dit_jax.interop.folders import read_config as read_config
+from dit_jax.interop.folders import read_weights as read_weights
+from dit_jax.interop.folders import write_folder as write_folder
 from dit_jax.interop.maps import Map as Map
 from dit_jax.interop.safetensors_files import read_safetensors as read_safetensors
 from dit_jax.interop.safetensors_files import write_safetensors as write_safetensors

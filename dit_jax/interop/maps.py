@@ -99,6 +99,8 @@ class Map:
     fixed: tuple[Fixed, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Other names that files have for keys: ``{theirs: the table's}``."""
+    written: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names to write in place of keys: ``{the table's: theirs}``."""
 
     @cached_property
     def _of_key(self) -> dict[str, Entry]:
@@ -233,7 +235,8 @@ class Written(Mapping[str, Pending]):
         for entry in table.entries:
             for at, key in enumerate(entry.keys):
                 shape = entry.layout.their_shape
-                self._made[key] = Pending(shape, dtype, entry, leaves[entry.path], at)
+                name = table.written.get(key, key)
+                self._made[name] = Pending(shape, dtype, entry, leaves[entry.path], at)
 
     def __getitem__(self, key: str) -> Pending:
         return self._made[key]
