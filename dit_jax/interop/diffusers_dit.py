@@ -24,6 +24,9 @@ from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Entry, Fixed, Map
 
 CLASS = "DiTTransformer2DModel"
+CLASSES = (CLASS, "Transformer2DModel")
+"""The second is what Diffusers called it before 0.28, and published folders do; its ``norm_type`` says
+which of several models it is."""
 EMBEDDERS = "transformer_blocks.{}.norm1.emb."
 """What every block has a copy of."""
 
@@ -101,7 +104,7 @@ def from_diffusers(config: dict[str, Any], where: str) -> DiTFile:
     Raises:
         ValueError: where it is another class, or set to what the published transformer is not.
     """
-    if config.get("_class_name") != CLASS:
+    if config.get("_class_name") not in CLASSES:
         raise ValueError(f"{where} is of {config.get('_class_name')!r}, not {CLASS!r}.")
     given = DEFAULTS | config
     other = [f"{name} is {given[name]!r}" for name, v in WANTED.items() if given[name] != v]

@@ -100,6 +100,33 @@ def grid_table(width: int, side: int) -> np.ndarray:
     return np.concatenate(features, 1, dtype=np.float32)[None]
 
 
+CLOCKS: dict[Family, tuple[float, float]] = {"dit": (1000.0, -1.0), "sit": (-1.0, 1.0)}
+"""``time_scale`` and ``time_offset`` of what each network is told of a noise level."""
+
+
+def family_of(model: ModelConfig) -> Family:
+    """Whose clock a model has, DiT's or SiT's.
+
+    Raises:
+        ValueError: where it has another, which the published layouts do not tell of.
+    """
+    clock = model.dit.time_scale, model.dit.time_offset
+    for family, known in CLOCKS.items():
+        if clock == known:
+            return family
+    raise ValueError(
+        f"dit.time_scale and time_offset are {clock}, and published weights are read with DiT's "
+        f"{CLOCKS['dit']} or SiT's {CLOCKS['sit']}: keep this model as a run."
+    )
+
+
+def with_clock(model: ModelConfig, family: Family) -> ModelConfig:
+    """The model told of noise levels as that family is."""
+    scale, offset = CLOCKS[family]
+    dit = dataclasses.replace(model.dit, time_scale=scale, time_offset=offset)
+    return dataclasses.replace(model, dit=dit)
+
+
 def axis_sizes(model: ModelConfig) -> dict[str, int]:
     """Sizes of the axes in ``DIT_KEYS``."""
     dit, patch = model.dit, model.patch
@@ -128,6 +155,7 @@ def check_published(model: ModelConfig) -> None:
         "dit.rotary": (dit.rotary, False),
         "dit.qk_norm": (dit.qk_norm, False),
         "dit.absolute_positions": (dit.absolute_positions, "wh"),
+        "dit.rope_theta": (dit.rope_theta, 1e4),
         "dit.cross_attention": (dit.cross_attention, False),
         "dit.pooled_text": (dit.pooled_text, True),
         "dit.modulation": (dit.modulation, "layer"),
@@ -241,14 +269,12 @@ def made_file(
             f"of {patch}: 1, or 2 with learned variance, are known."
         )
     like = published("S")
-    clock = {"time_scale": -1.0, "time_offset": 1.0} if family == "sit" else {}
     dit = dataclasses.replace(
         like,
         width=width,
         depth=depth,
         heads=heads,
         mlp_dim=None if hidden == 4 * width else hidden,
-        **clock,
     )
     model = ModelConfig(
         dit=dit,
@@ -256,7 +282,7 @@ def made_file(
         text=ClassLabelsConfig(classes=classes),
         learned_variance=outputs == 2,
     )
-    return DiTFile(model, size, family)
+    return DiTFile(with_clock(model, family), size, family)
 
 
 def preset_name(model: ModelConfig) -> str | None:

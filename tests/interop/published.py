@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit_jax import interop
+from dit_jax.interop.dit import grid_table
+
 
 def optional(name: str) -> Any:
     """A module that only tests need, or None; its warnings at import are not ours."""
@@ -93,3 +96,28 @@ def relative(found: Any, wanted: Any) -> float:
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     assert found.shape == wanted.shape
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def authors_arrays(family: Any = "dit", **changed: Any) -> Any:
+    """A small file's arrays in the authors' layout, without PyTorch."""
+    rng = np.random.default_rng(0)
+    file = interop.infer_dit(seeds(), family, heads=4)
+    table = interop.dit_map(file)
+    arrays = {"pos_embed": grid_table(48, 4)}
+    for entry in table.entries:
+        for key in entry.keys:
+            arrays[key] = rng.normal(size=entry.layout.their_shape).astype(np.float32)
+    return file, table, {**arrays, **changed}
+
+
+def seeds() -> dict[str, np.ndarray]:
+    """What the config of a small file is read from."""
+    shapes = {
+        "x_embedder.proj.weight": (48, 4, 2, 2),
+        "y_embedder.embedding_table.weight": (11, 48),
+        "final_layer.linear.weight": (32, 48),
+        "blocks.0.mlp.fc1.weight": (192, 48),
+        "blocks.1.mlp.fc1.weight": (192, 48),
+        "pos_embed": (1, 16, 48),
+    }
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

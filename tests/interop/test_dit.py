@@ -19,10 +19,12 @@ from dit_jax.parallel import MeshConfig, make_mesh, parameter_shardings, xla_att
 from dit_jax.types import unconstrained
 from tests.interop.published import (
     as_published,
+    authors_arrays,
     diffusers,
     needs_diffusers,
     random_dit,
     relative,
+    seeds,
     torch,
 )
 
@@ -212,30 +214,6 @@ def test_every_preset_has_the_published_shapes(size, patch):
     assert abs(count / 1e6 - PUBLISHED[size]) < 2
 
 
-def authors_arrays(**changed):
-    """A small file's arrays in the authors' layout, without PyTorch."""
-    rng = np.random.default_rng(0)
-    file = interop.infer_dit(_seeds(), heads=4)
-    table = interop.dit_map(file)
-    arrays = {"pos_embed": grid_table(48, 4)}
-    for entry in table.entries:
-        for key in entry.keys:
-            arrays[key] = rng.normal(size=entry.layout.their_shape).astype(np.float32)
-    return file, table, {**arrays, **changed}
-
-
-def _seeds():
-    shapes = {
-        "x_embedder.proj.weight": (48, 4, 2, 2),
-        "y_embedder.embedding_table.weight": (11, 48),
-        "final_layer.linear.weight": (32, 48),
-        "blocks.0.mlp.fc1.weight": (192, 48),
-        "blocks.1.mlp.fc1.weight": (192, 48),
-        "pos_embed": (1, 16, 48),
-    }
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-
-
 def test_every_mismatch_is_named_at_once():
     _, table, arrays = authors_arrays()
     del arrays["blocks.1.attn.proj.bias"]
@@ -323,14 +301,13 @@ def test_a_model_that_the_layouts_cannot_hold_is_refused():
 
 def test_what_the_shapes_do_not_tell_is_asked_for():
     with pytest.raises(ValueError, match="say their number with --heads"):
-        interop.infer_dit(_seeds())
-    seeds = _seeds()
-    del seeds["pos_embed"]
+        interop.infer_dit(seeds())
+    rest = {key: array for key, array in seeds().items() if key != "pos_embed"}
     with pytest.raises(ValueError, match="'pos_embed' is absent"):
-        interop.infer_dit(seeds, heads=4)
+        interop.infer_dit(rest, heads=4)
     with pytest.raises(ValueError, match="3 numbers for each of the 4 channels"):
         odd = {"final_layer.linear.weight": np.zeros((48, 48))}
-        interop.infer_dit(_seeds() | odd, heads=4)
+        interop.infer_dit(seeds() | odd, heads=4)
     with pytest.raises(ValueError, match="its keys begin with conv_in, mid"):
         interop.pick_weights({"conv_in.weight": np.zeros(1), "mid.x": np.zeros(1)})
 
@@ -344,6 +321,10 @@ def _folder_config():
 def test_a_config_of_another_model_is_refused():
     config = _folder_config()
     assert interop.from_diffusers(config, "in") == authors_arrays()[0]
+    old = config | {"_class_name": "Transformer2DModel", "num_vector_embeds": None}
+    assert interop.from_diffusers(old, "in") == authors_arrays()[0]
+    with pytest.raises(ValueError, match="norm_type is 'layer_norm'"):
+        interop.from_diffusers(old | {"norm_type": "layer_norm"}, "in")
     with pytest.raises(ValueError, match="in is of 'UNet2DModel'"):
         interop.from_diffusers(config | {"_class_name": "UNet2DModel"}, "in")
     with pytest.raises(ValueError, match="activation_fn is 'geglu'; norm_eps is 0.1"):
