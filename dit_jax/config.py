@@ -192,6 +192,11 @@ class Config:
         self._check_labels()
 
     def _check_labels(self) -> None:
+        if self.diffusion.variance == "learned_range" and not self.model.learned_variance:
+            raise ValueError(
+                "diffusion.variance is 'learned_range', and the model has no second output for it: set "
+                "model.learned_variance, or another variance."
+            )
         source = self.data.source
         labelled = isinstance(source, RecordsConfig) and source.label_key is not None
         if isinstance(self.model.text, ClassLabelsConfig) and not labelled:

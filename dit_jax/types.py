@@ -144,25 +144,6 @@ DotGeneral = Callable[..., jax.Array]
 """What linear layers multiply with; the signature is ``jax.lax.dot_general``'s."""
 
 
-class Codec(Protocol):
-    """An autoencoder between pixels and latents; a still image is a clip of one frame."""
-
-    name: str
-    hash: str
-    """Of the weights: latents of one codec are nothing to another."""
-    strides: tuple[int, int, int]
-    """Frames, rows and columns of pixels to one latent."""
-    channels: int
-
-    def encode(self, video: np.ndarray) -> np.ndarray:
-        """Pixels float ``[t, h, w, 3]`` in [-1, 1] to latents ``[t, h, w, c]``, near unit variance."""
-        ...
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents ``[t, h, w, c]`` to pixels float ``[t, h, w, 3]``."""
-        ...
-
-
 Denoiser = Callable[[Float[Array, "b l p"], Float[Array, ""]], Float[Array, "b l p"]]
 """``velocity(x, sigma)``: dx/dt of every token when the schedule stands at ``sigma``."""
 

@@ -1,8 +1,42 @@
-"""Evaluation: what can be measured of made clips without another network."""
+"""Evaluation: judges and distances to the truth, and the networks in whose features those are taken."""
 
 from dit_jax.evaluation.classifier import judge_classes as judge_classes
+from dit_jax.evaluation.distances import frechet_distance as frechet_distance
+from dit_jax.evaluation.distances import inception_score as inception_score
+from dit_jax.evaluation.distances import precision_recall as precision_recall
+from dit_jax.evaluation.distances import small_sample_note as small_sample_note
+from dit_jax.evaluation.features import FeatureFunction as FeatureFunction
+from dit_jax.evaluation.features import NetworkFeatures as NetworkFeatures
 from dit_jax.evaluation.fidelity import mean_psnr as mean_psnr
 from dit_jax.evaluation.fidelity import psnr as psnr
+from dit_jax.evaluation.i3d import I3D as I3D
+from dit_jax.evaluation.i3d import I3D_FRAMES as I3D_FRAMES
+from dit_jax.evaluation.i3d import I3D_MIN_FRAMES as I3D_MIN_FRAMES
+from dit_jax.evaluation.images import ImageSet as ImageSet
+from dit_jax.evaluation.images import is_clips as is_clips
+from dit_jax.evaluation.images import open_images as open_images
+from dit_jax.evaluation.images import write_npz as write_npz
+from dit_jax.evaluation.inception import InceptionFeatures as InceptionFeatures
+from dit_jax.evaluation.inception import InceptionV3 as InceptionV3
 from dit_jax.evaluation.judge import Verdict as Verdict
 from dit_jax.evaluation.judge import judge as judge
 from dit_jax.evaluation.judge import prompt_following as prompt_following
+from dit_jax.evaluation.making import Wanted as Wanted
+from dit_jax.evaluation.making import class_labels as class_labels
+from dit_jax.evaluation.making import fill as fill
+from dit_jax.evaluation.measure import Measured as Measured
+from dit_jax.evaluation.measure import Metric as Metric
+from dit_jax.evaluation.measure import check_metrics as check_metrics
+from dit_jax.evaluation.measure import complete as complete
+from dit_jax.evaluation.measure import measure as measure
+from dit_jax.evaluation.moments import Moments as Moments
+from dit_jax.evaluation.moments import Statistics as Statistics
+from dit_jax.evaluation.moments import feature_statistics as feature_statistics
+from dit_jax.evaluation.reference import Reference as Reference
+from dit_jax.evaluation.reference import open_reference as open_reference
+from dit_jax.evaluation.reference import save_statistics as save_statistics
+from dit_jax.evaluation.store import SampleStore as SampleStore
+from dit_jax.evaluation.weights import INCEPTION as INCEPTION
+from dit_jax.evaluation.weights import VIDEO as VIDEO
+from dit_jax.evaluation.weights import check_weights as check_weights
+from dit_jax.evaluation.weights import read_weights as read_weights

@@ -13,6 +13,7 @@ Everything is NumPy in float64 on the host and knows no network: any features wi
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import lapack
 
 from dit_jax.evaluation.moments import Statistics
 
@@ -20,6 +21,8 @@ NEIGHBOURS = 3
 """k of precision and recall, as in the paper and in OpenAI's evaluation suite."""
 SPLIT = 5000
 """Samples in a split of the Inception Score: ten splits of the usual 50,000."""
+ROUNDING = 16 * np.finfo(np.float64).eps
+"""Variance, of the largest feature's, below which a feature's rest is taken for none."""
 BLOCK = 2**25
 """Entries of a block of distances: 256 MiB."""
 
@@ -45,10 +48,16 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """R with R Rᵀ = covariance; eigenvalues below 0 are rounding, and taken for 0."""
+    """R ``[f, rank]`` with R Rᵀ = covariance: Cholesky with pivots, which stops where nothing but
+    rounding is left, so that few samples make little work."""
     symmetric = (covariance + covariance.T).astype(np.float64) / 2
-    values, vectors = np.linalg.eigh(symmetric)
-    return vectors * np.sqrt(np.maximum(values, 0))
+    rounding = ROUNDING * float(np.diag(symmetric).max())
+    if rounding <= 0:
+        return np.zeros((len(symmetric), 0))
+    lower, pivots, rank, _ = lapack.dpstrf(symmetric, lower=1, tol=rounding)
+    root = np.empty((len(symmetric), rank))
+    root[pivots - 1] = np.tril(lower)[:, :rank]  # Fortran counts from 1
+    return root
 
 
 def small_sample_note(statistics: Statistics, what: str) -> str | None:

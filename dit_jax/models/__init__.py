@@ -1,6 +1,11 @@
 """Models: patches, positions, the diffusion transformer and the text encoder."""
 
+from dit_jax.models.autoencoder_kl import AutoencoderKL as AutoencoderKL
+from dit_jax.models.autoencoder_kl import AutoencoderKLConfig as AutoencoderKLConfig
 from dit_jax.models.blocks import as_computed as as_computed
+from dit_jax.models.codec import Codec as Codec
+from dit_jax.models.codec import ImageCodec as ImageCodec
+from dit_jax.models.codec import TileConfig as TileConfig
 from dit_jax.models.dit import PRESETS as PRESETS
 from dit_jax.models.dit import DiT as DiT
 from dit_jax.models.dit import DiTConfig as DiTConfig

@@ -4,7 +4,6 @@ from dit_jax.sampling.clips import make_clips as make_clips
 from dit_jax.sampling.generate import Condition as Condition
 from dit_jax.sampling.generate import Generator as Generator
 from dit_jax.sampling.generate import Request as Request
-from dit_jax.sampling.generate import SamplingConfig as SamplingConfig
 from dit_jax.sampling.generate import check_request as check_request
 from dit_jax.sampling.generate import text_condition as text_condition
 from dit_jax.sampling.media import check_output as check_output
@@ -16,3 +15,4 @@ from dit_jax.sampling.media import to_uint8 as to_uint8
 from dit_jax.sampling.media import upscale as upscale
 from dit_jax.sampling.media import write_png as write_png
 from dit_jax.sampling.media import write_video as write_video
+from dit_jax.sampling.settings import SamplingConfig as SamplingConfig

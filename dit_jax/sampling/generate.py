@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,46 +23,22 @@ from jaxtyping import Array, Float, Int
 from dit_jax.diffusion import (
     SOLVERS,
     DiffusionConfig,
-    classifier_free,
+    Estimate,
+    Problem,
+    SolverConfig,
+    estimate,
+    guide,
+    guided_kind,
+    levels_of,
     predicted_velocity,
     resolution_shift,
-    sigma_schedule,
+    split_output,
     start,
     token_noise,
 )
 from dit_jax.models import ModelConfig, PatchConfig, TextToVideo, as_computed, positions
+from dit_jax.sampling.settings import SamplingConfig, check_sampling
 from dit_jax.types import PAD, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How clips are drawn from a trained model, and of what size unless said."""
-
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    fps: float = 24.0
-    steps: int = 30
-    solver: Literal["euler", "heun"] = "euler"
-    cfg_scale: float = 4.0
-    """Guidance; 1 is none and halves the work."""
-    shift: float | None = None
-    """Of the noise schedule towards noise. Unset: the shift that training used for such a size."""
-    batch: int = 32
-    """Clips made at once."""
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}: it is at least 1.")
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"sampling.fps is {self.fps}: it is above 0 and finite (24 is usual).")
-        if self.cfg_scale < 0:
-            raise ValueError(f"sampling.cfg_scale is {self.cfg_scale}: it is at least 0.")
-        if self.shift is not None and self.shift <= 0:
-            raise ValueError(
-                f"sampling.shift is {self.shift}: it is above 0 (1 is none), or unset."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,16 +119,36 @@ def unconditioned(condition: Condition) -> Condition:
     return dataclasses.replace(condition, text_segment_ids=jnp.where(first, ids, PAD))
 
 
+NOISE_OF_STEPS = 2**32 - 1
+"""Sets the noise of steps apart from that of tokens, whose indices are smaller."""
+
+
+class Carry(NamedTuple):
+    """What a step hands to the next."""
+
+    x: Float[Array, "b l p"]
+    history: Any
+    """Of the solver (see ``diffusion.multistep``)."""
+
+
 class Generator:
-    """Compiled sampling for one model: ``generate`` compiles once for each shape of condition."""
+    """Compiled sampling for one model: ``generate`` compiles once for each shape of condition (and
+    once more where guidance has an interval, for the steps outside).
+
+    Raises:
+        ValueError: where a model so trained cannot be sampled as the config says.
+    """
 
     def __init__(
         self, model: TextToVideo, diffusion: DiffusionConfig, config: SamplingConfig
     ) -> None:
+        check_sampling(config, diffusion, model.config.patch.channels)
         self.config = config
         self._model = model
         self._diffusion = diffusion
-        self._begin = jax.jit(self._make_start)
+        self._solver = SOLVERS[config.solver]
+        self._constants = SolverConfig(diffusion.variance, config.eta, config.sde_strength)
+        self.begin = jax.jit(self._make_start)
         self._prepare = jax.jit(self.prepared)
         self._encode = jax.jit(partial(model.apply, method="encode_text"))
         self.step = jax.jit(self._make_step, donate_argnums=1)
@@ -165,48 +161,109 @@ class Generator:
             lambda path, leaf: as_computed([entry.key for entry in path], leaf, dtype), params
         )
 
-    def _make_start(self, condition: Condition) -> Float[Array, "b l p"]:
+    def levels(self, tokens: int) -> Float[np.ndarray, "k"]:
+        """The noise levels that are visited, for clips of so many tokens."""
+        config, path = self.config, self._diffusion.path
+        shift = config.shift or 1.0
+        if config.spacing == "linear" and config.shift is None:
+            shift = float(resolution_shift(self._diffusion.time, np.int64(tokens)))
+        return levels_of(path, config.spacing, config.steps, shift, config.last_step)
+
+    def _make_start(self, condition: Condition, t: Float[Array, ""]) -> Carry:
         keys = jax.vmap(jax.vmap(jax.random.key))(condition.seeds)
         dim = condition.clean.shape[-1]
         eps = token_noise(keys, condition.segment_ids, condition.token_ids, dim)
-        return start(condition.clean, eps, condition.ceilings)
+        x = start(self._diffusion.path, condition.clean, eps, condition.ceilings, t)
+        return Carry(x, self._solver.begin(x, t))
+
+    def _noise(self, condition: Condition, index: Int[Array, ""]) -> Float[Array, "b l p"]:
+        def of_step(seed: Int[Array, ""]) -> jax.Array:
+            steps = jax.random.fold_in(jax.random.key(seed), NOISE_OF_STEPS)
+            return jax.random.fold_in(steps, index)
+
+        keys = jax.vmap(jax.vmap(of_step))(condition.seeds)
+        dim = condition.clean.shape[-1]
+        return token_noise(keys, condition.segment_ids, condition.token_ids, dim)
+
+    def _estimate(
+        self,
+        output: Float[Array, "b l o"],
+        x: Float[Array, "b l p"],
+        condition: Condition,
+        t: Float[Array, ""],
+        index: Int[Array, ""],
+    ) -> Estimate:
+        """What the network says, guided where its output has twice the rows (with text first)."""
+        diffusion, guidance = self._diffusion, self.config.guidance
+        tau = jnp.minimum(t, condition.ceilings)
+        prediction, fraction = split_output(diffusion, output, x.shape[-1])
+        guided = output.shape[0] > x.shape[0]
+
+        def twice(y: jax.Array) -> jax.Array:
+            return jnp.concatenate([y, y]) if guided else y
+
+        if guided_kind(diffusion) != diffusion.prediction:
+            prediction = predicted_velocity(diffusion, prediction, twice(x), twice(tau))
+        if guided:
+            conditional, without = jnp.split(prediction, 2)
+            prediction = guide(
+                guidance,
+                conditional,
+                without,
+                t,
+                tau,
+                condition.segment_ids,
+                condition.seeds.shape[1],
+                self._model.config.patch.channels,
+            )
+            fraction = None if fraction is None else fraction[: x.shape[0]]
+        if guidance.zero_init:
+            prediction = jnp.where(index < guidance.zero_init, 0, prediction)
+        return estimate(diffusion, prediction, x, tau, fraction)
 
     def _make_step(
         self,
         params: Params,
-        x: Float[Array, "b l p"],
+        carry: Carry,
         condition: Condition,
         text: Float[Array, "b s e"],
         text_segment_ids: Int[Array, "b s"],
-        sigma: Float[Array, ""],
-        sigma_next: Float[Array, ""],
-    ) -> Float[Array, "b l p"]:
-        guided = text.shape[0] > x.shape[0]
+        t: Float[Array, ""],
+        t_next: Float[Array, ""],
+        index: Int[Array, ""],
+    ) -> Carry:
+        """One step of the solver, from level ``t`` to ``t_next``; ``index`` counts them. It is guided
+        where there is twice as much text as clips: the prompts, and then the empty ones."""
+        guided = text.shape[0] > carry.x.shape[0]
 
         def twice(y: Any) -> Any:
             return jnp.concatenate([y, y]) if guided else y
 
-        def velocity(x: Float[Array, "b l p"], sigma: Float[Array, ""]) -> Float[Array, "b l p"]:
+        def denoiser(x: Float[Array, "b l p"], t: Float[Array, ""]) -> Estimate:
             output: Any = self._model.apply(
                 params,
                 twice(x),
                 twice(condition.positions),
                 twice(condition.segment_ids),
                 twice(condition.group_ids),
-                twice(jnp.minimum(sigma, condition.group_ceilings)),
+                twice(jnp.minimum(t, condition.group_ceilings)),
                 text,
                 text_segment_ids,
                 method="denoise",
             )
-            tau = twice(jnp.minimum(sigma, condition.ceilings))
-            v = predicted_velocity(self._diffusion, output, twice(x), tau)
-            if not guided:
-                return v
-            with_text, without = jnp.split(v, 2)
-            return classifier_free(with_text, without, self.config.cfg_scale)
+            return self._estimate(output, x, condition, t, index)
 
-        step = SOLVERS[self.config.solver]
-        return step(velocity, x, condition.ceilings, sigma, sigma_next)
+        problem = Problem(self._diffusion.path, condition.ceilings, self._constants)
+        noise = partial(self._noise, condition, index)
+        return Carry(
+            *self._solver.step(problem, denoiser, carry.x, carry.history, t, t_next, noise)
+        )
+
+    def _guided(self, t: float, t_next: float) -> bool:
+        """Whether a step evaluates the model at any level that is guided."""
+        guidance = self.config.guidance
+        levels = [t, t_next] if self._solver.evaluations > 1 and t_next > 0 else [t]
+        return any(guidance.guided_at(float(level)) for level in levels)
 
     def __call__(
         self,
@@ -215,24 +272,26 @@ class Generator:
         on_step: Callable[[], object] = lambda: None,
     ) -> Float[Array, "b l p"]:
         """Clean tokens for a condition; ``on_step`` is called after each step of the solver."""
-        config = self.config
         if self._model.config.compute_dtype() != jnp.float32:
             params = self._prepare(params)
         text = self._encode(params, condition.text, condition.text_segment_ids)
         text_segment_ids = condition.text_segment_ids
-        if config.cfg_scale != 1:
+        both = text, text_segment_ids
+        if self.config.guidance.active:
             empty = unconditioned(condition).text_segment_ids
-            text = jnp.concatenate([text, self._encode(params, condition.text, empty)])
-            text_segment_ids = jnp.concatenate([text_segment_ids, empty])
-        count = (condition.segment_ids != PAD).sum(1).max()
-        shift = config.shift or float(resolution_shift(self._diffusion.time, count))
-        sigmas = sigma_schedule(config.steps, shift)
-        x = self._begin(condition)
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-            x = self.step(params, x, condition, text, text_segment_ids, sigma, sigma_next)
-            x.block_until_ready()
+            without = self._encode(params, condition.text, empty)
+            both = (
+                jnp.concatenate([text, without]),
+                jnp.concatenate([text_segment_ids, empty]),
+            )
+        levels = self.levels(int((condition.segment_ids != PAD).sum(1).max()))
+        carry = self.begin(condition, levels[0])
+        for i, (t, t_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+            read = both if self._guided(t, t_next) else (text, text_segment_ids)
+            carry = self.step(params, carry, condition, *read, t, t_next, np.int32(i))
+            carry.x.block_until_ready()
             on_step()
-        return x
+        return carry.x
 
 
 def check_request(request: Request, patch: PatchConfig) -> None:

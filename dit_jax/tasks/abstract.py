@@ -111,7 +111,6 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
     condition = text_condition([request] * rows, model_config, -(-count // multiple) * multiple)
 
     def field(value: Any, along_tokens: bool, times: int = 1) -> jax.ShapeDtypeStruct:
-        value = np.asarray(value)
         shape = (value.shape[0] * times, *value.shape[1:])
         # Two that are put together lie as each of them did.
         sharding = batch_sharding(mesh, value.ndim, along_tokens, rows=rows)
@@ -134,16 +133,22 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
         jax.eval_shape(generator.prepared, shapes),
         shardings,
     )
-    sigma = _struct((), jnp.float32, NamedSharding(mesh, PartitionSpec()))
+    whole = NamedSharding(mesh, PartitionSpec())
+    level, index = _struct((), jnp.float32, whole), _struct((), jnp.int32, whole)
+    carry = jax.tree.map(
+        lambda x: field(x, True) if x.ndim else level,
+        jax.eval_shape(generator.begin, condition, level),
+    )
     flops = forward_flops(model_config, np.array([count]), np.array([letters]), encode_text=False)
     flops = EVALUATIONS[made.solver] * flops.sum()
     arguments = (
         params,
-        field(condition.clean, True),
+        carry,
         placed,
         text,
         field(condition.text_segment_ids, False, guided),
-        sigma,
-        sigma,
+        level,
+        level,
+        index,
     )
     return AbstractStep(generator.step, arguments, float(flops) * rows * guided)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dit_jax.config import Config
 from dit_jax.data import RecordsSource
-from dit_jax.types import Codec, Source
+from dit_jax.interop import load_codec
+from dit_jax.models import Codec
+from dit_jax.types import Source
 
 
 def open_codec(config: Config) -> Codec | None:
@@ -15,8 +17,6 @@ def open_codec(config: Config) -> Codec | None:
     """
     if config.codec.path is None:
         return None
-    from dit_jax.interop import load_codec
-
     codec = load_codec(config.codec.path)
     wanted = (config.codec.t, config.codec.h, config.codec.w)
     if codec.strides != wanted or codec.channels != config.model.patch.channels:

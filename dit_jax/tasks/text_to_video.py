@@ -29,8 +29,9 @@ from dit_jax.data import (
     flip,
     resize,
 )
-from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, velocity_loss
+from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, token_loss
 from dit_jax.models import (
+    Codec,
     ModelConfig,
     TextStatesConfig,
     TextToVideo,
@@ -53,7 +54,7 @@ from dit_jax.sampling import Generator, make_clips, to_float
 from dit_jax.tasks.cases import Cases, write_sheet
 from dit_jax.tasks.codecs import check_codec, open_codec
 from dit_jax.training import Task, Work
-from dit_jax.types import PAD, Codec, PackedBatch, Params, Sample, Source
+from dit_jax.types import PAD, PackedBatch, Params, Sample, Source
 
 AS_THEY_ARE = TransformConfig()
 
@@ -148,7 +149,7 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
 def batch_loss(
     model: TextToVideo, config: DiffusionConfig, params: Params, batch: PackedBatch, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the tokens' velocity errors, and the sum of their weights."""
+    """Sum of the tokens' losses, and the sum of their weights."""
     noised = noise_batch(config, key, batch)
     output: Any = model.apply(
         params,
@@ -160,7 +161,7 @@ def batch_loss(
         batch.text,
         drop_captions(batch.text_segment_ids, noised.dropped),
     )
-    error, weight = velocity_loss(config, output, noised, batch)
+    error, weight = token_loss(config, output, noised, batch)
     return error.sum(), weight.sum()
 
 

@@ -103,6 +103,13 @@ class Checkpointer:
             ),
         )
 
+    def save_weights(self, params: Params, config: dict[str, Any], step: int = 0) -> None:
+        """Saves averaged weights alone, to sample from, as what came from elsewhere has no more."""
+        items = ocp.args.Composite(
+            ema=ocp.args.StandardSave(params), config=ocp.args.JsonSave(config)
+        )
+        self._manager.save(step, force=True, args=items)
+
     def restore(
         self, step: int, shapes: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:

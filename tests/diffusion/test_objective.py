@@ -19,7 +19,7 @@ from dit_jax.diffusion import (
     drop_captions,
     noise_batch,
     predicted_velocity,
-    velocity_loss,
+    token_loss,
 )
 from dit_jax.types import PAD, PackedBatch
 
@@ -220,9 +220,7 @@ def case(noise):
 def loss(jit):
     @functools.cache
     def compiled(prediction):
-        return jit(
-            functools.partial(velocity_loss, dataclasses.replace(HELD, prediction=prediction))
-        )
+        return jit(functools.partial(token_loss, dataclasses.replace(HELD, prediction=prediction)))
 
     return lambda prediction, *args: map(np.asarray, compiled(prediction)(*args))
 
@@ -305,7 +303,7 @@ def test_no_dtype_is_promoted_silently(prediction):
     def everything(key, batch):
         noised = noise_batch(config, key, batch)
         drop_captions(batch.text_segment_ids, noised.dropped)
-        return noised, velocity_loss(config, noised.eps, noised, batch)
+        return noised, token_loss(config, noised.eps, noised, batch)
 
     with jax.numpy_dtype_promotion("strict"):
         noised, (error, weight) = jax.eval_shape(everything, jax.random.key(0), batch)
@@ -317,7 +315,7 @@ def test_no_dtype_is_promoted_silently(prediction):
 def test_a_wrong_shape_is_caught():
     batch = ARRANGEMENTS["two rows"]
     noised = jax.eval_shape(functools.partial(noise_batch, CONFIG), jax.random.key(0), batch)
-    trace = functools.partial(jax.eval_shape, functools.partial(velocity_loss, CONFIG))
+    trace = functools.partial(jax.eval_shape, functools.partial(token_loss, CONFIG))
     trace(noised.eps, noised, batch)
     with pytest.raises(TypeCheckError, match="parameter 'output'"):
         trace(jax.ShapeDtypeStruct((2, 20), jnp.float32), noised, batch)

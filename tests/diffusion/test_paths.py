@@ -9,9 +9,12 @@ import pytest
 from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
-from dit_jax.diffusion import TimeConfig, resolution_shift
-from dit_jax.diffusion.paths import draw_time, interpolate, shift_time, velocity_from_x0
+from dit_jax.diffusion import PathConfig, TimeConfig, resolution_shift
+from dit_jax.diffusion.paths import interpolate
+from dit_jax.diffusion.predictions import velocity_of
+from dit_jax.diffusion.times import draw_time, shift_time
 
+STRAIGHT = PathConfig()
 SHIFTS = (0.2, 0.5, 1.0, 1.7, 3.0, 12.0)
 
 
@@ -25,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def test_the_path_leads_from_data_to_noise(jit):
     x0, eps = normal(3, 5, 4), normal(3, 5, 4, seed=1)
     t = np.array([[0, 1, 0.25, 0.5, 0.9]] * 3, np.float32)
-    xt = np.asarray(jit(interpolate)(x0, eps, t))
+    xt = np.asarray(jit(interpolate, static_argnums=0)(STRAIGHT, x0, eps, t))
     # At the ends bit for bit: 1 x + 0 y.
     assert np.array_equal(xt[:, 0], x0[:, 0]) and np.array_equal(xt[:, 1], eps[:, 1])
     expected = x0 + t[..., None].astype(np.float64) * (eps - x0)
@@ -36,7 +39,8 @@ def test_the_velocity_of_true_data_is_that_of_the_path(jit):
     x0, eps = normal(6, 4), normal(6, 4, seed=1)
     t = np.array([1.0, 0.7, 0.3, 0.1, 0.05, 0.0], np.float32)
     xt = (x0 + t[:, None].astype(np.float64) * (eps - x0)).astype(np.float32)
-    velocity = np.asarray(jit(velocity_from_x0, static_argnums=3)(xt, x0, t, 0.1))
+    velocity_from_x0 = jit(functools.partial(velocity_of, STRAIGHT, "x0", floor=0.1))
+    velocity = np.asarray(velocity_from_x0(x0, xt, t))
     # float32 divided by at least 0.1.
     np.testing.assert_allclose(velocity[:4], (eps - x0)[:4], atol=1e-5)
     # Below the floor of 0.1 it falls with t, and is zero at t = 0.
@@ -143,10 +147,10 @@ def test_nonsense_times_are_refused(fields, message):
 def test_a_wrong_shape_or_kind_is_caught():
     x = jnp.zeros((2, 3))
     with pytest.raises(TypeCheckError, match="parameter 't'"):
-        interpolate(x, x, jnp.zeros(3))
+        interpolate(STRAIGHT, x, x, jnp.zeros(3))
     with pytest.raises(TypeCheckError, match="parameter 'eps'"):
-        interpolate(x, jnp.zeros((2, 4)), jnp.zeros(2))
+        interpolate(STRAIGHT, x, jnp.zeros((2, 4)), jnp.zeros(2))
     with pytest.raises(TypeCheckError, match="parameter 'x0'"):
-        interpolate(jnp.zeros((2, 3), jnp.int32), x, jnp.zeros(2))
+        interpolate(STRAIGHT, jnp.zeros((2, 3), jnp.int32), x, jnp.zeros(2))
     with pytest.raises(TypeCheckError, match="parameter 't'"):
         shift_time([0.5], 2.0)

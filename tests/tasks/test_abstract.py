@@ -124,8 +124,8 @@ def first_step(mesh):
     return run
 
 
-# Levels of noise are numbers of the host, which lie nowhere yet.
-LEVELS = ("[5]", "[6]")
+# Levels of noise and their count are numbers of the host, which lie nowhere yet.
+LEVELS = ("[5]", "[6]", "[7]")
 
 
 # One guided clip is two rows, one for each of data's devices; one that is not guided is made twice.
@@ -138,7 +138,7 @@ def test_a_step_of_the_solver_is_given_what_the_generator_gives(
     sampling = dataclasses.replace(config.sampling, cfg_scale=cfg_scale)
     config = dataclasses.replace(config, sampling=sampling)
     given = first_step(config, clips)
-    assert (given[1].shape[0], given[3].shape[0]) == (rows, texts)
+    assert (given[1].x.shape[0], given[3].shape[0]) == (rows, texts)
     abstract = tasks.abstract_denoise(config, mesh, rows)
     assert_alike(abstract.arguments, given, LEVELS)
     count = config.model.patch.num_tokens(sampling.frames, sampling.height, sampling.width)
@@ -146,6 +146,14 @@ def test_a_step_of_the_solver_is_given_what_the_generator_gives(
     letters = np.array([config.model.text.max_tokens])
     once = forward_flops(config.model, np.array([count]), letters, encode_text=False)
     assert abstract.flops == texts * once[0]
+
+
+def test_a_step_is_given_what_the_solver_remembers(latents, mesh, first_step):
+    sampling = dataclasses.replace(latents.sampling, solver="unipc")
+    config = dataclasses.replace(latents, sampling=sampling)
+    given = first_step(config)
+    scalars = tuple(f"[1].history.{name}" for name in ("t", "t_earlier"))
+    assert_alike(tasks.abstract_denoise(config, mesh).arguments, given, (*LEVELS, *scalars))
 
 
 def test_parameters_of_a_step_are_in_the_dtype_that_layers_compute_in(latents, mesh, first_step):
@@ -200,7 +208,7 @@ def test_every_config_traces_with_the_kernel_of_tpus(name):
     assert total.shape == ()
     step = tasks.abstract_denoise(config, mesh)
     made = jax.eval_shape(step.function, *step.arguments)
-    assert made.shape == step.arguments[1].shape
+    assert made.x.shape == step.arguments[1].x.shape
     # And the text, which is encoded apart.
     model = tasks.make_model(config.model, mesh, config.attention)
     condition = step.arguments[2]

@@ -1,0 +1,300 @@
+"""``python -m dit_jax.convert --input FILE --output RUN --to run``: published weights in and out.
+
+Reads facebookresearch's DiT and SiT files, Diffusers' folders of ``DiTTransformer2DModel`` and
+``AutoencoderKL``, and runs, and writes each of them (docs/convert.md).
+Everything is checked before the weights are read, and pickles are never run. One process does it, with
+all of its devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import tyro
+
+from dit_jax import interop, tasks
+from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig, stored_config, to_dict
+from dit_jax.data import PackingConfig, RecordsConfig
+from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
+from dit_jax.interop import DiTFile, Map
+from dit_jax.parallel import MeshConfig, make_mesh, restart_with_huge_pages
+from dit_jax.sampling import SamplingConfig
+from dit_jax.training import CheckpointConfig, Checkpointer, abstract_params, open_run
+from dit_jax.types import Params
+
+PROG = "python -m dit_jax.convert"
+FILES = (".pt", ".pth", ".bin", ".safetensors")
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertArguments:
+    """Converts weights between runs, the authors' files and Diffusers' folders."""
+
+    input: str
+    """A file of DiT's or SiT's authors (.pt, .safetensors), a folder of Diffusers' with a
+    config.json, or the directory of a run."""
+    output: str
+    """What to write; it must not be there yet."""
+    to: Literal["run", "pt", "diffusers"]
+    """run: a directory that ``python -m dit_jax.sample`` opens. pt: the authors' layout. diffusers: a
+    folder with config.json and safetensors."""
+    family: Literal["dit", "sit"] = "dit"
+    """Whose file it is, where the file does not say: SiT's look like DiT's."""
+    heads: int | None = None
+    """Attention heads of the authors' file, where its size is no published one."""
+    part: str | None = None
+    """Which weights of the authors' training checkpoint: ema (unset) or model."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of what is written to files and folders; runs are float32."""
+    old_names: bool = False
+    """Write an autoencoder's attention by its names of before Diffusers 0.16."""
+    step: int | None = None
+    """Of a run's checkpoint; the newest if unset."""
+    mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
+    """How weights are spread over devices while they pass through."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A published model: what it is, and its arrays by key, mapped from its file."""
+
+    file: DiTFile
+    table: Map
+    arrays: Mapping[str, np.ndarray]
+    where: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Converts what the command line says; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = tyro.cli(
+        ConvertArguments, args=arguments, prog=PROG, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        print(convert(given))
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(given: ConvertArguments) -> str:
+    """Writes the output; returns a line that says what it holds.
+
+    Raises:
+        ValueError: where anything given is wrong; nothing is written then.
+    """
+    source, target = Path(given.input), Path(given.output)
+    if not source.exists():
+        raise ValueError(f"--input {given.input!r} does not exist.")
+    check_target(target, given.to)
+    if (source / "checkpoints").is_dir():
+        return _from_run(given, source, target)
+    if source.is_dir() and _class(source) == "AutoencoderKL":
+        return _autoencoder(given, source, target)
+    published = open_published(given, source)
+    if given.to == "run":
+        return _to_run(given, published, target)
+    params = published.table.read(published.arrays, published.where)
+    return _to_published(given, published.file, params, target)
+
+
+def check_target(target: Path, kind: str) -> None:
+    """Raises ``ValueError`` where the output is there already, or could not be written."""
+    if target.exists():
+        raise ValueError(f"--output {str(target)!r} exists: move it away, or name another.")
+    if kind == "pt" and target.suffix not in (".pt", ".pth"):
+        raise ValueError(f"--output {str(target)!r} is to be a file that ends in .pt.")
+    if kind != "pt" and target.suffix in FILES:
+        raise ValueError(f"--output {str(target)!r} is to be a folder, and looks like a file.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.parent / f".{target.name}.probe"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise ValueError(f"--output {str(target)!r} cannot be written ({error}).") from error
+
+
+def open_published(given: ConvertArguments, source: Path) -> Source:
+    """The transformer in a file or folder; its keys and shapes are checked when it is read.
+
+    Raises:
+        ValueError: where it is none that is known.
+    """
+    if source.is_dir():
+        if not (source / "config.json").exists() and (source / "transformer").is_dir():
+            source = source / "transformer"
+        config = interop.read_config(source)
+        file = interop.from_diffusers(config, repr(str(source / "config.json")))
+        file = dataclasses.replace(
+            file, family=given.family, model=interop.with_clock(file.model, given.family)
+        )
+        arrays, path = interop.read_weights(source)
+        return Source(file, interop.diffusers_map(file), arrays, repr(str(path)))
+    if source.suffix not in FILES:
+        raise ValueError(
+            f"--input {str(source)!r} is not a file of weights ({', '.join(FILES)}), a folder of "
+            "Diffusers' with a config.json, or a run with a folder 'checkpoints'."
+        )
+    reads = interop.read_safetensors if source.suffix == ".safetensors" else interop.read_torch
+    arrays = interop.pick_weights(reads(source), given.part)
+    file = interop.infer_dit(arrays, given.family, given.heads)
+    return Source(file, interop.dit_map(file), arrays, repr(str(source)))
+
+
+def run_config(file: DiTFile, output: str) -> Config:
+    """The config of a run with the published model: how it was trained, and how it is sampled.
+
+    DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling and
+    guidance of 4 on three of four channels (Peebles & Xie 2022, section 5 and their code's defaults).
+    SiT: velocities on straight paths; 250 steps of its SDE, the last from 0.04 (Ma et al. 2024,
+    section 3.4). The data are to be named where it is trained on.
+    """
+    free = CeilingConfig(free=1, first=0, head=0, tail=0, ends=0, every=0)
+    uniform = TimeConfig(distribution="uniform")
+    drawn = {"frames": 1, "height": file.size, "width": file.size, "steps": 250, "shift": 1.0}
+    if file.family == "dit":
+        learned = file.model.learned_variance
+        diffusion = DiffusionConfig(
+            path=PathConfig(kind="ddpm", betas="linear"),
+            prediction="eps",
+            loss="prediction",
+            variance="learned_range" if learned else "fixed_small",
+            time=uniform,
+            ceilings=free,
+        )
+        channels = 3 if file.model.patch.channels > 3 else None
+        sampling = SamplingConfig(**drawn, solver="ddpm", spacing="linspace", cfg_channels=channels)
+    else:
+        diffusion = DiffusionConfig(time=uniform, ceilings=free)
+        sampling = SamplingConfig(**drawn, solver="sde", last_step=0.04)
+    tokens = file.model.patch.num_tokens(1, file.size, file.size)
+    return Config(
+        output=output,
+        data=DataConfig(
+            source=RecordsConfig(path="latents", video_key="image", label_key="label"),
+            packing=PackingConfig(rows=8, row_tokens=tokens, row_text=2, row_segments=1),
+        ),
+        model=file.model,
+        diffusion=diffusion,
+        log=LogConfig(draw_every=0),
+        sampling=sampling,
+        evaluation=EvaluationConfig(prompts=0),
+    )
+
+
+def _to_run(given: ConvertArguments, published: Source, target: Path) -> str:
+    config = run_config(published.file, given.output)
+    published.table.check(published.table.named(published.arrays), published.where)
+    shapes, shardings = _abstract(config, given.mesh)
+    params = published.table.load(published.arrays, published.where, shapes, shardings)
+
+    def write(path: Path) -> None:
+        checkpointer = Checkpointer(path, CheckpointConfig())
+        checkpointer.save_weights(params, to_dict(config))
+        checkpointer.wait()
+        checkpointer.close()
+        (path / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+    _whole(target, write)
+    return f"{_said(published.file)}: a run in {target}/"
+
+
+def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
+    if given.to == "run":
+        raise ValueError(f"--input {given.input!r} is a run already: copy it.")
+    checkpointer, step = open_run(source, given.step)
+    where = checkpointer.path(step) / "config"
+    config = stored_config(checkpointer.config(step), where)
+    interop.check_published(config.model)
+    size = config.sampling.height
+    if size != config.sampling.width:
+        raise ValueError(
+            f"the run samples {size} x {config.sampling.width}, and published files are of squares: "
+            "set sampling.height and width in its config."
+        )
+    file = DiTFile(config.model, size, interop.family_of(config.model))
+    shapes, shardings = _abstract(config, given.mesh)
+    params = checkpointer.restore_ema(step, shapes, shardings)
+    checkpointer.close()
+    return _to_published(given, file, params, target)
+
+
+def _abstract(config: Config, mesh_config: MeshConfig) -> tuple[Params, Params]:
+    """Shapes and shardings of the parameters of a run's model."""
+    mesh = make_mesh(mesh_config)
+    model = tasks.make_model(config.model, mesh)
+    return abstract_params(partial(tasks.init_params, model), mesh)
+
+
+def _to_published(given: ConvertArguments, file: DiTFile, params: Params, target: Path) -> str:
+    dtype = DTYPES[given.dtype]
+    if given.to == "pt":
+        written = interop.dit_map(file).export(params, dtype)
+        _whole(target, lambda path: interop.write_torch(path, written))
+    else:
+        config = interop.to_diffusers(file)
+        written = interop.diffusers_map(file).export(params, dtype)
+        _whole(target, lambda path: interop.write_folder(path, config, written))
+    return f"{_said(file)}: {len(written)} arrays in {target}"
+
+
+def _autoencoder(given: ConvertArguments, source: Path, target: Path) -> str:
+    """A folder of an autoencoder, read and written again."""
+    if given.to != "diffusers":
+        raise ValueError(
+            f"--input {given.input!r} is an autoencoder, which is used from its folder as it is: "
+            "--to diffusers writes it again (as safetensors, with the newer names)."
+        )
+    theirs = interop.read_config(source)
+    config = interop.autoencoder_from_diffusers(theirs, repr(str(source / "config.json")))
+    arrays, path = interop.read_weights(source)
+    params = interop.autoencoder_map(config).read(arrays, repr(str(path)))
+    written = interop.autoencoder_map(config, given.old_names).export(params, DTYPES[given.dtype])
+    _whole(target, lambda folder: interop.write_folder(folder, theirs, written))
+    return f"AutoencoderKL: {len(written)} arrays in {target}"
+
+
+def _class(folder: Path) -> Any:
+    """The class that a folder's ``config.json`` names, if there is one."""
+    if not (folder / "config.json").exists():
+        return None
+    return interop.read_config(folder).get("_class_name")
+
+
+def _whole(target: Path, write: Callable[[Path], Any]) -> None:
+    """Writes under another name first: what has the name of the output is whole."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        part.rename(target)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+
+
+def _said(file: DiTFile) -> str:
+    """A model in words."""
+    dit, name = file.model.dit, interop.preset_name(file.model)
+    size = name or f"of width {dit.width}, depth {dit.depth}, patch {file.model.patch.h}"
+    return f"{'SiT' if file.family == 'sit' else 'DiT'} {size}, {file.size} x {file.size} latents"
+
+
+if __name__ == "__main__":
+    restart_with_huge_pages()
+    raise SystemExit(main())

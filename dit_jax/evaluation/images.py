@@ -1,0 +1,195 @@
+"""Sets of images or clips on disk, read a batch at a time: .npz files and folders.
+
+All items of a set have one size. An .npz holds them as ``arr_0``, uint8 ``[n, h, w, 3]`` (as OpenAI's
+evaluation suite writes and reads) or, for clips, ``[n, t, h, w, 3]``; it is read in pieces and never
+whole. A folder holds a file for each (PNG, JPEG, WebP or BMP; mp4, GIF, WebM, MOV, MKV or AVI), read
+with PyAV in the order of their names. Nothing is resized here: how images were brought to one size is
+part of a measurement (Parmar et al. 2022, "On aliased resizing and surprising subtleties in GAN
+evaluation"), and the networks do their own.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+
+from dit_jax.sampling.media import read_video
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CLIPS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
+ITEMS = "arr_0"
+PIECE = 2**28
+"""Bytes read at once from an .npz whose beginning is passed over."""
+
+
+class ImageSet(Protocol):
+    """Images or clips that can be read from anywhere in order."""
+
+    count: int
+    shape: tuple[int, ...]
+    """Of one: ``(h, w, 3)`` for images, ``(t, h, w, 3)`` for clips."""
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """uint8 ``[<= size, *shape]`` of items start to stop."""
+        ...
+
+
+def is_clips(items: ImageSet) -> bool:
+    """Whether a set holds clips, not images."""
+    return len(items.shape) == 4
+
+
+def open_images(path: str) -> ImageSet:
+    """The set in a folder or an .npz; raises ``ValueError`` where there is none."""
+    place = Path(path)
+    if place.is_dir():
+        return FolderImages(place)
+    if place.suffix == ".npz":
+        return NpzImages(place)
+    raise ValueError(
+        f"{path!r} is neither a folder nor an .npz file: give a folder of images or clips, or an .npz "
+        f"that holds uint8 images [n, h, w, 3] as {ITEMS!r}."
+    )
+
+
+class NpzImages:
+    """``arr_0`` of an .npz, streamed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _member(path, ITEMS) as file:
+            whole, fortran, dtype = _header(file)
+        if fortran or dtype != np.uint8 or len(whole) not in (4, 5) or whole[-1] != 3 or 0 in whole:
+            raise ValueError(
+                f"{ITEMS!r} in {str(path)!r} is {dtype} {list(whole)}: it must hold uint8 images "
+                "[n, h, w, 3] or clips [n, t, h, w, 3], in C order, at least one."
+            )
+        self.count, self.shape = whole[0], whole[1:]
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """uint8 ``[<= size, *shape]`` of items start to stop."""
+        each = int(np.prod(self.shape))
+        with _member(self.path, ITEMS) as file:
+            _header(file)
+            left = start * each
+            while left:
+                left -= len(_exactly(file, min(left, PIECE), self.path))
+            for first in range(start, stop, size):
+                number = min(size, stop - first)
+                data = _exactly(file, number * each, self.path)
+                yield np.frombuffer(data, np.uint8).reshape(number, *self.shape)
+
+
+class FolderImages:
+    """The files of a folder, subfolders included, which are all images or all clips."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        images = [file for file in files if file.suffix.lower() in IMAGES]
+        clips = [file for file in files if file.suffix.lower() in CLIPS]
+        if bool(images) == bool(clips):
+            found = (
+                f"both images and clips ({images[0].name}, {clips[0].name})" if images else "none"
+            )
+            raise ValueError(
+                f"the folder {str(path)!r} must hold images ({', '.join(IMAGES)}) or clips "
+                f"({', '.join(CLIPS)}), but holds {found}: give another, or part them."
+            )
+        self.files: Sequence[Path] = images or clips
+        self._clips = bool(clips)
+        self.count = len(self.files)
+        self.shape = self._read(self.files[0]).shape
+
+    def _read(self, file: Path) -> np.ndarray:
+        frames = read_video(file)[0]
+        return frames if self._clips else frames[0]
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """uint8 ``[<= size, *shape]`` of items start to stop."""
+        for first in range(start, stop, size):
+            items = [self._read(file) for file in self.files[first : min(first + size, stop)]]
+            for file, item in zip(self.files[first:], items, strict=False):
+                if item.shape != self.shape:
+                    raise ValueError(
+                        f"{str(file)!r} is {list(item.shape)}, but {str(self.files[0])!r} is "
+                        f"{list(self.shape)}: bring all of a folder to one size first (for ImageNet: "
+                        "the short side resized, the centre cut out)."
+                    )
+            yield np.stack(items)
+
+
+def npz_keys(path: Path) -> set[str]:
+    """The names of the arrays in an .npz."""
+    with _archive(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def write_npz(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    batches: Iterable[np.ndarray] = (),
+    count: int = 0,
+) -> None:
+    """Writes an .npz: ``count`` uint8 items, batch by batch, as ``arr_0`` if any, and other arrays.
+
+    The same items give the same bytes. The file appears whole or not at all.
+    """
+    scratch = path.with_suffix(".tmp")
+    with zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        if count:
+            with archive.open(zipfile.ZipInfo(f"{ITEMS}.npy"), "w", force_zip64=True) as file:
+                _write_items(file, batches, count)
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array))
+    scratch.replace(path)
+
+
+def _write_items(file: IO[bytes], batches: Iterable[np.ndarray], count: int) -> None:
+    written = 0
+    for batch in batches:
+        if not written:
+            shape = (count, *batch.shape[1:])
+            description = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, description)
+        file.write(np.ascontiguousarray(batch).tobytes())
+        written += len(batch)
+    assert written == count, (written, count)
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as .npz ({error}): check the path, or fetch it again."
+        ) from error
+
+
+def _member(path: Path, name: str) -> IO[bytes]:
+    with _archive(path) as archive:
+        try:
+            return archive.open(f"{name}.npy")
+        except KeyError:
+            held = ", ".join(sorted(npz_keys(path))) or "nothing"
+            raise ValueError(
+                f"{str(path)!r} has no {name!r}, only {held}: images are stored under {ITEMS!r}."
+            ) from None
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+    return (read or np.lib.format.read_array_header_2_0)(file)
+
+
+def _exactly(file: IO[bytes], number: int, path: Path) -> bytes:
+    data = file.read(number)
+    if len(data) != number:
+        raise ValueError(f"{str(path)!r} ends in the middle of {ITEMS!r}: fetch or make it again.")
+    return data

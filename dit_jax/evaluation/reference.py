@@ -1,0 +1,82 @@
+"""What made samples are compared with: stored statistics, or images to take them from.
+
+Layouts that are read, all .npz:
+
+    mu, sigma                        pytorch-fid and others: Inception's pooled features
+    mu, sigma, mu_s, sigma_s, arr_0  OpenAI's evaluation suite (``VIRTUAL_imagenet256_labeled.npz``):
+                                     also the spatial features, and 10,000 images for precision
+    arr_0                            images or clips: statistics are computed
+    mu_v, sigma_v                    I3D's logits, as ``save_statistics`` writes them
+
+and folders of images or clips. Statistics that a file has are taken as they are, never recomputed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax.evaluation.images import ITEMS, ImageSet, NpzImages, npz_keys, open_images, write_npz
+from dit_jax.evaluation.moments import Statistics
+
+KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "video": ("mu_v", "sigma_v")}
+"""Keys of an .npz for the mean and covariance of each kind of feature."""
+WIDTHS = {"pool": 2048, "spatial": 2023, "video": 400}
+COUNT = "count"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The truth: statistics by kind (``pool``, ``spatial``, ``video``), and images where there are."""
+
+    path: str
+    statistics: Mapping[str, Statistics]
+    items: ImageSet | None
+
+
+def open_reference(path: str) -> Reference:
+    """Reads the statistics and opens the images; raises ``ValueError`` where there are neither."""
+    if not path.endswith(".npz"):
+        return Reference(path, {}, open_images(path))
+    names = npz_keys(Path(path))
+    items = NpzImages(Path(path)) if ITEMS in names else None
+    found: dict[str, Statistics] = {}
+    with np.load(path) as file:
+        count = int(file[COUNT]) if COUNT in names else None
+        for kind, (mean, covariance) in KEYS.items():
+            if mean not in names or covariance not in names:
+                continue
+            try:
+                found[kind] = Statistics(
+                    file[mean].astype(np.float64), file[covariance].astype(np.float64), count
+                )
+            except ValueError as error:
+                raise ValueError(f"{mean!r} and {covariance!r} in {path!r}: {error}") from error
+            if found[kind].mean.size != WIDTHS[kind]:
+                raise ValueError(
+                    f"{mean!r} in {path!r} has {found[kind].mean.size} numbers, but those features "
+                    f"{WIDTHS[kind]}: the file is of another network."
+                )
+    if not found and items is None:
+        raise ValueError(
+            f"{path!r} holds {', '.join(sorted(names)) or 'nothing'}: a reference holds statistics "
+            f"(mu and sigma; mu_s and sigma_s; mu_v and sigma_v) or images ({ITEMS})."
+        )
+    return Reference(path, found, items)
+
+
+def save_statistics(
+    path: Path, statistics: Mapping[str, Statistics], items: ImageSet | None = None
+) -> None:
+    """Writes statistics in the layout above, with the images if given (for precision and recall)."""
+    arrays: dict[str, np.ndarray] = {}
+    for kind, found in statistics.items():
+        mean, covariance = KEYS[kind]
+        arrays |= {mean: found.mean, covariance: found.covariance}
+        if found.count is not None:
+            arrays[COUNT] = np.array(found.count)
+    batches = items.batches(0, items.count, 256) if items else ()
+    write_npz(path, arrays, batches, items.count if items else 0)

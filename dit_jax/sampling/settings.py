@@ -1,0 +1,101 @@
+"""How clips are drawn from a trained model: the choice of a solver, its levels and guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from dit_jax.diffusion import (
+    DiffusionConfig,
+    GuidanceConfig,
+    SolverConfig,
+    check_solver,
+    check_spacing,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How clips are drawn from a trained model, and of what size unless said."""
+
+    frames: int = 17
+    height: int = 256
+    width: int = 256
+    fps: float = 24.0
+    steps: int = 30
+    solver: Literal["euler", "heun", "ddim", "ddpm", "sde", "dpmpp_2m", "unipc"] = "euler"
+    """See ``diffusion.solvers``: sde follows velocities, the others any path."""
+    eta: float = 0.0
+    """Noise of ddim: 0 is none, 1 as much as ddpm."""
+    sde_strength: float = 1.0
+    """Noise of sde: its diffusion is this times sigma."""
+    spacing: Literal["linear", "karras", "trailing", "leading", "linspace"] = "linear"
+    """Of the noise levels: the last three choose indices of the discrete path (linspace as DiT)."""
+    last_step: float | None = None
+    """Level from which the last step of a linear spacing goes to 0 (0.04 for SiT's sde, before the
+    shift). Unset: all steps are alike."""
+    shift: float | None = None
+    """Of the noise schedule towards noise. Unset: the shift that training used for such a size."""
+    cfg_scale: float = 4.0
+    """Guidance; 1 is none and halves the work."""
+    cfg_channels: int | None = None
+    """Guide only the first so many channels (DiT: 3 of 4). Unset: all."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only at noise levels low < t <= high; outside, steps have half the work."""
+    cfg_rescale: float = 0.0
+    """Share in which the guided prediction keeps the deviation of the conditional (0.7 is usual)."""
+    cfg_zero_star: bool = False
+    """CFG-Zero*: the unconditional velocity is scaled by its projection on the conditional one."""
+    cfg_zero_init: int = 0
+    """CFG-Zero*: first steps in which nothing moves."""
+    batch: int = 32
+    """Clips made at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}: it is at least 1.")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"sampling.fps is {self.fps}: it is above 0 and finite (24 is usual).")
+        if self.shift is not None and self.shift <= 0:
+            raise ValueError(
+                f"sampling.shift is {self.shift}: it is above 0 (1 is none), or unset."
+            )
+        if self.last_step is not None and not 0 < self.last_step < 1:
+            raise ValueError(
+                f"sampling.last_step is {self.last_step}: a level between 0 and 1, or unset."
+            )
+        if self.last_step is not None and self.steps < 2:
+            raise ValueError(
+                f"sampling.last_step is {self.last_step} of 1 step: make more, or unset it."
+            )
+        assert self.guidance and SolverConfig(eta=self.eta, strength=self.sde_strength)
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        return GuidanceConfig(
+            scale=self.cfg_scale,
+            channels=self.cfg_channels,
+            interval=self.cfg_interval,
+            rescale=self.cfg_rescale,
+            zero_star=self.cfg_zero_star,
+            zero_init=self.cfg_zero_init,
+        )
+
+
+def check_sampling(config: SamplingConfig, diffusion: DiffusionConfig, channels: int) -> None:
+    """Raises ``ValueError`` where a model so trained cannot be sampled so, with what it can."""
+    path = diffusion.path
+    check_solver(config.solver, path)
+    check_spacing(path, config.spacing, config.shift or 1.0, config.last_step)
+    if path.discrete and (config.cfg_zero_star or config.cfg_zero_init):
+        raise ValueError(
+            "sampling.cfg_zero_star and cfg_zero_init are of velocities, and path.kind 'ddpm' has "
+            "none: set them to False and 0."
+        )
+    if config.cfg_channels is not None and config.cfg_channels > channels:
+        raise ValueError(
+            f"sampling.cfg_channels is {config.cfg_channels}, and the model's patches have {channels} "
+            "channels: guide at most so many, or unset it for all."
+        )

@@ -1,0 +1,317 @@
+"""Evaluation as a user starts it: of files, and of a run that was trained by one process.
+
+The feature networks have random weights, from a file: numbers mean nothing, but their relations do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dit_jax import evaluate
+from dit_jax.evaluation import INCEPTION, VIDEO, write_npz
+from dit_jax.evaluation.weights import Network, key_of, parameter_shapes
+from dit_jax.sampling import write_png, write_video
+from tests.runs import Run, Verbs
+
+PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cached(verbs: Verbs) -> Iterator[None]:
+    """Every call of the verb compiles anew: what it compiled before it finds in the cache."""
+    names = {
+        "jax_compilation_cache_dir": str(verbs.cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def random_weights(network: Network) -> dict[str, np.ndarray]:
+    """Under a file's keys and in its order of axes; norms that keep activations alive."""
+    rng = np.random.default_rng(0)
+    shapes: Any = parameter_shapes(network)
+    found = {}
+    for path, leaf in flatten_dict(shapes["params"]).items():
+        shape = leaf.shape
+        if len(shape) > 1:
+            values = rng.normal(size=shape) * (2 / np.prod(shape[:-1])) ** 0.5
+            values = values.transpose(-1, -2, *range(len(shape) - 2))
+        else:
+            values = np.full(shape, path[-1] in ("scale", "var"), float)
+        found[key_of(network, path)] = values.astype(np.float32)
+    return found
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("weights")
+    paths = {}
+    for flag, network in (("--features-weights", INCEPTION), ("--i3d-weights", VIDEO)):
+        paths[flag] = directory / f"{network.name}.npz"
+        np.savez(paths[flag], **random_weights(network))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sets of coarse random images: a folder of PNG, and an .npz of others."""
+    directory = tmp_path_factory.mktemp("sets")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+    (directory / "true").mkdir()
+    for i, image in enumerate(images[:10]):
+        write_png(directory / "true" / f"{i}.png", image)
+    write_npz(directory / "true.npz", {}, [images[:10]], 10)
+    write_npz(directory / "made.npz", {}, [images[10:] // 2 + 60], 10)
+    return directory
+
+
+Evaluated = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Evaluated:
+    """Evaluates in this process, and gives the report."""
+
+    def run(*arguments: object, output: str = "evaluation") -> dict[str, Any]:
+        given = [*arguments, "--output", tmp_path / output]
+        assert evaluate.main([str(one) for one in given]) == 0
+        report = tmp_path / output / "report.json"
+        return json.loads(report.read_text()) if report.exists() else {}
+
+    return run
+
+
+def flags(weights: dict[str, Path], flag: str = "--features-weights") -> list[object]:
+    return [flag, weights[flag], "--feature-batch", 8]
+
+
+def test_images_are_measured_and_statistics_kept(
+    evaluated: Evaluated,
+    weights: dict[str, Path],
+    sets: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+):
+    names = ["fid", "sfid", "is", "precision", "recall"]
+    common = [*flags(weights), "--metrics", *names]
+    report = evaluated("--samples", sets / "made.npz", "--reference", sets / "true", *common)
+    found = report["metrics"]
+    assert set(found) == {*names, "is_std"} and report["num"] == 10
+    assert found["fid"] > 0 and found["sfid"] > 0 and 1 <= found["is"] <= 1008
+    assert len(report["notes"]) == 4 and "10 samples for 2048 features" in report["notes"][0]
+    out = capfd.readouterr().out
+    assert re.search(r"fid \d", out) and "of 10 samples" in out
+
+    kept = tmp_path / "true-statistics.npz"
+    evaluated("--reference", sets / "true", "--save-statistics", kept, *flags(weights))
+    with np.load(kept) as file:
+        assert set(file.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "count"}
+        assert file["sigma_s"].shape == (2023, 2023) and int(file["count"]) == 10
+    again = evaluated("--samples", sets / "made.npz", "--reference", kept, *common)["metrics"]
+    np.testing.assert_allclose([again[n] for n in names], [found[n] for n in names], rtol=1e-6)
+    # The same images from another kind of file, against themselves.
+    own = evaluated("--samples", sets / "true.npz", "--reference", kept, *common)["metrics"]
+    assert own["fid"] < 1e-4 * found["fid"] and own["precision"] == own["recall"] == 1
+
+
+def test_clips_are_measured(evaluated: Evaluated, weights: dict[str, Path], tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for name, level in (("true", 0), ("made", 60)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            frame = rng.integers(0, 190, (2, 2, 3)).repeat(8, 0).repeat(8, 1) + level
+            write_video(tmp_path / name / f"{i}.mp4", np.stack([frame.astype(np.uint8)] * 10), 8)
+    given = [*flags(weights, "--i3d-weights"), "--fvd-frames", 9, "--metrics", "fvd"]
+    true = ["--reference", tmp_path / "true"]
+    kept = tmp_path / "true.npz"
+    report = evaluated("--samples", tmp_path / "made", *true, *given, "--save-statistics", kept)
+    assert report["metrics"]["fvd"] > 0 and report["shape"] == [10, 16, 16, 3]
+    own = evaluated("--samples", tmp_path / "true", "--reference", kept, *given)
+    assert own["metrics"]["fvd"] < 1e-4 * report["metrics"]["fvd"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture
+def making(whole: Run, prompts: Path) -> list[object]:
+    """What makes ten images from the tiny run."""
+    return [
+        *("--checkpoint", whole.directory, "--prompts-file", prompts, "--num", 10, "--shard", 4),
+        *("--sampling.frames", 1, "--sampling.steps", 2),
+    ]
+
+
+class Killed(Exception):
+    """Stands for a signal: nothing catches it."""
+
+
+def test_killed_run_goes_on_to_the_same_samples(
+    evaluated: Evaluated, making: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluated(*making, output="whole")
+    path = tmp_path / "whole" / "samples.npz"
+    with np.load(path) as file:
+        images = file["arr_0"]
+        assert file.files == ["arr_0"] and images.dtype == np.uint8
+    assert images.shape == (10, 24, 24, 3) and images.std() > 0
+    assert not (tmp_path / "whole" / "shards").exists()
+    assert (images[0] != images[3]).any()  # one prompt, other noise
+
+    make, calls = evaluate.make_clips, []
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(calls) == 2:
+            raise Killed
+        calls.append(len(arguments[2]))
+        return make(*arguments)
+
+    monkeypatch.setattr(evaluate, "make_clips", interrupted)
+    with pytest.raises(Killed):
+        evaluated(*making, output="cut")
+    assert calls == [4, 4]
+    shards = tmp_path / "cut" / "shards"
+    assert sorted(one.name for one in shards.iterdir()) == ["000000.npy", "000001.npy"]
+    (shards / "000000.npy").unlink()
+    calls.clear()
+    evaluated(*making, output="cut")
+    assert calls == [4, 2]
+    assert (tmp_path / "cut" / "samples.npz").read_bytes() == path.read_bytes()
+    # What is finished is not made again.
+    calls.clear()
+    evaluated(*making, output="cut")
+    assert calls == []
+
+
+def test_samples_of_a_run_are_measured(
+    evaluated: Evaluated, making: list[object], weights: dict[str, Path], sets: Path
+):
+    given = [*flags(weights), "--metrics", "fid", "precision", "--reference", sets / "true"]
+    report = evaluated(*making, *given)
+    assert set(report["metrics"]) == {"fid", "precision"} and report["num"] == 10
+    assert report["made"]["sampling"]["steps"] == 2 and report["made"]["step"] == 20
+    # The file is what a measurement of the file reads.
+    again = evaluated("--samples", report["samples"], *given, output="other")
+    assert again["metrics"] == report["metrics"] and again["made"] is None
+
+
+# Bad input: refused at once, with the value, the constraint and the remedy.
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    def run(*arguments: object) -> str:
+        given = ["--output", tmp_path / "evaluation", *arguments]
+        try:
+            status = evaluate.main([str(one) for one in given])
+        except SystemExit as error:
+            status = error.code
+        text = capfd.readouterr().err
+        assert status == 2 and "Traceback" not in text and "sampling:" not in text
+        return " ".join(re.sub("[╭─╮│╰╯]", " ", text).split())
+
+    return run
+
+
+MADE, TRUE = ["--samples", "SETS/made.npz"], ["--reference", "SETS/true"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["nothing to evaluate", "--samples", "--checkpoint"]),
+        (MADE, ["nothing to measure", "--metrics"]),
+        ([*MADE, "--checkpoint", "x"], ["both given"]),
+        ([*MADE, "--metrics", "fid"], ["fid compares with a reference", "--reference PATH"]),
+        (
+            [*MADE, *TRUE, "--metrics", "fid"],
+            ["fid needs the weights of Inception-v3: give --features-weights FILE", "pytorch-fid"],
+        ),
+        (
+            [*MADE, *TRUE, "--metrics", "is", "--features-weights", "/none.pth"],
+            ["'/none.pth' is not a file", "pt_inception-2015-12-05-6726825d.pth", "Apache License"],
+        ),
+        ([*MADE, *TRUE, "--metrics", "fvd"], ["fvd is not a metric of images", "fid sfid is"]),
+        ([*MADE, *TRUE, "--metrics", "kid"], ["kid", "--metrics"]),
+        (["--samples", "/none", "--metrics", "is"], ["'/none' is neither a folder nor an .npz"]),
+        ([*MADE, "--reference", "/none", "--metrics", "fid"], ["'/none' is neither a folder"]),
+        (["--save-statistics", "a.npz"], ["--reference too"]),
+        ([*TRUE, "--save-statistics", "a.txt"], ["must end in .npz"]),
+        ([*MADE, "--metrics", "is", "--output", "/proc/x"], ["cannot write in '/proc/x'"]),
+        (["--checkpoint", "/none"], ["'/none' holds no checkpoints"]),
+        (["--checkpoint", "RUN"], ["reads text: give --prompts-file FILE"]),
+        (["--checkpoint", "RUN", "--num", "0"], ["--num 0", "at least 1"]),
+        (["--checkpoint", "RUN", "--step", "3"], ["no checkpoint of step 3"]),
+        (
+            ["--checkpoint", "RUN", "--prompts-file", "PROMPTS", "--metrics", "fid", *TRUE],
+            ["fid is not a metric of clips, and the model's samples are clips: choose"],
+        ),
+        (
+            ["--checkpoint", "RUN", "--prompts-file", "PROMPTS", "--sampling.height", "20"],
+            ["height 20 is not a multiple of the patch's 8"],
+        ),
+        (
+            ["--checkpoint", "RUN", "--prompts-file", "PROMPTS", "--sampling.steps", "0"],
+            ["sampling.steps is 0"],
+        ),
+        (
+            ["--checkpoint", "RUN", "--prompts-file", "PROMPTS", "--mesh.context", "3"],
+            ["context 3", "8 device(s)"],
+        ),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,
+)
+def test_bad_value_is_refused(
+    refused: Callable[..., str],
+    whole: Run,
+    sets: Path,
+    prompts: Path,
+    arguments: list[str],
+    parts: list[str],
+):
+    named = {"SETS": str(sets), "RUN": str(whole.directory), "PROMPTS": str(prompts)}
+    pattern = re.compile("|".join(named))
+    given = [pattern.sub(lambda found: named[found[0]], one) for one in arguments]
+    message = refused(*given)
+    for part in parts:
+        assert part in message
+
+
+def test_other_settings_and_short_clips_are_refused(
+    refused: Callable[..., str],
+    making: list[object],
+    sets: Path,
+    tmp_path: Path,
+):
+    clips = np.zeros((2, 5, 8, 8, 3), np.uint8)
+    write_npz(tmp_path / "clips.npz", {}, [clips], 2)
+    given = ["--samples", tmp_path / "clips.npz", "--metrics", "fvd"]
+    message = refused(*given, "--reference", tmp_path / "clips.npz")
+    assert "clips have 5 frames, fewer than the 16 that fvd looks at" in message
+    assert "I3D takes at least 9" in refused(*given, "--fvd-frames", 8)
+    assert "holds images, but" in refused(*given, "--reference", sets / "true")
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    given = ["--samples", sets / "made.npz", "--reference", tmp_path / "mu.npz", "--metrics"]
+    assert "sfid needs more than the statistics (pool) in" in refused(*given, "fid", "sfid")
+    (tmp_path / "evaluation").mkdir(exist_ok=True)
+    (tmp_path / "evaluation" / "plan.json").write_text('{"seed": 5}')
+    assert "holds samples made with checkpoint None, not" in refused(*making)
