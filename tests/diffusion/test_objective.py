@@ -15,12 +15,14 @@ from dit_jax.diffusion import (
     GROUPS_PER_SEGMENT,
     CeilingConfig,
     DiffusionConfig,
+    PathConfig,
     TimeConfig,
     drop_captions,
     noise_batch,
     predicted_velocity,
     token_loss,
 )
+from dit_jax.diffusion.objective import token_weight
 from dit_jax.types import PAD, PackedBatch
 
 DIM = 4
@@ -293,6 +295,140 @@ def test_a_predicted_velocity_is_the_output_or_leads_to_it(case):
     assert np.isfinite(predicted_velocity(config, jnp.asarray(output), xt, 0 * tau)).all()
 
 
+# --- weights by noise level ---
+
+CHAIN = PathConfig("ddpm")
+OF_CHAIN = functools.partial(
+    DiffusionConfig, time=TimeConfig("uniform"), path=CHAIN, loss="prediction"
+)
+
+
+def snr_of(index):
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[index]
+    return kept / (1 - kept)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_is_the_published_weight_of_each_prediction(gamma):
+    """Hang et al. 2023, section 3.4: of x0, eps and v."""
+    index = np.array([[0, 5, 50, 200, 400, 700, 999]])
+    tau, snr = jnp.asarray((index + 1) / 1000, jnp.float32), snr_of(index)
+    least = np.minimum(snr, gamma)
+    for prediction, wanted in (("x0", least), ("eps", least / snr), ("v", least / (snr + 1))):
+        config = OF_CHAIN(prediction, weighting="min_snr", min_snr_gamma=gamma)
+        # alpha and sigma of float32, squared.
+        np.testing.assert_allclose(token_weight(config, tau), wanted, rtol=2e-5, err_msg=prediction)
+
+
+def test_other_weights_by_hand():
+    index = np.array([[0, 50, 400, 999]])
+    tau, snr = jnp.asarray((index + 1) / 1000, jnp.float32), snr_of(index)
+    weights = {
+        ("snr", "x0"): snr,
+        ("snr", "eps"): 1 + 0 * snr,
+        ("snr", "v"): snr / (snr + 1),
+        ("truncated_snr", "x0"): np.maximum(snr, 1),
+        ("truncated_snr", "eps"): np.maximum(1, 1 / snr),
+        ("truncated_snr", "v"): np.maximum(snr, 1) / (snr + 1),
+        ("none", "eps"): 1 + 0 * snr,
+    }
+    for (weighting, prediction), wanted in weights.items():
+        found = token_weight(OF_CHAIN(prediction, weighting=weighting), tau)
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, err_msg=f"{weighting} {prediction}")
+
+
+def test_weights_of_a_flow_are_of_the_error_that_its_velocity_makes_in_x0():
+    tau = jnp.array([[0.1, 0.3, 0.5, 0.9, 1.0]])
+    snr = ((1 - tau) / tau) ** 2
+    for prediction in ("velocity", "x0", "v"):
+        config = DiffusionConfig(prediction, weighting="min_snr")
+        # (x_t - x0) / t: the squared error of x0 over t^2.
+        wanted = jnp.minimum(snr, 5) * tau**2
+        np.testing.assert_allclose(token_weight(config, tau), wanted, rtol=1e-5)
+    config = DiffusionConfig("x0", loss="prediction", weighting="min_snr")
+    np.testing.assert_allclose(token_weight(config, tau), jnp.minimum(snr, 5), rtol=1e-5)
+
+
+WEIGHTED = [
+    OF_CHAIN("eps", weighting="min_snr"),
+    OF_CHAIN("v", weighting="truncated_snr"),
+    dataclasses.replace(OF_CHAIN("v"), path=PathConfig("ddpm", zero_terminal_snr=True)),
+    DiffusionConfig("v", loss="prediction", weighting="min_snr"),
+    DiffusionConfig("x0", path=PathConfig("gvp"), weighting="snr"),
+    DiffusionConfig("velocity", path=PathConfig("vp")),
+    DiffusionConfig("eps", path=PathConfig("vp"), weighting="min_snr"),
+]
+
+
+@pytest.mark.parametrize("config", WEIGHTED, ids=lambda c: f"{c.path.kind}-{c.prediction}")
+def test_a_samples_loss_does_not_depend_on_its_neighbours(config, noise, jit):
+    """Of every objective: the loss of a sample's tokens, wherever it is packed; and all is finite."""
+    config = dataclasses.replace(config, ceilings=CONFIG.ceilings)
+    found = []
+    for name in ("two rows", "one row"):
+        batch = ARRANGEMENTS[name]
+        noised = noise(config, batch)
+        output = np.sin(3 * noised.tokens)
+
+        def total(output, noised, batch):
+            error, weight = token_loss(config, output, noised, batch)
+            return error.sum(), (error, weight)
+
+        gradient, (error, weight) = jit(jax.grad(total, has_aux=True))(output, noised, batch)
+        assert np.isfinite(gradient).all() and np.isfinite(error).all()
+        assert not np.asarray(gradient)[np.asarray(weight) == 0].any()
+        cells = zip(*np.nonzero(batch.num_tokens), strict=True)
+        found.append(
+            {
+                int(batch.sample_ids[r, j]): np.asarray(error)[r, batch.segment_ids[r] == j + 1]
+                for r, j in cells
+            }
+        )
+    for sample, error in found[0].items():
+        # float32; v and its weights divide by what may be 0.03.
+        np.testing.assert_allclose(error, found[1][sample], rtol=2e-4, atol=1e-6)
+        assert (error >= 0).all()
+
+
+def test_levels_of_a_chain_are_on_its_grid_and_uniform(noise):
+    config = dataclasses.replace(OF_CHAIN("eps"), ceilings=CONFIG.ceilings)
+    batch = pack([[Clip(64 * r + j, 2, 1) for j in range(64)] for r in range(64)], 128, 64)
+    noised = noise(config, batch)
+    index = noised.group_t.astype(np.float64) * 1000
+    np.testing.assert_allclose(index, np.round(index), atol=1e-3)  # float32 of 1000
+    free = np.round(index[:, ::2]).ravel()
+    assert free.min() >= 1 and free.max() == 1000
+    # 4096 draws in 10 bins of 409.6: within 4.5 standard deviations.
+    counts = np.histogram(free, np.arange(0.5, 1001, 100))[0]
+    assert (np.abs(counts - 409.6) < 4.5 * 409.6**0.5).all()
+    kept = np.append(1.0, np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    at = kept[np.round(noised.tau * 1000).astype(int)][..., None]
+    wanted = np.sqrt(at) * batch.tokens + np.sqrt(1 - at) * noised.eps
+    np.testing.assert_allclose(noised.tokens, wanted, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("path", ["gvp", "vp"])
+def test_the_velocity_loss_of_interpolants_by_hand(path, noise):
+    config = DiffusionConfig("velocity", path=PathConfig(path), time=TimeConfig("uniform"))
+    batch = ARRANGEMENTS["two rows"]
+    noised = noise(config, batch)
+    t = noised.tau.astype(np.float64)[..., None]
+    if path == "gvp":
+        turn = np.pi / 2
+        velocity = turn * (np.cos(turn * t) * noised.eps - np.sin(turn * t) * batch.tokens)
+    else:
+        alpha = np.exp(-0.25 * 19.9 * t**2 - 0.05 * t)
+        falls = -alpha * (0.5 * 19.9 * t + 0.05)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rises = -alpha * falls / np.sqrt(1 - alpha**2)
+            velocity = falls * batch.tokens + rises * noised.eps
+    given = jax.tree.map(jnp.asarray, (0 * batch.tokens, noised, batch))
+    error, weight = token_loss(config, *given)
+    made = np.asarray(weight) > 0
+    wanted = np.square(velocity).mean(-1)[made]
+    np.testing.assert_allclose(np.asarray(error)[made], wanted, rtol=1e-4)  # float32
+
+
 # --- types and errors ---
 
 
@@ -332,6 +468,24 @@ def test_a_wrong_shape_is_caught():
         ({"caption_dropout": -0.1}, "caption_dropout is -0.1"),
         ({"min_t": 0.0}, "min_t is 0.0"),
         ({"min_t": 1.0}, "min_t is 1.0"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0"),
+        ({"path": CHAIN}, "prediction is 'velocity', which the discrete path.kind 'ddpm' does not"),
+        ({"path": CHAIN, "prediction": "eps"}, "loss is 'velocity'.*make it 'prediction'"),
+        (
+            {"path": CHAIN, "prediction": "eps", "loss": "prediction"},
+            "distribution is 'logit_normal', and path.kind 'ddpm' draws its indices uniformly",
+        ),
+        ({"prediction": "eps"}, "'eps' says nothing of x0.*predict 'v' or 'x0' or 'velocity'"),
+        (
+            {
+                "path": PathConfig("ddpm", zero_terminal_snr=True),
+                "prediction": "eps",
+                "loss": "prediction",
+                "time": TimeConfig("uniform"),
+            },
+            "'eps' says nothing of x0.*zero_terminal_snr True",
+        ),
+        ({"variance": "learned_range"}, "'learned_range' bounds the steps of a discrete chain"),
     ],
 )
 def test_nonsense_objectives_are_refused(fields, message):

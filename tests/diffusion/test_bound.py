@@ -1,0 +1,224 @@
+"""The loss of a chain with learned variances, against its definition written anew with NumPy and SciPy.
+
+The posterior comes from Bayes' rule (a product of two Gaussians) instead of the published
+coefficients, and every number is computed alone in float64.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from dit_jax.diffusion import DiffusionConfig, PathConfig, TimeConfig, token_loss
+from dit_jax.diffusion.bound import bound, decoder_nll, normal_kl, posterior
+from dit_jax.types import Noised, PackedBatch
+
+CHAIN = PathConfig("ddpm")
+CONFIG = DiffusionConfig(
+    "eps", TimeConfig("uniform"), path=CHAIN, loss="prediction", variance="learned_range"
+)
+# Of bins of time: the decoder's, the first that has a posterior, and some of every tenth.
+INDICES = [0, 1, 2, 10, 50, 99, 150, 250, 350, 450, 550, 650, 750, 850, 950, 999]
+DIM = 6
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def chain(path=CHAIN):
+    beta = np.linspace(path.beta_start, path.beta_end, path.timesteps)
+    return beta, np.cumprod(1 - beta)
+
+
+def bayes(i, x0, xt):
+    """Mean and variance of q(x_(i-1) | x_i, x0): x_(i-1) given x0, times x_i given x_(i-1)."""
+    beta, kept = chain()
+    prior_mean, prior_variance = np.sqrt(kept[i - 1]) * x0, 1 - kept[i - 1]
+    factor = np.sqrt(1 - beta[i])
+    precision = 1 / prior_variance + factor**2 / beta[i]
+    return (prior_mean / prior_variance + factor * xt / beta[i]) / precision, 1 / precision
+
+
+def defined(i, x0, xt, eps, output, fraction):
+    """(mse, bound) of one number, as DiT trains them."""
+    beta, kept = chain()
+    guess = (xt - np.sqrt(1 - kept[i]) * output) / np.sqrt(kept[i])
+    small = bayes(max(i, 1), x0, xt)[1]
+    part = (fraction + 1) / 2
+    variance = np.exp(part * np.log(beta[i]) + (1 - part) * np.log(small))
+    if i == 0:
+        scale = np.sqrt(variance)
+        above = 1.0 if x0 > 0.999 else stats.norm.cdf(x0 + 1 / 255, guess, scale)
+        below = 0.0 if x0 < -0.999 else stats.norm.cdf(x0 - 1 / 255, guess, scale)
+        nats = -np.log(max(above - below, 1e-12))
+    else:
+        mean, other = bayes(i, x0, xt)[0], bayes(i, guess, xt)[0]
+        nats = 0.5 * (np.log(variance / small) + (small + (mean - other) ** 2) / variance - 1)
+    return (output - eps) ** 2, nats / np.log(2)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """One token at each index; x0 within [-1, 1], both ends among them."""
+    rng = np.random.default_rng(0)
+    shape = (1, len(INDICES), DIM)
+    x0 = np.clip(rng.normal(0, 0.7, shape), -1, 1)
+    x0[:, 0, :2] = -1.0, 1.0
+    eps, output = rng.normal(size=shape), rng.normal(size=shape)
+    # A guess that is not far off, as after some training: at index 0 the bins would all be empty.
+    output = eps + 0.3 * output
+    fraction = rng.uniform(-1.2, 1.2, shape)
+    kept = chain()[1][INDICES][None, :, None]
+    xt = np.sqrt(kept) * x0 + np.sqrt(1 - kept) * eps
+    tau = (np.array([INDICES]) + 1) / CHAIN.timesteps
+    return x0, eps, xt, output, fraction, tau
+
+
+def batch_of(x0, xt, eps, tau, segment_ids=None):
+    b, l = tau.shape
+    ids = np.ones((b, l), np.int32) if segment_ids is None else segment_ids
+    zero = np.zeros((b, 1), np.int32)
+    batch = PackedBatch(
+        tokens=jnp.asarray(x0),
+        positions=jnp.zeros((b, l, 3), jnp.float32),
+        segment_ids=jnp.asarray(ids),
+        frame_ids=jnp.asarray(0 * ids),
+        token_ids=jnp.asarray(np.tile(np.arange(l, dtype=np.int32), (b, 1))),
+        text=jnp.asarray(zero),
+        text_segment_ids=jnp.asarray(zero),
+        sample_ids=jnp.asarray(zero.astype(np.uint32)),
+        num_tokens=jnp.asarray(zero),
+        num_frames=jnp.asarray(zero),
+    )
+    noised = Noised(
+        tokens=jnp.asarray(xt),
+        eps=jnp.asarray(eps),
+        tau=jnp.asarray(tau),
+        group_ids=jnp.asarray(0 * ids),
+        group_t=jnp.asarray(tau[:, :1]),
+        dropped=jnp.zeros((b, 1), jnp.float32),
+    )
+    return noised, batch
+
+
+def test_the_loss_at_every_index_is_the_published_one(case):
+    x0, eps, xt, output, fraction, tau = case
+    both = jnp.asarray(np.concatenate([output, fraction], -1))
+    noised, batch = batch_of(x0, xt, eps, tau)
+    error, weight = token_loss(CONFIG, both, noised, batch)
+    assert np.array_equal(weight, np.ones_like(tau))
+    for at, i in enumerate(INDICES):
+        terms = [
+            defined(i, *(float(a[0, at, d]) for a in (x0, xt, eps, output, fraction)))
+            for d in range(DIM)
+        ]
+        mse, bits = np.mean(terms, axis=0)
+        # float64, through differences of cumulative distributions at index 0.
+        np.testing.assert_allclose(float(error[0, at]), mse + bits, rtol=1e-8, err_msg=f"index {i}")
+        assert abs(bits) > 1e-6  # so that the sum tells
+
+
+def test_the_bound_teaches_variances_only(case):
+    x0, eps, xt, output, fraction, tau = case
+    noised, batch = batch_of(x0, xt, eps, tau)
+
+    def total(config, both):
+        return token_loss(config, both, noised, batch)[0].sum()
+
+    both = jnp.asarray(np.concatenate([output, fraction], -1))
+    gradient = jax.grad(functools.partial(total, CONFIG))(both)
+    plain = dataclasses.replace(CONFIG, variance="fixed_small")
+    alone = jax.grad(functools.partial(total, plain))(both)
+    assert np.array_equal(gradient[..., :DIM], alone[..., :DIM])
+    assert not alone[..., DIM:].any() and (np.abs(gradient[..., DIM:]) > 0).all()
+
+
+def test_the_second_half_is_ignored_where_no_variance_is_learned(case):
+    x0, eps, xt, output, fraction, tau = case
+    noised, batch = batch_of(x0, xt, eps, tau)
+    plain = dataclasses.replace(CONFIG, variance="fixed_small")
+    both = jnp.asarray(np.concatenate([output, fraction], -1))
+    found = token_loss(plain, both, noised, batch)[0]
+    assert np.array_equal(found, token_loss(plain, jnp.asarray(output), noised, batch)[0])
+    np.testing.assert_allclose(found, ((output - eps) ** 2).mean(-1), rtol=1e-12)
+    with pytest.raises(ValueError, match="gives 6 numbers a token, and .* needs 12"):
+        token_loss(CONFIG, jnp.asarray(output), noised, batch)
+    with pytest.raises(ValueError, match="gives 3 numbers a token, and .* needs 6"):
+        token_loss(plain, jnp.asarray(output[..., :3]), noised, batch)
+
+
+def test_given_tokens_and_padding_have_no_part_and_no_gradient(case):
+    x0, eps, xt, output, fraction, tau = case
+    tau = tau.copy()
+    tau[0, 3] = 0.0
+    ids = np.ones(tau.shape, np.int32)
+    ids[0, 5:7] = 0
+    noised, batch = batch_of(x0, xt, eps, tau, ids)
+    both = jnp.asarray(np.concatenate([output, fraction], -1))
+    error, weight = token_loss(CONFIG, both, noised, batch)
+    out = np.isin(np.arange(len(INDICES)), [3, 5, 6])
+    assert not np.asarray(error)[0, out].any() and not np.asarray(weight)[0, out].any()
+    assert (np.asarray(weight)[0, ~out] == 1).all()
+    gradient = jax.grad(lambda o: token_loss(CONFIG, o, noised, batch)[0].sum())(both)
+    assert np.isfinite(gradient).all() and not np.asarray(gradient)[0, out].any()
+
+
+def test_a_tokens_loss_does_not_depend_on_its_neighbours(case):
+    x0, eps, xt, output, fraction, tau = case
+    both = np.concatenate([output, fraction], -1)
+    whole = token_loss(CONFIG, jnp.asarray(both), *batch_of(x0, xt, eps, tau))[0]
+    for at in (0, 4, 15):
+        part = (a[:, at : at + 1] for a in (x0, xt, eps, tau))
+        alone = token_loss(CONFIG, jnp.asarray(both[:, at : at + 1]), *batch_of(*part))[0]
+        np.testing.assert_allclose(alone[0, 0], whole[0, at], rtol=1e-12)
+
+
+def test_a_perfect_network_has_the_entropy_of_the_posterior_only(case):
+    """Where mean and variance are the posterior's, the divergence is 0."""
+    x0, _, xt, _, _, tau = (jnp.asarray(a) for a in case)
+    bits = np.asarray(bound(CHAIN, x0, xt, x0, jnp.full_like(x0, -1.0), tau))
+    np.testing.assert_allclose(bits[:, 1:], 0, atol=1e-12)
+    assert (bits[:, 0] > 0).all()
+
+
+def test_the_posterior_by_bayes():
+    table = posterior(CHAIN)
+    for i in (1, 2, 500, 999):
+        mean, variance = bayes(i, 0.3, -0.8)
+        np.testing.assert_allclose(table[i, 0] * 0.3 - table[i, 1] * 0.8, mean, rtol=1e-9)
+        np.testing.assert_allclose(np.exp(table[i, 2]), variance, rtol=1e-9)
+    np.testing.assert_allclose(table[0, :2], [1, 0], atol=1e-12)
+    assert table[0, 2] == table[1, 2]
+
+
+def test_the_divergence_of_normals_is_its_integral():
+    a, b = stats.norm(0.3, 0.5), stats.norm(-0.2, 0.9)
+    wanted = integrate.quad(lambda x: a.pdf(x) * (a.logpdf(x) - b.logpdf(x)), -6, 6)[0]
+    logs = 2 * np.log([0.5, 0.9])
+    found = normal_kl(*map(jnp.float64, (0.3, logs[0], -0.2, logs[1])))
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.02, 0.3])
+def test_the_probabilities_of_all_values_sum_to_one(scale):
+    values = jnp.asarray(np.linspace(-1, 1, 256))
+    nll = decoder_nll(values, jnp.full(256, 0.1234), jnp.full(256, np.log(scale)))
+    # The bins of 1e-12 or less are counted as so many.
+    np.testing.assert_allclose(np.exp(-np.asarray(nll)).sum(), 1, atol=1e-9)
+
+
+def test_float32_is_near_float64(case):
+    x0, _, xt, output, fraction, tau = case
+    args = [jnp.asarray(a, jnp.float32) for a in (x0, xt, x0 + 0.1 * output, fraction, tau)]
+    exact = bound(CHAIN, *(jnp.asarray(np.asarray(a, np.float64)) for a in args))
+    found = bound(CHAIN, *args)
+    assert found.dtype == jnp.float32
+    # Means of two terms that all but cancel, over variances of 1e-4 and more.
+    np.testing.assert_allclose(found, exact, rtol=1e-2, atol=1e-4)
