@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import convert, interop
-from dit_jax.config import stored_config
+from dit_jax import convert, interop, sample
+from dit_jax.config import CodecConfig, stored_config
 from dit_jax.interop.autoencoder import OLD_ATTENTION
 from dit_jax.models import AutoencoderKLConfig
 from dit_jax.parallel import make_mesh
+from dit_jax.sampling.media import read_video
 from dit_jax.training import open_run
 from tests.interop.published import authors_arrays
 
@@ -37,6 +38,20 @@ def published(tmp_path: Path) -> Path:
     params = table.read(arrays, "made")
     interop.write_torch(tmp_path / "DiT.pt", table.export(params))
     return tmp_path / "DiT.pt"
+
+
+@pytest.fixture
+def autoencoder(tmp_path: Path) -> Path:
+    """A folder of a small autoencoder, two pixels to a latent."""
+    config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
+    rng = np.random.default_rng(0)
+    arrays = {
+        key: 0.1 * rng.normal(size=entry.layout.their_shape).astype(np.float32)
+        for entry in interop.autoencoder_map(config).entries
+        for key in entry.keys
+    }
+    interop.write_folder(tmp_path / "vae", interop.autoencoder_to_diffusers(config), arrays)
+    return tmp_path / "vae"
 
 
 HEADS = ("--heads", 4)
@@ -64,7 +79,9 @@ def test_a_run_is_one_that_verbs_open(published, tmp_path):
     made = converted(published, tmp_path / "run", "run", *HEADS)
     checkpointer, step = open_run(made)
     config = stored_config(checkpointer.config(step), made)
-    assert step == 0 and config == convert.run_config(authors_arrays()[0], str(made))
+    assert step == 0 and config == convert.run_config(
+        authors_arrays()[0], str(made), CodecConfig(h=8, w=8)
+    )
     assert json.loads((made / "config.json").read_text()) == checkpointer.config(step)
     shapes, shardings = convert._abstract(config, config.mesh)
     params = checkpointer.restore_ema(step, shapes, shardings)
@@ -89,8 +106,8 @@ def test_sit_is_a_flow_and_its_last_layer_turned(published, tmp_path):
 
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_the_config_is_the_papers(family):
-    config = convert.run_config(authors_arrays(family)[0], "run")
-    assert config.sampling.steps == 250 and config.sampling.height == 8
+    config = convert.run_config(authors_arrays(family)[0], "run", CodecConfig(h=8, w=8))
+    assert config.sampling.steps == 250 and config.sampling.height == 64
     diffusion = config.diffusion
     if family == "dit":
         assert (diffusion.path.kind, diffusion.path.betas) == ("ddpm", "linear")
@@ -124,24 +141,28 @@ def test_half_precision_is_written_where_asked_for(published, tmp_path):
     assert (folder / name).read_bytes() == (back / name).read_bytes()
 
 
-def test_an_autoencoder_is_written_by_either_names(tmp_path):
-    config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
-    table = interop.autoencoder_map(config)
-    rng = np.random.default_rng(0)
-    arrays = {
-        key: rng.normal(size=entry.layout.their_shape).astype(np.float32)
-        for entry in table.entries
-        for key in entry.keys
-    }
-    settings = interop.autoencoder_to_diffusers(config)
-    interop.write_folder(tmp_path / "new", settings, arrays)
-    old = converted(tmp_path / "new", tmp_path / "old", "diffusers", "--old-names")
+def test_an_autoencoder_is_written_by_either_names(autoencoder, tmp_path):
+    old = converted(autoencoder, tmp_path / "old", "diffusers", "--old-names")
     names = set(interop.read_weights(old)[0])
     assert {f"decoder.mid_block.attentions.0.{n}.bias" for n in OLD_ATTENTION.values()} <= names
     again = converted(old, tmp_path / "again", "diffusers")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        assert (again / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+        assert (again / name).read_bytes() == (autoencoder / name).read_bytes()
     assert run("--input", old, "--output", tmp_path / "x", "--to", "run") == 2
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+def test_a_run_is_sampled_through_its_codec(published, autoencoder, tmp_path, family):
+    more = (*HEADS, "--family", family, "--codec", autoencoder)
+    made = converted(published, tmp_path / "run", "run", *more)
+    checkpointer, step = open_run(made)
+    config = stored_config(checkpointer.config(step), made)
+    assert (config.codec.path, config.codec.h, config.sampling.height) == (str(autoencoder), 2, 16)
+    given = ["--checkpoint", made, "--label", 3, 9, "--output", tmp_path / "two.png", "--steps", 2]
+    assert sample.main([str(one) for one in given]) == 0
+    assert read_video(tmp_path / "two.png")[0].std() > 0
+    other = converted(published, tmp_path / "other.pt", "pt", *HEADS)
+    assert converted(made, tmp_path / "back.pt", "pt").read_bytes() == other.read_bytes()
 
 
 class Hostile:
@@ -174,6 +195,12 @@ def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, c
     assert "exists: move it away" in refused(capsys, published, published, "pt")
     assert "ends in .pt" in refused(capsys, published, target, "pt")
     assert "looks like a file" in refused(capsys, published, tmp_path / "a.pt", "run")
+    vae = tmp_path / "vae"
+    interop.write_folder(
+        vae, interop.autoencoder_to_diffusers(AutoencoderKLConfig(latent_channels=8)), {}
+    )
+    said = refused(capsys, published, target, "run", *HEADS, "--codec", vae)
+    assert "latents of 8 channels, and the model makes 4" in said
     assert "number with --heads" in refused(capsys, published, target, "run")
     assert "weights under 'model.'" in refused(capsys, published, target, "run", "--part", "model")
     (tmp_path / "text.txt").write_text("a")
@@ -196,10 +223,10 @@ def test_every_mismatch_of_a_file_is_listed(published, tmp_path, capsys):
 
 
 def test_a_model_that_is_not_as_published_stays_a_run(published, tmp_path, capsys, monkeypatch):
-    def other(file, output):
+    def other(file, output, codec):
         dit = dataclasses.replace(file.model.dit, time_offset=0.0)
         model = dataclasses.replace(file.model, dit=dit)
-        return dataclasses.replace(plain(file, output), model=model)
+        return dataclasses.replace(plain(file, output, codec), model=model)
 
     plain = convert.run_config
     monkeypatch.setattr(convert, "run_config", other)
