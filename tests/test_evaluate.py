@@ -44,7 +44,7 @@ from dit_jax.models import (
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, write_png, write_video
 from dit_jax.training import CheckpointConfig, Checkpointer, TrainState
-from tests.runs import Run, Verbs
+from tests.runs import Run, Verbs, end, free_port
 
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
 
@@ -233,6 +233,7 @@ def test_samples_of_a_run_are_measured(
     report = evaluated(*making, *given)
     assert set(report["metrics"]) == {"fid", "precision"} and report["num"] == 10
     assert report["made"]["sampling"]["steps"] == 2 and report["made"]["step"] == 20
+    assert "samples are 24 x 24 and references 32 x 32" in report["notes"][0]
     # The file is what a measurement of the file reads.
     again = evaluated("--samples", report["samples"], *given, output="other")
     assert again["metrics"] == report["metrics"] and again["made"] is None
@@ -413,3 +414,25 @@ def test_latents_are_decoded(evaluated: Evaluated, refused: Refused, tmp_path: P
     samples = tmp_path / "evaluation" / "samples.npz"
     with np.load(samples) as file:
         assert file["arr_0"].shape == (3, 24, 24, 3) and file["arr_0"].std() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(
+    verbs: Verbs, weights: dict[str, Path], sets: Path, tmp_path: Path
+):
+    run = untrained(classes_config(latents=False), tmp_path / "run")
+    given = ["--checkpoint", run, "--num", 19, "--shard", 8, *flags(weights)]
+    given += ["--metrics", "fid", "is", "recall", "--reference", sets / "true"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ended = end(verbs.start("evaluate", [*given, "--output", one], devices=2))
+    port = free_port()
+    # JAX's compilation cache serves process 0 alone, and gloo waits for 30 s.
+    alike = dataclasses.replace(verbs, cache=verbs.cache / str(port))
+    ended += end(
+        *(alike.start("evaluate", [*given, "--output", two], place=(i, 2, port)) for i in (0, 1))
+    )
+    assert [it.status for it in ended] == [0, 0, 0]
+    assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
+    reports = [json.loads((path / "report.json").read_text())["metrics"] for path in (one, two)]
+    for name, value in reports[0].items():
+        np.testing.assert_allclose(reports[1][name], value, rtol=1e-6)
