@@ -24,7 +24,15 @@ import numpy as np
 import tyro
 
 from dit_jax import interop, tasks
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig, stored_config, to_dict
+from dit_jax.config import (
+    CodecConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    stored_config,
+    to_dict,
+)
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.interop import DiTFile, Map
@@ -60,6 +68,10 @@ class ConvertArguments:
     """Of what is written to files and folders; runs are float32."""
     old_names: bool = False
     """Write an autoencoder's attention by its names of before Diffusers 0.16."""
+    codec: str | None = None
+    """Folder of the autoencoder whose latents the model makes, for a run to name. Unset, the run has
+    none, and its latents are taken to be an eighth of a picture's side (pixels, where channels are 3);
+    ``python -m dit_jax.sample`` takes one with --codec."""
     step: int | None = None
     """Of a run's checkpoint; the newest if unset."""
     mesh: MeshConfig = MeshConfig(data=1, fsdp=-1)
@@ -156,7 +168,26 @@ def open_published(given: ConvertArguments, source: Path) -> Source:
     return Source(file, interop.dit_map(file), arrays, repr(str(source)))
 
 
-def run_config(file: DiTFile, output: str) -> Config:
+def find_codec(path: str | None, channels: int) -> CodecConfig:
+    """The strides of the latents, and the folder where they are known from.
+
+    Raises:
+        ValueError: where the folder holds no autoencoder, or one of other latents.
+    """
+    if path is None:
+        side = 1 if channels == 3 else 8
+        return CodecConfig(h=side, w=side)
+    config = interop.read_config(Path(path))
+    found = interop.autoencoder_from_diffusers(config, f"--codec {path!r}")
+    if found.latent_channels != channels:
+        raise ValueError(
+            f"--codec {path!r} has latents of {found.latent_channels} channels, and the model makes "
+            f"{channels}: give the autoencoder that it was trained with."
+        )
+    return CodecConfig(path=path, h=found.stride, w=found.stride)
+
+
+def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
     """The config of a run with the published model: how it was trained, and how it is sampled.
 
     DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling and
@@ -166,7 +197,8 @@ def run_config(file: DiTFile, output: str) -> Config:
     """
     free = CeilingConfig(free=1, first=0, head=0, tail=0, ends=0, every=0)
     uniform = TimeConfig(distribution="uniform")
-    drawn = {"frames": 1, "height": file.size, "width": file.size, "steps": 250, "shift": 1.0}
+    height, width = file.size * codec.h, file.size * codec.w
+    drawn = SamplingConfig(frames=1, height=height, width=width, steps=250, shift=1.0)
     if file.family == "dit":
         learned = file.model.learned_variance
         diffusion = DiffusionConfig(
@@ -178,10 +210,12 @@ def run_config(file: DiTFile, output: str) -> Config:
             ceilings=free,
         )
         channels = 3 if file.model.patch.channels > 3 else None
-        sampling = SamplingConfig(**drawn, solver="ddpm", spacing="linspace", cfg_channels=channels)
+        sampling = dataclasses.replace(
+            drawn, solver="ddpm", spacing="linspace", cfg_channels=channels
+        )
     else:
         diffusion = DiffusionConfig(time=uniform, ceilings=free)
-        sampling = SamplingConfig(**drawn, solver="sde", last_step=0.04)
+        sampling = dataclasses.replace(drawn, solver="sde", last_step=0.04)
     tokens = file.model.patch.num_tokens(1, file.size, file.size)
     return Config(
         output=output,
@@ -191,6 +225,7 @@ def run_config(file: DiTFile, output: str) -> Config:
         ),
         model=file.model,
         diffusion=diffusion,
+        codec=codec,
         log=LogConfig(draw_every=0),
         sampling=sampling,
         evaluation=EvaluationConfig(prompts=0),
@@ -198,7 +233,8 @@ def run_config(file: DiTFile, output: str) -> Config:
 
 
 def _to_run(given: ConvertArguments, published: Source, target: Path) -> str:
-    config = run_config(published.file, given.output)
+    codec = find_codec(given.codec, published.file.model.patch.channels)
+    config = run_config(published.file, given.output, codec)
     published.table.check(published.table.named(published.arrays), published.where)
     shapes, shardings = _abstract(config, given.mesh)
     params = published.table.load(published.arrays, published.where, shapes, shardings)
@@ -221,11 +257,12 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
     where = checkpointer.path(step) / "config"
     config = stored_config(checkpointer.config(step), where)
     interop.check_published(config.model)
-    size = config.sampling.height
-    if size != config.sampling.width:
+    drawn = config.sampling
+    _, size, width = config.codec.latent_size(1, drawn.height, drawn.width)
+    if size != width:
         raise ValueError(
-            f"the run samples {size} x {config.sampling.width}, and published files are of squares: "
-            "set sampling.height and width in its config."
+            f"the run samples {drawn.height} x {drawn.width}, and published files are of squares: set "
+            "sampling.height and width in its config."
         )
     file = DiTFile(config.model, size, interop.family_of(config.model))
     shapes, shardings = _abstract(config, given.mesh)

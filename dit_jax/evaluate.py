@@ -117,6 +117,8 @@ class EvaluateArguments:
     """Prompts for a model of text, one a line, taken in turn."""
     step: int | None = None
     """Of the checkpoint; the newest if unset."""
+    codec: str | None = None
+    """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
     shard: int | None = None
     """Samples stored at once: what is lost at most when the run is killed. Unset: about 256."""
     sampling: SamplingOverrides = SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
@@ -282,10 +284,12 @@ class Making:
         config = stored_config(self._run.config(self._step), self._run.path(self._step) / "config")
         said = {k: v for k, v in vars(given.sampling).items() if v is not None}
         made = dataclasses.replace(config.sampling, **said)
-        self._config = dataclasses.replace(config, sampling=made)
+        codec = dataclasses.replace(config.codec, path=given.codec or config.codec.path)
+        self._config = dataclasses.replace(config, sampling=made, codec=codec)
         self._wanted = _wanted(given, self._config)
         check_request(self._wanted.request(0), config.model.patch)
         self._mesh = make_mesh(given.mesh)
+        self._codec = tasks.open_codec(self._config)
         image = (made.height, made.width, 3)
         self.shape = image if made.frames == 1 else (made.frames, *image)
         prompts = "\n".join(self._wanted.prompts).encode()
@@ -296,6 +300,7 @@ class Making:
             "labels": None if self._wanted.labels is None else given.labels,
             "prompts": hashlib.sha256(prompts).hexdigest() if prompts else None,
             "sampling": to_dict(made),
+            "codec": self._codec and self._codec.hash,
         }
         shard = given.shard or made.batch * max(SHARD // made.batch, 1)
         self.store = SampleStore(Path(given.output), self.plan, given.num, shard)
@@ -319,20 +324,24 @@ class Making:
                 f"an earlier --step, of {self._run.steps()}."
             )
         self._run.close()
+        decode = None if self._codec is None else self._codec.decode
         return fill(
             self.store,
             self._wanted,
-            lambda requests: make_clips(generator, params, requests, config.model, mesh),
+            lambda requests: make_clips(
+                generator, params, requests, config.model, mesh, decode=decode
+            ),
         )
 
 
 def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
     """What the model is asked for; raises ``ValueError`` where it reads something else."""
-    text, run = config.model.text, given.checkpoint
-    if config.model.patch.channels != 3:
+    text, made, run = config.model.text, config.sampling, given.checkpoint
+    size = config.codec.latent_size(made.frames, made.height, made.width)
+    if config.model.patch.channels != 3 and config.codec.path is None:
         raise ValueError(
-            f"the model of {run!r} makes latents of {config.model.patch.channels} channels, and no "
-            "codec is here to turn them into pixels: evaluate a model of pixels."
+            f"the model of {run!r} makes latents of {config.model.patch.channels} channels: give "
+            "--codec, the folder of the autoencoder that turns them into pixels."
         )
     if isinstance(text, TextStatesConfig):
         raise ValueError(
@@ -346,13 +355,13 @@ def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
                 "--prompts-file (--labels says how classes are drawn)."
             )
         labels = class_labels(given.labels, text.classes, given.num, given.seed)
-        return Wanted(config.sampling, given.seed, labels=labels)
+        return Wanted(size, made.fps, given.seed, labels=labels)
     if not given.prompts_file:
         raise ValueError(
             f"the model of {run!r} reads text: give --prompts-file FILE, a prompt a line, which are "
             "taken in turn (captions of the reference, for a fair comparison)."
         )
-    return Wanted(config.sampling, given.seed, prompts=read_prompts(given.prompts_file))
+    return Wanted(size, made.fps, given.seed, prompts=read_prompts(given.prompts_file))
 
 
 def _finite(params: Params) -> jax.Array:

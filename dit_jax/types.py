@@ -144,10 +144,6 @@ DotGeneral = Callable[..., jax.Array]
 """What linear layers multiply with; the signature is ``jax.lax.dot_general``'s."""
 
 
-Denoiser = Callable[[Float[Array, "b l p"], Float[Array, ""]], Float[Array, "b l p"]]
-"""``velocity(x, sigma)``: dx/dt of every token when the schedule stands at ``sigma``."""
-
-
 def unconstrained(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """The layout function of a single device: ``x`` as it is."""
     del logical_axes

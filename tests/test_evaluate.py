@@ -5,22 +5,46 @@ The feature networks have random weights, from a file: numbers mean nothing, but
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from dit_jax import evaluate
+from dit_jax import evaluate, tasks
+from dit_jax.config import (
+    CodecConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    to_dict,
+)
+from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluation import INCEPTION, VIDEO, write_npz
 from dit_jax.evaluation.weights import Network, key_of, parameter_shapes
-from dit_jax.sampling import write_png, write_video
-from tests.runs import Run, Verbs
+from dit_jax.interop import autoencoder_map, autoencoder_to_diffusers, write_folder
+from dit_jax.models import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    ClassLabelsConfig,
+    ModelConfig,
+    PatchConfig,
+    published,
+)
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import SamplingConfig, write_png, write_video
+from dit_jax.training import CheckpointConfig, Checkpointer, TrainState
+from tests.runs import Run, Verbs, end, free_port
 
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
 
@@ -179,11 +203,11 @@ def test_killed_run_goes_on_to_the_same_samples(
 
     make, calls = evaluate.make_clips, []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **more: Any) -> Any:
         if len(calls) == 2:
             raise Killed
         calls.append(len(arguments[2]))
-        return make(*arguments)
+        return make(*arguments, **more)
 
     monkeypatch.setattr(evaluate, "make_clips", interrupted)
     with pytest.raises(Killed):
@@ -209,6 +233,7 @@ def test_samples_of_a_run_are_measured(
     report = evaluated(*making, *given)
     assert set(report["metrics"]) == {"fid", "precision"} and report["num"] == 10
     assert report["made"]["sampling"]["steps"] == 2 and report["made"]["step"] == 20
+    assert "samples are 24 x 24 and references 32 x 32" in report["notes"][0]
     # The file is what a measurement of the file reads.
     again = evaluated("--samples", report["samples"], *given, output="other")
     assert again["metrics"] == report["metrics"] and again["made"] is None
@@ -217,8 +242,11 @@ def test_samples_of_a_run_are_measured(
 # Bad input: refused at once, with the value, the constraint and the remedy.
 
 
+Refused = Callable[..., str]
+
+
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
     def run(*arguments: object) -> str:
         given = ["--output", tmp_path / "evaluation", *arguments]
         try:
@@ -281,7 +309,7 @@ MADE, TRUE = ["--samples", "SETS/made.npz"], ["--reference", "SETS/true"]
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,
 )
 def test_bad_value_is_refused(
-    refused: Callable[..., str],
+    refused: Refused,
     whole: Run,
     sets: Path,
     prompts: Path,
@@ -297,7 +325,7 @@ def test_bad_value_is_refused(
 
 
 def test_other_settings_and_short_clips_are_refused(
-    refused: Callable[..., str],
+    refused: Refused,
     making: list[object],
     sets: Path,
     tmp_path: Path,
@@ -315,3 +343,96 @@ def test_other_settings_and_short_clips_are_refused(
     (tmp_path / "evaluation").mkdir(exist_ok=True)
     (tmp_path / "evaluation" / "plan.json").write_text('{"seed": 5}')
     assert "holds samples made with checkpoint None, not" in refused(*making)
+
+
+def classes_config(latents: bool) -> Config:
+    channels, side = (4, 2) if latents else (3, 8)
+    return Config(
+        data=DataConfig(
+            source=RecordsConfig(path="nowhere", label_key="label"),
+            packing=PackingConfig(rows=8, row_tokens=32, row_text=4, row_segments=2),
+        ),
+        model=ModelConfig(
+            dit=dataclasses.replace(published("S"), width=32, depth=2, heads=2),
+            patch=PatchConfig(t=1, h=side, w=side, channels=channels),
+            text=ClassLabelsConfig(classes=3),
+        ),
+        codec=CodecConfig(path="elsewhere", h=4, w=4) if latents else CodecConfig(),
+        log=LogConfig(draw_every=0),
+        sampling=SamplingConfig(frames=1, height=24, width=24, steps=2, batch=8),
+        evaluation=EvaluationConfig(prompts=0),
+    )
+
+
+def untrained(config: Config, directory: Path) -> Path:
+    """A run with random parameters (fresh ones of a published DiT give zeros)."""
+    model = tasks.make_model(config.model, make_mesh(MeshConfig()))
+    params = nn.unbox(jax.jit(partial(tasks.init_params, model))(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, zero, params, params, {"count": zero})
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    checkpointer.save(state, {}, to_dict(config), 1)
+    checkpointer.wait()
+    checkpointer.close()
+    return directory
+
+
+def test_classes_are_asked_for_in_turn_or_at_random(
+    evaluated: Evaluated, refused: Refused, tmp_path: Path, prompts: Path
+):
+    run = ["--checkpoint", untrained(classes_config(latents=False), tmp_path / "run"), "--num", 9]
+    message = refused(*run, "--prompts-file", prompts)
+    assert "knows 3 classes and no text: leave out --prompts-file" in message
+    evaluated(*run, output="balanced")
+    evaluated(*run, "--labels", "uniform", output="uniform")
+    images = {}
+    for name in ("balanced", "uniform"):
+        with np.load(tmp_path / name / "samples.npz") as file:
+            images[name], labels = file["arr_0"], file["arr_1"]
+            assert labels.dtype == np.int64 and file["arr_0"].shape == (9, 24, 24, 3)
+            images[name, "labels"] = labels
+    assert images["balanced", "labels"].tolist() == [0, 1, 2] * 3
+    same = images["balanced", "labels"] == images["uniform", "labels"]
+    assert same.any() and not same.all()
+    # The same noise and class give the same image, another class another.
+    for one, other, alike in zip(images["balanced"], images["uniform"], same, strict=True):
+        assert (one == other).all() == alike
+
+
+def test_latents_are_decoded(evaluated: Evaluated, refused: Refused, tmp_path: Path):
+    shape = AutoencoderKLConfig(widths=(8, 8, 8), layers=1, norm_groups=4)
+    table = autoencoder_map(shape)
+    model = AutoencoderKL(shape)
+    image = jnp.zeros((1, 8, 8, 3))
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), image))
+    write_folder(tmp_path / "codec", autoencoder_to_diffusers(shape), table.export(params))
+    run = ["--checkpoint", untrained(classes_config(latents=True), tmp_path / "run"), "--num", 3]
+    assert "elsewhere" in refused(*run)  # the codec that the config names
+    evaluated(*run, "--codec", tmp_path / "codec")
+    samples = tmp_path / "evaluation" / "samples.npz"
+    with np.load(samples) as file:
+        assert file["arr_0"].shape == (3, 24, 24, 3) and file["arr_0"].std() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(
+    verbs: Verbs, weights: dict[str, Path], sets: Path, tmp_path: Path
+):
+    run = untrained(classes_config(latents=False), tmp_path / "run")
+    given = ["--checkpoint", run, "--num", 19, "--shard", 8, *flags(weights)]
+    given += ["--metrics", "fid", "is", "recall", "--reference", sets / "true"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ended = end(verbs.start("evaluate", [*given, "--output", one], devices=2))
+    port = free_port()
+    # JAX's compilation cache serves process 0 alone, and gloo waits for 30 s.
+    alike = dataclasses.replace(verbs, cache=verbs.cache / str(port))
+    ended += end(
+        *(alike.start("evaluate", [*given, "--output", two], place=(i, 2, port)) for i in (0, 1))
+    )
+    assert [it.status for it in ended] == [0, 0, 0]
+    assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
+    reports = [json.loads((path / "report.json").read_text())["metrics"] for path in (one, two)]
+    for name, value in reports[0].items():
+        np.testing.assert_allclose(reports[1][name], value, rtol=1e-6)

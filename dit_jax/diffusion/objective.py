@@ -251,10 +251,6 @@ def token_weight(config: DiffusionConfig, tau: Float[Array, "b l"]) -> Float[Arr
         wanted = jnp.minimum(snr, config.min_snr_gamma)
     else:
         wanted = snr if config.weighting == "snr" else jnp.maximum(snr, 1)
-    if space == "eps":
-        # snr cancels, which may be 0.
-        capped = {"min_snr": jnp.minimum(1, config.min_snr_gamma / snr), "snr": jnp.ones_like(snr)}
-        return capped.get(config.weighting, wanted / snr)
     return wanted / factor
 
 

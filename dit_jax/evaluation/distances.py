@@ -54,7 +54,8 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     rounding = ROUNDING * float(np.diag(symmetric).max())
     if rounding <= 0:
         return np.zeros((len(symmetric), 0))
-    lower, pivots, rank, _ = lapack.dpstrf(symmetric, lower=1, tol=rounding)
+    pivoted = lapack.dpstrf  # pyright: ignore[reportAttributeAccessIssue]
+    lower, pivots, rank, _ = pivoted(symmetric, lower=1, tol=rounding)
     root = np.empty((len(symmetric), rank))
     root[pivots - 1] = np.tril(lower)[:, :rank]  # Fortran counts from 1
     return root

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dit_jax.evaluation.images import ImageSet
 from dit_jax.evaluation.store import SampleStore
-from dit_jax.sampling import Request, SamplingConfig
+from dit_jax.sampling import Request
 
 ClassDraw = Literal["balanced", "uniform"]
 
@@ -40,7 +40,9 @@ def class_labels(how: ClassDraw, classes: int, num: int, seed: int) -> np.ndarra
 class Wanted:
     """What is asked for, sample by sample."""
 
-    made: SamplingConfig
+    size: tuple[int, int, int]
+    """Frames, rows and columns of one: of latents, where the model makes those."""
+    fps: float
     seed: int
     labels: np.ndarray | None = None
     """``[num]``, for a model of classes."""
@@ -49,16 +51,9 @@ class Wanted:
 
     def request(self, i: int) -> Request:
         """Sample number i."""
-        made = self.made
-        return Request(
-            prompt=self.prompts[i % len(self.prompts)] if self.prompts else "",
-            frames=made.frames,
-            height=made.height,
-            width=made.width,
-            fps=made.fps,
-            seed=self.seed + i,
-            label=None if self.labels is None else int(self.labels[i]),
-        )
+        prompt = self.prompts[i % len(self.prompts)] if self.prompts else ""
+        label = None if self.labels is None else int(self.labels[i])
+        return Request(prompt, *self.size, self.fps, self.seed + i, label=label)
 
 
 def fill(

@@ -175,6 +175,17 @@ def complete(
     return dataclasses.replace(reference, statistics=statistics), found.values
 
 
+def _size_note(samples: ImageSet, reference: Reference) -> list[str]:
+    """A warning where samples and reference have different sizes, which the networks would hide."""
+    if reference.items is None or reference.items.shape[-3:] == samples.shape[-3:]:
+        return []
+    (h, w), (true_h, true_w) = samples.shape[-3:-1], reference.items.shape[-3:-1]
+    return [
+        f"samples are {h} x {w} and references {true_h} x {true_w}: part of the distance is that of "
+        "their sizes. Bring both to one."
+    ]
+
+
 def measure(
     metrics: Sequence[Metric],
     samples: ImageSet,
@@ -196,6 +207,7 @@ def measure(
     notes: list[str] = []
     true: Mapping[str, np.ndarray] = {}
     if reference is not None:
+        notes += _size_note(samples, reference)
         reference, true = complete(reference, function, kinds, pool, frames)
         for metric in (metric for metric in metrics if metric in FRECHET):
             ours, theirs = (side.statistics[FRECHET[metric]] for side in (made, reference))

@@ -8,6 +8,7 @@ not the first of it. Arrays are read from mapped files straight into their shard
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -232,11 +233,16 @@ class Written(Mapping[str, Pending]):
         for fixed in table.fixed:
             if not fixed.optional:
                 self._made[fixed.key] = Pending(fixed.value.shape, dtype, fixed)
-        for entry in table.entries:
-            for at, key in enumerate(entry.keys):
-                shape = entry.layout.their_shape
-                name = table.written.get(key, key)
-                self._made[name] = Pending(shape, dtype, entry, leaves[entry.path], at)
+        for stacked, group in itertools.groupby(table.entries, lambda entry: entry.stacked):
+            entries = list(group)
+            # Of layers: all of the first, then all of the second, as published files have them.
+            each = [entry.layout.arrays if stacked else len(entry.keys) for entry in entries]
+            for layer in range(entries[0].shape[0] if stacked else 1):
+                for entry, count in zip(entries, each, strict=True):
+                    for at in range(layer * count, (layer + 1) * count):
+                        name = table.written.get(entry.keys[at], entry.keys[at])
+                        ours, shape = leaves[entry.path], entry.layout.their_shape
+                        self._made[name] = Pending(shape, dtype, entry, ours, at)
 
     def __getitem__(self, key: str) -> Pending:
         return self._made[key]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,8 @@ from dit_jax.interop.pickles import Record, storage_of, unpickle
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError)
+"""What the standard library raises on an archive that is not whole."""
 LOCAL_HEADER = 30
 """Bytes of a zip entry's header before its name."""
 
@@ -99,10 +102,9 @@ class _Archive:
         self.path = path
         try:
             self.zip = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(
-                f"{str(path)!r} is a zip archive without its end ({error}): it is truncated. Get it "
-                "again."
+                f"{str(path)!r} is a zip archive that is truncated or damaged ({error}): get it again."
             ) from error
         entries = {name.partition("/")[2]: name for name in self.zip.namelist()}
         if "data.pkl" not in entries:
@@ -135,7 +137,7 @@ class _Archive:
     def _read(self, name: str) -> bytes:
         try:
             return self.zip.read(self.entries[name])
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"{str(self.path)!r} is damaged at {name!r} ({error}): get it again."
             ) from error

@@ -63,17 +63,15 @@ class TileConfig:
     """Size of what an image codec has in memory at a time, in latents."""
 
     size: int = 64
-    """Rows and columns of a tile; frames no larger are taken whole."""
+    """Rows and columns of a tile. Smaller frames are taken whole, as many as one tile's area holds."""
     overlap: int = 16
     """Rows and columns over which neighbours are blended."""
-    frames: int = 8
-    """Frames at a time; one where they are cut in tiles."""
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or not 0 <= self.overlap <= self.size // 2 or self.size < 1:
+        if self.size < 1 or not 0 <= self.overlap <= self.size // 2:
             raise ValueError(
-                f"tiles of {self.size} latents with an overlap of {self.overlap}, {self.frames} frames "
-                "at a time: sizes are at least 1, and the overlap at most half a tile."
+                f"tiles of {self.size} latents with an overlap of {self.overlap}: a tile has at least "
+                "1, and the overlap is at most half of it."
             )
 
 
@@ -155,7 +153,8 @@ class ImageCodec:
 
             cut = [tiled(each, frame[None], tile, overlap, unit) for frame in frames]
             return np.concatenate(cut)
-        count = min(self.tiles.frames, len(frames))
+        area = frames.shape[1] * frames.shape[2]
+        count = min(tile * tile // area, len(frames))
         parts = []
         for start in range(0, len(frames), count):
             part = frames[start : start + count]

@@ -222,6 +222,29 @@ def test_evaluations_are_counted():
     assert EVALUATIONS.keys() == SOLVERS.keys() == ORDERS.keys() | set(NOISY)
 
 
+@pytest.mark.parametrize("path", [STRAIGHT, VP, CHAIN], ids=lambda path: path.kind)
+@pytest.mark.parametrize("name", ORDERS)
+def test_float32_is_enough(run, name, path, jit):
+    """50 steps of float32, soft tokens among them, end where those of float64 do."""
+    x, ceilings = points(path, [1.0, 0.5, 0.01])
+    levels = np.linspace(1, 0, 51)
+    exact = run(name, path, gaussian, x, ceilings, levels)[-1]
+
+    @jit
+    def one(x, history, t, t_next):
+        problem = Problem(path, jnp.asarray(ceilings, jnp.float32))
+        denoiser = functools.partial(gaussian, problem)
+        return SOLVERS[name].step(problem, denoiser, x, history, t, t_next, no_noise)
+
+    now, levels = jnp.asarray(x, jnp.float32), jnp.asarray(levels, jnp.float32)
+    history = SOLVERS[name].begin(now, levels[0])
+    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+        now, history = one(now, history, t, t_next)
+    assert now.dtype == jnp.float32
+    # 50 roundings of numbers of some units, 1e-7 each.
+    np.testing.assert_allclose(now, exact, atol=1e-5)
+
+
 # --- those that take noise ---
 
 

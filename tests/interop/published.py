@@ -106,7 +106,7 @@ def authors_arrays(family: Any = "dit", **changed: Any) -> Any:
     arrays = {"pos_embed": grid_table(48, 4)}
     for entry in table.entries:
         for key in entry.keys:
-            arrays[key] = rng.normal(size=entry.layout.their_shape).astype(np.float32)
+            arrays[key] = 0.1 * rng.normal(size=entry.layout.their_shape).astype(np.float32)
     return file, table, {**arrays, **changed}
 
 

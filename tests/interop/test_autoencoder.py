@@ -165,8 +165,8 @@ def test_tiles_show_no_seams(saved):
     # Smooth, as the latents of images are: on noise there would be no seam to see.
     coarse = np.random.default_rng(0).normal(size=(1, 2, 3, 4)).astype(np.float32)
     latents = np.asarray(jax.image.resize(coarse, (1, 8, 20, 4), "cubic"))
-    cut = interop.load_codec(folder, TileConfig(size=8, overlap=0, frames=1)).decode(latents)
-    blended = interop.load_codec(folder, TileConfig(size=8, overlap=4, frames=1)).decode(latents)
+    cut = interop.load_codec(folder, TileConfig(size=8, overlap=0)).decode(latents)
+    blended = interop.load_codec(folder, TileConfig(size=8, overlap=4)).decode(latents)
     hard, soft = seam(cut, [64, 96]), seam(blended, range(32, 128))
     off = relative(blended, whole.decode(latents))
     print(f"steps at seams: {hard:.2f} cut, {soft:.2f} blended; {off:.3f} off the whole at most")

@@ -323,6 +323,26 @@ def test_a_truncated_file_is_said_to_be(tmp_path, zipped):
             read_torch(path)
 
 
+@needs_torch
+@pytest.mark.parametrize("zipped", [STREAM, ZIP])
+def test_whatever_is_wrong_is_a_value_error(tmp_path, zipped):
+    """Bytes changed at random: what is read is arrays, or the error says that it is damaged."""
+    path = tmp_path / "a.pt"
+    saved = {"ema": {"a": torch.zeros(4, 3)}, "args": argparse.Namespace(x=1)}
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+    whole, rng = np.frombuffer(path.read_bytes(), np.uint8), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        changed = whole.copy()
+        changed[rng.integers(0, len(whole), 2)] = rng.integers(0, 256, 2)
+        path.write_bytes(changed.tobytes())
+        try:
+            assert all(type(array) is np.ndarray for array in read_torch(path).values())
+        except ValueError:
+            refused += 1
+    assert refused > 50
+
+
 def test_what_is_no_file_of_pytorchs_is_said_to_be_none(tmp_path):
     path = tmp_path / "a.pt"
     for content in (b"<!DOCTYPE html>", b"", b"\x93NUMPY"):

@@ -19,7 +19,7 @@ def codec():
     rng = np.random.default_rng(0)
     # Drawn here: compiling the initialisers takes longer than all the rest.
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.1)), shapes)
-    return ImageCodec("small", "0", SMALL, params, TileConfig(frames=2))
+    return ImageCodec("small", "0", SMALL, params, TileConfig(size=4, overlap=2))
 
 
 def test_stable_diffusions_autoencoder_has_its_parameters():
@@ -75,7 +75,7 @@ def test_bad_configs_are_refused():
         AutoencoderKLConfig(widths=(128, 100))
     with pytest.raises(ValueError, match="scale is 0"):
         AutoencoderKLConfig(scale=0)
-    with pytest.raises(ValueError, match="at most half a tile"):
+    with pytest.raises(ValueError, match="at most half of it"):
         TileConfig(size=8, overlap=5)
 
 
@@ -135,5 +135,5 @@ def test_tiles_bound_the_memory(codec):
     tile, whole = needed(16), needed(64)
     print(f"temporary memory: {tile / 2**20:.1f} MiB a tile of 16, {whole / 2**20:.1f} whole of 64")
     assert whole > 10 * tile
-    cut = ImageCodec("cut", "0", SMALL, codec.params, TileConfig(16, 4, 1))
+    cut = ImageCodec("cut", "0", SMALL, codec.params, TileConfig(16, 4))
     assert cut.decode(np.zeros((1, 40, 40, 4), np.float32)).shape == (1, 320, 320, 3)

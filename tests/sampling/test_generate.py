@@ -1,0 +1,294 @@
+"""Sampling as a whole: levels, guidance, noise and solvers in one compiled step.
+
+The model is a stand-in whose outputs are a formula, so that samples can be made again in NumPy; what
+it is given is what the transformer would be.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.diffusion import SOLVERS, DiffusionConfig, PathConfig, TimeConfig
+from dit_jax.diffusion.paths import alphas_cumprod
+from dit_jax.sampling import Condition, Generator, SamplingConfig
+
+DIM, CHANNELS, TOKENS = 8, 4, 5
+CHAIN = DiffusionConfig("eps", TimeConfig("uniform"), path=PathConfig("ddpm"), loss="prediction")
+LEARNED = dataclasses.replace(CHAIN, variance="learned_range")
+FLOW = DiffusionConfig()
+PLAIN = SamplingConfig(steps=4, cfg_scale=1.0)
+
+
+class StandIn:
+    """Gives 0.5 x + sin(level) of each token, and more where the text is not empty."""
+
+    def __init__(self, outputs=1, compute=jnp.float32):
+        self.outputs = outputs
+        patch = types.SimpleNamespace(channels=CHANNELS)
+        self.config = types.SimpleNamespace(patch=patch, compute_dtype=lambda: compute)
+        self.rows = []
+
+    def apply(self, params, *given, method):
+        if method == "encode_text":
+            text, ids = given
+            return text.astype(jnp.float32) * (ids > 0)[..., None]
+        x, _, _, group_ids, group_t, text, ids = given
+        self.rows.append(x.shape[0])
+        level = jnp.take_along_axis(group_t, group_ids, 1)[..., None]
+        read = ((text[..., 0] * (ids > 0)).sum(1) - text[:, 0, 0])[:, None, None]
+        mean = params * x + jnp.sin(level) + read * jnp.cos(jnp.arange(DIM, dtype=x.dtype))
+        if self.outputs == 1:
+            return mean
+        return jnp.concatenate([mean, jnp.broadcast_to(jnp.tanh(read), x.shape)], -1)
+
+
+def condition(seeds=(1, 2), words=(0.3, 0.7), ceilings=None):
+    """Rows of one segment: a first token of text that all share, and one word each."""
+    b = len(seeds)
+    full = (b, TOKENS)
+    text = np.stack([[[0.1], [word]] for word in words]).astype(np.float32)
+    free = np.ones(full, np.float32) if ceilings is None else np.float32([ceilings] * b)
+    levels = np.unique(free[0])
+    return Condition(
+        clean=jnp.asarray(np.where(free[..., None] < 1, np.ones((*full, DIM)), 0), jnp.float32),
+        ceilings=jnp.asarray(free),
+        group_ids=jnp.asarray(np.searchsorted(levels, free).astype(np.int32)),
+        group_ceilings=jnp.asarray(np.tile(levels, (b, 1))),
+        positions=jnp.zeros((*full, 3)),
+        segment_ids=jnp.ones(full, jnp.int32),
+        token_ids=jnp.asarray(np.tile(np.arange(TOKENS, dtype=np.int32), (b, 1))),
+        text=jnp.asarray(text),
+        text_segment_ids=jnp.ones((b, 2), jnp.int32),
+        seeds=jnp.asarray(np.array(seeds, np.uint32)[:, None]),
+    )
+
+
+def fresh(diffusion=FLOW, outputs=1, **fields):
+    return Generator(StandIn(outputs), diffusion, dataclasses.replace(PLAIN, **fields))
+
+
+generator = functools.cache(fresh)
+"""The same, compiled once."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """The arrays here are too small to mind how well they are compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def made(diffusion=FLOW, given=None, outputs=1, **fields):
+    given = condition() if given is None else given
+    return np.asarray(generator(diffusion, outputs, **fields)(jnp.float32(0.5), given))
+
+
+def output(x, level, word):
+    return 0.5 * x + np.sin(level) + word * np.cos(np.arange(DIM))
+
+
+def begin(diffusion=FLOW, given=None):
+    one = generator(diffusion)
+    given = condition() if given is None else given
+    return np.asarray(one.begin(given, np.float32(1)).x, np.float64)
+
+
+WORDS = np.array([0.3, 0.7])[:, None, None]
+
+
+# --- samples by hand ---
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_euler_with_guidance_by_hand(scale):
+    x = begin()
+    levels = np.linspace(1, 0, 5)
+    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+        with_text, without = output(x, t, WORDS), output(x, t, 0)
+        x = x + (t_next - t) * (without + scale * (with_text - without))
+    np.testing.assert_allclose(made(cfg_scale=scale), x, atol=1e-5)  # float32
+
+
+def test_ddpm_with_the_conditionals_variance_and_three_of_four_channels():
+    """DiT's sampler, but for its noise: the stand-in's variance is told by the text alone."""
+    fields = dict(cfg_scale=3.0, cfg_channels=3, solver="ddpm", spacing="linspace")
+    outcome = made(LEARNED, outputs=2, **fields)
+    one = generator(LEARNED, 2, **fields)
+    levels = one.levels(TOKENS)
+    assert np.round(levels * 1000).astype(int).tolist() == [1000, 667, 334, 1, 0]
+    kept = np.append(1.0, alphas_cumprod(LEARNED.path))
+    x = np.asarray(one.begin(condition(), levels[0]).x, np.float64)
+    first = np.arange(DIM) % CHANNELS < 3
+    for i, (now, after) in enumerate(([1000, 667], [667, 334], [334, 1], [1, 0])):
+        with_text, without = output(x, now / 1000, WORDS), output(x, now / 1000, 0)
+        eps = np.where(first, without + 3.0 * (with_text - without), with_text)
+        a, b = kept[now], kept[after]
+        beta = 1 - a / b
+        x0 = (x - np.sqrt(1 - a) * eps) / np.sqrt(a)
+        x = (np.sqrt(b) * beta * x0 + np.sqrt(a / b) * (1 - b) * x) / (1 - a)
+        if after:
+            part = (np.tanh(WORDS) + 1) / 2
+            log_variance = part * np.log(beta) + (1 - part) * np.log(beta * (1 - b) / (1 - a))
+            noise = np.asarray(one._noise(condition(), jnp.int32(i)))
+            x = x + np.exp(0.5 * log_variance) * noise
+    # x0 is as large as 100 where no denoiser is at work: float32.
+    np.testing.assert_allclose(outcome, x, rtol=1e-3, atol=1e-3)
+
+
+def test_sits_outputs_of_a_variance_are_ignored():
+    plain = made(cfg_scale=3.0, solver="sde")
+    np.testing.assert_allclose(made(cfg_scale=3.0, solver="sde", outputs=2), plain, atol=1e-6)
+
+
+def test_zero_init_lets_nothing_move():
+    assert np.allclose(made(cfg_zero_init=4), begin())
+    x, levels = begin(), np.linspace(1, 0, 5)
+    for t, t_next in zip(levels[1:-1], levels[2:], strict=True):
+        x = x + (t_next - t) * output(x, t, WORDS)
+    np.testing.assert_allclose(made(cfg_zero_init=1), x, atol=1e-5)  # float32
+
+
+# --- the interval, and what is computed ---
+
+
+def test_steps_outside_the_interval_are_made_once():
+    one = fresh(cfg_scale=3.0, cfg_interval=(0.3, 0.8))
+    found = np.asarray(one(jnp.float32(0.5), condition()))
+    # The stand-in is traced once with text and without (levels 0.75 and 0.5), once with text alone.
+    assert sorted(one._model.rows) == [2, 4]
+    x, levels = begin(), np.linspace(1, 0, 5)
+    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+        scale = 3.0 if 0.3 < t <= 0.8 else 1.0
+        with_text, without = output(x, t, WORDS), output(x, t, 0)
+        x = x + (t_next - t) * (without + scale * (with_text - without))
+    np.testing.assert_allclose(found, x, atol=1e-5)  # float32
+
+
+def test_an_interval_may_end_within_a_step_of_heun():
+    """The step from 0.5 to 0.25 is guided at its first evaluation alone."""
+    one = generator(solver="heun", cfg_scale=3.0, cfg_interval=(0.3, 1.0))
+    found = np.asarray(one(jnp.float32(0.5), condition()))
+
+    def velocity(x, t):
+        scale = 3.0 if t > 0.3 else 1.0
+        with_text, without = output(x, t, WORDS), output(x, t, 0)
+        return without + scale * (with_text - without)
+
+    x, levels = begin(), np.linspace(1, 0, 5)
+    for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+        first = velocity(x, t)
+        then = velocity(x + (t_next - t) * first, t_next) if t_next else first
+        x = x + (t_next - t) * (first + then) / 2
+    np.testing.assert_allclose(found, x, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("solver", ["unipc", "heun"])
+def test_all_steps_run_one_compiled_step(solver):
+    one = fresh(solver=solver, steps=6, cfg_scale=2.0)
+    one(jnp.float32(0.5), condition())
+    assert one.step._cache_size() == 1
+    assert one._model.rows == [4] * SOLVERS[solver].evaluations
+
+
+# --- whose noise ---
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "sde", "ddim", "unipc"])
+def test_a_sample_does_not_depend_on_its_batch(solver):
+    fields = dict(solver=solver, eta=0.5, cfg_scale=2.0, cfg_rescale=0.5, cfg_zero_star=True)
+    together = made(**fields)
+    alone = made(given=condition((2,), (0.7,)), **fields)
+    np.testing.assert_allclose(together[1:], alone, atol=1e-6)  # float32
+    other = made(given=condition((1, 3)), **fields)
+    np.testing.assert_allclose(together[0], other[0], atol=1e-6)
+    assert np.abs(together[1] - other[1]).max() > 0.1
+
+
+def test_every_step_and_token_has_noise_of_its_own():
+    one = generator(solver="ddpm")
+    drawn = [np.asarray(one._noise(condition(), jnp.int32(i))) for i in range(3)]
+    drawn.append(np.asarray(one.begin(condition(), np.float32(1)).x))
+    assert len(np.unique(drawn)) == np.size(drawn)
+
+
+# --- modes and levels ---
+
+
+CASES = [(name, FLOW) for name in SOLVERS] + [(name, CHAIN) for name in SOLVERS if name != "sde"]
+
+
+@pytest.mark.parametrize(
+    ("solver", "diffusion"), CASES, ids=lambda v: v if isinstance(v, str) else v.path.kind
+)
+def test_given_tokens_stay_as_they_are(solver, diffusion):
+    given = condition(ceilings=[0.0, 1.0, 0.0, 0.4, 1.0])
+    out = made(diffusion, given, solver=solver, cfg_scale=2.0)
+    assert (out[:, [0, 2]] == 1).all() and (out[:, [1, 3, 4]] != 1).all()
+    assert np.isfinite(out).all()
+
+
+def test_levels_follow_the_training_shift_or_their_own():
+    shifted = dataclasses.replace(FLOW, time=TimeConfig(shift=3.0))
+    np.testing.assert_allclose(generator(shifted).levels(7), [1, 0.9, 0.75, 0.5, 0], rtol=1e-6)
+    plain = generator(shifted, shift=1.0).levels(7)
+    np.testing.assert_allclose(plain, [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
+    grown = dataclasses.replace(FLOW, time=TimeConfig(shift=1.0, reference_tokens=4))
+    assert np.array_equal(generator(grown).levels(36), generator(shifted).levels(1))
+    trailing = generator(CHAIN, spacing="trailing").levels(7)
+    np.testing.assert_allclose(trailing, [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
+    last = generator(FLOW, last_step=0.1, steps=3).levels(7)
+    np.testing.assert_allclose(last, [1, 0.55, 0.1, 0], rtol=1e-6)
+
+
+def test_leading_levels_begin_lower_with_pure_noise():
+    one = generator(CHAIN, spacing="leading")
+    levels = one.levels(5)
+    assert np.round(levels * 1000).tolist() == [751, 501, 251, 1, 0]
+    assert np.array_equal(one.begin(condition(), levels[0]).x, begin(CHAIN).astype(np.float32))
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "fields", "message"),
+    [
+        (CHAIN, {"solver": "sde"}, "'sde' follows a velocity"),
+        (CHAIN, {"cfg_zero_star": True}, "cfg_zero_star and cfg_zero_init are of velocities"),
+        (CHAIN, {"cfg_zero_init": 1}, "cfg_zero_star and cfg_zero_init are of velocities"),
+        (FLOW, {"spacing": "trailing"}, "'trailing' chooses indices of path.kind 'ddpm'"),
+        (FLOW, {"spacing": "karras"}, "'karras' divides by the signal left"),
+        (CHAIN, {"spacing": "leading", "shift": 2.0}, "takes no shift"),
+        (FLOW, {"cfg_channels": 5}, "cfg_channels is 5, and the model's patches have 4"),
+    ],
+)
+def test_what_a_model_cannot_be_asked_is_refused_at_once(diffusion, fields, message):
+    with pytest.raises(ValueError, match=message):
+        generator(diffusion, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eta": 2.0}, "sampling.eta is 2.0"),
+        ({"sde_strength": -1.0}, "sampling.sde_strength is -1.0"),
+        ({"last_step": 1.0}, "sampling.last_step is 1.0"),
+        ({"last_step": 0.1, "steps": 1}, "sampling.last_step is 0.1 of 1 step"),
+        ({"cfg_interval": (0.9, 0.1)}, "sampling.cfg_interval is"),
+        ({"cfg_rescale": 2.0}, "sampling.cfg_rescale is 2.0"),
+    ],
+)
+def test_nonsense_sampling_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**fields)
+
+
+def test_a_network_without_variances_cannot_be_sampled_with_learned_ones():
+    with pytest.raises(ValueError, match="gives 8 numbers a token, and .* needs 16"):
+        made(LEARNED, solver="ddpm")

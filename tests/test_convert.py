@@ -1,0 +1,235 @@
+"""The verb: through files on disk and back, and errors before anything is written."""
+
+import dataclasses
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax import convert, interop, sample
+from dit_jax.config import CodecConfig, stored_config
+from dit_jax.interop.autoencoder import OLD_ATTENTION
+from dit_jax.models import AutoencoderKLConfig
+from dit_jax.parallel import make_mesh
+from dit_jax.sampling.media import read_video
+from dit_jax.training import open_run
+from tests.interop.published import authors_arrays
+
+
+def run(*arguments: object) -> int:
+    return convert.main([str(argument) for argument in arguments])
+
+
+def converted(source: Path, target: Path, kind: str, *more: object) -> Path:
+    assert run("--input", source, "--output", target, "--to", kind, *more) == 0
+    assert not list(target.parent.glob(".*")), "something was left beside the output"
+    return target
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A small file in the authors' layout."""
+    _, table, arrays = authors_arrays()
+    params = table.read(arrays, "made")
+    interop.write_torch(tmp_path / "DiT.pt", table.export(params))
+    return tmp_path / "DiT.pt"
+
+
+@pytest.fixture
+def autoencoder(tmp_path: Path) -> Path:
+    """A folder of a small autoencoder, two pixels to a latent."""
+    config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
+    rng = np.random.default_rng(0)
+    arrays = {
+        key: 0.1 * rng.normal(size=entry.layout.their_shape).astype(np.float32)
+        for entry in interop.autoencoder_map(config).entries
+        for key in entry.keys
+    }
+    interop.write_folder(tmp_path / "vae", interop.autoencoder_to_diffusers(config), arrays)
+    return tmp_path / "vae"
+
+
+HEADS = ("--heads", 4)
+
+
+def test_a_file_becomes_a_run_and_comes_back_byte_for_byte(published, tmp_path, capsys):
+    made = converted(published, tmp_path / "run", "run", *HEADS)
+    said = capsys.readouterr().out
+    assert said == f"DiT of width 48, depth 2, patch 2, 8 x 8 latents: a run in {made}/\n"
+    back = converted(made, tmp_path / "back.pt", "pt")
+    assert back.read_bytes() == published.read_bytes()
+
+
+def test_a_folder_becomes_a_run_and_comes_back_byte_for_byte(published, tmp_path):
+    folder = converted(published, tmp_path / "folder", "diffusers", *HEADS)
+    made = converted(folder, tmp_path / "run", "run")
+    again = converted(made, tmp_path / "again", "diffusers")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+    back = converted(again, tmp_path / "back.pt", "pt")
+    assert back.read_bytes() == published.read_bytes()
+
+
+def test_a_run_is_one_that_verbs_open(published, tmp_path):
+    made = converted(published, tmp_path / "run", "run", *HEADS)
+    checkpointer, step = open_run(made)
+    config = stored_config(checkpointer.config(step), made)
+    assert step == 0 and config == convert.run_config(
+        authors_arrays()[0], str(made), CodecConfig(h=8, w=8)
+    )
+    assert json.loads((made / "config.json").read_text()) == checkpointer.config(step)
+    shapes, shardings = convert._abstract(config, config.mesh)
+    params = checkpointer.restore_ema(step, shapes, shardings)
+    arrays = interop.read_torch(published)
+    jax.tree.map(np.testing.assert_array_equal, params, authors_arrays()[1].read(arrays, "a"))
+    assert make_mesh(config.mesh).shape["data"] == 8
+
+
+def test_sit_is_a_flow_and_its_last_layer_turned(published, tmp_path):
+    made = converted(published, tmp_path / "run", "run", *HEADS, "--family", "sit")
+    checkpointer, step = open_run(made)
+    config = stored_config(checkpointer.config(step), made)
+    assert config.diffusion.path.kind == "rectified_flow" and config.sampling.solver == "sde"
+    assert (config.model.dit.time_scale, config.model.dit.time_offset) == (-1, 1)
+    shapes, shardings = convert._abstract(config, config.mesh)
+    final = checkpointer.restore_ema(step, shapes, shardings)["params"]["dit"]["final"]
+    plain = authors_arrays()[1].read(interop.read_torch(published), "a")["params"]["dit"]["final"]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, -b), final, plain)
+    back = converted(made, tmp_path / "back.pt", "pt")
+    assert back.read_bytes() == published.read_bytes()
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+def test_the_config_is_the_papers(family):
+    config = convert.run_config(authors_arrays(family)[0], "run", CodecConfig(h=8, w=8))
+    assert config.sampling.steps == 250 and config.sampling.height == 64
+    diffusion = config.diffusion
+    if family == "dit":
+        assert (diffusion.path.kind, diffusion.path.betas) == ("ddpm", "linear")
+        assert (diffusion.prediction, diffusion.variance) == ("eps", "learned_range")
+        assert config.sampling.cfg_channels == 3
+    else:
+        assert (diffusion.prediction, diffusion.path.kind) == ("velocity", "rectified_flow")
+
+
+def test_a_training_checkpoint_gives_its_average_or_what_is_asked_for(published, tmp_path):
+    arrays = interop.read_torch(published)
+    both = {f"ema.{key}": array for key, array in arrays.items()}
+    bias = "final_layer.linear.bias"
+    both |= {f"model.{key}": array + (key == bias) for key, array in arrays.items()}
+    interop.write_torch(tmp_path / "state.pt", both)
+    average = converted(tmp_path / "state.pt", tmp_path / "a.pt", "pt", *HEADS)
+    assert average.read_bytes() == published.read_bytes()
+    more = (*HEADS, "--part", "model")
+    found = interop.read_torch(converted(tmp_path / "state.pt", tmp_path / "b.pt", "pt", *more))
+    np.testing.assert_array_equal(found[bias], arrays[bias] + 1)
+
+
+def test_half_precision_is_written_where_asked_for(published, tmp_path):
+    more = (*HEADS, "--dtype", "bfloat16")
+    folder = converted(published, tmp_path / "half", "diffusers", *more)
+    arrays = interop.read_weights(folder)[0]
+    assert {array.dtype.name for array in arrays.values()} == {"bfloat16"}
+    made = converted(folder, tmp_path / "run", "run")
+    back = converted(made, tmp_path / "back", "diffusers", "--dtype", "bfloat16")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (folder / name).read_bytes() == (back / name).read_bytes()
+
+
+def test_an_autoencoder_is_written_by_either_names(autoencoder, tmp_path):
+    old = converted(autoencoder, tmp_path / "old", "diffusers", "--old-names")
+    names = set(interop.read_weights(old)[0])
+    assert {f"decoder.mid_block.attentions.0.{n}.bias" for n in OLD_ATTENTION.values()} <= names
+    again = converted(old, tmp_path / "again", "diffusers")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (again / name).read_bytes() == (autoencoder / name).read_bytes()
+    assert run("--input", old, "--output", tmp_path / "x", "--to", "run") == 2
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+def test_a_run_is_sampled_through_its_codec(published, autoencoder, tmp_path, family):
+    more = (*HEADS, "--family", family, "--codec", autoencoder)
+    made = converted(published, tmp_path / "run", "run", *more)
+    checkpointer, step = open_run(made)
+    config = stored_config(checkpointer.config(step), made)
+    assert (config.codec.path, config.codec.h, config.sampling.height) == (str(autoencoder), 2, 16)
+    given = ["--checkpoint", made, "--label", 3, 9, "--output", tmp_path / "two.png", "--steps", 2]
+    assert sample.main([str(one) for one in given]) == 0
+    assert read_video(tmp_path / "two.png")[0].std() > 0
+    other = converted(published, tmp_path / "other.pt", "pt", *HEADS)
+    assert converted(made, tmp_path / "back.pt", "pt").read_bytes() == other.read_bytes()
+
+
+class Hostile:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def refused(capsys, source: Path, target: Path, kind: str, *more: object) -> str:
+    """What is said; nothing is left behind."""
+    before = sorted(target.parent.rglob("*"))
+    assert run("--input", source, "--output", target, "--to", kind, *more) == 2
+    assert sorted(target.parent.rglob("*")) == before
+    return capsys.readouterr().err
+
+
+def test_a_malicious_file_does_not_run(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "bad.pt", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({"x": Hostile(tmp_path / "ran")}, 2))
+    said = refused(capsys, tmp_path / "bad.pt", tmp_path / "run", "run")
+    assert "names posix.mkdir" in said and "nothing of it was run" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, capsys):
+    target = tmp_path / "out"
+    assert "does not exist" in refused(capsys, tmp_path / "none.pt", target, "run")
+    assert "exists: move it away" in refused(capsys, published, published, "pt")
+    assert "ends in .pt" in refused(capsys, published, target, "pt")
+    assert "looks like a file" in refused(capsys, published, tmp_path / "a.pt", "run")
+    vae = tmp_path / "vae"
+    interop.write_folder(
+        vae, interop.autoencoder_to_diffusers(AutoencoderKLConfig(latent_channels=8)), {}
+    )
+    said = refused(capsys, published, target, "run", *HEADS, "--codec", vae)
+    assert "latents of 8 channels, and the model makes 4" in said
+    assert "number with --heads" in refused(capsys, published, target, "run")
+    assert "weights under 'model.'" in refused(capsys, published, target, "run", "--part", "model")
+    (tmp_path / "text.txt").write_text("a")
+    assert "is not a file of weights" in refused(capsys, tmp_path / "text.txt", target, "run")
+    (tmp_path / "empty").mkdir()
+    assert "config.json' cannot be read" in refused(capsys, tmp_path / "empty", target, "run")
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(published.read_bytes()[:10000])
+    assert "truncated" in refused(capsys, cut, target, "run", *HEADS)
+
+
+def test_every_mismatch_of_a_file_is_listed(published, tmp_path, capsys):
+    arrays = interop.read_torch(published)
+    del arrays["blocks.0.attn.proj.bias"]
+    arrays["final_layer.linear.bias"] = np.zeros(3, np.float32)
+    interop.write_torch(tmp_path / "other.pt", arrays)
+    said = refused(capsys, tmp_path / "other.pt", tmp_path / "run", "run", *HEADS)
+    assert "  blocks.0.attn.proj.bias: absent\n" in said
+    assert "  final_layer.linear.bias: shape (3,), wanted (32,)\n" in said
+
+
+def test_a_model_that_is_not_as_published_stays_a_run(published, tmp_path, capsys, monkeypatch):
+    def other(file, output, codec):
+        dit = dataclasses.replace(file.model.dit, time_offset=0.0)
+        model = dataclasses.replace(file.model, dit=dit)
+        return dataclasses.replace(plain(file, output, codec), model=model)
+
+    plain = convert.run_config
+    monkeypatch.setattr(convert, "run_config", other)
+    made = converted(published, tmp_path / "run", "run", *HEADS)
+    assert "keep this model as a run" in refused(capsys, made, tmp_path / "a.pt", "pt")
+    assert "is a run already" in refused(capsys, made, tmp_path / "b", "run")
