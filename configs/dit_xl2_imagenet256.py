@@ -9,9 +9,9 @@ is the folder of Stable Diffusion's autoencoder (``sd-vae-ft-ema``). To encode i
 in place of the first command and at the price of an encoding for each, add ``--data.source.path
 imagenet2012 --data.source.video-key image --data.transform.crop 256 --data.transform.flip True``.
 
-Not trained here. Compiled for v5e:4x8 (32 chips) with a batch of 1024 (``python -m dit_jax.plan --config
-configs/dit_xl2_imagenet256.py --topology v5e:4x8 --data.packing.rows 1024``, libtpu 0.0.42): 11.4 of 16
-GB a chip, 0.22 s a step at least, at most 53 % MFU.
+Not trained here. Compiled for v5e:4x8 (32 chips) with a batch of 1024 (``python -m dit_jax.plan
+--config configs/dit_xl2_imagenet256.py --topology v5e:4x8 --data.packing.rows 1024``, libtpu 0.0.42):
+11.4 of 16 GB a chip, 0.22 s a step at least, at most 53 % MFU.
 """
 
 import dataclasses

@@ -161,7 +161,8 @@ def test_a_minute_is_one_row():
 def test_imagenet_is_one_image_a_row():
     config = load_config(str(ROOT / "configs" / "dit_xl2_imagenet256.py"))
     made, packing = config.sampling, config.data.packing
-    tokens = config.model.patch.num_tokens(made.frames, made.height, made.width)
+    size = config.codec.latent_size(made.frames, made.height, made.width)
+    tokens = config.model.patch.num_tokens(*size)
     assert tokens == 16 * 16 == packing.row_tokens and packing.rows == 256
     dit = config.model.dit
     assert (dit.width, dit.depth, dit.heads) == (1152, 28, 16)

@@ -1,0 +1,122 @@
+"""Turn a TFDS image set with labels into one of latents, for models that are trained on those.
+
+    python scripts/images_to_latents.py --input imagenet2012 --codec CODEC --crop 256 --output data
+
+writes data/imagenet2012_latents/1.0.0 with the split train. CODEC is the folder of an autoencoder that
+`python -m dit_jax.convert` knows. A latent is the mean of what the codec says of the image, stored as
+float16; --flip stores the mirror image of every image too, because latents cannot be mirrored later.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dit_jax.data import RecordsConfig, RecordsSource, TransformConfig, resize, write_records
+from dit_jax.interop import load_codec
+from dit_jax.models import Codec
+from dit_jax.sampling import to_float
+
+BATCH = 32
+
+
+def pictures(
+    source: RecordsSource, transform: TransformConfig, multiple: tuple[int, int], mirrored: bool
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Every image [1, h, w, 3] float in [-1, 1] and what else its record has."""
+    for i in range(len(source)):
+        sample: dict[str, Any] = dict(source[i])
+        video = sample.pop("video")
+        if video.dtype != np.uint8 or len(video) != 1:
+            raise ValueError(f"record {i} has {video.dtype} {video.shape}: need images of uint8")
+        image = to_float(resize(transform, video, multiple))
+        for picture in (image, image[:, :, ::-1]) if mirrored else (image,):
+            yield picture, sample
+
+
+def encoded(
+    found: Iterator[tuple[np.ndarray, dict[str, Any]]], codec: Codec
+) -> Iterator[dict[str, Any]]:
+    """Samples of latents, in order; neighbours of one size are encoded together."""
+    waiting: list[tuple[np.ndarray, dict[str, Any]]] = []
+
+    def flush() -> Iterator[dict[str, Any]]:
+        if waiting:
+            latents = codec.encode(np.concatenate([image for image, _ in waiting]))
+            for latent, (_, rest) in zip(latents, waiting, strict=True):
+                yield {"video": latent[None], **rest}
+            waiting.clear()
+
+    for image, rest in found:
+        if len(waiting) == BATCH or (waiting and waiting[0][0].shape != image.shape):
+            yield from flush()
+        waiting.append((image, rest))
+    yield from flush()
+
+
+def convert(args: argparse.Namespace) -> Path:
+    """Write the builder and return its directory; ValueError where something does not serve."""
+    codec = load_codec(args.codec)
+    transform = TransformConfig(args.crop, args.max_area, whole_patches=True)
+    sources = {
+        split: RecordsSource(
+            RecordsConfig(
+                args.input,
+                split,
+                video_key=args.image_key,
+                label_key=args.label_key,
+                data_dir=args.data_dir,
+            )
+        )
+        for split in args.splits
+    }
+    total = sum(map(len, sources.values())) * (2 if args.flip else 1)
+    # What an autoencoder and a transformer with patches of 2 can both divide.
+    multiple = (2 * codec.strides[1], 2 * codec.strides[2])
+    name = re.sub(r"[^a-z0-9_]+", "_", Path(args.name or args.input).name.lower()) + "_latents"
+    with tqdm(total=total, unit="image", disable=None) as bar:
+
+        def counted(split: str) -> Iterator[dict[str, Any]]:
+            found = pictures(sources[split], transform, multiple, args.flip)
+            for sample in encoded(found, codec):
+                bar.update()
+                yield sample
+
+        return write_records(
+            args.output,
+            name,
+            {split: counted(split) for split in args.splits},
+            description=f"Latents of {args.input} by {codec.name}.",
+            labels=("label",),
+            latents=(codec.channels, codec.hash),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, help="name or directory of a TFDS builder")
+    parser.add_argument("--codec", required=True, help="folder of the autoencoder")
+    parser.add_argument("--output", type=Path, required=True, help="directory for builders")
+    parser.add_argument("--name", help="of the builder, before _latents; the input's if not given")
+    parser.add_argument("--splits", nargs="+", default=["train"])
+    parser.add_argument("--image-key", default="image")
+    parser.add_argument("--label-key", default="label")
+    parser.add_argument("--data-dir", help="where TFDS keeps the builder, if not in its own place")
+    parser.add_argument("--crop", type=int, help="shorter side to so many pixels, centre square")
+    parser.add_argument("--max-area", type=int, help="or: at most so many pixels, any aspect ratio")
+    parser.add_argument("--flip", action="store_true", help="mirror images too")
+    args = parser.parse_args()
+    try:
+        print(convert(args))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
