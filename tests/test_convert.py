@@ -75,6 +75,13 @@ def test_a_folder_becomes_a_run_and_comes_back_byte_for_byte(published, tmp_path
     assert back.read_bytes() == published.read_bytes()
 
 
+def test_the_transformer_of_a_pipeline_is_found(published, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    converted(published, tmp_path / "pipeline" / "transformer", "diffusers", *HEADS)
+    back = converted(tmp_path / "pipeline", tmp_path / "back.pt", "pt")
+    assert back.read_bytes() == published.read_bytes()
+
+
 def test_a_run_is_one_that_verbs_open(published, tmp_path):
     made = converted(published, tmp_path / "run", "run", *HEADS)
     checkpointer, step = open_run(made)

@@ -24,7 +24,6 @@ from dit_jax.diffusion.solvers import SOLVERS as SOLVERS
 from dit_jax.diffusion.solvers import check_solver as check_solver
 from dit_jax.diffusion.solvers import solve as solve
 from dit_jax.diffusion.solvers import start as start
-from dit_jax.diffusion.spacings import check_spacing as check_spacing
 from dit_jax.diffusion.spacings import levels_of as levels_of
 from dit_jax.diffusion.spacings import sigma_schedule as sigma_schedule
 from dit_jax.diffusion.times import TimeConfig as TimeConfig

@@ -13,7 +13,7 @@ ddpm         ancestral, takes noise (Ho et al. 2020, eq. 7; Nichol & Dhariwal 20
              any two levels of any path (Kingma et al. 2021, appendix A)
 sde          Euler-Maruyama of SiT's reverse equation, takes noise (Ma et al. 2024, eq. 6)
 dpmpp_2m     order 2, DPM-Solver++ (see ``multistep``)
-unipc        order 2, UniPC (see ``multistep``)
+unipc        order 2, and 3 with its corrector, UniPC (see ``multistep``)
 ============ ======================================================================================
 
 Multistep solvers remember one interval or two; a token whose own history does not cover them, because

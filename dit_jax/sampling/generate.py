@@ -37,7 +37,7 @@ from dit_jax.diffusion import (
     token_noise,
 )
 from dit_jax.models import ModelConfig, PatchConfig, TextToVideo, as_computed, positions
-from dit_jax.sampling.settings import SamplingConfig, check_sampling
+from dit_jax.sampling.settings import SamplingConfig
 from dit_jax.types import PAD, Params
 
 
@@ -142,7 +142,7 @@ class Generator:
     def __init__(
         self, model: TextToVideo, diffusion: DiffusionConfig, config: SamplingConfig
     ) -> None:
-        check_sampling(config, diffusion, model.config.patch.channels)
+        config.check(diffusion, model.config.patch.channels)
         self.config = config
         self._model = model
         self._diffusion = diffusion

@@ -11,7 +11,7 @@ from dit_jax.diffusion import (
     GuidanceConfig,
     SolverConfig,
     check_solver,
-    check_spacing,
+    levels_of,
 )
 
 
@@ -83,19 +83,18 @@ class SamplingConfig:
             zero_init=self.cfg_zero_init,
         )
 
-
-def check_sampling(config: SamplingConfig, diffusion: DiffusionConfig, channels: int) -> None:
-    """Raises ``ValueError`` where a model so trained cannot be sampled so, with what it can."""
-    path = diffusion.path
-    check_solver(config.solver, path)
-    check_spacing(path, config.spacing, config.shift or 1.0, config.last_step)
-    if path.discrete and (config.cfg_zero_star or config.cfg_zero_init):
-        raise ValueError(
-            "sampling.cfg_zero_star and cfg_zero_init are of velocities, and path.kind 'ddpm' has "
-            "none: set them to False and 0."
-        )
-    if config.cfg_channels is not None and config.cfg_channels > channels:
-        raise ValueError(
-            f"sampling.cfg_channels is {config.cfg_channels}, and the model's patches have {channels} "
-            "channels: guide at most so many, or unset it for all."
-        )
+    def check(self, diffusion: DiffusionConfig, channels: int) -> None:
+        """Raises ``ValueError`` where a model so trained cannot be sampled so, with what it can."""
+        path = diffusion.path
+        check_solver(self.solver, path)
+        levels_of(path, self.spacing, self.steps, self.shift or 1.0, self.last_step)
+        if path.discrete and (self.cfg_zero_star or self.cfg_zero_init):
+            raise ValueError(
+                "sampling.cfg_zero_star and cfg_zero_init are of velocities, and path.kind 'ddpm' has "
+                "none: set them to False and 0."
+            )
+        if self.cfg_channels is not None and self.cfg_channels > channels:
+            raise ValueError(
+                f"sampling.cfg_channels is {self.cfg_channels}, and the model's patches have "
+                f"{channels} channels: guide at most so many, or unset it for all."
+            )

@@ -265,6 +265,7 @@ def test_leading_levels_begin_lower_with_pure_noise():
         (FLOW, {"spacing": "trailing"}, "'trailing' chooses indices of path.kind 'ddpm'"),
         (FLOW, {"spacing": "karras"}, "'karras' divides by the signal left"),
         (CHAIN, {"spacing": "leading", "shift": 2.0}, "takes no shift"),
+        (CHAIN, {"spacing": "linspace", "steps": 1001}, "1001 solver steps of a chain of 1000"),
         (FLOW, {"cfg_channels": 5}, "cfg_channels is 5, and the model's patches have 4"),
     ],
 )
