@@ -62,6 +62,9 @@ class ConvertArguments:
     """Whose file it is, where the file does not say: SiT's look like DiT's."""
     heads: int | None = None
     """Attention heads of the authors' file, where its size is no published one."""
+    time_divisor: int = 128
+    """Of the rates in which noise levels are told, for a run (``DiTConfig.time_divisor``): 127 computes
+    what Diffusers' class does, and not DiT's authors."""
     part: str | None = None
     """Which weights of the authors' training checkpoint: ema (unset) or model."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -234,7 +237,10 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
 
 def _to_run(given: ConvertArguments, published: Source, target: Path) -> str:
     codec = find_codec(given.codec, published.file.model.patch.channels)
-    config = run_config(published.file, given.output, codec)
+    model = published.file.model
+    dit = dataclasses.replace(model.dit, time_divisor=given.time_divisor)
+    file = dataclasses.replace(published.file, model=dataclasses.replace(model, dit=dit))
+    config = run_config(file, given.output, codec)
     published.table.check(published.table.named(published.arrays), published.where)
     shapes, shardings = _abstract(config, given.mesh)
     params = published.table.load(published.arrays, published.where, shapes, shardings)

@@ -82,6 +82,14 @@ def test_the_transformer_of_a_pipeline_is_found(published, tmp_path):
     assert back.read_bytes() == published.read_bytes()
 
 
+def test_rates_of_time_are_whose_they_are_asked_for(published, tmp_path):
+    made = converted(published, tmp_path / "run", "run", *HEADS, "--time-divisor", 127)
+    stored = json.loads((made / "config.json").read_text())
+    assert stored["model"]["dit"]["time_divisor"] == 127
+    back = converted(made, tmp_path / "back.pt", "pt")
+    assert back.read_bytes() == published.read_bytes()
+
+
 def test_a_run_is_one_that_verbs_open(published, tmp_path):
     made = converted(published, tmp_path / "run", "run", *HEADS)
     checkpointer, step = open_run(made)

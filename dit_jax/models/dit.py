@@ -79,6 +79,9 @@ class DiTConfig:
     time_offset: float = 0.0
     """The network is told ``time_scale * t + time_offset`` of a noise level t in [0, 1]. 1000 and -1
     count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's clock."""
+    time_divisor: int = TIME_FREQUENCIES // 2
+    """The i-th sinusoid's rate is 10,000 to the power of ``-i / time_divisor``: 128 in DiT and SiT; 127
+    is what Diffusers' class computes from the same weights."""
     time_std: float | None = None
     """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
     cross_attention: bool = True
@@ -131,6 +134,8 @@ class DiTConfig:
                 f"dit.width {self.width} is not a multiple of 4, as sines and cosines of columns and "
                 'rows (absolute_positions "wh") need: change the width, or take "thw".'
             )
+        if self.time_divisor < 1:
+            raise ValueError(f"dit.time_divisor is {self.time_divisor}: it is at least 1 (128).")
         if self.time_scale == 0 or (self.time_std is not None and self.time_std <= 0):
             raise ValueError(
                 f"dit.time_scale {self.time_scale} must not be 0, nor time_std {self.time_std} below "
@@ -175,11 +180,14 @@ def published(preset: str) -> DiTConfig:
 
 
 def time_features(
-    t: Float[Array, "b k"], scale: float = 1000.0, offset: float = 0.0
+    t: Float[Array, "b k"],
+    scale: float = 1000.0,
+    offset: float = 0.0,
+    divisor: int = TIME_FREQUENCIES // 2,
 ) -> Float[Array, "b k f"]:
     """Sinusoids of noise levels in [0, 1], counted in thousandths as DDPM's steps are."""
     half = TIME_FREQUENCIES // 2
-    rates = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
+    rates = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / divisor)
     angles = (scale * t + offset)[..., None] * rates
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
@@ -193,7 +201,7 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t: Float[Array, "b k"]) -> Float[Array, "b k d"]:
         config = self.config
-        features = time_features(t, config.time_scale, config.time_offset)
+        features = time_features(t, config.time_scale, config.time_offset, config.time_divisor)
         init = XAVIER if config.time_std is None else nn.initializers.normal(config.time_std)
         hidden = dense(config.width, ("time", "embed"), jnp.float32, "up", init)(features)
         hidden = self.constrain(nn.silu(hidden), "batch", None, "width")

@@ -14,7 +14,6 @@ from flax import linen as nn
 from dit_jax import interop
 from dit_jax.interop.dit import grid_table
 from dit_jax.models import PRESETS, ModelConfig, TextToVideo, patchify, positions, unpatchify
-from dit_jax.models import dit as dit_module
 from dit_jax.parallel import MeshConfig, make_mesh, parameter_shardings, xla_attention
 from dit_jax.types import unconstrained
 from tests.interop.published import (
@@ -174,7 +173,7 @@ def test_sits_velocity_has_our_sign_and_comes_back(tmp_path):
 
 
 @needs_diffusers
-def test_diffusers_own_rates_of_time_are_all_that_is_different(tmp_path, monkeypatch):
+def test_diffusers_own_class_as_it_is(tmp_path):
     made = random_dit(**SMALL)
     made.save_pretrained(tmp_path)
     file, arrays = read_folder(tmp_path)
@@ -186,12 +185,9 @@ def test_diffusers_own_rates_of_time_are_all_that_is_different(tmp_path, monkeyp
     wanted = theirs(made, latents, [999, 312], labels)
     assert relative(denoise(file.model, params, latents, [1.0, 0.313], labels), wanted) > 1e-2
 
-    def features(t, scale=1000.0, offset=0.0):
-        angles = (scale * t + offset)[..., None] * 1e4 ** (-jnp.arange(128) / 127)
-        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-
-    monkeypatch.setattr(dit_module, "time_features", features)
-    assert relative(denoise(file.model, params, latents, [1.0, 0.313], labels), wanted) < TOLERANCE
+    dit = dataclasses.replace(file.model.dit, time_divisor=127)
+    model = dataclasses.replace(file.model, dit=dit)
+    assert relative(denoise(model, params, latents, [1.0, 0.313], labels), wanted) < TOLERANCE
 
 
 PUBLISHED = {"S": 33, "B": 130, "L": 458, "XL": 675}

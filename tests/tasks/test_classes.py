@@ -1,0 +1,235 @@
+"""Models of classes: from labelled images, in pixels or a codec's latents, to what the judge says."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dit_jax import tasks
+from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.data import (
+    PackingConfig,
+    RecordsConfig,
+    RecordsSource,
+    TransformConfig,
+    write_records,
+)
+from dit_jax.evaluation import judge_classes
+from dit_jax.interop import (
+    autoencoder_map,
+    autoencoder_to_diffusers,
+    load_codec,
+    write_folder,
+)
+from dit_jax.models import (
+    ClassLabelsConfig,
+    DiTConfig,
+    ModelConfig,
+    PatchConfig,
+    patchify,
+)
+from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import SamplingConfig, to_float
+from dit_jax.training import OptimizerConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = 3
+
+
+def image(i, rng, side=16):
+    """A bright stripe: along the top, down the left, or neither."""
+    picture = rng.integers(0, 60, (1, side, side, 3), np.uint8)
+    if i % CLASSES == 0:
+        picture[:, :5] += 180
+    if i % CLASSES == 1:
+        picture[:, :, :5] += 180
+    return picture
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The directory of a builder of labelled images."""
+    rng = np.random.default_rng(0)
+
+    def samples(count):
+        for i in range(count):
+            yield {"video": image(i, rng), "caption": "", "fps": 1.0, "label": i % CLASSES}
+
+    return write_records(
+        tmp_path_factory.mktemp("images"),
+        "stripes",
+        {"train": samples(90), "test": samples(150)},
+        description="d",
+        labels=("label",),
+    )
+
+
+@pytest.fixture(scope="module")
+def codec_path(tmp_path_factory):
+    """The folder of a small autoencoder with random weights, two pixels to a latent."""
+    shape = AutoencoderKLConfig(widths=(8, 8), layers=1, norm_groups=4)
+    variables = jax.jit(AutoencoderKL(shape).init)(
+        jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)
+    )
+    path = tmp_path_factory.mktemp("codec") / "vae"
+    exported = autoencoder_map(shape).export(nn.unbox(variables))
+    write_folder(path, autoencoder_to_diffusers(shape), exported)
+    return path
+
+
+def config_of(records, **changes):
+    config = Config(
+        data=DataConfig(
+            source=RecordsConfig(str(records), label_key="label"),
+            packing=PackingConfig(rows=2, row_tokens=32, row_text=4, row_segments=2, bins=1),
+        ),
+        model=ModelConfig(
+            dit=DiTConfig(width=24, depth=1, heads=2, cross_attention=False, pooled_text=True),
+            patch=PatchConfig(t=1, h=4, w=4, channels=3),
+            text=ClassLabelsConfig(CLASSES),
+        ),
+        optimizer=OptimizerConfig(warmup_steps=1, schedule="constant"),
+        log=LogConfig(draw_every=0),
+        sampling=SamplingConfig(frames=1, height=16, width=16, steps=2, cfg_scale=2.0),
+        evaluation=EvaluationConfig(prompts=9, classifier_split="test"),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def mesh():
+    return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+
+
+def first_batch(config):
+    task = tasks.build(config, mesh())
+    loader = task.loader((0, 1))
+    try:
+        return task, next(loader)
+    finally:
+        loader.close()
+
+
+def test_labels_are_packed_beside_their_images(records):
+    task, batch = first_batch(config_of(records))
+    assert (batch.segment_ids != 0).all()
+    for row in range(2):
+        labels = batch.text[row][[1, 3]]
+        assert (batch.text[row][[0, 2]] == CLASSES).all() and (
+            batch.text_segment_ids[row] == [1, 1, 2, 2]
+        ).all()
+        for j, label in enumerate(labels):
+            tokens = batch.tokens[row, 16 * j : 16 * j + 16].reshape(4, 4, 4, 4, 3)
+            bright = [tokens[0].mean() > 0.1, tokens[:, 0].mean() > 0.1]
+            assert bright == [label == 0, label == 1]
+    assert task.work(batch).flops > 0
+
+
+def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
+    config = config_of(records)
+    task, batch = first_batch(config)
+    batch = jax.tree.map(jnp.asarray, batch)
+    params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
+    loss, gradients = jax.jit(
+        jax.value_and_grad(lambda p: (lambda s, w: s / w)(*task.loss(p, batch, jax.random.key(1))))
+    )(params)
+    assert 1 < loss < 4  # noise and images of about unit variance, and a model that says zero
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    report = task.report(params, tmp_path)
+    # A fresh model makes noise, which the classifier takes for one class or another.
+    assert report["classifier"] == 1 and report["recognised"] < 0.7 and report["count"] == 9
+    assert report["frechet"] > 5 * report["frechet_real"]
+    assert (tmp_path / "samples.png").stat().st_size > 0
+
+
+def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
+    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
+    config = config_of(records, model=model, codec=CodecConfig(str(codec_path), h=2, w=2))
+    task, batch = first_batch(config)
+    codec, source = load_codec(codec_path), RecordsSource(config.data.source)
+    latents = [patchify(model.patch, codec.encode(to_float(source[i]["video"]))) for i in range(90)]
+    found = batch.tokens.reshape(4, 16, 16)
+    nearest = [min(np.abs(x - y).max() for y in latents) for x in found]
+    assert max(nearest) < 1e-5  # the same function of the same image
+    params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
+    task.draw(params, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 0
+
+
+def test_a_codec_that_does_not_fit_is_refused(records, codec_path):
+    with pytest.raises(ValueError, match="4 channels with strides"):
+        tasks.build(config_of(records, codec=CodecConfig(str(codec_path))), mesh())
+
+
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "images_to_latents", ROOT / "scripts" / "images_to_latents.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_latents_are_written_once_and_trained_on(
+    records, codec_path, tmp_path, monkeypatch, capsys
+):
+    given = ["--input", str(records), "--codec", str(codec_path), "--output", str(tmp_path)]
+    given += ["--image-key", "video", "--name", "stripes", "--flip", "--splits", "test"]
+    monkeypatch.setattr(sys, "argv", ["images_to_latents", *given])
+    script().main()
+    path = Path(capsys.readouterr().out.split()[-1])
+    codec = load_codec(codec_path)
+    made = RecordsSource(RecordsConfig(str(path), "test", label_key="label"))
+    source = RecordsSource(RecordsConfig(str(records), "test", label_key="label"))
+    assert len(made) == 2 * len(source) and made.codec == codec.hash
+    for i in (0, 7, 149):
+        pixels = to_float(source[i]["video"])
+        for j, picture in enumerate((pixels, pixels[:, :, ::-1])):
+            found = made[2 * i + j]
+            assert found["label"] == source[i]["label"]
+            # Stored as float16.
+            np.testing.assert_allclose(found["video"], codec.encode(picture), rtol=2e-3, atol=1e-3)
+    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
+    config = config_of(
+        path,
+        data=dataclasses.replace(
+            config_of(path).data,
+            source=RecordsConfig(str(path), "test", label_key="label"),
+            transform=TransformConfig(crop=8),
+        ),
+        model=model,
+        codec=CodecConfig(str(codec_path), h=2, w=2),
+        evaluation=EvaluationConfig(prompts=0),
+    )
+    _, batch = first_batch(config)
+    assert batch.tokens.shape == (2, 32, 16)
+    foreign = load_codec(codec_path)
+    with pytest.raises(ValueError, match="were made by the codec"):
+        tasks.codecs.check_codec(dataclasses.replace(foreign, hash="other"), made)
+
+
+def test_the_judge_knows_right_from_wrong():
+    rng = np.random.default_rng(1)
+    labels = np.arange(240) % CLASSES
+    images = np.concatenate([image(i, rng) for i in range(240)])
+    made = np.concatenate([image(i, rng) for i in range(60)])
+    others = np.concatenate([image(i, rng) for i in range(60)])
+    asked = np.arange(60) % CLASSES
+    right = judge_classes(made, asked, images, labels, others)
+    assert right["recognised"] == 1 and right["frechet"] < 3 * right["frechet_real"]
+    wrong = judge_classes(made, (asked + 1) % CLASSES, images, labels, others)
+    assert wrong["recognised"] == 0 and wrong["frechet"] == right["frechet"]
+    # The right classes, but one image of each for all: the distance tells.
+    same = judge_classes(made[asked], asked, images, labels, others)
+    assert same["recognised"] == 1 and same["frechet"] > 3 * right["frechet"]
+    noise = rng.integers(0, 256, made.shape, np.uint8)
+    with pytest.raises(ValueError, match="too few to judge"):
+        judge_classes(noise, asked, rng.permutation(np.repeat(noise, 4, 0)), labels, others)
+    with pytest.raises(ValueError, match="make them of one size"):
+        judge_classes(made[:, 1:], asked, images, labels, others)
