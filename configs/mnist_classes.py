@@ -43,7 +43,7 @@ def get_config() -> Config:
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(draw_every=500, draw_count=40),
         sampling=SamplingConfig(
-            frames=1, height=32, width=32, fps=24.0, steps=24, cfg_scale=2.0, batch=100
+            frames=1, height=32, width=32, fps=24.0, steps=24, cfg_scale=1.5, batch=100
         ),
         evaluation=EvaluationConfig(prompts=500, classifier_split="test"),
     )
