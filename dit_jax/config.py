@@ -137,7 +137,7 @@ def check_choices(config: Any, name: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run of text-to-video training."""
+    """A run of training: a text-to-video model, or one of classes and images."""
 
     output: str = "runs/default"
     """Directory of the run: checkpoints, logs and samples. A run found there is resumed."""
@@ -173,6 +173,7 @@ class Config:
                 f"{self.model.text.max_tokens} tokens: raise it, or lower the limit in model.text."
             )
         drawn = self.sampling
+        drawn.check(self.diffusion, self.model.patch.channels)
         try:
             self.model.patch.grid(*self.codec.latent_size(drawn.frames, drawn.height, drawn.width))
         except ValueError as error:

@@ -13,18 +13,15 @@ import json
 import logging
 import sys
 import tempfile
-import typing
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
 from dit_jax import tasks
-from dit_jax.config import Config, stored_config, to_dict
+from dit_jax.config import Config, to_dict
 from dit_jax.evaluation import (
     I3D_FRAMES,
     I3D_MIN_FRAMES,
@@ -60,26 +57,14 @@ from dit_jax.parallel import (
     take_process_flags,
 )
 from dit_jax.sampling import (
-    Generator,
-    SamplingConfig,
     check_request,
     make_clips,
     read_prompts,
 )
-from dit_jax.training import abstract_params, open_run
-from dit_jax.types import Params
 
 PROG = "python -m dit_jax.evaluate"
 SHARD = 256
 IMAGES_KEPT = 10_000
-
-_HINTS = typing.get_type_hints(SamplingConfig)
-SamplingOverrides: Any = dataclasses.make_dataclass(
-    "SamplingOverrides",
-    [(f.name, _HINTS[f.name] | None, None) for f in dataclasses.fields(SamplingConfig)],
-    frozen=True,
-)
-"""The fields of ``SamplingConfig``; None is what the run's config says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +106,7 @@ class EvaluateArguments:
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
     shard: int | None = None
     """Samples stored at once: what is lost at most when the run is killed. Unset: about 256."""
-    sampling: SamplingOverrides = SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
+    sampling: tasks.SamplingOverrides = tasks.SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
     """How samples are made, where the run's config (sampling.*) is not to decide."""
     mesh: MeshConfig = MeshConfig()
     spread_parameters: bool = False
@@ -280,22 +265,20 @@ class Making:
 
     def __init__(self, given: EvaluateArguments) -> None:
         self._given = given
-        self._run, self._step = open_run(Path(given.checkpoint or ""), given.step)
-        config = stored_config(self._run.config(self._step), self._run.path(self._step) / "config")
-        said = {k: v for k, v in vars(given.sampling).items() if v is not None}
-        made = dataclasses.replace(config.sampling, **said)
-        codec = dataclasses.replace(config.codec, path=given.codec or config.codec.path)
-        self._config = dataclasses.replace(config, sampling=made, codec=codec)
-        self._wanted = _wanted(given, self._config)
+        self._trained = tasks.Trained(
+            given.checkpoint or "", given.step, given.sampling, given.codec
+        )
+        config, made = self._trained.config, self._trained.config.sampling
+        self._wanted = _wanted(given, config)
         check_request(self._wanted.request(0), config.model.patch)
         self._mesh = make_mesh(given.mesh)
-        self._codec = tasks.open_codec(self._config)
+        self._codec = tasks.open_codec(config)
         image = (made.height, made.width, 3)
         self.shape = image if made.frames == 1 else (made.frames, *image)
         prompts = "\n".join(self._wanted.prompts).encode()
         self.plan = {
             "checkpoint": str(Path(given.checkpoint or "").resolve()),
-            "step": self._step,
+            "step": self._trained.step,
             "seed": given.seed,
             "labels": None if self._wanted.labels is None else given.labels,
             "prompts": hashlib.sha256(prompts).hexdigest() if prompts else None,
@@ -309,28 +292,13 @@ class Making:
         """Makes what is missing."""
         if self.store.finished:
             return fill(self.store, self._wanted, lambda _: [])
-        config, given, mesh = self._config, self._given, self._mesh
-        # Kernel and way are for the machine that samples to say, not for the one that trained.
-        attention = dataclasses.replace(config.attention, kernel="auto", ulysses=None)
-        model = tasks.make_model(config.model, mesh, attention)
-        shapes, shardings = abstract_params(
-            partial(tasks.init_params, model), mesh, over_context=given.spread_parameters
-        )
-        generator = Generator(model, config.diffusion, config.sampling)
-        params = self._run.restore_ema(self._step, shapes, shardings)
-        if not jax.jit(_finite)(params):
-            raise ValueError(
-                f"{str(self._run.path(self._step))!r} has parameters that are NaN or infinite: choose "
-                f"an earlier --step, of {self._run.steps()}."
-            )
-        self._run.close()
+        mesh, model = self._mesh, self._trained.config.model
+        generator, params = self._trained.load(mesh, self._given.spread_parameters)
         decode = None if self._codec is None else self._codec.decode
         return fill(
             self.store,
             self._wanted,
-            lambda requests: make_clips(
-                generator, params, requests, config.model, mesh, decode=decode
-            ),
+            lambda requests: make_clips(generator, params, requests, model, mesh, decode=decode),
         )
 
 
@@ -338,11 +306,6 @@ def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
     """What the model is asked for; raises ``ValueError`` where it reads something else."""
     text, made, run = config.model.text, config.sampling, given.checkpoint
     size = config.codec.latent_size(made.frames, made.height, made.width)
-    if config.model.patch.channels != 3 and config.codec.path is None:
-        raise ValueError(
-            f"the model of {run!r} makes latents of {config.model.patch.channels} channels: give "
-            "--codec, the folder of the autoencoder that turns them into pixels."
-        )
     if isinstance(text, TextStatesConfig):
         raise ValueError(
             f"the model of {run!r} reads prompts as states of the encoder {text.encoder!r}, which is "
@@ -362,10 +325,6 @@ def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
             "taken in turn (captions of the reference, for a fair comparison)."
         )
     return Wanted(size, made.fps, given.seed, prompts=read_prompts(given.prompts_file))
-
-
-def _finite(params: Params) -> jax.Array:
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 if __name__ == "__main__":

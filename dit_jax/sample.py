@@ -11,17 +11,15 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from dit_jax import tasks
-from dit_jax.config import Config, stored_config
+from dit_jax.config import Config
 from dit_jax.models import ClassLabelsConfig, TextStatesConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
@@ -32,7 +30,6 @@ from dit_jax.parallel import (
     take_process_flags,
 )
 from dit_jax.sampling import (
-    Generator,
     Request,
     check_output,
     check_request,
@@ -42,8 +39,6 @@ from dit_jax.sampling import (
     upscale,
     write_video,
 )
-from dit_jax.training import abstract_params, open_run
-from dit_jax.types import Params
 
 PROG = "python -m dit_jax.sample"
 
@@ -69,18 +64,9 @@ class SampleArguments:
     """Clips for each prompt."""
     seed: int = 0
     """Clip number i (from 0) is made from noise of seed + i; the same seed gives the same file."""
-    frames: int | None = None
-    """Length; 1 is a still image. Unset, as are the next three: what the run's config says."""
-    height: int | None = None
-    width: int | None = None
-    fps: float | None = None
-    steps: int | None = None
-    """Solver steps. Unset, as are the next three: what the run's config says."""
-    cfg_scale: float | None = None
-    """Guidance: how strongly the prompt is followed; 1 is none."""
-    solver: Literal["euler", "heun"] | None = None
-    batch: int | None = None
-    """Clips made at once."""
+    sampling: tyro.conf.OmitArgPrefixes[tasks.SamplingOverrides] = tasks.SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
+    """What else the run's config says (``sampling``), size and solver among it; 1 frame is a still
+    image."""
     codec: str | None = None
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
     step: int | None = None
@@ -106,17 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _override(config: Config, given: SampleArguments) -> Config:
-    """The run's config with what the command line says otherwise."""
-    names = ("steps", "cfg_scale", "solver", "batch", "frames", "height", "width", "fps")
-    said = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    codec = (
-        config.codec if given.codec is None else dataclasses.replace(config.codec, path=given.codec)
-    )
-    sampling = dataclasses.replace(config.sampling, **said)
-    return dataclasses.replace(config, sampling=sampling, codec=codec)
 
 
 def _prompts(given: SampleArguments) -> list[str | int]:
@@ -167,54 +142,30 @@ def sample(given: SampleArguments) -> None:
     else:
         check_output(directory / f"0.{given.format}")
     prompts = _prompts(given)
-    checkpointer, step = open_run(Path(given.checkpoint), given.step)
-    config = stored_config(checkpointer.config(step), checkpointer.path(step) / "config")
-    config = _override(config, given)
+    trained = tasks.Trained(given.checkpoint, given.step, given.sampling, given.codec)
+    config = trained.config
+    _check_text(config, given.checkpoint)
     made = config.sampling
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
-    _check_model(config, given.checkpoint)
     codec = tasks.open_codec(config)
 
     mesh = make_mesh(given.mesh)
-    # Kernel and way are for the machine that samples to say, not for the one that trained.
-    attention = dataclasses.replace(config.attention, kernel="auto", ulysses=None)
-    model = tasks.make_model(config.model, mesh, attention)
-    shapes, shardings = abstract_params(
-        partial(tasks.init_params, model), mesh, over_context=given.spread_parameters
-    )
-    params = checkpointer.restore_ema(step, shapes, shardings)
-    if not jax.jit(_finite)(params):
-        raise ValueError(
-            f"{str(checkpointer.path(step))!r} has parameters that are NaN or infinite, from which "
-            f"nothing can be made: choose an earlier --step, of {checkpointer.steps()}."
-        )
-    checkpointer.close()
-    generator = Generator(model, config.diffusion, made)
+    generator, params = trained.load(mesh, given.spread_parameters)
     decode = None if codec is None else codec.decode
     clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
     if jax.process_index() == 0:
         _write(given, directory, single, prompts, clips, made.fps)
 
 
-def _check_model(config: Config, run: str) -> None:
-    """Raises ``ValueError`` where the run's model reads or makes what is not made or read here."""
-    text, channels = config.model.text, config.model.patch.channels
-    coded = config.codec.path is not None
+def _check_text(config: Config, run: str) -> None:
+    """Raises ``ValueError`` where the run's model reads what is not made here."""
+    text = config.model.text
     if isinstance(text, TextStatesConfig):
         raise ValueError(
             f"the model of {run!r} reads prompts as states of the encoder {text.encoder!r}, which is "
             "not here: sample from a model that reads bytes (model.text)."
         )
-    if channels != 3 and not coded:
-        raise ValueError(
-            f"the model of {run!r} makes latents of {channels} channels: give --codec, the folder of "
-            "the autoencoder that turns them into pixels."
-        )
-
-
-def _finite(params: Params) -> jax.Array:
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 def _write(

@@ -43,6 +43,7 @@ from dit_jax.training import (
     Task,
     TrainState,
     abstract_state,
+    begin_from,
     init_state,
     make_optimizer,
     make_step,
@@ -127,6 +128,9 @@ def train(config: Config, directory: Path) -> str | None:
     latest = checkpointer.latest()
     if latest is None:
         state = init_state(task.init, optimizer, shardings, jax.random.key(config.seed))
+        if config.checkpoint.initial is not None:
+            initial = Path(config.checkpoint.initial).absolute()
+            state = begin_from(initial, state, shapes, shardings)
     else:
         state, data_state = checkpointer.restore(latest, shapes, shardings)
         loader.set_state(data_state)

@@ -8,3 +8,5 @@ from dit_jax.tasks.codecs import open_codec as open_codec
 from dit_jax.tasks.text_to_video import build as build
 from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model
+from dit_jax.tasks.trained import SamplingOverrides as SamplingOverrides
+from dit_jax.tasks.trained import Trained as Trained

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -33,6 +34,9 @@ class CheckpointConfig:
     """Older checkpoints are deleted."""
     keep_period: int | None = None
     """Checkpoints at multiples of this are never deleted."""
+    initial: str | None = None
+    """Directory of a run (a converted one, say) whose averaged parameters a new run begins with, in
+    place of fresh ones. A run that goes on takes its own."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.max_to_keep < 1:
@@ -216,3 +220,17 @@ def open_run(directory: Path, step: int | None = None) -> tuple[Checkpointer, in
     if step is not None and step not in steps:
         raise ValueError(f"{str(directory)!r} has no checkpoint of step {step}: there are {steps}.")
     return checkpointer, steps[-1] if step is None else step
+
+
+def begin_from(
+    directory: Path, fresh: TrainState, shapes: TrainState, shardings: TrainState
+) -> TrainState:
+    """A fresh state with the newest averaged parameters of another run.
+
+    Raises:
+        ValueError: where there is no such run, or it is of another model.
+    """
+    checkpointer, step = open_run(directory)
+    params = checkpointer.restore_ema(step, shapes.ema, shardings.ema)
+    checkpointer.close()
+    return dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))

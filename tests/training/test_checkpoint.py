@@ -16,6 +16,7 @@ from dit_jax.training import (
     Checkpointer,
     TrainState,
     abstract_params,
+    begin_from,
     open_run,
 )
 
@@ -63,6 +64,27 @@ def test_restore_is_exact_on_any_number_of_devices(saved, rig, sizes):
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(one.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
         assert len(leaf.sharding.device_set) == np.prod(sizes)
+
+
+def test_a_run_begins_with_the_average_of_another(saved, rig, batches, tmp_path):
+    directory, host = saved
+    # Weights alone, as a converted run has them, are enough.
+    alone = Checkpointer(tmp_path, CheckpointConfig())
+    alone.save_weights(jax.device_put(host.ema, rig(*SPREAD).shardings.ema), to_dict(CONFIG))
+    alone.wait()
+    alone.close()
+    one = rig(1, 4, 1, 1)
+    for path in (directory, tmp_path):
+        fresh = one.state()
+        opt_state = jax.device_get(fresh.opt_state)
+        state = begin_from(path, fresh, one.shapes, one.shardings)
+        assert_equal(jax.device_get(state.params), host.ema)
+        assert_equal(jax.device_get(state.ema), host.ema)
+        assert_equal(jax.device_get(state.opt_state), opt_state)
+        assert int(state.step) == 0
+        # Both are given up to the step: they must not be the same memory.
+        state, metrics = one.step(state, one.put(batches[0]))
+        assert np.isfinite(float(metrics["loss"]))
 
 
 def test_restored_run_goes_on_without_compiling_again(saved, rig, batches):

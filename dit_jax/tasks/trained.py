@@ -1,0 +1,83 @@
+"""A trained model, opened to make samples of: the config of its run, and its averaged parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dit_jax.config import Config, stored_config
+from dit_jax.sampling import Generator, SamplingConfig
+from dit_jax.tasks.text_to_video import init_params, make_model
+from dit_jax.training import abstract_params, open_run
+from dit_jax.types import Params
+
+_HINTS = typing.get_type_hints(SamplingConfig)
+SamplingOverrides: Any = dataclasses.make_dataclass(
+    "SamplingOverrides",
+    [(f.name, _HINTS[f.name] | None, None) for f in dataclasses.fields(SamplingConfig)],
+    frozen=True,
+)
+"""The fields of ``SamplingConfig``; None is what the run's config says."""
+
+
+class Trained:
+    """A checkpoint of a run, and the config to sample from it with; no weights are read yet.
+
+    Raises:
+        ValueError: where there is no such run or checkpoint, or its model cannot be sampled so.
+    """
+
+    def __init__(self, run: str, step: int | None, sampling: Any, codec: str | None) -> None:
+        self._checkpointer, self.step = open_run(Path(run), step)
+        self.path = self._checkpointer.path(self.step)
+        stored = stored_config(self._checkpointer.config(self.step), self.path / "config")
+        said = {name: value for name, value in vars(sampling).items() if value is not None}
+        self.config = dataclasses.replace(
+            stored,
+            sampling=dataclasses.replace(stored.sampling, **said),
+            codec=dataclasses.replace(stored.codec, path=codec or stored.codec.path),
+        )
+        _check_pixels(self.config, run)
+
+    def load(self, mesh: Mesh, spread_parameters: bool) -> tuple[Generator, Params]:
+        """The averaged parameters over a mesh, also over ``context`` if they are to be spread, and what
+        samples from them.
+
+        Raises:
+            ValueError: where they cannot be read, or are not finite.
+        """
+        config = self.config
+        # Kernel and way are for the machine that samples to say, not for the one that trained.
+        attention = dataclasses.replace(config.attention, kernel="auto", ulysses=None)
+        model = make_model(config.model, mesh, attention)
+        generator = Generator(model, config.diffusion, config.sampling)
+        init = partial(init_params, model)
+        shapes, shardings = abstract_params(init, mesh, over_context=spread_parameters)
+        params = self._checkpointer.restore_ema(self.step, shapes, shardings)
+        if not jax.jit(_finite)(params):
+            raise ValueError(
+                f"{str(self.path)!r} has parameters that are NaN or infinite, from which nothing can "
+                f"be made: choose an earlier --step, of {self._checkpointer.steps()}."
+            )
+        self._checkpointer.close()
+        return generator, params
+
+
+def _check_pixels(config: Config, run: str) -> None:
+    channels = config.model.patch.channels
+    if channels != 3 and config.codec.path is None:
+        raise ValueError(
+            f"the model of {run!r} makes latents of {channels} channels: give --codec, the folder of "
+            "the autoencoder that turns them into pixels."
+        )
+
+
+def _finite(params: Params) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
