@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import typing
 from functools import partial
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jax.sharding import Mesh
 
 from dit_jax.config import Config, stored_config
@@ -18,12 +22,33 @@ from dit_jax.tasks.text_to_video import init_params, make_model
 from dit_jax.training import abstract_params, open_run
 from dit_jax.types import Params
 
-_HINTS = typing.get_type_hints(SamplingConfig)
-SamplingOverrides: Any = dataclasses.make_dataclass(
-    "SamplingOverrides",
-    [(f.name, _HINTS[f.name] | None, None) for f in dataclasses.fields(SamplingConfig)],
-    frozen=True,
-)
+
+def _said_of_fields(config: type) -> dict[str, str]:
+    """What a config's source says of its fields, below each."""
+    (definition,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(definition, ast.ClassDef)
+    said = {}
+    for field, text in itertools.pairwise(definition.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(words))):
+                said[name] = " ".join(words.split())
+    return said
+
+
+def _optional(config: type) -> Any:
+    """A config's dataclass again, every field optional."""
+    hints, said = typing.get_type_hints(config), _said_of_fields(config)
+    fields = []
+    for field in dataclasses.fields(config):
+        help = f"{said.get(field.name, '')} (unset: as the run's config says)".strip()
+        hint = typing.Annotated[
+            hints[field.name] | None, tyro.conf.arg(help=help, help_behavior_hint="")
+        ]
+        fields.append((field.name, hint, None))
+    return dataclasses.make_dataclass(f"Optional{config.__name__}", fields, frozen=True)
+
+
+SamplingOverrides: Any = _optional(SamplingConfig)
 """The fields of ``SamplingConfig``; None is what the run's config says."""
 
 
