@@ -1,12 +1,14 @@
 """DiT-XL/2 on 256 x 256 images as published: latents of 32 x 32 x 4, 256 tokens each, class labels.
 
-    python scripts/images_to_latents.py --input imagenet2012 --codec CODEC --crop 256 --output data
+    python scripts/images_to_latents.py --input imagenet2012 --codec CODEC --crop 256 --flip \
+        --output data
     python -m dit_jax.train --config configs/dit_xl2_imagenet256.py --codec.path CODEC
 
-Everything is Peebles & Xie 2022, section 4: blocks, batch, optimizer, average, label dropout, a
-thousand DDPM steps with linear betas, predicted noise and a learned variance; 675 M parameters. CODEC
-is the folder of Stable Diffusion's autoencoder (``sd-vae-ft-ema``). To encode images as they are read,
-in place of the first command and at the price of an encoding for each, add ``--data.source.path
+Blocks, batch, optimizer, average, label dropout, a thousand DDPM steps with linear betas, predicted
+noise and a learned variance are those of Peebles & Xie 2022, section 4; 675 M parameters. Their
+latents are drawn anew in every epoch, where these are the codec's means (its deviations are small).
+CODEC is the folder of Stable Diffusion's autoencoder (``sd-vae-ft-ema``). To encode images as they are
+read, in place of the first command and at the price of an encoding for each, add ``--data.source.path
 imagenet2012 --data.source.video-key image --data.transform.crop 256 --data.transform.flip True``.
 
 Not trained here. Compiled for v5e:4x8 (32 chips) with a batch of 1024 (``python -m dit_jax.plan
@@ -51,14 +53,26 @@ def get_config() -> Config:
             caption_dropout=0.1,
         ),
         optimizer=OptimizerConfig(
-            learning_rate=1e-4, schedule="constant", warmup_steps=0, b2=0.999, ema_decay=0.9999
+            learning_rate=1e-4,
+            schedule="constant",
+            warmup_steps=0,
+            b2=0.999,
+            clip_norm=None,
+            ema_decay=0.9999,
         ),
         mesh=MeshConfig(data=-1, fsdp=4),
         codec=CodecConfig(h=8, w=8),
         checkpoint=CheckpointConfig(every=5000),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(
-            frames=1, height=256, width=256, steps=250, solver="ddpm", cfg_scale=1.5, cfg_channels=3
+            frames=1,
+            height=256,
+            width=256,
+            steps=250,
+            solver="ddpm",
+            spacing="linspace",
+            cfg_scale=1.5,
+            cfg_channels=3,
         ),
         evaluation=EvaluationConfig(prompts=0),
     )

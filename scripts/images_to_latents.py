@@ -77,7 +77,9 @@ def convert(args: argparse.Namespace) -> Path:
     total = sum(map(len, sources.values())) * (2 if args.flip else 1)
     # What an autoencoder and a transformer with patches of 2 can both divide.
     multiple = (2 * codec.strides[1], 2 * codec.strides[2])
-    name = re.sub(r"[^a-z0-9_]+", "_", Path(args.name or args.input).name.lower()) + "_latents"
+    # A builder's directory is that of a version, such as data/flowers/1.0.0.
+    parts = [part for part in Path(args.input).parts if not re.fullmatch(r"\d+\.\d+\.\d+", part)]
+    name = re.sub(r"[^a-z0-9_]+", "_", (args.name or parts[-1]).lower()) + "_latents"
     with tqdm(total=total, unit="image", disable=None) as bar:
 
         def counted(split: str) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """What is done to a clip's frames before they become tokens: resized, cropped, mirrored.
 
 Nothing by default: every clip keeps its size and aspect ratio. Image sets whose pictures are larger
-than a row are shrunk, either all to one square, as the tables of DiT are made (Dhariwal & Nichol 2021:
-the shorter side resized, the centre cropped), or to an area, each in its own aspect ratio.
+than a row are shrunk, either all to one square (the shorter side resized, the centre cropped: the
+framing of Dhariwal & Nichol 2021 and of DiT, with another filter), or to an area, each in its own
+aspect ratio.
 """
 
 from __future__ import annotations

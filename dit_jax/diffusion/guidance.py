@@ -1,7 +1,7 @@
 """Guidance: how what is predicted with the condition and without it becomes one prediction.
 
 Classifier-free guidance (Ho & Salimans 2022), of all channels or of the first few (as the code of
-DiT guides three of four), in an interval of noise levels (Kynkäänniemi et al. 2024), rescaled
+DiT and SiT guides three of four), in an interval of noise levels (Kynkäänniemi et al. 2024), rescaled
 against overexposure (Lin et al. 2023, section 3.4), and CFG-Zero* for flows (Fan et al. 2025).
 """
 
@@ -62,8 +62,12 @@ class GuidanceConfig:
         return self.scale != 1
 
     def guided_at(self, t: float) -> bool:
-        """Whether the level is within the interval (and guidance does anything)."""
-        return self.active and self.interval[0] < t <= self.interval[1]
+        """Whether the level is within the interval (and guidance does anything).
+
+        Compared as float32, as the compiled step compares.
+        """
+        low, high = (np.float32(bound) for bound in self.interval)
+        return self.active and bool(low < np.float32(t) <= high)
 
 
 def classifier_free(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +42,19 @@ def dense(
     name: str,
     init: Initializer = XAVIER,
     dot_general: DotGeneral = jax.lax.dot_general,
+    precision: Literal["highest"] | None = None,
 ) -> nn.Dense:
     """A linear layer whose kernel ``[in, out]`` carries logical axes.
 
-    A bias along "embed" is whole on every device: gathering it in every layer costs more than its room.
+    On TPUs a product of float32 is one only where ``precision`` is "highest". A bias along "embed" is
+    whole on every device: gathering it in every layer costs more than its room.
     """
     of_bias = "embed_vector" if axes[1] == "embed" else axes[1]
     return nn.Dense(
         features,
         dtype=dtype,
         dot_general=dot_general,
+        precision=precision,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(ZERO, (of_bias,)),
         name=name,
@@ -168,7 +171,12 @@ class Modulation(nn.Module):
     def __call__(self, condition: Float[Array, "b k d"]) -> Float[Array, "b k m"]:
         each = 3 if self.gated else 2
         layer = dense(
-            self.branches * each * self.width, ("embed", "modulation"), jnp.float32, "linear", ZERO
+            self.branches * each * self.width,
+            ("embed", "modulation"),
+            jnp.float32,
+            "linear",
+            ZERO,
+            precision="highest",
         )
         return layer(nn.silu(condition))
 

@@ -203,9 +203,10 @@ class TimeEmbedding(nn.Module):
         config = self.config
         features = time_features(t, config.time_scale, config.time_offset, config.time_divisor)
         init = XAVIER if config.time_std is None else nn.initializers.normal(config.time_std)
-        hidden = dense(config.width, ("time", "embed"), jnp.float32, "up", init)(features)
+        linear = partial(dense, config.width, dtype=jnp.float32, init=init, precision="highest")
+        hidden = linear(("time", "embed"), name="up")(features)
         hidden = self.constrain(nn.silu(hidden), "batch", None, "width")
-        out = dense(config.width, ("embed", "embed_out"), jnp.float32, "out", init)(hidden)
+        out = linear(("embed", "embed_out"), name="out")(hidden)
         return self.constrain(out, "batch", None, "width")
 
 
@@ -310,8 +311,10 @@ class DiT(nn.Module):
             assert text is not None and text_segment_ids is not None
             pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, group_t.shape[1])
             if self.project_pooled:
-                to_width = dense(config.width, ("embed", "embed_out"), jnp.float32, "pooled")
-                pooled = to_width(pooled)
+                axes = ("embed", "embed_out")
+                pooled = dense(config.width, axes, jnp.float32, "pooled", precision="highest")(
+                    pooled
+                )
             condition += pooled
         if text is not None:
             text = text.astype(self.dtype)

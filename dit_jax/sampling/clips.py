@@ -43,8 +43,9 @@ def make_clips(
     sizes = [model.patch.num_tokens(r.frames, r.height, r.width) for r in requests]
     length = _round_up(max(sizes), token_multiple(mesh))
     shards = batch_shards(mesh)
-    if generator.config.cfg_scale != 1 and shards % 2 == 0:
-        shards //= 2  # a guided step has two rows for each clip
+    config = generator.config
+    if config.cfg_scale != 1 and config.cfg_interval == (0.0, 1.0) and shards % 2 == 0:
+        shards //= 2  # every step has two rows for each clip
     rows = _round_up(min(generator.config.batch, len(requests)), shards)
     gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
     clips: list[np.ndarray] = []

@@ -48,7 +48,7 @@ class SamplingConfig:
     cfg_zero_star: bool = False
     """CFG-Zero*: the unconditional velocity is scaled by its projection on the conditional one."""
     cfg_zero_init: int = 0
-    """CFG-Zero*: first steps in which nothing moves."""
+    """CFG-Zero*: first steps in which nothing moves (euler and heun)."""
     batch: int = 32
     """Clips made at once."""
 
@@ -92,6 +92,11 @@ class SamplingConfig:
             raise ValueError(
                 "sampling.cfg_zero_star and cfg_zero_init are of velocities, and path.kind 'ddpm' has "
                 "none: set them to False and 0."
+            )
+        if self.cfg_zero_init and self.solver not in ("euler", "heun"):
+            raise ValueError(
+                f"sampling.cfg_zero_init is {self.cfg_zero_init} and the solver {self.solver!r}, whose "
+                "steps move where the velocity is 0, or look back at it: take 'euler' or 'heun', or 0."
             )
         if self.cfg_channels is not None and self.cfg_channels > channels:
             raise ValueError(

@@ -44,6 +44,28 @@ class Cases:
             self.requests = self._of_classes(config.model.text.classes, shown)
         else:
             self.requests = self._of_records(source, shown)
+        if config.evaluation.classifier_split is not None and count:
+            assert isinstance(source, RecordsConfig)
+            self._check_judged(source, config.evaluation.classifier_split)
+
+    def _check_judged(self, source: RecordsConfig, split: str) -> None:
+        """Raises ``ValueError`` where what is made could not be compared with the real images."""
+        made = self._config.sampling
+        for name in (split, source.split):
+            video = RecordsSource(dataclasses.replace(source, split=name))[0]["video"]
+            if video.dtype == np.uint8:
+                video = self._resized(video)
+            if video.shape != (1, made.height, made.width, 3) or made.frames != 1:
+                raise ValueError(
+                    f"evaluation.classifier_split: made images are [{made.frames}, {made.height}, "
+                    f"{made.width}, 3], and those of split {name!r} {list(video.shape)}. Give pixels "
+                    "of one size (sampling.height, width; data.transform.crop), or unset it."
+                )
+
+    def _resized(self, video: np.ndarray) -> np.ndarray:
+        """A recorded clip of pixels, as training transforms it."""
+        patch, codec = self._config.model.patch, self._config.codec
+        return resize(self._config.data.transform, video, (patch.h * codec.h, patch.w * codec.w))
 
     def _of_shapes(self, source: ShapesConfig, count: int) -> list[Request]:
         config, made = self._config, self._config.sampling
@@ -62,17 +84,17 @@ class Cases:
         split = self._config.evaluation.records_split
         held = RecordsSource(dataclasses.replace(source, split=split or source.split))
         samples = [held[i] for i in range(min(len(held), count))]
-        codec, transform, patch = (
-            self._config.codec,
-            self._config.data.transform,
-            self._config.model.patch,
-        )
         requests = []
         for i, sample in enumerate(samples):
             video = sample["video"]
             if video.dtype == np.uint8:
-                video = resize(transform, video, (patch.h * codec.h, patch.w * codec.w))
-                t, h, w = codec.latent_size(*video.shape[:3])
+                video = self._resized(video)
+                t, h, w = self._config.codec.latent_size(*video.shape[:3])
+            elif split:
+                raise ValueError(
+                    f"evaluation.records_split is {split!r}, whose clips are latents: pixels cannot be "
+                    "compared with them. Unset it."
+                )
             else:
                 t, h, w = video.shape[:3]
             states = sample.get("text_states")
@@ -103,11 +125,10 @@ class Cases:
     def _images(self, source: RecordsConfig, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
         """The pictures and labels of a split, transformed as training transforms them; evenly spaced
         ones, where there are more than ``limit``."""
-        records, patch, codec = RecordsSource(source), self._config.model.patch, self._config.codec
+        records = RecordsSource(source)
         count = len(records) if limit is None else min(limit, len(records))
         samples = [records[i * len(records) // count] for i in range(count)]
-        multiple = (patch.h * codec.h, patch.w * codec.w)
-        pictures = [resize(self._config.data.transform, s["video"], multiple)[0] for s in samples]
+        pictures = [self._resized(s["video"])[0] for s in samples]
         return np.stack(pictures), np.array([s.get("label", 0) for s in samples])
 
     @property

@@ -28,15 +28,15 @@ class OptimizerConfig:
     b2: float = 0.99
     weight_decay: float = 0.0
     """Applied to matrices and embeddings, never to biases and norm scales."""
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; None leaves them as they are."""
     ema_decay: float = 0.999
     """Of the averaged parameters that sampling uses; lower at the start of a run (see ``ema_rate``)."""
     accumulate: int = 1
     """Parts that the rows of a batch are split in, computed one after another."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
+        if self.learning_rate <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
             raise ValueError(
                 f"optimizer.learning_rate {self.learning_rate} and clip_norm {self.clip_norm} must be "
                 "above 0 (1e-4 and 1 are usual)."
@@ -111,7 +111,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         update = optax.adamw(
             rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    limit = config.clip_norm
+    clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
+    return optax.chain(clip, update)
 
 
 def ema_rate(decay: float, step: jax.Array) -> jax.Array:

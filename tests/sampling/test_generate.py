@@ -262,6 +262,11 @@ def test_leading_levels_begin_lower_with_pure_noise():
         (CHAIN, {"solver": "sde"}, "'sde' follows a velocity"),
         (CHAIN, {"cfg_zero_star": True}, "cfg_zero_star and cfg_zero_init are of velocities"),
         (CHAIN, {"cfg_zero_init": 1}, "cfg_zero_star and cfg_zero_init are of velocities"),
+        (
+            FLOW,
+            {"cfg_zero_init": 1, "solver": "unipc"},
+            "cfg_zero_init is 1 and the solver 'unipc'",
+        ),
         (FLOW, {"spacing": "trailing"}, "'trailing' chooses indices of path.kind 'ddpm'"),
         (FLOW, {"spacing": "karras"}, "'karras' divides by the signal left"),
         (CHAIN, {"spacing": "leading", "shift": 2.0}, "takes no shift"),

@@ -180,10 +180,11 @@ def test_latents_are_written_once_and_trained_on(
     records, codec_path, tmp_path, monkeypatch, capsys
 ):
     given = ["--input", str(records), "--codec", str(codec_path), "--output", str(tmp_path)]
-    given += ["--image-key", "video", "--name", "stripes", "--flip", "--splits", "test"]
+    given += ["--image-key", "video", "--flip", "--splits", "test"]
     monkeypatch.setattr(sys, "argv", ["images_to_latents", *given])
     script().main()
     path = Path(capsys.readouterr().out.split()[-1])
+    assert path == tmp_path / "stripes_latents" / "1.0.0"
     codec = load_codec(codec_path)
     made = RecordsSource(RecordsConfig(str(path), "test", label_key="label"))
     source = RecordsSource(RecordsConfig(str(records), "test", label_key="label"))
