@@ -193,15 +193,18 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
 def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
     """The config of a run with the published model: how it was trained, and how it is sampled.
 
-    DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling and
-    guidance of 4 on three of four channels (Peebles & Xie 2022, section 5 and their code's defaults).
-    SiT: velocities on straight paths; 250 steps of its SDE, the last from 0.04 (Ma et al. 2024,
-    section 3.4). The data are to be named where it is trained on.
+    DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling (Peebles
+    & Xie 2022, section 5 and their code's defaults). SiT: velocities on straight paths; 250 steps of
+    its SDE, the last from 0.04 (Ma et al. 2024, section 3.4). Guidance is of 4 on three of four
+    channels, as the code of both has it. The data are to be named where it is trained on.
     """
     free = CeilingConfig(free=1, first=0, head=0, tail=0, ends=0, every=0)
     uniform = TimeConfig(distribution="uniform")
     height, width = file.size * codec.h, file.size * codec.w
-    drawn = SamplingConfig(frames=1, height=height, width=width, steps=250, shift=1.0)
+    guided = 3 if file.model.patch.channels > 3 else None
+    drawn = SamplingConfig(
+        frames=1, height=height, width=width, steps=250, shift=1.0, cfg_channels=guided
+    )
     if file.family == "dit":
         learned = file.model.learned_variance
         diffusion = DiffusionConfig(
@@ -212,10 +215,7 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
             time=uniform,
             ceilings=free,
         )
-        channels = 3 if file.model.patch.channels > 3 else None
-        sampling = dataclasses.replace(
-            drawn, solver="ddpm", spacing="linspace", cfg_channels=channels
-        )
+        sampling = dataclasses.replace(drawn, solver="ddpm", spacing="linspace")
     else:
         diffusion = DiffusionConfig(time=uniform, ceilings=free)
         sampling = dataclasses.replace(drawn, solver="sde", last_step=0.04)

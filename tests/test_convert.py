@@ -123,11 +123,11 @@ def test_sit_is_a_flow_and_its_last_layer_turned(published, tmp_path):
 def test_the_config_is_the_papers(family):
     config = convert.run_config(authors_arrays(family)[0], "run", CodecConfig(h=8, w=8))
     assert config.sampling.steps == 250 and config.sampling.height == 64
+    assert config.sampling.cfg_channels == 3  # so the code of both samples
     diffusion = config.diffusion
     if family == "dit":
         assert (diffusion.path.kind, diffusion.path.betas) == ("ddpm", "linear")
         assert (diffusion.prediction, diffusion.variance) == ("eps", "learned_range")
-        assert config.sampling.cfg_channels == 3
     else:
         assert (diffusion.prediction, diffusion.path.kind) == ("velocity", "rectified_flow")
 
