@@ -193,15 +193,18 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
 def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
     """The config of a run with the published model: how it was trained, and how it is sampled.
 
-    DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling and
-    guidance of 4 on three of four channels (Peebles & Xie 2022, section 5 and their code's defaults).
-    SiT: velocities on straight paths; 250 steps of its SDE, the last from 0.04 (Ma et al. 2024,
-    section 3.4). The data are to be named where it is trained on.
+    DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling (Peebles
+    & Xie 2022, section 5 and their code's defaults). SiT: velocities on straight paths; 250 steps of
+    its SDE, the last from 0.04 (Ma et al. 2024, section 3.4). Guidance is of 4 on three of four
+    channels, as the code of both has it. The data are to be named where it is trained on.
     """
     free = CeilingConfig(free=1, first=0, head=0, tail=0, ends=0, every=0)
     uniform = TimeConfig(distribution="uniform")
     height, width = file.size * codec.h, file.size * codec.w
-    drawn = SamplingConfig(frames=1, height=height, width=width, steps=250, shift=1.0)
+    guided = 3 if file.model.patch.channels > 3 else None
+    drawn = SamplingConfig(
+        frames=1, height=height, width=width, steps=250, shift=1.0, cfg_channels=guided
+    )
     if file.family == "dit":
         learned = file.model.learned_variance
         diffusion = DiffusionConfig(
@@ -212,10 +215,7 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
             time=uniform,
             ceilings=free,
         )
-        channels = 3 if file.model.patch.channels > 3 else None
-        sampling = dataclasses.replace(
-            drawn, solver="ddpm", spacing="linspace", cfg_channels=channels
-        )
+        sampling = dataclasses.replace(drawn, solver="ddpm", spacing="linspace")
     else:
         diffusion = DiffusionConfig(time=uniform, ceilings=free)
         sampling = dataclasses.replace(drawn, solver="sde", last_step=0.04)
@@ -262,7 +262,7 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
     checkpointer, step = open_run(source, given.step)
     where = checkpointer.path(step) / "config"
     config = stored_config(checkpointer.config(step), where)
-    interop.check_published(config.model)
+    family = _published_family(config, given.to)
     drawn = config.sampling
     _, size, width = config.codec.latent_size(1, drawn.height, drawn.width)
     if size != width:
@@ -270,11 +270,36 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
             f"the run samples {drawn.height} x {drawn.width}, and published files are of squares: set "
             "sampling.height and width in its config."
         )
-    file = DiTFile(config.model, size, interop.family_of(config.model))
+    file = DiTFile(config.model, size, family)
     shapes, shardings = _abstract(config, given.mesh)
     params = checkpointer.restore_ema(step, shapes, shardings)
     checkpointer.close()
     return _to_published(given, file, params, target)
+
+
+def _published_family(config: Config, kind: str) -> interop.Family:
+    """Whose model a run is, DiT's or SiT's.
+
+    Raises:
+        ValueError: where it is neither's, by its network or by what it is trained to predict: a reader
+            of a published file could not know.
+    """
+    interop.check_published(config.model, interop.DIVISORS if kind == "diffusers" else (128,))
+    family = interop.family_of(config.model)
+    has, path = config.diffusion, config.diffusion.path
+    if family == "dit":
+        wanted = "'eps' on a path of kind 'ddpm' with 1000 linear betas"
+        same = has.prediction == "eps" and path == PathConfig(kind="ddpm", betas="linear")
+    else:
+        wanted = "'velocity' on a path of kind 'rectified_flow'"
+        same = has.prediction == "velocity" and path.kind == "rectified_flow"
+    if not same:
+        raise ValueError(
+            f"the run has the clock of {family.upper()} (dit.time_scale and time_offset), whose files "
+            f"are of models that predict {wanted}; it predicts {has.prediction!r}, on {path}: keep "
+            "this model as a run."
+        )
+    return family
 
 
 def _abstract(config: Config, mesh_config: MeshConfig) -> tuple[Params, Params]:

@@ -20,13 +20,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from dit_jax import tasks
-from dit_jax.config import Config, differences, parse_config, read_config, to_dict
+from dit_jax.config import Config, differences, parse_config, read_config, stored_config, to_dict
 from dit_jax.parallel import (
     PROCESS_HELP,
     global_batch,
@@ -55,6 +57,11 @@ FIXED = ("model", "data", "seed", "optimizer.kind")
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
 """Fields in these that a resumed run may change all the same: where the data lies, and how the
 same numbers are computed."""
+MEANT = ("model", "diffusion.prediction", "diffusion.path")
+"""What parameters mean: a run that begins with another's must have the same of it."""
+MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
+"""Fields in these that it may have otherwise: how the same is computed, what shapes tell, how fresh
+parameters are drawn, and where captions are cut."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +121,19 @@ def check_same_run(config: Config, stored: Config, directory: Path) -> None:
             )
 
 
+def check_same_meaning(config: Config, values: dict[str, Any], where: Path) -> None:
+    """Raises ``ValueError`` where a run under this config cannot begin with the parameters of a run
+    whose stored config is ``values``."""
+    for name, now, before in differences(config, stored_config(values, where)):
+        meant = any(f"{name}.".startswith(f"{part}.") for part in MEANT)
+        if meant and name.split(".")[-1] not in MAY_DIFFER:
+            raise ValueError(
+                f"checkpoint.initial {config.checkpoint.initial!r} is a run with {name} = {before!r}, "
+                f"and not {now!r}, under which its parameters mean something else: set {name} as there "
+                f"({str(where.parents[2] / 'config.json')!r}), or begin with another run."
+            )
+
+
 def train(config: Config, directory: Path) -> str | None:
     """The training loop; returns the name of the signal that stopped it, if one did."""
     mesh = make_mesh(config.mesh)
@@ -130,7 +150,8 @@ def train(config: Config, directory: Path) -> str | None:
         state = init_state(task.init, optimizer, shardings, jax.random.key(config.seed))
         if config.checkpoint.initial is not None:
             initial = Path(config.checkpoint.initial).absolute()
-            state = begin_from(initial, state, shapes, shardings)
+            check = partial(check_same_meaning, config)
+            state = begin_from(initial, state, shapes, shardings, check)
     else:
         state, data_state = checkpointer.restore(latest, shapes, shardings)
         loader.set_state(data_state)

@@ -82,11 +82,15 @@ def test_the_transformer_of_a_pipeline_is_found(published, tmp_path):
     assert back.read_bytes() == published.read_bytes()
 
 
-def test_rates_of_time_are_whose_they_are_asked_for(published, tmp_path):
+def test_rates_of_time_are_whose_they_are_asked_for(published, tmp_path, capsys):
     made = converted(published, tmp_path / "run", "run", *HEADS, "--time-divisor", 127)
     stored = json.loads((made / "config.json").read_text())
     assert stored["model"]["dit"]["time_divisor"] == 127
-    back = converted(made, tmp_path / "back.pt", "pt")
+    # The authors' code has 128 and their files do not say: only Diffusers' class has 127.
+    said = refused(capsys, made, tmp_path / "wrong.pt", "pt")
+    assert "dit.time_divisor is 127, not 128" in said
+    folder = converted(made, tmp_path / "folder", "diffusers")
+    back = converted(folder, tmp_path / "back.pt", "pt")
     assert back.read_bytes() == published.read_bytes()
 
 
@@ -123,11 +127,11 @@ def test_sit_is_a_flow_and_its_last_layer_turned(published, tmp_path):
 def test_the_config_is_the_papers(family):
     config = convert.run_config(authors_arrays(family)[0], "run", CodecConfig(h=8, w=8))
     assert config.sampling.steps == 250 and config.sampling.height == 64
+    assert config.sampling.cfg_channels == 3  # so the code of both samples
     diffusion = config.diffusion
     if family == "dit":
         assert (diffusion.path.kind, diffusion.path.betas) == ("ddpm", "linear")
         assert (diffusion.prediction, diffusion.variance) == ("eps", "learned_range")
-        assert config.sampling.cfg_channels == 3
     else:
         assert (diffusion.prediction, diffusion.path.kind) == ("velocity", "rectified_flow")
 
@@ -154,6 +158,14 @@ def test_half_precision_is_written_where_asked_for(published, tmp_path):
     back = converted(made, tmp_path / "back", "diffusers", "--dtype", "bfloat16")
     name = "diffusion_pytorch_model.safetensors"
     assert (folder / name).read_bytes() == (back / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_file_is_read_back(published, tmp_path, dtype):
+    half = converted(published, tmp_path / "half.pt", "pt", *HEADS, "--dtype", dtype)
+    made = converted(half, tmp_path / "run", "run", *HEADS)
+    back = converted(made, tmp_path / "back.pt", "pt", "--dtype", dtype)
+    assert back.read_bytes() == half.read_bytes()
 
 
 def test_an_autoencoder_is_written_by_either_names(autoencoder, tmp_path):
@@ -248,3 +260,19 @@ def test_a_model_that_is_not_as_published_stays_a_run(published, tmp_path, capsy
     made = converted(published, tmp_path / "run", "run", *HEADS)
     assert "keep this model as a run" in refused(capsys, made, tmp_path / "a.pt", "pt")
     assert "is a run already" in refused(capsys, made, tmp_path / "b", "run")
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+def test_a_run_of_another_objective_stays_a_run(published, tmp_path, capsys, monkeypatch, family):
+    plain, other = convert.run_config, {"dit": "sit", "sit": "dit"}[family]
+
+    def swapped(file, output, codec):
+        """The network of one family, trained and sampled as the other is."""
+        objective = plain(dataclasses.replace(file, family=other), output, codec)
+        return dataclasses.replace(objective, model=file.model)
+
+    monkeypatch.setattr(convert, "run_config", swapped)
+    made = converted(published, tmp_path / "run", "run", *HEADS, "--family", family)
+    for target, kind in (("a.pt", "pt"), ("folder", "diffusers")):
+        said = refused(capsys, made, tmp_path / target, kind)
+        assert f"has the clock of {family.upper()}" in said and "keep this model as a run" in said

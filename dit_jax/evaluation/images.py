@@ -10,7 +10,9 @@ evaluation"), and the networks do their own.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
@@ -22,6 +24,16 @@ from dit_jax.sampling.media import read_video
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
 ITEMS = "arr_0"
+DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What the standard library and NumPy raise on an .npz whose bytes are not those that were written."""
 PIECE = 2**28
 """Bytes read at once from an .npz whose beginning is passed over."""
 
@@ -62,8 +74,9 @@ class NpzImages:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _member(path, ITEMS) as file:
-            whole, fortran, dtype = _header(file)
-        if fortran or dtype != np.uint8 or len(whole) not in (4, 5) or whole[-1] != 3 or 0 in whole:
+            whole, fortran, dtype = _header(file, path)
+        shaped = len(whole) in (4, 5) and whole[-1] == 3 and min(whole) > 0
+        if fortran or dtype != np.uint8 or not shaped:
             raise ValueError(
                 f"{ITEMS!r} in {str(path)!r} is {dtype} {list(whole)}: it must hold uint8 images "
                 "[n, h, w, 3] or clips [n, t, h, w, 3], in C order, at least one."
@@ -74,7 +87,7 @@ class NpzImages:
         """uint8 ``[<= size, *shape]`` of items start to stop."""
         each = int(np.prod(self.shape))
         with _member(self.path, ITEMS) as file:
-            _header(file)
+            _header(file, self.path)
             left = start * each
             while left:
                 left -= len(_exactly(file, min(left, PIECE), self.path))
@@ -165,7 +178,7 @@ def _write_items(file: IO[bytes], batches: Iterable[np.ndarray], count: int) -> 
 def _archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{str(path)!r} cannot be read as .npz ({error}): check the path, or fetch it again."
         ) from error
@@ -174,7 +187,8 @@ def _archive(path: Path) -> zipfile.ZipFile:
 def _member(path: Path, name: str) -> IO[bytes]:
     with _archive(path) as archive:
         try:
-            return archive.open(f"{name}.npy")
+            with undamaged(path):
+                return archive.open(f"{name}.npy")
         except KeyError:
             held = ", ".join(sorted(npz_keys(path))) or "nothing"
             raise ValueError(
@@ -182,14 +196,27 @@ def _member(path: Path, name: str) -> IO[bytes]:
             ) from None
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-    return (read or np.lib.format.read_array_header_2_0)(file)
+def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    with undamaged(path):
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+        return (read or np.lib.format.read_array_header_2_0)(file)
 
 
 def _exactly(file: IO[bytes], number: int, path: Path) -> bytes:
-    data = file.read(number)
+    with undamaged(path):
+        data = file.read(number)
     if len(data) != number:
         raise ValueError(f"{str(path)!r} ends in the middle of {ITEMS!r}: fetch or make it again.")
     return data
+
+
+@contextlib.contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Raises ``ValueError`` for whatever an .npz meets that is damaged while it is read."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as .npz ({error}): it is damaged. Fetch or make it again."
+        ) from error

@@ -14,12 +14,21 @@ and folders of images or clips. Statistics that a file has are taken as they are
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from dit_jax.evaluation.images import ITEMS, ImageSet, NpzImages, npz_keys, open_images, write_npz
+from dit_jax.evaluation.images import (
+    ITEMS,
+    ImageSet,
+    NpzImages,
+    npz_keys,
+    open_images,
+    undamaged,
+    write_npz,
+)
 from dit_jax.evaluation.moments import Statistics
 
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "video": ("mu_v", "sigma_v")}
@@ -44,28 +53,45 @@ def open_reference(path: str) -> Reference:
     names = npz_keys(Path(path))
     items = NpzImages(Path(path)) if ITEMS in names else None
     found: dict[str, Statistics] = {}
-    with np.load(path) as file:
-        count = int(file[COUNT]) if COUNT in names else None
-        for kind, (mean, covariance) in KEYS.items():
-            if mean not in names or covariance not in names:
-                continue
-            try:
-                found[kind] = Statistics(
-                    file[mean].astype(np.float64), file[covariance].astype(np.float64), count
-                )
-            except ValueError as error:
-                raise ValueError(f"{mean!r} and {covariance!r} in {path!r}: {error}") from error
-            if found[kind].mean.size != WIDTHS[kind]:
-                raise ValueError(
-                    f"{mean!r} in {path!r} has {found[kind].mean.size} numbers, but those features "
-                    f"{WIDTHS[kind]}: the file is of another network."
-                )
+    arrays = _arrays(Path(path), names)
+    count = _count(arrays[COUNT], path) if COUNT in arrays else None
+    for kind, (mean, covariance) in KEYS.items():
+        if mean not in arrays or covariance not in arrays:
+            continue
+        try:
+            found[kind] = Statistics(
+                arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), count
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{mean!r} and {covariance!r} in {path!r}: {error}") from error
+        if found[kind].mean.size != WIDTHS[kind]:
+            raise ValueError(
+                f"{mean!r} in {path!r} has {found[kind].mean.size} numbers, but those features "
+                f"{WIDTHS[kind]}: the file is of another network."
+            )
     if not found and items is None:
         raise ValueError(
             f"{path!r} holds {', '.join(sorted(names)) or 'nothing'}: a reference holds statistics "
             f"(mu and sigma; mu_s and sigma_s; mu_v and sigma_v) or images ({ITEMS})."
         )
     return Reference(path, found, items)
+
+
+def _arrays(path: Path, names: set[str]) -> dict[str, np.ndarray]:
+    """What a file has of the statistics."""
+    wanted = {COUNT, *itertools.chain(*KEYS.values())} & names
+    with undamaged(path), np.load(path) as file:
+        return {name: file[name] for name in sorted(wanted)}
+
+
+def _count(stored: np.ndarray, path: str) -> int:
+    whole = stored.size == 1 and np.issubdtype(stored.dtype, np.integer)
+    if not whole or stored.item() < 1:
+        raise ValueError(
+            f"{COUNT!r} in {path!r} is {stored.dtype} of shape {stored.shape}: it is one whole number "
+            "of at least 1, how many items the statistics are of. Leave it out, or make the file again."
+        )
+    return int(stored.item())
 
 
 def save_statistics(

@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.evaluation.i3d import I3D
+from dit_jax.evaluation.images import undamaged
 from dit_jax.evaluation.inception import InceptionV3
 from dit_jax.interop import read_torch
 from dit_jax.types import Params
@@ -150,11 +151,8 @@ def convert(network: Network, arrays: Mapping[str, np.ndarray], where: object) -
 def read_weights(network: Network, path: Path) -> Params:
     """The parameters in a PyTorch file (no code in it is run), or an .npz of the same keys."""
     if path.suffix == ".npz":
-        try:
-            with np.load(path) as file:
-                arrays = dict(file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} cannot be read as .npz ({error}).") from error
+        with undamaged(path), np.load(path) as file:
+            arrays = dict(file)
     else:
         arrays = read_torch(path)
     return convert(network, arrays, path)

@@ -4,10 +4,12 @@ from dit_jax.interop.autoencoder import autoencoder_from_diffusers as autoencode
 from dit_jax.interop.autoencoder import autoencoder_map as autoencoder_map
 from dit_jax.interop.autoencoder import autoencoder_to_diffusers as autoencoder_to_diffusers
 from dit_jax.interop.autoencoder import load_codec as load_codec
+from dit_jax.interop.diffusers_dit import DIVISORS as DIVISORS
 from dit_jax.interop.diffusers_dit import diffusers_map as diffusers_map
 from dit_jax.interop.diffusers_dit import from_diffusers as from_diffusers
 from dit_jax.interop.diffusers_dit import to_diffusers as to_diffusers
 from dit_jax.interop.dit import DiTFile as DiTFile
+from dit_jax.interop.dit import Family as Family
 from dit_jax.interop.dit import check_published as check_published
 from dit_jax.interop.dit import dit_map as dit_map
 from dit_jax.interop.dit import family_of as family_of

@@ -8,7 +8,7 @@ The attention layer has two sets of names: ``to_q`` and its kin, and in files fr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.interop.folders import read_config, read_weights
+from dit_jax.interop.folders import check_sizes, read_config, read_weights
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Map
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
@@ -48,6 +48,8 @@ DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
 }
 """What a ``config.json`` means by leaving a setting out."""
+SIZES = ("in_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+FLAGS = ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv")
 
 
 def autoencoder_from_diffusers(config: dict[str, Any], where: str) -> AutoencoderKLConfig:
@@ -59,6 +61,7 @@ def autoencoder_from_diffusers(config: dict[str, Any], where: str) -> Autoencode
     if config.get("_class_name") != CLASS:
         raise ValueError(f"{where} is of {config.get('_class_name')!r}, not {CLASS!r}.")
     given = DEFAULTS | config
+    _check_types(given, where)
     levels = len(given["block_out_channels"])
     wanted = {
         "act_fn": "silu",
@@ -84,6 +87,25 @@ def autoencoder_from_diffusers(config: dict[str, Any], where: str) -> Autoencode
         scale=given["scaling_factor"],
         shift=given["shift_factor"] or 0.0,
     )
+
+
+def _check_types(given: Mapping[str, Any], where: str) -> None:
+    """Raises ``ValueError`` where settings are not of the types that they have in Diffusers."""
+    check_sizes({name: given[name] for name in SIZES}, where)
+    widths = given["block_out_channels"]
+    if not isinstance(widths, list | tuple) or not widths:
+        raise ValueError(
+            f"{where} has block_out_channels {widths!r}: these are a list of at least one, such as "
+            "[128, 256]."
+        )
+    check_sizes({f"block_out_channels[{i}]": w for i, w in enumerate(widths)}, where)
+    for name in ("scaling_factor", "shift_factor"):
+        optional = name == "shift_factor" and given[name] is None
+        if not optional and type(given[name]) not in (int, float):
+            raise ValueError(f"{where} has {name} {given[name]!r}: it is a number.")
+    for name in FLAGS:
+        if type(given[name]) is not bool:
+            raise ValueError(f"{where} has {name} {given[name]!r}: it is true or false.")
 
 
 def autoencoder_to_diffusers(config: AutoencoderKLConfig, size: int = 256) -> dict[str, Any]:

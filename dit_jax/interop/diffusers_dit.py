@@ -20,6 +20,7 @@ from dit_jax.interop.dit import (
     grid_table,
     made_file,
 )
+from dit_jax.interop.folders import check_sizes
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Entry, Fixed, Map
 
@@ -69,13 +70,24 @@ WANTED = {
     "norm_elementwise_affine": False,
 }
 """Settings of ``config.json`` without which the model would be another."""
+SIZES = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "num_layers",
+    "sample_size",
+    "patch_size",
+    "num_embeds_ada_norm",
+)
+DIVISORS = (128, 127)
+"""``DiTConfig.time_divisor`` of models that folders hold: the authors', or of Diffusers' own training."""
 NORM_EPS = (1e-5, 1e-6)
 """Values of ``norm_eps`` in use; both are read, and neither followed (see above)."""
 
 
 def diffusers_map(file: DiTFile) -> Map:
     """The keys of the folder's safetensors."""
-    check_published(file.model)
+    check_published(file.model, DIVISORS)
     sizes, depth = axis_sizes(file.model), file.model.dit.depth
     entries = []
     for path, (_, pattern) in DIT_KEYS.items():
@@ -107,6 +119,8 @@ def from_diffusers(config: dict[str, Any], where: str) -> DiTFile:
     if config.get("_class_name") not in CLASSES:
         raise ValueError(f"{where} is of {config.get('_class_name')!r}, not {CLASS!r}.")
     given = DEFAULTS | config
+    sizes = SIZES if given["out_channels"] is None else (*SIZES, "out_channels")
+    check_sizes({name: given[name] for name in sizes}, where)
     other = [f"{name} is {given[name]!r}" for name, v in WANTED.items() if given[name] != v]
     if given["norm_eps"] not in NORM_EPS:
         other.append(f"norm_eps is {given['norm_eps']!r}")
@@ -152,7 +166,7 @@ def to_diffusers(file: DiTFile) -> dict[str, Any]:
     Raises:
         ValueError: where the class cannot hold it.
     """
-    check_published(file.model)
+    check_published(file.model, DIVISORS)
     dit, patch = file.model.dit, file.model.patch
     if dit.hidden != 4 * dit.width:
         raise ValueError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -148,8 +149,12 @@ def axis_sizes(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def check_published(model: ModelConfig) -> None:
-    """Raises ``ValueError`` where a model is none that the published layouts can hold."""
+def check_published(model: ModelConfig, divisors: Sequence[int] = (128,)) -> None:
+    """Raises ``ValueError`` where a model is none that the published layouts can hold.
+
+    ``divisors`` are the rates of time that readers of the layout compute: 128 of the authors' files;
+    of Diffusers' folders also 127, which its class has and their weights do not tell.
+    """
     dit = model.dit
     wanted = {
         "dit.rotary": (dit.rotary, False),
@@ -168,6 +173,9 @@ def check_published(model: ModelConfig) -> None:
     ]
     if model.patch.h != model.patch.w:
         other.append(f"patch.h {model.patch.h} and patch.w {model.patch.w} are not equal")
+    if dit.time_divisor not in divisors:
+        known = " or ".join(map(str, divisors))
+        other.append(f"dit.time_divisor is {dit.time_divisor}, not {known}")
     if other:
         raise ValueError(
             "the model is not DiT as published, and the published layouts hold no other: "

@@ -42,6 +42,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def check_sizes(sizes: Mapping[str, Any], where: str) -> None:
+    """Raises ``ValueError`` where a size of a ``config.json`` is no whole number of at least 1."""
+    odd = [name for name, size in sizes.items() if type(size) is not int or size < 1]
+    if odd:
+        said = "; ".join(f"{name} is {sizes[name]!r}" for name in odd)
+        raise ValueError(
+            f"{where} has sizes that are no whole numbers of at least 1: {said}. Fetch it again, from "
+            "where the weights are."
+        )
+
+
 def read_weights(folder: Path) -> tuple[dict[str, np.ndarray], Path]:
     """The folder's arrays, mapped, and the file that they are in.
 

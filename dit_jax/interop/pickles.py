@@ -17,6 +17,7 @@ import dataclasses
 import io
 import math
 import pickle
+import reprlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -177,7 +178,8 @@ def _rebuild_tensor(
         raise ValueError("a tensor without a storage")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"a tensor of shape {shape!r}, strides {strides!r}, offset {offset!r}")
+        said = ", ".join(map(reprlib.repr, (shape, strides, offset)))
+        raise ValueError(f"a tensor whose shape, strides and offset are {said}")
     flat = storage.elements(storage.dtype if dtype is None else dtype)
     if not math.prod(shape):
         return np.empty(shape, flat.dtype)
@@ -315,10 +317,11 @@ def unpickle(file: BinaryIO | bytes, persistent: Persistent, where: str) -> Any:
 def storage_of(pid: Any, fetch: Fetch) -> Storage:
     """The storage that a persistent id names: ``("storage", class, key, location, count, ...)``."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-        raise ValueError(f"a persistent id that is no storage: {str(pid)[:80]}")
+        raise ValueError(f"a persistent id that is no storage: {reprlib.repr(pid)}")
     _, kind, key, _, count = pid[:5]
     if not isinstance(kind, DType) or type(count) is not int or count < 0:
-        raise ValueError(f"storage {key!r} of {count!r} elements of {kind!r}")
+        said = ", ".join(map(reprlib.repr, (key, count, kind)))
+        raise ValueError(f"a storage whose key, count of elements and class are {said}")
     view = pid[5] if len(pid) > 5 else None
     if view is None:
         return Storage(str(key), kind.dtype, count, fetch)

@@ -10,6 +10,7 @@ attribute path. Arrays are read-only views of the mapped file: nothing is read u
 
 from __future__ import annotations
 
+import reprlib
 import struct
 import zipfile
 import zlib
@@ -27,6 +28,8 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, 
 """What the standard library raises on an archive that is not whole."""
 LOCAL_HEADER = 30
 """Bytes of a zip entry's header before its name."""
+REPEATS = 1_000_000
+"""Values that may be met again, in containers that stand in several places of a tree."""
 
 
 def read_torch(path: str | Path) -> dict[str, np.ndarray]:
@@ -40,7 +43,7 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
             class that no file of weights needs.
     """
     found: dict[str, np.ndarray] = {}
-    for name, array in _tensors(read_torch_tree(path), "", ()):
+    for name, array in _tensors(read_torch_tree(path)):
         if name in found:
             raise ValueError(f"{str(path)!r} has two tensors of the name {name!r}.")
         found[name] = array
@@ -71,23 +74,39 @@ def read_torch_tree(path: str | Path) -> Any:
     raise ValueError(f"{str(path)!r} {why}.")
 
 
-def _tensors(node: Any, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array below ``node`` and its dotted path; ``above`` are those that hold ``node``."""
-    if isinstance(node, np.ndarray):
-        yield name, node
-        return
-    if isinstance(node, Record):
-        node = node.state
-    if isinstance(node, dict):
-        items: Any = dict.items(node)
-    elif isinstance(node, list | tuple):
-        items = enumerate(node)
-    else:
-        return
-    if id(node) in above or len(above) > 100:
-        raise ValueError(f"{name!r} of the file holds itself, or nests more than 100 deep.")
-    for key, value in items:
-        yield from _tensors(value, f"{name}.{key}" if name else str(key), (*above, id(node)))
+def _tensors(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array of a tree and its dotted path; an array in several places has several paths."""
+    seen: set[int] = set()
+    again = 0
+
+    def below(node: Any, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+        """Those of ``node``, which the containers ``above`` hold."""
+        nonlocal again
+        if isinstance(node, np.ndarray):
+            yield name, node
+            return
+        if isinstance(node, Record):
+            node = node.state
+        if isinstance(node, dict):
+            items: Any = dict.items(node)
+        elif isinstance(node, list | tuple):
+            items = enumerate(node)
+        else:
+            return
+        if id(node) in above or len(above) > 100:
+            raise ValueError(f"{name!r} of the file holds itself, or nests more than 100 deep.")
+        # Sixty tuples, each twice in the next, are 2^60 paths of a file of a few hundred bytes.
+        again += 1 + len(node) if id(node) in seen else 0
+        if again > REPEATS:
+            raise ValueError(
+                f"the file holds the same containers over and over ({REPEATS} values and more of them "
+                "are repeats): no file of weights does. Take the weights from another source."
+            )
+        seen.add(id(node))
+        for key, value in items:
+            yield from below(value, f"{name}.{key}" if name else str(key), (*above, id(node)))
+
+    return below(tree, "", ())
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -196,7 +215,7 @@ class _Stream:
 
     def _plain(self) -> Any:
         def none(pid: Any) -> Any:
-            raise ValueError(f"a persistent id out of place: {str(pid)[:80]}")
+            raise ValueError(f"a persistent id out of place: {reprlib.repr(pid)}")
 
         return unpickle(self.file, none, self.where)
 

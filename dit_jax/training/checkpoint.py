@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,14 +223,22 @@ def open_run(directory: Path, step: int | None = None) -> tuple[Checkpointer, in
 
 
 def begin_from(
-    directory: Path, fresh: TrainState, shapes: TrainState, shardings: TrainState
+    directory: Path,
+    fresh: TrainState,
+    shapes: TrainState,
+    shardings: TrainState,
+    check: Callable[[dict[str, Any], Path], None],
 ) -> TrainState:
     """A fresh state with the newest averaged parameters of another run.
+
+    ``check`` is called with the config that is stored there, and its place, and raises ``ValueError``
+    where parameters of the same shapes would mean something else.
 
     Raises:
         ValueError: where there is no such run, or it is of another model.
     """
     checkpointer, step = open_run(directory)
+    check(checkpointer.config(step), checkpointer.path(step) / "config")
     params = checkpointer.restore_ema(step, shapes.ema, shardings.ema)
     checkpointer.close()
     return dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from pathlib import Path
 
@@ -100,6 +101,29 @@ def test_what_holds_no_images_is_refused(tmp_path: Path, images: np.ndarray):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="but holds none"):
         open_images(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_damaged_npz_is_said_to_be(tmp_path: Path, images: np.ndarray, compressed: bool):
+    path, save = tmp_path / "a.npz", np.savez_compressed if compressed else np.savez
+    save(path, images, mu_v=np.zeros(400), sigma_v=np.eye(400))
+    whole = path.read_bytes()
+    # In the images' header, their numbers, and the statistics.
+    for at in (60, len(images.tobytes()) // 2, len(whole) // 2):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="a.npz' .*(damaged|must hold).*"):
+            everything(open_reference(str(path)).items)
+    for at in range(0, 3000, 31):  # whatever is hit, it is no other error
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with contextlib.suppress(ValueError):
+            everything(open_images(str(path)))
+
+
+@pytest.mark.parametrize("count", [np.array([3, 4]), np.array(0), np.array(2.5), np.array("many")])
+def test_an_odd_count_is_refused(tmp_path: Path, count: np.ndarray):
+    np.savez(tmp_path / "a.npz", mu_v=np.zeros(400), sigma_v=np.eye(400), count=count)
+    with pytest.raises(ValueError, match="'count' in .*a.npz' is .*: it is one whole number"):
+        open_reference(str(tmp_path / "a.npz"))
 
 
 def statistics(size: int, count: int | None = None) -> Statistics:

@@ -193,3 +193,23 @@ def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="act_fn is 'relu'; latents_mean is"):
         interop.load_codec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("block_out_channels", 64, "block_out_channels 64: these are a list"),
+        ("block_out_channels", [8, None], r"block_out_channels\[1\] is None"),
+        ("block_out_channels", [], "at least one"),
+        ("in_channels", 0, "in_channels is 0"),
+        ("layers_per_block", None, "layers_per_block is None"),
+        ("norm_num_groups", 1.5, "norm_num_groups is 1.5"),
+        ("scaling_factor", None, "scaling_factor None: it is a number"),
+        ("shift_factor", "0", "shift_factor '0': it is a number"),
+        ("use_quant_conv", None, "use_quant_conv None: it is true or false"),
+    ],
+)
+def test_a_config_with_odd_values_is_refused(name, value, said):
+    config = interop.autoencoder_to_diffusers(AutoencoderKLConfig())
+    with pytest.raises(ValueError, match=f"in has .*{said}"):
+        interop.autoencoder_from_diffusers(config | {name: value}, "in")

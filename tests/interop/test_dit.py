@@ -336,3 +336,29 @@ def test_a_config_of_another_model_is_refused():
         interop.from_diffusers(config | {"_class_name": "UNet2DModel"}, "in")
     with pytest.raises(ValueError, match="activation_fn is 'geglu'; norm_eps is 0.1"):
         interop.from_diffusers(config | {"activation_fn": "geglu", "norm_eps": 0.1}, "in")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_attention_heads", None),
+        ("sample_size", None),
+        ("in_channels", 0),
+        ("out_channels", "8"),
+        ("patch_size", [2, 2]),
+        ("num_layers", True),
+    ],
+)
+def test_a_config_with_odd_sizes_is_refused(name, value):
+    with pytest.raises(ValueError, match="in has sizes that are no whole numbers.*") as caught:
+        interop.from_diffusers(_folder_config() | {name: value}, "in")
+    assert f"{name} is {value!r}." in str(caught.value)
+
+
+def test_other_rates_of_time_are_for_diffusers_alone():
+    file, _, _ = authors_arrays()
+    dit = dataclasses.replace(file.model.dit, time_divisor=127)
+    other = dataclasses.replace(file, model=dataclasses.replace(file.model, dit=dit))
+    interop.diffusers_map(other)
+    with pytest.raises(ValueError, match="dit.time_divisor is 127, not 128"):
+        interop.dit_map(other)

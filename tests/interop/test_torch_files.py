@@ -366,3 +366,27 @@ def test_a_tree_that_holds_itself_is_refused(tmp_path):
     archive(tmp_path / "a.pt", b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")
     with pytest.raises(ValueError, match="holds itself"):
         read_torch(tmp_path / "a.pt")
+
+
+def nested(depth, innermost=b"X\x01\x00\x00\x00a"):
+    """A pickle of tuples of which each is twice in the next."""
+    return b"\x80\x02" + innermost + depth * b"2\x86" + b"."
+
+
+def test_a_tree_that_repeats_itself_beyond_measure_is_refused(tmp_path):
+    archive(tmp_path / "a.pt", nested(60))
+    with pytest.raises(ValueError, match="the same containers over and over"):
+        read_torch(tmp_path / "a.pt")
+    # What is wrong with such a value is said without spelling it out.
+    archive(tmp_path / "b.pt", nested(60)[:-1] + b"Q.")
+    with pytest.raises(ValueError, match="a persistent id that is no storage"):
+        read_torch(tmp_path / "b.pt")
+
+
+@needs_torch
+@pytest.mark.parametrize("zipped", [STREAM, ZIP])
+def test_weights_that_stand_in_two_places_are_read_in_both(tmp_path, zipped):
+    shared = {"a": torch.arange(3.0)}
+    both = {"ema": shared, "model": shared}
+    torch.save(both, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    assert list(read_torch(tmp_path / "a.pt")) == ["ema.a", "model.a"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dit_jax.config import Config, from_dict, to_dict
+from dit_jax.train import check_same_meaning
 from dit_jax.training import (
     CheckpointConfig,
     Checkpointer,
@@ -77,7 +79,9 @@ def test_a_run_begins_with_the_average_of_another(saved, rig, batches, tmp_path)
     for path in (directory, tmp_path):
         fresh = one.state()
         opt_state = jax.device_get(fresh.opt_state)
-        state = begin_from(path, fresh, one.shapes, one.shardings)
+        checked = []
+        state = begin_from(path, fresh, one.shapes, one.shardings, lambda *it: checked.append(it))
+        assert [values for values, _ in checked] == [to_dict(CONFIG)]
         assert_equal(jax.device_get(state.params), host.ema)
         assert_equal(jax.device_get(state.ema), host.ema)
         assert_equal(jax.device_get(state.opt_state), opt_state)
@@ -85,6 +89,45 @@ def test_a_run_begins_with_the_average_of_another(saved, rig, batches, tmp_path)
         # Both are given up to the step: they must not be the same memory.
         state, metrics = one.step(state, one.put(batches[0]))
         assert np.isfinite(float(metrics["loss"]))
+
+
+def changed(config: Config, name: str, value: object) -> Config:
+    """The config with a field, by its dotted name, set."""
+    first, *rest = name.split(".")
+    inner = changed(getattr(config, first), ".".join(rest), value) if rest else value
+    return dataclasses.replace(config, **{first: inner})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.dit.heads", 12),
+        ("model.dit.qk_norm", False),
+        ("model.dit.rotary", False),
+        ("model.dit.time_scale", -1.0),
+        ("model.dit.time_divisor", 127),
+        ("model.dit.absolute_positions", "thw"),
+        ("model.dit.band", 8),
+        ("model.patch.reference_fps", 8.0),
+        ("diffusion.prediction", "x0"),
+        ("diffusion.path.kind", "gvp"),
+    ],
+)
+def test_a_run_does_not_begin_with_parameters_that_mean_something_else(
+    saved, rig, monkeypatch, name, value
+):
+    one = rig(1, 4, 1, 1)
+    config = changed(changed(CONFIG, "checkpoint.initial", "runs/other"), name, value)
+    monkeypatch.setattr(Checkpointer, "restore_ema", None)  # nothing is read before
+    with pytest.raises(ValueError, match=f"'runs/other' is a run with {name} = .*: set {name} as"):
+        begin_from(saved[0], None, one.shapes, one.shardings, partial(check_same_meaning, config))
+
+
+def test_a_run_begins_with_what_is_computed_otherwise():
+    config = changed(CONFIG, "model.dit.remat", "full")
+    config = changed(config, "model.dtype", "bfloat16")
+    config = changed(config, "diffusion.caption_dropout", 0.2)
+    check_same_meaning(config, to_dict(CONFIG), Path("run/checkpoints/1/config"))
 
 
 def test_restored_run_goes_on_without_compiling_again(saved, rig, batches):
