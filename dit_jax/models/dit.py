@@ -311,10 +311,8 @@ class DiT(nn.Module):
             assert text is not None and text_segment_ids is not None
             pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, group_t.shape[1])
             if self.project_pooled:
-                axes = ("embed", "embed_out")
-                pooled = dense(config.width, axes, jnp.float32, "pooled", precision="highest")(
-                    pooled
-                )
+                exact = partial(dense, dtype=jnp.float32, precision="highest")
+                pooled = exact(config.width, ("embed", "embed_out"), name="pooled")(pooled)
             condition += pooled
         if text is not None:
             text = text.astype(self.dtype)
