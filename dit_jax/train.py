@@ -134,6 +134,16 @@ def check_same_meaning(config: Config, values: dict[str, Any], where: Path) -> N
             )
 
 
+def begin(
+    config: Config, fresh: TrainState, shapes: TrainState, shardings: TrainState
+) -> TrainState:
+    """The state that a new run begins with: with another run's parameters, where one is named."""
+    if config.checkpoint.initial is None:
+        return fresh
+    initial = Path(config.checkpoint.initial).absolute()
+    return begin_from(initial, fresh, shapes, shardings, partial(check_same_meaning, config))
+
+
 def train(config: Config, directory: Path) -> str | None:
     """The training loop; returns the name of the signal that stopped it, if one did."""
     mesh = make_mesh(config.mesh)
@@ -148,10 +158,7 @@ def train(config: Config, directory: Path) -> str | None:
     latest = checkpointer.latest()
     if latest is None:
         state = init_state(task.init, optimizer, shardings, jax.random.key(config.seed))
-        if config.checkpoint.initial is not None:
-            initial = Path(config.checkpoint.initial).absolute()
-            check = partial(check_same_meaning, config)
-            state = begin_from(initial, state, shapes, shardings, check)
+        state = begin(config, state, shapes, shardings)
     else:
         state, data_state = checkpointer.restore(latest, shapes, shardings)
         loader.set_state(data_state)
