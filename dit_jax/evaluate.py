@@ -35,6 +35,8 @@ from dit_jax.evaluation import (
     Reference,
     SampleStore,
     Wanted,
+    check_count,
+    check_frames,
     check_metrics,
     check_weights,
     class_labels,
@@ -137,8 +139,16 @@ def evaluate(given: EvaluateArguments) -> None:
     shape = _shape(samples, making, reference)
     clips = len(shape) == 4
     if samples or making:
-        check_metrics(given.metrics, clips, reference, given.samples or "the model's samples")
-    frames = _frames(given, shape) if clips else None
+        what, count = (
+            given.samples or "the model's samples",
+            samples.count if samples else given.num,
+        )
+        check_metrics(given.metrics, clips, reference, what, count, given.fvd_frames)
+    if clips:
+        check_frames(shape, given.fvd_frames)
+    if given.save_statistics:
+        _check_items(given, reference, clips)
+    frames = given.fvd_frames if clips else None
     function = _feature_function(given, clips) if given.metrics or given.save_statistics else None
     if making:
         samples = making.make()
@@ -219,14 +229,19 @@ def _shape(
     return reference.items.shape
 
 
-def _frames(given: EvaluateArguments, shape: tuple[int, ...]) -> int:
-    """How many frames of clips are looked at."""
-    if shape[0] < given.fvd_frames:
+def _check_items(given: EvaluateArguments, reference: Reference | None, clips: bool) -> None:
+    """Raises ``ValueError`` where a reference has not the items that statistics are to be made of."""
+    shape = _shape(None, None, reference)
+    assert reference is not None and reference.items is not None
+    if (len(shape) == 4) != clips:
+        kinds = ("clips", "images") if clips else ("images", "clips")
         raise ValueError(
-            f"the clips have {shape[0]} frames, fewer than the {given.fvd_frames} that fvd looks at: "
-            f"give longer ones, or --fvd-frames of at least {I3D_MIN_FRAMES} (published figures: 16)."
+            f"the samples are {kinds[0]}, and {reference.path!r} holds {kinds[1]}: evaluate the one, "
+            "and make the statistics of the other, one after the other."
         )
-    return given.fvd_frames
+    check_count("--save-statistics", reference.items.count, repr(reference.path))
+    if clips:
+        check_frames(shape, given.fvd_frames, f"of {reference.path!r} ")
 
 
 def _feature_function(given: EvaluateArguments, clips: bool) -> FeatureFunction:

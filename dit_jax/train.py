@@ -134,10 +134,10 @@ def check_same_meaning(config: Config, values: dict[str, Any], where: Path) -> N
             )
 
 
-def with_initial(
+def begin(
     config: Config, fresh: TrainState, shapes: TrainState, shardings: TrainState
 ) -> TrainState:
-    """A fresh state, with the parameters of another run if the config says so."""
+    """The state that a new run begins with: with another run's parameters, where one is named."""
     if config.checkpoint.initial is None:
         return fresh
     initial = Path(config.checkpoint.initial).absolute()
@@ -158,7 +158,7 @@ def train(config: Config, directory: Path) -> str | None:
     latest = checkpointer.latest()
     if latest is None:
         state = init_state(task.init, optimizer, shardings, jax.random.key(config.seed))
-        state = with_initial(config, state, shapes, shardings)
+        state = begin(config, state, shapes, shardings)
     else:
         state, data_state = checkpointer.restore(latest, shapes, shardings)
         loader.set_state(data_state)

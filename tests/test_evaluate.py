@@ -334,7 +334,10 @@ def test_other_settings_and_short_clips_are_refused(
     write_npz(tmp_path / "clips.npz", {}, [clips], 2)
     given = ["--samples", tmp_path / "clips.npz", "--metrics", "fvd"]
     message = refused(*given, "--reference", tmp_path / "clips.npz")
-    assert "clips have 5 frames, fewer than the 16 that fvd looks at" in message
+    assert "clips.npz' have 5 frames, fewer than the 16 that fvd looks at" in message
+    np.savez(tmp_path / "video.npz", mu_v=np.zeros(400), sigma_v=np.eye(400))
+    message = refused(*given, "--reference", tmp_path / "video.npz")
+    assert "the clips have 5 frames, fewer than the 16 that fvd looks at" in message
     assert "I3D takes at least 9" in refused(*given, "--fvd-frames", 8)
     assert "holds images, but" in refused(*given, "--reference", sets / "true")
     np.savez(tmp_path / "mu.npz", mu=np.zeros(2048), sigma=np.eye(2048))
@@ -343,6 +346,37 @@ def test_other_settings_and_short_clips_are_refused(
     (tmp_path / "evaluation").mkdir(exist_ok=True)
     (tmp_path / "evaluation" / "plan.json").write_text('{"seed": 5}')
     assert "holds samples made with checkpoint None, not" in refused(*making)
+
+
+def test_what_cannot_be_measured_is_refused_before_samples_are_made(
+    refused: Refused,
+    whole: Run,
+    prompts: Path,
+    sets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(evaluate, "make_clips", None)
+    made = ["--checkpoint", whole.directory, "--prompts-file", prompts]
+    # Longer than the samples or shorter: clips of a reference have the frames that are asked for.
+    write_npz(tmp_path / "short.npz", {}, [np.zeros((4, 12, 8, 8, 3), np.uint8)], 4)
+    write_npz(tmp_path / "one.npz", {}, [np.zeros((1, 16, 8, 8, 3), np.uint8)], 1)
+    clips = [*made, "--sampling.frames", 17, "--metrics", "fvd", "--reference"]
+    message = refused(*clips, tmp_path / "short.npz")
+    assert "short.npz' have 12 frames, fewer than the 16 that fvd looks at" in message
+    assert "fvd takes at least 2 items here" in refused(*clips, tmp_path / "one.npz")
+    statistics = ["--reference", tmp_path / "short.npz", "--save-statistics", tmp_path / "a.npz"]
+    message = refused(*made, "--sampling.frames", 17, *statistics)
+    assert "short.npz' have 12 frames" in message
+    assert "holds clips" in refused(*made, "--sampling.frames", 1, *statistics)
+
+    with np.load(sets / "true.npz") as file:
+        write_npz(tmp_path / "few.npz", {}, [file["arr_0"][:3]], 3)
+    images = [*made, "--sampling.frames", 1, "--metrics", "recall"]
+    message = refused(*images, "--num", 3, "--reference", sets / "true")
+    assert "recall takes at least 4 items here, and the model's samples are 3: give" in message
+    message = refused(*images, "--num", 8, "--reference", tmp_path / "few.npz")
+    assert "few.npz' are 3: give more" in message
 
 
 def classes_config(latents: bool) -> Config:

@@ -26,6 +26,8 @@ from dit_jax.evaluation.making import class_labels as class_labels
 from dit_jax.evaluation.making import fill as fill
 from dit_jax.evaluation.measure import Measured as Measured
 from dit_jax.evaluation.measure import Metric as Metric
+from dit_jax.evaluation.measure import check_count as check_count
+from dit_jax.evaluation.measure import check_frames as check_frames
 from dit_jax.evaluation.measure import check_metrics as check_metrics
 from dit_jax.evaluation.measure import complete as complete
 from dit_jax.evaluation.measure import measure as measure

@@ -17,12 +17,14 @@ from scipy.special import softmax
 from tqdm import tqdm
 
 from dit_jax.evaluation.distances import (
+    NEIGHBOURS,
     frechet_distance,
     inception_score,
     precision_recall,
     small_sample_note,
 )
 from dit_jax.evaluation.features import FeatureFunction, named_features
+from dit_jax.evaluation.i3d import I3D_MIN_FRAMES
 from dit_jax.evaluation.images import ImageSet, is_clips
 from dit_jax.evaluation.moments import Moments, Statistics
 from dit_jax.evaluation.reference import Reference
@@ -54,33 +56,69 @@ class Measured:
 
 
 def check_metrics(
-    metrics: Sequence[Metric], clips: bool, reference: Reference | None, what: str
+    metrics: Sequence[Metric],
+    clips: bool,
+    reference: Reference | None,
+    what: str,
+    count: int,
+    frames: int,
 ) -> None:
-    """Raises ``ValueError`` where a metric is not of such samples, or the reference does not do."""
+    """Raises ``ValueError`` where a metric is not of such samples, or the reference does not do.
+
+    ``what`` names the samples, of which there are (or will be) ``count``; ``frames`` are those that
+    fvd looks at.
+    """
     for name in metrics:
         if (name in OF_CLIPS) != clips:
             kind, others = ("clips", "fvd") if clips else ("images", "fid sfid is precision recall")
             raise ValueError(
                 f"{name} is not a metric of {kind}, and {what} are {kind}: choose --metrics {others}."
             )
-        if name == "is":
-            continue
-        if reference is None:
-            raise ValueError(f"{name} compares with a reference: give --reference PATH.")
-        stored = name in FRECHET and FRECHET[name] in reference.statistics
-        if stored:
-            continue
-        if reference.items is None:
-            held = ", ".join(sorted(reference.statistics))
-            raise ValueError(
-                f"{name} needs more than the statistics ({held}) in {reference.path!r}: give a "
-                "reference with images, a folder or an .npz that has arr_0."
-            )
-        if is_clips(reference.items) != clips:
-            raise ValueError(
-                f"{reference.path!r} holds {'images' if clips else 'clips'}, but {what} are "
-                f"{'clips' if clips else 'images'}: give a reference of the same kind."
-            )
+        if name != "is":
+            _check_reference(name, clips, reference, what, frames)
+        check_count(name, count, what)
+
+
+def _check_reference(
+    name: str, clips: bool, reference: Reference | None, what: str, frames: int
+) -> None:
+    if reference is None:
+        raise ValueError(f"{name} compares with a reference: give --reference PATH.")
+    if name in FRECHET and FRECHET[name] in reference.statistics:
+        return
+    if reference.items is None:
+        held = ", ".join(sorted(reference.statistics))
+        raise ValueError(
+            f"{name} needs more than the statistics ({held}) in {reference.path!r}: give a "
+            "reference with images, a folder or an .npz that has arr_0."
+        )
+    if is_clips(reference.items) != clips:
+        raise ValueError(
+            f"{reference.path!r} holds {'images' if clips else 'clips'}, but {what} are "
+            f"{'clips' if clips else 'images'}: give a reference of the same kind."
+        )
+    check_count(name, reference.items.count, repr(reference.path))
+    if clips:
+        check_frames(reference.items.shape, frames, f"of {reference.path!r} ")
+
+
+def check_count(name: str, count: int, what: str) -> None:
+    """Raises ``ValueError`` where there are too few items for a metric (or for statistics)."""
+    least = 1 if name == "is" else NEIGHBOURS + 1 if name in NEIGHBOURLY else 2
+    least = max(least, jax.process_count())
+    if count < least:
+        raise ValueError(
+            f"{name} takes at least {least} items here, and {what} are {count}: give more."
+        )
+
+
+def check_frames(shape: Sequence[int], frames: int, of: str = "") -> None:
+    """Raises ``ValueError`` where clips of that shape are shorter than what is looked at."""
+    if shape[0] < frames:
+        raise ValueError(
+            f"the clips {of}have {shape[0]} frames, fewer than the {frames} that fvd looks at: give "
+            f"longer ones, or --fvd-frames of at least {I3D_MIN_FRAMES} (published figures: 16)."
+        )
 
 
 def collect(

@@ -79,8 +79,9 @@ SIZES = (
     "patch_size",
     "num_embeds_ada_norm",
 )
+"""Settings that are whole numbers of at least 1 (and ``out_channels``, where it is one)."""
 DIVISORS = (128, 127)
-"""``DiTConfig.time_divisor`` of models that folders hold: the authors', or of Diffusers' own training."""
+"""``DiTConfig.time_divisor`` of models that folders hold: the authors', or Diffusers' own."""
 NORM_EPS = (1e-5, 1e-6)
 """Values of ``norm_eps`` in use; both are read, and neither followed (see above)."""
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dit_jax.config import Config, from_dict, to_dict
-from dit_jax.train import check_same_meaning
+from dit_jax.train import begin, check_same_meaning
 from dit_jax.training import (
     CheckpointConfig,
     Checkpointer,
@@ -75,13 +74,17 @@ def test_a_run_begins_with_the_average_of_another(saved, rig, batches, tmp_path)
     alone.save_weights(jax.device_put(host.ema, rig(*SPREAD).shardings.ema), to_dict(CONFIG))
     alone.wait()
     alone.close()
-    one = rig(1, 4, 1, 1)
+    one, checked = rig(1, 4, 1, 1), []
+
+    def check(values, where):
+        assert where.parts[-2] in ("0", "1") and where.is_dir()
+        checked.append(values)
+
     for path in (directory, tmp_path):
         fresh = one.state()
         opt_state = jax.device_get(fresh.opt_state)
-        checked = []
-        state = begin_from(path, fresh, one.shapes, one.shardings, lambda *it: checked.append(it))
-        assert [values for values, _ in checked] == [to_dict(CONFIG)]
+        state = begin_from(path, fresh, one.shapes, one.shardings, check)
+        assert checked.pop() == to_dict(CONFIG)
         assert_equal(jax.device_get(state.params), host.ema)
         assert_equal(jax.device_get(state.ema), host.ema)
         assert_equal(jax.device_get(state.opt_state), opt_state)
@@ -117,10 +120,10 @@ def test_a_run_does_not_begin_with_parameters_that_mean_something_else(
     saved, rig, monkeypatch, name, value
 ):
     one = rig(1, 4, 1, 1)
-    config = changed(changed(CONFIG, "checkpoint.initial", "runs/other"), name, value)
+    config = changed(changed(CONFIG, "checkpoint.initial", str(saved[0])), name, value)
     monkeypatch.setattr(Checkpointer, "restore_ema", None)  # nothing is read before
-    with pytest.raises(ValueError, match=f"'runs/other' is a run with {name} = .*: set {name} as"):
-        begin_from(saved[0], None, one.shapes, one.shardings, partial(check_same_meaning, config))
+    with pytest.raises(ValueError, match=f"' is a run with {name} = .*: set {name} as there"):
+        begin(config, one.state(), one.shapes, one.shardings)
 
 
 def test_a_run_begins_with_what_is_computed_otherwise():
