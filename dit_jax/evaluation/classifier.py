@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dit_jax.evaluation.distances import frechet_distance
-from dit_jax.evaluation.moments import Moments, Statistics
+from dit_jax.evaluation.features import NetworkFeatures
+from dit_jax.evaluation.moments import feature_statistics
 from dit_jax.types import Params
 
 FEATURES = 64
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         return nn.Dense(self.classes)(features), features
 
 
-def _floats(images: np.ndarray) -> np.ndarray:
+def _floats(images: Any) -> Any:
     return images.astype(np.float32) / 127.5 - 1
 
 
@@ -86,26 +86,10 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, classes: int, seed:
     return params
 
 
-def classify(
-    params: Params, classes: int, images: np.ndarray
-) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n f"]]:
-    """The class that each uint8 image is taken for, and its features."""
-    apply = jax.jit(Classifier(classes).apply)
-    found, features = [], []
-    for first in range(0, len(images), BATCH):
-        part = images[first : first + BATCH]
-        # A short last batch is filled up, so that all batches run one compiled function.
-        full = np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), 0)])
-        logits, seen = apply(params, _floats(full))
-        found.append(np.asarray(jnp.argmax(logits, -1))[: len(part)])
-        features.append(np.asarray(seen)[: len(part)])
-    return np.concatenate(found), np.concatenate(features)
-
-
-def _statistics(features: np.ndarray) -> Statistics:
-    moments = Moments()
-    moments.update(features)
-    return moments.statistics()
+def seen_by(params: Params, classes: int) -> NetworkFeatures:
+    """The feature function of a trained classifier: uint8 images to its logits and its features."""
+    model = Classifier(classes)
+    return NetworkFeatures(lambda params, x: model.apply(params, _floats(x)), params, BATCH)
 
 
 def judge_classes(
@@ -139,21 +123,22 @@ def judge_classes(
     classes = int(max(labels.max(), asked.max())) + 1
     held = np.arange(len(images)) % HELD == HELD - 1
     params = train_classifier(images[~held], labels[~held], classes)
-    real_found, real_features = classify(params, classes, images)
-    correct = float((real_found == labels)[held].mean())
+    see = seen_by(params, classes)
+    real_logits, real_features = see(images)
+    correct = float((real_logits.argmax(-1) == labels)[held].mean())
     if correct < LEAST_CORRECT:
         raise ValueError(
             f"the classifier gets {correct:.1%} of the real images kept from it right, too few to "
             "judge others: give it more images (evaluation.classifier_split), or unset it."
         )
-    found, features = classify(params, classes, made)
-    _, other_features = classify(params, classes, others)
+    logits, features = see(made)
+    _, other_features = see(others)
     scale = np.sqrt(real_features.astype(np.float64).var(0).mean())
-    real = _statistics(real_features / scale)
+    real = feature_statistics(real_features / scale)
     return {
-        "recognised": float((found == asked).mean()),
-        "frechet": frechet_distance(_statistics(features / scale), real),
-        "frechet_real": frechet_distance(_statistics(other_features / scale), real),
+        "recognised": float((logits.argmax(-1) == asked).mean()),
+        "frechet": frechet_distance(feature_statistics(features / scale), real),
+        "frechet_real": frechet_distance(feature_statistics(other_features / scale), real),
         "classifier": correct,
         "count": len(made),
     }

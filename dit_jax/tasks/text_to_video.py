@@ -182,13 +182,14 @@ def build(config: Config, mesh: Mesh) -> Task:
     packing = config.data.packing
     codec = open_codec(config)
     check_codec(codec, source)
-    if config.data.transform.flip and source[0]["video"].dtype != np.uint8:
+    sample = source[0]
+    if config.data.transform.flip and sample["video"].dtype != np.uint8:
         raise ValueError(
             "data.transform.flip is set and the data are latents, which cannot be mirrored: write both "
             "when they are made (scripts/images_to_latents.py --flip), and unset it."
         )
     to_tokens = partial(tokenize, config.model, transform=config.data.transform, codec=codec)
-    first = to_tokens(source[0])
+    first = to_tokens(sample)
     check_fits(packing, len(first["tokens"]), len(first["text"]), "the first sample")
     model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
