@@ -27,6 +27,21 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> Verbs:
     return Verbs(tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("logs"))
 
 
+@pytest.fixture(scope="module")
+def cached(verbs: Verbs) -> Iterator[None]:
+    """Every call of a verb compiles anew: what it compiled before it finds in the cache."""
+    names = {
+        "jax_compilation_cache_dir": str(verbs.cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="session")
 def begun(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Run]]:
     """Two runs side by side, for there are two cores: of one process, not interrupted; and of two

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,19 +49,7 @@ from tests.runs import Run, Verbs, end, free_port
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cached(verbs: Verbs) -> Iterator[None]:
-    """Every call of the verb compiles anew: what it compiled before it finds in the cache."""
-    names = {
-        "jax_compilation_cache_dir": str(verbs.cache),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("cached")
 
 
 def random_weights(network: Network) -> dict[str, np.ndarray]:

@@ -9,10 +9,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -30,19 +29,7 @@ ACROSS = 1
 Sampled = Callable[..., np.ndarray]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cached(verbs: Verbs) -> Iterator[None]:
-    """Every call of the verb compiles anew: what it compiled before it finds in the cache."""
-    names = {
-        "jax_compilation_cache_dir": str(verbs.cache),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("cached")
 
 
 @pytest.fixture
