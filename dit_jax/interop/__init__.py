@@ -3,7 +3,9 @@
 from dit_jax.interop.autoencoder import autoencoder_from_diffusers as autoencoder_from_diffusers
 from dit_jax.interop.autoencoder import autoencoder_map as autoencoder_map
 from dit_jax.interop.autoencoder import autoencoder_to_diffusers as autoencoder_to_diffusers
-from dit_jax.interop.autoencoder import load_codec as load_codec
+from dit_jax.interop.codecs import codec_config as codec_config
+from dit_jax.interop.codecs import load_codec as load_codec
+from dit_jax.interop.codecs import write_codec as write_codec
 from dit_jax.interop.diffusers_dit import DIVISORS as DIVISORS
 from dit_jax.interop.diffusers_dit import diffusers_map as diffusers_map
 from dit_jax.interop.diffusers_dit import from_diffusers as from_diffusers
@@ -26,3 +28,6 @@ from dit_jax.interop.safetensors_files import write_safetensors as write_safeten
 from dit_jax.interop.torch_files import read_torch as read_torch
 from dit_jax.interop.torch_files import read_torch_tree as read_torch_tree
 from dit_jax.interop.torch_writer import write_torch as write_torch
+from dit_jax.interop.wan import autoencoder_from_wan as autoencoder_from_wan
+from dit_jax.interop.wan import autoencoder_to_wan as autoencoder_to_wan
+from dit_jax.interop.wan import wan_map as wan_map

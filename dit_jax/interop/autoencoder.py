@@ -1,4 +1,4 @@
-"""Diffusers' folder of ``AutoencoderKL`` (``sd-vae-ft-ema``, ``-mse``): its keys, both ways; a codec.
+"""Diffusers' folder of ``AutoencoderKL`` (``sd-vae-ft-ema``, ``-mse``): its keys, both ways.
 
 The attention layer has two sets of names: ``to_q`` and its kin, and in files from before Diffusers
 0.16, as the published ones are, ``query``, ``key``, ``value`` and ``proj_attn``, whose weights may be
@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.interop.folders import check_sizes, read_config, read_weights
+from dit_jax.interop.folders import check_sizes
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Map
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
-from dit_jax.models.codec import ImageCodec, TileConfig
 
 CLASS = "AutoencoderKL"
 CONV = "o i h w -> h w i o"
@@ -226,20 +222,3 @@ def weights_hash(arrays: Arrays) -> str:
         digest.update(f"{name} {array.dtype} {sizes}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
-
-
-def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec:
-    """The codec in a Diffusers folder of ``AutoencoderKL`` (safetensors, ``.bin`` or ``.pt``).
-
-    Its hash is of the arrays by their newer names, so both names of a file give one hash.
-
-    Raises:
-        ValueError: where the folder or what it holds is not that.
-    """
-    folder = Path(path)
-    config = autoencoder_from_diffusers(read_config(folder), repr(str(folder / "config.json")))
-    table = autoencoder_map(config)
-    arrays, file = read_weights(folder)
-    params = jax.tree.map(jnp.asarray, table.read(arrays, repr(str(file))))
-    digest = weights_hash(table.named(arrays))
-    return ImageCodec(folder.resolve().name, digest, config, params, tiles or TileConfig())

@@ -3,6 +3,11 @@
 from dit_jax.models.autoencoder_kl import AutoencoderKL as AutoencoderKL
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig as AutoencoderKLConfig
 from dit_jax.models.blocks import as_computed as as_computed
+from dit_jax.models.causal_autoencoder import SPACETIME_8 as SPACETIME_8
+from dit_jax.models.causal_autoencoder import SPACETIME_8_32 as SPACETIME_8_32
+from dit_jax.models.causal_autoencoder import WAN as WAN
+from dit_jax.models.causal_autoencoder import CausalAutoencoder as CausalAutoencoder
+from dit_jax.models.causal_autoencoder import CausalAutoencoderConfig as CausalAutoencoderConfig
 from dit_jax.models.codec import Codec as Codec
 from dit_jax.models.codec import ImageCodec as ImageCodec
 from dit_jax.models.codec import TileConfig as TileConfig
@@ -22,3 +27,5 @@ from dit_jax.models.text import TextStatesConfig as TextStatesConfig
 from dit_jax.models.text import byte_tokens as byte_tokens
 from dit_jax.models.text_to_video import ModelConfig as ModelConfig
 from dit_jax.models.text_to_video import TextToVideo as TextToVideo
+from dit_jax.models.video_codec import VideoCodec as VideoCodec
+from dit_jax.models.video_codec import part_step as part_step

@@ -8,7 +8,7 @@ takes every frame for itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -43,31 +43,45 @@ class Codec(Protocol):
         ...
 
     @property
-    def shift(self) -> float: ...
+    def shift(self) -> float | np.ndarray:
+        """Of all channels or of each."""
+        ...
 
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> float | np.ndarray: ...
 
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
         """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` float32, shifted
         and scaled: the mean, or with a key a draw from their distribution."""
         ...
 
+    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """Clips ``[b, t, h, w, 3]`` of one size at once."""
+        ...
+
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents ``[t', h', w', c]`` to pixels ``[t, h, w, 3]``; float32, not clipped to [-1, 1]."""
+        ...
+
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """``decode``, some frames ``[n, h, w, 3]`` at a time, for clips too long to hold in memory."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Size of what an image codec has in memory at a time, in latents."""
+    """Size of what a codec has in memory at a time, in latents."""
 
     size: int = 64
     """Rows and columns of a tile. Smaller frames are taken whole, as many as one tile's area holds."""
     overlap: int = 16
     """Rows and columns over which neighbours are blended."""
+    frames: int = 4
+    """Latents in time of a part, for codecs of video."""
 
     def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"parts of {self.frames} latents in time: a part has at least 1.")
         if self.size < 1 or not 0 <= self.overlap <= self.size // 2:
             raise ValueError(
                 f"tiles of {self.size} latents with an overlap of {self.overlap}: a tile has at least "
@@ -115,6 +129,16 @@ class ImageCodec:
             noise = np.asarray(jax.random.normal(key, mean.shape))
             mean = mean + np.exp(0.5 * logvar) * noise
         return (mean - self.shift) * np.float32(self.scale)
+
+    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """See ``Codec.encode_many``."""
+        frames = self.encode(videos.reshape(-1, *videos.shape[2:]), key)
+        return frames.reshape(*videos.shape[:2], *frames.shape[1:])
+
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """See ``Codec.decode_parts``."""
+        for start in range(0, len(latents), self.tiles.frames):
+            yield self.decode(latents[start : start + self.tiles.frames])
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """See ``Codec.decode``. Raises ``ValueError`` where the latents have other channels."""
@@ -170,7 +194,12 @@ class ImageCodec:
                 f"a clip of shape {tuple(clip.shape)}: {self.name} takes [t, h, w, {channels}]"
                 + (f" with h and w multiples of {unit}." if unit > 1 else ".")
             )
-        if not np.issubdtype(clip.dtype, np.floating):
-            raise ValueError(
-                f"a clip of {clip.dtype}: give floating point (pixels in [-1, 1], not 0 to 255)."
-            )
+        check_floating(clip)
+
+
+def check_floating(clip: np.ndarray) -> None:
+    """Raises ``ValueError`` for whole numbers, which would be taken for what they do not mean."""
+    if not jnp.issubdtype(clip.dtype, jnp.floating):
+        raise ValueError(
+            f"a clip of {clip.dtype}: give floating point (pixels in [-1, 1], not 0 to 255)."
+        )

@@ -1,0 +1,125 @@
+"""Folders of codecs: Diffusers' ``AutoencoderKL`` and ``AutoencoderKLWan``, and our own.
+
+Our folder is laid out as Diffusers' are: ``config.json``, with the fields of
+``CausalAutoencoderConfig``, beside safetensors whose keys are the paths of parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dit_jax.interop.autoencoder import autoencoder_from_diffusers, autoencoder_map, weights_hash
+from dit_jax.interop.folders import read_config, read_weights, write_folder
+from dit_jax.interop.layouts import Layout
+from dit_jax.interop.maps import Arrays, Entry, Map
+from dit_jax.interop.wan import autoencoder_from_wan, wan_map
+from dit_jax.models import (
+    AutoencoderKLConfig,
+    CausalAutoencoder,
+    CausalAutoencoderConfig,
+    ImageCodec,
+    TileConfig,
+    VideoCodec,
+)
+from dit_jax.types import Params
+
+CLASS = "CausalAutoencoder"
+Kind = AutoencoderKLConfig | CausalAutoencoderConfig
+
+
+def codec_config(folder: Path) -> tuple[Kind, Map]:
+    """The autoencoder that a folder's ``config.json`` describes, and the keys of its weights.
+
+    Raises:
+        ValueError: where the folder is of no autoencoder that is built here.
+    """
+    values = read_config(folder)
+    where, name = repr(str(folder / "config.json")), values.get("_class_name")
+    if name == "AutoencoderKLWan":
+        wan = autoencoder_from_wan(values, where)
+        return wan, wan_map(wan)
+    if name == CLASS:
+        ours = _from_values(values, where)
+        return ours, causal_map(ours)
+    if name != "AutoencoderKL":
+        raise ValueError(
+            f"{where} is of {name!r}, which is no codec: give a folder of AutoencoderKL or "
+            f"AutoencoderKLWan (Diffusers'), or the folder 'codec' of a run that trained one ({CLASS})."
+        )
+    image = autoencoder_from_diffusers(values, where)
+    return image, autoencoder_map(image)
+
+
+def _from_values(values: dict[str, Any], where: str) -> CausalAutoencoderConfig:
+    """Our config of JSON values."""
+    given = {name: value for name, value in values.items() if not name.startswith("_")}
+    try:
+        for name in ("widths", "decoder_widths", "shift", "scale"):
+            given[name] = tuple(given[name])
+        given["strides"] = tuple((int(time), int(space)) for time, space in given["strides"])
+        return CausalAutoencoderConfig(**given)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where} describes no {CLASS} of this version of dit_jax ({type(error).__name__}: {error}): "
+            "restore the file, or use the version that wrote it."
+        ) from error
+
+
+def causal_map(config: CausalAutoencoderConfig) -> Map:
+    """The keys of our own folder: every parameter under its path."""
+    model = CausalAutoencoder(config)
+    frame = jnp.zeros((1, 1, *config.stride[1:], config.channels))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), frame, mutable="params"))
+    letters = "abcdefg"
+    entries = []
+    for path, leaf in traverse_util.flatten_dict(_unboxed(shapes["params"])).items():
+        axes = " ".join(letters[: len(leaf.shape)])
+        layout = Layout(f"{axes} -> {axes}", dict(zip(letters, leaf.shape, strict=False)))
+        entries.append(Entry(path, ("/".join(path),), layout))
+    return Map(f"the {CLASS} of its config.json", tuple(entries))
+
+
+def _unboxed(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: getattr(leaf, "value", leaf), tree, is_leaf=lambda leaf: hasattr(leaf, "value")
+    )
+
+
+def codec_hash(config: Kind, arrays: Arrays) -> str:
+    """Of the weights, and for codecs of video of what their latents are shifted and scaled by."""
+    if isinstance(config, AutoencoderKLConfig):
+        return weights_hash(arrays)
+    meaning = dataclasses.asdict(dataclasses.replace(config, dtype="auto"))
+    said = np.frombuffer(json.dumps(meaning, sort_keys=True).encode(), np.uint8)
+    return weights_hash({**arrays, "config.json": said})
+
+
+def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec | VideoCodec:
+    """The codec in a folder (safetensors, ``.bin`` or ``.pt``).
+
+    Its hash is of the arrays by their newer names, so both names of a file give one hash.
+
+    Raises:
+        ValueError: where the folder or what it holds is not that.
+    """
+    folder = Path(path)
+    config, table = codec_config(folder)
+    arrays, file = read_weights(folder)
+    params = jax.tree.map(jnp.asarray, table.read(arrays, repr(str(file))))
+    digest = codec_hash(config, table.named(arrays))
+    kind: Any = ImageCodec if isinstance(config, AutoencoderKLConfig) else VideoCodec
+    return kind(folder.resolve().name, digest, config, params, tiles or TileConfig())
+
+
+def write_codec(folder: Path, config: CausalAutoencoderConfig, params: Params) -> None:
+    """Writes our folder of a codec of video."""
+    values = {"_class_name": CLASS, **dataclasses.asdict(config)}
+    write_folder(folder, values, causal_map(config).export(params))

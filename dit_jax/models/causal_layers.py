@@ -1,0 +1,278 @@
+"""Layers of a causal video autoencoder: what they make of a frame depends on that frame and earlier ones.
+
+Every layer that looks back takes frames in any number of parts. With the collection ``cache`` mutable
+it leaves there the frames that the next part looks back to, and where ``first`` is false it begins with
+what was left; parts put together are the whole, exactly. A clip begins with zeros, and its first frame
+is apart: where time is halved or doubled it stays one frame, and the others go in pairs (Yu et al. 2023,
+"Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.2; Wan 2025, "Wan: Open
+and Advanced Large-Scale Video Generative Models", section 4.1).
+
+Axis letters: b clips, t frames, h w pixels or latents, c channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+NORM_EPS = 1e-8
+"""Nothing beside usual activations; where all are 0 it bounds the gradient, at 1e4."""
+CACHE = "cache"
+"""The collection of frames that the next part of a clip looks back to."""
+Frames = Float[Array, "b _ _ _ _"]
+
+
+Convolve = Callable[[jax.Array, jax.Array, tuple[int, int, int], tuple[int, int]], jax.Array]
+"""``convolve(x [b, t, h, w, i], kernel [t, h, w, i, o], strides, sides)``: the kernel never lies over a
+clip's ends in time, and ``sides`` are the zeros before and after rows and columns."""
+
+
+def _precision(dtype: Any) -> jax.lax.Precision:
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int], sides: tuple[int, int]
+) -> jax.Array:
+    """One convolution over three axes, as accelerators have it."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        ((0, 0), sides, sides),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        precision=_precision(x.dtype),
+    )
+
+
+def convolve_by_frames(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int], sides: tuple[int, int]
+) -> jax.Array:
+    """The same, a sum of convolutions of frames: twice as fast on CPUs (jax 0.10.2)."""
+    b, frames = x.shape[0], x.shape[1]
+    taps, step = kernel.shape[0], strides[0]
+    count = (frames - taps) // step + 1
+    total: Any = 0
+    for tap in range(taps):
+        part = x[:, tap : tap + (count - 1) * step + 1 : step]
+        total += jax.lax.conv_general_dilated(
+            rearrange(part, "b t h w c -> (b t) h w c"),
+            kernel[tap],
+            strides[1:],
+            (sides, sides),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=_precision(x.dtype),
+        )
+    return rearrange(total, "(b t) h w c -> b t h w c", b=b)
+
+
+def _anywhere(x: jax.Array) -> jax.Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """How the layers compute, which their parameters do not know of."""
+
+    dtype: Any = jnp.float32
+    """Of activations; norms and softmax are float32."""
+    convolve: Convolve = convolve
+    constrain: Callable[[jax.Array], jax.Array] = _anywhere
+    """Lays activations ``[b, t, h, w, c]`` out over a mesh."""
+
+
+def with_past(module: nn.Module, x: Frames, count: int, first: bool) -> Frames:
+    """``x`` after the ``count`` frames before it: zeros before a clip's first part."""
+    if first:
+        past = jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype)
+    else:
+        past = module.get_variable(CACHE, "past")
+    joined = jnp.concatenate([past, x], 1)
+    _leave(module, joined, count)
+    return joined
+
+
+def _leave(module: nn.Module, frames: Frames, count: int) -> None:
+    if module.is_mutable_collection(CACHE):
+        module.put_variable(CACHE, "past", frames[:, frames.shape[1] - count :])
+
+
+class Conv(nn.Module):
+    """A convolution with a bias over ``size`` frames, rows and columns, looking back in time."""
+
+    features: int
+    size: tuple[int, int, int]
+    compute: Computation
+    strides: tuple[int, int, int] = (1, 1, 1)
+    sides: tuple[int, int] | None = None
+    """Zeros before and after rows and columns; half the size if not given."""
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        """All frames; with a size of one in time ``first`` does not matter."""
+        if self.size[0] > 1:
+            x = with_past(self, x, self.size[0] - 1, first)
+        return self.of_joined(x)
+
+    def of_joined(self, x: Frames) -> Frames:
+        """Frames with those before them already there."""
+        axes = (None, None, None, "embed", "embed_out")
+        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed_vector",))
+        kernel = self.param("kernel", kernel_init, (*self.size, x.shape[-1], self.features))
+        bias = self.param("bias", zeros, (self.features,))
+        dtype, half = self.compute.dtype, self.size[1] // 2
+        sides = (half, half) if self.sides is None else self.sides
+        y = self.compute.convolve(x.astype(dtype), kernel.astype(dtype), self.strides, sides)
+        return self.compute.constrain(y + bias.astype(dtype))
+
+
+class PairsDown(Conv):
+    """Halves time: the first frame stays, every two others become one, seen with the one before."""
+
+    features: int = 0
+    size: tuple[int, int, int] = (3, 1, 1)
+    strides: tuple[int, int, int] = (2, 1, 1)
+    compute: Computation = Computation()
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        if not first:
+            return self.of_joined(with_past(self, x, 1, False))
+        _leave(self, x, 1)
+        # A lone first frame leaves the kernel unused but there.
+        rest = x if x.shape[1] > 1 else jnp.concatenate([x] * 3, 1)
+        pairs = self.of_joined(rest)
+        return x if x.shape[1] == 1 else jnp.concatenate([x[:, :1].astype(pairs.dtype), pairs], 1)
+
+
+class PairsUp(Conv):
+    """Doubles time: the first frame stays, every other becomes two; the first is not looked back to."""
+
+    features: int = 0
+    size: tuple[int, int, int] = (3, 1, 1)
+    compute: Computation = Computation()
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        head, rest = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
+        joined = with_past(self, rest, 2, first)
+        if rest.shape[1]:
+            both = self.of_joined(joined)
+        else:
+            # A lone first frame leaves the kernel unused but there.
+            both = self.of_joined(jnp.concatenate([joined, head], 1))[:, :0]
+        pairs = rearrange(both, "b t h w (n c) -> b (t n) h w c", n=2)
+        return jnp.concatenate([head.astype(pairs.dtype), pairs], 1)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the channels of each position (Zhang & Sennrich 2019), in float32."""
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed_vector",))
+        scale = self.param("scale", ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        mean_square = jnp.mean(y * y, -1, keepdims=True)
+        return (y * jax.lax.rsqrt(mean_square + NORM_EPS) * scale).astype(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions after norms, and around them the input (projected where widths differ)."""
+
+    features: int
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        size, compute = (3, 3, 3), self.compute
+        y = nn.silu(RMSNorm(name="norm1")(x))
+        y = Conv(self.features, size, compute, name="conv1")(y, first)
+        y = nn.silu(RMSNorm(name="norm2")(y))
+        y = Conv(self.features, size, compute, name="conv2")(y, first)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, (1, 1, 1), compute, name="shortcut")(x)
+        return x + y
+
+
+class FrameAttention(nn.Module):
+    """One head of attention of every place to every place of its frame."""
+
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        b, _, h, _, c = x.shape
+        y = RMSNorm(name="norm")(x)
+        qkv = Conv(3 * c, (1, 1, 1), self.compute, name="qkv")(y)
+        q, k, v = jnp.split(rearrange(qkv, "b t h w c -> (b t) (h w) c"), 3, -1)
+        precision = _precision(self.compute.dtype)
+        logits = jnp.einsum("bqc,bkc->bqk", q, k, precision=precision)
+        weights = jax.nn.softmax(logits.astype(jnp.float32) / c**0.5).astype(v.dtype)
+        y = jnp.einsum("bqk,bkc->bqc", weights, v, precision=precision)
+        y = rearrange(y, "(b t) (h w) c -> b t h w c", b=b, h=h)
+        return x + Conv(c, (1, 1, 1), self.compute, name="out")(self.compute.constrain(y))
+
+
+class Down(nn.Module):
+    """Half the rows and columns, then half the frames, as ``strides`` (in time, in space) say."""
+
+    strides: tuple[int, int]
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        time, space = self.strides
+        if space == 2:
+            # Zeros after the last row and column alone, so that windows lie on the coarse grid.
+            half = Conv(
+                x.shape[-1], (1, 3, 3), self.compute, strides=(1, 2, 2), sides=(0, 1), name="space"
+            )
+            x = half(x)
+        if time == 2:
+            x = PairsDown(x.shape[-1], compute=self.compute, name="time")(x, first)
+        return x
+
+
+class Up(nn.Module):
+    """Twice the frames, then twice the rows and columns and ``features`` channels."""
+
+    strides: tuple[int, int]
+    features: int
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        time, space = self.strides
+        if time == 2:
+            x = PairsUp(2 * x.shape[-1], compute=self.compute, name="time")(x, first)
+        if space == 2:
+            x = repeat(x, "b t h w c -> b t (h 2) (w 2) c")
+        return Conv(self.features, (1, 3, 3), self.compute, name="space")(x)
+
+
+def averaged_down(x: Frames, strides: tuple[int, int], features: int, first: bool) -> Frames:
+    """A shortcut past ``Down``: positions become channels, and neighbouring channels are averaged (Chen
+    et al. 2024, "Deep Compression Autoencoder", section 3.2). The first frame is paired with zeros."""
+    n, p = strides
+    if first:
+        x = jnp.pad(x, ((0, 0), (n - 1, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, "b (t n) (h p) (w q) c -> b t h w (c n p q)", n=n, p=p, q=p)
+    return reduce(x, "b t h w (c g) -> b t h w c", "mean", c=features)
+
+
+def repeated_up(x: Frames, strides: tuple[int, int], features: int, first: bool) -> Frames:
+    """A shortcut past ``Up``, the transpose of the other: channels, repeated, become positions."""
+    n, p = strides
+    x = repeat(x, "b t h w c -> b t h w (c r)", r=features * n * p * p // x.shape[-1])
+    x = rearrange(x, "b t h w (c n p q) -> b (t n) (h p) (w q) c", n=n, p=p, q=p)
+    return x[:, n - 1 :] if first else x
