@@ -1,0 +1,179 @@
+"""Configs in files: written in Python, overridden on the command line, stored as JSON.
+
+A file of ``configs/`` builds a config in its function ``get_config``; the command line overrides any
+field by its dotted name (``--optimizer.learning-rate 3e-4``), with ``tyro`` refusing unknown names and
+wrong types. A config is stored with every checkpoint as JSON and read back from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from dit_jax.config.codec import CodecRun
+from dit_jax.config.run import Run
+from dit_jax.config.text_to_video import Config
+from dit_jax.data import RecordsConfig, ShapesConfig
+from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig, TextStatesConfig
+
+CHOICES = (
+    ShapesConfig,
+    RecordsConfig,
+    ByteEncoderConfig,
+    TextStatesConfig,
+    ClassLabelsConfig,
+    CodecRun,
+)
+"""Dataclasses that stand where another may stand: stored with their name."""
+RUNS = (Config, CodecRun)
+Kind = TypeVar("Kind", bound=Run)
+
+
+def load_config(path: str) -> Run:
+    """The config that the file's ``get_config()`` builds."""
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in Path("configs").glob("*.py"))
+        raise ValueError(
+            f"--config {path!r} is not a file. "
+            + (f"In configs/ there are: {', '.join(near)}." if near else "Give a path to one.")
+        )
+    spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config {path!r} is not a Python file: give one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    # A config may be built from another that lies beside it: `from video_1b3 import ...`.
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no function get_config() that returns a Config: add one.")
+    config = module.get_config()
+    if not isinstance(config, RUNS):
+        raise ValueError(f"get_config() of {path} returned {type(config).__name__}, not a Config.")
+    return config
+
+
+def parse_config(
+    arguments: Sequence[str], prog: str, description: str, kind: type[Kind] = Config
+) -> Kind:
+    """A config of a ``kind`` of run from ``--config FILE`` and dotted overrides.
+
+    Prints a message and exits with 2 where something is wrong, before anything else is done.
+    """
+    arguments = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            arguments[i : i + 1] = argument.split("=", 1)
+            break
+    try:
+        if "--config" in arguments[:-1]:
+            at = arguments.index("--config")
+            default = load_config(arguments[at + 1])
+            del arguments[at : at + 2]
+            if not isinstance(default, kind):
+                raise ValueError(
+                    f"--config is of a {type(default).__name__}, and {prog} takes a {kind.__name__}."
+                )
+        elif {"-h", "--help"} & set(arguments):
+            default = Config()
+        else:
+            raise ValueError("--config FILE is required, e.g. --config configs/quickstart.py.")
+        return tyro.cli(
+            type(default),
+            args=arguments,
+            default=default,
+            prog=f"{prog} --config FILE",
+            description=description,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
+    except ValueError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def to_dict(config: Any) -> Any:
+    """A config as JSON values; a choice between dataclasses is named by ``type``."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        tag = {"type": type(config).__name__} if isinstance(config, CHOICES) else {}
+        return tag | fields
+    if isinstance(config, tuple | list):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(kind: Any, values: Any) -> Any:
+    """Inverse of ``to_dict``; unknown fields are refused by name."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if values is None:
+            return None
+        if isinstance(values, dict) and "type" in values:
+            named = {option.__name__: option for option in options}
+            return from_dict(
+                named[values["type"]], {k: v for k, v in values.items() if k != "type"}
+            )
+        return from_dict(next(o for o in options if o is not types.NoneType), values)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(set(values) - set(hints)):
+            raise ValueError(
+                f"the stored config has {unknown[0]!r}, which {kind.__name__} does not: the run was "
+                "made by another version of dit_jax; use that version to read it."
+            )
+        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
+    if origin is tuple:
+        args = typing.get_args(kind)
+        inner = [args[0]] * len(values) if args[-1] is Ellipsis else args
+        return tuple(from_dict(k, v) for k, v in zip(inner, values, strict=True))
+    return values
+
+
+def stored_config(values: Any, where: str | Path) -> Run:
+    """The config that was stored in the file ``where`` as these values."""
+    try:
+        of_codec = values.get("type") == CodecRun.__name__
+        return from_dict(CodecRun | None if of_codec else Config, values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(where)!r} holds no config that this version of dit_jax can use "
+            f"({type(error).__name__}: {error}): restore the file, or use the version that wrote it."
+        ) from error
+
+
+def read_config(path: Path) -> Run:
+    """The config that was stored in a file."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as JSON ({error}): restore it (every checkpoint has a copy, "
+            "in checkpoints/STEP/config/metadata)."
+        ) from error
+    return stored_config(values, path)
+
+
+def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields, by their dotted names, in which two configs are not the same, and both values."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        for key in sorted(now | before):
+            inner = f"{name}.{key}" if name else key
+            yield from differences(now.get(key), before.get(key), inner)
+    elif dataclasses.is_dataclass(now):
+        yield from differences(to_dict(now), to_dict(before), name)
+    elif now != before:
+        yield name, now, before

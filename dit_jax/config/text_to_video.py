@@ -1,0 +1,157 @@
+"""The run of a text-to-video model, or of one of classes and images."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dit_jax.config.run import Run
+from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
+from dit_jax.diffusion import DiffusionConfig
+from dit_jax.models import ClassLabelsConfig, ModelConfig, PatchConfig
+from dit_jax.parallel import AttentionConfig
+from dit_jax.sampling import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how it is packed."""
+
+    source: ShapesConfig | RecordsConfig = ShapesConfig()
+    packing: PackingConfig = PackingConfig()
+    transform: TransformConfig = TransformConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """What turns pixels into the latents that the model makes, and back; none for models of pixels."""
+
+    path: str | None = None
+    """The folder of an autoencoder (``python -m dit_jax.convert`` says which). Pixels of the data are
+    encoded by it as they are read, and what the model makes is decoded by it."""
+    t: int = 1
+    h: int = 1
+    w: int = 1
+    """Frames, rows and columns of pixels to one latent: 1 x 8 x 8 for Stable Diffusion's. The first
+    frame has a latent of its own. Sizes in ``sampling`` count pixels."""
+
+    def __post_init__(self) -> None:
+        if min(self.t, self.h, self.w) < 1:
+            raise ValueError(
+                f"codec.t, h, w = {self.t}, {self.h}, {self.w}: strides are at least 1."
+            )
+
+    def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of so many frames of so many pixels.
+
+        Raises:
+            ValueError: where the strides do not divide them.
+        """
+        if (frames - 1) % self.t or height % self.h or width % self.w:
+            raise ValueError(
+                f"{frames} frames of {height} x {width} pixels have no whole latents of {self.t} x "
+                f"{self.h} x {self.w}: give 1 + {self.t}n frames and multiples of the others."
+            )
+        return 1 + (frames - 1) // self.t, height // self.h, width // self.w
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What a run measures when it is done, where its data has a judge or true clips."""
+
+    prompts: int = 96
+    """Clips made for it; 0 measures nothing."""
+    records_split: str | None = None
+    """For recorded data: the split whose captions are prompts and whose clips are the truth."""
+    classifier_split: str | None = None
+    """For images with labels: the split that a small classifier is trained on, which then judges what
+    was made; a fifth of it is kept to judge the classifier by."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 0:
+            raise ValueError(f"evaluation.prompts is {self.prompts}: it is at least 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Run):
+    """A run of training: a text-to-video model, or one of classes and images."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig(patch=PatchConfig(t=2, h=8, w=8, channels=3))
+    diffusion: DiffusionConfig = DiffusionConfig()
+    attention: AttentionConfig = AttentionConfig()
+    codec: CodecConfig = CodecConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows, parts = self.data.packing.rows, self.optimizer.accumulate
+        if rows % parts:
+            raise ValueError(
+                f"data.packing.rows {rows} does not divide into optimizer.accumulate {parts} parts: "
+                "make rows a multiple of it."
+            )
+        if self.model.text.max_tokens > self.data.packing.row_text:
+            raise ValueError(
+                f"data.packing.row_text {self.data.packing.row_text} is smaller than one caption of "
+                f"{self.model.text.max_tokens} tokens: raise it, or lower the limit in model.text."
+            )
+        drawn = self.sampling
+        drawn.check(self.diffusion, self.model.patch.channels)
+        try:
+            self.model.patch.grid(*self.codec.latent_size(drawn.frames, drawn.height, drawn.width))
+        except ValueError as error:
+            raise ValueError(
+                f"sampling.frames, height, width = {drawn.frames}, {drawn.height}, {drawn.width} do "
+                f"not fit the model's patches: {error}"
+            ) from error
+        if isinstance(self.data.source, ShapesConfig):
+            self._check_shapes(self.data.source)
+        elif self.model.patch.channels != 3 and self.codec.path is None:
+            if self.log.draw_every or self.evaluation.prompts:
+                raise ValueError(
+                    f"model.patch.channels is {self.model.patch.channels}: these are latents, which "
+                    "cannot be drawn as pictures without codec.path. Give it, or set log.draw_every "
+                    "and evaluation.prompts to 0."
+                )
+        self._check_labels()
+
+    @property
+    def rows(self) -> int:
+        return self.data.packing.rows
+
+    def _check_labels(self) -> None:
+        if self.diffusion.variance == "learned_range" and not self.model.learned_variance:
+            raise ValueError(
+                "diffusion.variance is 'learned_range', and the model has no second output for it: set "
+                "model.learned_variance, or another variance."
+            )
+        source = self.data.source
+        labelled = isinstance(source, RecordsConfig) and source.label_key is not None
+        if isinstance(self.model.text, ClassLabelsConfig) and not labelled:
+            raise ValueError(
+                "model.text are classes, and the data have no labels: give data.source.label_key, the "
+                "feature of the records that holds the class."
+            )
+        if self.evaluation.classifier_split is not None and not labelled:
+            raise ValueError(
+                f"evaluation.classifier_split is {self.evaluation.classifier_split!r}, and the data "
+                "have no labels: give data.source.label_key, or leave it unset."
+            )
+
+    def _check_shapes(self, source: ShapesConfig) -> None:
+        if self.model.patch.channels != 3:
+            raise ValueError(
+                f"model.patch.channels is {self.model.patch.channels}: moving shapes have 3 (pixels)."
+            )
+        clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
+        images = [(1, h, w) for h, w in source.image_sizes] if source.image_fraction else []
+        limit = self.data.packing.row_tokens
+        for clip in clips + images:
+            count = self.model.patch.num_tokens(*clip)
+            if count > limit:
+                raise ValueError(
+                    f"data.packing.row_tokens {limit} is smaller than one clip: "
+                    f"{clip[0]} x {clip[1]} x {clip[2]} has {count} tokens. Raise it to at least "
+                    f"{count}, or use larger patches."
+                )
