@@ -26,3 +26,6 @@ from dit_jax.interop.safetensors_files import write_safetensors as write_safeten
 from dit_jax.interop.torch_files import read_torch as read_torch
 from dit_jax.interop.torch_files import read_torch_tree as read_torch_tree
 from dit_jax.interop.torch_writer import write_torch as write_torch
+from dit_jax.interop.vgg import load_vgg as load_vgg
+from dit_jax.interop.vgg import lpips_map as lpips_map
+from dit_jax.interop.vgg import vgg_map as vgg_map
