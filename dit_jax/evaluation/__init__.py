@@ -34,9 +34,16 @@ from dit_jax.evaluation.measure import measure as measure
 from dit_jax.evaluation.moments import Moments as Moments
 from dit_jax.evaluation.moments import Statistics as Statistics
 from dit_jax.evaluation.moments import feature_statistics as feature_statistics
+from dit_jax.evaluation.reconstruction import flicker as flicker
+from dit_jax.evaluation.reconstruction import reconstruction_report as reconstruction_report
+from dit_jax.evaluation.reconstruction import side_by_side as side_by_side
+from dit_jax.evaluation.reconstruction import ssim as ssim
 from dit_jax.evaluation.reference import Reference as Reference
 from dit_jax.evaluation.reference import open_reference as open_reference
 from dit_jax.evaluation.reference import save_statistics as save_statistics
+from dit_jax.evaluation.resizing import compression as compression
+from dit_jax.evaluation.resizing import resize_baseline as resize_baseline
+from dit_jax.evaluation.resizing import resize_clip as resize_clip
 from dit_jax.evaluation.store import SampleStore as SampleStore
 from dit_jax.evaluation.weights import INCEPTION as INCEPTION
 from dit_jax.evaluation.weights import VIDEO as VIDEO

@@ -28,6 +28,9 @@ from dit_jax.interop.safetensors_files import write_safetensors as write_safeten
 from dit_jax.interop.torch_files import read_torch as read_torch
 from dit_jax.interop.torch_files import read_torch_tree as read_torch_tree
 from dit_jax.interop.torch_writer import write_torch as write_torch
+from dit_jax.interop.vgg import load_vgg as load_vgg
+from dit_jax.interop.vgg import lpips_map as lpips_map
+from dit_jax.interop.vgg import vgg_map as vgg_map
 from dit_jax.interop.wan import autoencoder_from_wan as autoencoder_from_wan
 from dit_jax.interop.wan import autoencoder_to_wan as autoencoder_to_wan
 from dit_jax.interop.wan import wan_map as wan_map

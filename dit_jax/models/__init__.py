@@ -1,5 +1,16 @@
 """Models: patches, positions, the diffusion transformer and the text encoder."""
 
+from dit_jax.models.adversarial import LogitAverages as LogitAverages
+from dit_jax.models.adversarial import adaptive_weight as adaptive_weight
+from dit_jax.models.adversarial import hinge_discriminator_loss as hinge_discriminator_loss
+from dit_jax.models.adversarial import hinge_generator_loss as hinge_generator_loss
+from dit_jax.models.adversarial import last_layer_gradients as last_layer_gradients
+from dit_jax.models.adversarial import lecam_penalty as lecam_penalty
+from dit_jax.models.adversarial import logistic_discriminator_loss as logistic_discriminator_loss
+from dit_jax.models.adversarial import masked_mean as masked_mean
+from dit_jax.models.adversarial import (
+    non_saturating_generator_loss as non_saturating_generator_loss,
+)
 from dit_jax.models.autoencoder_kl import AutoencoderKL as AutoencoderKL
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig as AutoencoderKLConfig
 from dit_jax.models.blocks import as_computed as as_computed
@@ -11,6 +22,8 @@ from dit_jax.models.causal_autoencoder import CausalAutoencoderConfig as CausalA
 from dit_jax.models.codec import Codec as Codec
 from dit_jax.models.codec import ImageCodec as ImageCodec
 from dit_jax.models.codec import TileConfig as TileConfig
+from dit_jax.models.discriminator import Discriminator as Discriminator
+from dit_jax.models.discriminator import DiscriminatorConfig as DiscriminatorConfig
 from dit_jax.models.dit import PRESETS as PRESETS
 from dit_jax.models.dit import DiT as DiT
 from dit_jax.models.dit import DiTConfig as DiTConfig
@@ -27,5 +40,9 @@ from dit_jax.models.text import TextStatesConfig as TextStatesConfig
 from dit_jax.models.text import byte_tokens as byte_tokens
 from dit_jax.models.text_to_video import ModelConfig as ModelConfig
 from dit_jax.models.text_to_video import TextToVideo as TextToVideo
+from dit_jax.models.vgg import VGG as VGG
+from dit_jax.models.vgg import PerceptualNetwork as PerceptualNetwork
+from dit_jax.models.vgg import VGGConfig as VGGConfig
+from dit_jax.models.vgg import perceptual_distance as perceptual_distance
 from dit_jax.models.video_codec import VideoCodec as VideoCodec
 from dit_jax.models.video_codec import part_step as part_step
