@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dit_jax.config import Config, parse_config
+from dit_jax.config import Config, Run, parse_config
 from dit_jax.parallel.topologies import (
     Topology,
     parse_topology,
@@ -42,8 +42,9 @@ class PlanArguments:
     """CHIP:SHAPE, such as v5p:4x4x8 or v6e:8x8: the chips of one slice."""
     slices: int = 1
     """Slices of that shape, joined by the data centre's network."""
-    what: Literal["train", "sample"] = "train"
-    """The train step, or one step of the solver for one clip of the config's sampling size."""
+    what: Literal["train", "sample", "encode", "decode"] = "train"
+    """The train step; one step of the solver for one clip of the config's sampling size; or, of a codec's
+    config, one part of encoding or decoding clips of ``data.crop``'s size (``tiles.frames``)."""
     json: str | None = None
     """Also write the plan to this file as JSON; - prints it instead of the text."""
     sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.json not in (None, "-"):
             _check_writable(given.json)
         topology = parse_topology(given.topology, given.slices)
-        config = parse_config(rest, PROG, "Plans a step of a config.")
+        config = parse_config(rest, PROG, "Plans a step of a config.", Run)
         prepare_environment()
         devices = topology_devices(topology)
         run = _sweep if given.sweep else _one
@@ -123,7 +124,7 @@ def _name(arguments: list[str]) -> str:
 
 
 def _one(
-    given: PlanArguments, config: Config, name: str, topology: Topology, devices: list[Any]
+    given: PlanArguments, config: Run, name: str, topology: Topology, devices: list[Any]
 ) -> int:
     plan = plan_step(given.what, config, name, topology, devices, given.tokens, given.price)
     _write(given, plan.to_dict(), render(plan))
@@ -131,8 +132,12 @@ def _one(
 
 
 def _sweep(
-    given: PlanArguments, config: Config, name: str, topology: Topology, devices: list[Any]
+    given: PlanArguments, config: Run, name: str, topology: Topology, devices: list[Any]
 ) -> int:
+    if not isinstance(config, Config):
+        raise ValueError(
+            "--sweep is over meshes of models, and the config is a codec's: leave it out."
+        )
     trials, left_out = run_sweep(
         given.what,
         config,

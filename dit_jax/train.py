@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from dit_jax import tasks
-from dit_jax.config import Config, differences, parse_config, read_config, stored_config, to_dict
+from dit_jax.config import Run, differences, parse_config, read_config, stored_config, to_dict
 from dit_jax.parallel import (
     PROCESS_HELP,
     global_batch,
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=PROG,
         description="Trains a model. Any field of the config can be given by its dotted name. "
         + PROCESS_HELP,
+        kind=Run,
     )
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 128 + signal.Signals[stopped] if stopped else 0
 
 
-def prepare_directory(config: Config) -> Path:
+def prepare_directory(config: Run) -> Path:
     """Makes the run's directory and stores the config in it.
 
     Raises:
@@ -102,7 +103,7 @@ def prepare_directory(config: Config) -> Path:
         ) from error
     stored = directory / "config.json"
     if stored.exists() and any(p.name.isdigit() for p in directory.glob("checkpoints/*")):
-        check_same_run(config, read_config(stored), directory)
+        check_same_run(config, read_config(stored, Run), directory)
     if jax.process_index() == 0:
         fresh = stored.with_suffix(".tmp")
         fresh.write_text(json.dumps(to_dict(config), indent=2))
@@ -110,7 +111,7 @@ def prepare_directory(config: Config) -> Path:
     return directory
 
 
-def check_same_run(config: Config, stored: Config, directory: Path) -> None:
+def check_same_run(config: Run, stored: Run, directory: Path) -> None:
     """Raises ``ValueError`` where a run cannot be resumed under this config."""
     for name, now, before in differences(config, stored):
         fixed = any(f"{name}.".startswith(f"{part}.") for part in FIXED)
@@ -121,10 +122,10 @@ def check_same_run(config: Config, stored: Config, directory: Path) -> None:
             )
 
 
-def check_same_meaning(config: Config, values: dict[str, Any], where: Path) -> None:
+def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> None:
     """Raises ``ValueError`` where a run under this config cannot begin with the parameters of a run
     whose stored config is ``values``."""
-    for name, now, before in differences(config, stored_config(values, where)):
+    for name, now, before in differences(config, stored_config(values, where, Run)):
         meant = any(f"{name}.".startswith(f"{part}.") for part in MEANT)
         if meant and name.split(".")[-1] not in MAY_DIFFER:
             raise ValueError(
@@ -134,9 +135,7 @@ def check_same_meaning(config: Config, values: dict[str, Any], where: Path) -> N
             )
 
 
-def begin(
-    config: Config, fresh: TrainState, shapes: TrainState, shardings: TrainState
-) -> TrainState:
+def begin(config: Run, fresh: TrainState, shapes: TrainState, shardings: TrainState) -> TrainState:
     """The state that a new run begins with: with another run's parameters, where one is named."""
     if config.checkpoint.initial is None:
         return fresh
@@ -144,10 +143,10 @@ def begin(
     return begin_from(initial, fresh, shapes, shardings, partial(check_same_meaning, config))
 
 
-def train(config: Config, directory: Path) -> str | None:
+def train(config: Run, directory: Path) -> str | None:
     """The training loop; returns the name of the signal that stopped it, if one did."""
     mesh = make_mesh(config.mesh)
-    rows = local_rows(mesh, config.data.packing.rows)
+    rows = local_rows(mesh, config.rows)
     task = tasks.build(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes, shardings = abstract_state(task.init, optimizer, mesh)

@@ -22,7 +22,7 @@ from typing import Any, NotRequired, Protocol, TypedDict
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt, UInt8
 
 Params = Any
 """A nested dict of parameters, as Flax Linen makes it."""
@@ -82,6 +82,26 @@ class PackedBatch:
     num_tokens: Int[Array, "b n"]
     num_frames: Int[Array, "b n"]
     """Latent frames of each segment."""
+
+
+@struct.dataclass
+class ClipBatch:
+    """Windows of clips, for an autoencoder."""
+
+    video: UInt8[Array, "b t h w 3"]
+    num_frames: Int[Array, "b"]
+    """Frames of each row that count; those behind fill it up."""
+
+
+@struct.dataclass
+class Totals:
+    """The loss of a batch's rows together, and what it is made of."""
+
+    loss: Float[Array, ""]
+    """The mean, times ``weight``."""
+    weight: Float[Array, ""]
+    parts: dict[str, Float[Array, ""]]
+    """Terms to log, each times ``weight``."""
 
 
 ALONG_TOKENS = frozenset(

@@ -38,8 +38,17 @@ RUNS = (Config, CodecRun)
 Kind = TypeVar("Kind", bound=Run)
 
 
-def load_config(path: str) -> Run:
-    """The config that the file's ``get_config()`` builds."""
+def _check_kind(config: Run, kind: type[Kind], where: str) -> Kind:
+    """Raises ``ValueError`` where a config is of another kind of run than is wanted."""
+    if not isinstance(config, kind):
+        said = "a codec (CodecRun)" if isinstance(config, CodecRun) else "a model (Config)"
+        wanted = "a codec (CodecRun)" if issubclass(kind, CodecRun) else "a model (Config)"
+        raise ValueError(f"{where} is of a run of {said}: give one of {wanted}.")
+    return config
+
+
+def load_config(path: str, kind: type[Kind] = Config) -> Kind:
+    """The config that the file's ``get_config()`` builds, for a kind of run."""
     file = Path(path)
     if not file.is_file():
         near = sorted(str(p) for p in Path("configs").glob("*.py"))
@@ -63,7 +72,7 @@ def load_config(path: str) -> Run:
     config = module.get_config()
     if not isinstance(config, RUNS):
         raise ValueError(f"get_config() of {path} returned {type(config).__name__}, not a Config.")
-    return config
+    return _check_kind(config, kind, f"--config {path!r}")
 
 
 def parse_config(
@@ -81,14 +90,10 @@ def parse_config(
     try:
         if "--config" in arguments[:-1]:
             at = arguments.index("--config")
-            default = load_config(arguments[at + 1])
+            default = load_config(arguments[at + 1], kind)
             del arguments[at : at + 2]
-            if not isinstance(default, kind):
-                raise ValueError(
-                    f"--config is of a {type(default).__name__}, and {prog} takes a {kind.__name__}."
-                )
         elif {"-h", "--help"} & set(arguments):
-            default = Config()
+            default = _check_kind(Config(), kind, "the default")
         else:
             raise ValueError("--config FILE is required, e.g. --config configs/quickstart.py.")
         return tyro.cli(
@@ -143,20 +148,21 @@ def from_dict(kind: Any, values: Any) -> Any:
     return values
 
 
-def stored_config(values: Any, where: str | Path) -> Run:
-    """The config that was stored in the file ``where`` as these values."""
+def stored_config(values: Any, where: str | Path, kind: type[Kind] = Config) -> Kind:
+    """The config that was stored in the file ``where`` as these values, of a kind of run."""
     try:
         of_codec = values.get("type") == CodecRun.__name__
-        return from_dict(CodecRun | None if of_codec else Config, values)
+        config = from_dict(CodecRun | None if of_codec else Config, values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{str(where)!r} holds no config that this version of dit_jax can use "
             f"({type(error).__name__}: {error}): restore the file, or use the version that wrote it."
         ) from error
+    return _check_kind(config, kind, repr(str(where)))
 
 
-def read_config(path: Path) -> Run:
-    """The config that was stored in a file."""
+def read_config(path: Path, kind: type[Kind] = Config) -> Kind:
+    """The config that was stored in a file, of a kind of run."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -164,7 +170,7 @@ def read_config(path: Path) -> Run:
             f"{str(path)!r} cannot be read as JSON ({error}): restore it (every checkpoint has a copy, "
             "in checkpoints/STEP/config/metadata)."
         ) from error
-    return stored_config(values, path)
+    return stored_config(values, path, kind)
 
 
 def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

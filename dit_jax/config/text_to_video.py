@@ -7,7 +7,7 @@ import dataclasses
 from dit_jax.config.run import Run
 from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ClassLabelsConfig, ModelConfig, PatchConfig
+from dit_jax.models import ClassLabelsConfig, ModelConfig, PatchConfig, TileConfig
 from dit_jax.parallel import AttentionConfig
 from dit_jax.sampling import SamplingConfig
 
@@ -33,6 +33,8 @@ class CodecConfig:
     w: int = 1
     """Frames, rows and columns of pixels to one latent: 1 x 8 x 8 for Stable Diffusion's. The first
     frame has a latent of its own. Sizes in ``sampling`` count pixels."""
+    tiles: TileConfig = TileConfig()
+    """In what parts it takes clips: how much memory encoding and decoding need."""
 
     def __post_init__(self) -> None:
         if min(self.t, self.h, self.w) < 1:

@@ -12,13 +12,14 @@ How a sample becomes tokens is the caller's: this module does not know patches o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypedDict
 
 import grain
 import numpy as np
 
+from dit_jax.data.lanes import Lanes
 from dit_jax.types import PackedBatch, Sample, Source
 
 
@@ -194,12 +195,8 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
     return PackedBatch(**batch)
 
 
-class Loader(Iterator[PackedBatch]):
-    """Iterates over this process's rows of the global batches, with a state that can be saved.
-
-    The state is a dict from the number of a row to that lane's own state, JSON throughout, and
-    says what has been *given out*, not what was read ahead.
-    """
+class Loader(Lanes[PackedBatch]):
+    """Packed rows: this process's of the global batches."""
 
     def __init__(
         self,
@@ -210,31 +207,7 @@ class Loader(Iterator[PackedBatch]):
         rows: Sequence[int] | None = None,
         augment: Augment | None = None,
     ) -> None:
-        if len(source) < 1:
-            raise ValueError("the dataset is empty: check data.source's path, split and filters.")
-        self.rows = tuple(range(config.rows) if rows is None else rows)
-        lanes = [lane(source, tokenize, config, seed, row, augment) for row in self.rows]
-        batches = grain.experimental.ZipIterDataset(lanes).map(_stack)
-        ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
-        self._batches = iter(ahead)
+        def row(number: int) -> grain.IterDataset:
+            return lane(source, tokenize, config, seed, number, augment)
 
-    def __next__(self) -> PackedBatch:
-        return next(self._batches)
-
-    def get_state(self) -> dict[str, Any]:
-        lanes = self._batches.get_state()["parents"]
-        return {str(row): state for row, state in zip(self.rows, lanes, strict=True)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state, which may hold more rows than this process reads."""
-        missing = [row for row in self.rows if str(row) not in state]
-        if missing:
-            raise ValueError(
-                f"the saved data state has no row {missing[0]} (it has {len(state)}): resume with "
-                "the same data.packing.rows, or start a new run."
-            )
-        self._batches.set_state({"parents": [state[str(row)] for row in self.rows]})
-
-    def close(self) -> None:
-        """Ends the threads that read ahead."""
-        self._batches.close()
+        super().__init__(source, row, tuple(range(config.rows) if rows is None else rows), _stack)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
 from dit_jax.interop.autoencoder import autoencoder_from_diffusers, autoencoder_map, weights_hash
@@ -80,17 +81,12 @@ def causal_map(config: CausalAutoencoderConfig) -> Map:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), frame, mutable="params"))
     letters = "abcdefg"
     entries = []
-    for path, leaf in traverse_util.flatten_dict(_unboxed(shapes["params"])).items():
+    flat: dict[Any, Any] = traverse_util.flatten_dict(nn.unbox(shapes["params"]))
+    for path, leaf in flat.items():
         axes = " ".join(letters[: len(leaf.shape)])
         layout = Layout(f"{axes} -> {axes}", dict(zip(letters, leaf.shape, strict=False)))
         entries.append(Entry(path, ("/".join(path),), layout))
     return Map(f"the {CLASS} of its config.json", tuple(entries))
-
-
-def _unboxed(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: getattr(leaf, "value", leaf), tree, is_leaf=lambda leaf: hasattr(leaf, "value")
-    )
 
 
 def codec_hash(config: Kind, arrays: Arrays) -> str:

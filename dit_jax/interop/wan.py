@@ -99,7 +99,10 @@ def autoencoder_to_wan(config: CausalAutoencoderConfig) -> dict[str, Any]:
             ("strides", any(space != 2 for _, space in config.strides)),
             ("strides", config.stride[0] != 4),
             ("widths", any(w % widths[0] for w in widths)),
-            ("decoder_widths", [w * widths[0] for w in decoder] != [w * decoder[0] for w in widths]),
+            (
+                "decoder_widths",
+                [w * widths[0] for w in decoder] != [w * decoder[0] for w in widths],
+            ),
         )
         if is_so
     ]

@@ -11,6 +11,7 @@ from dit_jax.models.adversarial import masked_mean as masked_mean
 from dit_jax.models.adversarial import (
     non_saturating_generator_loss as non_saturating_generator_loss,
 )
+from dit_jax.models.autoencoder_flops import autoencoder_flops as autoencoder_flops
 from dit_jax.models.autoencoder_kl import AutoencoderKL as AutoencoderKL
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig as AutoencoderKLConfig
 from dit_jax.models.blocks import as_computed as as_computed
@@ -33,6 +34,10 @@ from dit_jax.models.patch import PatchConfig as PatchConfig
 from dit_jax.models.patch import patchify as patchify
 from dit_jax.models.patch import positions as positions
 from dit_jax.models.patch import unpatchify as unpatchify
+from dit_jax.models.reconstruction_loss import ReconstructionLoss as ReconstructionLoss
+from dit_jax.models.reconstruction_loss import (
+    ReconstructionLossConfig as ReconstructionLossConfig,
+)
 from dit_jax.models.text import ByteEncoder as ByteEncoder
 from dit_jax.models.text import ByteEncoderConfig as ByteEncoderConfig
 from dit_jax.models.text import ClassLabelsConfig as ClassLabelsConfig

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,17 @@ CACHE = "cache"
 Frames = Float[Array, "b _ _ _ _"]
 
 
-Convolve = Callable[[jax.Array, jax.Array, tuple[int, int, int], tuple[int, int]], jax.Array]
-"""``convolve(x [b, t, h, w, i], kernel [t, h, w, i, o], strides, sides)``: the kernel never lies over a
-clip's ends in time, and ``sides`` are the zeros before and after rows and columns."""
+class Zeros(NamedTuple):
+    """Zeros around clips."""
+
+    frames: int
+    """Before the first."""
+    sides: tuple[int, int]
+    """Before and after rows and columns."""
+
+
+Convolve = Callable[[jax.Array, jax.Array, tuple[int, int, int], Zeros], jax.Array]
+"""``convolve(x [b, t, h, w, i], kernel [t, h, w, i, o], strides, zeros)``."""
 
 
 def _precision(dtype: Any) -> jax.lax.Precision:
@@ -40,38 +48,46 @@ def _precision(dtype: Any) -> jax.lax.Precision:
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int], sides: tuple[int, int]
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int], zeros: Zeros
 ) -> jax.Array:
     """One convolution over three axes, as accelerators have it."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        ((0, 0), sides, sides),
+        ((zeros.frames, 0), zeros.sides, zeros.sides),
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         precision=_precision(x.dtype),
     )
 
 
 def convolve_by_frames(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int], sides: tuple[int, int]
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int, int], zeros: Zeros
 ) -> jax.Array:
-    """The same, a sum of convolutions of frames: twice as fast on CPUs (jax 0.10.2)."""
+    """The same, a sum of convolutions of frames: twice as fast on CPUs (jax 0.10.2), and nothing is
+    computed of the zeros before a clip."""
     b, frames = x.shape[0], x.shape[1]
     taps, step = kernel.shape[0], strides[0]
-    count = (frames - taps) // step + 1
+    count = (zeros.frames + frames - taps) // step + 1
     total: Any = 0
     for tap in range(taps):
-        part = x[:, tap : tap + (count - 1) * step + 1 : step]
-        total += jax.lax.conv_general_dilated(
+        # The first frame made of frames that are there.
+        start = max(-((tap - zeros.frames) // step), 0)
+        if start >= count:
+            continue
+        at = start * step + tap - zeros.frames
+        part = x[:, at : at + (count - start - 1) * step + 1 : step]
+        made = jax.lax.conv_general_dilated(
             rearrange(part, "b t h w c -> (b t) h w c"),
             kernel[tap],
             strides[1:],
-            (sides, sides),
+            (zeros.sides, zeros.sides),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=_precision(x.dtype),
         )
-    return rearrange(total, "(b t) h w c -> b t h w c", b=b)
+        made = rearrange(made, "(b t) h w c -> b t h w c", b=b)
+        total += jnp.pad(made, ((0, 0), (start, 0), (0, 0), (0, 0), (0, 0)))
+    return total
 
 
 def _anywhere(x: jax.Array) -> jax.Array:
@@ -89,20 +105,22 @@ class Computation:
     """Lays activations ``[b, t, h, w, c]`` out over a mesh."""
 
 
-def with_past(module: nn.Module, x: Frames, count: int, first: bool) -> Frames:
-    """``x`` after the ``count`` frames before it: zeros before a clip's first part."""
-    if first:
-        past = jnp.zeros((x.shape[0], count, *x.shape[2:]), x.dtype)
-    else:
-        past = module.get_variable(CACHE, "past")
-    joined = jnp.concatenate([past, x], 1)
-    _leave(module, joined, count)
-    return joined
+def with_past(module: nn.Module, x: Frames, count: int, first: bool) -> tuple[Frames, int]:
+    """``x`` after the ``count`` frames before it, and how many of these are zeros that are left out: all
+    of them before a clip's first part."""
+    if not first:
+        x = jnp.concatenate([module.get_variable(CACHE, "past"), x], 1)
+    leave(module, x, count)
+    return x, count if first else 0
 
 
-def _leave(module: nn.Module, frames: Frames, count: int) -> None:
+def leave(module: nn.Module, frames: Frames, count: int) -> None:
+    """Keeps the last ``count`` frames for the next part; zeros where there are fewer."""
     if module.is_mutable_collection(CACHE):
-        module.put_variable(CACHE, "past", frames[:, frames.shape[1] - count :])
+        last = frames[:, max(frames.shape[1] - count, 0) :]
+        missing = count - last.shape[1]
+        past = jnp.pad(last, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+        module.put_variable(CACHE, "past", past)
 
 
 class Conv(nn.Module):
@@ -118,20 +136,21 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
         """All frames; with a size of one in time ``first`` does not matter."""
+        zeros = 0
         if self.size[0] > 1:
-            x = with_past(self, x, self.size[0] - 1, first)
-        return self.of_joined(x)
+            x, zeros = with_past(self, x, self.size[0] - 1, first)
+        return self.convolved(x, zeros)
 
-    def of_joined(self, x: Frames) -> Frames:
-        """Frames with those before them already there."""
+    def convolved(self, x: Frames, zeros: int) -> Frames:
+        """Frames with those before them already there, after so many zeros."""
         axes = (None, None, None, "embed", "embed_out")
         kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed_vector",))
-        kernel = self.param("kernel", kernel_init, (*self.size, x.shape[-1], self.features))
-        bias = self.param("bias", zeros, (self.features,))
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed_vector",))
+        kernel: Any = self.param("kernel", kernel_init, (*self.size, x.shape[-1], self.features))
+        bias: Any = self.param("bias", bias_init, (self.features,))
         dtype, half = self.compute.dtype, self.size[1] // 2
-        sides = (half, half) if self.sides is None else self.sides
-        y = self.compute.convolve(x.astype(dtype), kernel.astype(dtype), self.strides, sides)
+        around = Zeros(zeros, (half, half) if self.sides is None else self.sides)
+        y = self.compute.convolve(x.astype(dtype), kernel.astype(dtype), self.strides, around)
         return self.compute.constrain(y + bias.astype(dtype))
 
 
@@ -146,11 +165,10 @@ class PairsDown(Conv):
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
         if not first:
-            return self.of_joined(with_past(self, x, 1, False))
-        _leave(self, x, 1)
+            return self.convolved(with_past(self, x, 1, False)[0], 0)
+        leave(self, x, 1)
         # A lone first frame leaves the kernel unused but there.
-        rest = x if x.shape[1] > 1 else jnp.concatenate([x] * 3, 1)
-        pairs = self.of_joined(rest)
+        pairs = self.convolved(x if x.shape[1] > 1 else jnp.repeat(x, 3, 1), 0)
         return x if x.shape[1] == 1 else jnp.concatenate([x[:, :1].astype(pairs.dtype), pairs], 1)
 
 
@@ -164,13 +182,11 @@ class PairsUp(Conv):
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
         head, rest = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
-        joined = with_past(self, rest, 2, first)
-        if rest.shape[1]:
-            both = self.of_joined(joined)
-        else:
-            # A lone first frame leaves the kernel unused but there.
-            both = self.of_joined(jnp.concatenate([joined, head], 1))[:, :0]
-        pairs = rearrange(both, "b t h w (n c) -> b (t n) h w c", n=2)
+        rest, zeros = with_past(self, rest, 2, first)
+        # A lone first frame leaves the kernel unused but there.
+        alone = rest.shape[1] == 0
+        both = self.convolved(head if alone else rest, zeros)
+        pairs = rearrange(both[:, alone:], "b t h w (n c) -> b (t n) h w c", n=2)
         return jnp.concatenate([head.astype(pairs.dtype), pairs], 1)
 
 
@@ -180,7 +196,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Frames) -> Frames:
         ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed_vector",))
-        scale = self.param("scale", ones, (x.shape[-1],))
+        scale: Any = self.param("scale", ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         mean_square = jnp.mean(y * y, -1, keepdims=True)
         return (y * jax.lax.rsqrt(mean_square + NORM_EPS) * scale).astype(x.dtype)

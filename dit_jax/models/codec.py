@@ -43,12 +43,12 @@ class Codec(Protocol):
         ...
 
     @property
-    def shift(self) -> float | np.ndarray:
-        """Of all channels or of each."""
+    def shift(self) -> Any:
+        """Of all channels (a number) or of each (an array)."""
         ...
 
     @property
-    def scale(self) -> float | np.ndarray: ...
+    def scale(self) -> Any: ...
 
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
         """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` float32, shifted

@@ -142,7 +142,9 @@ class VideoCodec:
         """The jitted step of a clip's part; frames of one layout share one."""
         key = None if self.lay is None else (height, width)
         if key not in self._steps:
-            given = {} if self.lay is None else {"constrain": self.lay(height, width)}
+            given: dict[str, Any] = (
+                {} if self.lay is None else {"constrain": self.lay(height, width)}
+            )
             model = CausalAutoencoder(self.config, self.config.computation(**given))
 
             def step(

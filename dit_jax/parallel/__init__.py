@@ -21,8 +21,10 @@ from dit_jax.parallel.multihost import joined as joined
 from dit_jax.parallel.multihost import local_rows as local_rows
 from dit_jax.parallel.rules import batch_sharding as batch_sharding
 from dit_jax.parallel.rules import check_rules as check_rules
+from dit_jax.parallel.rules import clip_sharding as clip_sharding
 from dit_jax.parallel.rules import like_parameters as like_parameters
 from dit_jax.parallel.rules import make_constrain as make_constrain
+from dit_jax.parallel.rules import make_lay as make_lay
 from dit_jax.parallel.rules import parameter_shardings as parameter_shardings
 from dit_jax.parallel.spread import DEFAULT_ATTENTION as DEFAULT_ATTENTION
 from dit_jax.parallel.spread import AttentionConfig as AttentionConfig

@@ -34,6 +34,8 @@ PARAMETER_RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 OPTIONAL = frozenset({"modulation_table", "text_out", "text_place", "text_states", "vocab"})
 """Axes that not every model has. Any other rule that a model does not use is refused as a typo."""
+OF_TRANSFORMERS = frozenset({"heads", "layers", "mlp", "modulation", "patch", "time"})
+"""Axes of which every transformer has some, and autoencoders and feature networks none."""
 LARGE = 2**20
 """Elements that a device may hold of a parameter which the mesh should have split and could not."""
 ROWS = ("fsdp", "data")
@@ -98,9 +100,11 @@ def _is_boxed(leaf: Any) -> bool:
 
 
 def check_rules(boxed: Any) -> None:
-    """Refuses rules that match nothing in a model's abstract parameters, unless in ``OPTIONAL``."""
+    """Refuses rules that match nothing in a transformer's abstract parameters, unless ``OPTIONAL``."""
     leaves = [leaf for leaf in jax.tree.leaves(boxed, is_leaf=_is_boxed) if _is_boxed(leaf)]
     used = {name for leaf in leaves for name in leaf.names if name is not None}
+    if not used & OF_TRANSFORMERS:
+        return
     if unused := sorted(PARAMETER_RULES.keys() - used - OPTIONAL):
         raise ValueError(
             f"the rules for {unused} match no parameter of this model, whose logical axes are "
@@ -197,3 +201,24 @@ def batch_sharding(mesh: Mesh, ndim: int, tokens: bool, rows: int | None = None)
     context = ("context",) if tokens and ndim > 1 else ()
     whole = rows is not None and rows % math.prod(mesh.shape[axis] for axis in ROWS)
     return NamedSharding(mesh, PartitionSpec(None if whole else ROWS, *context))
+
+
+def clip_sharding(mesh: Mesh, clips: int, h: int, w: int) -> NamedSharding:
+    """Of ``clips`` activations ``[b, t, rows, columns, c]``, rows and columns multiples of ``h`` and
+    ``w``: clips over data and fsdp, and the rows over context, or the columns if it divides only those."""
+    context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
+    over = ("context", None) if h % context == 0 else (None, None if w % context else "context")
+    return NamedSharding(mesh, PartitionSpec(None if clips % shards else ROWS, None, *over, None))
+
+
+def make_lay(mesh: Mesh) -> Callable[[int, int], Callable[[jax.Array], jax.Array]]:
+    """``make_lay(mesh)(h, w)`` lays activations out by ``clip_sharding``; the compiler sends the edges of
+    what lies apart to the neighbours."""
+
+    def lay(h: int, w: int) -> Callable[[jax.Array], jax.Array]:
+        def constrain(x: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(x, clip_sharding(mesh, len(x), h, w))
+
+        return constrain
+
+    return lay

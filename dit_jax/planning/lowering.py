@@ -11,14 +11,20 @@ import dataclasses
 import math
 import re
 import time
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from dit_jax.config import Config
+from dit_jax.config import CodecRun, Config, Run
 from dit_jax.planning.kernels import Kernel, find_kernels, traced_flops
-from dit_jax.tasks import abstract_denoise, abstract_task
+from dit_jax.tasks import (
+    abstract_codec_part,
+    abstract_codec_task,
+    abstract_denoise,
+    abstract_task,
+)
 from dit_jax.training import abstract_state, make_optimizer, make_step
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
@@ -156,8 +162,11 @@ class _Step(NamedTuple):
     flops: float
 
 
-def _train_step(config: Config, mesh: Mesh) -> _Step:
-    task = abstract_task(config, mesh)
+def _train_step(config: Run, mesh: Mesh) -> _Step:
+    if isinstance(config, CodecRun):
+        task = abstract_codec_task(config, mesh)
+    else:
+        task = abstract_task(_of_model(config, "train"), mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes, shardings = abstract_state(task.init, optimizer, mesh)
     state = jax.tree.map(
@@ -170,7 +179,8 @@ def _train_step(config: Config, mesh: Mesh) -> _Step:
     return _Step(step, (state, task.batch), _count(state.params), kept, task.tokens, task.flops)
 
 
-def _sampling_step(config: Config, mesh: Mesh) -> _Step:
+def _sampling_step(config: Run, mesh: Mesh) -> _Step:
+    config = _of_model(config, "sample")
     step = abstract_denoise(config, mesh)
     made = config.sampling
     tokens = config.model.patch.num_tokens(made.frames, made.height, made.width)
@@ -178,18 +188,45 @@ def _sampling_step(config: Config, mesh: Mesh) -> _Step:
     return _Step(step.function, step.arguments, params, None, float(tokens), step.flops)
 
 
-STEPS = {"train": _train_step, "sample": _sampling_step}
+def _of_model(config: Run, what: str) -> Config:
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"--what {what} is of models, and the config is a codec's: plan its --what train, encode or "
+            "decode."
+        )
+    return config
+
+
+def _codec_part(what: Literal["encode", "decode"], config: Run, mesh: Mesh) -> _Step:
+    if not isinstance(config, CodecRun):
+        raise ValueError(
+            f"--what {what} is of codecs, and the config is a model's: give a codec's, such as "
+            "configs/codec_wan.py."
+        )
+    step = abstract_codec_part(config, mesh, what)
+    crop, (_, space, _) = config.data.crop, config.model.stride
+    latents = crop.rows * config.tiles.frames * (crop.height // space) * (crop.width // space)
+    params = _count(step.arguments[0])
+    return _Step(step.function, step.arguments, params, None, float(latents), step.flops)
+
+
+STEPS = {
+    "train": _train_step,
+    "sample": _sampling_step,
+    "encode": partial(_codec_part, "encode"),
+    "decode": partial(_codec_part, "decode"),
+}
 """What can be planned."""
 
 
-def state_bytes(config: Config, mesh: Mesh) -> float:
+def state_bytes(config: Run, mesh: Mesh) -> float:
     """What a run's state takes on one device, without compiling anything."""
     state = _train_step(config, mesh).state
     assert state is not None
     return sum(state)
 
 
-def compile_step(what: str, config: Config, mesh: Mesh) -> Program:
+def compile_step(what: str, config: Run, mesh: Mesh) -> Program:
     """Compiles one of ``STEPS`` for the devices of a mesh.
 
     Raises:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_jax.config import Config
+from dit_jax.config import CodecRun, Config, Run
 from dit_jax.parallel import make_mesh
 from dit_jax.parallel.topologies import Topology
 from dit_jax.planning.analysis import analyse
 from dit_jax.planning.hlo import parse
 from dit_jax.planning.lowering import DoesNotFit, compile_step
 from dit_jax.planning.report import Plan, make_plan
+from dit_jax.tasks import parts_of_clip
 
 
 def plan_step(
     what: str,
-    config: Config,
+    config: Run,
     name: str,
     topology: Topology,
     devices: list[Any],
@@ -32,11 +33,13 @@ def plan_step(
     mesh = make_mesh(config.mesh, devices)
     program = compile_step(what, config, mesh)
     tally = analyse(parse(program.text), program.kernels, list(mesh.devices.flat), topology)
+    coding = what in ("encode", "decode")
     labels = {
         "what": what,
         "config": name,
         "mesh": dict(mesh.shape),
-        "remat": config.model.dit.remat,
+        "remat": config.model.dit.remat if isinstance(config, Config) else "none",
+        "parts": parts_of_clip(config) if isinstance(config, CodecRun) and coding else 1,
     }
     plan = make_plan(program, tally, topology, labels, tokens, price)
     if plan.peak_bytes > plan.capacity:

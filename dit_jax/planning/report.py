@@ -98,6 +98,8 @@ class Plan:
     devices: int
     mesh: dict[str, int]
     remat: str
+    parts: int
+    """Steps that one clip takes, where it is encoded or decoded in parts."""
     parameters: int
     tokens: float
     """Of a step, over all devices."""

@@ -84,6 +84,10 @@ def render(plan: Plan) -> str:
         f"collectives {_seconds(seconds.scheduled)}",
         "MFU at most  " + ", ".join(f"{n} {x:.1%}" for n, x in plan.mfu.items()),
     ]
+    if plan.parts > 1:
+        each = (seconds.roofline, seconds.per_op)
+        least = " (roofline), ".join(_seconds(plan.parts * one) for one in each)
+        lines.append(f"a clip       {plan.parts} steps: at least {least} (per op)")
     if plan.budget is not None:
         total = plan.budget
         price = "" if total.price is None else f", {total.price:,.0f} USD"

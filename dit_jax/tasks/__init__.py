@@ -4,8 +4,12 @@ from dit_jax.tasks.abstract import AbstractStep as AbstractStep
 from dit_jax.tasks.abstract import AbstractTask as AbstractTask
 from dit_jax.tasks.abstract import abstract_denoise as abstract_denoise
 from dit_jax.tasks.abstract import abstract_task as abstract_task
+from dit_jax.tasks.abstract_codec import abstract_codec_part as abstract_codec_part
+from dit_jax.tasks.abstract_codec import abstract_codec_task as abstract_codec_task
+from dit_jax.tasks.abstract_codec import parts_of_clip as parts_of_clip
+from dit_jax.tasks.autoencoder import build_codec as build_codec
 from dit_jax.tasks.codecs import open_codec as open_codec
-from dit_jax.tasks.text_to_video import build as build
+from dit_jax.tasks.kinds import build as build
 from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model
 from dit_jax.tasks.trained import SamplingOverrides as SamplingOverrides

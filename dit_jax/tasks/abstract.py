@@ -32,7 +32,7 @@ class AbstractTask(NamedTuple):
 
     init: InitParams
     loss: LossFn
-    batch: PackedBatch
+    batch: Any
     """Of ``jax.ShapeDtypeStruct`` with shardings."""
     tokens: float
     """Tokens of the global batch, no padding assumed."""

@@ -17,7 +17,7 @@ def open_codec(config: Config) -> Codec | None:
     """
     if config.codec.path is None:
         return None
-    codec = load_codec(config.codec.path)
+    codec = load_codec(config.codec.path, config.codec.tiles)
     wanted = (config.codec.t, config.codec.h, config.codec.w)
     if codec.strides != wanted or codec.channels != config.model.patch.channels:
         raise ValueError(

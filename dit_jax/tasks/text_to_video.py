@@ -17,12 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.config import Config, DataConfig
+from dit_jax.config import Config
 from dit_jax.data import (
     Loader,
-    MovingShapes,
-    RecordsSource,
-    ShapesConfig,
     Tokenized,
     TransformConfig,
     check_fits,
@@ -53,17 +50,11 @@ from dit_jax.parallel import (
 from dit_jax.sampling import Generator, make_clips, to_float
 from dit_jax.tasks.cases import Cases, write_sheet
 from dit_jax.tasks.codecs import check_codec, open_codec
+from dit_jax.tasks.sources import make_source
 from dit_jax.training import Task, Work
-from dit_jax.types import PAD, PackedBatch, Params, Sample, Source
+from dit_jax.types import PAD, PackedBatch, Params, Sample, Totals
 
 AS_THEY_ARE = TransformConfig()
-
-
-def make_source(config: DataConfig) -> Source:
-    """Opens the data; raises ``ValueError`` where it is absent, foreign or empty."""
-    if isinstance(config.source, ShapesConfig):
-        return MovingShapes(config.source)
-    return RecordsSource(config.source)
 
 
 def make_model(
@@ -147,9 +138,15 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
 
 
 def batch_loss(
-    model: TextToVideo, config: DiffusionConfig, params: Params, batch: PackedBatch, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the tokens' losses, and the sum of their weights."""
+    model: TextToVideo,
+    config: DiffusionConfig,
+    params: Params,
+    batch: PackedBatch,
+    key: jax.Array,
+    step: jax.Array | None = None,
+) -> tuple[jax.Array, Totals]:
+    """Sum of the tokens' losses, and the sum of their weights; the step does not matter."""
+    del step
     noised = noise_batch(config, key, batch)
     output: Any = model.apply(
         params,
@@ -162,7 +159,8 @@ def batch_loss(
         drop_captions(batch.text_segment_ids, noised.dropped),
     )
     error, weight = token_loss(config, output, noised, batch)
-    return error.sum(), weight.sum()
+    loss = error.sum()
+    return loss, Totals(loss, weight.sum(), {})
 
 
 def batch_work(model: ModelConfig, batch: PackedBatch) -> Work:
@@ -173,10 +171,10 @@ def batch_work(model: ModelConfig, batch: PackedBatch) -> Work:
     return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
 
 
-def build(config: Config, mesh: Mesh) -> Task:
+def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
-    source = make_source(config.data)
+    source = make_source(config.data.source)
     if len(source) < 1:
         raise ValueError("the dataset is empty: check data.source's path, split and filters.")
     packing = config.data.packing

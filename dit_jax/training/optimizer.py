@@ -80,12 +80,19 @@ MUON_RMS = 0.2
 """Size of Muon's updates, matched to AdamW's (Liu et al. 2025, section 2.2)."""
 
 
+OVER_TIME = 5
+"""Axes of the kernels of convolutions over time and space, ``[t, h, w, in, out]``."""
+
+
 def muon_axes(params: Any) -> Any:
     """Which parameters Muon orthogonalises: the layers' matrices; their last two axes are in and out,
-    whether or not a scan has stacked the layers."""
+    whether or not a scan has stacked the layers. Of convolutions over time, everything that goes into
+    one output is in."""
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         names = [entry.key for entry in path]
+        if names[-1] == "kernel" and leaf.ndim == OVER_TIME:
+            return optax.contrib.MuonDimensionNumbers((0, 1, 2, 3), 4)
         if names[-1] != "kernel" or not set(names) & set(MUON_LAYERS):
             return None
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)

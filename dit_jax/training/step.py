@@ -11,11 +11,11 @@ import optax
 
 from dit_jax.training.optimizer import OptimizerConfig, ema_rate
 from dit_jax.training.state import TrainState
-from dit_jax.types import Params
+from dit_jax.types import Params, Totals
 
-LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, jax.Array]]
-"""``loss(params, batch, key) -> (sum, weight)``: the batch's loss is the quotient of the two, and
-of several parts of a batch the quotient of their totals."""
+LossFn = Callable[[Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
+"""``loss(params, batch, key, step) -> (sum, totals)``: the batch's loss is the quotient of the sum and
+the totals' weight, and of several parts of a batch the quotient of what these add up to."""
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -32,25 +32,34 @@ def _parts(batch: Any, count: int) -> Any:
 
 
 def loss_and_gradients(
-    loss_fn: LossFn, params: Params, batch: Any, key: jax.Array, accumulate: int
-) -> tuple[jax.Array, Params]:
-    """The loss of a batch and its gradients, the rows in ``accumulate`` parts one by one."""
+    loss_fn: LossFn, params: Params, batch: Any, key: jax.Array, step: jax.Array, accumulate: int
+) -> tuple[Totals, Params]:
+    """The mean loss of a batch and its parts, and the gradients, the rows in ``accumulate`` parts one by
+    one."""
 
-    def part(params: Params, rows: Any) -> tuple[tuple[jax.Array, jax.Array], Params]:
-        return jax.value_and_grad(lambda p: loss_fn(p, rows, key), has_aux=True)(params)
+    def part(params: Params, rows: Any) -> tuple[Totals, Params]:
+        def loss(p: Params) -> tuple[jax.Array, Totals]:
+            return loss_fn(p, rows, key, step)
+
+        (_, totals), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return totals, gradients
 
     if accumulate == 1:
-        (total, weight), gradients = part(params, batch)
+        totals, gradients = part(params, batch)
     else:
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        parts = _parts(batch, accumulate)
+        one = jax.eval_shape(lambda rows: part(params, rows), jax.tree.map(lambda x: x[0], parts))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
 
         def add(carry: Any, rows: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, part(params, rows)), None
 
-        start = ((jnp.zeros(()), jnp.zeros(())), zeros)
-        ((total, weight), gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulate))
-    weight = jnp.maximum(weight, 1.0)
-    return total / weight, jax.tree.map(lambda g: g / weight, gradients)
+        (totals, gradients), _ = jax.lax.scan(add, start, parts)
+    weight = jnp.maximum(totals.weight, 1.0)
+    mean = Totals(
+        totals.loss / weight, weight, {name: x / weight for name, x in totals.parts.items()}
+    )
+    return mean, jax.tree.map(lambda g: g / weight, gradients)
 
 
 def make_step(
@@ -68,7 +77,10 @@ def make_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, gradients = loss_and_gradients(loss_fn, state.params, batch, key, config.accumulate)
+        mean, gradients = loss_and_gradients(
+            loss_fn, state.params, batch, key, state.step, config.accumulate
+        )
+        loss = mean.loss
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -81,7 +93,7 @@ def make_step(
         old = (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + jnp.where(finite, 0, 1)
-        metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped}
+        metrics = {"loss": loss, **mean.parts, "gradient_norm": norm, "skipped": skipped}
         return TrainState(state.step + 1, skipped, params, ema, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -137,7 +137,9 @@ def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
     batch = jax.tree.map(jnp.asarray, batch)
     params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
     loss, gradients = jax.jit(
-        jax.value_and_grad(lambda p: (lambda s, w: s / w)(*task.loss(p, batch, jax.random.key(1))))
+        jax.value_and_grad(
+            lambda p: (lambda s, t: s / t.weight)(*task.loss(p, batch, jax.random.key(1)))
+        )
     )(params)
     assert 1 < loss < 4  # noise and images of about unit variance, and a model that says zero
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))

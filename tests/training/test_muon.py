@@ -87,3 +87,12 @@ def test_the_rest_is_nesterov_adamw(params):
         for name in path:
             one, other = one[name], other[name]
         np.testing.assert_allclose(one, other, rtol=1e-5)  # float32 rounding, order of products
+
+
+def test_takes_convolutions_over_time_as_matrices():
+    kernel = jax.random.normal(jax.random.key(0), (3, 2, 2, 4, 6))
+    params = {"params": {"conv": {"kernel": kernel, "bias": jnp.zeros(6)}}}
+    update = first_update("muon", params, params)["params"]["conv"]["kernel"]
+    singular = np.linalg.svd(np.asarray(update).reshape(48, 6), compute_uv=False)
+    singular /= RATE * MUON_RMS * np.sqrt(48)
+    assert np.all((singular > 0.6) & (singular < 1.3)), singular

@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dit_jax.training import init_state
 from dit_jax.training.optimizer import ema_rate
 from dit_jax.training.step import loss_and_gradients
+from dit_jax.types import Totals
 
 MESH = (2, 1, 2, 2)
 
@@ -57,17 +59,19 @@ def test_accumulation_changes_nothing(rig, one, batches, parts):
 def test_parts_take_interleaved_rows():
     """Every device has rows of every part; weights add up over parts."""
 
-    def loss(params, rows, key):
+    def loss(params, rows, key, step):
         del key
+        total = (params["w"] * rows["x"] ** 2).sum()
         # A row of x has weight x; an order that showed would show in `seen`.
-        return (params["w"] * rows["x"] ** 2).sum(), rows["x"].sum()
+        return total, Totals(total, rows["x"].sum(), {"steps": step * rows["x"].sum()})
 
     x = np.arange(8, dtype=np.float32)
     for parts in (1, 2, 4, 8):
-        value, gradients = loss_and_gradients(
-            loss, {"w": np.float32(3)}, {"x": x}, jax.random.key(0), parts
+        totals, gradients = loss_and_gradients(
+            loss, {"w": np.float32(3)}, {"x": x}, jax.random.key(0), jnp.float32(7), parts
         )
-        assert float(value) == 3 * (x**2).sum() / x.sum()
+        assert float(totals.parts["steps"]) == 7
+        assert float(totals.loss) == 3 * (x**2).sum() / x.sum()
         assert float(gradients["w"]) == (x**2).sum() / x.sum()
 
 

@@ -1,0 +1,85 @@
+"""The run of a codec: an autoencoder of video that is trained on windows of clips."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dit_jax.config.run import Run
+from dit_jax.data import CropConfig, RecordsConfig, ShapesConfig
+from dit_jax.models import CausalAutoencoderConfig, ReconstructionLossConfig, TileConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecDataConfig:
+    """What is trained on, and the windows cut out of it."""
+
+    source: ShapesConfig | RecordsConfig = ShapesConfig()
+    crop: CropConfig = CropConfig(height=16, width=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecEvaluationConfig:
+    """What a run measures when it is done: windows of held-out clips, and what comes back of them."""
+
+    clips: int = 96
+    """Windows; 0 measures nothing, and latents are then not shifted and scaled."""
+    records_split: str | None = None
+    """The split they are cut out of; unset, that of the training data (or moving shapes drawn anew)."""
+    frames: int | None = None
+    """Frames of these windows, where they are others than in training."""
+    statistics: int = 256
+    """Training windows over which the latents' mean and deviation are taken."""
+
+    def __post_init__(self) -> None:
+        if self.clips < 0 or self.statistics < 1 or (self.frames is not None and self.frames < 1):
+            raise ValueError(
+                f"evaluation.clips {self.clips} is at least 0, statistics {self.statistics} and frames "
+                f"{self.frames} at least 1."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecRun(Run):
+    """A run of training: a causal autoencoder of video (``CausalAutoencoderConfig``).
+
+    When it is done, the folder ``codec`` in its output is what ``codec.path`` of other runs takes.
+    """
+
+    data: CodecDataConfig = CodecDataConfig()
+    model: CausalAutoencoderConfig = CausalAutoencoderConfig()
+    loss: ReconstructionLossConfig = ReconstructionLossConfig()
+    evaluation: CodecEvaluationConfig = CodecEvaluationConfig()
+    tiles: TileConfig = TileConfig()
+    """In what parts the finished codec takes clips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        crop, (time, space, _) = self.data.crop, self.model.stride
+        if crop.height % space or crop.width % space:
+            raise ValueError(
+                f"data.crop.height, width = {crop.height}, {crop.width}: give multiples of the model's "
+                f"stride in space, {space}."
+            )
+        for name, frames in (
+            ("data.crop.frames", crop.frames),
+            ("evaluation.frames", self.evaluation.frames),
+        ):
+            if frames is not None and (frames - 1) % time:
+                raise ValueError(
+                    f"{name} is {frames}: the model's stride in time is {time}, so give 1 + {time}n."
+                )
+        if self.rows % self.optimizer.accumulate:
+            raise ValueError(
+                f"data.crop.rows {self.rows} does not divide into optimizer.accumulate "
+                f"{self.optimizer.accumulate} parts: make rows a multiple of it."
+            )
+        if self.model.shift or self.model.scale:
+            raise ValueError(
+                "model.shift and model.scale are measured when training ends: leave them empty."
+            )
+        if self.model.channels != 3:
+            raise ValueError(f"model.channels is {self.model.channels}: clips have 3.")
+
+    @property
+    def rows(self) -> int:
+        return self.data.crop.rows

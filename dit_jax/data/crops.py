@@ -1,0 +1,109 @@
+"""Windows of clips, cut at random: what an autoencoder is trained on.
+
+Rows of a batch have one size. A clip (or image) with fewer frames than a window keeps its own, as many
+as make whole latents, and the row is filled up by its last frame: an autoencoder that looks back alone
+makes of a clip's first frames the same whatever follows, so that the rest has only to be left out of
+the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import grain
+import numpy as np
+
+from dit_jax.data.lanes import Lanes
+from dit_jax.types import ClipBatch, Sample, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class CropConfig:
+    """Size of the windows, and how many are a batch."""
+
+    rows: int = 8
+    """Windows of the global batch, over all devices."""
+    frames: int = 5
+    height: int = 64
+    width: int = 64
+    flip: bool = True
+    """Mirror every second window, left to right."""
+    threads: int = 0
+    """Threads that read ahead for each row."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.crop.{name} is {getattr(self, name)}: it is at least 1.")
+        if self.threads < 0:
+            raise ValueError(f"data.crop.threads is {self.threads}: it is at least 0.")
+
+
+def cut(
+    config: CropConfig, time: int, sample: Sample, rng: np.random.Generator, what: str
+) -> np.ndarray:
+    """A window uint8 ``[t, height, width, 3]`` of 1 + ``time`` n frames, at most ``config.frames``.
+
+    Raises:
+        ValueError: where the clip is smaller than a window, or no pixels.
+    """
+    video, size = sample["video"], (config.height, config.width)
+    if video.dtype != np.uint8:
+        raise ValueError(f"{what} is {video.dtype}: an autoencoder learns from pixels, uint8.")
+    if video.shape[1] < size[0] or video.shape[2] < size[1]:
+        raise ValueError(
+            f"{what} is of {video.shape[1]} x {video.shape[2]} pixels, and data.crop takes {size[0]} x "
+            f"{size[1]}: make the windows smaller, or leave such clips out."
+        )
+    frames = 1 + (min(len(video), config.frames) - 1) // time * time
+    t, y, x = (
+        int(rng.integers(whole - part + 1))
+        for whole, part in zip(video.shape[:3], (frames, *size), strict=True)
+    )
+    window = video[t : t + frames, y : y + size[0], x : x + size[1]]
+    return window[:, :, ::-1] if config.flip and rng.random() < 0.5 else window
+
+
+def _row(
+    config: CropConfig, time: int, seed: int, index: int, sample: Sample
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((seed, index))
+    window = cut(config, time, sample, rng, f"sample {index}")
+    missing = config.frames - len(window)
+    video = np.concatenate([window, np.repeat(window[-1:], missing, 0)])
+    return {"video": video, "num_frames": np.array(len(window), np.int32)}
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> ClipBatch:
+    return ClipBatch(
+        video=np.stack([row["video"] for row in rows]),  # pyright: ignore[reportArgumentType]
+        num_frames=np.stack([row["num_frames"] for row in rows]),  # pyright: ignore[reportArgumentType]
+    )
+
+
+class CropLoader(Lanes[ClipBatch]):
+    """Batches of windows: this process's rows of the global batches.
+
+    ``time`` is the codec's stride in time. What is drawn depends on the seed and on nothing else.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: CropConfig,
+        time: int,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        ordered = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        windows = ordered.map_with_index(partial(_row, config, time, seed))
+        read = grain.ReadOptions(
+            num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
+        )
+
+        def lane(row: int) -> grain.IterDataset:
+            return windows[row :: config.rows].to_iter_dataset(read)
+
+        super().__init__(source, lane, tuple(range(config.rows) if rows is None else rows), _stack)

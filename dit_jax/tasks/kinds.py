@@ -1,0 +1,18 @@
+"""Which task a config is of."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from dit_jax.config import CodecRun, Config, Run
+from dit_jax.tasks.autoencoder import build_codec
+from dit_jax.tasks.text_to_video import build_text_to_video
+from dit_jax.training import Task
+
+
+def build(config: Run, mesh: Mesh) -> Task:
+    """The task of a run on a mesh; opens the data, and makes nothing else yet."""
+    if isinstance(config, CodecRun):
+        return build_codec(config, mesh)
+    assert isinstance(config, Config)
+    return build_text_to_video(config, mesh)
