@@ -69,8 +69,8 @@ def _from_values(values: dict[str, Any], where: str) -> CausalAutoencoderConfig:
         return CausalAutoencoderConfig(**given)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where} describes no {CLASS} of this version of dit_jax ({type(error).__name__}: {error}): "
-            "restore the file, or use the version that wrote it."
+            f"{where} describes no {CLASS} of this version of dit_jax ({type(error).__name__}: "
+            f"{error}): restore the file, or use the version that wrote it."
         ) from error
 
 

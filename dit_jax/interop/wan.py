@@ -1,4 +1,4 @@
-"""Diffusers' folder of ``AutoencoderKLWan`` (Wan 2.1; 2.2, which has shortcuts): its keys, both ways."""
+"""Diffusers' folder of ``AutoencoderKLWan`` (Wan 2.1, and 2.2 with shortcuts): its keys, both ways."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def autoencoder_to_wan(config: CausalAutoencoderConfig) -> dict[str, Any]:
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"the autoencoder has {name} {getattr(config, name)}, for which {CLASS} has no setting: keep "
-            "it in the folder that the run wrote."
+            f"the autoencoder has {name} {getattr(config, name)}, for which {CLASS} has no setting: "
+            "keep it in the folder that the run wrote."
         )
     z, p = config.latent_channels, config.patch
     return {

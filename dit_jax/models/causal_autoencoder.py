@@ -2,8 +2,8 @@
 
 Residual convolutions over time and space at several resolutions, one attention layer within frames in
 the middle, a diagonal Gaussian over latents (or none). Nothing looks ahead in time and no norm takes
-statistics over positions, so that latent i depends on the frames up to its own last one, and latent 0 is
-that of the first frame as an image. The configuration ``WAN`` is Wan 2.1's (Wan 2025, "Wan: Open and
+statistics over positions, so that latent i depends on the frames up to its own last one, and latent 0
+is that of the first frame as an image. The configuration ``WAN`` is Wan 2.1's (Wan 2025, "Wan: Open and
 Advanced Large-Scale Video Generative Models", section 4.1), whose weights ``interop`` reads.
 
 Which frames a latent holds: with a stride of s in time latent 0 holds frame 0, and latent i > 0 frames
@@ -62,7 +62,7 @@ class CausalAutoencoderConfig:
     variational: bool = True
     """Whether the encoder gives a mean and a variance, or a point."""
     shift: tuple[float, ...] = ()
-    """Of each latent channel: latents are ``(z - shift) * scale``, about unit variance. None: 0 and 1."""
+    """Of each channel: latents are ``(z - shift) * scale``, about unit variance. None: 0 and 1."""
     scale: tuple[float, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations; auto is bfloat16 on accelerators and float32 on CPUs."""
@@ -82,8 +82,8 @@ class CausalAutoencoderConfig:
                 )
         if any(len(pair) != 2 or not set(pair) <= {1, 2} for pair in self.strides):
             raise ValueError(
-                f"autoencoder strides {self.strides}: each is a pair for time and space of 1 or 2. More "
-                "comes from more resolutions, or in space from a patch."
+                f"autoencoder strides {self.strides}: each is a pair for time and space of 1 or 2. "
+                "More comes from more resolutions, or in space from a patch."
             )
         if self.shortcuts:
             self._check_shortcuts()
@@ -91,7 +91,7 @@ class CausalAutoencoderConfig:
             count = len(getattr(self, name))
             if count not in (0, self.latent_channels):
                 raise ValueError(
-                    f"autoencoder {name} has {count} values for {self.latent_channels} latent channels: "
+                    f"autoencoder {name} has {count} values for {self.latent_channels} channels: "
                     "give one for each, or none."
                 )
         if any(scale == 0 for scale in self.scale):
@@ -110,9 +110,9 @@ class CausalAutoencoderConfig:
         ]
         if any(many % few for many, few in pairs):
             raise ValueError(
-                f"autoencoder widths {widths} and strides {self.strides} have no shortcuts, whose channels "
-                "are averaged or repeated whole: make each width a multiple of the one before, or unset "
-                "shortcuts."
+                f"autoencoder widths {widths} and strides {self.strides} have no shortcuts, whose "
+                "channels are averaged or repeated whole: make each width a multiple of the one "
+                "before, or unset shortcuts."
             )
 
     @property

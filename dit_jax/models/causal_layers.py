@@ -1,11 +1,11 @@
-"""Layers of a causal video autoencoder: what they make of a frame depends on that frame and earlier ones.
+"""Layers of a causal video autoencoder: they look at a frame and those before it, never ahead.
 
 Every layer that looks back takes frames in any number of parts. With the collection ``cache`` mutable
 it leaves there the frames that the next part looks back to, and where ``first`` is false it begins with
 what was left; parts put together are the whole, exactly. A clip begins with zeros, and its first frame
-is apart: where time is halved or doubled it stays one frame, and the others go in pairs (Yu et al. 2023,
-"Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.2; Wan 2025, "Wan: Open
-and Advanced Large-Scale Video Generative Models", section 4.1).
+is apart: where time is halved or doubled it stays one frame, and the others go in pairs (Yu et al.
+2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.2; Wan 2025,
+"Wan: Open and Advanced Large-Scale Video Generative Models", section 4.1).
 
 Axis letters: b clips, t frames, h w pixels or latents, c channels.
 """
@@ -106,7 +106,7 @@ class Computation:
 
 
 def with_past(module: nn.Module, x: Frames, count: int, first: bool) -> tuple[Frames, int]:
-    """``x`` after the ``count`` frames before it, and how many of these are zeros that are left out: all
+    """``x`` after the ``count`` frames before it, and how many of these are zeros, left out: all
     of them before a clip's first part."""
     if not first:
         x = jnp.concatenate([module.get_variable(CACHE, "past"), x], 1)

@@ -62,15 +62,15 @@ class ReconstructionLossConfig:
             raise ValueError("loss.l1 and loss.l2 are both 0: nothing would be reconstructed.")
         if self.perceptual and self.vgg is None:
             raise ValueError(
-                f"loss.perceptual is {self.perceptual} and loss.vgg is unset: give torchvision's file of "
-                "VGG-16 (vgg16-397923af.pth), or set loss.perceptual to 0."
+                f"loss.perceptual is {self.perceptual} and loss.vgg is unset: give torchvision's file "
+                "of VGG-16 (vgg16-397923af.pth), or set loss.perceptual to 0."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionLoss:
-    """The loss of a batch of clips; ``params`` are those of the autoencoder, under "autoencoder", and of
-    the discriminator, if there is one, under "discriminator"."""
+    """The loss of a batch of clips; ``params`` are those of the autoencoder, under "autoencoder", and
+    of the discriminator, if there is one, under "discriminator"."""
 
     model: CausalAutoencoder
     config: ReconstructionLossConfig

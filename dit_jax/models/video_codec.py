@@ -170,8 +170,9 @@ class VideoCodec:
             near = 1 + (frames - 1) // time * time
             down = [max(side // space, 1) * space for side in (height, width)]
             raise ValueError(
-                f"a clip of {frames} frames of {height} x {width}: {self.name} takes 1 + {time}n frames "
-                f"with sides that are multiples of {space}. Cut it to {near} of {down[0]} x {down[1]}."
+                f"a clip of {frames} frames of {height} x {width}: {self.name} takes 1 + {time}n "
+                f"frames with sides that are multiples of {space}. Cut it to {near} of {down[0]} x "
+                f"{down[1]}."
             )
 
 

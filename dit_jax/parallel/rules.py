@@ -205,15 +205,15 @@ def batch_sharding(mesh: Mesh, ndim: int, tokens: bool, rows: int | None = None)
 
 def clip_sharding(mesh: Mesh, clips: int, h: int, w: int) -> NamedSharding:
     """Of ``clips`` activations ``[b, t, rows, columns, c]``, rows and columns multiples of ``h`` and
-    ``w``: clips over data and fsdp, and the rows over context, or the columns if it divides only those."""
+    ``w``: clips over data and fsdp, the rows over context, or the columns if it divides only those."""
     context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
     over = ("context", None) if h % context == 0 else (None, None if w % context else "context")
     return NamedSharding(mesh, PartitionSpec(None if clips % shards else ROWS, None, *over, None))
 
 
 def make_lay(mesh: Mesh) -> Callable[[int, int], Callable[[jax.Array], jax.Array]]:
-    """``make_lay(mesh)(h, w)`` lays activations out by ``clip_sharding``; the compiler sends the edges of
-    what lies apart to the neighbours."""
+    """``make_lay(mesh)(h, w)`` lays activations out by ``clip_sharding``; the compiler sends edges to
+    the neighbours."""
 
     def lay(h: int, w: int) -> Callable[[jax.Array], jax.Array]:
         def constrain(x: jax.Array) -> jax.Array:

@@ -191,8 +191,8 @@ def _sampling_step(config: Run, mesh: Mesh) -> _Step:
 def _of_model(config: Run, what: str) -> Config:
     if not isinstance(config, Config):
         raise ValueError(
-            f"--what {what} is of models, and the config is a codec's: plan its --what train, encode or "
-            "decode."
+            f"--what {what} is of models, and the config is a codec's: plan its --what train, encode "
+            "or decode."
         )
     return config
 

@@ -122,7 +122,7 @@ def _open(config: CodecRun, split: str | None) -> Source:
 
 
 class HeldOut:
-    """Windows that a finished codec is measured on, and training windows for the latents' statistics."""
+    """Windows that a finished codec is measured on, and those for its latents' statistics."""
 
     def __init__(self, config: CodecRun, source: Source, held: Source) -> None:
         self.config = config
@@ -138,7 +138,7 @@ class HeldOut:
         return self._windows(self._crop, self._source, self.config.evaluation.statistics, 2)
 
     def _windows(self, crop: CropConfig, source: Source, count: int, seed: int) -> list[np.ndarray]:
-        """Evenly over the source, at random places; the longest are taken where clips differ in length."""
+        """Evenly over the source, at random places."""
         time, found = self.config.model.stride[0], []
         for i in range(count):
             rng = np.random.default_rng((self.config.seed, seed, i))

@@ -34,8 +34,7 @@ def _parts(batch: Any, count: int) -> Any:
 def loss_and_gradients(
     loss_fn: LossFn, params: Params, batch: Any, key: jax.Array, step: jax.Array, accumulate: int
 ) -> tuple[Totals, Params]:
-    """The mean loss of a batch and its parts, and the gradients, the rows in ``accumulate`` parts one by
-    one."""
+    """The mean loss of a batch and its terms, and the gradients; the rows in ``accumulate`` parts."""
 
     def part(params: Params, rows: Any) -> tuple[Totals, Params]:
         def loss(p: Params) -> tuple[jax.Array, Totals]:

@@ -44,7 +44,7 @@ def trained(latents, mesh):
 
 def test_batches_hold_what_was_recorded(trained, latents, records):
     _, batches, _ = trained
-    source = tasks.text_to_video.make_source(latents.data)
+    source = tasks.sources.make_source(latents.data.source)
     clips = [source[i] for i in range(len(source))]
     found = 0
     for batch in batches:
