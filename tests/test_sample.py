@@ -154,7 +154,7 @@ def refused(whole: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Re
     ("arguments", "parts"),
     [
         ([], ["nothing to make: give --prompt"]),
-        (["--prompts-file", "/none"], ["cannot read prompt file '/none'", "check the path"]),
+        (["--prompts-file", "/none"], ["cannot read '/none'", "check the path"]),
         (["--frames", "4"], ["4 frames", "1 + 2n", "nearest are 3 and 5"]),
         (["--frames", "0"], ["frames is 0", "at least 1"]),
         (["--height", "20"], ["height 20 is not a multiple of the patch's 8", "16 and 24"]),

@@ -1,5 +1,7 @@
 """Data: sources of clips, and rows of packed segments."""
 
+from dit_jax.data.captions import draw_caption as draw_caption
+from dit_jax.data.packing import Augment as Augment
 from dit_jax.data.packing import Loader as Loader
 from dit_jax.data.packing import PackingConfig as PackingConfig
 from dit_jax.data.packing import Tokenized as Tokenized

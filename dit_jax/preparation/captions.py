@@ -144,20 +144,24 @@ def _captions(
     licence = row.get(config.licence_column or find_column(columns, LICENCE_KEYS) or "")
     named: list[tuple[str, Kind]] = [(column, _kind(column)) for column in config.caption_columns]
     if not named:
-        guesses = ((find_column(columns, keys), kind) for kind, keys in CAPTION_KEYS.items())
-        named = [(column, kind) for column, kind in guesses if column is not None]
+        for kind, keys in CAPTION_KEYS.items():
+            if column := find_column(columns, keys):
+                named.append((column, kind))
     if not named or any(column not in row for column, _ in named):
         wanted = next((c for c, _ in named if c not in row), CAPTION_KEYS["given"][0])
         raise ValueError(
             f"{where} has no {wanted!r}, only {', '.join(columns) or 'nothing'}: name the column of "
             "the captions"
         )
-    texts = [(text, kind) for column, kind in named for text in _texts(row[column], column, where)]
-    if not texts:
+    licence = str(licence) if licence else None
+    found = [
+        Caption(text, origin, kind, licence)
+        for column, kind in named
+        for text in _texts(row[column], column, where)
+    ]
+    if not found:
         raise ValueError(f"{where} has no text as {named[0][0]!r}: write one, or leave it out")
-    return tuple(
-        Caption(text, origin, kind, str(licence) if licence else None) for text, kind in texts
-    )
+    return tuple(found)
 
 
 def _kind(column: str) -> Kind:

@@ -30,7 +30,7 @@ class Response:
     refusal: str | None = None
     delay: float = 0.0
     cut: int | None = None
-    """Bytes of the body after which the connection breaks."""
+    """Bytes of the body after which the connection breaks; 0 sends no headers either."""
 
     def encoded(self) -> bytes:
         if self.body is not None:
@@ -105,6 +105,9 @@ class ChatServer:
         self.ended.wait(response.delay)
         data = response.encoded()
         with contextlib.suppress(OSError):
+            if response.cut == 0:
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                return
             handler.send_response(response.status)
             for name, value in (*response.headers, ("Content-Length", str(len(data)))):
                 handler.send_header(name, value)
