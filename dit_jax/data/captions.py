@@ -1,8 +1,8 @@
 """Which of a clip's captions it is trained on: drawn anew in every epoch.
 
-Betker et al. 2023, "Improving Image Generation with Better Captions" (DALL-E 3), section 2: a mix of
-synthetic captions, descriptive and short, with those that were given keeps a model from overfitting to
-the habits of a captioner; 95 % synthetic was best there.
+Betker et al. 2023, "Improving Image Generation with Better Captions" (DALL-E 3), section 3: synthetic
+captions are mixed with those that were given, which keeps a model from overfitting to the habits of a
+captioner; DALL-E 3 was trained on 95 % synthetic ones.
 """
 
 from __future__ import annotations

@@ -11,12 +11,14 @@ from dit_jax.preparation.chat import ChatClient as ChatClient
 from dit_jax.preparation.chat import ChatConfig as ChatConfig
 from dit_jax.preparation.chat import ChatError as ChatError
 from dit_jax.preparation.chat import ChatOptions as ChatOptions
+from dit_jax.preparation.chat import Unreachable as Unreachable
 from dit_jax.preparation.prompts import read_prompts as read_prompts
 from dit_jax.preparation.recaption import TEXTS as TEXTS
 from dit_jax.preparation.recaption import Clip as Clip
 from dit_jax.preparation.recaption import RecaptionConfig as RecaptionConfig
 from dit_jax.preparation.recaption import Recaptioned as Recaptioned
 from dit_jax.preparation.recaption import evenly_spaced as evenly_spaced
+from dit_jax.preparation.recaption import failures as failures
 from dit_jax.preparation.recaption import recaption as recaption
 from dit_jax.preparation.upsample import UpsampleConfig as UpsampleConfig
 from dit_jax.preparation.upsample import Upsampled as Upsampled

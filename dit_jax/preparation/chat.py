@@ -183,7 +183,7 @@ class ChatClient:
         self._opener = _opener(config.url)
         self._lock = threading.Lock()
         self._not_before = 0.0
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._answers = 0, False
 
     def ask(self, messages: Sequence[Message]) -> Answer | str:
         """The answer to a conversation, or, as a text, the reason why there is none.
@@ -222,18 +222,22 @@ class ChatClient:
                 answer = self._once(body)
             except Failed as error:
                 if not error.again or attempt == options.retries or error.wait > options.max_wait:
-                    self._note(failed=error.again)
+                    self._note(error)
                     raise
                 self.summary.count("retried", error.reason)
                 self._wait(attempt, error.wait)
             else:
-                self._note(failed=False)
+                self._note(None)
                 return answer
         raise AssertionError("the last attempt returns or raises")
 
-    def _note(self, failed: bool) -> None:
+    def _note(self, error: Failed | None) -> None:
         with self._lock:
-            self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+            if error is None:
+                self._failed_in_a_row, self._answers = 0, True
+            elif error.again or not self._answers:
+                # A request that is refused says nothing of others, but where none was answered yet.
+                self._failed_in_a_row += 1
 
     def _wait(self, attempt: int, asked_for: float) -> None:
         """Waits before the next attempt; what a server asks for, all threads wait."""

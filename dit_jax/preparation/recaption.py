@@ -3,8 +3,8 @@
 After Betker et al. 2023, "Improving Image Generation with Better Captions" (DALL-E 3), section 2,
 and as Sora does for clips: each gets a *descriptive* caption, of everything that is seen, and a *short*
 one, of its main subject. Training draws among them and the caption that was given
-(``RecordsConfig.caption_mix``); the paper found 95 % synthetic to 5 % given best. Theirs is a captioner
-fine-tuned for the purpose; here it is any model that sees, told what to write.
+(``RecordsConfig.caption_mix``); DALL-E 3 had 95 % synthetic to 5 % given (section 3). Theirs is a
+captioner fine-tuned for the purpose; here it is any model that sees, told what to write.
 
 The descriptive caption is asked for with the frames, the short one with the descriptive alone, which
 spares sending the frames twice and keeps both to the same facts.

@@ -115,14 +115,19 @@ def test_retry_after_is_kept_by_all_threads_as_a_date_too():
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_what_cannot_pass_is_not_tried_again(status: int):
-    with serving(lambda *_: Response(status=status)) as server:
+    respond = lambda body, _: Response() if words(body) == "fine" else Response(status=status)  # noqa: E731
+    with serving(respond) as server:
         client, clock = client_of(server.url)
         assert ask(client, "x") == f"status {status}: no, {status}"
         assert sum(server.seen.values()) == 1 and not clock.slept
-        # It is this request's fault, and others go on.
-        for i in range(30):
-            ask(client, str(i))
-    assert sum(server.seen.values()) == 31
+        # It is this request's fault, and others go on; but where none was ever answered.
+        ask(client, "fine")
+        assert {ask(client, str(i)) for i in range(30)} == {f"status {status}: no, {status}"}
+        assert sum(server.seen.values()) == 32
+        client, clock = client_of(server.url)
+        said = [str(ask(client, str(i))) for i in range(30)]
+        assert said[19:21] == [f"status {status}: no, {status}", said[-1]]
+        assert said[-1] == "not sent: 20 requests before it failed in a row"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
