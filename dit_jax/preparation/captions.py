@@ -253,3 +253,32 @@ def match_table(rows: Sequence[TableRow], media: Sequence[str | os.PathLike]) ->
 def _share_end(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     shared = min(len(one), len(other))
     return one[-shared:] == other[-shared:]
+
+
+def text_features(given: int = 1) -> tuple[str, ...]:
+    """The names of what ``record_texts`` gives beside ``caption``: for ``write_records(texts=...)``."""
+    further = (f"caption_{i}" for i in range(2, given + 1))
+    return (*further, "caption_short", "caption_descriptive", "caption_origin")
+
+
+def record_texts(captions: Sequence[Caption], given: int = 1) -> dict[str, str]:
+    """A clip's captions as features of its record; what there is none of is empty.
+
+    ``caption`` is the first that was given, ``caption_2``, ... are others, up to ``given`` in all;
+    ``caption_short`` and ``caption_descriptive`` are the first of their kind. ``caption_origin`` says
+    where each is from: "caption: sidecar; caption_short: model:NAME".
+    """
+    if given < 1:
+        raise ValueError(f"given is {given}: at least 1 caption of a clip is kept.")
+    of_kind = {kind: [one for one in captions if one.kind == kind] for kind in CAPTION_KEYS}
+    places = ["caption", *(f"caption_{i}" for i in range(2, given + 1))]
+    found = dict(zip(places, of_kind["given"], strict=False))
+    found |= {
+        f"caption_{kind}": of_kind[kind][0] for kind in ("short", "descriptive") if of_kind[kind]
+    }
+    texts = {
+        name: found[name].text if name in found else ""
+        for name in ("caption", *text_features(given))
+    }
+    texts["caption_origin"] = "; ".join(f"{name}: {one.origin}" for name, one in found.items())
+    return texts

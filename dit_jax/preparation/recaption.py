@@ -24,6 +24,7 @@ from av.error import FFmpegError
 
 from dit_jax.data.transforms import resized
 from dit_jax.preparation.answers import tell
+from dit_jax.preparation.captions import Caption, Kind
 from dit_jax.preparation.chat import ChatClient, message
 from dit_jax.preparation.ordered import ordered
 
@@ -93,14 +94,13 @@ class Recaptioned:
     """``model:NAME``, of the short and the descriptive one."""
     error: str = ""
 
-    def texts(self) -> dict[str, str]:
-        """Features of a record (``write_records(texts=TEXTS)``), beside its ``caption``."""
-        origin = self.origin if self.short or self.descriptive else ""
-        return dict(zip(TEXTS, (self.short, self.descriptive, origin), strict=True))
-
-
-TEXTS = ("caption_short", "caption_descriptive", "caption_origin")
-"""The text features that recaptioning adds to a record."""
+    def captions(self) -> tuple[Caption, ...]:
+        """Those that were made; ``record_texts`` puts them beside those that were given."""
+        made: tuple[tuple[str, Kind], ...] = (
+            (self.short, "short"),
+            (self.descriptive, "descriptive"),
+        )
+        return tuple(Caption(text, self.origin, kind) for text, kind in made if text)
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:

@@ -14,6 +14,8 @@ from dit_jax.preparation.captions import (
     match_table,
     read_sidecars,
     read_table,
+    record_texts,
+    text_features,
 )
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"
@@ -176,6 +178,27 @@ def test_rows_find_their_media():
     said = matched.render()
     assert said.startswith("5 of 7 media files have a caption")
     assert "no such file: d/5.mp4 (line 7)" in said and "no caption: b/1.mp4" in said
+
+
+def test_captions_as_features_of_a_record():
+    captions = [
+        *(given(f"g{i}") for i in range(3)),
+        given("s", kind="short"),
+        given("s of a model", "model:seer", kind="short"),
+    ]
+    texts = record_texts(captions, given=2)
+    assert set(texts) == {"caption", *text_features(2)}
+    assert texts == {
+        "caption": "g0",
+        "caption_2": "g1",
+        "caption_short": "s",
+        "caption_descriptive": "",
+        "caption_origin": "caption: table; caption_2: table; caption_short: table",
+    }
+    assert set(record_texts([]).values()) == {""}
+    assert record_texts(captions[:1], given=2)["caption_2"] == ""
+    with pytest.raises(ValueError, match="given is 0"):
+        record_texts([], given=0)
 
 
 def test_the_manifest_of_real_clips():

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from dit_jax.data import RecordsConfig, RecordsSource, write_records
-from dit_jax.preparation import TEXTS, AnswerCache, Clip, RecaptionConfig, evenly_spaced, recaption
+from dit_jax.preparation import (
+    AnswerCache,
+    Caption,
+    Clip,
+    RecaptionConfig,
+    evenly_spaced,
+    recaption,
+    record_texts,
+    text_features,
+)
 from dit_jax.preparation.chat import ChatClient, ChatConfig, ChatError, ChatOptions
 from dit_jax.preparation.recaption import encode_image, failures
 from tests.preparation.chat_server import FakeTime, Response, serving, words
@@ -244,10 +253,16 @@ def test_captions_become_features_of_records(tmp_path: Path):
     with serving(lambda body, turn: describe(body) if images(body) else Response("")) as server:
         results = list(recaption(map(clip, range(3)), client_of(server.url)))
     samples = [
-        {"video": np.stack([picture(i)]), "fps": 8.0, "caption": one.given, **one.texts()}
+        {
+            **record_texts([Caption(one.given, "sidecar"), *one.captions()]),
+            "video": np.stack([picture(i)]),
+            "fps": 8.0,
+        }
         for i, one in enumerate(results)
     ]
-    path = write_records(tmp_path, "clips", {"train": samples}, description="d", texts=TEXTS)
+    assert samples[1]["caption_origin"] == "caption: sidecar; caption_descriptive: model:seer"
+    texts = text_features()
+    path = write_records(tmp_path, "clips", {"train": samples}, description="d", texts=texts)
     mix = (("caption_descriptive", 0.95), ("caption_short", 0.05))
     source = RecordsSource(RecordsConfig(str(path), caption_mix=mix))
     assert source[2].get("captions") == {
