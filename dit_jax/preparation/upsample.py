@@ -75,19 +75,25 @@ def upsample(
 
     Raises:
         ChatError: where the server refuses the key or does not know the model. Where nobody answers at
-            all, the prompts come back as they are, each with that error.
+            all, prompts that no kept answer is of come back as they are, each with that error.
     """
     config = config or UpsampleConfig()
+    absent = ""
     try:
         client.probe()
     except Unreachable as error:
-        return [Upsampled(prompt, prompt, str(error)) for prompt in prompts]
+        absent = str(error)
+        client.close()  # what was answered once is there still
     words = config.words if limit is None else min(config.words, max(limit // BYTES_OF_WORD, 3))
     system = message("system", config.system.replace("{words}", str(words)))
     one = partial(_upsample, client=client, system=system, limit=limit, length=length)
     unique = list(dict.fromkeys(prompts))
     found = ordered(one, unique, client.options.concurrency, client.close)
     made = dict(zip(unique, found, strict=True))
+    if absent:
+        for prompt, one in made.items():
+            if one.error.startswith("not sent"):
+                made[prompt] = dataclasses.replace(one, error=absent)
     return [made[prompt] for prompt in prompts]
 
 

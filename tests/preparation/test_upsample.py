@@ -66,7 +66,17 @@ def test_no_server_is_told_for_every_prompt_and_not_tried_for_minutes():
     found = upsample(["a cat", "a dog"], client)
     assert [one.text for one in found] == ["a cat", "a dog"]
     assert all("no server answers at http://127.0.0.1" in one.error for one in found)
-    assert warnings(found).count("used as given") == 2 and client.summary.asked == 0
+    assert warnings(found).count("used as given") == 2
+    assert client.summary.failed == {"not sent": 2} and not client.summary.retried
+
+
+def test_what_was_answered_once_needs_no_server():
+    with serving(respond) as server:
+        client = client_of(server.url)
+        (before,) = upsample(["a cat"], client)
+    cat, fox = upsample(["a cat", "a fox"], client_of(server.url, client.cache))
+    assert cat == before and not cat.error
+    assert fox.text == "a fox" and "no server answers at" in fox.error
 
 
 def test_wrong_models_and_keys_are_refused():
