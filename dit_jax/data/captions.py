@@ -34,8 +34,17 @@ def draw_caption(
 
 
 def take_caption(sample: Sample, name: str) -> None:
-    """Makes one of the sample's captions, and its states, the one that is used; in place."""
-    sample["caption"] = sample.get("captions", {})[name]
-    states = sample.get("captions_states", {})
+    """Makes one of the sample's captions, and its states, the one that is used; in place.
+
+    Raises ``ValueError`` where the sample has states, and none of this caption.
+    """
+    caption, states = sample.get("captions", {})[name], sample.get("captions_states", {})
     if name in states:
         sample["text_states"] = states[name]
+    elif "text_states" in sample and caption != sample["caption"]:
+        raise ValueError(
+            f"the caption {name!r} ({caption[:60]!r}) was drawn and has no text states, and those of "
+            f"{sample['caption'][:60]!r} are not its own: give states for each caption of the mix "
+            "(captions_states), or draw none (data.source.caption_mix)."
+        )
+    sample["caption"] = caption
