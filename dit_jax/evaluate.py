@@ -58,11 +58,8 @@ from dit_jax.parallel import (
     restart_with_huge_pages,
     take_process_flags,
 )
-from dit_jax.sampling import (
-    check_request,
-    make_clips,
-    read_prompts,
-)
+from dit_jax.preparation import read_prompts
+from dit_jax.sampling import check_request, make_clips
 
 PROG = "python -m dit_jax.evaluate"
 SHARD = 256
@@ -101,7 +98,7 @@ class EvaluateArguments:
     labels: Literal["balanced", "uniform"] = "balanced"
     """Classes of samples: each as often, or drawn at random."""
     prompts_file: str | None = None
-    """Prompts for a model of text, one a line, taken in turn."""
+    """Prompts for a model of text, taken in turn: a line each, or a table, or JSON."""
     step: int | None = None
     """Of the checkpoint; the newest if unset."""
     codec: str | None = None

@@ -6,7 +6,9 @@ checkpoint, and the model can make clips of the size that was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 import re
 import sys
@@ -20,7 +22,7 @@ import tyro
 
 from dit_jax import tasks
 from dit_jax.config import Config
-from dit_jax.models import ClassLabelsConfig, TextStatesConfig
+from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig, TextStatesConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -28,14 +30,26 @@ from dit_jax.parallel import (
     make_mesh,
     restart_with_huge_pages,
     take_process_flags,
+    tell_all,
 )
+from dit_jax.preparation import (
+    AnswerCache,
+    ChatClient,
+    ChatConfig,
+    ChatOptions,
+    UpsampleConfig,
+    Upsampled,
+    default_cache,
+    read_prompts,
+    upsample,
+)
+from dit_jax.preparation.upsample import changes, records, warnings
 from dit_jax.sampling import (
     Request,
     check_output,
     check_request,
     grid,
     make_clips,
-    read_prompts,
     upscale,
     write_video,
 )
@@ -52,7 +66,8 @@ class SampleArguments:
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar='"TEXT" ["TEXT" ...]')] = ()
     """What to make; several prompts make several clips."""
     prompts_file: str | None = None
-    """A text file with a prompt on every line."""
+    """A text file with a prompt on every line, or a .csv, .tsv, .json or .jsonl file with a column or
+    key "prompt"."""
     label: tuple[int, ...] = ()
     """Classes, by number, for a model of classes: in place of prompts."""
     output: str = "samples.mp4"
@@ -73,6 +88,19 @@ class SampleArguments:
     """Of the checkpoint; the newest if unset."""
     scale: int = 1
     """Enlarges every pixel so many times in the file."""
+    upsample: bool = False
+    """Has a language model write the prompts out first, as the captions were that were trained on;
+    says what it changed, and writes the texts that are used beside the output, where --prompts-file
+    can read them (OUTPUT.prompts.json, or prompts.json in a directory)."""
+    upsample_server: str | None = None
+    """Of that model: the address of any server of OpenAI's protocol (vLLM, Ollama, ...)."""
+    upsample_model: str | None = None
+    """Its name there."""
+    upsample_cache: str | None = None
+    """File that keeps its answers, so that none is asked for twice. Unset: in the user's cache
+    directory."""
+    upsampling: UpsampleConfig = UpsampleConfig()
+    chat: ChatOptions = ChatOptions()
     mesh: MeshConfig = MeshConfig()
     spread_parameters: bool = False
     """Shard parameters over mesh.context too: for models too large for one device, at the price of
@@ -95,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prompts(given: SampleArguments) -> list[str | int]:
-    """What is asked for: texts, or numbers of classes."""
+    """What is asked for, each so many times: texts, or numbers of classes."""
     prompts: list[str | int] = [*given.prompt, *given.label]
     if given.prompts_file is not None:
         prompts += read_prompts(given.prompts_file)
@@ -149,6 +177,9 @@ def sample(given: SampleArguments) -> None:
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
     codec = tasks.open_codec(config)
+    if given.upsample:
+        file = directory.with_suffix(".prompts.json") if single else directory / "prompts.json"
+        requests = _requests(config, _upsampled(given, config, prompts, file), given.seed)
 
     mesh = make_mesh(given.mesh)
     generator, params = trained.load(mesh, given.spread_parameters)
@@ -156,6 +187,51 @@ def sample(given: SampleArguments) -> None:
     clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
     if jax.process_index() == 0:
         _write(given, directory, single, prompts, clips, made.fps)
+
+
+def _chat_config(given: SampleArguments, prompts: list[str | int]) -> ChatConfig:
+    if not given.upsample_server or not given.upsample_model:
+        raise ValueError(
+            "--upsample asks a language model: give --upsample-server URL and --upsample-model NAME."
+        )
+    if any(isinstance(prompt, int) for prompt in prompts):
+        raise ValueError("--upsample writes prompts out, and --label gives classes: leave one out.")
+    return ChatConfig(given.upsample_server, given.upsample_model, given.chat)
+
+
+def _upsampled(
+    given: SampleArguments, config: Config, prompts: list[str | int], file: Path
+) -> list[str | int]:
+    """The texts that are used in place of prompts; process 0 asks for them, says and writes what they
+    are, and tells the others."""
+    asked = _chat_config(given, prompts)
+    texts = ""
+    if jax.process_index() == 0:
+        text = config.model.text
+        limit = text.max_bytes if isinstance(text, ByteEncoderConfig) else None
+        words = list(dict.fromkeys(str(prompt) for prompt in prompts))
+        with contextlib.closing(AnswerCache(given.upsample_cache or default_cache())) as cache:
+            client = ChatClient(asked, cache)
+            found = upsample(words, client, given.upsampling, limit)
+        _tell_changes(found, client, file)
+        texts = json.dumps({one.original: one.text for one in found})
+    used = json.loads(tell_all("prompts", texts))
+    return [used[prompt] for prompt in prompts]
+
+
+def _tell_changes(found: list[Upsampled], client: ChatClient, file: Path) -> None:
+    lines = json.dumps(records(found, client.config.model), ensure_ascii=False, indent=1)
+    file.write_text(lines + "\n", encoding="utf-8")
+    print(changes(found) or "no prompt was changed")
+    print(client.summary.render())
+    print(f"the prompts that are used: {file}", flush=True)
+    if kept := warnings(found):
+        failed = sum(bool(one.error) for one in found)
+        print(
+            f"{PROG}: warning: {failed} of {len(found)} prompts were NOT upsampled:\n{kept}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check_text(config: Config, run: str) -> None:

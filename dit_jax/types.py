@@ -16,7 +16,7 @@ This module holds names only: no computation, and no import of ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NotRequired, Protocol, TypedDict
 
 import jax
@@ -41,9 +41,14 @@ class Sample(TypedDict):
     video: np.ndarray
     """uint8 [t, h, w, c], or float latents."""
     caption: str
+    """The one that is used where none is drawn."""
     fps: float
     text_states: NotRequired[np.ndarray]
     """float [s, e]: the caption as the states of a text encoder, where the data has them."""
+    captions: NotRequired[Mapping[str, str]]
+    """All that it may be trained on, by feature, where the data has several."""
+    captions_states: NotRequired[Mapping[str, np.ndarray]]
+    """Of each, float [s, e], where the data has states."""
     label: NotRequired[int]
     """The class, where the data has classes."""
 

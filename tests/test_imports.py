@@ -26,6 +26,7 @@ PARTS = {"models", "diffusion", "parallel", "data"}
 ROOMS = {
     "types": set(),
     **{part: {"types"} for part in PARTS},
+    "preparation": {"types", "data"},
     "interop": {"types", "models"},
     "config": {"types"},
     "training": {"types", "config"} | PARTS,

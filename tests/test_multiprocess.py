@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.runs import Run, Started, Verbs, arrays, data_state, end, free_port, scalars, steps
+from dit_jax.parallel import tell_all
+from tests.runs import ROOT, Run, Started, Verbs, arrays, data_state, end, free_port, scalars, steps
 
 LAST, EVERY = 20, 5
 MESH = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.context", 2)
@@ -179,3 +183,41 @@ def test_wrong_input_of_one_ends_all(verbs: Verbs, tmp_path: Path):
     assert "python -m dit_jax.train: error: output '/proc/run' cannot be written" in second.text
     assert first.status == 2
     assert re.search(r"process 1 of 2 .* failed \(ValueError: output '/proc/run'", first.text)
+
+
+TOLD = """
+import sys, time
+import jax
+from dit_jax.parallel import joined, tell_all
+
+with joined(None, "told"):
+    if jax.process_index() == 0:
+        time.sleep(1)
+    print(tell_all("prompts", f"雪 of {jax.process_index()}"))
+"""
+
+
+def test_what_process_0_says_all_hear():
+    assert tell_all("prompts", "mine") == "mine"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "PYTHONPATH": str(ROOT),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD],
+            env={**env, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        assert [one.communicate(timeout=120)[0] for one in started] == ["雪 of 0\n"] * 2
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()

@@ -9,17 +9,20 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from dit_jax import sample
+from dit_jax.preparation import read_prompts
 from dit_jax.sampling import grid
 from dit_jax.sampling.media import read_video
-from tests.runs import CONFIG, Run, Verbs, end, item_arrays
+from tests.preparation.chat_server import Response, serving, words
+from tests.runs import CONFIG, Run, Verbs, end, free_port, item_arrays
 
 PROMPT = "a big red circle moves left"
 OTHER = "a small green cross moves up"
@@ -154,7 +157,7 @@ def refused(whole: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Re
     ("arguments", "parts"),
     [
         ([], ["nothing to make: give --prompt"]),
-        (["--prompts-file", "/none"], ["cannot read prompt file '/none'", "check the path"]),
+        (["--prompts-file", "/none"], ["cannot read '/none'", "check the path"]),
         (["--frames", "4"], ["4 frames", "1 + 2n", "nearest are 3 and 5"]),
         (["--frames", "0"], ["frames is 0", "at least 1"]),
         (["--height", "20"], ["height 20 is not a multiple of the patch's 8", "16 and 24"]),
@@ -228,3 +231,94 @@ def test_parameters_that_are_not_finite_are_refused(whole: Run, refused: Refused
     message = refused("--checkpoint", run, "--prompt", PROMPT)
     assert "checkpoints/20' has parameters that are NaN or infinite" in message
     assert "choose an earlier --step, of [4, 8, 12, 16, 20]" in message
+
+
+# Prompts written out by a language model on a server, here on loopback.
+
+ANSWERS = {
+    "a cat": Response('"A grey cat sleeps. The sun shines."'),
+    "a dog": Response("I'm sorry, I can't help with that."),
+    "雪": Response("雪が降る夜の町。"),
+}
+
+
+def respond(body: Mapping[str, Any], turn: int) -> Response:
+    return ANSWERS[words(body)]
+
+
+SMALL = ("--steps", "1", "--frames", "1", "--format", "png")
+
+
+def run_small(whole: Run, output: Path, *arguments: str) -> int:
+    return sample.main(
+        ["--checkpoint", str(whole.directory), "--output", str(output), *SMALL, *arguments]
+    )
+
+
+def test_sample_tells_what_it_changed_and_what_not(
+    whole: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Its text encoder reads 47 bytes."""
+    cache = tmp_path / "answers.sqlite"
+    asked = ("--prompt", "a cat", "a dog", "雪", "--num", "2", "--upsample-cache", str(cache))
+    with serving(respond) as server:
+        named = ("--upsample", "--upsample-server", server.url, "--upsample-model", "seer")
+        assert run_small(whole, tmp_path / "clips", *asked, *named) == 0
+        out, err = capfd.readouterr()
+        assert run_small(whole, tmp_path / "again", *asked, *named) == 0
+        assert server.bill == 3 and "0 answered, 3 from cache" in capfd.readouterr().out
+    assert "'a cat'\n  -> 'A grey cat sleeps. The sun shines.'" in out
+    assert "3 asked in" in out and "billed: 30 + 9 tokens" in out
+    warning = "python -m dit_jax.sample: warning: 1 of 3 prompts were NOT upsampled:\n"
+    assert warning + "used as given: 'a dog': refused by the model" in err
+    names = [
+        f"{i:04d}-{slug}.png" for i, slug in enumerate(["a-cat"] * 2 + ["a-dog"] * 2 + ["雪"] * 2)
+    ]
+    found = sorted(path.name for path in (tmp_path / "clips").iterdir())
+    assert found == [*names, "prompts.json"]
+    # What it wrote makes the same clips without a server.
+    file = tmp_path / "clips" / "prompts.json"
+    used = ["A grey cat sleeps. The sun shines.", "a dog", "雪が降る夜の町。"]
+    assert read_prompts(file) == used
+    assert run_small(whole, tmp_path / "same", "--prompts-file", str(file), "--num", "2") == 0
+    same = sorted((tmp_path / "same").iterdir())
+    assert [one.read_bytes() for one in same] == [
+        (tmp_path / "clips" / name).read_bytes() for name in names
+    ]
+    assert same[0].name == "0000-a-grey-cat-sleeps-the-sun-shines.png"
+
+
+def test_sample_without_a_server_says_so_and_goes_on(
+    whole: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    named = ("--upsample-server", f"http://127.0.0.1:{free_port()}", "--upsample-model", "seer")
+    cache = ("--upsample-cache", str(tmp_path / "a.sqlite"))
+    output = tmp_path / "cat.png"
+    assert run_small(whole, output, "--prompt", "a cat", "--upsample", *named, *cache) == 0
+    out, err = capfd.readouterr()
+    assert "no prompt was changed" in out and output.exists()
+    assert "1 of 1 prompts were NOT upsampled" in err and "no server answers at" in err
+    assert read_prompts(tmp_path / "cat.prompts.json") == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--upsample",), "give --upsample-server URL and --upsample-model NAME"),
+        (("--upsample", "--upsample-server", "URL"), "give --upsample-server URL and"),
+        (("--upsample", "--upsample-server", "h", "--upsample-model", "m"), "http://HOST:PORT"),
+        (("--upsample", "--upsample-server", "URL", "--upsample-model", "m"), "has no model 'm'"),
+        (("--chat.retries", "-1"), "chat.retries is -1"),
+    ],
+)
+def test_sample_refuses(
+    whole: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments, said: str
+):
+    with serving(respond) as server:
+        given = [server.url if one == "URL" else one for one in arguments]
+        try:
+            status = run_small(whole, tmp_path / "cat.png", "--prompt", "a cat", *given)
+        except SystemExit as error:
+            status = error.code
+    text = re.sub(r"[│\s]+", " ", capfd.readouterr().err)
+    assert status == 2 and said in text and not (tmp_path / "cat.png").exists()

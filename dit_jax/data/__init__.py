@@ -1,9 +1,11 @@
 """Data: sources of clips, and rows of packed segments."""
 
+from dit_jax.data.captions import draw_caption as draw_caption
 from dit_jax.data.crops import CropConfig as CropConfig
 from dit_jax.data.crops import CropLoader as CropLoader
 from dit_jax.data.crops import cut as cut
 from dit_jax.data.lanes import Lanes as Lanes
+from dit_jax.data.packing import Augment as Augment
 from dit_jax.data.packing import Loader as Loader
 from dit_jax.data.packing import PackingConfig as PackingConfig
 from dit_jax.data.packing import Tokenized as Tokenized

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from av.error import FFmpegError
 
+from dit_jax.data.captions import take_caption
 from dit_jax.types import Sample
 
 CODEC = "codec"
@@ -42,6 +43,11 @@ class RecordsConfig:
     with features in braces, "a handwritten digit {label}"; `label_names` are the words for the
     values of its single feature (a ClassLabel's own names by default). `fps_key` names the frame
     rate; None, or a builder without "fps", gives `fps`.
+    `caption_mix` are features of text and their weights, such as (("caption_descriptive", 0.95),
+    ("caption", 0.05)): training draws one of them for each sample in each epoch, among those that are
+    not empty there. All else (evaluation, drawings) uses the caption above, or, where that is empty,
+    the first of the mix that is not. With `text_states_key`, `caption_mix_states` names the states of
+    each caption of the mix, in its order.
     `label_key` names an integer feature, the class. A builder needs no captions then: without
     `caption_key` they are empty.
 
@@ -55,6 +61,8 @@ class RecordsConfig:
     caption_template: str | None = None
     label_names: tuple[str, ...] = ()
     text_states_key: str | None = None
+    caption_mix: tuple[tuple[str, float], ...] = ()
+    caption_mix_states: tuple[str, ...] = ()
     label_key: str | None = None
     fps_key: str | None = "fps"
     fps: float = 8.0
@@ -70,6 +78,7 @@ class RecordsConfig:
                 f"caption_template={self.caption_template!r} names no feature: put one in braces, "
                 "such as 'a handwritten digit {label}'"
             )
+        _check_mix(self)
         if self.label_names and len(self.template_keys) != 1:
             raise ValueError(
                 f"label_names with caption_template={self.caption_template!r}: names belong to the "
@@ -89,6 +98,22 @@ class RecordsConfig:
                 "features in braces, and write a brace itself twice"
             ) from error
         return tuple(dict.fromkeys(field for field in fields if field is not None))
+
+
+def _check_mix(config: RecordsConfig) -> None:
+    mix = config.caption_mix
+    names = [name for name, _ in mix]
+    if any(not 0 < weight < float("inf") for _, weight in mix) or len(set(names)) < len(names):
+        raise ValueError(
+            f"caption_mix={mix}: name each feature once, with a weight above 0; leave out what is not "
+            "to be drawn"
+        )
+    wanted = len(mix) if config.text_states_key is not None else 0
+    if len(config.caption_mix_states) != wanted:
+        raise ValueError(
+            f"caption_mix_states={config.caption_mix_states}: with caption_mix of {len(mix)} and "
+            f"text_states_key {config.text_states_key!r} there are {wanted}, the states of each caption"
+        )
 
 
 class RecordsSource:
@@ -171,9 +196,22 @@ class RecordsSource:
         }
         if self.config.text_states_key is not None:
             sample["text_states"] = np.asarray(record[self.config.text_states_key], np.float32)
+        if self.config.caption_mix:
+            self._add_captions(sample, record)
         if self.config.label_key is not None:
             sample["label"] = int(record[self.config.label_key])
         return sample
+
+    def _add_captions(self, sample: Sample, record: Mapping[str, Any]) -> None:
+        names = [name for name, _ in self.config.caption_mix]
+        sample["captions"] = {name: _as_text(record[name]) for name in names}
+        if self.config.caption_mix_states:
+            keys = zip(names, self.config.caption_mix_states, strict=True)
+            states = {name: np.asarray(record[key], np.float32) for name, key in keys}
+            sample["captions_states"] = states
+        first = next((name for name in names if sample["captions"][name]), None)
+        if not sample["caption"] and first is not None:
+            take_caption(sample, first)
 
     def _caption(self, record: Mapping[str, Any]) -> str:
         if self.config.caption_template is None:
@@ -249,6 +287,8 @@ def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
         needed["caption_key"] = (config.caption_key,)
     if config.label_key is not None:
         needed["label_key"] = (config.label_key,)
+    needed["caption_mix"] = tuple(name for name, _ in config.caption_mix)
+    needed["caption_mix_states"] = config.caption_mix_states
     if config.text_states_key is not None:
         needed["text_states_key"] = (config.text_states_key,)
     # The default frame rate stands in for the default key only: another key is meant to exist.

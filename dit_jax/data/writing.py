@@ -32,11 +32,12 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         encoding: str,
         data_dir: str,
         latents: tuple[int, str] | None,
+        texts: Sequence[str],
     ) -> None:
         # TFDS has a name for each class and this writer one for each builder.
         self.name = name  # pyright: ignore[reportAttributeAccessIssue]
         self._splits, self._labels, self._about = splits, tuple(labels), description
-        self._video_encoding, self._latents = encoding, latents
+        self._video_encoding, self._latents, self._texts = encoding, latents, tuple(texts)
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> Any:
@@ -50,6 +51,7 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "fps": tfds.features.Scalar(np.float32),
         }
         features |= {name: tfds.features.Scalar(np.int64) for name in self._labels}
+        features |= {name: tfds.features.Text() for name in self._texts}
         return tfds.core.DatasetInfo(
             builder=self,
             description=self._about,
@@ -66,15 +68,19 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         i = -1
         for i, sample in enumerate(self._splits[split]):
             where = f"sample {i} of split {split!r}"
-            yield i, _checked(sample, self._labels, where, self._latents)
+            yield i, _checked(sample, self._labels, where, self._latents, self._texts)
         if i < 0:
             raise ValueError(f"split {split!r} has no samples: give at least one, or leave it out")
 
 
 def _checked(
-    sample: Mapping[str, Any], labels: Sequence[str], where: str, latents: tuple[int, str] | None
+    sample: Mapping[str, Any],
+    labels: Sequence[str],
+    where: str,
+    latents: tuple[int, str] | None,
+    texts: Sequence[str],
 ) -> dict[str, Any]:
-    missing = [key for key in ("video", "caption", "fps", *labels) if key not in sample]
+    missing = [key for key in ("video", "caption", "fps", *labels, *texts) if key not in sample]
     if missing:
         raise ValueError(f"{where} lacks {missing}: it has {sorted(sample)}; add what is missing")
     if not isinstance(sample["caption"], str) or not float(sample["fps"]) > 0:
@@ -84,6 +90,10 @@ def _checked(
         )
     record = {"caption": sample["caption"], "fps": float(sample["fps"])}
     record |= {key: int(sample[key]) for key in labels}
+    for key in texts:
+        if not isinstance(sample[key], str):
+            raise ValueError(f"{where} has the {key} {sample[key]!r}: need a string, perhaps empty")
+        record[key] = sample[key]
     video = as_video(sample["video"], f"video of {where}", latents=latents is not None)
     if latents is not None:
         if video.dtype == np.uint8 or video.shape[-1] != latents[0]:
@@ -102,14 +112,16 @@ def write_records(
     *,
     description: str,
     labels: Sequence[str] = (),
+    texts: Sequence[str] = (),
     encoding: Literal["zlib", "bytes"] = "zlib",
     latents: tuple[int, str] | None = None,
 ) -> Path:
     """Write samples as the TFDS builder `directory/name/1.0.0` and return that path.
 
     `splits` maps split names to samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}
-    plus the integers named in `labels`; sizes and lengths may differ, order is kept. `encoding` of
-    the videos: "zlib" is lossless compression, "bytes" is raw, larger and quicker to read. `latents`
+    plus the integers named in `labels` and the strings named in `texts` (further captions, which may
+    be empty, and where they are from); sizes and lengths may differ, order is kept. `encoding` of the
+    videos: "zlib" is lossless compression, "bytes" is raw, larger and quicker to read. `latents`
     says that the videos are latents (stored as float16): their channels and the codec's name.
 
     Raises ValueError for a bad name, an existing builder, a directory that cannot be written, an
@@ -117,8 +129,10 @@ def write_records(
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}: use lower case letters, digits and _, a letter first")
-    if reserved := {"video", "caption", "fps"} & set(labels):
-        raise ValueError(f"labels hold {sorted(reserved)}, which every sample has: rename them")
+    names = ["video", "caption", "fps", *labels, *texts]
+    if reserved := {key for key in names if names.count(key) > 1}:
+        what = "labels" if reserved & set(labels) else "texts"
+        raise ValueError(f"{what} hold {sorted(reserved)}, which every sample has: rename them")
     if not splits:
         raise ValueError("splits is empty: give at least one, such as {'train': samples}")
     if encoding not in ("zlib", "bytes"):
@@ -134,7 +148,7 @@ def write_records(
         raise ValueError(
             f"{str(directory)!r} cannot be written ({error}): choose a directory with write access"
         ) from error
-    writer = _Writer(name, splits, labels, description, encoding, str(root), latents)
+    writer = _Writer(name, splits, labels, description, encoding, str(root), latents, texts)
     # TFDS makes a place for downloads, of which there are none: not beside the data.
     with tempfile.TemporaryDirectory() as downloads:
         writer.download_and_prepare(download_dir=downloads)

@@ -19,6 +19,8 @@ from dit_jax.types import ALONG_TOKENS
 
 INVITATION = "dit_jax/lifeline"
 """Where the coordination service keeps how to reach process 0's lifeline."""
+A_WEEK = 7 * 24 * 3600 * 1000
+"""In milliseconds; a process that dies ends those that wait."""
 
 
 @contextlib.contextmanager
@@ -89,6 +91,20 @@ def _start_lifeline(place: Place) -> Lifeline:
             file=sys.stderr,
         )
     return lifeline
+
+
+def tell_all(name: str, text: str) -> str:
+    """What process 0 says, on every process; what the others give is ignored. A name serves once.
+
+    However long process 0 takes to come here, the others wait: a collective would give up.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return text
+    if jax.process_index() == 0:
+        client.key_value_set(f"dit_jax/{name}", text)
+        return text
+    return client.blocking_key_value_get(f"dit_jax/{name}", A_WEEK)
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from dit_jax.sampling.generate import text_condition as text_condition
 from dit_jax.sampling.media import check_output as check_output
 from dit_jax.sampling.media import contact_sheet as contact_sheet
 from dit_jax.sampling.media import grid as grid
-from dit_jax.sampling.media import read_prompts as read_prompts
 from dit_jax.sampling.media import to_float as to_float
 from dit_jax.sampling.media import to_uint8 as to_uint8
 from dit_jax.sampling.media import upscale as upscale

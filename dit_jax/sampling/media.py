@@ -1,4 +1,4 @@
-"""Pictures and clips in and out of files, with PyAV alone: mp4, GIF, PNG, and prompt files.
+"""Pictures and clips in and out of files, with PyAV alone: mp4, GIF, PNG.
 
 Arrays here are numpy, uint8 RGB in 0..255, a clip `[t, h, w, 3]` and an image `[h, w, 3]`;
 `to_uint8` and `to_float` are the only way to and from the model's float range [-1, 1].
@@ -11,7 +11,6 @@ nearest-neighbour enlargement. Clips for training are read in `dit_jax/data/`.
 import contextlib
 import math
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -171,28 +170,6 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[
         found = f"frames of sizes {sorted(sizes)}" if sizes else "no frames"
         raise ValueError(f"{str(path)!r} has {found}, but must have some, of one size; convert it")
     return np.stack(frames), rate
-
-
-def read_prompts(path: str | os.PathLike) -> list[str]:
-    """The prompts of a text file, one a line: UTF-8 with or without a byte order mark.
-
-    Lines may end in LF, CRLF or CR, the last in nothing; blank lines are skipped and the ends of
-    lines stripped. Nothing is special: a prompt may begin with '#'.
-
-    Errors: ValueError if the file is missing, holds no prompt, or is not UTF-8 text.
-    """
-    remedy = "it must be UTF-8 text with one prompt a line; check the path, or save it again so"
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read prompt file {str(path)!r} ({error}); {remedy}") from error
-    # Not splitlines(): it also cuts at separators that a prompt may hold, such as U+2028.
-    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
-    if not any(lines):
-        raise ValueError(f"prompt file {str(path)!r} holds no prompt; {remedy}")
-    return [line for line in lines if line]
 
 
 def upscale(video: np.ndarray, k: int) -> np.ndarray:

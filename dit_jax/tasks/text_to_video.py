@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.config import Config
+from dit_jax.config import Config, DataConfig
 from dit_jax.data import (
+    Augment,
     Loader,
+    RecordsConfig,
     Tokenized,
     TransformConfig,
     check_fits,
+    draw_caption,
     flip,
     resize,
 )
@@ -55,6 +58,19 @@ from dit_jax.training import Task, Work
 from dit_jax.types import PAD, PackedBatch, Params, Sample, Totals
 
 AS_THEY_ARE = TransformConfig()
+
+
+def make_augment(config: DataConfig) -> Augment | None:
+    """What is drawn anew for a sample in every epoch: its caption, its mirror image."""
+    mix = config.source.caption_mix if isinstance(config.source, RecordsConfig) else ()
+    if not mix:
+        return flip if config.transform.flip else None
+
+    def augment(sample: Sample, rng: np.random.Generator) -> Sample:
+        sample = draw_caption(sample, rng, mix)
+        return flip(sample, rng) if config.transform.flip else sample
+
+    return augment
 
 
 def make_model(
@@ -192,7 +208,7 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
     cases = Cases(config)
-    augment = flip if config.data.transform.flip else None
+    augment = make_augment(config.data)
     decode = None if codec is None else codec.decode
 
     def draw(params: Params, path: Path) -> None:

@@ -11,8 +11,6 @@ import pytest
 
 from dit_jax.sampling import media
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
 
 def smooth(t=9, h=24, w=40) -> np.ndarray:
     """A clip uint8 [t, h, w, 3] of slow waves in all three colours."""
@@ -299,46 +297,3 @@ def test_pictures_of_nothing_are_refused():
         media.grid([flags()], columns=0)
     with pytest.raises(ValueError, match="0 frames per video"):
         media.contact_sheet([flags()], frames_per_video=0)
-
-
-# --- prompts ---
-
-
-@pytest.mark.parametrize("end", ["", "\n", "\n\n \t\n"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-def test_prompts_in_every_line_ending(tmp_path, bom, newline, end):
-    prompts = ["a red square", "# not a comment", "雪の中の狐 🦊", "two\u2028parts"]
-    text = newline.join([" " + prompts[0], "", *prompts[1:]]) + end.replace("\n", newline)
-    (tmp_path / "p.txt").write_bytes(bom + text.encode())
-    assert media.read_prompts(tmp_path / "p.txt") == prompts
-
-
-@pytest.mark.parametrize(
-    "raw, why",
-    [(b"", "no prompt"), (b"\xef\xbb\xbf \r\n", "no prompt"), (b"\xff\xfea\0", "utf-8"),
-     (b"a\0b", "zero bytes"), (b"\x89PNG", "utf-8"), (None, "No such file")],
-)  # fmt: skip
-def test_files_without_prompts_are_refused(tmp_path, raw, why):
-    path = tmp_path / "p.txt"
-    if raw is not None:
-        path.write_bytes(raw)
-    with pytest.raises(ValueError, match=why):
-        media.read_prompts(path)
-
-
-@pytest.mark.parametrize(
-    "name, count, first, last",
-    [
-        ("Open-Sora-Plan__sora.txt", 51, "A stylish woman walks down", "and heavy machinery."),
-        ("VBench__all_dimension_cn.txt", 946, "", ""),
-    ],
-)
-def test_published_prompt_lists(name, count, first, last):
-    path = SHARED / "prompts" / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent: published prompt lists are not part of the repository")
-    prompts = media.read_prompts(path)
-    assert len(prompts) == count
-    assert prompts[0].startswith(first) and prompts[-1].endswith(last)
-    assert all(prompt == prompt.strip() and prompt for prompt in prompts)
