@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -77,6 +77,20 @@ class CodecConfig:
                 f"{self.h} x {self.w}: give 1 + {self.t}n frames and multiples of the others."
             )
         return 1 + (frames - 1) // self.t, height // self.h, width // self.w
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """What makes states of captions, for a model that reads those (``model.text``)."""
+
+    path: str | None = None
+    """Its folder, as ``transformers`` stores T5 v1.1, UMT5 or CLIP (docs/text.md). Captions that come
+    without states are encoded by it as they are read, and so are prompts."""
+    layer: Literal["last", "penultimate"] = "last"
+    """Of CLIP, whose states are read."""
+    hash: str | None = None
+    """Of its weights. Filled in when a run begins, from the data or the folder; states of another
+    encoder are refused from then on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +164,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     attention: AttentionConfig = AttentionConfig()
     codec: CodecConfig = CodecConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -190,6 +205,11 @@ class Config:
                     "cannot be drawn as pictures without codec.path. Give it, or set log.draw_every "
                     "and evaluation.prompts to 0."
                 )
+        if self.text_encoder.path and not isinstance(self.model.text, TextStatesConfig):
+            raise ValueError(
+                f"text_encoder.path is {self.text_encoder.path!r}, and the model reads no states "
+                "(model.text): leave it out, or give the model a TextStatesConfig."
+            )
         self._check_labels()
 
     def _check_labels(self) -> None:

@@ -20,7 +20,7 @@ import tyro
 
 from dit_jax import tasks
 from dit_jax.config import Config
-from dit_jax.models import ClassLabelsConfig, TextStatesConfig
+from dit_jax.models import ClassLabelsConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -69,6 +69,9 @@ class SampleArguments:
     image."""
     codec: str | None = None
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
+    text_encoder: str | None = None
+    """Folder of the text encoder, for a model that reads its states. Unset: the one that the run's
+    config names."""
     step: int | None = None
     """Of the checkpoint; the newest if unset."""
     scale: int = 1
@@ -142,30 +145,23 @@ def sample(given: SampleArguments) -> None:
     else:
         check_output(directory / f"0.{given.format}")
     prompts = _prompts(given)
-    trained = tasks.Trained(given.checkpoint, given.step, given.sampling, given.codec)
+    trained = tasks.Trained(
+        given.checkpoint, given.step, given.sampling, given.codec, given.text_encoder
+    )
     config = trained.config
-    _check_text(config, given.checkpoint)
     made = config.sampling
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
     codec = tasks.open_codec(config)
 
     mesh = make_mesh(given.mesh)
+    # Gone again before the model's own weights are read.
+    requests = tasks.with_states(requests, tasks.open_text_encoder(config, mesh))
     generator, params = trained.load(mesh, given.spread_parameters)
     decode = None if codec is None else codec.decode
     clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
     if jax.process_index() == 0:
         _write(given, directory, single, prompts, clips, made.fps)
-
-
-def _check_text(config: Config, run: str) -> None:
-    """Raises ``ValueError`` where the run's model reads what is not made here."""
-    text = config.model.text
-    if isinstance(text, TextStatesConfig):
-        raise ValueError(
-            f"the model of {run!r} reads prompts as states of the encoder {text.encoder!r}, which is "
-            "not here: sample from a model that reads bytes (model.text)."
-        )
 
 
 def _write(

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from dit_jax.interop.autoencoder import weights_hash
 from dit_jax.interop.folders import TRANSFORMERS, read_config, read_weights
-from dit_jax.interop.maps import Map
+from dit_jax.interop.maps import Arrays, Map
 from dit_jax.interop.text_maps import (
     clip_from_transformers,
     clip_map,
@@ -134,22 +134,45 @@ def _kept(boxed: Params, dtype: Dtype) -> Params:
     return jax.tree_util.tree_map_with_path(leaf, nn.unbox(boxed))
 
 
-def _loaded(
-    family: _Family, folder: Path, dtype: Dtype, placement: Placement
-) -> tuple[Params, str, Apply]:
-    """The parameters on their devices, the hash of their files, and the function of them."""
+def _read(family: _Family, folder: Path) -> tuple[Arrays, str]:
+    """The arrays of a folder by the names of the table, and the file that they are in."""
     found, file = read_weights(folder, TRANSFORMERS)
-    arrays = family.table.named(one_embedding(found, repr(str(file))))
+    where = repr(str(file))
+    return family.table.named(one_embedding(found, where)), where
+
+
+def _hash(arrays: Arrays, layer: Layer) -> str:
+    digest = weights_hash(arrays)
+    return digest if layer == "last" else f"{digest}-{layer}"
+
+
+def _loaded(
+    family: _Family, arrays: Arrays, where: str, dtype: Dtype, placement: Placement
+) -> tuple[Params, Apply]:
+    """The parameters on their devices, and the function of them."""
     network = family.network(family.config, dtype, placement.constrain)
     given = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))[: family.inputs]
     boxed = jax.eval_shape(network.init, jax.random.key(0), *given)
     shardings = placement.shardings(boxed)
-    params = family.table.load(arrays, repr(str(file)), _kept(boxed, dtype), shardings)
+    params = family.table.load(arrays, where, _kept(boxed, dtype), shardings)
 
     def apply(params: Params, *given: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         return family.outputs(network.apply(params, *given[: family.inputs]))
 
-    return params, weights_hash(arrays), apply
+    return params, apply
+
+
+def text_encoder_identity(path: str | Path, layer: Layer = "last") -> tuple[str, str]:
+    """Name and hash of the text encoder in a folder, as ``load_text_encoder`` gives them; its weights
+    are read and checked, and laid on no device.
+
+    Raises:
+        ValueError: where the folder, or what it holds, is no text encoder.
+    """
+    family = _family(Path(path), layer)
+    arrays, where = _read(family, Path(path))
+    family.table.check(arrays, where)
+    return family.name, _hash(arrays, layer)
 
 
 def load_text_encoder(
@@ -194,10 +217,11 @@ def load_text_encoder(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     placement = placement or one_device()
-    params, digest, apply = _loaded(family, folder, jnp.dtype(dtype), placement)
+    arrays, where = _read(family, folder)
+    params, apply = _loaded(family, arrays, where, jnp.dtype(dtype), placement)
     return StatesEncoder(
         name=family.name,
-        hash=digest if layer == "last" else f"{digest}-{layer}",
+        hash=_hash(arrays, layer),
         dim=family.config.width,
         max_tokens=limit,
         tokenize=tokenize,

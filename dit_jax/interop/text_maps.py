@@ -83,7 +83,7 @@ def t5_from_transformers(config: Mapping[str, Any], where: str) -> T5EncoderConf
             f"{where} is no encoder of T5 v1.1 or UMT5: {'; '.join(other)}. (The first T5 has ReLUs, "
             "and is not built here.)"
         )
-    sizes = {ours: given.get(theirs) for ours, theirs in T5_SIZES.items()}
+    sizes: dict[str, Any] = {ours: given.get(theirs) for ours, theirs in T5_SIZES.items()}
     check_sizes({T5_SIZES[ours]: size for ours, size in sizes.items()}, where)
     return T5EncoderConfig(**sizes, bias="layers" if config["model_type"] == "umt5" else "shared")
 

@@ -67,6 +67,7 @@ def t5_tokenizer(file: Path, vocabulary: int, max_tokens: int) -> Tokenize:
     Raises:
         ValueError: where the file cannot be read, or is of another encoder.
     """
+    end: Any
     if file.suffix == ".json":
         pieces = _fast(file)
         plain, size, end = _plain(pieces), pieces.get_vocab_size(), pieces.token_to_id(END)

@@ -5,6 +5,11 @@ from dit_jax.tasks.abstract import AbstractTask as AbstractTask
 from dit_jax.tasks.abstract import abstract_denoise as abstract_denoise
 from dit_jax.tasks.abstract import abstract_task as abstract_task
 from dit_jax.tasks.codecs import open_codec as open_codec
+from dit_jax.tasks.text_encoders import check_reads as check_reads
+from dit_jax.tasks.text_encoders import on_mesh as on_mesh
+from dit_jax.tasks.text_encoders import open_text_encoder as open_text_encoder
+from dit_jax.tasks.text_encoders import recorded as recorded
+from dit_jax.tasks.text_encoders import with_states as with_states
 from dit_jax.tasks.text_to_video import build as build
 from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model
