@@ -67,8 +67,9 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         features |= {name: tfds.features.Scalar(np.int64) for name in self._labels}
         if self._states is not None:
             metadata |= {TEXT_ENCODER: self._states.hash, TEXT_ENCODER_NAME: self._states.name}
+            # As plain bytes: a list of numbers would hold them as float32, and they do not compress.
             features[STATES] = tfds.features.Tensor(
-                shape=(None, self._states.dim), dtype=ml_dtypes.bfloat16
+                shape=(None, self._states.dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
             )
         return tfds.core.DatasetInfo(
             builder=self,

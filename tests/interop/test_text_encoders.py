@@ -18,14 +18,12 @@ from tests.interop.text_folders import (
     CAPTIONS,
     CLIP_SIZES,
     T5_SIZES,
-    needs_tokenizers,
     needs_transformers,
     random_model,
     save,
     transformers,
-    write_pairs,
-    write_sentencepiece,
 )
+from tests.text_files import needs_tokenizers, write_pairs, write_sentencepiece
 
 pytestmark = [needs_transformers, needs_tokenizers]
 

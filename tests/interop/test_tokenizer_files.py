@@ -13,12 +13,10 @@ from dit_jax.interop.tokenizer_files import (
 )
 from tests.interop.text_folders import (
     CAPTIONS,
-    needs_tokenizers,
     needs_transformers,
     transformers,
-    write_pairs,
-    write_sentencepiece,
 )
+from tests.text_files import needs_tokenizers, write_pairs, write_sentencepiece
 
 pytestmark = needs_tokenizers
 
