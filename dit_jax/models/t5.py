@@ -60,8 +60,6 @@ class T5EncoderConfig:
                 f"T5 encoder buckets {self.buckets} are a multiple of 4, and max_distance "
                 f"{self.max_distance} is above a quarter of them: 32 and 128 are usual."
             )
-        if self.bias not in ("shared", "layers"):
-            raise ValueError(f"T5 encoder bias is {self.bias!r}: it is 'shared' or 'layers'.")
 
     @property
     def parameters(self) -> int:
