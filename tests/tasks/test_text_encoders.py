@@ -1,7 +1,9 @@
 """Models that read an encoder's states: from records, from captions, and from prompts at sampling."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from tests.text_files import TINY, needs_tokenizers, write_t5
 
 pytestmark = needs_tokenizers
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a big red circle moves left", "a small green cross moves up", ""]
 
 
@@ -281,3 +284,35 @@ def test_other_encoders_are_refused_at_sampling(run, folder, other, tmp_path, ca
     config = dataclasses.replace(captioned, text_encoder=TextEncoderConfig())
     with pytest.raises(ValueError, match="reads prompts as states .* 'tiny-umt5': give --text-en"):
         tasks.check_reads(config, "run")
+
+
+def test_the_script_adds_states_to_records(tmp_path, encoder, folder, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(
+        "captions_to_states", ROOT / "scripts" / "captions_to_states.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "CHUNK", 2)
+    plain = write_records(
+        tmp_path,
+        "latents",
+        {"train": [{**clip, "video": clip["video"] / 99, "kind": 1} for clip in clips(encoder)]},
+        description="d",
+        labels=["kind"],
+        latents=(3, "codec"),
+    )
+    arguments = ["--input", plain, "--encoder", folder, "--output", tmp_path / "out"]
+    monkeypatch.setattr("sys.argv", ["", *map(str, arguments), "--label-key", "kind"])
+    script.main()
+    written = capsys.readouterr().out.splitlines()[-1]
+    assert written == str(tmp_path / "out" / "latents_states" / "1.0.0")
+    found = RecordsSource(RecordsConfig(written, text_states_key="text_states", label_key="label"))
+    before = RecordsSource(RecordsConfig(str(plain)))
+    assert (found.codec, found.text_encoder) == ("codec", encoder.hash)
+    for i, wanted in enumerate(encoder.encode(PROMPTS)):
+        assert found[i]["caption"] == PROMPTS[i] and found[i]["label"] == 1
+        np.testing.assert_array_equal(found[i]["video"], before[i]["video"])
+        # Encoded in other company, by eight devices: a state may round to its neighbour.
+        np.testing.assert_allclose(
+            found[i]["text_states"], wanted.astype(np.float32), rtol=2**-7, atol=1e-5
+        )
