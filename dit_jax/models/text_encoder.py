@@ -129,7 +129,7 @@ class StatesEncoder:
         read = [self.tokenize(caption) for caption in captions]
         # Captions of about one length go together, so that little of a batch is padding.
         order = sorted(range(len(read)), key=lambda i: len(read[i]))
-        rows = _power(min(self.batch, len(read)), 1)
+        rows = min(self.batch, _power(len(read), 1))
         rows = -(-rows // self.placement.rows) * self.placement.rows
         found: list[Any] = [None] * len(read)
         for start in range(0, len(read), rows):
