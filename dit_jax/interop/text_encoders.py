@@ -43,6 +43,8 @@ from dit_jax.types import Constrain, Params
 T5_MAX_TOKENS = 512
 
 Layer = Literal["last", "penultimate"]
+Check = Callable[[str, str, int], None]
+"""Name, hash and width of an encoder; raises ``ValueError`` where it is the wrong one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +186,7 @@ def load_text_encoder(
     max_tokens: int | None = None,
     placement: Placement | None = None,
     batch: int = 32,
+    check: Check | None = None,
 ) -> StatesEncoder:
     """The text encoder in a folder of Hugging Face's: T5 v1.1, UMT5 or CLIP.
 
@@ -196,12 +199,13 @@ def load_text_encoder(
         max_tokens: where captions are cut; 512 for T5 and all its places for CLIP, if not given.
         placement: how it lies on devices; on one of this process, if not given.
         batch: captions encoded at once.
+        check: is told name, hash and width before weights are laid on devices, and may refuse them.
 
     The hash is ``weights_hash`` of what is read, by the table's names, so that files with and without
     the other half give one hash; that of CLIP's penultimate states ends in ``-penultimate``.
 
     Raises:
-        ValueError: where the folder, or what it holds, is not that.
+        ValueError: where the folder, or what it holds, is not that; and what ``check`` raises.
     """
     folder = Path(path)
     family = _family(folder, layer)
@@ -218,10 +222,14 @@ def load_text_encoder(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     placement = placement or one_device()
     arrays, where = _read(family, folder)
+    family.table.check(arrays, where)
+    digest = _hash(arrays, layer)
+    if check is not None:
+        check(family.name, digest, family.config.width)
     params, apply = _loaded(family, arrays, where, jnp.dtype(dtype), placement)
     return StatesEncoder(
         name=family.name,
-        hash=_hash(arrays, layer),
+        hash=digest,
         dim=family.config.width,
         max_tokens=limit,
         tokenize=tokenize,

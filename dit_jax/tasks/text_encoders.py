@@ -102,15 +102,17 @@ def open_text_encoder(config: Config, mesh: Mesh | None = None) -> TextEncoder |
     given, text = config.text_encoder, config.model.text
     if given.path is None or not isinstance(text, TextStatesConfig):
         return None
+
+    def check(name: str, digest: str, dim: int) -> None:
+        if dim != text.dim:
+            raise ValueError(
+                f"text_encoder.path {given.path!r} makes states of {dim} numbers, and the model reads "
+                f"{text.dim} (model.text.dim): make them the same."
+            )
+        _check(config, name, digest, f"text_encoder.path {given.path!r} is")
+
     placement = None if mesh is None else on_mesh(mesh)
-    encoder = load_text_encoder(given.path, layer=given.layer, placement=placement)
-    if encoder.dim != text.dim:
-        raise ValueError(
-            f"text_encoder.path {given.path!r} makes states of {encoder.dim} numbers, and the model "
-            f"reads {text.dim} (model.text.dim): make them the same."
-        )
-    _check(config, encoder.name, encoder.hash, f"text_encoder.path {given.path!r} is")
-    return encoder
+    return load_text_encoder(given.path, layer=given.layer, placement=placement, check=check)
 
 
 def open_for_data(config: Config, source: Source) -> TextEncoder | None:

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from flax import linen as nn
 
-from dit_jax import sample, tasks, train
+from dit_jax import evaluate, sample, tasks, train
 from dit_jax.config import Config, TextEncoderConfig, from_dict, to_dict
 from dit_jax.data import MovingShapes, RecordsConfig, RecordsSource, StatesOf, write_records
 from dit_jax.interop import load_text_encoder, text_encoder_identity
@@ -269,6 +269,17 @@ def test_prompts_become_clips(run, folder, tmp_path):
     assert first.shape == (1, 24, 5 * 24, 3)
     # Sums in another order move a pixel by a level or two; another prompt moves many by many.
     assert np.abs(first - again).max() <= 4 < np.abs(first - another).max()
+
+
+def test_prompts_become_samples_to_measure(run, encoder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    arguments = ["--checkpoint", run, "--prompts-file", tmp_path / "prompts.txt", "--num", 3]
+    arguments += ["--output", tmp_path, "--sampling.frames", 1, "--sampling.steps", 1]
+    assert evaluate.main([str(one) for one in arguments]) == 0
+    with np.load(tmp_path / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (3, 24, 24, 3)
+    (plan,) = [p for p in tmp_path.rglob("*.json") if encoder.hash in p.read_text()]
+    assert json.loads(plan.read_text())["text_encoder"] == encoder.hash
 
 
 def test_other_encoders_are_refused_at_sampling(run, folder, other, tmp_path, capsys, captioned):
