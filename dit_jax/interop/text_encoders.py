@@ -126,6 +126,15 @@ def _family(folder: Path, layer: Layer) -> _Family:
     return _t5(folder, values, where)
 
 
+def _limit(family: _Family, asked: int | None) -> int:
+    """Where captions are cut; ``ValueError`` where the encoder cannot take so many tokens."""
+    limit = family.max_tokens if asked is None else asked
+    if limit < 2 or (family.most is not None and limit > family.most):
+        most = "" if family.most is None else f" and at most {family.most}"
+        raise ValueError(f"max_tokens is {limit}: {family.name} takes at least 2{most}.")
+    return limit
+
+
 def _kept(boxed: Params, dtype: Dtype) -> Params:
     """Shapes of parameters as they are kept: kernels and embeddings in the dtype of products."""
 
@@ -137,10 +146,12 @@ def _kept(boxed: Params, dtype: Dtype) -> Params:
 
 
 def _read(family: _Family, folder: Path) -> tuple[Arrays, str]:
-    """The arrays of a folder by the names of the table, and the file that they are in."""
+    """The arrays of a folder, checked, by the names of the table, and the file that they are in."""
     found, file = read_weights(folder, TRANSFORMERS)
     where = repr(str(file))
-    return family.table.named(one_embedding(found, where)), where
+    arrays = family.table.named(one_embedding(found, where))
+    family.table.check(arrays, where)
+    return arrays, where
 
 
 def _hash(arrays: Arrays, layer: Layer) -> str:
@@ -172,9 +183,7 @@ def text_encoder_identity(path: str | Path, layer: Layer = "last") -> tuple[str,
         ValueError: where the folder, or what it holds, is no text encoder.
     """
     family = _family(Path(path), layer)
-    arrays, where = _read(family, Path(path))
-    family.table.check(arrays, where)
-    return family.name, _hash(arrays, layer)
+    return family.name, _hash(_read(family, Path(path))[0], layer)
 
 
 def load_text_encoder(
@@ -209,10 +218,7 @@ def load_text_encoder(
     """
     folder = Path(path)
     family = _family(folder, layer)
-    limit = family.max_tokens if max_tokens is None else max_tokens
-    if limit < 2 or (family.most is not None and limit > family.most):
-        most = "" if family.most is None else f" and at most {family.most}"
-        raise ValueError(f"max_tokens is {limit}: {family.name} takes at least 2{most}.")
+    limit = _limit(family, max_tokens)
     if batch < 1:
         raise ValueError(f"batch is {batch}: at least 1 caption is encoded at once.")
     beside = folder if tokenizer is None else Path(tokenizer)
@@ -222,7 +228,6 @@ def load_text_encoder(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     placement = placement or one_device()
     arrays, where = _read(family, folder)
-    family.table.check(arrays, where)
     digest = _hash(arrays, layer)
     if check is not None:
         check(family.name, digest, family.config.width)
