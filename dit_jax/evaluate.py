@@ -49,7 +49,7 @@ from dit_jax.evaluation import (
     read_weights,
     save_statistics,
 )
-from dit_jax.models import ClassLabelsConfig, TextStatesConfig
+from dit_jax.models import ClassLabelsConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -103,6 +103,9 @@ class EvaluateArguments:
     """Of the checkpoint; the newest if unset."""
     codec: str | None = None
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
+    text_encoder: str | None = None
+    """Folder of the text encoder, for a model that reads its states. Unset: the one that the run's
+    config names."""
     shard: int | None = None
     """Samples stored at once: what is lost at most when the run is killed. Unset: about 256."""
     sampling: tasks.SamplingOverrides = tasks.SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
@@ -278,7 +281,7 @@ class Making:
     def __init__(self, given: EvaluateArguments) -> None:
         self._given = given
         self._trained = tasks.Trained(
-            given.checkpoint or "", given.step, given.sampling, given.codec
+            given.checkpoint or "", given.step, given.sampling, given.codec, given.text_encoder
         )
         config, made = self._trained.config, self._trained.config.sampling
         self._wanted = _wanted(given, config)
@@ -296,6 +299,7 @@ class Making:
             "prompts": hashlib.sha256(prompts).hexdigest() if prompts else None,
             "sampling": to_dict(made),
             "codec": self._codec and self._codec.hash,
+            "text_encoder": config.text_encoder.hash,
         }
         shard = given.shard or made.batch * max(SHARD // made.batch, 1)
         self.store = SampleStore(Path(given.output), self.plan, given.num, shard)
@@ -305,12 +309,15 @@ class Making:
         if self.store.finished:
             return fill(self.store, self._wanted, lambda _: [])
         mesh, model = self._mesh, self._trained.config.model
+        encoder = tasks.open_text_encoder(self._trained.config, mesh)
         generator, params = self._trained.load(mesh, self._given.spread_parameters)
         decode = None if self._codec is None else self._codec.decode
         return fill(
             self.store,
             self._wanted,
-            lambda requests: make_clips(generator, params, requests, model, mesh, decode=decode),
+            lambda requests: make_clips(
+                generator, params, tasks.with_states(requests, encoder), model, mesh, decode=decode
+            ),
         )
 
 
@@ -318,11 +325,6 @@ def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
     """What the model is asked for; raises ``ValueError`` where it reads something else."""
     text, made, run = config.model.text, config.sampling, given.checkpoint
     size = config.codec.latent_size(made.frames, made.height, made.width)
-    if isinstance(text, TextStatesConfig):
-        raise ValueError(
-            f"the model of {run!r} reads prompts as states of the encoder {text.encoder!r}, which is "
-            "not here: evaluate a model of classes, or one that reads bytes (model.text)."
-        )
     if isinstance(text, ClassLabelsConfig):
         if given.prompts_file:
             raise ValueError(

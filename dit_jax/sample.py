@@ -22,7 +22,7 @@ import tyro
 
 from dit_jax import tasks
 from dit_jax.config import Config
-from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig, TextStatesConfig
+from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -84,6 +84,9 @@ class SampleArguments:
     image."""
     codec: str | None = None
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
+    text_encoder: str | None = None
+    """Folder of the text encoder, for a model that reads its states. Unset: the one that the run's
+    config names."""
     step: int | None = None
     """Of the checkpoint; the newest if unset."""
     scale: int = 1
@@ -170,9 +173,10 @@ def sample(given: SampleArguments) -> None:
     else:
         check_output(directory / f"0.{given.format}")
     prompts = _prompts(given)
-    trained = tasks.Trained(given.checkpoint, given.step, given.sampling, given.codec)
+    trained = tasks.Trained(
+        given.checkpoint, given.step, given.sampling, given.codec, given.text_encoder
+    )
     config = trained.config
-    _check_text(config, given.checkpoint)
     made = config.sampling
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
@@ -182,6 +186,8 @@ def sample(given: SampleArguments) -> None:
         requests = _requests(config, _upsampled(given, config, prompts, file), given.seed)
 
     mesh = make_mesh(given.mesh)
+    # Gone again before the model's own weights are read.
+    requests = tasks.with_states(requests, tasks.open_text_encoder(config, mesh))
     generator, params = trained.load(mesh, given.spread_parameters)
     decode = None if codec is None else codec.decode
     clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
@@ -231,16 +237,6 @@ def _tell_changes(found: list[Upsampled], client: ChatClient, file: Path) -> Non
             f"{PROG}: warning: {failed} of {len(found)} prompts were NOT upsampled:\n{kept}",
             file=sys.stderr,
             flush=True,
-        )
-
-
-def _check_text(config: Config, run: str) -> None:
-    """Raises ``ValueError`` where the run's model reads what is not made here."""
-    text = config.model.text
-    if isinstance(text, TextStatesConfig):
-        raise ValueError(
-            f"the model of {run!r} reads prompts as states of the encoder {text.encoder!r}, which is "
-            "not here: sample from a model that reads bytes (model.text)."
         )
 
 

@@ -52,12 +52,12 @@ from dit_jax.training import (
 )
 
 PROG = "python -m dit_jax.train"
-FIXED = ("model", "data", "seed", "optimizer.kind")
+FIXED = ("model", "data", "seed", "optimizer.kind", "text_encoder.hash")
 """What a run is made of: a resumed run must have the same."""
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
 """Fields in these that a resumed run may change all the same: where the data lies, and how the
 same numbers are computed."""
-MEANT = ("model", "diffusion.prediction", "diffusion.path")
+MEANT = ("model", "diffusion.prediction", "diffusion.path", "text_encoder.hash")
 """What parameters mean: a run that begins with another's must have the same of it."""
 MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
 """Fields in these that it may have otherwise: how the same is computed, what shapes tell, how fresh
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         with joined(flags, PROG):
+            config = tasks.recorded(config)
             directory = prepare_directory(config)
             stopped = train(config, directory)
     except ValueError as error:

@@ -18,3 +18,4 @@ from dit_jax.config.text_to_video import CodecConfig as CodecConfig
 from dit_jax.config.text_to_video import Config as Config
 from dit_jax.config.text_to_video import DataConfig as DataConfig
 from dit_jax.config.text_to_video import EvaluationConfig as EvaluationConfig
+from dit_jax.config.text_to_video import TextEncoderConfig as TextEncoderConfig

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from dit_jax.config.run import Run
 from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ClassLabelsConfig, ModelConfig, PatchConfig, TileConfig
+from dit_jax.models import ClassLabelsConfig, ModelConfig, PatchConfig, TextStatesConfig, TileConfig
 from dit_jax.parallel import AttentionConfig
 from dit_jax.sampling import SamplingConfig
 
@@ -57,6 +58,20 @@ class CodecConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """What makes states of captions, for a model that reads those (``model.text``)."""
+
+    path: str | None = None
+    """Its folder, as ``transformers`` stores T5 v1.1, UMT5 or CLIP (docs/text.md). Captions that come
+    without states are encoded by it as they are read, and so are prompts."""
+    layer: Literal["last", "penultimate"] = "last"
+    """Of CLIP, whose states are read."""
+    hash: str | None = None
+    """Of its weights. Filled in when a run begins, from the data or the folder; states of another
+    encoder are refused from then on."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """What a run measures when it is done, where its data has a judge or true clips."""
 
@@ -82,6 +97,7 @@ class Config(Run):
     diffusion: DiffusionConfig = DiffusionConfig()
     attention: AttentionConfig = AttentionConfig()
     codec: CodecConfig = CodecConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -116,6 +132,11 @@ class Config(Run):
                     "cannot be drawn as pictures without codec.path. Give it, or set log.draw_every "
                     "and evaluation.prompts to 0."
                 )
+        if self.text_encoder.path and not isinstance(self.model.text, TextStatesConfig):
+            raise ValueError(
+                f"text_encoder.path is {self.text_encoder.path!r}, and the model reads no states "
+                "(model.text): leave it out, or give the model a TextStatesConfig."
+            )
         self._check_labels()
 
     @property

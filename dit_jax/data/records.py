@@ -26,6 +26,8 @@ from dit_jax.types import Sample
 
 CODEC = "codec"
 """Where a builder's metadata say which codec made its latents."""
+TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
+"""The same of the text encoder that made the states of captions: its hash, and its name."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,12 @@ class RecordsSource:
         # Images are handed over as they are encoded, also those that nobody asked for.
         self._encoded = {k for k in features if isinstance(features[k], tfds.features.Image)}
         self._captioned = self.config.caption_key in features
-        self.codec: str | None = (builder.info.metadata or {}).get(CODEC)
+        metadata = builder.info.metadata or {}
+        self.codec: str | None = metadata.get(CODEC)
         """The codec that made the latents, where the builder says so."""
+        self.text_encoder: str | None = metadata.get(TEXT_ENCODER)
+        """The hash of the text encoder that made the states of captions, where the builder says so."""
+        self.text_encoder_name: str | None = metadata.get(TEXT_ENCODER_NAME)
         self._has_fps = self.config.fps_key is not None and self.config.fps_key in features
         self._names = {
             key: self.config.label_names or tuple(getattr(features[key], "names", None) or ())

@@ -1,21 +1,35 @@
 """Writes samples as a TFDS builder in ArrayRecord format, without TensorFlow.
 
 `tfds.data_source`, `tfds.builder_from_directory` and `RecordsSource` read it. Pixels are stored as
-uint8; latents as float16 or float32, with the name of the codec that made them in the metadata.
+uint8; latents as float16, states of captions as bfloat16, each with what made them (codec, text
+encoder) in the metadata.
 """
 
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dit_jax.data.records import CODEC, as_video
+from dit_jax.data.records import CODEC, TEXT_ENCODER, TEXT_ENCODER_NAME, as_video
 
 VERSION = "1.0.0"
+STATES = "text_states"
+"""The feature that holds the states of captions."""
+
+
+class StatesOf(NamedTuple):
+    """A text encoder, as the records of its states say of it."""
+
+    dim: int
+    """Numbers of a state."""
+    hash: str
+    name: str
 
 
 class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -33,16 +47,18 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         data_dir: str,
         latents: tuple[int, str] | None,
         texts: Sequence[str],
+        states: StatesOf | None,
     ) -> None:
         # TFDS has a name for each class and this writer one for each builder.
         self.name = name  # pyright: ignore[reportAttributeAccessIssue]
         self._splits, self._labels, self._about = splits, tuple(labels), description
-        self._video_encoding, self._latents, self._texts = encoding, latents, tuple(texts)
+        self._video_encoding, self._latents = encoding, latents
+        self._texts, self._states = tuple(texts), states
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> Any:
         channels, dtype = (3, np.uint8) if self._latents is None else (self._latents[0], np.float16)
-        codec = {} if self._latents is None else {CODEC: self._latents[1]}
+        metadata = {} if self._latents is None else {CODEC: self._latents[1]}
         features = {
             "video": tfds.features.Tensor(
                 shape=(None, None, None, channels), dtype=dtype, encoding=self._video_encoding
@@ -52,10 +68,16 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
         features |= {name: tfds.features.Scalar(np.int64) for name in self._labels}
         features |= {name: tfds.features.Text() for name in self._texts}
+        if self._states is not None:
+            metadata |= {TEXT_ENCODER: self._states.hash, TEXT_ENCODER_NAME: self._states.name}
+            # As plain bytes: a list of numbers would hold them as float32, and they do not compress.
+            features[STATES] = tfds.features.Tensor(
+                shape=(None, self._states.dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
+            )
         return tfds.core.DatasetInfo(
             builder=self,
             description=self._about,
-            metadata=tfds.core.MetadataDict(codec),
+            metadata=tfds.core.MetadataDict(metadata),
             features=tfds.features.FeaturesDict(features),
             # Record i is the i-th sample: the writer's order is the order a user can check.
             disable_shuffling=True,
@@ -68,7 +90,10 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         i = -1
         for i, sample in enumerate(self._splits[split]):
             where = f"sample {i} of split {split!r}"
-            yield i, _checked(sample, self._labels, where, self._latents, self._texts)
+            record = _checked(sample, self._labels, where, self._latents, self._texts)
+            if self._states is not None:
+                record[STATES] = _checked_states(sample, where, self._states)
+            yield i, record
         if i < 0:
             raise ValueError(f"split {split!r} has no samples: give at least one, or leave it out")
 
@@ -105,6 +130,20 @@ def _checked(
     return {"video": video, **record}
 
 
+def _checked_states(sample: Mapping[str, Any], where: str, of: StatesOf) -> np.ndarray:
+    """The states of a sample's caption, bfloat16; ``ValueError`` where they are none."""
+    found = np.asarray(sample.get(STATES))
+    floats = jnp.issubdtype(found.dtype, jnp.floating)
+    if not floats or found.ndim != 2 or found.shape[1] != of.dim or not len(found):
+        raise ValueError(
+            f"{STATES} of {where} is {found.dtype} {list(found.shape)}: those of {of.name!r} are float "
+            f"[s, {of.dim}], at least one"
+        )
+    if not np.isfinite(found.astype(np.float32)).all():
+        raise ValueError(f"{STATES} of {where} has numbers that are NaN or infinite")
+    return found.astype(ml_dtypes.bfloat16)
+
+
 def write_records(
     directory: str | Path,
     name: str,
@@ -115,6 +154,7 @@ def write_records(
     texts: Sequence[str] = (),
     encoding: Literal["zlib", "bytes"] = "zlib",
     latents: tuple[int, str] | None = None,
+    text_states: StatesOf | None = None,
 ) -> Path:
     """Write samples as the TFDS builder `directory/name/1.0.0` and return that path.
 
@@ -122,14 +162,16 @@ def write_records(
     plus the integers named in `labels` and the strings named in `texts` (further captions, which may
     be empty, and where they are from); sizes and lengths may differ, order is kept. `encoding` of the
     videos: "zlib" is lossless compression, "bytes" is raw, larger and quicker to read. `latents`
-    says that the videos are latents (stored as float16): their channels and the codec's name.
+    says that the videos are latents (stored as float16): their channels and the codec's hash.
+    `text_states` says that samples have their captions' states, "text_states" float [s, e] (stored as
+    bfloat16), and which encoder made them.
 
     Raises ValueError for a bad name, an existing builder, a directory that cannot be written, an
     empty split and a sample that does not fit; nothing but empty directories is left behind then.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}: use lower case letters, digits and _, a letter first")
-    names = ["video", "caption", "fps", *labels, *texts]
+    names = ["video", "caption", "fps", STATES, *labels, *texts]
     if reserved := {key for key in names if names.count(key) > 1}:
         what = "labels" if reserved & set(labels) else "texts"
         raise ValueError(f"{what} hold {sorted(reserved)}, which every sample has: rename them")
@@ -148,7 +190,9 @@ def write_records(
         raise ValueError(
             f"{str(directory)!r} cannot be written ({error}): choose a directory with write access"
         ) from error
-    writer = _Writer(name, splits, labels, description, encoding, str(root), latents, texts)
+    writer = _Writer(
+        name, splits, labels, description, encoding, str(root), latents, texts, text_states
+    )
     # TFDS makes a place for downloads, of which there are none: not beside the data.
     with tempfile.TemporaryDirectory() as downloads:
         writer.download_and_prepare(download_dir=downloads)

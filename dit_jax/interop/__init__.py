@@ -25,6 +25,12 @@ from dit_jax.interop.folders import write_folder as write_folder
 from dit_jax.interop.maps import Map as Map
 from dit_jax.interop.safetensors_files import read_safetensors as read_safetensors
 from dit_jax.interop.safetensors_files import write_safetensors as write_safetensors
+from dit_jax.interop.text_encoders import load_text_encoder as load_text_encoder
+from dit_jax.interop.text_encoders import text_encoder_identity as text_encoder_identity
+from dit_jax.interop.text_maps import clip_from_transformers as clip_from_transformers
+from dit_jax.interop.text_maps import clip_map as clip_map
+from dit_jax.interop.text_maps import t5_from_transformers as t5_from_transformers
+from dit_jax.interop.text_maps import t5_map as t5_map
 from dit_jax.interop.torch_files import read_torch as read_torch
 from dit_jax.interop.torch_files import read_torch_tree as read_torch_tree
 from dit_jax.interop.torch_writer import write_torch as write_torch

@@ -1,9 +1,9 @@
-"""A folder as Diffusers stores a model: ``config.json`` beside its weights."""
+"""A folder as Diffusers and ``transformers`` store a model: ``config.json`` beside its weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ CHOICES = (
     f"{WEIGHTS}.pt",
 )
 """Names of the weights, the first that is there is read."""
+TRANSFORMERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model.fp16.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The same in folders of ``transformers``."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -53,17 +61,41 @@ def check_sizes(sizes: Mapping[str, Any], where: str) -> None:
         )
 
 
-def read_weights(folder: Path) -> tuple[dict[str, np.ndarray], Path]:
-    """The folder's arrays, mapped, and the file that they are in.
+def read_weights(
+    folder: Path, choices: tuple[str, ...] = CHOICES
+) -> tuple[dict[str, np.ndarray], Path]:
+    """The folder's arrays, mapped, and the file that they are in, the first of ``choices``.
 
     Raises:
         ValueError: where there are none, or they cannot be read.
     """
-    for name in CHOICES:
+    for name in choices:
         if (path := folder / name).exists():
-            reads = read_torch if path.suffix in (".bin", ".pt") else read_safetensors
-            return reads(path), path
-    raise ValueError(f"{str(folder)!r} has no weights: none of {', '.join(CHOICES)}.")
+            return _reader(name)(path), path
+    raise ValueError(f"{str(folder)!r} has no weights: none of {', '.join(choices)}.")
+
+
+def _reader(name: str) -> Callable[[Path], dict[str, np.ndarray]]:
+    if name.endswith(".bin.index.json"):
+        return _read_shards
+    return read_torch if name.endswith((".bin", ".pt")) else read_safetensors
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """All arrays of the files of PyTorch's that an index names."""
+    try:
+        placed = json.loads(index.read_text())["weight_map"]
+        shards = {index.parent / Path(name).name for name in placed.values()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{str(index)!r} is no index of PyTorch's shards ({error}).") from error
+    arrays: dict[str, np.ndarray] = {}
+    for shard in sorted(shards):
+        arrays |= read_torch(shard)
+    if missing := sorted(set(placed) - set(arrays)):
+        raise ValueError(
+            f"{str(index)!r} names {missing[0]!r}, which no shard has: get them again."
+        )
+    return arrays
 
 
 def write_folder(folder: Path, config: dict[str, Any], arrays: Mapping[str, Any]) -> None:

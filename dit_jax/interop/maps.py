@@ -103,6 +103,8 @@ class Map:
     """Other names that files have for keys: ``{theirs: the table's}``."""
     written: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Names to write in place of keys: ``{the table's: theirs}``."""
+    ignored: tuple[str, ...] = ()
+    """How keys begin that files may have of another model beside this one: they are not read."""
 
     @cached_property
     def _of_key(self) -> dict[str, Entry]:
@@ -114,13 +116,15 @@ class Map:
         return found
 
     def named(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """The arrays by the table's names.
+        """The arrays by the table's names, without those that are ignored.
 
         Raises:
             ValueError: where a file has an array by both names.
         """
         named: dict[str, np.ndarray] = {}
         for key, array in arrays.items():
+            if key.startswith(self.ignored):
+                continue
             name = self.aliases.get(key, key)
             if name in named:
                 raise ValueError(f"the file has both {key!r} and {name!r}, which are one.")

@@ -20,6 +20,9 @@ from dit_jax.models.causal_autoencoder import SPACETIME_8_32 as SPACETIME_8_32
 from dit_jax.models.causal_autoencoder import WAN as WAN
 from dit_jax.models.causal_autoencoder import CausalAutoencoder as CausalAutoencoder
 from dit_jax.models.causal_autoencoder import CausalAutoencoderConfig as CausalAutoencoderConfig
+from dit_jax.models.clip_text import CLIP_PRESETS as CLIP_PRESETS
+from dit_jax.models.clip_text import CLIPTextConfig as CLIPTextConfig
+from dit_jax.models.clip_text import CLIPTextEncoder as CLIPTextEncoder
 from dit_jax.models.codec import Codec as Codec
 from dit_jax.models.codec import ImageCodec as ImageCodec
 from dit_jax.models.codec import TileConfig as TileConfig
@@ -38,11 +41,17 @@ from dit_jax.models.reconstruction_loss import ReconstructionLoss as Reconstruct
 from dit_jax.models.reconstruction_loss import (
     ReconstructionLossConfig as ReconstructionLossConfig,
 )
+from dit_jax.models.t5 import T5_PRESETS as T5_PRESETS
+from dit_jax.models.t5 import T5Encoder as T5Encoder
+from dit_jax.models.t5 import T5EncoderConfig as T5EncoderConfig
 from dit_jax.models.text import ByteEncoder as ByteEncoder
 from dit_jax.models.text import ByteEncoderConfig as ByteEncoderConfig
 from dit_jax.models.text import ClassLabelsConfig as ClassLabelsConfig
 from dit_jax.models.text import TextStatesConfig as TextStatesConfig
 from dit_jax.models.text import byte_tokens as byte_tokens
+from dit_jax.models.text_encoder import Placement as Placement
+from dit_jax.models.text_encoder import StatesEncoder as StatesEncoder
+from dit_jax.models.text_encoder import TextEncoder as TextEncoder
 from dit_jax.models.text_to_video import ModelConfig as ModelConfig
 from dit_jax.models.text_to_video import TextToVideo as TextToVideo
 from dit_jax.models.vgg import VGG as VGG

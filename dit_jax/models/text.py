@@ -63,7 +63,8 @@ class TextStatesConfig:
     """Captions that come as the states of a text encoder, made when the data was prepared."""
 
     encoder: str = "umt5-xxl"
-    """The encoder's name, for the reader: its states cannot stand in for another's."""
+    """The encoder's name: its states cannot stand in for another's, which are refused (by the hash of
+    its weights, ``text_encoder.hash``, where that is known, and else by this)."""
     dim: int = 4096
     """Numbers of a state."""
     max_tokens: int = 512

@@ -91,7 +91,8 @@ class ModelConfig:
             raise ValueError(
                 f"the model reads captions as states [s, {self.text.dim}] of the text encoder "
                 f"{self.text.encoder!r}, and {found} came with {caption[:60]!r}: give records that "
-                "have them (data.source.text_states_key), or a model with a byte encoder (model.text)."
+                "have them (data.source.text_states_key), the encoder itself (text_encoder.path), or a "
+                "model with a byte encoder (model.text)."
             )
         return with_beginning(states, self.text.max_tokens)
 

@@ -54,6 +54,7 @@ from dit_jax.sampling import Generator, make_clips, to_float
 from dit_jax.tasks.cases import Cases, write_sheet
 from dit_jax.tasks.codecs import check_codec, open_codec
 from dit_jax.tasks.sources import make_source
+from dit_jax.tasks.text_encoders import Encoded, open_for_data, with_states
 from dit_jax.training import Task, Work
 from dit_jax.types import PAD, PackedBatch, Params, Sample, Totals
 
@@ -196,6 +197,8 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     packing = config.data.packing
     codec = open_codec(config)
     check_codec(codec, source)
+    if (encoder := open_for_data(config, source)) is not None:
+        source = Encoded(source, encoder)
     sample = source[0]
     if config.data.transform.flip and sample["video"].dtype != np.uint8:
         raise ValueError(
@@ -208,18 +211,19 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
     cases = Cases(config)
+    wanted = with_states(cases.requests, encoder)
     augment = make_augment(config.data)
     decode = None if codec is None else codec.decode
 
     def draw(params: Params, path: Path) -> None:
-        requests = cases.requests[: config.log.draw_count]
+        requests = wanted[: config.log.draw_count]
         clips = make_clips(generator, params, requests, config.model, mesh, decode=decode)
         write_sheet(clips, path)
 
     def report(params: Params, directory: Path) -> Mapping[str, float]:
         if not cases.measurable:
             return {}
-        requests = cases.requests[: config.evaluation.prompts]
+        requests = wanted[: config.evaluation.prompts]
         clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
         write_sheet(clips, directory / "samples.png")
         return cases.measure(clips)

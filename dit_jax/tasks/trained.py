@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from dit_jax.config import Config, stored_config
 from dit_jax.sampling import Generator, SamplingConfig
+from dit_jax.tasks.text_encoders import check_reads
 from dit_jax.tasks.text_to_video import init_params, make_model
 from dit_jax.training import abstract_params, open_run
 from dit_jax.types import Params
@@ -59,16 +60,26 @@ class Trained:
         ValueError: where there is no such run or checkpoint, or its model cannot be sampled so.
     """
 
-    def __init__(self, run: str, step: int | None, sampling: Any, codec: str | None) -> None:
+    def __init__(
+        self,
+        run: str,
+        step: int | None,
+        sampling: Any,
+        codec: str | None,
+        text_encoder: str | None = None,
+    ) -> None:
         self._checkpointer, self.step = open_run(Path(run), step)
         self.path = self._checkpointer.path(self.step)
         stored = stored_config(self._checkpointer.config(self.step), self.path / "config")
         said = {name: value for name, value in vars(sampling).items() if value is not None}
+        encoder = stored.text_encoder
         self.config = dataclasses.replace(
             stored,
             sampling=dataclasses.replace(stored.sampling, **said),
             codec=dataclasses.replace(stored.codec, path=codec or stored.codec.path),
+            text_encoder=dataclasses.replace(encoder, path=text_encoder or encoder.path),
         )
+        check_reads(self.config, run)
         _check_pixels(self.config, run)
 
     def load(self, mesh: Mesh, spread_parameters: bool) -> tuple[Generator, Params]:

@@ -208,7 +208,7 @@ def test_captions_without_fitting_states_are_refused(states, found):
     config = ModelConfig(text=STATES)
     message = (
         rf"reads captions as states \[s, 6\] of the text encoder 'other', and {found} came with "
-        r"'a red circle': give records that have them \(data.source.text_states_key\), or a model with"
+        r"'a red circle': give records that have them \(data.source.text_states_key\), the encoder"
     )
     with pytest.raises(ValueError, match=message):
         config.text_tokens("a red circle", states)

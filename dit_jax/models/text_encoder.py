@@ -1,0 +1,161 @@
+"""Text encoders: captions to states, for whoever prepares data or shows samples.
+
+A ``TextEncoder`` is what ``Codec`` is for pictures: it has a name and a hash, by which stored states
+are known to be its own. ``StatesEncoder`` runs a network of this room over tokens, some captions at a
+time, padded to few lengths so that few shapes are compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dit_jax.types import Constrain, Params, unconstrained
+
+SHORTEST = 16
+"""Tokens that captions are padded to at least; then the powers of two above, up to the longest."""
+STORED = np.dtype(ml_dtypes.bfloat16)
+"""What states are handed out and stored as."""
+
+Apply = Callable[
+    [Params, Int[Array, "b s"], Bool[Array, "b s"]],
+    tuple[Float[Array, "b s e"], Float[Array, "b j"] | None],
+]
+"""Parameters, tokens and where there are any, to states and summaries (None where there are none)."""
+
+
+class TextEncoder(Protocol):
+    """Captions to states."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hash(self) -> str:
+        """Of the weights' bytes: states of another hash are of another encoder."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a state."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Longer captions are cut there, the token that ends them included."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """The states ``[s, e]`` of each caption, bfloat16, without padding."""
+        ...
+
+    def pooled(self, captions: Sequence[str]) -> np.ndarray:
+        """A vector of each caption, float32 ``[b, j]``.
+
+        Raises:
+            ValueError: where the encoder has none.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How an encoder's parameters and batches lie on devices; made where the mesh is known."""
+
+    shardings: Callable[[Params], Params]
+    """Of abstract parameters that carry their logical axes."""
+    place: Callable[[np.ndarray], jax.Array]
+    """Lays a batch ``[b, s]``, the same on every process, over the devices."""
+    whole: jax.sharding.Sharding
+    """Of what every process reads."""
+    rows: int = 1
+    """Batches have a multiple of so many captions."""
+    constrain: Constrain = unconstrained
+
+
+def one_device() -> Placement:
+    """Everything on the first device of this process."""
+    whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return Placement(
+        shardings=lambda boxed: jax.tree.map(
+            lambda _: whole, boxed, is_leaf=lambda leaf: hasattr(leaf, "names")
+        ),
+        place=lambda batch: jax.device_put(batch, whole),
+        whole=whole,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StatesEncoder:
+    """An encoder of this room, its tokenizer and its parameters."""
+
+    name: str
+    hash: str
+    dim: int
+    max_tokens: int
+    tokenize: Callable[[str], list[int]] = dataclasses.field(repr=False)
+    """A caption to tokens, at most ``max_tokens``, the ones that begin and end it included."""
+    apply: Apply = dataclasses.field(repr=False)
+    params: Params = dataclasses.field(repr=False)
+    placement: Placement = dataclasses.field(repr=False)
+    batch: int = 32
+    """Captions encoded at once; fewer where there are fewer."""
+
+    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """See ``TextEncoder.encode``."""
+        return [states for states, _ in self._encoded(captions)]
+
+    def pooled(self, captions: Sequence[str]) -> np.ndarray:
+        """See ``TextEncoder.pooled``."""
+        found = [vector for _, vector in self._encoded(captions)]
+        if not found:
+            raise ValueError(f"no captions: {self.name} makes a vector of each.")
+        if found[0] is None:
+            raise ValueError(
+                f"{self.name} has states of tokens and no vector of the whole caption: use encode, or "
+                "an encoder of CLIP's."
+            )
+        return np.stack(found)
+
+    def _encoded(self, captions: Sequence[str]) -> list[Any]:
+        """The trimmed states and the summary of each caption."""
+        read = [self.tokenize(caption) for caption in captions]
+        # Captions of about one length go together, so that little of a batch is padding.
+        order = sorted(range(len(read)), key=lambda i: len(read[i]))
+        rows = min(self.batch, _power(len(read), 1))
+        rows = -(-rows // self.placement.rows) * self.placement.rows
+        found: list[Any] = [None] * len(read)
+        for start in range(0, len(read), rows):
+            part = order[start : start + rows]
+            length = min(_power(len(read[part[-1]]), SHORTEST), self.max_tokens)
+            tokens = np.zeros((rows, length), np.int32)
+            mask = np.zeros((rows, length), bool)
+            # A short last batch is filled up with its first caption.
+            for row, i in enumerate(part + part[:1] * (rows - len(part))):
+                tokens[row, : len(read[i])], mask[row, : len(read[i])] = read[i], True
+            states, pooled = jax.device_get(
+                self._run(self.params, self.placement.place(tokens), self.placement.place(mask))
+            )
+            for row, i in enumerate(part):
+                vector = None if pooled is None else np.asarray(pooled[row], np.float32)
+                found[i] = states[row, : len(read[i])].astype(STORED), vector
+        return found
+
+    @cached_property
+    def _run(self) -> Callable[..., Any]:
+        return jax.jit(self.apply, out_shardings=self.placement.whole)
+
+
+def _power(count: int, least: int) -> int:
+    """The smallest power of two times ``least`` that is at least ``count``."""
+    size = least
+    while size < count:
+        size *= 2
+    return size

@@ -1,0 +1,172 @@
+"""The text encoder of a run on states: opened, and held against the config and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dit_jax.config import Config, Run
+from dit_jax.data import RecordsConfig, RecordsSource
+from dit_jax.interop import load_text_encoder, text_encoder_identity
+from dit_jax.models import Placement, TextEncoder, TextStatesConfig
+from dit_jax.parallel import (
+    batch_sharding,
+    batch_shards,
+    make_constrain,
+    parameter_shardings,
+)
+from dit_jax.sampling import Request
+from dit_jax.types import Sample, Source
+
+CAPTIONS_KEPT = 1024
+"""States that are kept while data are read whose captions are encoded on the way."""
+
+
+def recorded(config: Run) -> Run:
+    """The config with the hash of the encoder whose states it is trained on, as far as that is known:
+    the data's, or else the folder's. Configs of models that read no states come back as they are.
+
+    Raises:
+        ValueError: where the data, the folder and the config name different encoders.
+    """
+    if not isinstance(config, Config) or not isinstance(config.model.text, TextStatesConfig):
+        return config
+    told, source = config.text_encoder, config.data.source
+    known: tuple[str | None, str | None] = (None, None)
+    if isinstance(source, RecordsConfig):
+        records = RecordsSource(source)
+        known = records.text_encoder_name, records.text_encoder
+        _check(config, *known, f"the states of {source.path!r} were made by")
+    if told.path is not None:
+        config = _with_hash(config, known[1])
+        found = text_encoder_identity(told.path, told.layer)
+        _check(config, *found, f"text_encoder.path {told.path!r} is")
+        known = found
+    return _with_hash(config, known[1])
+
+
+def _with_hash(config: Config, digest: str | None) -> Config:
+    if digest is None:
+        return config
+    return dataclasses.replace(
+        config, text_encoder=dataclasses.replace(config.text_encoder, hash=digest)
+    )
+
+
+def _check(config: Config, name: str | None, digest: str | None, what: str) -> None:
+    """Raises ``ValueError`` where an encoder is another than the config's: by the hashes, or where one
+    is unknown by the names."""
+    text, wanted = config.model.text, config.text_encoder.hash
+    assert isinstance(text, TextStatesConfig)
+    if wanted is not None and digest is not None:
+        other = wanted != digest
+    else:
+        other = name is not None and name != text.encoder
+    if other:
+        raise ValueError(
+            f"{what} the encoder {name!r} ({digest or 'no hash'}), and the model reads states of "
+            f"{text.encoder!r} ({wanted or 'no hash'}): give the one that it is trained on "
+            "(text_encoder.path, data.source), or name it (model.text.encoder)."
+        )
+
+
+def on_mesh(mesh: Mesh) -> Placement:
+    """An encoder spread over a mesh: its parameters over fsdp, context and tensor, captions over data
+    and fsdp. All processes encode the same captions together."""
+
+    def place(batch: np.ndarray) -> jax.Array:
+        sharding = batch_sharding(mesh, batch.ndim, tokens=False)
+        return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
+
+    return Placement(
+        shardings=partial(parameter_shardings, mesh),
+        place=place,
+        whole=NamedSharding(mesh, PartitionSpec()),
+        rows=batch_shards(mesh),
+        constrain=make_constrain(mesh),
+    )
+
+
+def open_text_encoder(config: Config, mesh: Mesh | None = None) -> TextEncoder | None:
+    """The encoder at ``config.text_encoder.path``, if there is one: spread over a mesh, for all
+    processes together, or on a device of this process.
+
+    Raises:
+        ValueError: where it is absent, or makes other states than the model reads.
+    """
+    given, text = config.text_encoder, config.model.text
+    if given.path is None or not isinstance(text, TextStatesConfig):
+        return None
+
+    def check(name: str, digest: str, dim: int) -> None:
+        if dim != text.dim:
+            raise ValueError(
+                f"text_encoder.path {given.path!r} makes states of {dim} numbers, and the model reads "
+                f"{text.dim} (model.text.dim): make them the same."
+            )
+        _check(config, name, digest, f"text_encoder.path {given.path!r} is")
+
+    placement = None if mesh is None else on_mesh(mesh)
+    return load_text_encoder(given.path, layer=given.layer, placement=placement, check=check)
+
+
+def open_for_data(config: Config, source: Source) -> TextEncoder | None:
+    """The encoder where the data have captions and no states: for each process alone, as it reads.
+
+    Raises:
+        ValueError: where the states that the data have are another encoder's; else as
+            ``open_text_encoder`` does.
+    """
+    if not isinstance(source, RecordsSource) or source.config.text_states_key is None:
+        return open_text_encoder(config)
+    if isinstance(config.model.text, TextStatesConfig):
+        known = source.text_encoder_name, source.text_encoder
+        _check(config, *known, f"the states of {source.config.path!r} were made by")
+    return None
+
+
+class Encoded:
+    """A source whose samples get the states of their captions, of all that may be drawn."""
+
+    def __init__(self, source: Source, encoder: TextEncoder) -> None:
+        self._source = source
+        self._states = lru_cache(CAPTIONS_KEPT)(lambda caption: encoder.encode([caption])[0])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample: Sample = {**self._source[index]}
+        sample["text_states"] = self._states(sample["caption"])
+        if captions := sample.get("captions"):
+            # One of them will be drawn.
+            found = {name: self._states(text) for name, text in captions.items() if text}
+            sample["captions_states"] = found
+        return sample
+
+
+def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
+    """Requests with the states of their prompts, where an encoder is given and they have none."""
+    if encoder is None:
+        return list(requests)
+    bare = list(dict.fromkeys(r.prompt for r in requests if r.text_states is None))
+    states = dict(zip(bare, encoder.encode(bare), strict=True))
+    return [
+        r if r.text_states is not None else dataclasses.replace(r, text_states=states[r.prompt])
+        for r in requests
+    ]
+
+
+def check_reads(config: Config, run: str) -> None:
+    """Raises ``ValueError`` where the model of a run reads states, and no encoder makes them."""
+    text = config.model.text
+    if isinstance(text, TextStatesConfig) and config.text_encoder.path is None:
+        raise ValueError(
+            f"the model of {run!r} reads prompts as states of the text encoder {text.encoder!r}: give "
+            "--text-encoder, its folder."
+        )

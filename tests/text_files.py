@@ -1,0 +1,105 @@
+"""Tokenizers trained on a few sentences, and a tiny T5 in a folder, without PyTorch."""
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from dit_jax import interop
+from dit_jax.models import T5Encoder, T5EncoderConfig
+
+
+def optional(name: str) -> Any:
+    """A module that not everybody has, or None; its warnings at import are not ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+sentencepiece: Any = optional("sentencepiece")
+tokenizers: Any = optional("tokenizers")
+needs_tokenizers = pytest.mark.skipif(
+    sentencepiece is None or tokenizers is None,
+    reason="sentencepiece or tokenizers is not installed: pip install -e '.[text]'",
+)
+
+CORPUS = [
+    f"{article} {size} {colour} {shape} moves {way}"
+    for article in ("a", "the", "one")
+    for size in ("big", "small")
+    for colour in ("red", "green", "blue", "yellow")
+    for shape in ("circle", "square", "cross", "triangle")
+    for way in ("left", "right", "up", "down", "slowly and then stops")
+]
+TINY = T5EncoderConfig(
+    vocabulary=64, width=8, depth=2, heads=2, head_dim=4, hidden=16, bias="layers"
+)
+
+
+def write_sentencepiece(folder: Path) -> Path:
+    """A small ``spiece.model`` with T5's special pieces."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=100,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    return folder / "spiece.model"
+
+
+def write_pairs(folder: Path) -> dict[str, int]:
+    """A small ``vocab.json`` and ``merges.txt`` as CLIP's; returns the vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=90, end_of_word_suffix="</w>", show_progress=False
+    )
+    trained.train_from_iterator(CORPUS, trainer)
+    merges = [" ".join(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    joined = [merge.replace(" ", "") for merge in merges]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *joined]
+    words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
+    numbers = {word: i for i, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return numbers
+
+
+def write_t5(folder: Path, config: T5EncoderConfig = TINY, seed: int = 0) -> Path:
+    """A folder of a T5 or UMT5 with random weights and a tokenizer."""
+    write_sentencepiece(folder)
+    given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+    params = nn.unbox(T5Encoder(config).init(jax.random.key(seed), *given))
+    arrays = interop.t5_map(config).export(params)
+    interop.write_safetensors(folder / "model.safetensors", arrays)
+    values = {
+        "model_type": "umt5" if config.bias == "layers" else "t5",
+        "feed_forward_proj": "gated-gelu",
+        "vocab_size": config.vocabulary,
+        "d_model": config.width,
+        "d_kv": config.head_dim,
+        "d_ff": config.hidden,
+        "num_layers": config.depth,
+        "num_heads": config.heads,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
