@@ -19,14 +19,14 @@ from dit_jax.training import CheckpointConfig, OptimizerConfig
 def get_config() -> CodecRun:
     return CodecRun(
         output="runs/codec_sprites",
-        steps=3000,
+        steps=6000,
         data=CodecDataConfig(
             source=RecordsConfig(path="data/sprites/1.0.0"),
             crop=CropConfig(rows=8, frames=5, height=32, width=32),
         ),
         model=CausalAutoencoderConfig(
             latent_channels=16,
-            widths=(64, 128, 192),
+            widths=(64, 64, 96),
             strides=((2, 1), (2, 1)),
             layers=1,
             patch=4,
@@ -36,7 +36,7 @@ def get_config() -> CodecRun:
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=1e-2, warmup_steps=50, ema_decay=0.995
         ),
-        checkpoint=CheckpointConfig(every=500),
-        log=LogConfig(draw_every=500),
+        checkpoint=CheckpointConfig(every=2000),
+        log=LogConfig(every=100, draw_every=2000),
         evaluation=CodecEvaluationConfig(clips=540, records_split="test"),
     )

@@ -287,7 +287,7 @@ class Making:
         self._wanted = _wanted(given, config)
         check_request(self._wanted.request(0), config.model.patch)
         self._mesh = make_mesh(given.mesh)
-        self._codec = tasks.open_codec(config)
+        self._codec = tasks.open_codec(config, self._mesh)
         image = (made.height, made.width, 3)
         self.shape = image if made.frames == 1 else (made.frames, *image)
         prompts = "\n".join(self._wanted.prompts).encode()

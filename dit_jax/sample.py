@@ -180,12 +180,12 @@ def sample(given: SampleArguments) -> None:
     made = config.sampling
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
-    codec = tasks.open_codec(config)
+    mesh = make_mesh(given.mesh)
+    codec = tasks.open_codec(config, mesh)
     if given.upsample:
         file = directory.with_suffix(".prompts.json") if single else directory / "prompts.json"
         requests = _requests(config, _upsampled(given, config, prompts, file), given.seed)
 
-    mesh = make_mesh(given.mesh)
     # Gone again before the model's own weights are read.
     requests = tasks.with_states(requests, tasks.open_text_encoder(config, mesh))
     generator, params = trained.load(mesh, given.spread_parameters)

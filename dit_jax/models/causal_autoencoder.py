@@ -148,6 +148,16 @@ SPACETIME_8_32 = CausalAutoencoderConfig(
 """8 x 32 x 32, 128 channels."""
 
 
+LOGVAR_BEGIN = -6.0
+
+
+def begin_certain(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Biases of the moments: log-variances begin at ``LOGVAR_BEGIN``, with less noise than latents."""
+    del key
+    half = shape[0] // 2
+    return jnp.where(jnp.arange(shape[0]) < half, 0.0, LOGVAR_BEGIN).astype(dtype)
+
+
 class Middle(nn.Module):
     """The coarsest resolution: a residual block, attention, a residual block."""
 
@@ -191,7 +201,9 @@ class Encoder(nn.Module):
         x = nn.silu(RMSNorm(name="norm_out")(x))
         moments = config.latent_channels * (2 if config.variational else 1)
         x = Conv(moments, (3, 3, 3), compute, name="conv_out")(x, first)
-        return Conv(moments, (1, 1, 1), compute, name="quant")(x).astype(jnp.float32)
+        biases = begin_certain if config.variational else nn.initializers.zeros_init()
+        quant = Conv(moments, (1, 1, 1), compute, bias_init=biases, name="quant")
+        return quant(x).astype(jnp.float32)
 
 
 class Decoder(nn.Module):

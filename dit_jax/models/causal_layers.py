@@ -132,6 +132,7 @@ class Conv(nn.Module):
     strides: tuple[int, int, int] = (1, 1, 1)
     sides: tuple[int, int] | None = None
     """Zeros before and after rows and columns; half the size if not given."""
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
@@ -145,7 +146,7 @@ class Conv(nn.Module):
         """Frames with those before them already there, after so many zeros."""
         axes = (None, None, None, "embed", "embed_out")
         kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed_vector",))
+        bias_init = nn.with_logical_partitioning(self.bias_init, ("embed_vector",))
         kernel: Any = self.param("kernel", kernel_init, (*self.size, x.shape[-1], self.features))
         bias: Any = self.param("bias", bias_init, (self.features,))
         dtype, half = self.compute.dtype, self.size[1] // 2

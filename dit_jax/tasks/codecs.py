@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from dit_jax.config import Config
 from dit_jax.data import RecordsSource
 from dit_jax.interop import load_codec
-from dit_jax.models import Codec
+from dit_jax.models import Codec, VideoCodec
+from dit_jax.parallel import make_lay
 from dit_jax.types import Source
 
 
-def open_codec(config: Config) -> Codec | None:
+def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
     """The codec at ``config.codec.path``, if there is one.
+
+    A codec of video spreads clips over a mesh, where one is given that is this process's alone.
 
     Raises:
         ValueError: where it is absent, or makes other latents than the model does.
@@ -25,6 +33,10 @@ def open_codec(config: Config) -> Codec | None:
             f"{codec.strides}, and the config has model.patch.channels {config.model.patch.channels} "
             f"and codec.t, h, w = {wanted}: make them the same."
         )
+    alone = jax.process_count() == 1
+    if mesh is not None and mesh.size > 1 and alone and isinstance(codec, VideoCodec):
+        params = jax.device_put(codec.params, NamedSharding(mesh, PartitionSpec()))
+        return dataclasses.replace(codec, params=params, lay=make_lay(mesh))
     return codec
 
 

