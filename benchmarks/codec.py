@@ -1,9 +1,9 @@
 """Memory and seams of a codec that takes large clips in parts and tiles.
 
-    python benchmarks/codec.py --codec runs/codec_clips/codec --video clip.mp4 --height 1088 --width 1920
+    python benchmarks/codec.py --codec runs/codec_clips/codec --video clip.mp4
 
-Encodes and decodes some frames of a video, resized, with tiles and (where --whole is given) without, each
-in a process of its own whose peak memory is read when it ends. Seams are the difference of the two
+Encodes and decodes some frames of a video, resized, with tiles and (where --whole is given) without,
+each in a process of its own whose peak memory is read when it ends. Seams are the difference of the two
 decodings of the same latents, in 8-bit levels: where tiles meet, and elsewhere.
 """
 
@@ -78,12 +78,13 @@ def seams(given: argparse.Namespace, out: str) -> None:
             band[axis] = slice(start * stride, (start + given.overlap) * stride)
             near[tuple(band)] = True
     print(
-        f"tiles against the whole, 8-bit levels: where tiles overlap mean {difference[near].mean():.3f}, "
+        f"tiles against the whole, 8-bit levels: mean {difference[near].mean():.3f} where they overlap, "
         f"elsewhere {difference[~near].mean():.3f}; largest {np.abs(tiled - whole).max()}"
     )
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -18,7 +18,7 @@ from dit_jax.training import CheckpointConfig, OptimizerConfig
 def get_config() -> CodecRun:
     return CodecRun(
         output="runs/codec_clips",
-        steps=2500,
+        steps=2200,
         data=CodecDataConfig(
             source=RecordsConfig(path="data/tiles/1.0.0"),
             crop=CropConfig(rows=4, frames=9, height=64, width=64),

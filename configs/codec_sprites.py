@@ -19,7 +19,7 @@ from dit_jax.training import CheckpointConfig, OptimizerConfig
 def get_config() -> CodecRun:
     return CodecRun(
         output="runs/codec_sprites",
-        steps=6000,
+        steps=5000,
         data=CodecDataConfig(
             source=RecordsConfig(path="data/sprites/1.0.0"),
             crop=CropConfig(rows=8, frames=5, height=32, width=32),

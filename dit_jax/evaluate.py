@@ -325,6 +325,7 @@ def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
     """What the model is asked for; raises ``ValueError`` where it reads something else."""
     text, made, run = config.model.text, config.sampling, given.checkpoint
     size = config.codec.latent_size(made.frames, made.height, made.width)
+    fps = config.codec.latent_fps(made.fps)
     if isinstance(text, ClassLabelsConfig):
         if given.prompts_file:
             raise ValueError(
@@ -332,13 +333,13 @@ def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
                 "--prompts-file (--labels says how classes are drawn)."
             )
         labels = class_labels(given.labels, text.classes, given.num, given.seed)
-        return Wanted(size, made.fps, given.seed, labels=labels)
+        return Wanted(size, fps, given.seed, labels=labels)
     if not given.prompts_file:
         raise ValueError(
             f"the model of {run!r} reads text: give --prompts-file FILE, a prompt a line, which are "
             "taken in turn (captions of the reference, for a fair comparison)."
         )
-    return Wanted(size, made.fps, given.seed, prompts=read_prompts(given.prompts_file))
+    return Wanted(size, fps, given.seed, prompts=read_prompts(given.prompts_file))
 
 
 if __name__ == "__main__":

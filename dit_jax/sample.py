@@ -156,10 +156,11 @@ def _requests(config: Config, prompts: list[str | int], seed: int) -> list[Reque
         if classes:
             config.model.text_tokens("", label=int(prompt))
     size = config.codec.latent_size(made.frames, made.height, made.width)
+    fps = config.codec.latent_fps(made.fps)
     return [
-        Request("", *size, made.fps, seed + i, label=prompt)
+        Request("", *size, fps, seed + i, label=prompt)
         if isinstance(prompt, int)
-        else Request(prompt, *size, made.fps, seed + i)
+        else Request(prompt, *size, fps, seed + i)
         for i, prompt in enumerate(prompts)
     ]
 

@@ -56,6 +56,10 @@ class CodecConfig:
             )
         return 1 + (frames - 1) // self.t, height // self.h, width // self.w
 
+    def latent_fps(self, fps: float) -> float:
+        """Latent frames a second of clips with so many frames a second."""
+        return fps / self.t
+
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
@@ -163,15 +167,16 @@ class Config(Run):
             )
 
     def _check_shapes(self, source: ShapesConfig) -> None:
-        if self.model.patch.channels != 3:
+        if self.model.patch.channels != 3 and self.codec.path is None:
             raise ValueError(
-                f"model.patch.channels is {self.model.patch.channels}: moving shapes have 3 (pixels)."
+                f"model.patch.channels is {self.model.patch.channels}: moving shapes have 3 (pixels). "
+                "Give codec.path, a codec whose latents have so many."
             )
         clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
         images = [(1, h, w) for h, w in source.image_sizes] if source.image_fraction else []
         limit = self.data.packing.row_tokens
         for clip in clips + images:
-            count = self.model.patch.num_tokens(*clip)
+            count = self.model.patch.num_tokens(*self.codec.latent_size(*clip))
             if count > limit:
                 raise ValueError(
                     f"data.packing.row_tokens {limit} is smaller than one clip: "

@@ -183,7 +183,8 @@ def _sampling_step(config: Run, mesh: Mesh) -> _Step:
     config = _of_model(config, "sample")
     step = abstract_denoise(config, mesh)
     made = config.sampling
-    tokens = config.model.patch.num_tokens(made.frames, made.height, made.width)
+    size = config.codec.latent_size(made.frames, made.height, made.width)
+    tokens = config.model.patch.num_tokens(*size)
     params = _count(step.arguments[0])
     return _Step(step.function, step.arguments, params, None, float(tokens), step.flops)
 

@@ -70,15 +70,22 @@ class Cases:
     def _of_shapes(self, source: ShapesConfig, count: int) -> list[Request]:
         config, made = self._config, self._config.sampling
         self._scenes = held_out_scenes(count, config.seed, made.frames, made.height, made.width)
+        codec = config.codec
         return [
-            Request(caption(s), s.frames, s.height, s.width, source.fps, seed=i)
+            Request(
+                caption(s),
+                *codec.latent_size(s.frames, s.height, s.width),
+                codec.latent_fps(source.fps),
+                seed=i,
+            )
             for i, s in enumerate(self._scenes)
         ]
 
     def _of_classes(self, classes: int, count: int) -> list[Request]:
         made = self._config.sampling
         size = self._config.codec.latent_size(made.frames, made.height, made.width)
-        return [Request("", *size, made.fps, i, label=i % classes) for i in range(count)]
+        fps = self._config.codec.latent_fps(made.fps)
+        return [Request("", *size, fps, i, label=i % classes) for i in range(count)]
 
     def _of_records(self, source: RecordsConfig, count: int) -> list[Request]:
         split = self._config.evaluation.records_split
@@ -86,8 +93,9 @@ class Cases:
         samples = [held[i] for i in range(min(len(held), count))]
         requests = []
         for i, sample in enumerate(samples):
-            video = sample["video"]
+            video, fps = sample["video"], sample["fps"]
             if video.dtype == np.uint8:
+                fps = self._config.codec.latent_fps(fps)
                 video = self._resized(video)
                 t, h, w = self._config.codec.latent_size(*video.shape[:3])
             elif split:
@@ -98,7 +106,7 @@ class Cases:
             else:
                 t, h, w = video.shape[:3]
             states = sample.get("text_states")
-            requests.append(Request(sample["caption"], t, h, w, sample["fps"], i, states))
+            requests.append(Request(sample["caption"], t, h, w, fps, i, states))
             if split:
                 self._true.append(video)
         return requests

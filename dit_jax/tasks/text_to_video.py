@@ -121,14 +121,14 @@ def tokenize(
     codec: Codec | None = None,
 ) -> Tokenized:
     """A sample as clean patches, positions and text tokens; pixels pass through ``codec`` if given."""
-    video = sample["video"]
+    video, fps = sample["video"], sample["fps"]
     if video.dtype == np.uint8:
         strides = (1, 1, 1) if codec is None else codec.strides
         patch = (model.patch.h * strides[1], model.patch.w * strides[2])
         video = to_float(resize(transform, video, patch))
         if codec is not None:
-            video = np.asarray(codec.encode(video), np.float32)
-    places, frame_ids = positions(model.patch, *video.shape[:3], fps=sample["fps"])
+            video, fps = np.asarray(codec.encode(video), np.float32), fps / strides[0]
+    places, frame_ids = positions(model.patch, *video.shape[:3], fps=fps)
     return {
         "tokens": patchify(model.patch, video),
         "positions": places,

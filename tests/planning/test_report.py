@@ -13,7 +13,13 @@ from dit_jax.planning.report import budget, make_plan, times
 
 TOPOLOGY = parse_topology("v5p:2x2x2")
 CHIP = TOPOLOGY.chip
-LABELS = {"what": "train", "config": "c", "mesh": {"data": 1, "fsdp": 8}, "remat": "none"}
+LABELS = {
+    "what": "train",
+    "config": "c",
+    "mesh": {"data": 1, "fsdp": 8},
+    "remat": "none",
+    "parts": 1,
+}
 
 
 def tally(**fields):

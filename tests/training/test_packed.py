@@ -27,8 +27,8 @@ def loss(rig):
     compiled = jax.jit(jax.value_and_grad(one.loss, has_aux=True))
 
     def run(batch):
-        (total, weight), gradients = compiled(params, one.put(batch), key)
-        return float(total), float(weight), jax.device_get(gradients)
+        (total, totals), gradients = compiled(params, one.put(batch), key)
+        return float(total), float(totals.weight), jax.device_get(gradients)
 
     return run
 
