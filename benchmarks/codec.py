@@ -78,7 +78,7 @@ def seams(given: argparse.Namespace, out: str) -> None:
             band[axis] = slice(start * stride, (start + given.overlap) * stride)
             near[tuple(band)] = True
     print(
-        f"tiles against the whole, 8-bit levels: mean {difference[near].mean():.3f} where they overlap, "
+        f"tiles against the whole, in 8-bit levels: {difference[near].mean():.3f} where they overlap, "
         f"elsewhere {difference[~near].mean():.3f}; largest {np.abs(tiled - whole).max()}"
     )
 

@@ -52,12 +52,12 @@ from dit_jax.training import (
 )
 
 PROG = "python -m dit_jax.train"
-FIXED = ("model", "data", "seed", "optimizer.kind", "text_encoder.hash")
+FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
 """What a run is made of: a resumed run must have the same."""
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
 """Fields in these that a resumed run may change all the same: where the data lies, and how the
 same numbers are computed."""
-MEANT = ("model", "diffusion.prediction", "diffusion.path", "text_encoder.hash")
+MEANT = ("model", "diffusion.prediction", "diffusion.path", "codec.hash", "text_encoder.hash")
 """What parameters mean: a run that begins with another's must have the same of it."""
 MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
 """Fields in these that it may have otherwise: how the same is computed, what shapes tell, how fresh

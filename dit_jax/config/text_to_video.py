@@ -34,6 +34,9 @@ class CodecConfig:
     w: int = 1
     """Frames, rows and columns of pixels to one latent: 1 x 8 x 8 for Stable Diffusion's. The first
     frame has a latent of its own. Sizes in ``sampling`` count pixels."""
+    hash: str | None = None
+    """Of its weights. Filled in when a run begins, from the data or the folder; another codec is
+    refused from then on."""
     tiles: TileConfig = TileConfig()
     """In what parts it takes clips: how much memory encoding and decoding need."""
 

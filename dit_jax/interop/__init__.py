@@ -4,6 +4,7 @@ from dit_jax.interop.autoencoder import autoencoder_from_diffusers as autoencode
 from dit_jax.interop.autoencoder import autoencoder_map as autoencoder_map
 from dit_jax.interop.autoencoder import autoencoder_to_diffusers as autoencoder_to_diffusers
 from dit_jax.interop.codecs import codec_config as codec_config
+from dit_jax.interop.codecs import codec_identity as codec_identity
 from dit_jax.interop.codecs import load_codec as load_codec
 from dit_jax.interop.codecs import write_codec as write_codec
 from dit_jax.interop.diffusers_dit import DIVISORS as DIVISORS

@@ -98,6 +98,16 @@ def codec_hash(config: Kind, arrays: Arrays) -> str:
     return weights_hash({**arrays, "config.json": said})
 
 
+def codec_identity(path: str | Path) -> tuple[str, str]:
+    """Name and hash of the codec in a folder; raises as ``load_codec`` does."""
+    folder = Path(path)
+    config, table = codec_config(folder)
+    arrays, file = read_weights(folder)
+    named = table.named(arrays)
+    table.check(named, repr(str(file)))
+    return folder.resolve().name, codec_hash(config, named)
+
+
 def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec | VideoCodec:
     """The codec in a folder (safetensors, ``.bin`` or ``.pt``).
 

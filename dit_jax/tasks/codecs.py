@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
-from dit_jax.data import RecordsSource
-from dit_jax.interop import load_codec
+from dit_jax.data import RecordsConfig, RecordsSource
+from dit_jax.interop import codec_identity, load_codec
 from dit_jax.models import Codec, VideoCodec
 from dit_jax.parallel import make_lay
 from dit_jax.types import Source
@@ -33,11 +33,39 @@ def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
             f"{codec.strides}, and the config has model.patch.channels {config.model.patch.channels} "
             f"and codec.t, h, w = {wanted}: make them the same."
         )
+    if config.codec.hash not in (None, codec.hash):
+        raise ValueError(
+            f"the codec {config.codec.path!r} is {codec.hash!r}, and the run's latents are of "
+            f"{config.codec.hash!r} (codec.hash): give the codec that made them."
+        )
     alone = jax.process_count() == 1
     if mesh is not None and mesh.size > 1 and alone and isinstance(codec, VideoCodec):
         params = jax.device_put(codec.params, NamedSharding(mesh, PartitionSpec()))
         return dataclasses.replace(codec, params=params, lay=make_lay(mesh))
     return codec
+
+
+def with_codec_hash(config: Config) -> Config:
+    """The config with the hash of the codec whose latents are trained on, as far as that is known: the
+    data's, or else the folder's.
+
+    Raises:
+        ValueError: where the data, the folder and the config name different codecs.
+    """
+    told, source = config.codec, config.data.source
+    known = [told.hash] if told.hash else []
+    if isinstance(source, RecordsConfig) and (made := RecordsSource(source).codec):
+        known.append(made)
+    if told.path is not None:
+        known.append(codec_identity(told.path)[1])
+    if len(set(known)) > 1:
+        raise ValueError(
+            f"codec.hash {told.hash!r}, the latents of the data and the codec {told.path!r} are not of "
+            f"one codec: {', '.join(map(repr, known))}. Give the one that made the latents."
+        )
+    if not known:
+        return config
+    return dataclasses.replace(config, codec=dataclasses.replace(told, hash=known[0]))
 
 
 def check_codec(codec: Codec | None, source: Source) -> None:

@@ -6,8 +6,21 @@ from jax.sharding import Mesh
 
 from dit_jax.config import CodecRun, Config, Run
 from dit_jax.tasks.autoencoder import build_codec
+from dit_jax.tasks.codecs import with_codec_hash
+from dit_jax.tasks.text_encoders import with_text_hash
 from dit_jax.tasks.text_to_video import build_text_to_video
 from dit_jax.training import Task
+
+
+def recorded(config: Run) -> Run:
+    """The config as a new run stores it: with the hashes of its codec and its text encoder.
+
+    Raises:
+        ValueError: where the data, the folders and the config name different ones.
+    """
+    if not isinstance(config, Config):
+        return config
+    return with_text_hash(with_codec_hash(config))
 
 
 def build(config: Run, mesh: Mesh) -> Task:

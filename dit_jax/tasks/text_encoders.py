@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config, Run
+from dit_jax.config import Config
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.interop import load_text_encoder, text_encoder_identity
 from dit_jax.models import Placement, TextEncoder, TextStatesConfig
@@ -27,14 +27,14 @@ CAPTIONS_KEPT = 1024
 """States that are kept while data are read whose captions are encoded on the way."""
 
 
-def recorded(config: Run) -> Run:
+def with_text_hash(config: Config) -> Config:
     """The config with the hash of the encoder whose states it is trained on, as far as that is known:
     the data's, or else the folder's. Configs of models that read no states come back as they are.
 
     Raises:
         ValueError: where the data, the folder and the config name different encoders.
     """
-    if not isinstance(config, Config) or not isinstance(config.model.text, TextStatesConfig):
+    if not isinstance(config.model.text, TextStatesConfig):
         return config
     told, source = config.text_encoder, config.data.source
     known: tuple[str | None, str | None] = (None, None)
