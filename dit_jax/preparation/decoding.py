@@ -31,7 +31,7 @@ from dit_jax.preparation.media import (
     scanned,
 )
 from dit_jax.preparation.refusals import Refused, extra
-from dit_jax.preparation.rendering import Renderer
+from dit_jax.preparation.rendering import EXACT, Renderer
 from dit_jax.preparation.stills import images, probe_image
 from dit_jax.preparation.timeline import on_grid
 
@@ -97,7 +97,7 @@ class Picture(NamedTuple):
         self,
         height: int | None = None,
         width: int | None = None,
-        how: Interpolation = Interpolation.BICUBIC,
+        how: Interpolation = EXACT,
     ) -> np.ndarray:
         """The displayed picture, uint8 RGB [height, width, 3]; by default of its own size."""
         return self.renderer.pixels(self.frame, height, width, how)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from av.video.reformatter import Interpolation
 
 from dit_jax.preparation.clips import ClipConfig, Geometry, Rect, bounds, fit, spans
 from dit_jax.preparation.decoding import (
@@ -36,8 +35,6 @@ from dit_jax.preparation.timeline import on_grid
 
 SAMPLES = 2.0
 """Frames a second that are measured in full size."""
-SCALER = Interpolation.BICUBIC
-"""The filter that clips are scaled with."""
 SAME = 4
 """Bits by which the hash of a frame may differ where it is decoded again."""
 
@@ -243,7 +240,7 @@ def _cropped(found: Iterator[Picture], clip: Clip) -> np.ndarray | None:
             if (value ^ clip.hashes[hashed.index(at)]).bit_count() > SAME:
                 return None
         if picture is not latest:
-            whole = picture.pixels(geometry.scaled_height, geometry.scaled_width, SCALER)
+            whole = picture.pixels(geometry.scaled_height, geometry.scaled_width)
             drawn = whole[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
             latest = picture
         frames.append(drawn)
