@@ -43,9 +43,9 @@ T = TypeVar("T", bound=Timed)
 def native_rate(times: np.ndarray, hint: float | None = None) -> tuple[float, bool]:
     """(frames per second, whether it is constant) of sorted time stamps, float [n] in seconds.
 
-    The rate is what frames are mostly apart, long gaps not counted, and is rounded to `hint` (what
-    the file says) or to a `STANDARD` rate within 0.5 % of it. It is constant if all time stamps lie
-    on its grid, of which at most a tenth may be missing; of several such rates the first is taken.
+    The rate is that of the steps near the median one, and is rounded to `hint` (what the file says)
+    or to a `STANDARD` rate within 0.5 % of it. It is constant if all time stamps lie on its grid, of
+    which at most a tenth may be missing; of several such rates the first is taken.
     Fewer than two frames have no rate: `hint`, or 1, and constant.
     """
     times = np.unique(times)
@@ -53,7 +53,8 @@ def native_rate(times: np.ndarray, hint: float | None = None) -> tuple[float, bo
     if len(times) < 2:
         return hint or 1.0, True
     steps = np.diff(times)
-    typical = min(1 / float(steps[steps < 1.5 * np.median(steps)].mean()), MAX_RATE)
+    usual = steps[np.abs(steps / np.median(steps) - 1) < 0.25]
+    typical = min(1 / float((usual if len(usual) else steps).mean()), MAX_RATE)
     nearby = sorted(STANDARD, key=lambda rate: abs(rate - typical))[:3]
     rates = [r for r in (hint, *nearby, typical) if r and abs(r / typical - 1) < 5e-3]
     for rate in rates:

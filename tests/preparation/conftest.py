@@ -32,7 +32,8 @@ def written(tmp_path):
     def write(name, frames, fps=25, *, times=None, codec="libx264", aspect=None, **attributes):
         path = tmp_path / name
         with av.open(str(path), "w") as container:
-            stream = container.add_stream(codec, Fraction(fps).limit_denominator(1001))
+            rate = Fraction(fps).limit_denominator(1001)
+            stream = container.add_stream(codec, rate)
             first = frames[0]
             if isinstance(first, np.ndarray):
                 stream.height, stream.width = first.shape[:2]
@@ -49,7 +50,7 @@ def written(tmp_path):
                 stream.codec_context.sample_aspect_ratio = aspect
             for key, value in attributes.items():
                 setattr(stream.codec_context, key, value)
-            base = Fraction(1, 1000) if times is not None else 1 / Fraction(stream.rate)
+            base = Fraction(1, 1000) if times is not None else 1 / rate
             if times is not None:
                 stream.codec_context.time_base = base
             for i, image in enumerate(frames):

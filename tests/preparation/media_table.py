@@ -2,9 +2,9 @@
 
 `colours` are the mean R, G, B of the nine parts (three rows of three) of the first displayed frame, in
 hexadecimal, as FFmpeg 9.0.2 (another build and version than PyAV's) shows it, turned by its own
-reading of the metadata. HDR files are not tone-mapped in them. What differs from the manifest was looked
-into: there the rates and lengths of some files are what their headers say and not what their frames
-have (`bt601`, `sample.flv`, `empty_track`, `last_cluster`, `sef_slow_motion`), or stored sizes
+reading of the metadata. HDR files are not tone-mapped in them. What differs from the manifest was
+looked into: there the rates and lengths of some files are what their headers say and not what their
+frames have (`bt601`, `sample.flv`, `empty_track`, `last_cluster`, `sef_slow_motion`), or stored sizes
 of pixels that are not square.
 """
 
