@@ -32,7 +32,7 @@ class FilterConfig:
     """Part of a clip's pixels that are black, on average over its frames."""
     min_change: float | None = 0.15
     """Mean change of lightness from frame to frame: less is static."""
-    min_motion: float | None = 0.002
+    min_motion: float | None = 0.001
     """Optical flow, in frame diagonals a second, on average over the picture."""
     max_motion: float | None = 1.5
     min_sharpness: float | None = 8.0
@@ -110,7 +110,7 @@ def motion(before: np.ndarray, after: np.ndarray, fps: float) -> float:
     if scale != 1:
         before, after = (cv2.resize(x, None, fx=scale, fy=scale) for x in (before, after))
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
-    moved = flow.calc(before, after, None)
+    moved = flow.calc(np.ascontiguousarray(before), np.ascontiguousarray(after), None)
     return float(np.hypot(moved[..., 0], moved[..., 1]).mean() / np.hypot(*before.shape) * fps)
 
 

@@ -24,17 +24,17 @@ class ShotConfig:
     """What counts as a cut. Levels are of pixels, 0 to 255.
 
     The defaults were chosen on the real clips of the tests, joined in all pairs: the least that a
-    join changes is 5.0, and 6.3 times as much as its neighbours, between two takes of one person before
-    one wall; within continuous clips nothing above 3.3 times is found.
+    join changes is 3.6, and 7.1 times as much as its neighbours, both between two takes of one person
+    before one wall; within continuous clips nothing above 3.8 times is found.
     """
 
-    ratio: float = 4.5
+    ratio: float = 5.0
     """A cut changes so many times as much as the frames around it."""
-    change: float = 4.5
+    change: float = 3.0
     """And at least so much, on average."""
     window: int = 4
     """So many frames on either side are around it."""
-    held: float = 0.5
+    held: float = 0.1
     """Frames that change less than this on average are held drawings."""
     outlines: float = 0.4
     """Between held drawings, a correlation of outlines above this is no cut."""
@@ -77,7 +77,6 @@ class ShotFinder:
             for side in (-1.0, 1.0)
             if config.black is not None
         ]
-        self._begun: list[np.ndarray] | None = []
         self._recent: collections.deque[np.ndarray] = collections.deque(
             maxlen=2 * config.window + 2
         )
@@ -94,60 +93,52 @@ class ShotFinder:
         for fade in self._fades:
             self._add(fade.process_frame(self._time(self._fed), level))
         self._fed += 1
-        if self._begun is not None:
-            self._begun.append(light)
-            if len(self._begun) > self.config.window:
-                self._begin()
-        else:
-            self._step(self._fed - 1, light)
+        if self._fed == 1:  # Repeated, so that the first frames have neighbours.
+            for i in range(-self.config.window, 0):
+                self._step(i, light)
+        self._step(self._fed - 1, light)
         return change
 
     def cuts(self) -> list[int]:
         """The first frames of all shots but the first, counted from the first frame fed."""
-        if self._begun:
-            self._begin()
         if self._fed:
-            last = list(self._recent)
-            for i in range(self.config.window):  # Mirrored, as at the beginning.
-                self._step(self._fed + i, last[max(len(last) - 2 - i, 0)])
+            for i in range(self.config.window):
+                self._step(self._fed + i, self._last)
             for fade in self._fades:
                 self._add(fade.post_process(self._time(self._fed - 1)))
         return sorted(cut for cut in self._found if 0 < cut < self._fed)
 
-    def _begin(self) -> None:
-        """Feeds the first frames, and before them their mirror image, so that all have neighbours."""
-        frames, self._begun = self._begun or [], None
-        window = self.config.window
-        for i in range(-window, len(frames)):
-            self._step(i, frames[min(abs(i), len(frames) - 1)])
-
     def _step(self, index: int, light: np.ndarray) -> None:
         """Feeds the detector of cuts, which answers about the frame `window` frames before."""
-        window = self.config.window
-        self._recent.append(light)
         half = self._cv2.resize(light, None, fx=0.5, fy=0.5, interpolation=self._cv2.INTER_AREA)
+        self._recent.append(half)
         for time in self._cut.process_frame(self._time(index), self._cv2.merge([half] * 3)):
-            at = time.frame_num - window
-            place = len(self._recent) - 1 - (index - at)
-            if place < 1 or not self._is_jump(place):
+            at = time.frame_num - self.config.window
+            if 0 < at < self._fed and self._holds(at, index):
                 self._found.add(at)
 
     def _add(self, times: list) -> None:
         self._found.update(time.frame_num - self.config.window for time in times)
 
-    def _is_jump(self, place: int) -> bool:
-        """Whether a recent frame is a drawing after another of the same outlines, both held."""
+    def _holds(self, at: int, latest: int) -> bool:
+        """Whether a change stands out from its real neighbours, not only from repeated frames, and is
+        not from one held drawing to another of the same outlines."""
         cv2, frames = self._cv2, list(self._recent)
-        around = [
-            cv2.mean(cv2.absdiff(a, b))[0]
-            for i, (a, b) in enumerate(zip(frames, frames[1:], strict=False), start=1)
-            if i != place
-        ]
-        if np.median(around) >= self.config.held:
+        first = latest - len(frames) + 1  # The index of frames[0].
+        changes = {
+            first + i: cv2.mean(cv2.absdiff(frames[i - 1], frames[i]))[0]
+            for i in range(1, len(frames))
+            if 0 < first + i < self._fed and abs(first + i - at) <= self.config.window
+        }
+        change = changes.pop(at)
+        around = list(changes.values())
+        if around and change < self.config.ratio * np.mean(around):
             return False
-        before, after = (_outlines(cv2, frames[place + i]) for i in (-1, 0))
+        if not around or np.median(around) >= self.config.held:
+            return True
+        before, after = (_outlines(cv2, frames[at - first + i]) for i in (-1, 0))
         scale = float(np.sqrt((before**2).mean() * (after**2).mean()))
-        return scale > 0 and float((before * after).mean()) / scale > self.config.outlines
+        return scale == 0 or float((before * after).mean()) / scale <= self.config.outlines
 
 
 def _outlines(cv2, light: np.ndarray) -> np.ndarray:
