@@ -33,6 +33,7 @@ ROOMS = {
     "sampling": {"types", "config"} | PARTS,
     "evaluation": {"types", "config", "interop", "training", "sampling"} | PARTS,
     "tasks": {"types", "config", "interop", "training", "sampling", "evaluation"} | PARTS,
+    "preparation": {"types", "data"},
     "planning": {"types", "config", "parallel", "models", "training", "sampling", "tasks"},
 }
 EVERYTHING = set(ROOMS)

@@ -71,7 +71,7 @@ class RecaptionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class ClipFrames:
     """What is to be described."""
 
     name: str
@@ -136,7 +136,7 @@ def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "pn
 
 
 def recaption(
-    clips: Iterable[Clip], client: ChatClient, config: RecaptionConfig | None = None
+    clips: Iterable[ClipFrames], client: ChatClient, config: RecaptionConfig | None = None
 ) -> Iterator[Recaptioned]:
     """Yields the captions of every clip, in order, as they come; a failure is told and goes on.
 
@@ -150,7 +150,7 @@ def recaption(
     return ordered(one, clips, client.options.concurrency, client.close)
 
 
-def _recaption(clip: Clip, client: ChatClient, config: RecaptionConfig) -> Recaptioned:
+def _recaption(clip: ClipFrames, client: ChatClient, config: RecaptionConfig) -> Recaptioned:
     result = Recaptioned(clip.name, clip.given, "", "", f"model:{client.config.model}")
     try:
         frames = clip.frames()

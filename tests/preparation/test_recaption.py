@@ -14,7 +14,7 @@ from dit_jax.data import RecordsConfig, RecordsSource, write_records
 from dit_jax.preparation import (
     AnswerCache,
     Caption,
-    Clip,
+    ClipFrames,
     RecaptionConfig,
     evenly_spaced,
     recaption,
@@ -44,8 +44,10 @@ def picture(number: int, h: int = 24, w: int = 32) -> np.ndarray:
     return np.full((h, w, 3), 4 * number, np.uint8)
 
 
-def clip(number: int, frames: int = 3) -> Clip:
-    return Clip(f"{number}.mp4", f"given {number}", lambda: np.stack([picture(number)] * frames))
+def clip(number: int, frames: int = 3) -> ClipFrames:
+    return ClipFrames(
+        f"{number}.mp4", f"given {number}", lambda: np.stack([picture(number)] * frames)
+    )
 
 
 def decoded(image: bytes) -> np.ndarray:
@@ -65,8 +67,10 @@ def images(body) -> list[np.ndarray]:
 def describe(body, turn=0) -> Response:
     """Tells the number that it sees; shortens what it is told."""
     if seen := images(body):
-        return Response(f'Caption: "Clip {round(seen[0].mean() / 4)} of {len(seen)} frames. Grey."')
-    number = words(body).split("Clip ")[1].split()[0]
+        return Response(
+            f'Caption: "ClipFrames {round(seen[0].mean() / 4)} of {len(seen)} frames. Grey."'
+        )
+    number = words(body).split("ClipFrames ")[1].split()[0]
     return Response(f"Short {number}.")
 
 
@@ -76,7 +80,9 @@ def test_every_clip_gets_both_captions_in_order():
         results = list(recaption(map(clip, range(20)), client))
     assert [one.name for one in results] == [f"{i}.mp4" for i in range(20)]
     for i, one in enumerate(results):
-        assert one.descriptive == f"Clip {i} of 3 frames. Grey." and one.short == f"Short {i}."
+        assert (
+            one.descriptive == f"ClipFrames {i} of 3 frames. Grey." and one.short == f"Short {i}."
+        )
         assert (one.given, one.origin, one.error) == (f"given {i}", "model:seer", "")
     assert server.bill == 40 and failures(results) == ""
     asked = [words(body) for body in server.bodies if images(body)]
@@ -107,7 +113,9 @@ def test_faults_lose_nothing_and_repeat_nothing(tmp_path: Path):
     def respond(body, turn):
         seen = images(body)
         number = (
-            round(seen[0].mean() / 4) if seen else int(words(body).split("Clip ")[1].split()[0])
+            round(seen[0].mean() / 4)
+            if seen
+            else int(words(body).split("ClipFrames ")[1].split()[0])
         )
         kind = kinds[number % len(kinds)]
         if kind == "refused" and seen or kind == "short refused" and not seen:
@@ -153,9 +161,9 @@ def test_clips_that_cannot_be_read_keep_their_captions():
         raise ValueError("no moov atom")
 
     clips = [
-        Clip("a", "given a", broken),
-        Clip("b", "given b", lambda: []),
-        Clip("c", "given c", lambda: np.zeros((2, 8, 8, 3))),
+        ClipFrames("a", "given a", broken),
+        ClipFrames("b", "given b", lambda: []),
+        ClipFrames("c", "given c", lambda: np.zeros((2, 8, 8, 3))),
         clip(4),
     ]
     with serving(describe) as server:
@@ -182,13 +190,13 @@ def test_a_wrong_key_ends_it_at_once():
 def test_few_clips_are_in_memory_and_few_requests_under_way():
     held, most = set(), []
 
-    def watched(number: int) -> Clip:
+    def watched(number: int) -> ClipFrames:
         def frames() -> np.ndarray:
             held.add(number)
             most.append(len(held))
             return np.stack([picture(number)])
 
-        return Clip(str(number), "", frames)
+        return ClipFrames(str(number), "", frames)
 
     with serving(lambda body, turn: Response(describe(body).text, delay=0.01)) as server:
         for one in recaption(map(watched, range(40)), client_of(server.url, concurrency=3)):
@@ -246,7 +254,7 @@ def test_templates_are_the_users():
         words(seen) == "Say {x} of 2 frames, in order, of one video clip."
         and len(images(seen)) == 2
     )
-    assert words(told) == "Clip 5 of 2 frames. Grey. 15!"
+    assert words(told) == "ClipFrames 5 of 2 frames. Grey. 15!"
 
 
 def test_captions_become_features_of_records(tmp_path: Path):
@@ -266,7 +274,7 @@ def test_captions_become_features_of_records(tmp_path: Path):
     mix = (("caption_descriptive", 0.95), ("caption_short", 0.05))
     source = RecordsSource(RecordsConfig(str(path), caption_mix=mix))
     assert source[2].get("captions") == {
-        "caption_descriptive": "Clip 2 of 3 frames. Grey.",
+        "caption_descriptive": "ClipFrames 2 of 3 frames. Grey.",
         "caption_short": "",
     }
     assert (
@@ -283,7 +291,7 @@ def test_real_clips():
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
     paths = [CLIPS / name for name in ("sam2__01_dog.mp4", "again.mkv")]
-    clips = [Clip(path.name, "", lambda path=path: frames(path)) for path in paths]
+    clips = [ClipFrames(path.name, "", lambda path=path: frames(path)) for path in paths]
     with serving(lambda body, turn: Response(f"It has {len(images(body))}.")) as server:
         results = list(recaption(clips, client_of(server.url, timeout=20)))
         sizes = [image.shape for body in server.bodies for image in images(body)]

@@ -1,0 +1,136 @@
+"""Shots to clips of the lengths and sizes that are wanted: arithmetic only, no pixels.
+
+A clip's length is 1 + stride·n frames, as causal video autoencoders take them. A shot that is too
+long is split evenly, so that no tail is left; what does not fill a stride is lost. Pictures keep their
+shape: shrunk to an area if they are larger, never enlarged, and the centre cropped to multiples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Rect:
+    """A part of a picture, in its pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """How long and how large clips are."""
+
+    min_seconds: float = 1.0
+    """Shorter shots are rejected."""
+    max_seconds: float = 10.0
+    """Longer shots are split."""
+    stride: int = 4
+    """Frames of a clip are 1 + stride·n: the codec's factor in time."""
+    fps: float | None = None
+    """Files of a higher rate are sampled at this one; None: every file keeps its own."""
+    images: bool = True
+    """Still images and files of a single frame become clips of one frame."""
+    area: int | None = 512 * 512
+    """The most pixels of a frame: larger ones are shrunk; None: none is."""
+    multiple: int = 16
+    """Heights and widths are multiples of this."""
+    margin: int = 0
+    """Frames left out at either end of a shot that begins or ends with a cut."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_seconds <= self.max_seconds:
+            raise ValueError(
+                f"clips: {self.min_seconds} to {self.max_seconds} s: they must be above 0, in order"
+            )
+        for name in ("stride", "multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"clips.{name} is {getattr(self, name)}: it is at least 1")
+        if self.margin < 0 or self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"clips: margin {self.margin}, fps {self.fps}: at least 0, above 0")
+        if self.area is not None and self.area < self.multiple**2:
+            raise ValueError(
+                f"clips.area is {self.area}, less than one square of {self.multiple}: enlarge it"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How a displayed picture becomes a clip's: scaled as a whole, then cropped."""
+
+    scaled_height: int
+    scaled_width: int
+    crop: Rect
+    """Of the scaled picture: what the clip shows."""
+    source: Rect
+    """The same in the displayed picture, to the nearest pixel."""
+
+
+def shots_of(start: int, stop: int, cuts: list[int]) -> list[tuple[int, int]]:
+    """[start, stop) split at its cuts: (first, last + 1) of every shot."""
+    edges = [start, *cuts, stop]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def spans(count: int, fps: float, config: ClipConfig) -> list[tuple[int, int]]:
+    """(first frame, number of frames) of the clips of a shot of `count` frames, in order.
+
+    Equally long, as few as their longest length allows, spread evenly over the shot; none if the
+    shot, or what a stride leaves of it, is shorter than the shortest.
+    """
+    shortest, longest = bounds(fps, config)
+    if count < shortest or longest < shortest:
+        return []
+    pieces = math.ceil(count / (longest + config.stride - 1))
+    length = min(_whole(count // pieces, config.stride), longest)
+    if length < shortest:
+        return []
+    room = count - pieces * length
+    return [(i * length + room * (2 * i + 1) // (2 * pieces), length) for i in range(pieces)]
+
+
+def bounds(fps: float, config: ClipConfig) -> tuple[int, int]:
+    """The least and most frames of a clip at this rate, both 1 + stride·n; a frame lasts 1/fps.
+
+    A shot of the shortest length is long enough, though a stride may leave a little less of it.
+    """
+    shortest = _whole(math.ceil(config.min_seconds * fps - 1e-3), config.stride)
+    longest = _whole(math.floor(config.max_seconds * fps + 1e-3), config.stride)
+    return max(shortest, 1), max(longest, 1)
+
+
+def fit(height: int, width: int, part: Rect, config: ClipConfig) -> Geometry | None:
+    """How a part of a displayed picture [height, width] becomes a clip's picture; None: too small."""
+    scale, area = 1.0, part.height * part.width
+    if config.area is not None and area > config.area:
+        scale = math.sqrt(config.area / area)
+    out = [_multiple(side * scale, config.multiple) for side in (part.height, part.width)]
+    if min(out) == 0:
+        return None
+    if scale < 1:  # As small as it may be, so that the least is cropped.
+        scale = max(out[0] / part.height, out[1] / part.width)
+    scaled = max(round(height * scale), out[0]), max(round(width * scale), out[1])
+    down, across = scaled[0] / height, scaled[1] / width
+    top = _within(part.top * down, part.height * down, out[0], scaled[0])
+    left = _within(part.left * across, part.width * across, out[1], scaled[1])
+    source = Rect(*(round(x) for x in (top / down, left / across, out[0] / down, out[1] / across)))
+    return Geometry(*scaled, Rect(top, left, *out), source)
+
+
+def _multiple(side: float, multiple: int) -> int:
+    """The largest multiple up to a side."""
+    return math.floor(side / multiple + 1e-6) * multiple
+
+
+def _within(first: float, length: float, kept: int, size: int) -> int:
+    """Where the middle `kept` pixels of [first, first + length) begin, among `size` pixels."""
+    return min(max(round(first + (length - kept) / 2), 0), size - kept)
+
+
+def _whole(count: int, stride: int) -> int:
+    """The most frames up to `count` that are 1 + stride·n."""
+    return 1 + (count - 1) // stride * stride

@@ -1,0 +1,105 @@
+"""Time stamps to a constant rate: which frame is shown at t0, t0 + 1/fps, t0 + 2/fps, ...
+
+Everything downstream counts in *grid indices*: index k is the frame nearest in time to t0 + k/fps.
+At a constant rate that is every frame once, however its time stamps were rounded; at a variable rate
+frames are repeated or left out so that motion keeps its speed. Where frames are missing (damage, or a
+pause in the time stamps) the indices of the gap do not exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+STANDARD = tuple(
+    n / d
+    for n, d in (
+        *((n, 1) for n in (1, 2, 5, 6, 8, 10, 12, 12.5, 15, 20, 24, 25, 30, 48, 50, 60, 90, 100)),
+        *((n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)),
+        *((n, 1) for n in (120, 144, 240)),
+    )
+)
+"""Frames per second that time stamps in milliseconds are taken to mean."""
+MAX_RATE = 240.0
+LONGEST_GAP = 2.0
+"""Seconds without a frame that are a pause rather than a slow rate, where frames are denser."""
+
+
+class Timed(Protocol):
+    """A frame with its time in seconds; `after_gap`: frames before it were lost."""
+
+    @property
+    def time(self) -> float: ...
+    @property
+    def after_gap(self) -> bool: ...
+
+
+T = TypeVar("T", bound=Timed)
+
+
+def native_rate(times: np.ndarray, hint: float | None = None) -> tuple[float, bool]:
+    """(frames per second, whether it is constant) of sorted time stamps, float [n] in seconds.
+
+    The rate is that of the steps near the median one, and is rounded to `hint` (what the file says)
+    or to a `STANDARD` rate within 0.5 % of it. It is constant if all time stamps lie on its grid, of
+    which at most a tenth may be missing; of several such rates the first is taken.
+    Fewer than two frames have no rate: `hint`, or 1, and constant.
+    """
+    times = np.unique(times)
+    hint = hint if hint and 0 < hint <= MAX_RATE else None
+    if len(times) < 2:
+        return hint or 1.0, True
+    steps = np.diff(times)
+    usual = steps[np.abs(steps / np.median(steps) - 1) < 0.25]
+    typical = min(1 / float((usual if len(usual) else steps).mean()), MAX_RATE)
+    nearby = sorted(STANDARD, key=lambda rate: abs(rate - typical))[:3]
+    rates = [r for r in (hint, *nearby, typical) if r and abs(r / typical - 1) < 5e-3]
+    for rate in rates:
+        if _fits(times, rate):
+            return float(rate), True
+    return float(rates[0]), False
+
+
+def _fits(times: np.ndarray, rate: float) -> bool:
+    """Whether all stamps lie on the grid of a rate, no two on one point, few points missing."""
+    places = (times - times[0]) * rate
+    points = np.rint(places)
+    off = places - points
+    missing = points[-1] + 1 - len(times)
+    return off.max() - off.min() < 0.6 and np.diff(points).min() >= 1 and missing <= len(times) / 10
+
+
+def on_grid(
+    frames: Iterable[T], fps: float, origin: float, end: float = math.inf
+) -> Iterator[tuple[int, T]]:
+    """(k, frame) for every grid index k >= 0 with a frame: the one nearest to origin + k/fps.
+
+    `frames` come in order of time; of those with one time stamp the first counts. Stops after the
+    grid points before `end` seconds, having read one frame beyond.
+    """
+    pause = max(LONGEST_GAP, 4 / fps)
+    index, before = 0, None
+    for frame in frames:
+        if before is not None:
+            if frame.time <= before.time:
+                continue
+            gap = frame.after_gap or frame.time - before.time > pause
+            middle = before.time + 0.5 / fps if gap else (before.time + frame.time) / 2
+            stop = math.ceil((min(middle, end) - origin) * fps - 1e-6)
+            for k in range(index, stop):
+                yield k, before
+            index = max(index, stop)
+            if gap:
+                index = max(index, math.ceil((frame.time - 0.5 / fps - origin) * fps - 1e-6))
+            if before.time >= end:
+                return
+        else:
+            index = max(0, math.ceil((frame.time - 0.5 / fps - origin) * fps - 1e-6))
+        before = frame
+    if before is not None:
+        stop = math.ceil((min(before.time + 0.5 / fps, end) - origin) * fps - 1e-6)
+        for k in range(index, stop):
+            yield k, before
