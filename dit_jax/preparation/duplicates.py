@@ -27,7 +27,8 @@ def perceptual_hash(grey: np.ndarray) -> int:
     small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()
     low[0] = 0.0  # The mean says nothing of the shape.
-    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+    middle = np.partition(low, 32)[31:33]  # Half of the 64 are above.
+    return int.from_bytes(np.packbits(low > middle.mean()).tobytes(), "big")
 
 
 def hashed_frames(count: int) -> list[int]:
