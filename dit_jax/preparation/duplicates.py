@@ -46,8 +46,9 @@ class NearDuplicates:
     of all clips; and of clips that are near on average, at least one pair of hashes is.
     """
 
-    def __init__(self, distance: float = 6.0):
-        """`distance`: bits of 64, on average over a clip's hashes, at most 7."""
+    def __init__(self, distance: float = 4.0):
+        """`distance`: bits of 64, on average over a clip's hashes, below 8. Copies that were shrunk and
+        compressed anew are about 2 apart, two takes of one person before one wall from 5.5 on."""
         if not 0 <= distance < 8:
             raise ValueError(f"distance is {distance} bits: it is at least 0 and below 8")
         self.distance = distance
@@ -81,7 +82,7 @@ class NearDuplicates:
 
 
 def near_duplicates(
-    clips: Iterable[tuple[Hashable, Sequence[int]]], distance: float = 6.0
+    clips: Iterable[tuple[Hashable, Sequence[int]]], distance: float = 4.0
 ) -> dict[Hashable, tuple[Hashable, float]]:
     """Of (key, hashes) in order: key -> (key of the clip that is kept, distance in bits)."""
     found = NearDuplicates(distance)

@@ -117,7 +117,9 @@ def opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStrea
         try:
             file = stack.enter_context(open(path, "rb"))
             options = {"protocol_whitelist": "file"}
-            container = av.open(file, "r", options=options, buffer_size=1 << 18)
+            container = av.open(
+                file, "r", options=options, buffer_size=1 << 18, metadata_errors="replace"
+            )
             stack.enter_context(container)
         except FFmpegError as error:
             reason = "truncated" if isinstance(error, FFmpegEOFError) else "not media"
