@@ -7,7 +7,7 @@ import av.logging
 import cv2
 import numpy as np
 import pytest
-from conftest import moving
+from made_media import moving
 from PIL import Image
 
 from dit_jax.preparation import (
