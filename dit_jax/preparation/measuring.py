@@ -1,4 +1,4 @@
-"""What is measured of a run of frames in one pass: of each one small, of two a second in full size."""
+"""What is measured of a run of frames in one pass: of each one small, of one a second in full size."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ THUMBNAIL = 192
 def small_frame(picture: Picture) -> np.ndarray:
     """A picture as it is measured: its lightness, uint8 [h, w], the longer side `SMALL`.
 
-    Every n-th row and column to about twice that, then averages.
+    Every n-th row and column, down to a little more than that, then averages.
     """
     cv2 = extra("cv2")
     height, width = picture.renderer.height, picture.renderer.width
-    light = picture.lightness(max(max(height, width) // (2 * SMALL), 1))
+    light = picture.lightness(max(round(max(height, width) / (1.25 * SMALL)), 1))
     scale = SMALL / max(height, width)
     size = max(round(width * scale), 4), max(round(height * scale), 4)
     return cv2.resize(light, size, interpolation=cv2.INTER_AREA)
@@ -78,6 +78,7 @@ class Run:
         self._hashes: list[int] = []
         self._motion: dict[int, float] = {}
         self._samples: dict[int, Sample] = {}
+        self._pairs = max(step // 2, 1)
         self._latest: tuple[Picture, np.ndarray] | None = None
 
     @property
@@ -97,9 +98,9 @@ class Run:
             self._black.append(filters.black_part(small))
             self._hashes.append(perceptual_hash(small))
         self._changes.append(self._finder.feed(small))
-        if latest is not None and at % self._step == 1 % self._step:
+        if latest is not None and at % self._pairs == 1 % self._pairs:
             self._motion[at] = filters.motion(latest[1], small, self._fps)
-        if at % self._step == 0:
+        if not at or self._is_regular(at):
             self._samples[at] = Sample.of(picture, self._area, self._text)
         self._latest = picture, small
 
@@ -145,9 +146,15 @@ class Run:
         middle = start - self.start + count // 2
         return self._samples[min(self._samples, key=lambda at: abs(at - middle))].thumbnail
 
+    def _is_regular(self, at: int) -> bool:
+        """Whether this frame, counted from the first, is one to be measured in full size: from the
+        middle of the first step on, for beginnings are often black."""
+        return at % self._step == self._step // 2
+
     def _within(self, start: int, count: int) -> list[Sample]:
-        """The samples of these frames, or the nearest one where there is none."""
+        """The regular samples of these frames, or the nearest one where there is none."""
         first, last = start - self.start, start - self.start + count
-        found = [sample for at, sample in self._samples.items() if first <= at < last]
+        inside = [at for at in self._samples if first <= at < last and self._is_regular(at)]
+        found = [self._samples[at] for at in inside]
         nearest = min(self._samples, key=lambda at: abs(at - (first + last) / 2))
         return found or [self._samples[nearest]]
