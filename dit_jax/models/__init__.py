@@ -25,6 +25,7 @@ from dit_jax.models.clip_text import CLIPTextConfig as CLIPTextConfig
 from dit_jax.models.clip_text import CLIPTextEncoder as CLIPTextEncoder
 from dit_jax.models.codec import Codec as Codec
 from dit_jax.models.codec import ImageCodec as ImageCodec
+from dit_jax.models.codec import PixelCodec as PixelCodec
 from dit_jax.models.codec import TileConfig as TileConfig
 from dit_jax.models.discriminator import Discriminator as Discriminator
 from dit_jax.models.discriminator import DiscriminatorConfig as DiscriminatorConfig

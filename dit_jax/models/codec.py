@@ -69,6 +69,37 @@ class Codec(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class PixelCodec:
+    """The identity: models of pixels."""
+
+    name: str = "pixels"
+    hash: str = "pixels"
+    strides: tuple[int, int, int] = (1, 1, 1)
+    channels: int = 3
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """The video."""
+        del key
+        check_floating(video)
+        return video
+
+    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """The videos."""
+        return self.encode(videos, key)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """The latents."""
+        check_floating(latents)
+        return latents
+
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """The latents, in one part."""
+        yield self.decode(latents)
+
+
+@dataclasses.dataclass(frozen=True)
 class TileConfig:
     """Size of what a codec has in memory at a time, in latents."""
 

@@ -10,13 +10,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.interop import codec_identity, load_codec
-from dit_jax.models import Codec, VideoCodec
+from dit_jax.models import Codec, PixelCodec, VideoCodec
 from dit_jax.parallel import make_lay
 from dit_jax.types import Source
 
 
 def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
-    """The codec at ``config.codec.path``, if there is one.
+    """The codec at ``config.codec.path``; without one pixels are their own, and latents have none.
 
     A codec of video spreads clips over a mesh, where one is given that is this process's alone.
 
@@ -24,7 +24,7 @@ def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
         ValueError: where it is absent, or makes other latents than the model does.
     """
     if config.codec.path is None:
-        return None
+        return PixelCodec() if config.model.patch.channels == PixelCodec.channels else None
     codec = load_codec(config.codec.path, config.codec.tiles)
     wanted = (config.codec.t, config.codec.h, config.codec.w)
     if codec.strides != wanted or codec.channels != config.model.patch.channels:
