@@ -20,7 +20,7 @@ from flax import traverse_util
 from dit_jax.interop.autoencoder import autoencoder_from_diffusers, autoencoder_map, weights_hash
 from dit_jax.interop.folders import read_config, read_weights, write_folder
 from dit_jax.interop.layouts import Layout
-from dit_jax.interop.maps import Arrays, Entry, Map
+from dit_jax.interop.maps import Entry, Map
 from dit_jax.interop.wan import autoencoder_from_wan, wan_map
 from dit_jax.models import (
     AutoencoderKLConfig,
@@ -89,19 +89,23 @@ def causal_map(config: CausalAutoencoderConfig) -> Map:
     return Map(f"the {CLASS} of its config.json", tuple(entries))
 
 
-def codec_hash(config: Kind, arrays: Arrays) -> str:
-    """Of the weights, and for codecs of video of what their latents are shifted and scaled by."""
-    if isinstance(config, AutoencoderKLConfig):
-        return weights_hash(arrays)
+def causal_hash(config: CausalAutoencoderConfig, params: Params) -> str:
+    """Of the parameters and of what their latents are shifted and scaled by, whichever folder they
+    came in."""
     meaning = dataclasses.asdict(dataclasses.replace(config, dtype="auto"))
+    for name in ("shift", "scale"):
+        # Diffusers' folder has the scale's inverse, whose inverse is off by the last bit.
+        meaning[name] = [float(np.float32(value)) for value in meaning[name]]
     said = np.frombuffer(json.dumps(meaning, sort_keys=True).encode(), np.uint8)
-    return weights_hash({**arrays, "config.json": said})
+    flat: dict[Any, Any] = traverse_util.flatten_dict(params["params"], sep="/")
+    return weights_hash({**flat, "config.json": said})
 
 
 def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec | VideoCodec:
     """The codec in a folder (safetensors, ``.bin`` or ``.pt``).
 
-    Its hash is of the arrays by their newer names, so both names of a file give one hash.
+    Its hash is of the arrays by their newer names, so both names of a file give one hash; of a codec of
+    video by our names, so that its folder and the one it is converted to give one, too.
 
     Raises:
         ValueError: where the folder or what it holds is not that.
@@ -109,10 +113,12 @@ def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec 
     folder = Path(path)
     config, table = codec_config(folder)
     arrays, file = read_weights(folder)
-    params = jax.tree.map(jnp.asarray, table.read(arrays, repr(str(file))))
-    digest = codec_hash(config, table.named(arrays))
-    kind: Any = ImageCodec if isinstance(config, AutoencoderKLConfig) else VideoCodec
-    return kind(folder.resolve().name, digest, config, params, tiles or TileConfig())
+    read = table.read(arrays, repr(str(file)))
+    params, name = jax.tree.map(jnp.asarray, read), folder.resolve().name
+    if isinstance(config, AutoencoderKLConfig):
+        digest = weights_hash(table.named(arrays))
+        return ImageCodec(name, digest, config, params, tiles or TileConfig())
+    return VideoCodec(name, causal_hash(config, read), config, params, tiles or TileConfig())
 
 
 def write_codec(folder: Path, config: CausalAutoencoderConfig, params: Params) -> None:
