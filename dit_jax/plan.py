@@ -44,7 +44,8 @@ class PlanArguments:
     """Slices of that shape, joined by the data centre's network."""
     what: Literal["train", "sample", "encode", "decode"] = "train"
     """The train step; one step of the solver for one clip of the config's sampling size; or, of a
-    codec's config, one part (``tiles.frames``) of encoding or decoding clips of ``data.crop``'s size."""
+    codec's config, one part (``tiles.frames``) of encoding or decoding clips as large as
+    ``data.crop``."""
     json: str | None = None
     """Also write the plan to this file as JSON; - prints it instead of the text."""
     sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -44,7 +44,9 @@ def random_params(config: CausalAutoencoderConfig, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
 
 
-def make_codec(config: CausalAutoencoderConfig = SMALL, tiles: TileConfig | None = None, **more: Any) -> VideoCodec:
+def make_codec(
+    config: CausalAutoencoderConfig = SMALL, tiles: TileConfig | None = None, **more: Any
+) -> VideoCodec:
     return VideoCodec("tiny", "hash", config, random_params(config), tiles or TileConfig(), **more)
 
 

@@ -118,7 +118,9 @@ def test_a_saved_stream_goes_on_as_if_never_stopped():
 def test_clips_that_hold_no_window_are_refused():
     rng = np.random.default_rng(0)
     sample: Any = {"video": np.zeros((5, 8, 5, 3), np.uint8), "caption": "", "fps": 8.0}
-    with pytest.raises(ValueError, match="clip 7 is of 8 x 5 pixels, and data.crop takes 6 x 6: make"):
+    with pytest.raises(
+        ValueError, match="clip 7 is of 8 x 5 pixels, and data.crop takes 6 x 6: make"
+    ):
         cut(CONFIG, TIME, sample, rng, "clip 7")
     sample["video"] = np.zeros((5, 8, 8, 3), np.float32)
     with pytest.raises(ValueError, match="clip 7 is float32: an autoencoder learns from pixels"):

@@ -167,7 +167,7 @@ def test_the_discriminator_learns_nothing_from_the_autoencoders_loss():
         """The hinge loss by itself, of what the autoencoder makes."""
         apply = Discriminator(JUDGED.discriminator).apply
         params = params_of(JUDGED)["params"]["autoencoder"]
-        encoded: Any = MODEL.apply({"params": params}, VIDEO, method="encode")
+        encoded: Any = MODEL.apply({"params": params}, jnp.asarray(VIDEO), method="encode")
         drawn = encoded[0] + jnp.exp(encoded[1] / 2) * jax.random.normal(
             jax.random.key(0), encoded[0].shape
         )
@@ -193,7 +193,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients():
     def judged(weights: Any) -> jax.Array:
         decoder = given["autoencoder"]["decoder"] | {"conv_out": weights}
         variables = {"params": given["autoencoder"] | {"decoder": decoder}}
-        encoded: Any = MODEL.apply(variables, VIDEO, method="encode")
+        encoded: Any = MODEL.apply(variables, jnp.asarray(VIDEO), method="encode")
         drawn = encoded[0] + jnp.exp(encoded[1] / 2) * jax.random.normal(
             jax.random.key(0), encoded[0].shape
         )

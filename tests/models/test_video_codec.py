@@ -93,7 +93,7 @@ def test_tiles_are_the_whole_where_no_border_is_near():
     tiled, whole = make_codec(NEAR, tiles), make_codec(NEAR, TileConfig(size=64, frames=16))
     clip = noise(3, 16, 96, 3)
     expected, made = whole.encode(clip), tiled.encode(clip)
-    # Tiles of 32 latents, from 0 and from 16: beyond their overlap each is alone, and its border 16 off.
+    # Tiles of 32 latents, from 0 and from 16: each is alone beyond their overlap, its border 16 off.
     for alone in (slice(0, 16), slice(32, 48)):
         np.testing.assert_allclose(made[:, :, alone], expected[:, :, alone], atol=CLOSE)
     assert 0 < np.abs(made - expected)[:, :, 16:32].max() < 0.5
@@ -198,9 +198,7 @@ def test_edges_go_to_the_neighbours_and_frames_stay(method: str, size: tuple[int
         ((5, 8, 8), r"shape \(5, 8, 8\)"),
     ],
 )
-def test_clips_that_do_not_fit_are_refused(
-    whole: VideoCodec, shape: tuple[int, ...], said: str
-):
+def test_clips_that_do_not_fit_are_refused(whole: VideoCodec, shape: tuple[int, ...], said: str):
     with pytest.raises(ValueError, match=said):
         whole.encode(np.zeros(shape, np.float32))
 
