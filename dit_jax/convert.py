@@ -1,7 +1,8 @@
 """``python -m dit_jax.convert --input FILE --output RUN --to run``: published weights in and out.
 
-Reads facebookresearch's DiT and SiT files, Diffusers' folders of ``DiTTransformer2DModel`` and
-``AutoencoderKL``, and runs, and writes each of them (docs/convert.md).
+Reads facebookresearch's DiT and SiT files, Diffusers' folders of ``DiTTransformer2DModel``,
+``AutoencoderKL`` and ``AutoencoderKLWan``, our own folders of codecs, and runs, and writes each of them
+(docs/convert.md).
 Everything is checked before the weights are read, and pickles are never run. One process does it, with
 all of its devices.
 """
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import ml_dtypes
 import numpy as np
 import tyro
@@ -26,10 +28,12 @@ import tyro
 from dit_jax import interop, tasks
 from dit_jax.config import (
     CodecConfig,
+    CodecRun,
     Config,
     DataConfig,
     EvaluationConfig,
     LogConfig,
+    Run,
     stored_config,
     to_dict,
 )
@@ -52,12 +56,13 @@ class ConvertArguments:
 
     input: str
     """A file of DiT's or SiT's authors (.pt, .safetensors), a folder of Diffusers' with a
-    config.json, or the directory of a run."""
+    config.json, the folder of a codec, or the directory of a run."""
     output: str
     """What to write; it must not be there yet."""
-    to: Literal["run", "pt", "diffusers"]
-    """run: a directory that ``python -m dit_jax.sample`` opens. pt: the authors' layout. diffusers: a
-    folder with config.json and safetensors."""
+    to: Literal["run", "pt", "diffusers", "codec"]
+    """run: a directory that ``python -m dit_jax.sample`` opens, or of a codec one that
+    ``checkpoint.initial`` names, to fine-tune it. pt: the authors' layout. diffusers: a folder with
+    config.json and safetensors. codec: our own folder of an autoencoder of video."""
     family: Literal["dit", "sit"] = "dit"
     """Whose file it is, where the file does not say: SiT's look like DiT's."""
     heads: int | None = None
@@ -118,9 +123,10 @@ def convert(given: ConvertArguments) -> str:
     check_target(target, given.to)
     if (source / "checkpoints").is_dir():
         return _from_run(given, source, target)
-    if source.is_dir() and _class(source) == "AutoencoderKL":
-        return _autoencoder(given, source, target)
+    if source.is_dir() and _class(source) in interop.CODECS:
+        return _codec(given, source, target)
     published = open_published(given, source)
+    _check_no_codec(given)
     if given.to == "run":
         return _to_run(given, published, target)
     params = published.table.read(published.arrays, published.where)
@@ -180,14 +186,15 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
     if path is None:
         side = 1 if channels == 3 else 8
         return CodecConfig(h=side, w=side)
-    config = interop.read_config(Path(path))
-    found = interop.autoencoder_from_diffusers(config, f"--codec {path!r}")
+    found, _ = interop.codec_config(Path(path))
     if found.latent_channels != channels:
         raise ValueError(
             f"--codec {path!r} has latents of {found.latent_channels} channels, and the model makes "
             f"{channels}: give the autoencoder that it was trained with."
         )
-    return CodecConfig(path=path, h=found.stride, w=found.stride)
+    stride = found.stride
+    t, h, w = (1, stride, stride) if isinstance(stride, int) else stride
+    return CodecConfig(path=path, t=t, h=h, w=w)
 
 
 def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
@@ -261,7 +268,16 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
         raise ValueError(f"--input {given.input!r} is a run already: copy it.")
     checkpointer, step = open_run(source, given.step)
     where = checkpointer.path(step) / "config"
-    config = stored_config(checkpointer.config(step), where)
+    config = stored_config(checkpointer.config(step), where, Run)
+    if isinstance(config, CodecRun):
+        if given.step is not None:
+            raise ValueError(
+                f"--step is {given.step}, and the run is of a codec, which is whole at its end alone, "
+                "when its latents' shift and scale are measured: leave --step out."
+            )
+        return _codec(given, tasks.finished_codec(source), target)
+    assert isinstance(config, Config)
+    _check_no_codec(given)
     family = _published_family(config, given.to)
     drawn = config.sampling
     _, size, width = config.codec.latent_size(1, drawn.height, drawn.width)
@@ -321,20 +337,30 @@ def _to_published(given: ConvertArguments, file: DiTFile, params: Params, target
     return f"{_said(file)}: {len(written)} arrays in {target}"
 
 
-def _autoencoder(given: ConvertArguments, source: Path, target: Path) -> str:
-    """A folder of an autoencoder, read and written again."""
-    if given.to != "diffusers":
+def _codec(given: ConvertArguments, folder: Path, target: Path) -> str:
+    """A folder of a codec, read and written again."""
+    if given.to == "pt":
         raise ValueError(
-            f"--input {given.input!r} is an autoencoder, which is used from its folder as it is: "
-            "--to diffusers writes it again (as safetensors, with the newer names)."
+            f"--input {given.input!r} is a codec, and --to pt is of transformers: --to diffusers "
+            "writes it again."
         )
-    theirs = interop.read_config(source)
-    config = interop.autoencoder_from_diffusers(theirs, repr(str(source / "config.json")))
-    arrays, path = interop.read_weights(source)
-    params = interop.autoencoder_map(config).read(arrays, repr(str(path)))
-    written = interop.autoencoder_map(config, given.old_names).export(params, DTYPES[given.dtype])
-    _whole(target, lambda folder: interop.write_folder(folder, theirs, written))
-    return f"AutoencoderKL: {len(written)} arrays in {target}"
+    codec, dtype = tasks.read_codec_folder(folder), DTYPES[given.dtype]
+    if given.to == "run":
+        _whole(target, lambda path: codec.write_run(path, given.output))
+    elif given.to == "codec":
+        _whole(target, lambda path: codec.write_codec(path, dtype))
+    else:
+        _whole(target, lambda path: codec.write_diffusers(path, dtype, given.old_names))
+    count = sum(leaf.size for leaf in jax.tree.leaves(codec.params))
+    return f"{codec.name} of {count / 1e6:.1f} M parameters: {given.to} in {target}/"
+
+
+def _check_no_codec(given: ConvertArguments) -> None:
+    if given.to == "codec":
+        raise ValueError(
+            f"--input {given.input!r} is no codec, and --to is 'codec': give the folder of one, or "
+            "--to run, pt or diffusers."
+        )
 
 
 def _class(folder: Path) -> Any:

@@ -8,6 +8,9 @@ from dit_jax.config.run import Run
 from dit_jax.data import CropConfig, RecordsConfig, ShapesConfig
 from dit_jax.models import CausalAutoencoderConfig, ReconstructionLossConfig, TileConfig
 
+SSIM_WINDOW = 11
+"""Pixels of each side of the window that SSIM looks at: smaller frames have none."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CodecDataConfig:
@@ -22,9 +25,10 @@ class CodecEvaluationConfig:
     """What a run measures when it is done: windows of held-out clips, and what comes back of them."""
 
     clips: int = 96
-    """Windows; 0 measures nothing, and latents are then not shifted and scaled."""
+    """Windows; 0 measures nothing."""
     records_split: str | None = None
-    """The split they are cut out of; unset, that of the training data (or moving shapes drawn anew)."""
+    """For recorded data: the split they are cut out of; unset, that of the training data. Of moving
+    shapes they are of those combinations that training never draws."""
     frames: int | None = None
     """Frames of these windows, where they are others than in training."""
     statistics: int = 256
@@ -68,6 +72,18 @@ class CodecRun(Run):
                 raise ValueError(
                     f"{name} is {frames}: the model's stride in time is {time}, so give 1 + {time}n."
                 )
+        smallest = min(crop.height, crop.width)
+        if self.evaluation.clips and smallest < SSIM_WINDOW:
+            raise ValueError(
+                f"data.crop.height, width = {crop.height}, {crop.width}: SSIM, which is measured when "
+                f"training ends, looks at windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels. Make them "
+                "larger, or set evaluation.clips to 0."
+            )
+        if self.evaluation.records_split is not None and isinstance(self.data.source, ShapesConfig):
+            raise ValueError(
+                f"evaluation.records_split is {self.evaluation.records_split!r}, and the data are "
+                "moving shapes, which have none: leave it unset."
+            )
         if self.rows % self.optimizer.accumulate:
             raise ValueError(
                 f"data.crop.rows {self.rows} does not divide into optimizer.accumulate "

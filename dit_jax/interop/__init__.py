@@ -3,8 +3,8 @@
 from dit_jax.interop.autoencoder import autoencoder_from_diffusers as autoencoder_from_diffusers
 from dit_jax.interop.autoencoder import autoencoder_map as autoencoder_map
 from dit_jax.interop.autoencoder import autoencoder_to_diffusers as autoencoder_to_diffusers
+from dit_jax.interop.codecs import CODECS as CODECS
 from dit_jax.interop.codecs import codec_config as codec_config
-from dit_jax.interop.codecs import codec_identity as codec_identity
 from dit_jax.interop.codecs import load_codec as load_codec
 from dit_jax.interop.codecs import write_codec as write_codec
 from dit_jax.interop.diffusers_dit import DIVISORS as DIVISORS
@@ -38,6 +38,7 @@ from dit_jax.interop.torch_writer import write_torch as write_torch
 from dit_jax.interop.vgg import load_vgg as load_vgg
 from dit_jax.interop.vgg import lpips_map as lpips_map
 from dit_jax.interop.vgg import vgg_map as vgg_map
+from dit_jax.interop.wan import WAN_CLASS as WAN_CLASS
 from dit_jax.interop.wan import autoencoder_from_wan as autoencoder_from_wan
 from dit_jax.interop.wan import autoencoder_to_wan as autoencoder_to_wan
 from dit_jax.interop.wan import wan_map as wan_map

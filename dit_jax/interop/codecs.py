@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from flax import traverse_util
 from dit_jax.interop.autoencoder import autoencoder_from_diffusers, autoencoder_map, weights_hash
 from dit_jax.interop.folders import read_config, read_weights, write_folder
 from dit_jax.interop.layouts import Layout
-from dit_jax.interop.maps import Arrays, Entry, Map
-from dit_jax.interop.wan import autoencoder_from_wan, wan_map
+from dit_jax.interop.maps import Entry, Map
+from dit_jax.interop.wan import WAN_CLASS, autoencoder_from_wan, wan_map
 from dit_jax.models import (
     AutoencoderKLConfig,
     CausalAutoencoder,
@@ -33,6 +34,8 @@ from dit_jax.models import (
 from dit_jax.types import Params
 
 CLASS = "CausalAutoencoder"
+CODECS = ("AutoencoderKL", WAN_CLASS, CLASS)
+"""Classes of ``config.json`` that are codecs."""
 Kind = AutoencoderKLConfig | CausalAutoencoderConfig
 
 
@@ -44,7 +47,7 @@ def codec_config(folder: Path) -> tuple[Kind, Map]:
     """
     values = read_config(folder)
     where, name = repr(str(folder / "config.json")), values.get("_class_name")
-    if name == "AutoencoderKLWan":
+    if name == WAN_CLASS:
         wan = autoencoder_from_wan(values, where)
         return wan, wan_map(wan)
     if name == CLASS:
@@ -63,15 +66,31 @@ def _from_values(values: dict[str, Any], where: str) -> CausalAutoencoderConfig:
     """Our config of JSON values."""
     given = {name: value for name, value in values.items() if not name.startswith("_")}
     try:
+        if odd := [f"{name} is {given[name]!r}" for name in given if not _fits(name, given[name])]:
+            raise ValueError("; ".join(odd))
         for name in ("widths", "decoder_widths", "shift", "scale"):
             given[name] = tuple(given[name])
-        given["strides"] = tuple((int(time), int(space)) for time, space in given["strides"])
+        given["strides"] = tuple((time, space) for time, space in given["strides"])
         return CausalAutoencoderConfig(**given)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} describes no {CLASS} of this version of dit_jax ({type(error).__name__}: "
             f"{error}): restore the file, or use the version that wrote it."
         ) from error
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a JSON value is of the kind that a field of our config has."""
+    default = getattr(CausalAutoencoderConfig, name, None)
+    if name in ("shift", "scale"):
+        return isinstance(value, list) and all(type(x) in (int, float) for x in value)
+    if name == "strides":
+        return isinstance(value, list) and all(isinstance(pair, list) for pair in value)
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(type(x) is int for x in value)
+    if name == "dtype":
+        return value in typing.get_args(typing.get_type_hints(CausalAutoencoderConfig)[name])
+    return default is None or type(value) is type(default)
 
 
 def causal_map(config: CausalAutoencoderConfig) -> Map:
@@ -89,29 +108,23 @@ def causal_map(config: CausalAutoencoderConfig) -> Map:
     return Map(f"the {CLASS} of its config.json", tuple(entries))
 
 
-def codec_hash(config: Kind, arrays: Arrays) -> str:
-    """Of the weights, and for codecs of video of what their latents are shifted and scaled by."""
-    if isinstance(config, AutoencoderKLConfig):
-        return weights_hash(arrays)
+def causal_hash(config: CausalAutoencoderConfig, params: Params) -> str:
+    """Of the parameters and of what their latents are shifted and scaled by, whichever folder they
+    came in."""
     meaning = dataclasses.asdict(dataclasses.replace(config, dtype="auto"))
+    for name in ("shift", "scale"):
+        # Diffusers' folder has the scale's inverse, whose inverse is off by the last bit.
+        meaning[name] = [float(np.float32(value)) for value in meaning[name]]
     said = np.frombuffer(json.dumps(meaning, sort_keys=True).encode(), np.uint8)
-    return weights_hash({**arrays, "config.json": said})
-
-
-def codec_identity(path: str | Path) -> tuple[str, str]:
-    """Name and hash of the codec in a folder; raises as ``load_codec`` does."""
-    folder = Path(path)
-    config, table = codec_config(folder)
-    arrays, file = read_weights(folder)
-    named = table.named(arrays)
-    table.check(named, repr(str(file)))
-    return folder.resolve().name, codec_hash(config, named)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(params["params"], sep="/")
+    return weights_hash({**flat, "config.json": said})
 
 
 def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec | VideoCodec:
     """The codec in a folder (safetensors, ``.bin`` or ``.pt``).
 
-    Its hash is of the arrays by their newer names, so both names of a file give one hash.
+    Its hash is of the arrays by their newer names, so both names of a file give one hash; of a codec of
+    video by our names, so that its folder and the one it is converted to give one, too.
 
     Raises:
         ValueError: where the folder or what it holds is not that.
@@ -119,13 +132,17 @@ def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec 
     folder = Path(path)
     config, table = codec_config(folder)
     arrays, file = read_weights(folder)
-    params = jax.tree.map(jnp.asarray, table.read(arrays, repr(str(file))))
-    digest = codec_hash(config, table.named(arrays))
-    kind: Any = ImageCodec if isinstance(config, AutoencoderKLConfig) else VideoCodec
-    return kind(folder.resolve().name, digest, config, params, tiles or TileConfig())
+    read = table.read(arrays, repr(str(file)))
+    params, name = jax.tree.map(jnp.asarray, read), folder.resolve().name
+    if isinstance(config, AutoencoderKLConfig):
+        digest = weights_hash(table.named(arrays))
+        return ImageCodec(name, digest, config, params, tiles or TileConfig())
+    return VideoCodec(name, causal_hash(config, read), config, params, tiles or TileConfig())
 
 
-def write_codec(folder: Path, config: CausalAutoencoderConfig, params: Params) -> None:
+def write_codec(
+    folder: Path, config: CausalAutoencoderConfig, params: Params, dtype: Any = np.float32
+) -> None:
     """Writes our folder of a codec of video."""
     values = {"_class_name": CLASS, **dataclasses.asdict(config)}
-    write_folder(folder, values, causal_map(config).export(params))
+    write_folder(folder, values, causal_map(config).export(params, dtype))

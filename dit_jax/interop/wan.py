@@ -10,7 +10,7 @@ from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Entry, Map
 from dit_jax.models import WAN, CausalAutoencoderConfig
 
-CLASS = "AutoencoderKLWan"
+WAN_CLASS = "AutoencoderKLWan"
 CONV = "o i t h w -> t h w i o"
 FLAT = "o i (t h) w -> t h w i o"
 """Of a convolution of frames."""
@@ -44,8 +44,8 @@ def autoencoder_from_wan(config: Mapping[str, Any], where: str) -> CausalAutoenc
     Raises:
         ValueError: where it is another class, or set to what is not built here.
     """
-    if config.get("_class_name") != CLASS:
-        raise ValueError(f"{where} is of {config.get('_class_name')!r}, not {CLASS!r}.")
+    if config.get("_class_name") != WAN_CLASS:
+        raise ValueError(f"{where} is of {config.get('_class_name')!r}, not {WAN_CLASS!r}.")
     given = DEFAULTS | dict(config)
     check_sizes({name: given[name] for name in SIZES}, where)
     odd = [name for name in LISTS if not isinstance(given[name], list | tuple)]
@@ -81,7 +81,7 @@ def autoencoder_from_wan(config: Mapping[str, Any], where: str) -> CausalAutoenc
             scale=tuple(1 / float(std) for std in given["latents_std"]),
         )
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{where} is no {CLASS} that can be: {error}") from error
+        raise ValueError(f"{where} is no {WAN_CLASS} that can be: {error}") from error
 
 
 def autoencoder_to_wan(config: CausalAutoencoderConfig) -> dict[str, Any]:
@@ -109,12 +109,12 @@ def autoencoder_to_wan(config: CausalAutoencoderConfig) -> dict[str, Any]:
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"the autoencoder has {name} {getattr(config, name)}, for which {CLASS} has no setting: "
+            f"the autoencoder has {name} {getattr(config, name)}, for which {WAN_CLASS} has none: "
             "keep it in the folder that the run wrote."
         )
     z, p = config.latent_channels, config.patch
     return {
-        "_class_name": CLASS,
+        "_class_name": WAN_CLASS,
         "_diffusers_version": "0.36.0",
         "attn_scales": [],
         "base_dim": widths[0],
@@ -188,7 +188,7 @@ def wan_map(config: CausalAutoencoderConfig) -> Map:
     table.conv("encoder/quant", "quant_conv", 2 * z, 2 * z, (1, 1, 1))
     table.conv("decoder/body/post_quant", "post_quant_conv", z, z, (1, 1, 1))
     _decoder(table, config, pixels)
-    return Map(f"an {CLASS} of its config.json", tuple(table.entries))
+    return Map(f"an {WAN_CLASS} of its config.json", tuple(table.entries))
 
 
 def _encoder(table: _Table, config: CausalAutoencoderConfig, pixels: int) -> None:

@@ -67,8 +67,9 @@ class VideoCodec:
 
     def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
         """Clips ``[b, t, h, w, 3]`` of one size at once. Raises as ``encode`` does."""
-        for video in videos[:1]:
-            self._check(video)
+        if len(videos) == 0:
+            raise ValueError(f"clips of shape {videos.shape}: {self.name} takes at least one clip.")
+        self._check(videos[0])
         moments = np.concatenate(list(self._parts("encode", videos, self._lengths(videos))), 1)
         mean = moments[..., : self.channels]
         if key is not None and self.config.variational:

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dit_jax.config import CodecRun
-from dit_jax.data import CropConfig, CropLoader, RecordsConfig, cut
+from dit_jax.data import CropConfig, CropLoader, RecordsConfig, ShapesConfig, cut
 from dit_jax.evaluation import (
     reconstruction_report,
     resize_baseline,
@@ -34,7 +34,7 @@ from dit_jax.models import (
     ReconstructionLoss,
     autoencoder_flops,
 )
-from dit_jax.parallel import make_lay, platform
+from dit_jax.parallel import batch_shards, make_lay, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.tasks.sources import make_source
 from dit_jax.training import Task, Work
@@ -47,8 +47,8 @@ CLIPS_SHOWN = 6
 
 def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     """The task of a codec's run on a mesh; opens the data, and makes nothing else yet."""
-    source = _open(config, None)
-    held = _open(config, config.evaluation.records_split)
+    check_codec_layout(config, mesh)
+    source, held = make_source(config.data.source), make_source(_held_out(config))
     crop, model = config.data.crop, config.model
     for what, part in (("the first training clip", source), ("the first held-out clip", held)):
         cut(crop, model.stride[0], part[0], np.random.default_rng(0), what)
@@ -72,6 +72,18 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
         draw=draw,
         report=partial(conclude, loss.model, windows),
     )
+
+
+def check_codec_layout(config: CodecRun, mesh: Mesh) -> None:
+    """Raises ``ValueError`` where batches of the config cannot be laid out over the mesh."""
+    rows, parts, accumulate = config.rows, batch_shards(mesh), config.optimizer.accumulate
+    if rows // accumulate % parts:
+        each = f" in each of optimizer.accumulate {accumulate} parts" if accumulate > 1 else ""
+        raise ValueError(
+            f"data.crop.rows {rows}: {rows // accumulate} windows{each} do not divide over mesh.data x "
+            f"mesh.fsdp = {parts}. Make rows a multiple of {accumulate * parts}, or spread the windows "
+            "themselves (mesh.context) instead."
+        )
 
 
 def make_loss(config: CodecRun, mesh: Mesh) -> ReconstructionLoss:
@@ -112,13 +124,13 @@ def batch_work(model: CausalAutoencoderConfig, batch: ClipBatch) -> Work:
     return Work(float(latents), float(b * (1 + (t - 1) // time) * frame), flops)
 
 
-def _open(config: CodecRun, split: str | None) -> Source:
-    """The clips of a split, or the training data's."""
-    source = config.data.source
-    if split is not None:
-        assert isinstance(source, RecordsConfig)
-        source = dataclasses.replace(source, split=split)
-    return make_source(source)
+def _held_out(config: CodecRun) -> ShapesConfig | RecordsConfig:
+    """The clips that are measured: of a split, if one is named, and of moving shapes those that
+    training never draws."""
+    source, split = config.data.source, config.evaluation.records_split
+    if isinstance(source, ShapesConfig):
+        return dataclasses.replace(source, split="held_out")
+    return source if split is None else dataclasses.replace(source, split=split)
 
 
 class HeldOut:
@@ -159,15 +171,10 @@ def reconstruct(
     model: CausalAutoencoder, params: Params, clips: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """What comes back of clips uint8, each by itself; on one device."""
-    alone = CausalAutoencoder(model.config, model.config.computation())
-    variables = {"params": nn.unbox(params)}
-
-    @jax.jit
-    def there_and_back(video: jax.Array) -> jax.Array:
-        made: Any = alone.apply(variables, video)
-        return made
-
-    return [to_uint8(np.asarray(there_and_back(to_float(clip)[None]))[0]) for clip in clips]
+    there_and_back = jax.jit(CausalAutoencoder(model.config, model.config.computation()).apply)
+    variables = {"params": jax.tree.map(jnp.asarray, nn.unbox(params))}
+    made = (there_and_back(variables, to_float(clip)[None]) for clip in clips)
+    return [to_uint8(np.asarray(video)[0]) for video in made]
 
 
 def latent_statistics(
@@ -177,12 +184,13 @@ def latent_statistics(
     alone = CausalAutoencoder(model.config, model.config.computation())
 
     @jax.jit
-    def sums(video: jax.Array) -> tuple[jax.Array, jax.Array]:
-        encoded: Any = alone.apply({"params": params}, video, method="encode")
+    def sums(variables: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        encoded: Any = alone.apply(variables, video, method="encode")
         z = encoded[0].astype(jnp.float32).reshape(-1, model.config.latent_channels)
         return z.mean(0), (z**2).mean(0)
 
-    found = [jax.device_get(sums(to_float(clip)[None])) for clip in clips]
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
+    found = [jax.device_get(sums(variables, to_float(clip)[None])) for clip in clips]
     latents = np.array([1 + (len(clip) - 1) // model.config.stride[0] for clip in clips])
     mean, square = (
         np.average(np.array(part, np.float64), 0, latents) for part in zip(*found, strict=True)
@@ -196,7 +204,7 @@ def conclude(
     """Writes the codec's folder and measures it as others will read it."""
     config = windows.config
     whole = gathered(params)
-    if not config.evaluation.clips or jax.process_index() != 0:
+    if jax.process_index() != 0:
         return {}
     shift, std = latent_statistics(model, whole, windows.training())
     finished = dataclasses.replace(
@@ -206,6 +214,8 @@ def conclude(
     )
     folder = directory / FOLDER
     write_codec(folder, finished, {"params": whole})
+    if not config.evaluation.clips:
+        return {}
     codec = load_codec(folder, config.tiles)
     clips = windows.held[: config.evaluation.clips]
     back = [to_uint8(codec.decode(codec.encode(to_float(clip)))) for clip in clips]

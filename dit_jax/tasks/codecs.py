@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.interop import codec_identity, load_codec
+from dit_jax.interop import load_codec
 from dit_jax.models import Codec, PixelCodec, VideoCodec
 from dit_jax.parallel import make_lay
 from dit_jax.types import Source
@@ -57,7 +57,7 @@ def with_codec_hash(config: Config) -> Config:
     if isinstance(source, RecordsConfig) and (made := RecordsSource(source).codec):
         known.append(made)
     if told.path is not None:
-        known.append(codec_identity(told.path)[1])
+        known.append(load_codec(told.path).hash)
     if len(set(known)) > 1:
         raise ValueError(
             f"codec.hash {told.hash!r}, the latents of the data and the codec {told.path!r} are not of "

@@ -127,7 +127,7 @@ def tokenize(
         patch = (model.patch.h * strides[1], model.patch.w * strides[2])
         video = to_float(resize(transform, video, patch))
         if codec is not None:
-            video, fps = np.asarray(codec.encode(video), np.float32), fps / strides[0]
+            video, fps = _encoded(codec, video, sample["caption"]), fps / strides[0]
     places, frame_ids = positions(model.patch, *video.shape[:3], fps=fps)
     return {
         "tokens": patchify(model.patch, video),
@@ -137,6 +137,17 @@ def tokenize(
             sample["caption"], sample.get("text_states"), sample.get("label")
         ),
     }
+
+
+def _encoded(codec: Codec, video: np.ndarray, caption: str) -> np.ndarray:
+    """A clip's latents; raises ``ValueError`` with its caption where it has none."""
+    try:
+        return np.asarray(codec.encode(video), np.float32)
+    except ValueError as error:
+        raise ValueError(
+            f"the clip {caption[:60]!r} cannot be encoded: {error} Or leave such clips out "
+            "(data.transform crops pictures, not lengths)."
+        ) from error
 
 
 def _no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The causal autoencoder: what sees what, parts against the whole, both ways to convolve, flops."""
+"""The causal autoencoder: what sees what, parts against the whole, both ways to convolve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from dit_jax.models import (
     SPACETIME_8,
@@ -17,9 +16,9 @@ from dit_jax.models import (
     WAN,
     CausalAutoencoder,
     CausalAutoencoderConfig,
-    autoencoder_flops,
 )
-from dit_jax.models.causal_layers import Computation, Zeros, convolve, convolve_by_frames
+from dit_jax.models.causal_layers import Zeros, convolve, convolve_by_frames
+from tests.codecs import quick_compilation, random_params
 
 PLAIN = CausalAutoencoderConfig(
     latent_channels=3, widths=(4, 8, 8), strides=((2, 2), (2, 1)), layers=1
@@ -29,6 +28,7 @@ VARIANTS = {
     "shortcuts": dataclasses.replace(PLAIN, shortcuts=True, patch=2, variational=False),
     "wide decoder": dataclasses.replace(PLAIN, decoder_widths=(8, 8, 16), mid_attention=False),
 }
+pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 # Sums of float32 in another order, through some twenty layers; the outputs are of order one.
 CLOSE = 1e-5
 
@@ -39,10 +39,7 @@ class Opened:
     def __init__(self, config: CausalAutoencoderConfig) -> None:
         self.config = config
         self.model = CausalAutoencoder(config, config.computation())
-        side = 4 * config.stride[1]
-        frame = jnp.zeros((1, 1, side, side, config.channels))
-        fresh: Any = self.model.init(jax.random.key(0), frame, mutable="params")
-        self.variables = nn.unbox(fresh)
+        self.variables = random_params(config)
         self.apply = jax.jit(self.model.apply, static_argnames=("first", "method", "mutable"))
 
     def clip(self, frames: int, seed: int = 1) -> jax.Array:
@@ -147,41 +144,6 @@ def test_a_flat_clip_has_a_bounded_gradient(opened: Opened):
 
     gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(opened.variables))
     assert max(float(np.abs(leaf).max()) for leaf in gradients) < 1e3
-
-
-@pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_flops_are_those_that_xla_counts(name: str):
-    """Of convolutions as accelerators have them; norms and activations come on top there."""
-    config = VARIANTS[name]
-    model = CausalAutoencoder(config, Computation())
-    side = 16 * config.stride[1]
-    video = jnp.zeros((1, 9, side, side, 3))
-    variables = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), video[:, :1])))
-
-    def products(method: str, x: jax.Array) -> float:
-        jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, method=method))(variables, x)
-        return _products(jaxpr.jaxpr)
-
-    encode, decode = autoencoder_flops(config, 9, side, side)
-    latents = jnp.zeros((1, 3, 16, 16, 3))
-    assert products("encode", video) == encode
-    assert products("decode", latents) == decode
-
-
-def _products(jaxpr: Any) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        out = equation.outvars[0].aval
-        if equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            total += 2.0 * out.size * kernel.size / kernel.shape[-1]
-        elif equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * out.size * np.prod([shape[i] for i in contracted])
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += _products(inner)
-    return total
 
 
 def test_presets_have_the_strides_they_are_named_for():

@@ -1,0 +1,67 @@
+"""Tiny causal autoencoders with random weights, made without compiling their initialisers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig, TileConfig, VideoCodec
+from tests.training.conftest import QUICK
+
+SMALL = CausalAutoencoderConfig(
+    latent_channels=3,
+    widths=(4, 4, 4),
+    strides=((2, 2), (2, 1)),
+    layers=1,
+    shift=(0.1, -0.2, 0.0),
+    scale=(0.5, 2.0, 1.0),
+)
+"""4 x 2 x 2 pixels to a latent."""
+
+
+def random_params(config: CausalAutoencoderConfig, seed: int = 0) -> Any:
+    """Parameters none of which is zero, under "params"."""
+    model = CausalAutoencoder(config)
+    frame = jnp.zeros((1, 1, *config.stride[1:], config.channels))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), frame, mutable="params"))
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        normal, kind = rng.normal(size=leaf.shape), path[-1].key
+        if kind == "kernel":
+            value = normal / np.sqrt(np.prod(leaf.shape[:-1]))
+        else:
+            value = {"scale": 1 + 0.1 * normal, "bias": 0.1 * normal}[kind]
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
+
+
+def make_codec(
+    config: CausalAutoencoderConfig = SMALL, tiles: TileConfig | None = None, **more: Any
+) -> VideoCodec:
+    return VideoCodec("tiny", "hash", config, random_params(config), tiles or TileConfig(), **more)
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """What is compared is what is computed, not how fast: compiling takes a sixth of the time."""
+    try:
+        jax.jit(lambda x: x, compiler_options=QUICK)(np.ones(()))
+    except jax.errors.JaxRuntimeError:  # another version of XLA, with other options: only slower
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        yield

@@ -1,0 +1,189 @@
+"""Our folder of a codec: there and back, its hash, and what is refused of damaged and foreign ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dit_jax import interop
+from dit_jax.models import CausalAutoencoderConfig, TileConfig, VideoCodec
+from tests.codecs import SMALL, noise, quick_compilation, random_params
+
+pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PARAMS = random_params(SMALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    interop.write_codec(tmp_path / "codec", SMALL, PARAMS)
+    return tmp_path / "codec"
+
+
+def opened(folder: Path) -> VideoCodec:
+    codec = interop.load_codec(folder)
+    assert isinstance(codec, VideoCodec)
+    return codec
+
+
+def rewritten(folder: Path, **values: Any) -> None:
+    """Other values in ``config.json``; None removes one."""
+    path = folder / "config.json"
+    stored = json.loads(path.read_text()) | values
+    kept = {name: value for name, value in stored.items() if value is not None}
+    path.write_text(json.dumps(kept))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        interop.load_codec(folder)
+    return str(error.value)
+
+
+# There and back.
+
+VARIANTS = {
+    "small": SMALL,
+    "point": dataclasses.replace(SMALL, variational=False, mid_attention=False, shift=(), scale=()),
+    "shortcuts": dataclasses.replace(SMALL, shortcuts=True, patch=2, dtype="float32"),
+    "wide decoder": dataclasses.replace(SMALL, decoder_widths=(8, 8, 4), strides=((1, 1), (2, 2))),
+}
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_what_is_written_is_read_back(name: str, tmp_path: Path):
+    config = VARIANTS[name]
+    params = random_params(config, seed=1)
+    interop.write_codec(tmp_path / "codec", config, params)
+    codec = interop.load_codec(tmp_path / "codec", TileConfig(frames=3))
+    assert isinstance(codec, VideoCodec)
+    assert (codec.config, codec.name, codec.tiles.frames) == (config, "codec", 3)
+    jax.tree.map(np.testing.assert_array_equal, codec.params, params)
+
+
+def test_a_codec_read_back_computes_the_same(folder: Path):
+    clip = noise(5, 8, 8, 3)
+    codec = opened(folder)
+    ours = VideoCodec("ours", "", SMALL, PARAMS)
+    latents = codec.encode(clip)
+    np.testing.assert_array_equal(latents, ours.encode(clip))
+    np.testing.assert_array_equal(codec.decode(latents), ours.decode(latents))
+
+
+# The hash.
+
+
+def digest(tmp_path: Path, config: CausalAutoencoderConfig, params: Any = PARAMS) -> str:
+    interop.write_codec(tmp_path / "hashed", config, params)
+    return opened(tmp_path / "hashed").hash
+
+
+def test_the_hash_is_of_what_latents_mean(folder: Path, tmp_path: Path):
+    mine = opened(folder).hash
+    assert len(mine) == 16 and digest(tmp_path, SMALL) == mine
+    # How it computes changes no meaning, and the place neither.
+    assert digest(tmp_path, dataclasses.replace(SMALL, dtype="bfloat16")) == mine
+    folder.rename(tmp_path / "elsewhere")
+    assert opened(tmp_path / "elsewhere").hash == mine
+    others = {
+        digest(tmp_path, dataclasses.replace(SMALL, shift=(0.1, -0.2, 0.5))),
+        digest(tmp_path, dataclasses.replace(SMALL, scale=(0.5, 2.0, 1.5))),
+        digest(tmp_path, SMALL, random_params(SMALL, seed=1)),
+        digest(tmp_path, SMALL, jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-3), PARAMS)),
+    }
+    assert len(others) == 4 and mine not in others
+
+
+def test_diffusers_folder_of_the_same_codec_has_the_same_hash(tmp_path: Path):
+    config = dataclasses.replace(SMALL, strides=((2, 2), (2, 2)), scale=(0.3, 1.7, 1.1))
+    params = random_params(config)
+    interop.write_codec(tmp_path / "ours", config, params)
+    values, arrays = interop.autoencoder_to_wan(config), interop.wan_map(config).export(params)
+    interop.write_folder(tmp_path / "theirs", values, arrays)
+    assert opened(tmp_path / "theirs").hash == opened(tmp_path / "ours").hash
+
+
+def test_half_precision_is_read(folder: Path, tmp_path: Path):
+    interop.write_codec(tmp_path / "half", SMALL, PARAMS, ml_dtypes.bfloat16)
+    sizes = [(path / WEIGHTS).stat().st_size for path in (tmp_path / "half", folder)]
+    assert sizes[0] < 0.8 * sizes[1]
+    for half, full in zip(
+        jax.tree.leaves(opened(tmp_path / "half").params), jax.tree.leaves(PARAMS), strict=True
+    ):
+        assert half.dtype == np.float32
+        np.testing.assert_allclose(half, full, rtol=2**-8)
+
+
+# Damaged and foreign.
+
+
+def test_damaged_weights_are_refused_by_name(folder: Path):
+    path = folder / WEIGHTS
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"\x00" * 8 + whole[8:], b""):
+        path.write_bytes(broken)
+        assert WEIGHTS in refused(folder)
+    path.unlink()
+    assert "has no weights: none of" in refused(folder)
+
+
+def test_every_key_that_is_not_there_or_too_many_is_named(folder: Path):
+    arrays = {key: np.asarray(a) for key, a in interop.read_safetensors(folder / WEIGHTS).items()}
+    absent, other = arrays.pop("encoder/conv_in/bias"), arrays.pop("encoder/quant/bias")
+    arrays |= {"encoder/quant/bias": other[:-1], "encoder/foreign/bias": absent}
+    interop.write_safetensors(folder / WEIGHTS, arrays)
+    said = refused(folder)
+    assert f"{WEIGHTS}' is not the CausalAutoencoder of its config.json" in said
+    assert "encoder/conv_in/bias: absent" in said
+    assert "encoder/quant/bias: shape (5,), wanted (6,)" in said
+    assert "encoder/foreign/bias: (4,), which" in said
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (
+            {"_class_name": "DiTTransformer2DModel"},
+            "is of 'DiTTransformer2DModel', which is no codec: ",
+        ),
+        ({"_class_name": None}, "is of None, which is no codec: give a folder of AutoencoderKL"),
+        ({"widths": None}, "describes no CausalAutoencoder of this version"),
+        ({"widths": 4}, "describes no CausalAutoencoder of this version"),
+        ({"widths": [4, 4]}, "even width for each of the 3 resolutions"),
+        ({"strides": [[2, 3], [2, 1]]}, "each is a pair for time and space of 1 or 2"),
+        ({"strides": [2, 2]}, "strides is [2, 2]"),
+        ({"scale": [0, 1, 1]}, "scale is 0 for a channel"),
+        ({"groups": 8}, "use the version that wrote it"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"latent_channels": "3"}, "latent_channels is '3'"),
+        ({"widths": ["4", "4", "4"]}, "describes no CausalAutoencoder of this version"),
+        ({"shift": ["a", 0, 0]}, "shift is ['a', 0, 0]"),
+        ({"shortcuts": 1}, "shortcuts is 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(folder: Path, values: dict[str, Any], said: str):
+    rewritten(folder, **values)
+    message = refused(folder)
+    assert said in message and "config.json" in message
+
+
+def test_settings_that_are_of_other_weights_are_refused(folder: Path):
+    rewritten(folder, latent_channels=5, shift=[], scale=[])
+    assert "decoder/body/conv_in/kernel: shape (3, 3, 3, 3, 4), wanted (3, 3, 3, 5, 4)" in refused(
+        folder
+    )
+
+
+def test_a_folder_without_settings_is_refused(folder: Path, tmp_path: Path):
+    (folder / "config.json").write_text("{")
+    assert "config.json' cannot be read" in refused(folder)
+    (folder / "config.json").write_text("[]")
+    assert "holds no JSON object" in refused(folder)
+    assert "cannot be read" in refused(tmp_path / "nowhere")

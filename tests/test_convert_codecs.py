@@ -1,0 +1,164 @@
+"""Codecs through the verb: folders of Diffusers' and ours, runs, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax import convert, interop
+from dit_jax.config import CodecConfig, CodecRun, stored_config, to_dict
+from dit_jax.models import WAN, AutoencoderKLConfig, CausalAutoencoderConfig
+from dit_jax.training import CheckpointConfig, Checkpointer, open_run
+from tests.codecs import SMALL, random_params
+from tests.interop.published import authors_arrays
+from tests.test_convert import HEADS, converted, refused
+from tests.tiny_codec_config import get_config
+
+LIKE_WAN = dataclasses.replace(SMALL, strides=((2, 2), (2, 2)))
+"""A codec that Diffusers' class can say."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def wan(tmp_path: Path) -> Path:
+    """A small folder of AutoencoderKLWan."""
+    values = interop.autoencoder_to_wan(LIKE_WAN) | {"_diffusers_version": "0.35.1"}
+    arrays = interop.wan_map(LIKE_WAN).export(random_params(LIKE_WAN))
+    interop.write_folder(tmp_path / "wan", values, arrays)
+    return tmp_path / "wan"
+
+
+def run_with(config: CausalAutoencoderConfig, run: Path, finished: bool = True) -> Path:
+    """The run of a codec, as training leaves it."""
+    trained = dataclasses.replace(
+        get_config(), model=dataclasses.replace(config, shift=(), scale=())
+    )
+    params = random_params(config)
+    checkpointer = Checkpointer(run, CheckpointConfig())
+    checkpointer.save_weights({"params": {"autoencoder": params["params"]}}, to_dict(trained))
+    checkpointer.wait()
+    checkpointer.close()
+    if finished:
+        interop.write_codec(run / "codec", config, params)
+    return run
+
+
+def same_folders(one: Path, other: Path) -> None:
+    for name in ("config.json", WEIGHTS):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_diffusers_folder_is_rewritten_byte_for_byte(wan: Path, tmp_path: Path, capsys):
+    same_folders(wan, converted(wan, tmp_path / "again", "diffusers"))
+    assert "AutoencoderKLWan of 0.0 M parameters: diffusers in" in capsys.readouterr().out
+
+
+def test_folders_become_each_other_and_stay_one_codec(wan: Path, tmp_path: Path):
+    ours = converted(wan, tmp_path / "ours", "codec")
+    assert json.loads((ours / "config.json").read_text())["_class_name"] == "CausalAutoencoder"
+    back = converted(ours, tmp_path / "back", "diffusers")
+    assert (back / WEIGHTS).read_bytes() == (wan / WEIGHTS).read_bytes()
+    digests = {interop.load_codec(folder).hash for folder in (wan, ours, back)}
+    assert len(digests) == 1
+
+
+def test_a_run_gives_the_codec_it_ended_with(tmp_path: Path):
+    run = run_with(LIKE_WAN, tmp_path / "run")
+    same_folders(run / "codec", converted(run, tmp_path / "ours", "codec"))
+    theirs = converted(run, tmp_path / "theirs", "diffusers")
+    again = converted(run / "codec", tmp_path / "again", "diffusers")
+    same_folders(theirs, again)
+    codec, mine = interop.load_codec(theirs), interop.load_codec(run / "codec")
+    assert codec.hash == mine.hash
+    np.testing.assert_allclose(codec.scale, LIKE_WAN.scale, rtol=1e-6)
+
+
+def test_half_precision_is_written_where_asked_for(wan: Path, tmp_path: Path):
+    half = converted(wan, tmp_path / "half", "codec", "--dtype", "bfloat16")
+    arrays = interop.read_weights(half)[0]
+    assert {array.dtype.name for array in arrays.values()} == {"bfloat16"}
+
+
+def test_a_folder_becomes_a_run_to_fine_tune_from(wan: Path, tmp_path: Path):
+    run = converted(wan, tmp_path / "run", "run")
+    checkpointer, step = open_run(run)
+    values = checkpointer.config(step)
+    assert step == 0 and values == json.loads((run / "config.json").read_text())
+    config = stored_config(values, run, CodecRun)
+    # Shift and scale are measured again when fine-tuning ends.
+    assert config.model == dataclasses.replace(LIKE_WAN, shift=(), scale=())
+    assert config.output == str(run) and config.data.crop.frames == 17
+    params = random_params(LIKE_WAN)["params"]
+    shapes = {"params": {"autoencoder": jax.eval_shape(lambda: params)}}
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = checkpointer.restore_ema(step, shapes, jax.tree.map(lambda _: whole, shapes))
+    checkpointer.close()
+    jax.tree.map(np.testing.assert_array_equal, found["params"]["autoencoder"], params)
+
+
+def test_codecs_that_a_layout_cannot_hold_are_refused(wan: Path, tmp_path: Path, capsys):
+    target = tmp_path / "out"
+    run = run_with(SMALL, tmp_path / "run")
+    said = refused(capsys, run, target, "diffusers")
+    assert "has strides ((2, 2), (2, 1)), for which AutoencoderKLWan has no setting" in said
+    assert "is a codec, and --to pt is of transformers" in refused(
+        capsys, wan, tmp_path / "out.pt", "pt"
+    )
+    assert "is a codec, and --to pt" in refused(capsys, run, tmp_path / "out.pt", "pt")
+    images = tmp_path / "images"
+    config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
+    table = interop.autoencoder_map(config)
+    arrays = {
+        key: np.zeros(entry.layout.their_shape, np.float32)
+        for entry in table.entries
+        for key in entry.keys
+    }
+    interop.write_folder(images, interop.autoencoder_to_diffusers(config), arrays)
+    for kind in ("codec", "run"):
+        said = refused(capsys, images, target, kind)
+        assert "is an autoencoder of images" in said and "--to diffusers writes it again" in said
+
+
+def test_runs_that_have_no_codec_are_refused(tmp_path: Path, capsys):
+    target = tmp_path / "out"
+    run = run_with(SMALL, tmp_path / "run", finished=False)
+    for kind in ("codec", "diffusers", "run"):
+        assert refused(capsys, run, target, kind)
+    assert "written when training ends" in refused(capsys, run, target, "codec")
+    said = refused(capsys, run, target, "codec", "--step", 0)
+    assert "--step is 0, and the run is of a codec" in said
+    _, table, arrays = authors_arrays()
+    interop.write_torch(tmp_path / "DiT.pt", table.export(table.read(arrays, "made")))
+    said = refused(capsys, tmp_path / "DiT.pt", target, "codec", *HEADS)
+    assert "is no codec, and --to is 'codec'" in said
+
+
+def test_damaged_folders_are_refused(wan: Path, tmp_path: Path, capsys):
+    path = wan / WEIGHTS
+    path.write_bytes(path.read_bytes()[:1000])
+    assert WEIGHTS in refused(capsys, wan, tmp_path / "out", "codec")
+    values = json.loads((wan / "config.json").read_text())
+    (wan / "config.json").write_text(json.dumps(values | {"z_dim": 0}))
+    assert "z_dim is 0" in refused(capsys, wan, tmp_path / "out", "diffusers")
+
+
+@pytest.mark.parametrize("name", ["wan", "ours"])
+def test_models_name_codecs_of_video(wan: Path, tmp_path: Path, name: str):
+    folder = wan if name == "wan" else converted(wan, tmp_path / "ours", "codec")
+    found = convert.find_codec(str(folder), 3)
+    assert found == CodecConfig(path=str(folder), t=4, h=4, w=4)
+    with pytest.raises(ValueError, match="latents of 3 channels, and the model makes 4"):
+        convert.find_codec(str(folder), 4)
+
+
+def test_published_settings_are_of_a_run_too(tmp_path: Path):
+    """Wan 2.1's, whose windows are those that its sides divide."""
+    config: Any = convert.tasks.converting.run_of_codec(WAN, "out")
+    assert (config.data.crop.height, config.data.crop.frames) == (256, 17)
+    assert config.model.shift == () and config.model.widths == WAN.widths
