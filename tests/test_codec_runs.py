@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -61,6 +62,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(runs: tuple[Path, Path, list[E
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_another_run_begins_with_its_averages(
     runs: tuple[Path, Path, list[Ended]], verbs: Verbs, tmp_path: Path, capsys
 ):
@@ -82,6 +84,7 @@ def test_another_run_begins_with_its_averages(
     assert train.main([str(one) for one in wrong]) == 2
     assert "is a run with model.shortcuts = False, and not True" in capsys.readouterr().err
     wrong = ["--config", CONFIG, "--checkpoint.initial", whole, "--output", tmp_path / "c"]
+    wrong += ["--data.packing.rows", 8]
     assert train.main([str(one) for one in wrong]) == 2
     assert "is a run with model." in capsys.readouterr().err
 
@@ -104,12 +107,9 @@ def test_verbs_of_models_refuse_a_codecs_run(
     given = ["--checkpoint", runs[0], "--prompt", "a", "--output", tmp_path / "a.png"]
     assert sample.main([str(one) for one in given]) == 2
     assert said in capsys.readouterr().err
-    given = ["--checkpoint", runs[0], "--output", tmp_path / "e", "--num", 2, "--prompt", "a"]
-    given += ["--reference", tmp_path / "none.npz", "--metrics", "fid"]
+    given = ["--checkpoint", runs[0], "--output", tmp_path / "e", "--num", 2]
     assert evaluate.main([str(one) for one in given]) == 2
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        sample.main(["--checkpoint", str(runs[0])])
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,6 @@ def test_plans_are_of_what_the_config_is_of(
     config: Path, what: str, said: str, monkeypatch, capsys
 ):
     """Refused before anything is compiled; no TPU's compiler is needed."""
-    import jax
-
     monkeypatch.setattr(plan, "prepare_environment", lambda: None)
     monkeypatch.setattr(plan, "topology_devices", lambda _: jax.devices()[:4])
     given = ["--config", config, "--topology", "v5e:2x2", "--what", what, "--mesh.data", 4]

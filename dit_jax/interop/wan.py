@@ -109,8 +109,8 @@ def autoencoder_to_wan(config: CausalAutoencoderConfig) -> dict[str, Any]:
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"the autoencoder has {name} {getattr(config, name)}, for which {WAN_CLASS} has none: "
-            "keep it in the folder that the run wrote."
+            f"the autoencoder has {name} {getattr(config, name)}, for which {WAN_CLASS} has no "
+            "setting: keep it in the folder that the run wrote."
         )
     z, p = config.latent_channels, config.patch
     return {

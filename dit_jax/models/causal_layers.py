@@ -103,6 +103,8 @@ class Computation:
     convolve: Convolve = convolve
     constrain: Callable[[jax.Array], jax.Array] = _anywhere
     """Lays activations ``[b, t, h, w, c]`` out over a mesh."""
+    gather: Callable[[jax.Array], jax.Array] = _anywhere
+    """Makes a kernel whole, of which devices have parts, before it is used."""
 
 
 def with_past(module: nn.Module, x: Frames, count: int, first: bool) -> tuple[Frames, int]:
@@ -151,7 +153,8 @@ class Conv(nn.Module):
         bias: Any = self.param("bias", bias_init, (self.features,))
         dtype, half = self.compute.dtype, self.size[1] // 2
         around = Zeros(zeros, (half, half) if self.sides is None else self.sides)
-        y = self.compute.convolve(x.astype(dtype), kernel.astype(dtype), self.strides, around)
+        kernel = self.compute.gather(kernel.astype(dtype))
+        y = self.compute.convolve(x.astype(dtype), kernel, self.strides, around)
         return self.compute.constrain(y + bias.astype(dtype))
 
 

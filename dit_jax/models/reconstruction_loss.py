@@ -117,7 +117,8 @@ class ReconstructionLoss:
         parts |= named
         total = reconstruction + self.config.kl * parts.get("kl", 0.0)
         if self.config.adversarial:
-            stopped = jax.lax.stop_gradient(params["params"]["discriminator"])
+            judge = jax.tree.map(self.model.compute.gather, params["params"]["discriminator"])
+            stopped = jax.lax.stop_gradient(judge)
             keep = self.config.discriminator.logit_mask(mask)
 
             def judged(clips: jax.Array) -> jax.Array:
@@ -129,7 +130,7 @@ class ReconstructionLoss:
             )
             parts["adaptive"] = adaptive_weight(*gradients, self.config.adversarial_bound)
             parts["generator"] = judged(back)
-            parts["discriminator"] = self._of_discriminator(params, video, back, keep)
+            parts["discriminator"] = self._of_discriminator(judge, video, back, keep)
             counts = jnp.where(step >= self.config.adversarial_start, self.config.adversarial, 0.0)
             total += counts * parts["adaptive"] * parts["generator"] + parts["discriminator"]
         count = jnp.float32(len(video))
@@ -156,9 +157,8 @@ class ReconstructionLoss:
         return total, parts
 
     def _of_discriminator(
-        self, params: Params, video: jax.Array, back: jax.Array, keep: jax.Array
+        self, judge: Params, video: jax.Array, back: jax.Array, keep: jax.Array
     ) -> jax.Array:
-        weights = {"params": params["params"]["discriminator"]}
-        real: Any = self._discriminator.apply(weights, video)
-        fake: Any = self._discriminator.apply(weights, jax.lax.stop_gradient(back))
+        real: Any = self._discriminator.apply({"params": judge}, video)
+        fake: Any = self._discriminator.apply({"params": judge}, jax.lax.stop_gradient(back))
         return hinge_discriminator_loss(real, fake, keep)

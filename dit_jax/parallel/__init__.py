@@ -25,6 +25,7 @@ from dit_jax.parallel.rules import check_rules as check_rules
 from dit_jax.parallel.rules import clip_sharding as clip_sharding
 from dit_jax.parallel.rules import like_parameters as like_parameters
 from dit_jax.parallel.rules import make_constrain as make_constrain
+from dit_jax.parallel.rules import make_gather as make_gather
 from dit_jax.parallel.rules import make_lay as make_lay
 from dit_jax.parallel.rules import parameter_shardings as parameter_shardings
 from dit_jax.parallel.spread import DEFAULT_ATTENTION as DEFAULT_ATTENTION

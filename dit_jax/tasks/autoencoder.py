@@ -34,7 +34,7 @@ from dit_jax.models import (
     ReconstructionLoss,
     autoencoder_flops,
 )
-from dit_jax.parallel import batch_shards, make_lay, platform
+from dit_jax.parallel import batch_shards, make_gather, make_lay, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.tasks.sources import make_source
 from dit_jax.training import Task, Work
@@ -91,7 +91,7 @@ def make_loss(config: CodecRun, mesh: Mesh) -> ReconstructionLoss:
     crop, wanted = config.data.crop, config.loss
     stride = config.model.stride[1]
     lay = make_lay(mesh)(crop.height // stride, crop.width // stride)
-    compute = config.model.computation(platform(mesh), constrain=lay)
+    compute = config.model.computation(platform(mesh), constrain=lay, gather=make_gather(mesh))
     network = None
     if wanted.perceptual:
         assert wanted.vgg is not None

@@ -1,0 +1,172 @@
+"""A model of latents and its codec of video: encoded as it is read, decoded as it is drawn, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax import interop, tasks
+from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.data import PackingConfig, RecordsConfig
+from dit_jax.data.writing import write_records
+from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import SamplingConfig, to_float
+from dit_jax.sampling.media import read_video
+from dit_jax.tasks.sources import make_source
+from dit_jax.training import abstract_state, init_state, make_optimizer
+from tests.codecs import SMALL, quick_compilation, random_params
+
+pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
+FRAMES = (5, 1, 9)
+ENCODER = dataclasses.replace(
+    SMALL, latent_channels=4, shift=(0.1, -0.2, 0.0, 0.3), scale=(0.5, 2.0, 1.0, 1.0)
+)
+"""4 x 2 x 2 pixels to a latent of four channels."""
+
+
+def clips(frames: tuple[int, ...]) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [
+        {"video": rng.integers(0, 256, (t, 16, 8, 3), np.uint8), "caption": f"clip {i}", "fps": 8.0}
+        for i, t in enumerate(frames)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("codecs") / "small"
+    interop.write_codec(path, ENCODER, random_params(ENCODER))
+    return path
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pixels; of the split "odd", one clip of six frames, which has no whole latents."""
+    splits = {"train": clips(FRAMES), "odd": clips((5, 6))}
+    return write_records(tmp_path_factory.mktemp("records"), "tiny", splits, description="d")
+
+
+@pytest.fixture(scope="module")
+def config(records: Path, folder: Path) -> Config:
+    return Config(
+        data=DataConfig(
+            source=RecordsConfig(str(records)),
+            packing=PackingConfig(rows=2, row_tokens=32, row_text=24, row_segments=3, bins=2),
+        ),
+        model=ModelConfig(
+            dit=DiTConfig(width=16, depth=1, heads=2),
+            patch=PatchConfig(t=1, h=2, w=2, channels=4),
+            text=ByteEncoderConfig(width=8, depth=1, heads=2, max_bytes=7),
+        ),
+        codec=CodecConfig(path=str(folder), t=4, h=2, w=2),
+        log=LogConfig(draw_every=5, draw_count=1),
+        sampling=SamplingConfig(frames=9, height=16, width=8, fps=8.0, steps=2, batch=1),
+        evaluation=EvaluationConfig(prompts=1),
+    )
+
+
+def one_device() -> Any:
+    return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+
+
+def test_clips_are_encoded_as_they_are_read(config: Config, folder: Path):
+    task = tasks.build(config, one_device())
+    loader = task.loader((0, 1))
+    batch = next(loader)
+    loader.close()
+    codec, source = interop.load_codec(folder), make_source(config.data.source)
+    wanted = [codec.encode(to_float(source[i]["video"])) for i in range(len(FRAMES))]
+    assert [len(latents) for latents in wanted] == [2, 1, 3]
+    found = 0
+    for row, slot in np.ndindex(batch.num_tokens.shape):
+        if batch.num_tokens[row, slot]:
+            mine = np.asarray(batch.segment_ids[row]) == slot + 1
+            tokens, count = np.asarray(batch.tokens[row])[mine], int(batch.num_frames[row, slot])
+            latents = unpatchify(config.model.patch, tokens, count, 8, 4)
+            near = [x.shape == latents.shape and np.allclose(x, latents, atol=1e-5) for x in wanted]
+            assert sum(near) == 1
+            found += 1
+    assert found >= 4
+
+
+def test_what_is_drawn_is_decoded(config: Config, tmp_path: Path):
+    mesh = one_device()
+    task = tasks.build(config, mesh)
+    optimizer = make_optimizer(config.optimizer, 1)
+    _, shardings = abstract_state(task.init, optimizer, mesh)
+    state = init_state(task.init, optimizer, shardings, jax.random.key(0))
+    task.draw(state.ema, tmp_path / "drawn.png")
+    picture = read_video(tmp_path / "drawn.png")[0]
+    # Pixels, and not latents, of which a frame has 8 x 4.
+    assert picture.std() > 0 and picture.shape[1] >= 16
+
+
+def test_clips_that_have_no_whole_latents_are_refused_by_name(config: Config):
+    source = dataclasses.replace(config.data.source, split="odd")
+    odd = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+    task = tasks.build(odd, one_device())
+    loader = task.loader((0, 1))
+    said = r"the clip 'clip 1' cannot be encoded: a clip of 6 frames of 16 x 8: small takes 1 \+ 4n"
+    with pytest.raises(ValueError, match=said) as error:
+        for _ in range(4):
+            next(loader)
+    loader.close()
+    assert "Cut it to 5 of 16 x 8" in str(error.value)
+
+
+def test_sampling_sizes_that_have_no_whole_latents_are_refused(config: Config):
+    made = dataclasses.replace(config.sampling, frames=8)
+    with pytest.raises(ValueError, match=r"8 frames of 16 x 8 .* give 1 \+ 4n frames"):
+        dataclasses.replace(config, sampling=made)
+
+
+@pytest.mark.parametrize("wrong", [{"t": 1}, {"h": 4, "w": 4}])
+def test_other_strides_are_refused(config: Config, wrong: dict[str, int]):
+    codec = dataclasses.replace(config.codec, **wrong)
+    odd = dataclasses.replace(
+        config, codec=codec, sampling=dataclasses.replace(config.sampling, frames=1)
+    )
+    with pytest.raises(
+        ValueError, match=r"4 channels with strides \(4, 2, 2\).* make them the same"
+    ):
+        tasks.open_codec(odd)
+
+
+def test_other_channels_are_refused(config: Config):
+    patch = dataclasses.replace(config.model.patch, channels=8)
+    model = dataclasses.replace(config.model, patch=patch)
+    with pytest.raises(ValueError, match=r"latents of 4 channels .* model.patch.channels 8"):
+        tasks.open_codec(dataclasses.replace(config, model=model))
+
+
+def test_folders_that_hold_no_codec_are_refused(config: Config, tmp_path: Path):
+    codec = dataclasses.replace(config.codec, path=str(tmp_path))
+    with pytest.raises(ValueError, match="config.json' cannot be read"):
+        tasks.open_codec(dataclasses.replace(config, codec=codec))
+
+
+def test_latents_that_another_codec_made_are_refused(config: Config, folder: Path, tmp_path: Path):
+    mine = interop.load_codec(folder)
+    for name, made_by in (("same", mine.hash), ("other", "0123456789abcdef")):
+        samples = [
+            {"video": np.zeros((2, 8, 4, 4), np.float32), "caption": "latents", "fps": 8.0}
+        ] * 2
+        path = write_records(
+            tmp_path, name, {"train": samples}, description="d", latents=(4, made_by)
+        )
+        source = RecordsConfig(str(path))
+        recorded = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+        if made_by == mine.hash:
+            assert tasks.build(recorded, one_device()).rows == 2
+            continue
+        said = (
+            "made by the codec '0123456789abcdef', and codec.path is .* give the one that made them"
+        )
+        with pytest.raises(ValueError, match=said):
+            tasks.build(recorded, one_device())
