@@ -14,7 +14,9 @@ from dit_jax.config import load_config, to_dict
 from dit_jax.config.codec import CodecRun
 from dit_jax.interop import load_codec
 from dit_jax.sampling.media import read_video
+from tests.codecs import SMALL
 from tests.runs import CONFIG, Ended, Verbs, arrays, data_state, end, item_arrays, scalars, steps
+from tests.test_convert_codecs import run_with
 
 CODEC = CONFIG.with_name("tiny_codec_config.py")
 TINY = to_dict(load_config(str(CODEC), CodecRun))
@@ -100,14 +102,13 @@ def test_a_codecs_run_is_not_resumed_as_another(runs: tuple[Path, Path, list[End
         assert said in capsys.readouterr().err
 
 
-def test_verbs_of_models_refuse_a_codecs_run(
-    runs: tuple[Path, Path, list[Ended]], tmp_path: Path, capsys
-):
+def test_verbs_of_models_refuse_a_codecs_run(tmp_path: Path, capsys):
+    run = run_with(SMALL, tmp_path / "run")
     said = "is of a run of a codec (CodecRun): give one of a model (Config)"
-    given = ["--checkpoint", runs[0], "--prompt", "a", "--output", tmp_path / "a.png"]
+    given = ["--checkpoint", run, "--prompt", "a", "--output", tmp_path / "a.png"]
     assert sample.main([str(one) for one in given]) == 2
     assert said in capsys.readouterr().err
-    given = ["--checkpoint", runs[0], "--output", tmp_path / "e", "--num", 2]
+    given = ["--checkpoint", run, "--output", tmp_path / "e", "--num", 2]
     assert evaluate.main([str(one) for one in given]) == 2
     assert said in capsys.readouterr().err
 

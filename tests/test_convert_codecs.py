@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 from dit_jax import convert, interop
 from dit_jax.config import CodecConfig, CodecRun, stored_config, to_dict
 from dit_jax.models import WAN, AutoencoderKLConfig, CausalAutoencoderConfig
+from dit_jax.tasks.converting import run_of_codec
 from dit_jax.training import CheckpointConfig, Checkpointer, open_run
 from tests.codecs import SMALL, random_params
 from tests.interop.published import authors_arrays
@@ -159,6 +159,6 @@ def test_models_name_codecs_of_video(wan: Path, tmp_path: Path, name: str):
 
 def test_published_settings_are_of_a_run_too(tmp_path: Path):
     """Wan 2.1's, whose windows are those that its sides divide."""
-    config: Any = convert.tasks.converting.run_of_codec(WAN, "out")
+    config = run_of_codec(WAN, "out")
     assert (config.data.crop.height, config.data.crop.frames) == (256, 17)
     assert config.model.shift == () and config.model.widths == WAN.widths

@@ -168,7 +168,8 @@ def gradients(sizes: tuple[int, int, int, int]) -> Any:
     def draw(path: Any, leaf: Any) -> np.ndarray:
         normal, kind = rng.normal(size=leaf.shape), path[-1].key
         scaled = normal / np.sqrt(np.prod(leaf.shape[:-1]))
-        return np.float32(scaled if kind == "kernel" else 0.1 * normal + (kind == "scale"))
+        value = scaled if kind == "kernel" else 0.1 * normal + (kind == "scale")
+        return np.asarray(value, np.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, shapes.params)
     placed = jax.device_put(params, shardings.params)
@@ -190,10 +191,11 @@ def test_a_mesh_computes_what_one_device_does():
     assert totals.parts == pytest.approx(expected.parts, rel=1e-5)
     leaves = jax.tree_util.tree_flatten_with_path(of_one)[0]
     for (path, b), a in zip(leaves, jax.tree.leaves(found), strict=True):
-        # Of a parameter's largest: 1e-6 was seen, and a wrong halo or a missing sum is off by far more.
+        # Of a parameter's largest: 1e-6 was seen, on other meshes 4e-5 of biases, whose terms nearly
+        # cancel. With kernels that were not gathered the loss was off by 0.08, gradients by 0.9.
         scale = np.abs(b).max()
         np.testing.assert_allclose(
-            a, b, rtol=0, atol=3e-5 * scale, err_msg=jax.tree_util.keystr(path)
+            a, b, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path)
         )
 
 
