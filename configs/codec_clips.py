@@ -6,7 +6,8 @@
 
 Windows of 9 x 64 x 64 pixels at the videos' own resolution; held out are whole videos.
 
-Not measured.
+Measured: not good enough yet. 18.3 dB PSNR over 96 windows of held-out videos after 2,200 steps, where
+resizing to as many values gives 32.6: what comes back is blurred.
 """
 
 from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig

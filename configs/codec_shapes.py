@@ -2,7 +2,7 @@
 
     python -m dit_jax.train --config configs/codec_shapes.py
 
-Not measured.
+Not measured: it was only seen to run.
 """
 
 from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig

@@ -188,7 +188,10 @@ def test_a_mesh_computes_what_one_device_does():
     totals, found = gradients((2, 2, 2, 1))
     # Scalars: the same float32 sums of thousands of terms, in another order.
     np.testing.assert_allclose(totals.loss, expected.loss, rtol=2e-6)
-    assert totals.parts == pytest.approx(expected.parts, rel=1e-5)
+    assert totals.parts.keys() == expected.parts.keys()
+    for name, part in expected.parts.items():
+        # The adaptive weight is a quotient of norms of gradients.
+        np.testing.assert_allclose(totals.parts[name], part, rtol=1e-4, err_msg=name)
     leaves = jax.tree_util.tree_flatten_with_path(of_one)[0]
     for (path, b), a in zip(leaves, jax.tree.leaves(found), strict=True):
         # Of a parameter's largest: 1e-6 was seen, on other meshes 4e-5 of biases, whose terms nearly
