@@ -25,11 +25,12 @@ from dit_jax.preparation.decoding import frames as frames
 from dit_jax.preparation.decoding import probe as probe
 from dit_jax.preparation.duplicates import NearDuplicates as NearDuplicates
 from dit_jax.preparation.duplicates import near_duplicates as near_duplicates
-from dit_jax.preparation.examine import Clip as Clip
-from dit_jax.preparation.examine import ExamineConfig as ExamineConfig
-from dit_jax.preparation.examine import FileReport as FileReport
-from dit_jax.preparation.examine import examine as examine
-from dit_jax.preparation.examine import read_clip as read_clip
+from dit_jax.preparation.examining import Clip as Clip
+from dit_jax.preparation.examining import ExamineConfig as ExamineConfig
+from dit_jax.preparation.examining import FileReport as FileReport
+from dit_jax.preparation.examining import examine as examine
+from dit_jax.preparation.examining import examine_all as examine_all
+from dit_jax.preparation.examining import read_clip as read_clip
 from dit_jax.preparation.filters import FilterConfig as FilterConfig
 from dit_jax.preparation.filters import Rejection as Rejection
 from dit_jax.preparation.media import Probe as Probe
@@ -42,6 +43,7 @@ from dit_jax.preparation.recaption import failures as failures
 from dit_jax.preparation.recaption import recaption as recaption
 from dit_jax.preparation.refusals import REASONS as REASONS
 from dit_jax.preparation.refusals import Refused as Refused
+from dit_jax.preparation.refusals import check_installed as check_installed
 from dit_jax.preparation.shots import ShotConfig as ShotConfig
 from dit_jax.preparation.shots import shot_cuts as shot_cuts
 from dit_jax.preparation.upsample import UpsampleConfig as UpsampleConfig

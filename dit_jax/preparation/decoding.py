@@ -29,6 +29,7 @@ from dit_jax.preparation.media import (
     opened,
     rewound,
     scanned,
+    unscanned,
 )
 from dit_jax.preparation.refusals import Refused, extra
 from dit_jax.preparation.rendering import EXACT, Renderer
@@ -156,13 +157,12 @@ def pictures(
     path: str | os.PathLike,
     config: DecodingConfig | None = None,
     losses: Losses | None = None,
-    when: Timing | None = None,
     start: float | None = None,
 ) -> Iterator[Picture]:
     """A file's pictures in order of time, of one size. What is lost is counted in `losses`.
 
-    Args: `when`: the file's timing, where it is known. `start`: begin at a key frame before this
-    time, in seconds, if the file can be entered there.
+    `start`: begin at a key frame before this time, in seconds; only for files that are known to have
+    time stamps, for which nothing but the header is read first.
     Refused: as `media.opened`, and for what cannot be shown (HDR, if so configured).
     """
     config, losses = config or DecodingConfig(), Losses() if losses is None else losses
@@ -172,15 +172,16 @@ def pictures(
         return
     with contextlib.ExitStack() as stack:
         container, stream = stack.enter_context(opened(path))
-        if when is None:
+        if start is not None:
+            when = unscanned(container, stream)
+            with contextlib.suppress(FFmpegError):  # It cannot be entered there: from its start.
+                container.seek(int(start / float(stream.time_base or 1)), stream=stream)
+        else:
             when = scanned(container, stream)
             if not rewound(container, stream):
                 stack.close()
                 container, stream = stack.enter_context(opened(path))
         losses.timing = when
-        if start is not None and when.trusted and stream.time_base:
-            with contextlib.suppress(FFmpegError):
-                container.seek(int(start / stream.time_base), stream=stream)
         aspect = when.aspect
         renderer, latest, gap = None, -np.inf, False
         for count, (frame, after_gap) in enumerate(_decoded(container, stream, losses)):

@@ -1,7 +1,7 @@
 """What a clip is measured by, and the bounds it must keep. Pixels are 0..255 throughout.
 
 Most measures are of frames shrunk to about 128 pixels a side; sharpness, bars and text are of
-pictures of full size, two a second. Every measure is a number that is kept with the clip, so that
+pictures of full size, one a second. Every measure is a number that is kept with the clip, so that
 bounds can be chosen anew without decoding anything again.
 """
 
@@ -30,9 +30,9 @@ class FilterConfig:
     """The longer side over the shorter one."""
     max_black: float | None = 0.97
     """Part of a clip's pixels that are black, on average over its frames."""
-    min_change: float | None = 0.15
+    min_change: float | None = 0.05
     """Mean change of lightness from frame to frame: less is static."""
-    min_motion: float | None = 0.001
+    min_motion: float | None = 0.0005
     """Optical flow, in frame diagonals a second, on average over the picture."""
     max_motion: float | None = 1.5
     min_sharpness: float | None = 8.0

@@ -1,4 +1,4 @@
-"""What is measured of a run of frames in one pass: of each one small, of two a second in full size."""
+"""What is measured of a run of frames in one pass: of each one small, of one a second in full size."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ THUMBNAIL = 192
 def small_frame(picture: Picture) -> np.ndarray:
     """A picture as it is measured: its lightness, uint8 [h, w], the longer side `SMALL`.
 
-    Every n-th row and column to about twice that, then averages.
+    Every n-th row and column, down to a little more than that, then averages.
     """
     cv2 = extra("cv2")
     height, width = picture.renderer.height, picture.renderer.width
-    light = picture.lightness(max(max(height, width) // (2 * SMALL), 1))
+    light = picture.lightness(max(round(max(height, width) / (1.25 * SMALL)), 1))
     scale = SMALL / max(height, width)
     size = max(round(width * scale), 4), max(round(height * scale), 4)
     return cv2.resize(light, size, interpolation=cv2.INTER_AREA)
@@ -78,6 +78,7 @@ class Run:
         self._hashes: list[int] = []
         self._motion: dict[int, float] = {}
         self._samples: dict[int, Sample] = {}
+        self._pairs = max(step // 2, 1)
         self._latest: tuple[Picture, np.ndarray] | None = None
 
     @property
@@ -97,7 +98,7 @@ class Run:
             self._black.append(filters.black_part(small))
             self._hashes.append(perceptual_hash(small))
         self._changes.append(self._finder.feed(small))
-        if latest is not None and at % self._step == 1 % self._step:
+        if latest is not None and at % self._pairs == 1 % self._pairs:
             self._motion[at] = filters.motion(latest[1], small, self._fps)
         if at % self._step == 0:
             self._samples[at] = Sample.of(picture, self._area, self._text)

@@ -117,7 +117,9 @@ def opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStrea
         try:
             file = stack.enter_context(open(path, "rb"))
             options = {"protocol_whitelist": "file"}
-            container = av.open(file, "r", options=options, buffer_size=1 << 18)
+            container = av.open(
+                file, "r", options=options, buffer_size=1 << 18, metadata_errors="replace"
+            )
             stack.enter_context(container)
         except FFmpegError as error:
             reason = "truncated" if isinstance(error, FFmpegEOFError) else "not media"
@@ -147,8 +149,24 @@ def timing(path: str | os.PathLike) -> Timing:
         return scanned(container, stream)
 
 
+def unscanned(container: InputContainer, stream: VideoStream) -> Timing:
+    """What the header alone says of a file whose time stamps are known to be good; no times."""
+    hint = stream.average_rate or stream.guessed_rate
+    return Timing(
+        times=np.empty(0),
+        fps=float(hint or 25),
+        constant=True,
+        trusted=True,
+        container=container.format.name,
+        codec=stream.codec_context.codec.name,
+        aspect=float(stream.sample_aspect_ratio or 1),
+        declared_duration=_declared_duration(container, stream),
+        audio=bool(container.streams.audio),
+    )
+
+
 def scanned(container: InputContainer, stream: VideoStream) -> Timing:
-    """The same of a file that was just opened; it stands at its end afterwards."""
+    """The timing of a file that was just opened; it stands at its end afterwards."""
     stamps, count = [], 0
     with contextlib.suppress(FFmpegError):  # Damage: what was read until then counts.
         for packet in container.demux(stream):
@@ -158,21 +176,15 @@ def scanned(container: InputContainer, stream: VideoStream) -> Timing:
                     stamps.append(packet.pts)
     if not count:
         raise Refused("no frames", f"{stream.codec_context.name} without a packet")
-    hint = stream.average_rate or stream.guessed_rate
-    facts = (
-        container.format.name,
-        stream.codec_context.codec.name,
-        float(stream.sample_aspect_ratio or 1),
-        _declared_duration(container, stream),
-        bool(container.streams.audio),
-    )
-    base = float(stream.time_base or 1)
+    header = unscanned(container, stream)
     # AVI counts frames in the order of decoding, and so do streams that are nothing else.
     if len(stamps) < count or container.format.name == "avi":
-        fps = float(hint or 25)
-        return Timing(np.arange(count) / fps, fps, True, False, *facts)
-    times = np.unique(np.array(stamps, np.int64)) * base
-    return Timing(times, *native_rate(times, float(hint) if hint else None), True, *facts)
+        counted = np.arange(count) / header.fps
+        return dataclasses.replace(header, times=counted, trusted=False)
+    times = np.unique(np.array(stamps, np.int64)) * float(stream.time_base or 1)
+    hint = stream.average_rate or stream.guessed_rate
+    fps, constant = native_rate(times, float(hint) if hint else None)
+    return dataclasses.replace(header, times=times, fps=fps, constant=constant)
 
 
 def rewound(container: InputContainer, stream: VideoStream) -> bool:

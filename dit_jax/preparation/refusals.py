@@ -38,6 +38,12 @@ class Refused(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
+def check_installed() -> None:
+    """Errors: ImportError, with what to do, if the extra `prepare` is not installed."""
+    for module in ("PIL.Image", "cv2", "scenedetect.detectors"):
+        extra(module)
+
+
 def extra(module: str) -> ModuleType:
     """A module that the extra `prepare` installs; ImportError says how, where it is missing."""
     try:

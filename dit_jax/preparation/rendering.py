@@ -24,7 +24,7 @@ from dit_jax.preparation.refusals import Refused, extra
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273's numbers to the scaler's.
 _KNOWN_MATRICES = {*_MATRICES, 0, 2, 3}
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-"""The scaler's filter for pixels that are kept: without the last flag they come out two levels darker."""
+"""The scaler's filter for pixels that are kept: without the last flag they are two levels darker."""
 LARGEST = 1 << 26
 """Pixels of the largest picture that is decoded."""
 

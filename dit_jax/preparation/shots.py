@@ -68,7 +68,7 @@ class ShotFinder:
         )
         self._fades = [
             detectors.ThresholdDetector(
-                threshold=round(config.black),
+                threshold=128,  # Of what `feed` makes of it: 0 or 255.
                 min_scene_len=0,
                 min_out_length=3,
                 fade_bias=side,  # -1: where the black begins; 1: where it ends.
@@ -88,10 +88,11 @@ class ShotFinder:
         cv2 = self._cv2
         change = 0.0 if not self._fed else float(cv2.mean(cv2.absdiff(light, self._last))[0])
         self._last = light
-        rank = max(light.size // 50, 1)
-        level = np.full((1, 1, 3), np.partition(light, -rank, axis=None)[-rank], np.uint8)
-        for fade in self._fades:
-            self._add(fade.process_frame(self._time(self._fed), level))
+        if self._fades:
+            bright = np.count_nonzero(light >= self.config.black) > 0.02 * light.size
+            level, time = np.full((1, 1, 3), 255 * bright, np.uint8), self._time(self._fed)
+            for fade in self._fades:
+                self._add(fade.process_frame(time, level))
         self._fed += 1
         if self._fed == 1:  # Repeated, so that the first frames have neighbours.
             for i in range(-self.config.window, 0):

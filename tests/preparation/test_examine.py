@@ -14,9 +14,9 @@ from dit_jax.preparation import (
     FilterConfig,
     WorkersConfig,
     examine,
+    examine_all,
     near_duplicates,
     read_clip,
-    run,
 )
 from dit_jax.preparation.decoding import sampled
 
@@ -158,9 +158,7 @@ def test_every_shared_file_is_accounted_for(shared):
         p for d in ("clips", "odd_media") for p in shared(d).iterdir() if p.suffix != ".json"
     )
     paths = [str(p) for p in paths if "long_180p" not in p.name]
-    outcomes = list(run(examine, paths, WorkersConfig(count=2, time_limit=60)))
-    assert [o.reason for o in outcomes] == [""] * len(paths)
-    reports = [o.value for o in outcomes]
+    reports = list(examine_all(paths, workers=WorkersConfig(count=2, time_limit=60)))
     assert [r.path for r in reports] == paths
     assert all(bool(r.refusal) != bool(r.clips) for r in reports)
     kept = {r.path: [c for c in r.clips if not c.rejection] for r in reports}
@@ -168,13 +166,21 @@ def test_every_shared_file_is_accounted_for(shared):
     assert {"duration", "black", "resolution"} <= rejected
     assert sum(map(len, kept.values())) >= 35
     # Of the same second in many containers one is kept.
-    hashes = [((r.path, c.start), c.hashes) for r in reports for c in kept[r.path]]
+    hashes = [((r.path, c.start), c.hashes) for r in reports for c in r.clips]
     found = near_duplicates(hashes)
     names = {
         key[0].rpartition("/")[2]: other[0].rpartition("/")[2] for key, (other, _) in found.items()
     }
-    assert names["androidx__sample_mdat_too_long.mp4"] == "androidx__sample.flv"
+    assert names["androidx__sample_mdat_too_long.mp4"] == "androidx__bt601.mov"
     assert not any("/clips/" in key[0] for key in found)
+
+
+def test_what_becomes_of_the_process_is_a_reason(written):
+    path = written("a.mp4", list(moving(30)))
+    strict = WorkersConfig(count=1, time_limit=1e-3)
+    (report,) = examine_all([path], workers=strict)
+    assert report.refusal == ("timed out", "killed after 0.001 s")
+    assert report.path == str(path) and report.clips == ()
 
 
 @pytest.mark.parametrize("name", ["clips/sam2__02_cups.mp4", "clips/torchcodec__nasa_13013.mp4"])

@@ -84,7 +84,7 @@ def test_text_is_told_from_textures():
         ({"aspect": 4.5}, "aspect ratio"),
         ({"bars": 0.6}, "letterbox"),
         ({"black": 0.99}, "black"),
-        ({"change": 0.05}, "static"),
+        ({"change": 0.01}, "static"),
         ({"motion": 0.0}, "no motion"),
         ({"motion": 9.0}, "too much motion"),
         ({"sharpness": 1.0}, "blur"),

@@ -1,13 +1,14 @@
 """Everything about one file in one pass over its frames: clips, scores, hashes, or why it is refused.
 
 Every frame is decoded once, and drawn once, small. Shots, black, change and hashes are measured on
-those; two frames a second are drawn in full size as well, for sharpness, bars, text and a thumbnail
+those; one frame a second is measured in full size as well, for sharpness, bars, text and a thumbnail
 (`measuring.py`). `read_clip` later decodes one clip alone, and gets the frames that were examined.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -28,12 +29,14 @@ from dit_jax.preparation.duplicates import hashed_frames, perceptual_hash
 from dit_jax.preparation.filters import FilterConfig, Rejection, verdict
 from dit_jax.preparation.measuring import Run, small_frame
 from dit_jax.preparation.media import Probe
-from dit_jax.preparation.refusals import Refused, extra
+from dit_jax.preparation.refusals import Refused, check_installed, extra
 from dit_jax.preparation.shots import ShotConfig
 from dit_jax.preparation.stills import probe_image
 from dit_jax.preparation.timeline import on_grid
+from dit_jax.preparation.workers import WorkersConfig
+from dit_jax.preparation.workers import run as run_in_children
 
-SAMPLES = 2.0
+SAMPLES = 1.0
 """Frames a second that are measured in full size."""
 SAME = 4
 """Bits by which the hash of a frame may differ where it is decoded again."""
@@ -71,6 +74,8 @@ class Clip:
     hashes: tuple[int, ...]
     thumbnail: bytes
     """JPEG of the sampled frame nearest to its middle, as displayed."""
+    timed: bool = True
+    """Whether the file's frames have time stamps of their own, so that it can be entered anywhere."""
 
     @property
     def seconds(self) -> float:
@@ -111,6 +116,26 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
     except MemoryError:
         report = FileReport(name, refusal=("out of memory", "while it was decoded"))
     return dataclasses.replace(report, cost=time.perf_counter() - begun)
+
+
+def examine_all(
+    paths: Iterable[str | os.PathLike],
+    config: ExamineConfig | None = None,
+    workers: WorkersConfig | None = None,
+) -> Iterator[FileReport]:
+    """A report of every file, in order, from child processes; the decoder may hang or crash in them.
+
+    Errors: ImportError where the extra `prepare` is not installed.
+    """
+    check_installed()
+    names, others = itertools.tee(str(os.fspath(path)) for path in paths)
+    outcomes = run_in_children(functools.partial(examine, config=config), names, workers)
+    for name, outcome in zip(others, outcomes, strict=False):
+        if outcome.reason:
+            refusal = outcome.reason, outcome.detail
+            yield FileReport(name, refusal=refusal, cost=outcome.seconds)
+        else:
+            yield outcome.value
 
 
 def _examined(path: str, config: ExamineConfig) -> FileReport:
@@ -194,10 +219,20 @@ def _clips(
         why = rejection or verdict(scores, config.filters)
         if why is None and geometry is None:
             why = Rejection("resolution", float(sides[0]), float(config.clips.multiple))
-        hashes, thumbnail = run.hashes(first, count), run.thumbnail(first, count)
-        time_of = origin + first / fps
         made.append(
-            Clip(shot, first, count, fps, time_of, geometry, scores, why, hashes, thumbnail)
+            Clip(
+                shot=shot,
+                start=first,
+                frames=count,
+                fps=fps,
+                begin=origin + first / fps,
+                geometry=geometry,
+                scores=scores,
+                rejection=why,
+                hashes=run.hashes(first, count),
+                thumbnail=run.thumbnail(first, count),
+                timed=probe.timed,
+            )
         )
     return made
 
@@ -214,7 +249,7 @@ def read_clip(
     if clip.geometry is None:
         raise ValueError("the clip has no geometry: its picture is too small, and it is rejected")
     entry = clip.begin - 1.5 / clip.fps
-    for start in (entry, None) if clip.start else (None,):
+    for start in (entry, None) if clip.timed else (None,):
         frames = _cropped(pictures(path, config, start=start), clip)
         if frames is not None:
             return frames
