@@ -48,8 +48,8 @@ class _Sorted(ExampleWriter):
     """Writes the features of a record in the order of their names, so that equal samples give equal
     bytes: TFDS's own order is that of a hash table, another one in every process."""
 
-    def write(self, path: os.PathLike, examples: Iterable[Any], shard_idx: int = 0) -> Any:
-        return super().write(path, ((key, _in_order(data)) for key, data in examples), shard_idx)
+    def write(self, path: os.PathLike, examples: Iterable[Any]) -> Any:
+        return super().write(path, ((key, _in_order(data)) for key, data in examples))
 
 
 def _in_order(data: bytes) -> bytes:
