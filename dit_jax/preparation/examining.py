@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from av.error import FFmpegError
 
 from dit_jax.preparation.clips import ClipConfig, Geometry, Rect, bounds, fit, spans
 from dit_jax.preparation.decoding import (
@@ -113,6 +114,9 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
         report = _examined(name, config or ExamineConfig())
     except Refused as refused:
         report = FileReport(name, refusal=(refused.reason, refused.detail))
+    except FFmpegError as error:
+        words = f"{type(error).__name__}: {error.strerror or error}"
+        report = FileReport(name, refusal=("cannot be decoded", words))
     except MemoryError:
         report = FileReport(name, refusal=("out of memory", "while it was decoded"))
     return dataclasses.replace(report, cost=time.perf_counter() - begun)

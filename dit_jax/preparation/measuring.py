@@ -100,7 +100,7 @@ class Run:
         self._changes.append(self._finder.feed(small))
         if latest is not None and at % self._pairs == 1 % self._pairs:
             self._motion[at] = filters.motion(latest[1], small, self._fps)
-        if at % self._step == 0:
+        if not at or self._is_regular(at):
             self._samples[at] = Sample.of(picture, self._area, self._text)
         self._latest = picture, small
 
@@ -146,9 +146,15 @@ class Run:
         middle = start - self.start + count // 2
         return self._samples[min(self._samples, key=lambda at: abs(at - middle))].thumbnail
 
+    def _is_regular(self, at: int) -> bool:
+        """Whether this frame, counted from the first, is one to be measured in full size: from the
+        middle of the first step on, for beginnings are often black."""
+        return at % self._step == self._step // 2
+
     def _within(self, start: int, count: int) -> list[Sample]:
-        """The samples of these frames, or the nearest one where there is none."""
+        """The regular samples of these frames, or the nearest one where there is none."""
         first, last = start - self.start, start - self.start + count
-        found = [sample for at, sample in self._samples.items() if first <= at < last]
+        inside = [at for at in self._samples if first <= at < last and self._is_regular(at)]
+        found = [self._samples[at] for at in inside]
         nearest = min(self._samples, key=lambda at: abs(at - (first + last) / 2))
         return found or [self._samples[nearest]]

@@ -25,6 +25,7 @@ _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273's numbers to th
 _KNOWN_MATRICES = {*_MATRICES, 0, 2, 3}
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 """The scaler's filter for pixels that are kept: without the last flag they are two levels darker."""
+_QUICK = Interpolation.BILINEAR
 LARGEST = 1 << 26
 """Pixels of the largest picture that is decoded."""
 
@@ -154,12 +155,13 @@ class Renderer:
 
         Nothing is scaled, so that it costs next to nothing: `every` so many rows and columns are
         taken, and the width is not stretched. Where the stored picture has no luma of 8 to 16 bits,
-        or not one to be shown as it is, the grey of `pixels`.
+        or not one to be shown as it is, the grey of `pixels` at that fraction of its size.
         """
         part = frame.format.components[0]
         if not self.planar or colour.needs_mapping(self.transfer, self.primaries):
-            grey = self.pixels(frame) @ np.array([0.299, 0.587, 0.114], np.float32)
-            return np.rint(grey[::every, ::every]).astype(np.uint8)
+            size = max(self.height // every, 1), max(self.width // every, 1)
+            cv2 = extra("cv2")
+            return cv2.cvtColor(self.pixels(frame, *size, _QUICK), cv2.COLOR_RGB2GRAY)
         plane = frame.planes[0]
         kind = np.dtype("<u2" if part.bits > 8 else np.uint8)
         rows = np.frombuffer(memoryview(plane), kind).reshape(plane.height, -1)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,10 @@ from dit_jax.preparation.timeline import native_rate
 ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
 _SHORTEST, _DEFAULT = 0.02, 0.1  # Seconds.
 _MIRRORED, _TURNS = (2, 4, 5, 7), {3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}  # EXIF's numbers.
+
+
+_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, LookupError, RuntimeError, TypeError)
+_DAMAGE += (ArithmeticError, struct.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +48,11 @@ def opened_image(path: str | os.PathLike) -> Iterator[Any]:
     pil.MAX_IMAGE_PIXELS = None  # The size is checked below, and refused by name.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            image = pil.open(path)
-        except pil.UnidentifiedImageError as error:
-            raise _unidentified(path) from error
-        except (OSError, EOFError, SyntaxError, ValueError, IndexError) as error:
-            raise Refused("cannot be decoded", str(error)) from error
+        with _refusing():
+            try:
+                image = pil.open(path)
+            except pil.UnidentifiedImageError as error:
+                raise _unidentified(path) from error
         with image:
             if image.width * image.height > LARGEST:
                 size = f"{image.width} x {image.height} pixels, at most {LARGEST}"
@@ -58,7 +62,7 @@ def opened_image(path: str | os.PathLike) -> Iterator[Any]:
 
 def probe_image(path: str | os.PathLike) -> Probe:
     """What is known of an image or animation without decoding its pixels. Refused: see above."""
-    with opened_image(path) as image:
+    with opened_image(path) as image, _refusing():
         times = _times(image)
         number = image.getexif().get(0x0112, 1)
         turn, size = _TURNS.get(number, 0), image.size
@@ -91,16 +95,14 @@ def images(path: str | os.PathLike, background: tuple[int, int, int]) -> Iterato
     """
     with opened_image(path) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times = _times(image)
-        first = _first(image)
+        with _refusing():
+            times = _times(image)
+            first = _first(image)
         for i, time in enumerate(times[:-1] or times):
-            try:
+            with _refusing():
                 if first + i:
                     image.seek(first + i)
                 pixels = to_rgb(image, background)
-            except (OSError, EOFError, SyntaxError, ValueError, IndexError) as error:
-                cut = "truncated" in str(error) or isinstance(error, EOFError)
-                raise Refused("truncated" if cut else "cannot be decoded", str(error)) from error
             yield Still(time, pixels)
 
 
@@ -153,12 +155,23 @@ def _times(image: Any) -> list[float]:
             image.seek(i)
             if image.format != "GIF":  # The others tell a picture's time once it is decoded.
                 image.load()
-        except (OSError, EOFError, SyntaxError, ValueError):
+        except _DAMAGE:
             break
         delay = float(image.info.get("duration") or 0) / 1000
         times.append(times[-1] + (delay if delay >= _SHORTEST else _DEFAULT))
     image.seek(0)
     return times if len(times) > 2 else [0.0]
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever Pillow raises for a damaged file, as a refusal."""
+    try:
+        yield
+    except _DAMAGE as error:
+        cut = "truncated" in str(error) or isinstance(error, EOFError)
+        words = str(error) or type(error).__name__
+        raise Refused("truncated" if cut else "cannot be decoded", words) from error
 
 
 def _unidentified(path: str | os.PathLike) -> Refused:

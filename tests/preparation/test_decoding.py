@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from conftest import moving
+from made_media import moving
 
 from dit_jax.preparation import DecodingConfig, Refused, frames, probe
 from dit_jax.preparation.decoding import Losses, pictures, sampled

@@ -1,14 +1,17 @@
 """A file examined, and its clips read again: the same frames, in the shape that was promised."""
 
+import itertools
 import pickle
 
 import av.logging
 import cv2
 import numpy as np
 import pytest
-from conftest import moving
+from made_media import moving
+from PIL import Image
 
 from dit_jax.preparation import (
+    REASONS,
     ClipConfig,
     ExamineConfig,
     FilterConfig,
@@ -173,6 +176,31 @@ def test_every_shared_file_is_accounted_for(shared):
     }
     assert names["androidx__sample_mdat_too_long.mp4"] == "androidx__bt601.mov"
     assert not any("/clips/" in key[0] for key in found)
+
+
+def test_random_damage_is_never_a_fault_of_ours(written, tmp_path):
+    rng, clip = np.random.default_rng(0), list(moving(12, 48, 64))
+    whole = [written("a.mp4", clip), written("a.mkv", clip)]
+    whole.append(written("a.webm", clip, codec="libvpx-vp9"))
+    for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.tif"):
+        whole.append(tmp_path / name)
+        first, *others = [Image.fromarray(frame) for frame in clip]
+        moves = {"append_images": others, "save_all": True} if name in ("a.gif", "a.webp") else {}
+        first.save(whole[-1], **moves)
+    damaged = []
+    for path, n in itertools.product(whole, range(8)):
+        data = bytearray(path.read_bytes())
+        data = data[: rng.integers(1, len(data) + 1)] if n % 2 else data
+        for _ in range(rng.integers(1, 30)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        damaged.append(tmp_path / f"{n}{path.name}")
+        damaged[-1].write_bytes(data)
+    reports = list(examine_all(damaged, workers=WorkersConfig(count=2, time_limit=30)))
+    assert [r.path for r in reports] == [str(path) for path in damaged]
+    for report in reports:
+        reason = report.refusal[0] if report.refusal else ""
+        assert bool(reason) != bool(report.clips)
+        assert not reason or reason in REASONS and reason != "failed", report
 
 
 def test_what_becomes_of_the_process_is_a_reason(written):

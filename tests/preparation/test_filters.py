@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from conftest import moving
+from made_media import moving
 
 from dit_jax.preparation import FilterConfig, NearDuplicates, Rejection, near_duplicates
 from dit_jax.preparation import filters as f

@@ -6,7 +6,7 @@ import av.logging
 import cv2
 import numpy as np
 import pytest
-from conftest import moving
+from made_media import moving
 
 from dit_jax.preparation import ShotConfig, examine, shot_cuts
 from dit_jax.preparation.decoding import sampled
