@@ -194,7 +194,7 @@ def write_records(
     latents: LatentsOf | tuple[int, str] | None = None,
     text_states: StatesOf | None = None,
 ) -> Path:
-    """Write samples as the TFDS builder `directory/name/1.0.0` and return that path.
+    """Writes samples as the TFDS builder `directory/name/1.0.0` and return that path.
 
     `splits` maps split names to samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}
     plus the integers named in `labels`, the strings named in `texts` (further captions, which may be

@@ -47,12 +47,12 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
 
-def write_report(path: Path, report: FileReport) -> None:
+def write_report(path: str | os.PathLike, report: FileReport) -> None:
     """Stores what ``examine`` found."""
     values = dataclasses.asdict(report)
     for clip in values["clips"]:
         clip["thumbnail"] = base64.b64encode(clip["thumbnail"]).decode()
-    write_json(path, values)
+    write_json(Path(path), values)
 
 
 def read_report(path: Path, thumbnails: bool = False) -> FileReport:
