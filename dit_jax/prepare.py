@@ -88,6 +88,8 @@ class PrepareConfig:
     caption_model: str | None = None
     until: Literal["examine", "captions", "states", "latents", "records"] = "records"
     """The last stage that is done."""
+    encoding: Literal["zlib", "bytes"] = "zlib"
+    """Of pixels: lossless compression, or raw, which is several times as large and as quick."""
     shard: str = "0/1"
     """i/n: this is the i-th of n machines, from 0, which share the output. Each does its part of
     all stages but the last; the same command without it finishes."""
@@ -160,7 +162,7 @@ class Preparation:
     def run_stages(self, index: int, count: int) -> None:
         """All stages but the last, for this machine's share of the files."""
         config, decoding = self.config, self.examined.config.decoding
-        parts = share(self.listed.items, index, count)
+        parts = share(self.listed.items, config.batch.files, index, count)
         mine = [item for part in parts for item in part]
         if config.beam.runner:
             examine_on_beam(mine, self.examined, config.workers, config.beam, self.progress)
@@ -229,6 +231,7 @@ class Preparation:
         states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
         made_of = digest(
             self.examined.config,
+            config.encoding,
             latents,
             states,
             [[o.name, o.item.key, texts[o.name]] for o in kept],
@@ -243,7 +246,7 @@ class Preparation:
             self._states_of() if states else None,
         )
         target = (self.output, config.name, made_of, len(kept))
-        fields = (clip_features(config.captions), latents, states)
+        fields = (clip_features(config.captions), config.encoding, latents, states)
         write_builder(*target, records, *fields, self.progress)
 
     def _encoded(self, kept: Sequence[Kept]) -> Videos:
@@ -254,15 +257,16 @@ class Preparation:
 
     def _states_of(self) -> Any:
         """The states of a clip's caption, found with those of its part."""
-        of_item = {item.name: part for part in share(self.listed.items, 0, 1) for item in part}
-        latest: dict[Any, list[str]] = {}
+        parts = share(self.listed.items, self.config.batch.files)
+        number = {item.name: i for i, part in enumerate(parts) for item in part}
+        latest: dict[int, list[str]] = {}
 
         def states(one: Kept) -> np.ndarray:
-            part = of_item[one.item.name]
-            if part not in latest:
+            i = number[one.item.name]
+            if i not in latest:
                 latest.clear()
-                latest[part] = self.captions_of(part)
-            return self.states.load(latest[part], self.texts(one)["caption"], ml_dtypes.bfloat16)
+                latest[i] = self.captions_of(parts[i])
+            return self.states.load(latest[i], self.texts(one)["caption"], ml_dtypes.bfloat16)
 
         return states
 

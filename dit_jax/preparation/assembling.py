@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -88,6 +88,7 @@ def write_builder(
     total: int,
     records: Iterable[Mapping[str, Any]],
     texts: Sequence[str],
+    encoding: Literal["zlib", "bytes"],
     latents: LatentsOf | None,
     states: StatesOf | None,
     progress: Progress,
@@ -114,6 +115,7 @@ def write_builder(
             labels=LABELS,
             texts=("source", *texts),
             numbers=NUMBERS,
+            encoding=encoding,
             latents=latents,
             text_states=states,
         )

@@ -33,15 +33,17 @@ EncodeTexts = Callable[[Sequence[str]], Sequence[np.ndarray]]
 class BatchConfig:
     """How much is encoded at once."""
 
+    files: int = 64
+    """Files that are dealt to one machine together; batches are drawn from these."""
     clips: int = 8
+    """Clips of a batch, at most, all of one shape."""
     pixels: int = 1 << 25
     """Pixels of all frames of a batch, at most; a larger clip is encoded alone."""
 
     def __post_init__(self) -> None:
-        if self.clips < 1 or self.pixels < 1:
-            raise ValueError(
-                f"batch.clips {self.clips}, batch.pixels {self.pixels}: both are at least 1."
-            )
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"batch.{name} is {value}: it is at least 1.")
 
 
 class Latents:

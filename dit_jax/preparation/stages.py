@@ -24,8 +24,6 @@ from dit_jax.preparation.refusals import check_installed
 from dit_jax.preparation.work import digest, file_name, read_report, write_report
 from dit_jax.preparation.workers import Outcome, WorkersConfig, run
 
-PART = 64
-"""Files of a part."""
 AHEAD = 2
 """Clips that are read, for each process that reads, before they are asked for: they are large."""
 
@@ -52,9 +50,9 @@ class Kept:
         return self.clip.frames, crop.height, crop.width
 
 
-def share(items: Sequence[Item], index: int, count: int) -> list[tuple[Item, ...]]:
-    """The parts of the ``index``-th of ``count`` machines."""
-    parts = [tuple(items[start : start + PART]) for start in range(0, len(items), PART)]
+def share(items: Sequence[Item], size: int, index: int = 0, count: int = 1) -> list[list[Item]]:
+    """The parts, of ``size`` files, of the ``index``-th of ``count`` machines."""
+    parts = [list(items[start : start + size]) for start in range(0, len(items), size)]
     return parts[index::count]
 
 
