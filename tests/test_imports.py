@@ -26,7 +26,6 @@ PARTS = {"models", "diffusion", "parallel", "data"}
 ROOMS = {
     "types": set(),
     **{part: {"types"} for part in PARTS},
-    "preparation": {"types", "data"},
     "interop": {"types", "models"},
     "config": {"types"},
     "training": {"types", "config"} | PARTS,

@@ -1,4 +1,4 @@
-"""The verb, from a folder of media to records: what is in them, killed and begun again, on two machines."""
+"""The verb, from a folder of media to records: what is in them, after SIGKILL, on two machines."""
 
 import json
 import os
@@ -9,13 +9,20 @@ import time
 from pathlib import Path
 
 import av
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from flax import linen as nn
 
 from dit_jax.data import RecordsConfig, RecordsSource
+from dit_jax.interop import load_codec, load_text_encoder, write_codec
+from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.preparation import ClipConfig, ExamineConfig, WorkersConfig
 from dit_jax.prepare import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
+from tests.preparation.chat_server import Response, serving, words
+from tests.text_files import needs_tokenizers, write_t5
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ExamineConfig(clips=ClipConfig(area=32 * 32, max_seconds=2.0))
@@ -181,3 +188,83 @@ def test_what_cannot_be_is_refused(media, prepared, tmp_path, capsys):
     ]:
         with pytest.raises(ValueError, match=why):
             config(media, tmp_path, **changes)
+
+
+def write_tiny_codec(folder):
+    """A codec with random weights, 2 x 2 x 2."""
+    shape = CausalAutoencoderConfig(
+        latent_channels=3, widths=(4, 4), strides=((2, 2),), layers=1, mid_attention=False
+    )
+    model = CausalAutoencoder(shape, shape.computation())
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1, 16, 16, 3)), mutable="params"))
+    write_codec(folder, shape, nn.unbox(init(jax.random.key(0))))
+    return folder
+
+
+@needs_tokenizers
+def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monkeypatch):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(4):
+        write_video(few / f"{i}.mp4", moving(9, 64, 64, i))
+        if i:
+            (few / f"{i}.txt").write_text("a red circle " + "moves " * i)
+    codec = load_codec(write_tiny_codec(tmp_path / "tiny"))
+    encoder = load_text_encoder(write_t5(tmp_path / "t5"))
+    # Opened once, so that they are compiled once.
+    monkeypatch.setattr("dit_jax.prepare.load_codec", lambda path: codec)
+    monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path: encoder)
+    given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
+    given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.5))}
+    about = prepare(config(few, tmp_path / "one", **given), shown=False)
+    assert about["stages"]["latents"]["clips"] == 4 and about["captioned"] == 3
+    path = str(tmp_path / "one" / "clips" / "1.0.0")
+    source = RecordsSource(RecordsConfig(path, text_states_key="text_states"))
+    assert (source.codec, source.text_encoder) == (codec.hash, encoder.hash)
+    assert tfds.builder_from_directory(path).info.metadata["codec_name"] == "tiny"
+    del given["codec"]
+    prepare(config(few, tmp_path / "pixels", **given), shown=False)
+    pixels = list(RecordsSource(RecordsConfig(str(tmp_path / "pixels" / "clips" / "1.0.0"))))
+    for part in ((0, 1), (2, 3)):
+        videos = np.stack([pixels[i]["video"] for i in part]).astype(np.float32) / 127.5 - 1
+        states = encoder.encode(sorted(pixels[i]["caption"] for i in part))
+        for i, wanted, state in zip(part, codec.encode_many(videos), states, strict=True):
+            found = source[i]
+            np.testing.assert_array_equal(found["video"], wanted.astype(np.float16))
+            np.testing.assert_array_equal(found["text_states"], state.astype(np.float32))
+            assert found["fps"] == 6.0 and found["caption"] == pixels[i]["caption"]
+    given["codec"] = "tiny"
+    for shard in ("1/2", "0/2"):
+        prepare(config(few, tmp_path / "two", shard=shard, **given), shown=False)
+    next((tmp_path / "two" / "work").glob("latents/*/1.mp4*.npy")).unlink()
+    done = prepare(config(few, tmp_path / "two", **given), shown=False)
+    assert done["stages"]["latents"]["clips"] == 2 and done["stages"]["examine"]["clips"] == 0
+    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+
+
+def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path):
+    down = True
+
+    def respond(body, turn):
+        if down and "squares" in words(body):
+            return Response(status=400)
+        short = words(body).startswith("Here is")
+        return Response("Squares." if short else "Many squares go by.")
+
+    with serving(respond) as server:
+        asked = {"caption_server": server.url, "caption_model": "seer"}
+        first = prepare(config(media, tmp_path, **asked), shown=False)
+        assert server.bill == 5  # One of them twice; what was to make the short ones was refused.
+        assert len(first["problems"]) == 6 and first["captioned"] == 3
+        down = False
+        second = prepare(config(media, tmp_path, **asked), shown=False)
+        # Equal descriptions make equal requests.
+        assert server.bill == 6 and not second["problems"] and second["captioned"] == 5
+    a, *_, d = tfds.data_source("clips", data_dir=tmp_path, split="train")
+    assert a["caption"] == b"squares, moving" and a["caption_short"] == b"Squares."
+    assert d["caption"] == d["caption_descriptive"] == b"Many squares go by."
+    assert d["caption_origin"].startswith(b"caption: model:seer; caption_short: model:seer")
+    (tmp_path / "one").mkdir()
+    with pytest.raises(ValueError, match="cannot be reached|refused"):
+        asked["caption_server"] = "http://127.0.0.1:9"
+        prepare(config(media, tmp_path / "one", **asked), shown=False)

@@ -200,7 +200,8 @@ def write_records(
     plus the integers named in `labels`, the strings named in `texts` (further captions, which may be
     empty, and where they are from) and the floats named in `numbers`; sizes and lengths may differ,
     order is kept, and equal samples give equal files. `encoding` of the videos: "zlib" is lossless
-    compression, "bytes" is raw, larger and quicker to read. `latents` says that the videos are latents (stored as float16): their channels, the codec's hash and its name.
+    compression, "bytes" is raw, larger and quicker to read. `latents` says
+    that the videos are latents (stored as float16): their channels, the codec's hash and its name.
     `text_states` says that samples have their captions' states, "text_states" float [s, e] (stored as
     bfloat16), and which encoder made them.
 

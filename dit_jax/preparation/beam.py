@@ -1,7 +1,7 @@
 """Files examined by Apache Beam, TFDS's engine: on this machine, on Dataflow, Flink or Spark.
 
-Workers read the media and write reports where they are written otherwise, so both must be in places that
-all of them see. In every worker the decoder is in a process of its own, as without Beam.
+Workers read the media and write reports in the places that are used otherwise, so all of them must see
+both. In every worker the decoder is in a process of its own, as without Beam.
 """
 
 from __future__ import annotations
