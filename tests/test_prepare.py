@@ -206,7 +206,7 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     few = tmp_path / "few"
     few.mkdir()
     for i in range(4):
-        write_video(few / f"{i}.mp4", moving(9, 64, 64, i))
+        write_video(few / f"{i}.mp4", moving(7, 64, 64, i))
         if i:
             (few / f"{i}.txt").write_text("a red circle " + "moves " * i)
     codec = load_codec(write_tiny_codec(tmp_path / "tiny"))
@@ -215,7 +215,7 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     monkeypatch.setattr("dit_jax.prepare.load_codec", lambda path: codec)
     monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path: encoder)
     given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
-    given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.5))}
+    given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
     about = prepare(config(few, tmp_path / "one", **given), shown=False)
     assert about["stages"]["latents"]["clips"] == 4 and about["captioned"] == 3
     path = str(tmp_path / "one" / "clips" / "1.0.0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -107,18 +109,19 @@ def write_builder(
                 yield record
                 bar.add(1, 1, record["stop"] - record["start"])
 
-        made = write_records(
-            fresh,
-            name,
-            {"train": counted()},
-            description=DESCRIPTION,
-            labels=LABELS,
-            texts=("source", *texts),
-            numbers=NUMBERS,
-            encoding=encoding,
-            latents=latents,
-            text_states=states,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of downloads.
+            made = write_records(
+                fresh,
+                name,
+                {"train": counted()},
+                description=DESCRIPTION,
+                labels=LABELS,
+                texts=("source", *texts),
+                numbers=NUMBERS,
+                encoding=encoding,
+                latents=latents,
+                text_states=states,
+            )
     write_json(made / MARK, {"made_of": made_of})
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
