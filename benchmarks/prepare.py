@@ -2,10 +2,10 @@
 
     pip install -e '.[prepare]' && python benchmarks/prepare.py --input DIR --repeats 3
 
-Plain decoding is FFmpeg's, through PyAV, of every frame, in as many threads as there are processes
-otherwise, each file with one thread; nothing is done with the frames. Examining finds shots, measures,
-hashes and draws thumbnails of the same files; then their clips are read again, as they are for records.
-Files that are refused are left out of all. Processes are started anew each time, and that time counts.
+Plain decoding is FFmpeg's, through PyAV, of every frame; nothing is done with the frames. Examining
+finds shots, measures, hashes and draws thumbnails of the same files; then their clips are read again,
+as for records. All three are done by processes of one kind, as many, which are started anew each
+time, and that time counts. Files that are refused are left out of all.
 """
 
 from __future__ import annotations
@@ -15,24 +15,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import av
-import av.logging
+from plain_decoding import decode
 
-from dit_jax.preparation import ClipConfig, DecodingConfig, ExamineConfig, WorkersConfig
+from dit_jax.preparation import ClipConfig, DecodingConfig, ExamineConfig, WorkersConfig, run
 from dit_jax.preparation.listing import Item, find_media
 from dit_jax.preparation.progress import Progress
 from dit_jax.preparation.stages import Examined, examine_files, read_clips
-
-
-def decode(item: Item) -> int:
-    """Decodes every frame of a video; their number."""
-    with av.open(item.path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
-        return sum(1 for _ in container.decode(stream))
 
 
 def examine(items: Sequence[Item], config: ExamineConfig, workers: WorkersConfig) -> Examined:
@@ -53,13 +43,13 @@ FOLDER = tempfile.TemporaryDirectory()
 
 
 def main() -> None:
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input", required=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--area", type=int, default=256 * 256, help="pixels of a clip's frame")
     args = parser.parse_args()
-    av.logging.set_level(av.logging.PANIC)
     workers = WorkersConfig(count=args.processes)
     config = ExamineConfig(clips=ClipConfig(area=args.area))
     items = find_media(args.input).items
@@ -69,8 +59,7 @@ def main() -> None:
     kept = examined.kept(items)
 
     def plain() -> int:
-        with ThreadPoolExecutor(args.processes) as pool:
-            return sum(pool.map(decode, items))
+        return sum(done.value for done in run(decode, [item.path for item in items], workers))
 
     frames = plain()
     print(f"{len(items)} files, {frames} frames, {len(kept)} clips, {args.processes} processes")
