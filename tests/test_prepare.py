@@ -22,6 +22,7 @@ from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.preparation import ClipConfig, ExamineConfig, WorkersConfig
 from dit_jax.prepare import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
 from tests.preparation.chat_server import Response, serving, words
+from tests.runs import free_port
 from tests.text_files import needs_tokenizers, write_t5
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,3 +269,18 @@ def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path)
     with pytest.raises(ValueError, match="cannot be reached|refused"):
         asked["caption_server"] = "http://127.0.0.1:9"
         prepare(config(media, tmp_path / "one", **asked), shown=False)
+
+
+def test_two_processes_of_a_cluster_make_the_same_records(media, prepared, tmp_path):
+    port = free_port()
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    started = []
+    for i in range(2):
+        flags = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
+        line = [sys.executable, "-m", "dit_jax.prepare", *command(media, tmp_path, *flags)]
+        process = subprocess.Popen(
+            [*line, "--process-id", str(i)], env=env, stderr=subprocess.DEVNULL, text=True
+        )
+        started.append(process)
+    assert [process.wait(200) for process in started] == [0, 0]
+    assert shards(tmp_path) == shards(prepared[0])
