@@ -24,8 +24,8 @@ from av.error import FFmpegError
 from dit_jax.data.captions import take_caption
 from dit_jax.types import Sample
 
-CODEC = "codec"
-"""Where a builder's metadata say which codec made its latents."""
+CODEC, CODEC_NAME = "codec", "codec_name"
+"""Where a builder's metadata say which codec made its latents: its hash, and its name."""
 TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
 """The same of the text encoder that made the states of captions: its hash, and its name."""
 

@@ -5,6 +5,7 @@ uint8; latents as float16, states of captions as bfloat16, each with what made t
 encoder) in the metadata.
 """
 
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.file_adapters import FileFormat
+from tensorflow_datasets.core.writer import ExampleWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
-from dit_jax.data.records import CODEC, TEXT_ENCODER, TEXT_ENCODER_NAME, as_video
+from dit_jax.data.records import CODEC, CODEC_NAME, TEXT_ENCODER, TEXT_ENCODER_NAME, as_video
 
 VERSION = "1.0.0"
 STATES = "text_states"
@@ -32,6 +36,26 @@ class StatesOf(NamedTuple):
     name: str
 
 
+class LatentsOf(NamedTuple):
+    """A codec, as the records of its latents say of it."""
+
+    channels: int
+    hash: str
+    name: str = ""
+
+
+class _Sorted(ExampleWriter):
+    """Writes the features of a record in the order of their names, so that equal samples give equal
+    bytes: TFDS's own order is that of a hash table, another one in every process."""
+
+    def write(self, path: os.PathLike, examples: Iterable[Any]) -> Any:
+        return super().write(path, ((key, _in_order(data)) for key, data in examples))
+
+
+def _in_order(data: bytes) -> bytes:
+    return tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
+
+
 class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A builder of given samples; TFDS's own AdhocBuilder imports TensorFlow."""
 
@@ -45,20 +69,25 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         description: str,
         encoding: str,
         data_dir: str,
-        latents: tuple[int, str] | None,
+        latents: LatentsOf | None,
         texts: Sequence[str],
+        numbers: Sequence[str],
         states: StatesOf | None,
     ) -> None:
         # TFDS has a name for each class and this writer one for each builder.
         self.name = name  # pyright: ignore[reportAttributeAccessIssue]
         self._splits, self._labels, self._about = splits, tuple(labels), description
         self._video_encoding, self._latents = encoding, latents
-        self._texts, self._states = tuple(texts), states
+        self._texts, self._numbers, self._states = tuple(texts), tuple(numbers), states
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> Any:
-        channels, dtype = (3, np.uint8) if self._latents is None else (self._latents[0], np.float16)
-        metadata = {} if self._latents is None else {CODEC: self._latents[1]}
+        channels, dtype, metadata = 3, np.uint8, {}
+        if self._latents is not None:
+            channels, dtype = self._latents.channels, np.float16
+            metadata = {CODEC: self._latents.hash}
+            if self._latents.name:
+                metadata[CODEC_NAME] = self._latents.name
         features = {
             "video": tfds.features.Tensor(
                 shape=(None, None, None, channels), dtype=dtype, encoding=self._video_encoding
@@ -68,6 +97,7 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
         features |= {name: tfds.features.Scalar(np.int64) for name in self._labels}
         features |= {name: tfds.features.Text() for name in self._texts}
+        features |= {name: tfds.features.Scalar(np.float64) for name in self._numbers}
         if self._states is not None:
             metadata |= {TEXT_ENCODER: self._states.hash, TEXT_ENCODER_NAME: self._states.name}
             # As plain bytes: a list of numbers would hold them as float32, and they do not compress.
@@ -83,6 +113,9 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,
         )
 
+    def _example_writer(self) -> ExampleWriter:
+        return _Sorted(FileFormat.ARRAY_RECORD)
+
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {split: self._generate_examples(split) for split in self._splits}
 
@@ -90,7 +123,8 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         i = -1
         for i, sample in enumerate(self._splits[split]):
             where = f"sample {i} of split {split!r}"
-            record = _checked(sample, self._labels, where, self._latents, self._texts)
+            fields = (self._labels, self._texts, self._numbers)
+            record = _checked(sample, where, self._latents, *fields)
             if self._states is not None:
                 record[STATES] = _checked_states(sample, where, self._states)
             yield i, record
@@ -100,12 +134,14 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _checked(
     sample: Mapping[str, Any],
-    labels: Sequence[str],
     where: str,
-    latents: tuple[int, str] | None,
+    latents: LatentsOf | None,
+    labels: Sequence[str],
     texts: Sequence[str],
+    numbers: Sequence[str],
 ) -> dict[str, Any]:
-    missing = [key for key in ("video", "caption", "fps", *labels, *texts) if key not in sample]
+    wanted = ("video", "caption", "fps", *labels, *texts, *numbers)
+    missing = [key for key in wanted if key not in sample]
     if missing:
         raise ValueError(f"{where} lacks {missing}: it has {sorted(sample)}; add what is missing")
     if not isinstance(sample["caption"], str) or not float(sample["fps"]) > 0:
@@ -115,16 +151,17 @@ def _checked(
         )
     record = {"caption": sample["caption"], "fps": float(sample["fps"])}
     record |= {key: int(sample[key]) for key in labels}
+    record |= {key: float(sample[key]) for key in numbers}
     for key in texts:
         if not isinstance(sample[key], str):
             raise ValueError(f"{where} has the {key} {sample[key]!r}: need a string, perhaps empty")
         record[key] = sample[key]
     video = as_video(sample["video"], f"video of {where}", latents=latents is not None)
     if latents is not None:
-        if video.dtype == np.uint8 or video.shape[-1] != latents[0]:
+        if video.dtype == np.uint8 or video.shape[-1] != latents.channels:
             raise ValueError(
                 f"video of {where} is {video.dtype} with {video.shape[-1]} channels: latents of "
-                f"{latents[1]!r} are float with {latents[0]}"
+                f"{latents.hash!r} are float with {latents.channels}"
             )
         video = video.astype(np.float16)
     return {"video": video, **record}
@@ -152,17 +189,19 @@ def write_records(
     description: str,
     labels: Sequence[str] = (),
     texts: Sequence[str] = (),
+    numbers: Sequence[str] = (),
     encoding: Literal["zlib", "bytes"] = "zlib",
-    latents: tuple[int, str] | None = None,
+    latents: LatentsOf | tuple[int, str] | None = None,
     text_states: StatesOf | None = None,
 ) -> Path:
-    """Write samples as the TFDS builder `directory/name/1.0.0` and return that path.
+    """Writes samples as the TFDS builder `directory/name/1.0.0` and return that path.
 
     `splits` maps split names to samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}
-    plus the integers named in `labels` and the strings named in `texts` (further captions, which may
-    be empty, and where they are from); sizes and lengths may differ, order is kept. `encoding` of the
-    videos: "zlib" is lossless compression, "bytes" is raw, larger and quicker to read. `latents`
-    says that the videos are latents (stored as float16): their channels and the codec's hash.
+    plus the integers named in `labels`, the strings named in `texts` (further captions, which may be
+    empty, and where they are from) and the floats named in `numbers`; sizes and lengths may differ,
+    order is kept, and equal samples give equal files. `encoding` of the videos: "zlib" is lossless
+    compression, "bytes" is raw, larger and quicker to read. `latents` says
+    that the videos are latents (stored as float16): their channels, the codec's hash and its name.
     `text_states` says that samples have their captions' states, "text_states" float [s, e] (stored as
     bfloat16), and which encoder made them.
 
@@ -171,9 +210,10 @@ def write_records(
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"name={name!r}: use lower case letters, digits and _, a letter first")
-    names = ["video", "caption", "fps", STATES, *labels, *texts]
+    names = ["video", "caption", "fps", STATES, *labels, *texts, *numbers]
     if reserved := {key for key in names if names.count(key) > 1}:
-        what = "labels" if reserved & set(labels) else "texts"
+        given = {"labels": labels, "texts": texts, "numbers": numbers}
+        what = next(name for name, keys in given.items() if reserved & set(keys))
         raise ValueError(f"{what} hold {sorted(reserved)}, which every sample has: rename them")
     if not splits:
         raise ValueError("splits is empty: give at least one, such as {'train': samples}")
@@ -190,9 +230,9 @@ def write_records(
         raise ValueError(
             f"{str(directory)!r} cannot be written ({error}): choose a directory with write access"
         ) from error
-    writer = _Writer(
-        name, splits, labels, description, encoding, str(root), latents, texts, text_states
-    )
+    of = None if latents is None else LatentsOf(*latents)
+    fields = (texts, numbers, text_states)
+    writer = _Writer(name, splits, labels, description, encoding, str(root), of, *fields)
     # TFDS makes a place for downloads, of which there are none: not beside the data.
     with tempfile.TemporaryDirectory() as downloads:
         writer.download_and_prepare(download_dir=downloads)

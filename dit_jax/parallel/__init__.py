@@ -20,6 +20,7 @@ from dit_jax.parallel.multihost import initialize as initialize
 from dit_jax.parallel.multihost import joined as joined
 from dit_jax.parallel.multihost import local_rows as local_rows
 from dit_jax.parallel.multihost import tell_all as tell_all
+from dit_jax.parallel.multihost import wait_for_all as wait_for_all
 from dit_jax.parallel.rules import batch_sharding as batch_sharding
 from dit_jax.parallel.rules import check_rules as check_rules
 from dit_jax.parallel.rules import clip_sharding as clip_sharding

@@ -107,6 +107,13 @@ def tell_all(name: str, text: str) -> str:
     return client.blocking_key_value_get(f"dit_jax/{name}", A_WEEK)
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here, however long that takes. A name serves once."""
+    client = distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(f"dit_jax/{name}", A_WEEK)
+
+
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     """The rows of a global batch that lie, wholly or in part, on this process's devices.
 

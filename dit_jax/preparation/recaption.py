@@ -22,7 +22,6 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from dit_jax.data.transforms import resized
 from dit_jax.preparation.answers import tell
 from dit_jax.preparation.captions import Caption, Kind
 from dit_jax.preparation.chat import ChatClient, message
@@ -121,6 +120,9 @@ def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "pn
         )
     h, w = image.shape[:2]
     if max(h, w) > max_side:
+        # Here, because that room imports JAX, and processes that only decode do without.
+        from dit_jax.data.transforms import resized
+
         size = (max(round(side * max_side / max(h, w)), 1) for side in (h, w))
         image = resized(image[None], *size)[0]
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")

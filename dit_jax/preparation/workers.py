@@ -41,12 +41,16 @@ class WorkersConfig:
     """Bytes of address space of a child (RLIMIT_AS)."""
     items_per_child: int = 1000
     """After so many a child is replaced by a new one, and what leaked is given back."""
+    ahead: int = 16
+    """Results for each child, at most, that wait for that of a slow item before them."""
 
     def __post_init__(self) -> None:
-        if self.count < 0 or self.time_limit <= 0 or self.items_per_child < 1:
+        least = min(self.items_per_child, self.ahead)
+        if self.count < 0 or self.time_limit <= 0 or least < 1:
             raise ValueError(
                 f"workers: count {self.count}, time_limit {self.time_limit}, items_per_child "
-                f"{self.items_per_child}: they are at least 0, above 0 and at least 1"
+                f"{self.items_per_child}, ahead {self.ahead}: they are at least 0, above 0, at least 1 "
+                "and at least 1"
             )
 
 
@@ -84,7 +88,7 @@ def run(
         while True:
             idle = [child for child in children if child.index is None]
             room = count - len(children) + len(idle)
-            ahead = max(16 * count - (taken - following), 0)
+            ahead = max(config.ahead * count - (taken - following), 0)
             for index, item in itertools.islice(waiting, min(room, ahead)):
                 child = idle.pop() if idle else _Child(called, config)
                 if child not in children:

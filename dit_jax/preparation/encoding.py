@@ -1,0 +1,173 @@
+"""Captions to the states of a text encoder, and clips to a codec's latents, in batches of equal shape.
+
+What encodes is given as a function. A batch is drawn from one part of the files (``stages.py``) and is
+filled up to a power of two, so that the same clips are encoded together on one machine or on many, and
+few shapes are compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax.preparation.decoding import DecodingConfig
+from dit_jax.preparation.progress import Progress
+from dit_jax.preparation.stages import Kept, read_clips
+from dit_jax.preparation.work import digest, file_name, write_json, write_whole
+from dit_jax.preparation.workers import Outcome, WorkersConfig
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""uint8 ``[b, t, h, w, 3]`` to latents ``[b, t', h', w', c]``."""
+EncodeTexts = Callable[[Sequence[str]], Sequence[np.ndarray]]
+"""Captions to states, bfloat16 ``[s, e]`` each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """How much is encoded at once."""
+
+    files: int = 64
+    """Files that are dealt to one machine together; batches are drawn from these."""
+    clips: int = 8
+    """Clips of a batch, at most, all of one shape."""
+    pixels: int = 1 << 25
+    """Pixels of all frames of a batch, at most; a larger clip is encoded alone."""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"batch.{name} is {value}: it is at least 1.")
+
+
+class Latents:
+    """The latents of clips under one codec, a file each."""
+
+    def __init__(self, work: Path, codec: str, batch: BatchConfig):
+        """``codec``: its hash."""
+        self.batch = batch
+        self.folder = work / "latents" / digest(codec, batch)
+
+    def place(self, one: Kept) -> Path:
+        """Where a clip's latents are, or will be; with the end .json, why there are none."""
+        key = digest(one.item.key, one.clip.start, dataclasses.asdict(one.clip)["geometry"])
+        return self.folder / file_name(one.name, digest(key, one.clip.frames), ".npy")
+
+    def failure(self, one: Kept) -> tuple[str, str] | None:
+        """Why a clip has none, if it has none."""
+        place = self.place(one).with_suffix(".json")
+        if not place.exists():
+            return None
+        reason, detail = json.loads(place.read_bytes())
+        return reason, detail
+
+    def load(self, one: Kept) -> np.ndarray:
+        """float16 ``[t, h, w, c]``."""
+        return np.load(self.place(one))
+
+    def done(self, one: Kept) -> bool:
+        """Whether nothing is left to be done for a clip."""
+        place = self.place(one)
+        return place.exists() or place.with_suffix(".json").exists()
+
+    def store(
+        self,
+        parts: Iterable[Sequence[Kept]],
+        encode: Encode,
+        decoding: DecodingConfig,
+        workers: WorkersConfig,
+        progress: Progress,
+    ) -> None:
+        """Encodes the clips that are missing; a batch of which one is missing is encoded whole."""
+        batches = [batch for part in parts for batch in self._batches(part)]
+        wanted = [batch for batch in batches if not all(map(self.done, batch))]
+        frames = read_clips(itertools.chain.from_iterable(wanted), decoding, workers)
+        with progress.stage("latents", sum(map(len, wanted)), "clips") as bar:
+            for batch in wanted:
+                self._encode(batch, encode, frames)
+                bar.add(len(batch), len(batch), sum(one.clip.seconds for one in batch))
+
+    def _batches(self, part: Sequence[Kept]) -> Iterator[list[Kept]]:
+        by_shape: dict[tuple[int, int, int], list[Kept]] = {}
+        for one in part:
+            by_shape.setdefault(one.shape, []).append(one)
+        for (frames, height, width), alike in sorted(by_shape.items()):
+            most = self.batch.pixels // (frames * height * width)
+            size = max(min(most, self.batch.clips), 1)
+            for start in range(0, len(alike), size):
+                yield alike[start : start + size]
+
+    def _encode(self, batch: Sequence[Kept], encode: Encode, frames: Iterator[Outcome]) -> None:
+        found: list[tuple[Kept, np.ndarray]] = []
+        for one, read in zip(batch, frames, strict=False):
+            if read.reason:
+                why = [read.reason, read.detail]
+                write_json(self.place(one).with_suffix(".json"), why)
+            else:
+                found.append((one, read.value))
+        if not found:
+            return
+        videos = [video for _, video in found]
+        filled = videos + videos[:1] * (_power(len(videos)) - len(videos))
+        for (one, _), latents in zip(found, encode(np.stack(filled)), strict=False):
+            data = io.BytesIO()
+            np.save(data, np.asarray(latents, np.float16))
+            write_whole(self.place(one), data.getvalue())
+
+
+class States:
+    """The states of captions under one text encoder, a file for each part of the media."""
+
+    def __init__(self, work: Path, encoder: str):
+        """``encoder``: its hash."""
+        self.folder = work / "states" / encoder
+        self._open: tuple[Path, dict[str, np.ndarray]] | None = None
+
+    def place(self, captions: Sequence[str]) -> Path:
+        """Where the states of a part's captions are, or will be."""
+        return self.folder / f"{digest(list(captions))}.npz"
+
+    def store(
+        self, parts: Iterable[Sequence[str]], encode: EncodeTexts, progress: Progress
+    ) -> None:
+        """Encodes the captions of every part that has no states yet."""
+        wanted = [_unlike(part) for part in parts]
+        wanted = [part for part in wanted if part and not self.place(part).exists()]
+        with progress.stage("states", sum(map(len, wanted)), "captions") as bar:
+            for part in wanted:
+                made = encode(part)
+                data = io.BytesIO()
+                np.savez(
+                    data,
+                    captions=np.array(part),
+                    ends=np.cumsum([len(states) for states in made]),
+                    # NumPy's files know no bfloat16: its bits.
+                    bits=np.concatenate(made).view(np.uint16),
+                )
+                write_whole(self.place(part), data.getvalue())
+                bar.add(len(part), 0, 0.0)
+
+    def load(self, captions: Sequence[str], caption: str, dtype: Any) -> np.ndarray:
+        """The states ``[s, e]`` of one of a part's captions."""
+        place = self.place(_unlike(captions))
+        if self._open is None or self._open[0] != place:
+            with np.load(place) as stored:
+                split = np.split(stored["bits"].view(dtype), stored["ends"][:-1])
+                self._open = place, dict(zip(stored["captions"].tolist(), split, strict=True))
+        return self._open[1][caption]
+
+
+def _unlike(captions: Sequence[str]) -> list[str]:
+    """Each caption once, sorted."""
+    return sorted(set(captions))
+
+
+def _power(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
+    return 1 << (count - 1).bit_length()

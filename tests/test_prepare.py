@@ -1,0 +1,286 @@
+"""The verb, from a folder of media to records: what is in them, after SIGKILL, on two machines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from flax import linen as nn
+
+from dit_jax.data import RecordsConfig, RecordsSource
+from dit_jax.interop import load_codec, load_text_encoder, write_codec
+from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig
+from dit_jax.preparation import ClipConfig, ExamineConfig, WorkersConfig
+from dit_jax.prepare import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
+from tests.preparation.chat_server import Response, serving, words
+from tests.runs import free_port
+from tests.text_files import needs_tokenizers, write_t5
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ExamineConfig(clips=ClipConfig(area=32 * 32, max_seconds=2.0))
+TWO = WorkersConfig(count=2, time_limit=60.0)
+
+
+def moving(count, height, width, seed):
+    """uint8 [t, h, w, 3]: coloured squares that move two pixels a frame."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(30, 226, (height // 8 + 2, (width + 2 * count) // 8 + 2, 3))
+    fine = np.kron(coarse, np.ones((8, 8, 1))).astype(np.uint8)
+    return np.stack([fine[:height, 2 * i : 2 * i + width] for i in range(count)])
+
+
+def write_video(path, frames, fps=12):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", fps, options={"crf": "8", "g": "6"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv444p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image))))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """Five good files, captioned in three ways or not at all, one twice, and four that are none."""
+    for module in ("PIL", "cv2", "scenedetect"):
+        pytest.importorskip(module, reason="needs the extra: pip install -e '.[prepare]'")
+    folder = tmp_path_factory.mktemp("media")
+    (folder / "deep").mkdir()
+    for i, name in enumerate(["a.mp4", "b.mkv", "deep/c.mp4", "deep/d.mp4"]):
+        size = (64, 96) if i % 2 else (80, 64)
+        write_video(folder / name, moving(20 if i < 3 else 41, *size, i))
+    (folder / "e twice.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    (folder / "a.txt").write_text("squares, moving\n")
+    (folder / "b.json").write_text(json.dumps({"caption": "B", "licence": "CC0"}))
+    (folder / "table.csv").write_text("file,caption\ndeep/c.mp4,from the table\n")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:300])
+    (folder / "notes.pdf").write_bytes(b"%PDF-1.4 nothing")
+    (folder / ".hidden").write_bytes(b"x")
+    return folder
+
+
+def config(media, output, **changes):
+    given = dict(examine=SMALL, workers=TWO, batch=BatchConfig(files=2, clips=2))
+    given |= dict(captions=CaptionsConfig(table=str(media / "table.csv"), licence="mine"))
+    return PrepareConfig(str(media), str(output), **{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def prepared(media, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared")
+    return output, prepare(config(media, output), shown=False)
+
+
+def shards(output):
+    files = sorted((output / "clips" / "1.0.0").iterdir())
+    assert any("array_record" in file.name for file in files)
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_records_say_what_the_clips_are_and_where_from(prepared):
+    output, about = prepared
+    source = tfds.data_source("clips", data_dir=output, split="train")
+    names = [record["source"].decode() for record in source]
+    # 41 frames at 12 fps are 3.4 s, at most 2 s a clip: two.
+    assert names == ["a.mp4", "b.mkv", "deep/c.mp4", "deep/d.mp4", "deep/d.mp4"]
+    a, b, c, d, d2 = source
+    assert (a["caption"], b["caption"], c["caption"], d["caption"]) == (
+        b"squares, moving",
+        b"B",
+        b"from the table",
+        b"",
+    )
+    assert b["caption_origin"] == b"caption: sidecar" and c["caption_origin"] == b"caption: table"
+    assert b["licence"] == b"CC0" and a["licence"] == b"mine"
+    # 80 x 64 keeps its shape in 1024 pixels, in multiples of 16; 17 = 1 + 4 * 4 of 20 frames.
+    assert a["video"].shape == (17, 32, 16, 3) and b["video"].shape == (17, 16, 32, 3)
+    assert (a["source_height"], a["source_width"], a["source_fps"]) == (80, 64, 12.0)
+    assert a["fps"] == 12.0 and a["stop"] - a["start"] == pytest.approx(17 / 12)
+    assert d2["start"] > d["start"] and d["stop"] <= d2["start"]
+    mean = moving(20, 80, 64, 0)[1:18, :, 4:-4].mean((0, 1, 2))
+    assert np.abs(a["video"].mean((0, 1, 2)) - mean).max() < 8
+    sample = RecordsSource(RecordsConfig(str(output / "clips/1.0.0")))[0]
+    assert sample["caption"] == "squares, moving"
+
+
+def test_every_file_is_accounted_for(prepared):
+    output, about = prepared
+    assert json.loads((output / "report.json").read_text()) == about
+    assert about["files"] == 8 and about["sidecars"] == 2
+    told = {file["path"]: file for file in about["by_file"]}
+    assert told["empty.mp4"]["refusal"]["reason"] == "empty file"
+    assert told["cut.mp4"]["refusal"] and told["notes.pdf"]["refusal"]
+    assert told["e twice.mp4"]["clips"][0]["left_out"] == "near-duplicate: of a.mp4#0"
+    assert about["files_by_reason"]["used"] == 4 and about["clips_by_reason"]["kept"] == 5
+    assert about["captioned"] == 3 and about["bottleneck"]["stage"] in about["stages"]
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64") == 6 and "empty file" in page
+    assert "squares, moving" in page and "src=" in page and "http" not in page
+
+
+def test_nothing_is_done_twice_and_a_changed_file_is_done_anew(media, prepared):
+    output, _ = prepared
+    before = shards(output)
+    again = prepare(config(media, output), shown=False)
+    assert again["stages"]["examine"]["clips"] == 0 and "records" not in again["stages"]
+    (media / "a.txt").write_text("other words\n")
+    try:
+        changed = prepare(config(media, output), shown=False)
+    finally:
+        (media / "a.txt").write_text("squares, moving\n")
+    assert changed["stages"]["examine"]["clips"] == 0 and "records" in changed["stages"]
+    assert shards(output) != before
+    prepare(config(media, output), shown=False)
+    assert shards(output) == before
+
+
+def test_two_machines_make_the_same_records(media, prepared, tmp_path):
+    for shard in ("1/2", "0/2"):
+        assert prepare(config(media, tmp_path, shard=shard), shown=False) is None
+        assert not (tmp_path / "clips").exists()
+    finished = prepare(config(media, tmp_path), shown=False)
+    assert finished["stages"]["examine"]["clips"] == 0
+    assert shards(tmp_path) == shards(prepared[0])
+
+
+def command(media, output, *more):
+    """The same as ``config`` says."""
+    flags = ["--examine.clips.area", "1024", "--examine.clips.max-seconds", "2"]
+    flags += ["--captions.table", str(media / "table.csv"), "--captions.licence", "mine"]
+    flags += ["--batch.files", "2", "--batch.clips", "2", "--workers.count", "1", *more]
+    return ["--input", str(media), "--output", str(output), *flags]
+
+
+def test_records_after_sigkill_are_the_same_bytes(media, prepared, tmp_path):
+    line = [sys.executable, "-m", "dit_jax.prepare", *command(media, tmp_path)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL) as process:
+        while len(list(tmp_path.glob("work/examined/*/[!.]*"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "clips").exists()
+    # As if it had been killed again, while records were written.
+    (tmp_path / "work" / "writing" / "clips").mkdir(parents=True)
+    (tmp_path / "work" / "writing" / "clips" / "half").write_bytes(b"x")
+    done = prepare(config(media, tmp_path), shown=False)
+    assert done["stages"]["examine"]["clips"] < 6
+    assert shards(tmp_path) == shards(prepared[0])
+
+
+def test_what_cannot_be_is_refused(media, prepared, tmp_path, capsys):
+    (tmp_path / "clips" / "1.0.0").mkdir(parents=True)
+    assert main(command(media, tmp_path)) == 2
+    assert "was not prepared by this command" in capsys.readouterr().err
+    assert main(["--input", str(tmp_path / "no"), "--output", str(tmp_path)]) == 2
+    assert "is not there" in capsys.readouterr().err
+    for changes, why in [
+        ({"shard": "2/2"}, "give i/n"),
+        ({"caption_server": "http://localhost:1"}, "go together"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            config(media, tmp_path, **changes)
+
+
+def write_tiny_codec(folder):
+    """A codec with random weights, 2 x 2 x 2."""
+    shape = CausalAutoencoderConfig(
+        latent_channels=3, widths=(4, 4), strides=((2, 2),), layers=1, mid_attention=False
+    )
+    model = CausalAutoencoder(shape, shape.computation())
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1, 16, 16, 3)), mutable="params"))
+    write_codec(folder, shape, nn.unbox(init(jax.random.key(0))))
+    return folder
+
+
+@needs_tokenizers
+def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monkeypatch):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(4):
+        write_video(few / f"{i}.mp4", moving(7, 64, 64, i))
+        if i:
+            (few / f"{i}.txt").write_text("a red circle " + "moves " * i)
+    codec = load_codec(write_tiny_codec(tmp_path / "tiny"))
+    encoder = load_text_encoder(write_t5(tmp_path / "t5"))
+    # Opened once, so that they are compiled once.
+    monkeypatch.setattr("dit_jax.prepare.load_codec", lambda path: codec)
+    monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path: encoder)
+    given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
+    given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
+    about = prepare(config(few, tmp_path / "one", **given), shown=False)
+    assert about["stages"]["latents"]["clips"] == 4 and about["captioned"] == 3
+    path = str(tmp_path / "one" / "clips" / "1.0.0")
+    source = RecordsSource(RecordsConfig(path, text_states_key="text_states"))
+    assert (source.codec, source.text_encoder) == (codec.hash, encoder.hash)
+    assert tfds.builder_from_directory(path).info.metadata["codec_name"] == "tiny"
+    del given["codec"]
+    prepare(config(few, tmp_path / "pixels", **given), shown=False)
+    pixels = list(RecordsSource(RecordsConfig(str(tmp_path / "pixels" / "clips" / "1.0.0"))))
+    for part in ((0, 1), (2, 3)):
+        videos = np.stack([pixels[i]["video"] for i in part]).astype(np.float32) / 127.5 - 1
+        states = encoder.encode(sorted(pixels[i]["caption"] for i in part))
+        for i, wanted, state in zip(part, codec.encode_many(videos), states, strict=True):
+            found = source[i]
+            np.testing.assert_array_equal(found["video"], wanted.astype(np.float16))
+            np.testing.assert_array_equal(found["text_states"], state.astype(np.float32))
+            assert found["fps"] == 6.0 and found["caption"] == pixels[i]["caption"]
+    given["codec"] = "tiny"
+    for shard in ("1/2", "0/2"):
+        prepare(config(few, tmp_path / "two", shard=shard, **given), shown=False)
+    next((tmp_path / "two" / "work").glob("latents/*/1.mp4*.npy")).unlink()
+    done = prepare(config(few, tmp_path / "two", **given), shown=False)
+    assert done["stages"]["latents"]["clips"] == 2 and done["stages"]["examine"]["clips"] == 0
+    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+
+
+def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path):
+    down = True
+
+    def respond(body, turn):
+        if down and "squares" in words(body):
+            return Response(status=400)
+        short = words(body).startswith("Here is")
+        return Response("Squares." if short else "Many squares go by.")
+
+    with serving(respond) as server:
+        asked = {"caption_server": server.url, "caption_model": "seer"}
+        first = prepare(config(media, tmp_path, **asked), shown=False)
+        assert server.bill == 5  # One of them twice; what was to make the short ones was refused.
+        assert len(first["problems"]) == 6 and first["captioned"] == 3
+        down = False
+        second = prepare(config(media, tmp_path, **asked), shown=False)
+        # Equal descriptions make equal requests.
+        assert server.bill == 6 and not second["problems"] and second["captioned"] == 5
+    a, *_, d = tfds.data_source("clips", data_dir=tmp_path, split="train")
+    assert a["caption"] == b"squares, moving" and a["caption_short"] == b"Squares."
+    assert d["caption"] == d["caption_descriptive"] == b"Many squares go by."
+    assert d["caption_origin"].startswith(b"caption: model:seer; caption_short: model:seer")
+    (tmp_path / "one").mkdir()
+    with pytest.raises(ValueError, match="cannot be reached|refused"):
+        asked["caption_server"] = "http://127.0.0.1:9"
+        prepare(config(media, tmp_path / "one", **asked), shown=False)
+
+
+def test_two_processes_of_a_cluster_make_the_same_records(media, prepared, tmp_path):
+    port = free_port()
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    started = []
+    for i in range(2):
+        flags = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
+        line = [sys.executable, "-m", "dit_jax.prepare", *command(media, tmp_path, *flags)]
+        process = subprocess.Popen(
+            [*line, "--process-id", str(i)], env=env, stderr=subprocess.DEVNULL, text=True
+        )
+        started.append(process)
+    assert [process.wait(200) for process in started] == [0, 0]
+    assert shards(tmp_path) == shards(prepared[0])
