@@ -5,7 +5,6 @@ uint8; latents as float16, states of captions as bfloat16, each with what made t
 encoder) in the metadata.
 """
 
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,12 +47,13 @@ class _Sorted(ExampleWriter):
     """Writes the features of a record in the order of their names, so that equal samples give equal
     bytes: TFDS's own order is that of a hash table, another one in every process."""
 
-    def write(self, path: os.PathLike, examples: Iterable[Any]) -> Any:
+    def write(self, path: Any, examples: Iterable[Any]) -> Any:
         return super().write(path, ((key, _in_order(data)) for key, data in examples))
 
 
 def _in_order(data: bytes) -> bytes:
-    return tf_example_pb2.Example.FromString(data).SerializeToString(deterministic=True)
+    example: Any = tf_example_pb2
+    return example.Example.FromString(data).SerializeToString(deterministic=True)
 
 
 class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -230,7 +230,7 @@ def write_records(
         raise ValueError(
             f"{str(directory)!r} cannot be written ({error}): choose a directory with write access"
         ) from error
-    of = None if latents is None else LatentsOf(*latents)
+    of = None if latents is None else LatentsOf(latents[0], latents[1], *latents[2:])
     fields = (texts, numbers, text_states)
     writer = _Writer(name, splits, labels, description, encoding, str(root), of, *fields)
     # TFDS makes a place for downloads, of which there are none: not beside the data.
