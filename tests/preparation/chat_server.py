@@ -59,7 +59,6 @@ class ChatServer:
         self.bodies: list[Any] = []
         self.keys: list[str | None] = []
         self.models: Response = Response(body='{"data": [{"id": "seer"}, {"id": "teller:latest"}]}')
-        self.busy = self.busiest = 0
         self.lock = threading.Lock()
         self.ended = threading.Event()
         owner = self
@@ -86,20 +85,14 @@ class ChatServer:
             turn = self.seen[raw]
             self.seen[raw] += 1
             self.bodies.append(body)
-            self.busy += 1
-            self.busiest = max(self.busiest, self.busy)
-        try:
-            if handler.path != "/v1/chat/completions":
-                self.send(handler, Response(status=404))
-                return
-            response = self.respond(body, turn)
-            if response.status == 200 and response.body is None and response.cut is None:
-                with self.lock:
-                    self.billed[raw] += 1
-            self.send(handler, response)
-        finally:
+        if handler.path != "/v1/chat/completions":
+            self.send(handler, Response(status=404))
+            return
+        response = self.respond(body, turn)
+        if response.status == 200 and response.body is None and response.cut is None:
             with self.lock:
-                self.busy -= 1
+                self.billed[raw] += 1
+        self.send(handler, response)
 
     def send(self, handler: BaseHTTPRequestHandler, response: Response) -> None:
         self.ended.wait(response.delay)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -67,10 +69,8 @@ def images(body) -> list[np.ndarray]:
 def describe(body, turn=0) -> Response:
     """Tells the number that it sees; shortens what it is told."""
     if seen := images(body):
-        return Response(
-            f'Caption: "ClipFrames {round(seen[0].mean() / 4)} of {len(seen)} frames. Grey."'
-        )
-    number = words(body).split("ClipFrames ")[1].split()[0]
+        return Response(f'Caption: "Clip {round(seen[0].mean() / 4)} of {len(seen)} frames. Grey."')
+    number = words(body).split("Clip ")[1].split()[0]
     return Response(f"Short {number}.")
 
 
@@ -80,9 +80,7 @@ def test_every_clip_gets_both_captions_in_order():
         results = list(recaption(map(clip, range(20)), client))
     assert [one.name for one in results] == [f"{i}.mp4" for i in range(20)]
     for i, one in enumerate(results):
-        assert (
-            one.descriptive == f"ClipFrames {i} of 3 frames. Grey." and one.short == f"Short {i}."
-        )
+        assert one.descriptive == f"Clip {i} of 3 frames. Grey." and one.short == f"Short {i}."
         assert (one.given, one.origin, one.error) == (f"given {i}", "model:seer", "")
     assert server.bill == 40 and failures(results) == ""
     asked = [words(body) for body in server.bodies if images(body)]
@@ -113,9 +111,7 @@ def test_faults_lose_nothing_and_repeat_nothing(tmp_path: Path):
     def respond(body, turn):
         seen = images(body)
         number = (
-            round(seen[0].mean() / 4)
-            if seen
-            else int(words(body).split("ClipFrames ")[1].split()[0])
+            round(seen[0].mean() / 4) if seen else int(words(body).split("Clip ")[1].split()[0])
         )
         kind = kinds[number % len(kinds)]
         if kind == "refused" and seen or kind == "short refused" and not seen:
@@ -198,10 +194,22 @@ def test_few_clips_are_in_memory_and_few_requests_under_way():
 
         return ClipFrames(str(number), "", frames)
 
-    with serving(lambda body, turn: Response(describe(body).text, delay=0.01)) as server:
+    lock, under_way, busiest = threading.Lock(), [0], [0]
+
+    def slow(body, turn: int) -> Response:
+        # Before the answer is sent: after it the client may have asked again already.
+        with lock:
+            under_way[0] += 1
+            busiest[0] = max(busiest[0], under_way[0])
+        time.sleep(0.01)
+        with lock:
+            under_way[0] -= 1
+        return Response(describe(body).text)
+
+    with serving(slow) as server:
         for one in recaption(map(watched, range(40)), client_of(server.url, concurrency=3)):
             held.discard(int(one.name))
-    assert server.busiest <= 3 and server.bill == 80
+    assert busiest[0] <= 3 and server.bill == 80
     # Four results a thread may wait for an earlier one: their frames are gone, their names count here.
     assert max(most) <= 3 + 4 * 3
 
@@ -254,7 +262,7 @@ def test_templates_are_the_users():
         words(seen) == "Say {x} of 2 frames, in order, of one video clip."
         and len(images(seen)) == 2
     )
-    assert words(told) == "ClipFrames 5 of 2 frames. Grey. 15!"
+    assert words(told) == "Clip 5 of 2 frames. Grey. 15!"
 
 
 def test_captions_become_features_of_records(tmp_path: Path):
@@ -274,7 +282,7 @@ def test_captions_become_features_of_records(tmp_path: Path):
     mix = (("caption_descriptive", 0.95), ("caption_short", 0.05))
     source = RecordsSource(RecordsConfig(str(path), caption_mix=mix))
     assert source[2].get("captions") == {
-        "caption_descriptive": "ClipFrames 2 of 3 frames. Grey.",
+        "caption_descriptive": "Clip 2 of 3 frames. Grey.",
         "caption_short": "",
     }
     assert (

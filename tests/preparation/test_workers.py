@@ -107,7 +107,9 @@ def test_closing_and_exceptions_leave_no_children():
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_program_leaves_no_children(how):
+    # A program in the background of a script ignores SIGINT unless it says otherwise.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from dit_jax.preparation import run, WorkersConfig\n"
         "from preparation_jobs import job\n"
         "for o in run(job, [('pid', 0), ('hang', 0)], WorkersConfig(count=1)):\n"
