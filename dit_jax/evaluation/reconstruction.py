@@ -20,7 +20,8 @@ from dit_jax.sampling.media import contact_sheet, write_png
 WINDOW, SIGMA = 11, 1.5
 """Pixels of SSIM's Gaussian window, and its standard deviation."""
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-GREY = 128
+GREY, BETWEEN = 128, 64
+"""Levels of no difference, and of what lies between pictures."""
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -129,7 +130,7 @@ def side_by_side(
         difference = back.astype(np.float64) - original
         amplified = np.clip(np.rint(GREY + gain * difference), 0, 255).astype(np.uint8)
         rows += [original, back, amplified]
-    return write_png(path, contact_sheet(rows, frames, scale, fill=0))
+    return write_png(path, contact_sheet(rows, frames, scale, fill=BETWEEN))
 
 
 def _check_number(originals: Sequence[np.ndarray], reconstructions: Sequence[np.ndarray]) -> None:

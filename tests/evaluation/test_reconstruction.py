@@ -137,7 +137,14 @@ def test_side_by_side_shows_input_output_and_difference(tmp_path):
     rows, columns = np.arange(6) * 20 + 10, np.arange(2) * 17 + 8
     levels = picture[rows[:, None], columns]
     assert (levels == levels[..., :1]).all()
-    assert levels[..., 0].tolist() == [[100] * 2, [107] * 2, [156] * 2, [20, 0], [17, 0], [116, 0]]
+    assert levels[..., 0].tolist() == [
+        [100] * 2,
+        [107] * 2,
+        [156] * 2,
+        [20, 64],
+        [17, 64],
+        [116, 64],
+    ]
 
 
 def test_resizing_keeps_constants_and_smooth_ramps():
