@@ -10,7 +10,6 @@ all of its devices.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -35,14 +34,13 @@ from dit_jax.config import (
     LogConfig,
     Run,
     stored_config,
-    to_dict,
 )
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.interop import DiTFile, Map
 from dit_jax.parallel import MeshConfig, make_mesh, restart_with_huge_pages
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, Checkpointer, abstract_params, open_run
+from dit_jax.training import abstract_params, open_run
 from dit_jax.types import Params
 
 PROG = "python -m dit_jax.convert"
@@ -251,15 +249,7 @@ def _to_run(given: ConvertArguments, published: Source, target: Path) -> str:
     published.table.check(published.table.named(published.arrays), published.where)
     shapes, shardings = _abstract(config, given.mesh)
     params = published.table.load(published.arrays, published.where, shapes, shardings)
-
-    def write(path: Path) -> None:
-        checkpointer = Checkpointer(path, CheckpointConfig())
-        checkpointer.save_weights(params, to_dict(config))
-        checkpointer.wait()
-        checkpointer.close()
-        (path / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-    _whole(target, write)
+    _whole(target, lambda path: tasks.write_run(path, config, params))
     return f"{_said(published.file)}: a run in {target}/"
 
 

@@ -64,6 +64,7 @@ from dit_jax.preparation.stages import (
     without_duplicates,
 )
 from dit_jax.preparation.work import digest
+from dit_jax.sampling import to_float
 
 PROG = "python -m dit_jax.prepare"
 STAGES = ("examine", "captions", "states", "latents", "records")
@@ -179,7 +180,7 @@ class Preparation:
 
     def _encode(self, videos: np.ndarray) -> np.ndarray:
         assert self.codec is not None
-        return self.codec.encode_many(videos.astype(np.float32) / 127.5 - 1)
+        return self.codec.encode_many(to_float(videos))
 
     def _recaption(self, kept: Sequence[Kept]) -> None:
         config = self.config

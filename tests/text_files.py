@@ -1,8 +1,6 @@
 """Tokenizers trained on a few sentences, and a tiny T5 in a folder, without PyTorch."""
 
-import importlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,7 @@ from flax import linen as nn
 
 from dit_jax import interop
 from dit_jax.models import T5Encoder, T5EncoderConfig
-
-
-def optional(name: str) -> Any:
-    """A module that not everybody has, or None; its warnings at import are not ours."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except ImportError:
-        return None
-
+from tests.optional import optional
 
 sentencepiece: Any = optional("sentencepiece")
 tokenizers: Any = optional("tokenizers")

@@ -49,6 +49,8 @@ class CodecRun(Run):
     When it is done, the folder ``codec`` in its output is what ``codec.path`` of other runs takes.
     """
 
+    ROWS = "data.crop.rows"
+
     data: CodecDataConfig = CodecDataConfig()
     model: CausalAutoencoderConfig = CausalAutoencoderConfig()
     loss: ReconstructionLossConfig = ReconstructionLossConfig()
@@ -84,18 +86,9 @@ class CodecRun(Run):
                 f"evaluation.records_split is {self.evaluation.records_split!r}, and the data are "
                 "moving shapes, which have none: leave it unset."
             )
-        if self.rows % self.optimizer.accumulate:
-            raise ValueError(
-                f"data.crop.rows {self.rows} does not divide into optimizer.accumulate "
-                f"{self.optimizer.accumulate} parts: make rows a multiple of it."
-            )
         if self.model.shift or self.model.scale:
             raise ValueError(
                 "model.shift and model.scale are measured when training ends: leave them empty."
             )
         if self.model.channels != 3:
             raise ValueError(f"model.channels is {self.model.channels}: clips have 3.")
-
-    @property
-    def rows(self) -> int:
-        return self.data.crop.rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar
 
 from dit_jax.parallel import MeshConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
@@ -54,6 +55,9 @@ def check_choices(config: Any, name: str = "") -> None:
 class Run:
     """A run of training: what the loop needs to know of it."""
 
+    ROWS: ClassVar[str]
+    """The dotted name of the field that says how many rows the global batch has."""
+
     output: str = "runs/default"
     """Directory of the run: checkpoints, logs and samples. A run found there is resumed."""
     steps: int = 1000
@@ -69,8 +73,13 @@ class Run:
             raise ValueError(f"steps is {self.steps}: it is at least 1.")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}: it is at least 0.")
+        if self.rows % self.optimizer.accumulate:
+            raise ValueError(
+                f"{self.ROWS} {self.rows} does not divide into optimizer.accumulate "
+                f"{self.optimizer.accumulate} parts: make rows a multiple of it."
+            )
 
     @property
     def rows(self) -> int:
         """Rows of the global batch."""
-        raise NotImplementedError
+        return attrgetter(self.ROWS)(self)

@@ -99,6 +99,8 @@ class EvaluationConfig:
 class Config(Run):
     """A run of training: a text-to-video model, or one of classes and images."""
 
+    ROWS = "data.packing.rows"
+
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig(patch=PatchConfig(t=2, h=8, w=8, channels=3))
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -110,12 +112,6 @@ class Config(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rows, parts = self.data.packing.rows, self.optimizer.accumulate
-        if rows % parts:
-            raise ValueError(
-                f"data.packing.rows {rows} does not divide into optimizer.accumulate {parts} parts: "
-                "make rows a multiple of it."
-            )
         if self.model.text.max_tokens > self.data.packing.row_text:
             raise ValueError(
                 f"data.packing.row_text {self.data.packing.row_text} is smaller than one caption of "
@@ -145,10 +141,6 @@ class Config(Run):
                 "(model.text): leave it out, or give the model a TextStatesConfig."
             )
         self._check_labels()
-
-    @property
-    def rows(self) -> int:
-        return self.data.packing.rows
 
     def _check_labels(self) -> None:
         if self.diffusion.variance == "learned_range" and not self.model.learned_variance:

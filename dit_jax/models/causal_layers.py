@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+from dit_jax.models import blocks
 
 NORM_EPS = 1e-8
 """Nothing beside usual activations; where all are 0 it bounds the gradient, at 1e4."""
@@ -194,16 +197,8 @@ class PairsUp(Conv):
         return jnp.concatenate([head.astype(pairs.dtype), pairs], 1)
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm over the channels of each position (Zhang & Sennrich 2019), in float32."""
-
-    @nn.compact
-    def __call__(self, x: Frames) -> Frames:
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed_vector",))
-        scale: Any = self.param("scale", ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        mean_square = jnp.mean(y * y, -1, keepdims=True)
-        return (y * jax.lax.rsqrt(mean_square + NORM_EPS) * scale).astype(x.dtype)
+RMSNorm = partial(blocks.RMSNorm, "embed_vector", NORM_EPS)
+"""Of each position by itself."""
 
 
 class ResBlock(nn.Module):

@@ -11,6 +11,7 @@ from dit_jax.tasks.autoencoder import build_codec as build_codec
 from dit_jax.tasks.codecs import open_codec as open_codec
 from dit_jax.tasks.converting import finished_codec as finished_codec
 from dit_jax.tasks.converting import read_codec_folder as read_codec_folder
+from dit_jax.tasks.converting import write_run as write_run
 from dit_jax.tasks.kinds import build as build
 from dit_jax.tasks.kinds import recorded as recorded
 from dit_jax.tasks.text_encoders import check_reads as check_reads

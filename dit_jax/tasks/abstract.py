@@ -48,7 +48,10 @@ class AbstractStep(NamedTuple):
     flops: float
 
 
-def _struct(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def abstract_array(
+    shape: tuple[int, ...], dtype: Any, sharding: NamedSharding
+) -> jax.ShapeDtypeStruct:
+    """An array without contents, and how it lies on the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
@@ -58,7 +61,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> PackedBatch:
     b, l, s, n = packing.rows, packing.row_tokens, packing.row_text, packing.row_segments
 
     def field(*shape: int, dtype: Any = jnp.int32, tokens: bool = False) -> Any:
-        return _struct((b, *shape), dtype, batch_sharding(mesh, 1 + len(shape), tokens))
+        return abstract_array((b, *shape), dtype, batch_sharding(mesh, 1 + len(shape), tokens))
 
     if isinstance(model.text, TextStatesConfig):
         text = field(s, model.text.dim, dtype=jnp.float32)
@@ -115,7 +118,7 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
         shape = (value.shape[0] * times, *value.shape[1:])
         # Two that are put together lie as each of them did.
         sharding = batch_sharding(mesh, value.ndim, along_tokens, rows=rows)
-        return _struct(shape, value.dtype, sharding)
+        return abstract_array(shape, value.dtype, sharding)
 
     placed = jax.tree_util.tree_map_with_path(
         lambda path, x: field(x, path[-1].name in ALONG_TOKENS), condition
@@ -123,19 +126,19 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
     guided = 2 if made.cfg_scale != 1 else 1
     letters = condition.text_segment_ids.shape[1]
     text_shape = (rows * guided, letters, model_config.text_width)
-    text = _struct(
+    text = abstract_array(
         text_shape,
         model_config.compute_dtype(mesh.devices.flat[0].platform),
         batch_sharding(mesh, 3, False, rows=rows),
     )
     shapes, shardings = abstract_params(partial(init_params, model), mesh, over_context=False)
     params = jax.tree.map(
-        lambda x, s: _struct(x.shape, x.dtype, s),
+        lambda x, s: abstract_array(x.shape, x.dtype, s),
         jax.eval_shape(generator.prepared, shapes),
         shardings,
     )
     whole = NamedSharding(mesh, PartitionSpec())
-    level, index = _struct((), jnp.float32, whole), _struct((), jnp.int32, whole)
+    level, index = abstract_array((), jnp.float32, whole), abstract_array((), jnp.int32, whole)
     carry = jax.tree.map(
         lambda x: field(x, True) if x.ndim else level,
         jax.eval_shape(generator.begin, condition, level),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import CodecRun
 from dit_jax.models import CausalAutoencoder, autoencoder_flops, part_step
 from dit_jax.parallel import batch_sharding, clip_sharding, make_lay, platform
-from dit_jax.tasks.abstract import AbstractStep, AbstractTask
+from dit_jax.tasks.abstract import AbstractStep, AbstractTask, abstract_array
 from dit_jax.tasks.autoencoder import batch_loss, make_loss
 from dit_jax.types import ClipBatch
 
@@ -23,8 +23,8 @@ def abstract_codec_task(config: CodecRun, mesh: Mesh) -> AbstractTask:
     crop, (time, space, _) = config.data.crop, config.model.stride
     loss = make_loss(config, mesh)
     shape = (crop.rows, crop.frames, crop.height, crop.width, 3)
-    video: Any = _struct(shape, jnp.uint8, batch_sharding(mesh, 5, False))
-    counts: Any = _struct((crop.rows,), jnp.int32, batch_sharding(mesh, 1, False))
+    video: Any = abstract_array(shape, jnp.uint8, batch_sharding(mesh, 5, False))
+    counts: Any = abstract_array((crop.rows,), jnp.int32, batch_sharding(mesh, 1, False))
     latents = (1 + (crop.frames - 1) // time) * (crop.height // space) * (crop.width // space)
     flops = sum(autoencoder_flops(config.model, crop.frames, crop.height, crop.width))
     return AbstractTask(
@@ -56,7 +56,7 @@ def abstract_codec_part(
     over = clip_sharding(mesh, crop.rows, h, w)
     frame = jnp.zeros((1, 1, space, space, model_config.channels))
     fresh: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), frame, mutable="params"))
-    params = jax.tree.map(lambda x: _struct(x.shape, x.dtype, whole), nn.unbox(fresh))
+    params = jax.tree.map(lambda x: abstract_array(x.shape, x.dtype, whole), nn.unbox(fresh))
     if what == "encode":
         first = (crop.rows, 1, crop.height, crop.width, model_config.channels)
         part = (crop.rows, frames * time, *first[2:])
@@ -69,16 +69,12 @@ def abstract_codec_part(
 
     begin = jax.ShapeDtypeStruct(first, jnp.float32)
     _, left = jax.eval_shape(partial(step, first=True), params, None, begin)
-    cache = jax.tree.map(lambda x: _struct(x.shape, x.dtype, over), left)
+    cache = jax.tree.map(lambda x: abstract_array(x.shape, x.dtype, over), left)
     layouts = jax.tree.map(lambda _: over, left)
     jitted = jax.jit(step, donate_argnums=1, out_shardings=(over, layouts))
-    given = _struct(part, jnp.float32, over)
+    given = abstract_array(part, jnp.float32, over)
     span = 1 + frames * time
     both = autoencoder_flops(model_config, span, crop.height, crop.width)
     one = autoencoder_flops(model_config, 1, crop.height, crop.width)
     at = 0 if what == "encode" else 1
     return AbstractStep(jitted, (params, cache, given), crop.rows * (both[at] - one[at]))
-
-
-def _struct(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

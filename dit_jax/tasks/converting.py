@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import interop
-from dit_jax.config import CodecDataConfig, CodecRun, to_dict
+from dit_jax.config import CodecDataConfig, CodecRun, Run, to_dict
 from dit_jax.data import CropConfig, RecordsConfig
 from dit_jax.models import AutoencoderKLConfig, CausalAutoencoderConfig
 from dit_jax.tasks.autoencoder import FOLDER
@@ -25,6 +25,16 @@ from dit_jax.types import Params
 
 SIDE = 256
 """Pixels of the windows, about, that a converted codec's run is to be trained on."""
+
+
+def write_run(target: Path, config: Run, params: Params) -> None:
+    """A run of no steps that has these averaged parameters."""
+    values = to_dict(config)
+    checkpointer = Checkpointer(target, CheckpointConfig())
+    checkpointer.save_weights(params, values)
+    checkpointer.wait()
+    checkpointer.close()
+    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def finished_codec(run: Path) -> Path:
@@ -88,13 +98,9 @@ class CodecFolder:
 
     def write_run(self, target: Path, output: str) -> None:
         """A run of no steps, for ``checkpoint.initial``. Raises ``ValueError`` where none could be."""
-        values = to_dict(run_of_codec(self.video("run"), output))
-        checkpointer = Checkpointer(target, CheckpointConfig())
+        config = run_of_codec(self.video("run"), output)
         autoencoder = jax.tree.map(jnp.asarray, self.params["params"])
-        checkpointer.save_weights({"params": {"autoencoder": autoencoder}}, values)
-        checkpointer.wait()
-        checkpointer.close()
-        (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        write_run(target, config, {"params": {"autoencoder": autoencoder}})
 
 
 def read_codec_folder(folder: Path) -> CodecFolder:

@@ -1,8 +1,6 @@
 """Models of Diffusers' own classes with random weights, and what the tests need of PyTorch."""
 
 import copy
-import importlib
-import warnings
 from typing import Any
 
 import numpy as np
@@ -10,17 +8,7 @@ import pytest
 
 from dit_jax import interop
 from dit_jax.interop.dit import grid_table
-
-
-def optional(name: str) -> Any:
-    """A module that only tests need, or None; its warnings at import are not ours."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except ImportError:
-        return None
-
+from tests.optional import optional
 
 torch: Any = optional("torch")
 diffusers: Any = optional("diffusers")
