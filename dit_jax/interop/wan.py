@@ -96,6 +96,7 @@ def autoencoder_to_wan(config: CausalAutoencoderConfig) -> dict[str, Any]:
         for name, is_so in (
             ("mid_attention", not config.mid_attention),
             ("variational", not config.variational),
+            ("linear", config.linear),
             ("strides", any(space != 2 for _, space in config.strides)),
             ("strides", config.stride[0] != 4),
             ("widths", any(w % widths[0] for w in widths)),

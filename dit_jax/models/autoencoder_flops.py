@@ -18,7 +18,14 @@ def autoencoder_flops(
     for time, space in config.strides:
         t, h, w = sizes[-1]
         sizes.append((1 + (t - 1) // time, h // space, w // space))
-    return _encode(config, sizes), _decode(config, sizes)
+    linear = config.linear * _linear(config, sizes[-1])
+    return _encode(config, sizes) + linear, _decode(config, sizes) + linear
+
+
+def _linear(config: CausalAutoencoderConfig, size: Size) -> float:
+    (time, rows, columns), (t, h, w) = config.stride, size
+    frames = 1 + (t - 1) * time
+    return _conv((frames, h, w), rows * columns * config.channels, config.latent_channels, 1)
 
 
 def _conv(size: Size, i: int, o: int, taps: int) -> float:

@@ -30,6 +30,8 @@ from dit_jax.models.causal_layers import (
     Conv,
     Down,
     FrameAttention,
+    OwnLatent,
+    OwnPixels,
     ResBlock,
     RMSNorm,
     Up,
@@ -58,6 +60,9 @@ class CausalAutoencoderConfig:
     """Rows and columns of pixels that are taken together as channels before anything else."""
     shortcuts: bool = False
     """Whether every resolution is passed by without parameters too (Wan 2.2 has it): learns faster."""
+    linear: bool = False
+    """Whether latents are a linear projection of their own pixels, and pixels of their own latent, that
+    the layers correct, from nothing on: principal components are learned at once. For small budgets."""
     mid_attention: bool = True
     variational: bool = True
     """Whether the encoder gives a mean and a variance, or a point."""
@@ -158,6 +163,11 @@ def begin_certain(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float
     return jnp.where(jnp.arange(shape[0]) < half, 0.0, LOGVAR_BEGIN).astype(dtype)
 
 
+def correction_init(config: CausalAutoencoderConfig) -> nn.initializers.Initializer:
+    """Of the last kernels: nothing where they correct what is linear."""
+    return nn.initializers.zeros_init() if config.linear else nn.initializers.lecun_normal()
+
+
 class Middle(nn.Module):
     """The coarsest resolution: a residual block, attention, a residual block."""
 
@@ -182,11 +192,11 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w c"], first: bool = True
+        self, video: Float[Array, "b t h w c"], first: bool = True
     ) -> Float[Array, "b _ _ _ m"]:
         config, compute = self.config, self.compute
         p = config.patch
-        x = rearrange(x, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
+        x = rearrange(video, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
         x = Conv(config.widths[0], (3, 3, 3), compute, name="conv_in")(x, first)
         for i, width in enumerate(config.widths):
             before, strides = x, (1, 1)
@@ -202,8 +212,19 @@ class Encoder(nn.Module):
         moments = config.latent_channels * (2 if config.variational else 1)
         x = Conv(moments, (3, 3, 3), compute, name="conv_out")(x, first)
         biases = begin_certain if config.variational else nn.initializers.zeros_init()
-        quant = Conv(moments, (1, 1, 1), compute, bias_init=biases, name="quant")
-        return quant(x).astype(jnp.float32)
+        quant = Conv(
+            moments,
+            (1, 1, 1),
+            compute,
+            bias_init=biases,
+            kernel_init=correction_init(config),
+            name="quant",
+        )
+        x = quant(x).astype(jnp.float32)
+        if config.linear:
+            own = OwnPixels(config.latent_channels, config.stride, compute, name="linear")
+            x = x.at[..., : config.latent_channels].add(own(video, first))
+        return x
 
 
 class Decoder(nn.Module):
@@ -213,9 +234,14 @@ class Decoder(nn.Module):
     compute: Computation
 
     def setup(self) -> None:
-        config = self.config
-        self.conv_out = Conv(config.channels * config.patch**2, (3, 3, 3), self.compute)
-        self.body = DecoderBody(config, self.compute)
+        config, compute = self.config, self.compute
+        made = config.channels * config.patch**2
+        self.conv_out = Conv(made, (3, 3, 3), compute, kernel_init=correction_init(config))
+        self.body = DecoderBody(config, compute)
+        if config.linear:
+            time, rows, columns = config.stride
+            strides = (time, rows // config.patch, columns // config.patch)
+            self.linear = OwnLatent(made, strides, compute)
 
     def __call__(
         self, z: Float[Array, "b i j k z"], first: bool = True
@@ -225,13 +251,19 @@ class Decoder(nn.Module):
     def features(
         self, z: Float[Array, "b i j k z"], first: bool = True
     ) -> Float[Array, "b _ _ _ f"]:
-        """What the last convolution is given."""
-        return self.body(z, first)
+        """What the last convolution is given; after it, as channels, what is added to what it gives."""
+        x = self.body(z, first)
+        return jnp.concatenate([x, self.linear(z, first)], -1) if self.config.linear else x
 
     def head(self, x: Float[Array, "b t h w f"], first: bool = True) -> Float[Array, "b _ _ _ _"]:
         """The last convolution, and pixels out of patches."""
         p = self.config.patch
-        x = self.conv_out(x, first).astype(jnp.float32)
+        if self.config.linear:
+            x, own = jnp.split(x, [x.shape[-1] - self.config.channels * p * p], -1)
+            x = self.conv_out(x, first) + own
+        else:
+            x = self.conv_out(x, first)
+        x = x.astype(jnp.float32)
         return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
 
 

@@ -138,6 +138,7 @@ class Conv(nn.Module):
     sides: tuple[int, int] | None = None
     """Zeros before and after rows and columns; half the size if not given."""
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
@@ -150,7 +151,7 @@ class Conv(nn.Module):
     def convolved(self, x: Frames, zeros: int) -> Frames:
         """Frames with those before them already there, after so many zeros."""
         axes = (None, None, None, "embed", "embed_out")
-        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, axes)
         bias_init = nn.with_logical_partitioning(self.bias_init, ("embed_vector",))
         kernel: Any = self.param("kernel", kernel_init, (*self.size, x.shape[-1], self.features))
         bias: Any = self.param("bias", bias_init, (self.features,))
@@ -291,3 +292,47 @@ def repeated_up(x: Frames, strides: tuple[int, int], features: int, first: bool)
     x = repeat(x, "b t h w c -> b t h w (c r)", r=features * n * p * p // x.shape[-1])
     x = rearrange(x, "b t h w (c n p q) -> b (t n) (h p) (w q) c", n=n, p=p, q=p)
     return x[:, n - 1 :] if first else x
+
+
+class OwnPixels(nn.Module):
+    """A linear projection of what each latent holds: the first frame's places alone, every later one's
+    of ``strides`` frames, rows and columns."""
+
+    features: int
+    strides: tuple[int, int, int]
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        t, p, q = self.strides
+        x = rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=p, q=q)
+        head, rest = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
+        # A lone first frame leaves the other kernel unused but there.
+        rest = rest if rest.shape[1] else jnp.repeat(head, t, 1)
+        rest = rearrange(rest, "b (i t) h w c -> b i h w (t c)", t=t)
+        made = Conv(self.features, (1, 1, 1), self.compute, name="rest")(rest)
+        if not first:
+            return made
+        head = Conv(self.features, (1, 1, 1), self.compute, name="first")(head)
+        return jnp.concatenate([head, made], 1) if x.shape[1] > 1 else head
+
+
+class OwnLatent(nn.Module):
+    """The transpose of ``OwnPixels``: every place of a latent's frames from that latent alone."""
+
+    features: int
+    strides: tuple[int, int, int]
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, z: Frames, first: bool = True) -> Frames:
+        t, p, q = self.strides
+        count = p * q * self.features
+        head, rest = (z[:, :1], z[:, 1:]) if first else (z[:, :0], z)
+        alone = rest.shape[1] == 0
+        made = Conv(t * count, (1, 1, 1), self.compute, name="rest")(head if alone else rest)
+        made = rearrange(made, "b i h w (t c) -> b (i t) h w c", t=t)
+        if first:
+            head = Conv(count, (1, 1, 1), self.compute, name="first")(head)
+            made = head if alone else jnp.concatenate([head, made], 1)
+        return rearrange(made, "b t h w (p q c) -> b t (h p) (w q) c", p=p, q=q)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dit_jax.models import (
     SPACETIME_8,
@@ -26,6 +27,7 @@ PLAIN = CausalAutoencoderConfig(
 VARIANTS = {
     "plain": PLAIN,
     "shortcuts": dataclasses.replace(PLAIN, shortcuts=True, patch=2, variational=False),
+    "linear": dataclasses.replace(PLAIN, linear=True, patch=2, mid_attention=False),
     "wide decoder": dataclasses.replace(PLAIN, decoder_widths=(8, 8, 16), mid_attention=False),
 }
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
@@ -144,6 +146,28 @@ def test_a_flat_clip_has_a_bounded_gradient(opened: Opened):
 
     gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(opened.variables))
     assert max(float(np.abs(leaf).max()) for leaf in gradients) < 1e3
+
+
+def test_linear_begins_as_a_projection_of_own_pixels():
+    """Each latent is linear in its own pixels alone, and each frame in its own latent."""
+    config = dataclasses.replace(PLAIN, linear=True, patch=2, mid_attention=False)
+    model = CausalAutoencoder(config)
+    clips = jax.random.normal(jax.random.key(1), (2, 9, 8, 8, 3))
+    params = nn.unbox(model.init(jax.random.key(0), clips[:, :1], mutable="params"))
+
+    def encode(x: jax.Array) -> Any:
+        return model.apply(params, x, method="encode")[0]  # pyright: ignore[reportIndexIssue]
+
+    latents = encode(clips)
+    np.testing.assert_allclose(
+        latents[0] + latents[1], encode(clips[:1] + clips[1:])[0], atol=CLOSE
+    )
+    changed = np.abs(encode(clips.at[:, 2, 5, 1].add(1.0)) - latents).max((0, 4)) > 0
+    assert np.argwhere(changed).tolist() == [[1, 1, 0]]
+    back: Any = model.apply(params, latents, method="decode")
+    later: Any = model.apply(params, latents.at[:, 1, 1, 0].add(1.0), method="decode")
+    moved = np.argwhere(np.abs(later - back).max((0, 4)) > 0)
+    assert moved.min(0).tolist() == [1, 4, 0] and moved.max(0).tolist() == [4, 7, 3]
 
 
 def test_presets_have_the_strides_they_are_named_for():

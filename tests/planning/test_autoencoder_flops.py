@@ -19,6 +19,7 @@ PLAIN = CausalAutoencoderConfig(
 VARIANTS = {
     "plain": PLAIN,
     "shortcuts": dataclasses.replace(PLAIN, shortcuts=True, patch=2, variational=False),
+    "linear": dataclasses.replace(PLAIN, linear=True, patch=2, mid_attention=False),
     "wide decoder": dataclasses.replace(PLAIN, decoder_widths=(8, 8, 16), mid_attention=False),
 }
 
