@@ -21,7 +21,7 @@ from dit_jax.training import CheckpointConfig, OptimizerConfig
 def get_config() -> CodecRun:
     return CodecRun(
         output="runs/codec_sprites",
-        steps=5000,
+        steps=3000,
         data=CodecDataConfig(
             source=RecordsConfig(path="data/sprites/1.0.0"),
             crop=CropConfig(rows=8, frames=5, height=32, width=32),
@@ -32,6 +32,7 @@ def get_config() -> CodecRun:
             strides=((2, 1), (2, 1)),
             layers=1,
             patch=4,
+            linear=True,
             mid_attention=False,
         ),
         loss=ReconstructionLossConfig(l1=1.0, l2=4.0, kl=1e-6),
