@@ -219,8 +219,12 @@ def conclude(
     codec = load_codec(folder, config.tiles)
     clips = windows.held[: config.evaluation.clips]
     back = [to_uint8(codec.decode(codec.encode(to_float(clip)))) for clip in clips]
+    shown = [i * len(clips) // CLIPS_SHOWN for i in range(min(CLIPS_SHOWN, len(clips)))]
     side_by_side(
-        clips[:CLIPS_SHOWN], back[:CLIPS_SHOWN], directory / "samples.png", scale=_scale(clips)
+        [clips[i] for i in shown],
+        [back[i] for i in shown],
+        directory / "samples.png",
+        scale=_scale(clips),
     )
     report = dict(reconstruction_report(clips, back))
     report["resize_psnr"] = resize_baseline(clips, finished.stride, finished.latent_channels)
