@@ -56,7 +56,7 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     windows = HeldOut(config, source, held)
 
     def draw(params: Params, path: Path) -> None:
-        clips = windows.held[:CLIPS_SHOWN]
+        clips = shown(windows.held)
         whole = gathered(params)
         if jax.process_index() == 0:
             back = reconstruct(loss.model, whole, clips)
@@ -159,6 +159,12 @@ class HeldOut:
         return found
 
 
+def shown(clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Those that pictures show, evenly from all."""
+    count = min(CLIPS_SHOWN, len(clips))
+    return [clips[i * len(clips) // count] for i in range(count)]
+
+
 def gathered(params: Params) -> Params:
     """The autoencoder's parameters, whole, on every process's host."""
     ours = params["params"]["autoencoder"]
@@ -219,13 +225,8 @@ def conclude(
     codec = load_codec(folder, config.tiles)
     clips = windows.held[: config.evaluation.clips]
     back = [to_uint8(codec.decode(codec.encode(to_float(clip)))) for clip in clips]
-    shown = [i * len(clips) // CLIPS_SHOWN for i in range(min(CLIPS_SHOWN, len(clips)))]
-    side_by_side(
-        [clips[i] for i in shown],
-        [back[i] for i in shown],
-        directory / "samples.png",
-        scale=_scale(clips),
-    )
+    pairs = shown(clips), shown(back)
+    side_by_side(*pairs, directory / "samples.png", scale=_scale(clips))
     report = dict(reconstruction_report(clips, back))
     report["resize_psnr"] = resize_baseline(clips, finished.stride, finished.latent_channels)
     (directory / "codec.json").write_text(json.dumps({"hash": codec.hash, **report}, indent=2))
