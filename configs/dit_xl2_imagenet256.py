@@ -49,7 +49,7 @@ def get_config() -> Config:
             loss="prediction",
             variance="learned_range",
             time=TimeConfig(distribution="uniform"),
-            ceilings=CeilingConfig(free=1, first=0, head=0, tail=0, ends=0, every=0),
+            ceilings=CeilingConfig.only(free=1),
             caption_dropout=0.1,
         ),
         optimizer=OptimizerConfig(

@@ -38,7 +38,7 @@ def get_config() -> Config:
         diffusion=DiffusionConfig(
             prediction="x0",
             time=TimeConfig(shift=4.0),
-            ceilings=CeilingConfig(free=0.9, first=0.1, head=0, tail=0, ends=0, every=0),
+            ceilings=CeilingConfig.only(free=0.9, first=0.1),
             min_t=0.25,
         ),
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, warmup_steps=30, ema_decay=0.98),

@@ -38,7 +38,7 @@ def get_config() -> Config:
         ),
         diffusion=DiffusionConfig(
             time=TimeConfig(shift=2.0),
-            ceilings=CeilingConfig(free=1, first=0, head=0, tail=0, ends=0, every=0),
+            ceilings=CeilingConfig.only(free=1),
         ),
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=3e-3, warmup_steps=50, ema_decay=0.995

@@ -45,7 +45,7 @@ def get_config() -> Config:
         diffusion=DiffusionConfig(
             prediction="x0",
             time=TimeConfig(shift=4.0),
-            ceilings=CeilingConfig(free=0.95, first=0.03, head=0.01, tail=0.01, ends=0, every=0),
+            ceilings=CeilingConfig.only(free=0.95, first=0.03, head=0.01, tail=0.01),
             min_t=0.25,
         ),
         optimizer=OptimizerConfig(

@@ -41,7 +41,7 @@ def get_config() -> Config:
             prediction="x0",
             time=TimeConfig(shift=4.0),
             # Two latent frames a clip: the first may be given, nothing else makes sense.
-            ceilings=CeilingConfig(free=0.9, first=0.1, head=0, tail=0, ends=0, every=0),
+            ceilings=CeilingConfig.only(free=0.9, first=0.1),
             min_t=0.25,
         ),
         optimizer=OptimizerConfig(

@@ -203,7 +203,7 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
     its SDE, the last from 0.04 (Ma et al. 2024, section 3.4). Guidance is of 4 on three of four
     channels, as the code of both has it. The data are to be named where it is trained on.
     """
-    free = CeilingConfig(free=1, first=0, head=0, tail=0, ends=0, every=0)
+    free = CeilingConfig.only(free=1)
     uniform = TimeConfig(distribution="uniform")
     height, width = file.size * codec.h, file.size * codec.w
     guided = 3 if file.model.patch.channels > 3 else None

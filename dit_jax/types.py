@@ -22,7 +22,7 @@ from typing import Any, NotRequired, Protocol, TypedDict
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
 Params = Any
 """A nested dict of parameters, as Flax Linen makes it."""
@@ -136,6 +136,8 @@ class Noised:
     group_ids: Int[Array, "b l"]
     group_t: Float[Array, "b k"]
     """Noise level of each conditioning group."""
+    free: Bool[Array, "b l"]
+    """Whether the token is to be made, and not given."""
     dropped: Float[Array, "b n"]
     """1 where the segment's caption was dropped, else 0."""
 

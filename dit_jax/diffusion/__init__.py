@@ -4,7 +4,6 @@ from dit_jax.diffusion.ceilings import CeilingConfig as CeilingConfig
 from dit_jax.diffusion.guidance import GuidanceConfig as GuidanceConfig
 from dit_jax.diffusion.guidance import classifier_free as classifier_free
 from dit_jax.diffusion.guidance import guide as guide
-from dit_jax.diffusion.objective import GROUPS_PER_SEGMENT as GROUPS_PER_SEGMENT
 from dit_jax.diffusion.objective import DiffusionConfig as DiffusionConfig
 from dit_jax.diffusion.objective import drop_captions as drop_captions
 from dit_jax.diffusion.objective import estimate as estimate

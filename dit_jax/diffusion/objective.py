@@ -15,10 +15,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from dit_jax.diffusion.bound import bound
-from dit_jax.diffusion.ceilings import CeilingConfig, draw_pattern, held_frames
+from dit_jax.diffusion.ceilings import CeilingConfig, Pattern, draw_pattern, held_frames
 from dit_jax.diffusion.paths import PathConfig, interpolate, level, on_grid, rates
 from dit_jax.diffusion.predictions import (
     SMALLEST_T,
@@ -33,8 +33,8 @@ from dit_jax.diffusion.problem import Variance
 from dit_jax.diffusion.times import TimeConfig, draw_time
 from dit_jax.types import PAD, Noised, PackedBatch
 
-GROUPS_PER_SEGMENT = 2
-"""Of a segment's tokens, the free ones share a noise level, and the given ones another."""
+OF_FRAMES, OF_LEVELS = 4, 5
+"""Set a segment's random numbers for these apart from its others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +147,14 @@ def noise_batch(config: DiffusionConfig, key: jax.Array, batch: PackedBatch) -> 
     patterns, given = draw_patterns(ceiling_keys, batch.num_frames)
     given = on_grid(config.path, given, up=False)
 
-    held = held_frames(batch.frame_ids, per_segment(patterns, batch.segment_ids))
+    held = _held(config.ceilings, keys, patterns, batch)
+    groups = jnp.stack([t, jnp.minimum(t, given)], -1)
+    group = held.astype(batch.segment_ids.dtype)
+    if config.ceilings.independent:
+        groups, group = _independent(config, keys, patterns, batch, groups, group)
     slots = jnp.maximum(batch.segment_ids - 1, 0)
-    group_t = jnp.stack([t, jnp.minimum(t, given)], -1).reshape(t.shape[0], -1)
-    group_ids = GROUPS_PER_SEGMENT * slots + held.astype(slots.dtype)
+    group_t = groups.reshape(t.shape[0], -1)
+    group_ids = config.ceilings.groups * slots + group
     tau = jnp.take_along_axis(group_t, group_ids, 1)
     eps = token_noise(noise_keys, batch.segment_ids, batch.token_ids, batch.tokens.shape[-1])
     return Noised(
@@ -159,10 +163,50 @@ def noise_batch(config: DiffusionConfig, key: jax.Array, batch: PackedBatch) -> 
         tau=tau,
         group_ids=group_ids,
         group_t=group_t,
+        free=~held,
         dropped=jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, config.caption_dropout)))(
             drop_keys
         ).astype(jnp.float32),
     )
+
+
+def _held(
+    config: CeilingConfig, keys: jax.Array, patterns: Pattern, batch: PackedBatch
+) -> Bool[Array, "b l"]:
+    """Whether each token is given; a number of its own is drawn for a frame where key frames are."""
+
+    def draw(segment_key: jax.Array, frame: Int[Array, ""]) -> Float[Array, ""]:
+        of_frames = jax.random.fold_in(segment_key, OF_FRAMES)
+        return jax.random.uniform(jax.random.fold_in(of_frames, frame))
+
+    chance = jnp.ones(batch.frame_ids.shape)
+    if config.keyframes:
+        chance = jax.vmap(jax.vmap(draw))(per_segment(keys, batch.segment_ids), batch.frame_ids)
+    mine = jax.tree.map(lambda x: per_segment(x, batch.segment_ids), patterns)
+    return held_frames(batch.frame_ids, mine, chance)
+
+
+def _independent(
+    config: DiffusionConfig,
+    keys: jax.Array,
+    patterns: Pattern,
+    batch: PackedBatch,
+    groups: Float[Array, "b n 2"],
+    group: Int[Array, "b l"],
+) -> tuple[Float[Array, "b n g"], Int[Array, "b l"]]:
+    """The levels of every segment's groups, and each token's group among them, where frames of some
+    segments have levels of their own."""
+    count = config.ceilings.levels
+
+    def draw(segment_key: jax.Array, tokens: Int[Array, ""]) -> Float[Array, "g"]:
+        of_levels = jax.random.split(jax.random.fold_in(segment_key, OF_LEVELS), count)
+        return jax.vmap(lambda k: draw_time(config.time, k, tokens))(of_levels)
+
+    own = on_grid(config.path, jax.vmap(jax.vmap(draw))(keys, batch.num_tokens), up=True)
+    shared = jnp.concatenate([groups, jnp.repeat(groups[..., :1], count - 2, -1)], -1)
+    levels = jnp.where(patterns.independent[..., None], own, shared)
+    mine = per_segment(patterns.independent, batch.segment_ids)
+    return levels, jnp.where(mine, batch.frame_ids % count, group)
 
 
 def drop_captions(
@@ -262,8 +306,8 @@ def token_loss(
 ) -> tuple[Float[Array, "b l"], Float[Array, "b l"]]:
     """The loss of every token, and the weight (0 or 1) it has in that of the batch.
 
-    Given tokens (tau = 0) and padding have weight 0; the loss of a batch is the weighted mean
-    over its tokens. ``output`` is ``[b, l, p]``, or ``[b, l, 2p]`` with a variance.
+    Given tokens, with noise or without, and padding have weight 0: no step of a solver asks for what
+    is given. The loss of a batch is the weighted mean over its tokens. ``output`` is ``[b, l, p]``, or ``[b, l, 2p]`` with a variance.
 
     Raises:
         ValueError: where the network has not as many outputs as are asked for.
@@ -281,5 +325,5 @@ def token_loss(
         frozen = jax.lax.stop_gradient(predicted)
         guess, _ = clean_and_noise(config.path, config.prediction, frozen, xt, tau)
         error = error + bound(config.path, x0, xt, guess, fraction, tau).mean(-1)
-    weight = (batch.segment_ids != PAD) & (tau > 0)
+    weight = (batch.segment_ids != PAD) & noised.free
     return jnp.where(weight, error, 0.0), weight.astype(jnp.float32)

@@ -12,7 +12,6 @@ from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
 from dit_jax.diffusion import (
-    GROUPS_PER_SEGMENT,
     CeilingConfig,
     DiffusionConfig,
     PathConfig,
@@ -28,7 +27,9 @@ from dit_jax.types import PAD, PackedBatch
 DIM = 4
 CONFIG = DiffusionConfig(
     time=TimeConfig(shift=1.5, reference_tokens=6),
-    ceilings=CeilingConfig(free=0.3, first=0.3, head=0.1, tail=0.1, ends=0.1, every=0.1),
+    ceilings=CeilingConfig(
+        free=0.2, first=0.2, head=0.1, tail=0.1, ends=0.1, every=0.1, keyframes=0.1, window=0.1
+    ),
     caption_dropout=0.5,
 )
 
@@ -41,6 +42,7 @@ class Clip(NamedTuple):
     per_frame: int
 
 
+GROUPS = CONFIG.ceilings.groups
 CLIPS = [Clip(7, 3, 2), Clip(2**32 - 1, 1, 4), Clip(0, 2, 3), Clip(8, 4, 2), Clip(123, 3, 1)]
 
 
@@ -95,18 +97,19 @@ ARRANGEMENTS = {
 }
 
 
-def by_sample(batch, noised):
-    """What each sample got, by its identity."""
+def by_sample(batch, noised, count=GROUPS):
+    """What each sample got, by its identity; segments have ``count`` groups."""
     found = {}
     for r, j in np.argwhere(batch.num_tokens > 0):
         at = batch.segment_ids[r] == j + 1
-        groups = slice(GROUPS_PER_SEGMENT * j, GROUPS_PER_SEGMENT * (j + 1))
+        groups = slice(count * j, count * (j + 1))
         found[int(batch.sample_ids[r, j])] = {
             "tokens": noised.tokens[r, at],
             "eps": noised.eps[r, at],
             "tau": noised.tau[r, at],
-            "group": noised.group_ids[r, at] - GROUPS_PER_SEGMENT * j,
+            "group": noised.group_ids[r, at] - count * j,
             "group_t": noised.group_t[r, groups],
+            "free": noised.free[r, at],
             "dropped": noised.dropped[r, j],
             "frame": batch.frame_ids[r, at],
             "x0": batch.tokens[r, at],
@@ -117,10 +120,16 @@ def by_sample(batch, noised):
 # --- noise ---
 
 
+FORCING = dataclasses.replace(
+    CONFIG, ceilings=CeilingConfig.only(free=0.3, keyframes=0.3, independent=0.4, levels=3)
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, FORCING], ids=["patterns", "independent"])
 @pytest.mark.parametrize("name", ["other rows and slots", "one row"])
-def test_a_samples_noise_does_not_depend_on_where_it_is_packed(noise, name):
+def test_a_samples_noise_does_not_depend_on_where_it_is_packed(noise, name, config):
     here, there = (
-        by_sample(batch, noise(CONFIG, batch))
+        by_sample(batch, noise(config, batch), config.ceilings.groups)
         for batch in (ARRANGEMENTS["two rows"], ARRANGEMENTS[name])
     )
     assert here.keys() == there.keys() == {clip.id for clip in CLIPS}
@@ -159,6 +168,41 @@ def test_noise_levels_are_consistent(noise):
             assert len(frames) > 1 or frames == [{0}]
             held += {1} in frames
     assert held > 20
+
+
+def test_frames_have_levels_of_their_own_where_asked(noise):
+    """Diffusion forcing, and beside it segments of one level, whose other groups stand there too."""
+    batch = pack([[Clip(8 * r + j, 5, 2) for j in range(8)] for r in range(16)], 80, 8)
+    noised = noise(FORCING, batch)
+    own = 0
+    for fields in by_sample(batch, noised, 3).values():
+        np.testing.assert_array_equal(fields["tau"], fields["group_t"][fields["group"]])
+        if len(set(fields["group_t"].tolist())) == 3:
+            own += 1
+            np.testing.assert_array_equal(fields["group"], fields["frame"] % 3)
+            assert fields["free"].all() and (fields["tau"] > 0).all()
+        else:
+            t, given, third = fields["group_t"]
+            assert third == t and given <= t
+            np.testing.assert_array_equal(fields["group"], ~fields["free"])
+    # 128 draws of probability 0.4, within 4.5 standard deviations.
+    assert abs(own - 51.2) < 4.5 * (128 * 0.4 * 0.6) ** 0.5
+
+
+def test_independent_levels_are_distributed_as_times_are(noise):
+    config = dataclasses.replace(
+        CONFIG,
+        time=TimeConfig("uniform"),
+        ceilings=CeilingConfig.only(independent=1.0, levels=8),
+    )
+    batch = pack([[Clip(8 * r + j, 8, 1) for j in range(8)] for r in range(32)], 64, 8)
+    levels = noise(config, batch).tau.reshape(-1, 8)
+    # 2048 uniform numbers: Kolmogorov and Smirnov, as below; and frames are not correlated.
+    sorted_levels = np.sort(levels.ravel())
+    n = levels.size
+    assert np.abs(sorted_levels - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
+    correlation = np.corrcoef(levels.T) - np.eye(8)
+    assert np.abs(correlation).max() < 4.5 / len(levels) ** 0.5
 
 
 def test_noise_is_standard_normal(noise):
@@ -205,9 +249,7 @@ def test_dropping_leaves_the_first_token_of_the_dropped(jit):
 
 # --- the loss ---
 
-HELD = dataclasses.replace(
-    CONFIG, ceilings=CeilingConfig(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, noisy=0.0), min_t=0.2
-)
+HELD = dataclasses.replace(CONFIG, ceilings=CeilingConfig.only(first=1.0, noisy=0.0), min_t=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +297,22 @@ def test_weights_are_those_of_tokens_to_make(loss, case, prediction):
     assert (batch.segment_ids == PAD).any()
     assert ((batch.segment_ids != PAD) & (noised.tau == 0)).sum() == 2 + 3 + 2 + 1
     assert made.sum() == 4 + 4 + 3 + 6 + 2
+
+
+def test_what_is_given_with_noise_has_no_loss(noise, loss):
+    config = dataclasses.replace(
+        HELD, ceilings=CeilingConfig.only(first=1.0, noisy=1.0, max_noise=1.0)
+    )
+    batch = ARRANGEMENTS["two rows"]
+    noised = noise(config, batch)
+    output = np.random.default_rng(9).normal(size=batch.tokens.shape).astype(np.float32)
+    error, weight = loss("x0", output, noised, batch)
+    frames = np.concatenate([[c.frames] * c.frames * c.per_frame for c in CLIPS])
+    held = (batch.frame_ids == 0)[batch.segment_ids != PAD] & (frames > 1)
+    tau = noised.tau[batch.segment_ids != PAD]
+    assert held.sum() == 2 + 3 + 2 + 1 and (tau[held] > 0).all()
+    np.testing.assert_array_equal(weight[batch.segment_ids != PAD], ~held)
+    assert not error[batch.segment_ids != PAD][held].any()
 
 
 def test_a_perfect_prediction_has_no_loss(loss, case):
