@@ -1,4 +1,4 @@
-"""Images with captions and clips without, mixed: looks are learned from the ones, motion from the others.
+"""Images with captions and clips without, mixed: looks come from the ones, motion from the others.
 
     python -m dit_jax.prepare --input images --output data --name images \\
         --examine.clips.area 1024 --examine.clips.multiple 8

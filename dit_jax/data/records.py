@@ -141,7 +141,7 @@ class RecordsSource:
         self[0]
 
     def _open(self) -> None:
-        builder = _find_builder(self.config)
+        builder = find_builder(self.config.path, self.config.data_dir)
         _check_split(builder, self.config)
         features = builder.info.features
         _check_features(features, self.config)
@@ -247,36 +247,36 @@ class RecordsSource:
         return names[int(value)]
 
 
-def _find_builder(config: RecordsConfig) -> Any:
-    """The read-only builder at a directory or of a name, or ValueError."""
-    path = Path(config.path).expanduser()
+def find_builder(name: str, data_dir: str | None = None) -> Any:
+    """The read-only builder at a directory or of a name, sought in ``data_dir``; or ValueError."""
+    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "dataset_info.json").is_file():
             inside = sorted(str(p.parent) for p in path.glob("**/dataset_info.json"))
             hint = f"; it holds {', '.join(inside)}" if inside else ""
             raise ValueError(
-                f"{config.path!r} is not a TFDS builder, it has no dataset_info.json{hint}: give "
+                f"{name!r} is not a TFDS builder, it has no dataset_info.json{hint}: give "
                 "the directory of a version, such as name/1.0.0"
             )
         try:
             return tfds.builder_from_directory(path)
         except ImportError as error:
             raise ValueError(
-                f"{config.path!r} has features that need TensorFlow ({error}): store it again, see "
+                f"{name!r} has features that need TensorFlow ({error}): store it again, see "
                 "dit_jax.data.records.write_records"
             ) from error
     try:
-        builder = tfds.builder(config.path, try_gcs=False, data_dir=config.data_dir)
+        builder = tfds.builder(name, try_gcs=False, data_dir=data_dir)
     # An absolute path or a name with odd characters is refused in several ways.
     except (tfds.core.DatasetNotFoundError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{config.path!r} is neither a directory nor the name of a TFDS data set: check the "
+            f"{name!r} is neither a directory nor the name of a TFDS data set: check the "
             "spelling, or write the builder first"
         ) from error
     if not builder.is_prepared():
         raise ValueError(
-            f"data set {config.path!r} is not prepared in {builder.data_dir}: run "
-            f"`tfds build {config.path} --file_format=array_record`, or give the right data_dir"
+            f"data set {name!r} is not prepared in {builder.data_dir}: run "
+            f"`tfds build {name} --file_format=array_record`, or give the right data_dir"
         )
     return builder
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config
 from dit_jax.data import RecordsSource
 from dit_jax.interop import load_codec
-from dit_jax.models import Codec, PixelCodec, VideoCodec
+from dit_jax.models import Codec, ImageCodec, PixelCodec, VideoCodec
 from dit_jax.parallel import make_lay
 from dit_jax.tasks.sources import opened_records, records_of
 from dit_jax.types import Source
@@ -44,6 +44,16 @@ def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
         params = jax.device_put(codec.params, NamedSharding(mesh, PartitionSpec()))
         return dataclasses.replace(codec, params=params, lay=make_lay(mesh))
     return codec
+
+
+def codec_copies(codec: Codec, mesh: Mesh) -> list[Codec]:
+    """The codec on every device of a mesh, each by itself; compiled for each that is used."""
+    if mesh.size == 1 or not isinstance(codec, ImageCodec | VideoCodec):
+        return [codec]
+    return [
+        dataclasses.replace(codec, params=jax.device_put(codec.params, device))
+        for device in mesh.devices.flat
+    ]
 
 
 def with_codec_hash(config: Config) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
 from dit_jax.data import MixedSource, MixtureConfig, RecordsSource
-from dit_jax.interop import load_text_encoder, text_encoder_identity
+from dit_jax.interop import load_text_encoder, text_encoder_identity, text_length
 from dit_jax.models import Placement, TextEncoder, TextStatesConfig
 from dit_jax.parallel import (
     batch_sharding,
@@ -182,6 +182,20 @@ def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> lis
         r if r.text_states is not None else dataclasses.replace(r, text_states=states[r.prompt])
         for r in requests
     ]
+
+
+def prompt_length(config: Config) -> tuple[Callable[[str], int], int] | None:
+    """How the model's text encoder counts a prompt, and how much of one the model reads: tokens, or
+    None where prompts are not read as tokens of an encoder's.
+
+    Raises:
+        ValueError: where there is no tokenizer in ``text_encoder.path``.
+    """
+    given, text = config.text_encoder, config.model.text
+    if given.path is None or not isinstance(text, TextStatesConfig):
+        return None
+    length, most = text_length(given.path, given.layer)
+    return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
 
 
 def check_reads(config: Config, run: str) -> None:

@@ -17,6 +17,7 @@ from dit_jax.data import (
     MixedSetConfig,
     MixtureConfig,
     MovingShapes,
+    PackingConfig,
     RecordsConfig,
     RecordsSource,
     StatesOf,
@@ -25,16 +26,19 @@ from dit_jax.data import (
 from dit_jax.interop import load_text_encoder, text_encoder_identity
 from dit_jax.models import StatesEncoder, T5EncoderConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.preparation import ChatClient, ChatConfig, upsample
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
 from dit_jax.tasks.cases import Cases
 from dit_jax.training import CheckpointConfig, Checkpointer
 from tests import tiny_config
+from tests.preparation.chat_server import Response, serving
 from tests.text_files import TINY, needs_tokenizers, write_t5
 
 pytestmark = needs_tokenizers
 
 ROOT = Path(__file__).parents[2]
+ROOMY = PackingConfig(row_text=10_000)
 PROMPTS = ["a big red circle moves left", "a small green cross moves up", ""]
 
 
@@ -207,6 +211,31 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     other = dataclasses.replace(mixed, text_encoder=TextEncoderConfig(hash="other"))
     with pytest.raises(ValueError, match="were made by the encoder"):
         tasks.build(other, mesh)
+
+
+def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, recorded, encoder):
+    counted = tasks.prompt_length(captioned)
+    assert counted is not None
+    length, limit = counted
+    text = " ".join(["a big red circle moves left."] * 30)
+    assert limit == captioned.model.text.max_tokens - 1 == 23
+    assert length(PROMPTS[0]) == len(encoder.tokenize(PROMPTS[0])) and length("") == 1
+    assert length(text) > len(encoder.tokenize(text)) - 1  # Not cut there.
+    wide = dataclasses.replace(captioned.model.text, max_tokens=10_000)
+    model = dataclasses.replace(captioned.model, text=wide)
+    whole = dataclasses.replace(
+        captioned, model=model, data=dataclasses.replace(captioned.data, packing=ROOMY)
+    )
+    assert tasks.prompt_length(whole)[1] == encoder.max_tokens == 512
+    assert tasks.prompt_length(recorded) is None is tasks.prompt_length(tiny_config.get_config())
+    sentences = "A big red circle moves left. A small green cross moves up. A blue square moves."
+    with serving(lambda body, turn: Response(sentences)) as server:
+        client = ChatClient(ChatConfig(server.url, "seer"))
+        kept = sentences[: sentences.rindex(" A ")]
+        assert length(kept) < length(sentences)
+        (found,) = upsample(["a circle"], client, None, length(kept), length, of_word=2)
+        asked = server.bodies[0]["messages"][0]["content"]
+    assert found.text == kept and f"at most {max(length(kept) // 2, 3)} words" in asked
 
 
 def matches(batch, known) -> int:
