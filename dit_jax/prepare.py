@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import sys
+import time
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,21 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tyro
 
+from dit_jax import tasks
 from dit_jax.data import LatentsOf, StatesOf
 from dit_jax.interop import load_codec, load_text_encoder
 from dit_jax.models import Codec, TextEncoder
-from dit_jax.parallel import PROCESS_HELP, joined, take_process_flags, wait_for_all
+from dit_jax.parallel import (
+    PROCESS_HELP,
+    MeshConfig,
+    joined,
+    make_mesh,
+    take_process_flags,
+    wait_for_all,
+)
 from dit_jax.preparation import (
     AnswerCache,
+    Caption,
     ChatClient,
     ChatConfig,
     ChatOptions,
@@ -60,6 +70,7 @@ from dit_jax.preparation.stages import (
     Examined,
     Kept,
     examine_files,
+    fitting,
     share,
     without_duplicates,
 )
@@ -75,7 +86,8 @@ class PrepareConfig:
     """Turns a folder of media into records to train on (docs/prepare.md)."""
 
     input: str
-    """A folder, or a list of files (.txt, a path on each line)."""
+    """A folder, a list of files (.txt, a path on each line), or the videos of a TFDS builder,
+    tfds:NAME_OR_DIRECTORY[:SPLIT]."""
     output: str
     """Gets NAME/1.0.0 (the records), report.json, report.html, and work/, what the stages left."""
     name: str = "clips"
@@ -94,6 +106,9 @@ class PrepareConfig:
     shard: str = "0/1"
     """i/n: this is the i-th of n machines, from 0, which share the output. Each does its part of
     all stages but the last; the same command without it finishes."""
+    wait: float = 0.0
+    """Seconds that a share waits for the others to be examined: near-duplicates are found among all
+    files, and are not captioned and encoded. After that it ends, and the same command goes on."""
     duplicates: float | None = 4.0
     """Clips whose hashes differ by up to so many bits of 64 from an earlier one's are left out."""
     examine: ExamineConfig = ExamineConfig()
@@ -101,6 +116,9 @@ class PrepareConfig:
     recaption: RecaptionConfig = RecaptionConfig()
     chat: ChatOptions = ChatOptions()
     batch: BatchConfig = BatchConfig()
+    mesh: MeshConfig = MeshConfig()
+    """Of this process's devices: each has a copy of the codec and takes whole batches, and the text
+    encoder is spread over them."""
     workers: WorkersConfig = WorkersConfig()
     beam: BeamConfig = BeamConfig()
 
@@ -135,14 +153,19 @@ class Preparation:
     def __init__(self, config: PrepareConfig, shown: bool = True):
         self.config, self.output = config, Path(config.output)
         self.work = self.output / "work"
+        mesh = make_mesh(config.mesh, jax.local_devices())
         self.codec: Codec | None = load_codec(config.codec) if config.codec else None
+        copies = tasks.codec_copies(self.codec, mesh) if self.codec else []
+        self.encode = [partial(_encode, copy) for copy in copies]
         self.encoder: TextEncoder | None = None
         if config.text_encoder and config.reaches("states"):
-            self.encoder = load_text_encoder(config.text_encoder)
+            placement = tasks.on_mesh(mesh) if mesh.size > 1 else None
+            self.encoder = load_text_encoder(config.text_encoder, placement=placement)
         table = config.captions.table
         self.listed = find_media(config.input, [self.output, *([table] if table else [])])
+        strides = self.codec.strides if self.codec else (1, 1, 1)
         self.given = given_captions(self.listed.items, config.captions)
-        self.examined = Examined(self.work, _fitting(config.examine, self.codec))
+        self.examined = Examined(self.work, fitting(config.examine, strides))
         self.models = Models(self.work, config.caption_model or "", config.recaption)
         self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
         self.states = States(self.work, self.encoder.hash if self.encoder else "")
@@ -152,35 +175,67 @@ class Preparation:
     def texts(self, one: Kept) -> dict[str, str]:
         """The captions and licence of a clip."""
         captions = self.given.captions.get(one.item.name, ())
+        if one.caption:
+            captions += (Caption(one.caption, "record"),)
         if self.config.caption_model:
             captions += self.models.captions(one)
         return clip_texts(captions, self.config.captions)
 
-    def captions_of(self, part: Sequence[Item]) -> list[str]:
-        """Those whose states are made together."""
-        return [self.texts(one)["caption"] for one in self.examined.kept(part)]
+    @cached_property
+    def kept(self) -> tuple[list[Kept], dict[str, str]]:
+        """The clips of all files, and those that are near-duplicates, with the earlier one."""
+        return without_duplicates(self.examined.kept(self.listed.items), self.config.duplicates)
 
-    def run_stages(self, index: int, count: int) -> None:
-        """All stages but the last, for this machine's share of the files."""
-        config, decoding = self.config, self.examined.config.decoding
+    def kept_of(self, parts: Sequence[Sequence[Item]]) -> list[list[Kept]]:
+        """Those of parts of the files."""
+        by_file: dict[str, list[Kept]] = {}
+        for one in self.kept[0]:
+            by_file.setdefault(one.item.name, []).append(one)
+        return [[one for item in part for one in by_file.get(item.name, ())] for part in parts]
+
+    def captions_of(self, kept: Sequence[Kept]) -> list[str]:
+        """Those of the clips of a part, whose states are made together."""
+        return [self.texts(one)["caption"] for one in kept]
+
+    def examine(self, index: int, count: int) -> None:
+        """The first stage, for this machine's share of the files."""
+        config = self.config
         parts = share(self.listed.items, config.batch.files, index, count)
         mine = [item for part in parts for item in part]
         if config.beam.runner:
             examine_on_beam(mine, self.examined, config.workers, config.beam, self.progress)
         else:
             examine_files(mine, self.examined, config.workers, self.progress)
+
+    @property
+    def more(self) -> bool:
+        """Whether anything is done between examining and the records."""
+        config = self.config
+        served = bool(config.caption_server) and config.reaches("captions")
+        coded = self.codec is not None and config.reaches("latents")
+        return served or coded or self.encoder is not None
+
+    def not_examined(self) -> int:
+        """Files that have no report, after waiting for those of others as long as is allowed."""
+        deadline = time.monotonic() + self.config.wait
+        while missing := self.examined.missing(self.listed.items):
+            if time.monotonic() >= deadline:
+                return len(missing)
+            time.sleep(1.0)
+        return 0
+
+    def run_stages(self, index: int, count: int) -> None:
+        """All stages between examining, which all files are, and the last, for this machine's share."""
+        config, decoding = self.config, self.examined.config.decoding
+        kept = self.kept_of(share(self.listed.items, config.batch.files, index, count))
         if config.caption_server and config.reaches("captions"):
-            self._recaption(self.examined.kept(mine))
+            self._recaption([one for part in kept for one in part])
         if self.encoder is not None:
-            captions = (self.captions_of(part) for part in parts)
+            captions = map(self.captions_of, kept)
             self.states.store(captions, self.encoder.encode, self.progress)
         if self.codec is not None and config.reaches("latents"):
-            kept = (self.examined.kept(part) for part in parts)
-            self.latents.store(kept, self._encode, decoding, config.workers, self.progress)
-
-    def _encode(self, videos: np.ndarray) -> np.ndarray:
-        assert self.codec is not None
-        return self.codec.encode_many(to_float(videos))
+            given = (self.encode, decoding, config.workers, self.progress)
+            self.latents.store(kept, *given)
 
     def _recaption(self, kept: Sequence[Kept]) -> None:
         config = self.config
@@ -205,9 +260,7 @@ class Preparation:
             ValueError: where no clip is left, or the records cannot be written.
         """
         config, failed = self.config, Failed()
-        kept, duplicates = without_duplicates(
-            self.examined.kept(self.listed.items), config.duplicates
-        )
+        kept, duplicates = self.kept
         if self.codec is not None and config.reaches("latents"):
             told = ((one.name, self.latents.failure(one)) for one in kept)
             failed |= {name: why for name, why in told if why is not None}
@@ -258,8 +311,8 @@ class Preparation:
 
     def _states_of(self) -> Any:
         """The states of a clip's caption, found with those of its part."""
-        parts = share(self.listed.items, self.config.batch.files)
-        number = {item.name: i for i, part in enumerate(parts) for item in part}
+        parts = self.kept_of(share(self.listed.items, self.config.batch.files))
+        number = {one.item.name: i for i, part in enumerate(parts) for one in part}
         latest: dict[int, list[str]] = {}
 
         def states(one: Kept) -> np.ndarray:
@@ -272,18 +325,8 @@ class Preparation:
         return states
 
 
-def _fitting(config: ExamineConfig, codec: Codec | None) -> ExamineConfig:
-    """Clips in lengths and sizes that the codec takes as well."""
-    if codec is None:
-        return config
-    time, high, wide = codec.strides
-    clips = config.clips
-    fitted = dataclasses.replace(
-        clips,
-        stride=math.lcm(clips.stride, time),
-        multiple=math.lcm(clips.multiple, high, wide),
-    )
-    return dataclasses.replace(config, clips=fitted)
+def _encode(codec: Codec, videos: np.ndarray) -> np.ndarray:
+    return codec.encode_many(to_float(videos))
 
 
 def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
@@ -300,8 +343,19 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
             f"--output {config.output!r} cannot be written ({error.strerror}): give another."
         ) from error
     index, count = config.place
-    preparation.run_stages(index, count)
-    if jax.process_count() > 1:
+    alone = jax.process_count() == 1
+    preparation.examine(index, count)
+    if not alone:
+        wait_for_all("examined")
+    elif count > 1 and preparation.more and (left := preparation.not_examined()):
+        print(
+            f"share {config.shard} is examined, and {left} files of other shares are not: run the same "
+            "command again when they are (or give --wait SECONDS)."
+        )
+        return None
+    if preparation.more:
+        preparation.run_stages(index, count)
+    if not alone:
         wait_for_all("prepared")
     elif count > 1:
         print(f"share {config.shard} is done: when all are, run the same command without --shard.")

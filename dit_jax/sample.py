@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ from dit_jax.preparation import (
     read_prompts,
     upsample,
 )
-from dit_jax.preparation.upsample import changes, records, warnings
+from dit_jax.preparation.upsample import TOKENS_OF_WORD, changes, records, warnings
 from dit_jax.sampling import (
     Request,
     check_output,
@@ -214,12 +214,16 @@ def _upsampled(
     asked = _chat_config(given, prompts)
     texts = ""
     if jax.process_index() == 0:
-        text = config.model.text
-        limit = text.max_bytes if isinstance(text, ByteEncoderConfig) else None
+        text, counted = config.model.text, tasks.prompt_length(config)
+        if counted is not None:
+            limits: dict[str, Any] = dict(zip(("length", "limit"), counted, strict=True))
+            limits["of_word"] = TOKENS_OF_WORD
+        else:
+            limits = {"limit": text.max_bytes if isinstance(text, ByteEncoderConfig) else None}
         words = list(dict.fromkeys(str(prompt) for prompt in prompts))
         with contextlib.closing(AnswerCache(given.upsample_cache or default_cache())) as cache:
             client = ChatClient(asked, cache)
-            found = upsample(words, client, given.upsampling, limit)
+            found = upsample(words, client, given.upsampling, **limits)
         _tell_changes(found, client, file)
         texts = json.dumps({one.original: one.text for one in found})
     used = json.loads(tell_all("prompts", texts))

@@ -51,6 +51,8 @@ class Sample(TypedDict):
     """Of each, float [s, e], where the data has states."""
     label: NotRequired[int]
     """The class, where the data has classes."""
+    part: NotRequired[int]
+    """Which set it is of, from 0, where the data is a mixture."""
 
 
 class Source(Protocol):

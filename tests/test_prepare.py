@@ -203,22 +203,24 @@ def write_tiny_codec(folder):
 
 
 @needs_tokenizers
-def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monkeypatch):
+def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monkeypatch, capsys):
     few = tmp_path / "few"
     few.mkdir()
     for i in range(4):
         write_video(few / f"{i}.mp4", moving(7, 64, 64, i))
         if i:
             (few / f"{i}.txt").write_text("a red circle " + "moves " * i)
+    (few / "4 is 0.mp4").write_bytes((few / "0.mp4").read_bytes())
     codec = load_codec(write_tiny_codec(tmp_path / "tiny"))
     encoder = load_text_encoder(write_t5(tmp_path / "t5"))
     # Opened once, so that they are compiled once.
     monkeypatch.setattr("dit_jax.prepare.load_codec", lambda path: codec)
-    monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path: encoder)
+    monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path, **_: encoder)
     given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
     given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
     about = prepare(config(few, tmp_path / "one", **given), shown=False)
     assert about["stages"]["latents"]["clips"] == 4 and about["captioned"] == 3
+    assert about["clips_by_reason"] == {"kept": 4, "near-duplicate": 1}
     path = str(tmp_path / "one" / "clips" / "1.0.0")
     source = RecordsSource(RecordsConfig(path, text_states_key="text_states"))
     assert (source.codec, source.text_encoder) == (codec.hash, encoder.hash)
@@ -231,12 +233,19 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
         states = encoder.encode(sorted(pixels[i]["caption"] for i in part))
         for i, wanted, state in zip(part, codec.encode_many(videos), states, strict=True):
             found = source[i]
+            # One device made the wanted, and another of eight what was found.
             np.testing.assert_array_equal(found["video"], wanted.astype(np.float16))
             np.testing.assert_array_equal(found["text_states"], state.astype(np.float32))
             assert found["fps"] == 6.0 and found["caption"] == pixels[i]["caption"]
     given["codec"] = "tiny"
-    for shard in ("1/2", "0/2"):
-        prepare(config(few, tmp_path / "two", shard=shard, **given), shown=False)
+    for shard, stages in (("1/2", 0), ("0/2", 2), ("1/2", 2)):
+        part = config(few, tmp_path / "two", shard=shard, **given)
+        assert prepare(part, shown=False) is None
+        # A share waits until the others are examined: which clips are near-duplicates is known then.
+        made = list((tmp_path / "two" / "work").glob("latents/*/*.npy"))
+        told = capsys.readouterr().out
+        assert ("files of other shares are not" in told) == (not stages)
+        assert len(made) == {"1/2": 2 * stages, "0/2": 2}[shard]
     next((tmp_path / "two" / "work").glob("latents/*/1.mp4*.npy")).unlink()
     done = prepare(config(few, tmp_path / "two", **given), shown=False)
     assert done["stages"]["latents"]["clips"] == 2 and done["stages"]["examine"]["clips"] == 0
@@ -255,8 +264,8 @@ def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path)
     with serving(respond) as server:
         asked = {"caption_server": server.url, "caption_model": "seer"}
         first = prepare(config(media, tmp_path, **asked), shown=False)
-        assert server.bill == 5  # One of them twice; what was to make the short ones was refused.
-        assert len(first["problems"]) == 6 and first["captioned"] == 3
+        assert server.bill == 5  # What was to make the short ones was refused.
+        assert len(first["problems"]) == 5 and first["captioned"] == 3
         down = False
         second = prepare(config(media, tmp_path, **asked), shown=False)
         # Equal descriptions make equal requests.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from dit_jax.config.run import Run
-from dit_jax.data import CropConfig, RecordsConfig, ShapesConfig
+from dit_jax.data import CropConfig, MixtureConfig, RecordsConfig, ShapesConfig
 from dit_jax.models import CausalAutoencoderConfig, ReconstructionLossConfig, TileConfig
 
 SSIM_WINDOW = 11
@@ -16,7 +16,7 @@ SSIM_WINDOW = 11
 class CodecDataConfig:
     """What is trained on, and the windows cut out of it."""
 
-    source: ShapesConfig | RecordsConfig = ShapesConfig()
+    source: ShapesConfig | RecordsConfig | MixtureConfig = ShapesConfig()
     crop: CropConfig = CropConfig(height=16, width=16)
 
 

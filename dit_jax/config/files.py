@@ -22,12 +22,13 @@ import tyro
 from dit_jax.config.codec import CodecRun
 from dit_jax.config.run import Run
 from dit_jax.config.text_to_video import Config
-from dit_jax.data import RecordsConfig, ShapesConfig
+from dit_jax.data import MixtureConfig, RecordsConfig, ShapesConfig
 from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig, TextStatesConfig
 
 CHOICES = (
     ShapesConfig,
     RecordsConfig,
+    MixtureConfig,
     ByteEncoderConfig,
     TextStatesConfig,
     ClassLabelsConfig,
@@ -135,6 +136,8 @@ def from_dict(kind: Any, values: Any) -> Any:
         return from_dict(next(o for o in options if o is not types.NoneType), values)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
+        if values.get("type") == kind.__name__:
+            values = {name: value for name, value in values.items() if name != "type"}
         if unknown := sorted(set(values) - set(hints)):
             raise ValueError(
                 f"the stored config has {unknown[0]!r}, which {kind.__name__} does not: the run was "
@@ -173,6 +176,10 @@ def read_config(path: Path, kind: type[Kind] = Config) -> Kind:
     return stored_config(values, path, kind)
 
 
+def _holds_dicts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
 def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The fields, by their dotted names, in which two configs are not the same, and both values."""
     if isinstance(now, dict) and isinstance(before, dict):
@@ -181,5 +188,8 @@ def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, An
             yield from differences(now.get(key), before.get(key), inner)
     elif dataclasses.is_dataclass(now):
         yield from differences(to_dict(now), to_dict(before), name)
+    elif _holds_dicts(now) and _holds_dicts(before) and len(now) == len(before):
+        for i, (one, other) in enumerate(zip(now, before, strict=True)):
+            yield from differences(one, other, f"{name}.{i}")
     elif now != before:
         yield name, now, before

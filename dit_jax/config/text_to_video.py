@@ -6,7 +6,13 @@ import dataclasses
 from typing import Literal
 
 from dit_jax.config.run import Run
-from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
+from dit_jax.data import (
+    MixtureConfig,
+    PackingConfig,
+    RecordsConfig,
+    ShapesConfig,
+    TransformConfig,
+)
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.models import ClassLabelsConfig, ModelConfig, PatchConfig, TextStatesConfig, TileConfig
 from dit_jax.parallel import AttentionConfig
@@ -17,7 +23,7 @@ from dit_jax.sampling import SamplingConfig
 class DataConfig:
     """What is trained on, and how it is packed."""
 
-    source: ShapesConfig | RecordsConfig = ShapesConfig()
+    source: ShapesConfig | RecordsConfig | MixtureConfig = ShapesConfig()
     packing: PackingConfig = PackingConfig()
     transform: TransformConfig = TransformConfig()
 
@@ -149,7 +155,8 @@ class Config(Run):
                 "model.learned_variance, or another variance."
             )
         source = self.data.source
-        labelled = isinstance(source, RecordsConfig) and source.label_key is not None
+        shown = source.shown_set if isinstance(source, MixtureConfig) else source
+        labelled = isinstance(shown, RecordsConfig) and shown.label_key is not None
         if isinstance(self.model.text, ClassLabelsConfig) and not labelled:
             raise ValueError(
                 "model.text are classes, and the data have no labels: give data.source.label_key, the "

@@ -5,6 +5,11 @@ from dit_jax.data.crops import CropConfig as CropConfig
 from dit_jax.data.crops import CropLoader as CropLoader
 from dit_jax.data.crops import cut as cut
 from dit_jax.data.lanes import Lanes as Lanes
+from dit_jax.data.mixing import MixedSetConfig as MixedSetConfig
+from dit_jax.data.mixing import MixedSource as MixedSource
+from dit_jax.data.mixing import MixtureConfig as MixtureConfig
+from dit_jax.data.mixing import open_mixture as open_mixture
+from dit_jax.data.mixing import stream as stream
 from dit_jax.data.packing import Augment as Augment
 from dit_jax.data.packing import Loader as Loader
 from dit_jax.data.packing import PackingConfig as PackingConfig

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from dit_jax.data.lanes import Lanes
+from dit_jax.data.mixing import stream
 from dit_jax.types import ClipBatch, Sample, Source
 
 
@@ -97,8 +98,7 @@ class CropLoader(Lanes[ClipBatch]):
         seed: int,
         rows: Sequence[int] | None = None,
     ) -> None:
-        ordered = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        windows = ordered.map_with_index(partial(_row, config, time, seed))
+        windows = stream(source, seed).map_with_index(partial(_row, config, time, seed))
         read = grain.ReadOptions(
             num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
         )

@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from dit_jax.data.lanes import Lanes
+from dit_jax.data.mixing import stream
 from dit_jax.types import PackedBatch, Sample, Source
 
 
@@ -123,8 +124,7 @@ def lane(
     ``augment`` changes samples at random; what it draws depends on the seed and the sample's place in
     the endless order, and on nothing else.
     """
-    ordered = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    mine = ordered.map_with_index(partial(_element, tokenize, config, augment, seed))
+    mine = stream(source, seed).map_with_index(partial(_element, tokenize, config, augment, seed))
     read = grain.ReadOptions(
         num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
     )

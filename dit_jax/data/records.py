@@ -26,6 +26,8 @@ from dit_jax.types import Sample
 
 CODEC, CODEC_NAME = "codec", "codec_name"
 """Where a builder's metadata say which codec made its latents: its hash, and its name."""
+NO_STATES = np.zeros((0, 1), np.float32)
+"""Of a caption that is not there, as of one that was dropped."""
 TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
 """The same of the text encoder that made the states of captions: its hash, and its name."""
 
@@ -52,6 +54,8 @@ class RecordsConfig:
     each caption of the mix, in its order.
     `label_key` names an integer feature, the class. A builder needs no captions then: without
     `caption_key` they are empty.
+    Without `captioned` nothing that the records say of text is read, labels included, nor has to be
+    there: every sample is as one whose caption was dropped.
 
     Raises ValueError for values that contradict each other.
     """
@@ -69,6 +73,7 @@ class RecordsConfig:
     fps_key: str | None = "fps"
     fps: float = 8.0
     data_dir: str | None = None
+    captioned: bool = True
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -136,7 +141,7 @@ class RecordsSource:
         self[0]
 
     def _open(self) -> None:
-        builder = _find_builder(self.config)
+        builder = find_builder(self.config.path, self.config.data_dir)
         _check_split(builder, self.config)
         features = builder.info.features
         _check_features(features, self.config)
@@ -152,7 +157,7 @@ class RecordsSource:
         self._has_fps = self.config.fps_key is not None and self.config.fps_key in features
         self._names = {
             key: self.config.label_names or tuple(getattr(features[key], "names", None) or ())
-            for key in self.config.template_keys
+            for key in (self.config.template_keys if self.config.captioned else ())
         }
         try:
             self._records = builder.as_data_source(
@@ -197,9 +202,12 @@ class RecordsSource:
         where = f"feature {key!r} of record {index} of {self.config.path!r}"
         sample: Sample = {
             "video": as_video(video, where),
-            "caption": self._caption(record),
+            "caption": self._caption(record) if self.config.captioned else "",
             "fps": fps,
         }
+        if not self.config.captioned:
+            sample["text_states"] = NO_STATES
+            return sample
         if self.config.text_states_key is not None:
             sample["text_states"] = np.asarray(record[self.config.text_states_key], np.float32)
         if self.config.caption_mix:
@@ -239,36 +247,36 @@ class RecordsSource:
         return names[int(value)]
 
 
-def _find_builder(config: RecordsConfig) -> Any:
-    """The read-only builder at a directory or of a name, or ValueError."""
-    path = Path(config.path).expanduser()
+def find_builder(name: str, data_dir: str | None = None) -> Any:
+    """The read-only builder at a directory or of a name, sought in ``data_dir``; or ValueError."""
+    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "dataset_info.json").is_file():
             inside = sorted(str(p.parent) for p in path.glob("**/dataset_info.json"))
             hint = f"; it holds {', '.join(inside)}" if inside else ""
             raise ValueError(
-                f"{config.path!r} is not a TFDS builder, it has no dataset_info.json{hint}: give "
+                f"{name!r} is not a TFDS builder, it has no dataset_info.json{hint}: give "
                 "the directory of a version, such as name/1.0.0"
             )
         try:
             return tfds.builder_from_directory(path)
         except ImportError as error:
             raise ValueError(
-                f"{config.path!r} has features that need TensorFlow ({error}): store it again, see "
+                f"{name!r} has features that need TensorFlow ({error}): store it again, see "
                 "dit_jax.data.records.write_records"
             ) from error
     try:
-        builder = tfds.builder(config.path, try_gcs=False, data_dir=config.data_dir)
+        builder = tfds.builder(name, try_gcs=False, data_dir=data_dir)
     # An absolute path or a name with odd characters is refused in several ways.
     except (tfds.core.DatasetNotFoundError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{config.path!r} is neither a directory nor the name of a TFDS data set: check the "
+            f"{name!r} is neither a directory nor the name of a TFDS data set: check the "
             "spelling, or write the builder first"
         ) from error
     if not builder.is_prepared():
         raise ValueError(
-            f"data set {config.path!r} is not prepared in {builder.data_dir}: run "
-            f"`tfds build {config.path} --file_format=array_record`, or give the right data_dir"
+            f"data set {name!r} is not prepared in {builder.data_dir}: run "
+            f"`tfds build {name} --file_format=array_record`, or give the right data_dir"
         )
     return builder
 
@@ -288,15 +296,9 @@ def _check_split(builder: Any, config: RecordsConfig) -> None:
 
 
 def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
-    needed = {"video_key": (config.video_key,), "caption_template": config.template_keys}
-    if config.caption_template is None and config.label_key is None:
-        needed["caption_key"] = (config.caption_key,)
-    if config.label_key is not None:
-        needed["label_key"] = (config.label_key,)
-    needed["caption_mix"] = tuple(name for name, _ in config.caption_mix)
-    needed["caption_mix_states"] = config.caption_mix_states
-    if config.text_states_key is not None:
-        needed["text_states_key"] = (config.text_states_key,)
+    needed: dict[str, tuple[str, ...]] = {"video_key": (config.video_key,)}
+    if config.captioned:
+        needed |= _of_text(config)
     # The default frame rate stands in for the default key only: another key is meant to exist.
     if config.fps_key not in (None, "fps"):
         needed["fps_key"] = (config.fps_key,)
@@ -307,6 +309,20 @@ def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
                     f"{field}: no feature {key!r} in {config.path!r}; it has "
                     f"{', '.join(sorted(features))}: set {field} to one of them"
                 )
+
+
+def _of_text(config: RecordsConfig) -> dict[str, tuple[str, ...]]:
+    """Features of text and labels that are read, by the fields that name them."""
+    needed = {"caption_template": config.template_keys}
+    if config.caption_template is None and config.label_key is None:
+        needed["caption_key"] = (config.caption_key,)
+    if config.label_key is not None:
+        needed["label_key"] = (config.label_key,)
+    needed["caption_mix"] = tuple(name for name, _ in config.caption_mix)
+    needed["caption_mix_states"] = config.caption_mix_states
+    if config.text_states_key is not None:
+        needed["text_states_key"] = (config.text_states_key,)
+    return needed
 
 
 def _decode_image(data: bytes) -> np.ndarray:

@@ -28,6 +28,7 @@ from dit_jax.interop.safetensors_files import read_safetensors as read_safetenso
 from dit_jax.interop.safetensors_files import write_safetensors as write_safetensors
 from dit_jax.interop.text_encoders import load_text_encoder as load_text_encoder
 from dit_jax.interop.text_encoders import text_encoder_identity as text_encoder_identity
+from dit_jax.interop.text_encoders import text_length as text_length
 from dit_jax.interop.text_maps import clip_from_transformers as clip_from_transformers
 from dit_jax.interop.text_maps import clip_map as clip_map
 from dit_jax.interop.text_maps import t5_from_transformers as t5_from_transformers

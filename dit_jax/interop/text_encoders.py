@@ -41,6 +41,8 @@ from dit_jax.models.text_encoder import Apply, Placement, StatesEncoder, one_dev
 from dit_jax.types import Constrain, Params
 
 T5_MAX_TOKENS = 512
+UNCUT = 1 << 30
+"""Tokens, more than any text has."""
 
 Layer = Literal["last", "penultimate"]
 Check = Callable[[str, str, int], None]
@@ -184,6 +186,20 @@ def text_encoder_identity(path: str | Path, layer: Layer = "last") -> tuple[str,
     """
     family = _family(Path(path), layer)
     return family.name, _hash(_read(family, Path(path))[0], layer)
+
+
+def text_length(path: str | Path, layer: Layer = "last") -> tuple[Callable[[str], int], int]:
+    """How many tokens a text is for the encoder in a folder (what begins and ends it included, nothing
+    cut), and how many it reads if nothing else is asked for; no weights are read.
+
+    Raises:
+        ValueError: where the folder, or what it holds, is no text encoder with its tokenizer.
+    """
+    folder = Path(path)
+    family = _family(folder, layer)
+    file = find_tokenizer(folder, family.files)
+    tokenize = family.tokenizer(file, family.config.vocabulary, UNCUT)
+    return lambda text: len(tokenize(text)), family.max_tokens
 
 
 def load_text_encoder(

@@ -75,7 +75,8 @@ class ModelConfig:
         self, caption: str, states: np.ndarray | None = None, label: int | None = None
     ) -> np.ndarray:
         """What the model reads: int32 bytes ``[s]`` of the caption, its states float32 ``[s, e]``, or
-        the label as int32 ``[s]``."""
+        the label as int32 ``[s]``. An empty caption is one that was dropped, whatever its
+        states."""
         if isinstance(self.text, ByteEncoderConfig):
             return byte_tokens(caption, self.text.max_bytes)
         if isinstance(self.text, ClassLabelsConfig):
@@ -86,6 +87,8 @@ class ModelConfig:
                     "(data.source.label_key), or the number of a class."
                 )
             return label_tokens(label, self.text.classes)
+        if states is not None and not caption:
+            states = np.zeros((0, self.text.dim), np.float32)
         if states is None or states.ndim != 2 or states.shape[1] != self.text.dim:
             found = "none" if states is None else f"an array of shape {states.shape}"
             raise ValueError(

@@ -30,6 +30,7 @@ from dit_jax.preparation.recaption import (
     evenly_spaced,
     recaption,
 )
+from dit_jax.preparation.recorded import is_record
 from dit_jax.preparation.stages import Kept, read_clips
 from dit_jax.preparation.work import digest, file_name, write_json
 from dit_jax.preparation.workers import WorkersConfig
@@ -77,6 +78,8 @@ def given_captions(items: Sequence[Item], config: CaptionsConfig) -> Given:
         matched = match_table(read_table(config.table, config.columns), [i.name for i in items])
         found, said = dict(matched.captions), matched.render()
     for item in items:
+        if is_record(item.path):
+            continue
         try:
             beside = read_sidecars(item.path, config.whole_text)
         except ValueError as error:

@@ -53,7 +53,7 @@ class Caption:
 
     text: str
     origin: str
-    """``sidecar``, ``table`` or ``model:NAME``."""
+    """``sidecar``, ``table``, ``record`` or ``model:NAME``."""
     kind: Kind = "given"
     licence: str | None = None
     """That of the media file, where a table or sidecar says it."""

@@ -31,6 +31,7 @@ from dit_jax.preparation.media import (
     scanned,
     unscanned,
 )
+from dit_jax.preparation.recorded import is_record, read_record
 from dit_jax.preparation.refusals import Refused, extra
 from dit_jax.preparation.rendering import EXACT, Renderer
 from dit_jax.preparation.stills import images, probe_image
@@ -113,7 +114,7 @@ def probe(path: str | os.PathLike, config: DecodingConfig | None = None) -> Prob
 
     Refused: every reason that can be told from that.
     """
-    if is_still(path):
+    if not is_record(path) and is_still(path):
         _check_heif()
         return probe_image(path)
     losses = Losses()
@@ -166,6 +167,9 @@ def pictures(
     Refused: as `media.opened`, and for what cannot be shown (HDR, if so configured).
     """
     config, losses = config or DecodingConfig(), Losses() if losses is None else losses
+    if is_record(path):
+        yield from _of_record(path, losses)
+        return
     if is_still(path):
         _check_heif()
         yield from _drawn(path, config, losses)
@@ -275,6 +279,19 @@ def _drawn(path, config: DecodingConfig, losses: Losses) -> Iterator[Picture]:
         if renderer is None:
             raise
         losses.add(refused)
+
+
+def _of_record(path: str | os.PathLike, losses: Losses) -> Iterator[Picture]:
+    """The pictures of a record of a TFDS builder."""
+    video, fps, _ = read_record(os.fspath(path))
+    fps = fps if len(video) > 1 else 1.0
+    times = np.arange(len(video)) / fps
+    losses.timing = Timing(times, fps, True, True, "tfds", "records", 1.0, None, False)
+    renderer = None
+    for time, pixels in zip(times, video, strict=True):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        renderer = renderer or Renderer(frame)
+        yield Picture(float(time), False, frame, renderer)
 
 
 def _check_heif() -> None:

@@ -2,16 +2,19 @@
 
 What encodes is given as a function. A batch is drawn from one part of the files (``stages.py``) and is
 filled up to a power of two, so that the same clips are encoded together on one machine or on many, and
-few shapes are compiled.
+few shapes are compiled. Latents of one clip in batches of other sizes may differ in their last bits, so
+the size of a batch is a part of where they are stored; on how many devices they were made is not.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ class BatchConfig:
     files: int = 64
     """Files that are dealt to one machine together; batches are drawn from these."""
     clips: int = 8
-    """Clips of a batch, at most, all of one shape."""
+    """Clips of a batch, at most, all of one shape. Each device takes a batch at a time."""
     pixels: int = 1 << 25
     """Pixels of all frames of a batch, at most; a larger clip is encoded alone."""
 
@@ -79,19 +82,38 @@ class Latents:
     def store(
         self,
         parts: Iterable[Sequence[Kept]],
-        encode: Encode,
+        encoders: Sequence[Encode],
         decoding: DecodingConfig,
         workers: WorkersConfig,
         progress: Progress,
     ) -> None:
-        """Encodes the clips that are missing; a batch of which one is missing is encoded whole."""
+        """Encodes the clips that are missing; a batch of which one is missing is encoded whole.
+
+        ``encoders``: one for each device. Each encodes whole batches, in a thread of its own, so that
+        no bit depends on how many there are.
+        """
         batches = [batch for part in parts for batch in self._batches(part)]
         wanted = [batch for batch in batches if not all(map(self.done, batch))]
         frames = read_clips(itertools.chain.from_iterable(wanted), decoding, workers)
-        with progress.stage("latents", sum(map(len, wanted)), "clips") as bar:
-            for batch in wanted:
-                self._encode(batch, encode, frames)
+        running: collections.deque[tuple[list[Kept], Future[None]]] = collections.deque()
+        with (
+            progress.stage("latents", sum(map(len, wanted)), "clips") as bar,
+            ThreadPoolExecutor(len(encoders)) as pool,
+        ):
+
+            def finish() -> None:
+                batch, done = running.popleft()
+                done.result()
                 bar.add(len(batch), len(batch), sum(one.clip.seconds for one in batch))
+
+            for i, batch in enumerate(wanted):
+                found = self._read(batch, frames)
+                if len(running) == len(encoders):
+                    finish()
+                encode = encoders[i % len(encoders)]
+                running.append((batch, pool.submit(self._encode, found, encode)))
+            while running:
+                finish()
 
     def _batches(self, part: Sequence[Kept]) -> Iterator[list[Kept]]:
         by_shape: dict[tuple[int, int, int], list[Kept]] = {}
@@ -103,7 +125,10 @@ class Latents:
             for start in range(0, len(alike), size):
                 yield alike[start : start + size]
 
-    def _encode(self, batch: Sequence[Kept], encode: Encode, frames: Iterator[Outcome]) -> None:
+    def _read(
+        self, batch: Sequence[Kept], frames: Iterator[Outcome]
+    ) -> list[tuple[Kept, np.ndarray]]:
+        """The frames of those that have any; of the others, why they have none is stored."""
         found: list[tuple[Kept, np.ndarray]] = []
         for one, read in zip(batch, frames, strict=False):
             if read.reason:
@@ -111,6 +136,9 @@ class Latents:
                 write_json(self.place(one).with_suffix(".json"), why)
             else:
                 found.append((one, read.value))
+        return found
+
+    def _encode(self, found: Sequence[tuple[Kept, np.ndarray]], encode: Encode) -> None:
         if not found:
             return
         videos = [video for _, video in found]

@@ -30,6 +30,7 @@ from dit_jax.preparation.duplicates import hashed_frames, perceptual_hash
 from dit_jax.preparation.filters import FilterConfig, Rejection, verdict
 from dit_jax.preparation.measuring import Run, small_frame
 from dit_jax.preparation.media import Probe
+from dit_jax.preparation.recorded import is_record, read_record
 from dit_jax.preparation.refusals import Refused, check_installed, extra
 from dit_jax.preparation.shots import ShotConfig
 from dit_jax.preparation.stills import probe_image
@@ -101,6 +102,8 @@ class FileReport:
     """What was lost of a file that is used nevertheless."""
     cost: float = 0.0
     """Seconds of work."""
+    caption: str = ""
+    """Of a record that came with one; those of files are read elsewhere."""
 
 
 def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> FileReport:
@@ -168,7 +171,9 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
         and losses.errors
     ):
         notes.append(f"truncated: {lasts:.2f} s of {probe.declared_duration:.2f} s")
-    return FileReport(path, probe, None, tuple(clips), tuple(shots), frames, tuple(notes))
+    caption = read_record(path)[2] if is_record(path) else ""
+    found = (tuple(clips), tuple(shots), frames, tuple(notes))
+    return FileReport(path, probe, None, *found, caption=caption)
 
 
 def _runs(found: Iterable[Picture], fps: float, origin: float, config: ExamineConfig) -> list[Run]:

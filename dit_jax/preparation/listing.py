@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from dit_jax.preparation.recorded import find_records, is_record
 from dit_jax.preparation.tables import read_lines
 from dit_jax.preparation.work import digest
 
@@ -35,7 +36,8 @@ class Listed:
 
 
 def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLike] = ()) -> Listed:
-    """The files of a folder and of those in it, of a list (a path on each line), or the one file.
+    """The files of a folder and of those in it, of a list (a path on each line), or the one file; or
+    the records of a TFDS builder, ``tfds:NAME_OR_BUILDER_DIR[:split]``.
 
     Hidden files and folders are passed over, and so is what ``leave_out`` names (tables of captions,
     the output). Nothing is told by a file's name but that ``cat.txt`` and ``cat.json`` beside
@@ -44,6 +46,9 @@ def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLik
     Raises:
         ValueError: where there is nothing, or what is listed is there twice.
     """
+    if is_record(source):
+        found = find_records(str(source))
+        return Listed(tuple(Item(name, path, digest(path, key)) for name, path, key in found))
     root = Path(source)
     out = {os.path.realpath(path) for path in leave_out}
     if root.is_dir():
@@ -61,7 +66,8 @@ def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLik
         paths, sidecars = {root.name: str(root)}, set()
     else:
         raise ValueError(
-            f"--input {str(source)!r} is not there: give a folder of media, or a list of them (.txt)."
+            f"--input {str(source)!r} is not there: give a folder of media, a list of them "
+            "(.txt), or tfds:NAME_OR_BUILDER_DIR[:split]."
         )
     if not paths:
         raise ValueError(f"--input {str(source)!r} holds no files: give a folder or list of media.")

@@ -7,6 +7,7 @@ however many machines there are, and so is every bit of the result.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ class Kept:
     """Among its file's clips, those counted that were rejected."""
     clip: Clip
     probe: Probe
+    caption: str = ""
+    """That came with its record."""
 
     @property
     def name(self) -> str:
@@ -54,6 +57,18 @@ def share(items: Sequence[Item], size: int, index: int = 0, count: int = 1) -> l
     """The parts, of ``size`` files, of the ``index``-th of ``count`` machines."""
     parts = [list(items[start : start + size]) for start in range(0, len(items), size)]
     return parts[index::count]
+
+
+def fitting(config: ExamineConfig, strides: tuple[int, int, int]) -> ExamineConfig:
+    """Clips in lengths and sizes that a codec of these strides takes as well."""
+    time, high, wide = strides
+    clips = config.clips
+    fitted = dataclasses.replace(
+        clips,
+        stride=math.lcm(clips.stride, time),
+        multiple=math.lcm(clips.multiple, high, wide),
+    )
+    return dataclasses.replace(config, clips=fitted)
 
 
 class Examined:
@@ -82,7 +97,7 @@ class Examined:
             report = self.report(item)
             for index, clip in enumerate(report.clips):
                 if clip.rejection is None and report.probe is not None:
-                    found.append(Kept(item, index, clip, report.probe))
+                    found.append(Kept(item, index, clip, report.probe, report.caption))
         return found
 
 

@@ -24,7 +24,8 @@ does, the surroundings, the background, the light and the style, wherever the pr
 Add no new subject. Write one paragraph of at most {words} words in plain present tense, as one \
 describes something that is seen. A prompt that is long enough already comes back as it is. Answer \
 with the prompt alone."""
-BYTES_OF_WORD = 6
+BYTES_OF_WORD, TOKENS_OF_WORD = 6, 2
+"""With the blank behind it; and of a tokenizer, most of whose words are one token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,13 @@ def upsample(
     config: UpsampleConfig | None = None,
     limit: int | None = None,
     length: Callable[[str], int] = utf8_length,
+    of_word: int = BYTES_OF_WORD,
 ) -> list[Upsampled]:
     """Every prompt and what is used in its place, in order; equal prompts are asked for once.
 
-    ``limit`` is what the text encoder reads of a prompt, as ``length`` counts it: longer texts lose
-    sentences at their end until they fit, and are not used where the first is too long already.
+    ``limit`` is what the text encoder reads of a prompt, as ``length`` counts it (a word is about
+    ``of_word``): longer texts lose sentences at their end until they fit, and are not used where the
+    first is too long already.
 
     Raises:
         ChatError: where the server refuses the key or does not know the model. Where nobody answers at
@@ -84,7 +87,7 @@ def upsample(
     except Unreachable as error:
         absent = str(error)
         client.close()  # what was answered once is there still
-    words = config.words if limit is None else min(config.words, max(limit // BYTES_OF_WORD, 3))
+    words = config.words if limit is None else min(config.words, max(limit // of_word, 3))
     system = message("system", config.system.replace("{words}", str(words)))
     one = partial(_upsample, client=client, system=system, limit=limit, length=length)
     unique = list(dict.fromkeys(prompts))

@@ -8,6 +8,7 @@ from dit_jax.tasks.abstract_codec import abstract_codec_part as abstract_codec_p
 from dit_jax.tasks.abstract_codec import abstract_codec_task as abstract_codec_task
 from dit_jax.tasks.abstract_codec import parts_of_clip as parts_of_clip
 from dit_jax.tasks.autoencoder import build_codec as build_codec
+from dit_jax.tasks.codecs import codec_copies as codec_copies
 from dit_jax.tasks.codecs import open_codec as open_codec
 from dit_jax.tasks.converting import finished_codec as finished_codec
 from dit_jax.tasks.converting import read_codec_folder as read_codec_folder
@@ -17,6 +18,7 @@ from dit_jax.tasks.kinds import recorded as recorded
 from dit_jax.tasks.text_encoders import check_reads as check_reads
 from dit_jax.tasks.text_encoders import on_mesh as on_mesh
 from dit_jax.tasks.text_encoders import open_text_encoder as open_text_encoder
+from dit_jax.tasks.text_encoders import prompt_length as prompt_length
 from dit_jax.tasks.text_encoders import with_states as with_states
 from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model

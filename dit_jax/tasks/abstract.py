@@ -109,7 +109,7 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
     if isinstance(model_config.text, TextStatesConfig):
         states = np.zeros((model_config.text.max_tokens - 1, model_config.text.dim), np.float32)
     size = config.codec.latent_size(made.frames, made.height, made.width)
-    request = Request("", *size, config.codec.latent_fps(made.fps), 0, states)
+    request = Request("any", *size, config.codec.latent_fps(made.fps), 0, states)
     count = model_config.patch.num_tokens(*size)
     multiple = token_multiple(mesh, config.attention)
     condition = text_condition([request] * rows, model_config, -(-count // multiple) * multiple)

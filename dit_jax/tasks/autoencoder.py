@@ -36,7 +36,7 @@ from dit_jax.models import (
 )
 from dit_jax.parallel import batch_shards, make_gather, make_lay, platform
 from dit_jax.sampling import to_float, to_uint8
-from dit_jax.tasks.sources import make_source
+from dit_jax.tasks.sources import make_source, shown_source
 from dit_jax.training import Task, Work
 from dit_jax.types import ClipBatch, Params, Source, Totals
 
@@ -127,7 +127,7 @@ def batch_work(model: CausalAutoencoderConfig, batch: ClipBatch) -> Work:
 def _held_out(config: CodecRun) -> ShapesConfig | RecordsConfig:
     """The clips that are measured: of a split, if one is named, and of moving shapes those that
     training never draws."""
-    source, split = config.data.source, config.evaluation.records_split
+    source, split = shown_source(config.data.source), config.evaluation.records_split
     if isinstance(source, ShapesConfig):
         return dataclasses.replace(source, split="held_out")
     return source if split is None else dataclasses.replace(source, split=split)

@@ -22,6 +22,7 @@ from dit_jax.data import (
 from dit_jax.evaluation import judge_classes, mean_psnr, prompt_following
 from dit_jax.models import ClassLabelsConfig
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
+from dit_jax.tasks.sources import shown_source
 
 FRAMES_SHOWN = 5
 CLIPS_SHOWN = 24
@@ -34,7 +35,7 @@ class Cases:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        source, count = config.data.source, config.evaluation.prompts
+        source, count = shown_source(config.data.source), config.evaluation.prompts
         self._scenes: list[Any] = []
         self._true: list[np.ndarray] = []
         shown = max(count, config.log.draw_count)
@@ -121,7 +122,8 @@ class Cases:
         return {"psnr": mean_psnr(clips, self._true[: len(clips)]), "count": len(clips)}
 
     def _classify(self, clips: list[np.ndarray]) -> dict[str, float]:
-        source, split = self._config.data.source, self._config.evaluation.classifier_split
+        source = shown_source(self._config.data.source)
+        split = self._config.evaluation.classifier_split
         assert isinstance(source, RecordsConfig) and split is not None
         held, trained = (
             self._images(dataclasses.replace(source, split=name), limit)

@@ -8,10 +8,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
-from dit_jax.data import RecordsConfig, RecordsSource
+from dit_jax.data import RecordsSource
 from dit_jax.interop import load_codec
-from dit_jax.models import Codec, PixelCodec, VideoCodec
+from dit_jax.models import Codec, ImageCodec, PixelCodec, VideoCodec
 from dit_jax.parallel import make_lay
+from dit_jax.tasks.sources import opened_records, records_of
 from dit_jax.types import Source
 
 
@@ -45,6 +46,16 @@ def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
     return codec
 
 
+def codec_copies(codec: Codec, mesh: Mesh) -> list[Codec]:
+    """The codec on every device of a mesh, each by itself; compiled for each that is used."""
+    if mesh.size == 1 or not isinstance(codec, ImageCodec | VideoCodec):
+        return [codec]
+    return [
+        dataclasses.replace(codec, params=jax.device_put(codec.params, device))
+        for device in mesh.devices.flat
+    ]
+
+
 def with_codec_hash(config: Config) -> Config:
     """The config with the hash of the codec whose latents are trained on, as far as that is known: the
     data's, or else the folder's.
@@ -54,8 +65,7 @@ def with_codec_hash(config: Config) -> Config:
     """
     told, source = config.codec, config.data.source
     known = [told.hash] if told.hash else []
-    if isinstance(source, RecordsConfig) and (made := RecordsSource(source).codec):
-        known.append(made)
+    known += [made for one in records_of(source) if (made := RecordsSource(one).codec)]
     if told.path is not None:
         known.append(load_codec(told.path).hash)
     if len(set(known)) > 1:
@@ -70,10 +80,9 @@ def with_codec_hash(config: Config) -> Config:
 
 def check_codec(codec: Codec | None, source: Source) -> None:
     """Raises ``ValueError`` where the latents of the data are another codec's."""
-    if codec is None or not isinstance(source, RecordsSource) or source.codec is None:
-        return
-    if source.codec != codec.hash:
-        raise ValueError(
-            f"the latents of {source.config.path!r} were made by the codec {source.codec!r}, "
-            f"and codec.path is {codec.hash!r} ({codec.name}): give the one that made them."
-        )
+    for records in opened_records(source):
+        if codec is not None and records.codec not in (None, codec.hash):
+            raise ValueError(
+                f"the latents of {records.config.path!r} were made by the codec {records.codec!r}, "
+                f"and codec.path is {codec.hash!r} ({codec.name}): give the one that made them."
+            )

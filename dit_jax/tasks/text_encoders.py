@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import jax
@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
-from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.interop import load_text_encoder, text_encoder_identity
+from dit_jax.data import MixedSource, MixtureConfig, RecordsSource
+from dit_jax.interop import load_text_encoder, text_encoder_identity, text_length
 from dit_jax.models import Placement, TextEncoder, TextStatesConfig
 from dit_jax.parallel import (
     batch_sharding,
@@ -21,6 +21,7 @@ from dit_jax.parallel import (
     parameter_shardings,
 )
 from dit_jax.sampling import Request
+from dit_jax.tasks.sources import opened_records, records_of
 from dit_jax.types import Sample, Source
 
 CAPTIONS_KEPT = 1024
@@ -36,12 +37,14 @@ def with_text_hash(config: Config) -> Config:
     """
     if not isinstance(config.model.text, TextStatesConfig):
         return config
-    told, source = config.text_encoder, config.data.source
+    told = config.text_encoder
     known: tuple[str | None, str | None] = (None, None)
-    if isinstance(source, RecordsConfig):
-        records = RecordsSource(source)
-        known = records.text_encoder_name, records.text_encoder
-        _check(config, *known, f"the states of {source.path!r} were made by")
+    for one in records_of(config.data.source):
+        records = RecordsSource(one)
+        name, digest = records.text_encoder_name, records.text_encoder
+        if one.text_states_key is not None or not isinstance(config.data.source, MixtureConfig):
+            _check(config, name, digest, f"the states of {one.path!r} were made by")
+            known = (name, digest) if digest or known[1] is None else known
     if told.path is not None:
         config = _with_hash(config, known[1])
         found = text_encoder_identity(told.path, told.layer)
@@ -122,12 +125,31 @@ def open_for_data(config: Config, source: Source) -> TextEncoder | None:
         ValueError: where the states that the data have are another encoder's; else as
             ``open_text_encoder`` does.
     """
-    if not isinstance(source, RecordsSource) or source.config.text_states_key is None:
-        return open_text_encoder(config)
-    if isinstance(config.model.text, TextStatesConfig):
-        known = source.text_encoder_name, source.text_encoder
-        _check(config, *known, f"the states of {source.config.path!r} were made by")
-    return None
+    states = isinstance(config.model.text, TextStatesConfig)
+    read = [records for records in opened_records(source) if records.config.captioned]
+    bare = [records.config.path for records in read if records.config.text_states_key is None]
+    for records in read:
+        if states and records.config.text_states_key is not None:
+            known = records.text_encoder_name, records.text_encoder
+            _check(config, *known, f"the states of {records.config.path!r} were made by")
+    if states and bare and isinstance(source, MixedSource) and config.text_encoder.path is None:
+        raise ValueError(
+            f"the model reads states of captions, and the set {bare[0]!r} of data.source has none: "
+            "name their feature (text_states_key), give the encoder (text_encoder.path), or set "
+            "captioned to False."
+        )
+    return None if read and not bare else open_text_encoder(config)
+
+
+def encoded(source: Source, encoder: TextEncoder) -> Source:
+    """A source whose samples have states, made by the encoder where the data have none."""
+    if isinstance(source, MixedSource):
+        return MixedSource([encoded(part, encoder) for part in source.parts], source.weights)
+    if isinstance(source, RecordsSource):
+        of = source.config
+        if of.text_states_key is not None or not of.captioned:
+            return source
+    return Encoded(source, encoder)
 
 
 class Encoded:
@@ -160,6 +182,20 @@ def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> lis
         r if r.text_states is not None else dataclasses.replace(r, text_states=states[r.prompt])
         for r in requests
     ]
+
+
+def prompt_length(config: Config) -> tuple[Callable[[str], int], int] | None:
+    """How the model's text encoder counts a prompt, and how much of one the model reads: tokens, or
+    None where prompts are not read as tokens of an encoder's.
+
+    Raises:
+        ValueError: where there is no tokenizer in ``text_encoder.path``.
+    """
+    given, text = config.text_encoder, config.model.text
+    if given.path is None or not isinstance(text, TextStatesConfig):
+        return None
+    length, most = text_length(given.path, given.layer)
+    return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
 
 
 def check_reads(config: Config, run: str) -> None:

@@ -21,7 +21,6 @@ from dit_jax.config import Config, DataConfig
 from dit_jax.data import (
     Augment,
     Loader,
-    RecordsConfig,
     Tokenized,
     TransformConfig,
     check_fits,
@@ -53,8 +52,8 @@ from dit_jax.parallel import (
 from dit_jax.sampling import Generator, make_clips, to_float
 from dit_jax.tasks.cases import Cases, write_sheet
 from dit_jax.tasks.codecs import check_codec, open_codec
-from dit_jax.tasks.sources import make_source
-from dit_jax.tasks.text_encoders import Encoded, open_for_data, with_states
+from dit_jax.tasks.sources import make_source, records_of
+from dit_jax.tasks.text_encoders import encoded, open_for_data, with_states
 from dit_jax.training import Task, Work
 from dit_jax.types import PAD, PackedBatch, Params, Sample, Totals
 
@@ -63,12 +62,12 @@ AS_THEY_ARE = TransformConfig()
 
 def make_augment(config: DataConfig) -> Augment | None:
     """What is drawn anew for a sample in every epoch: its caption, its mirror image."""
-    mix = config.source.caption_mix if isinstance(config.source, RecordsConfig) else ()
-    if not mix:
+    mixes = [one.caption_mix for one in records_of(config.source)]
+    if not any(mixes):
         return flip if config.transform.flip else None
 
     def augment(sample: Sample, rng: np.random.Generator) -> Sample:
-        sample = draw_caption(sample, rng, mix)
+        sample = draw_caption(sample, rng, mixes[sample.get("part", 0)])
         return flip(sample, rng) if config.transform.flip else sample
 
     return augment
@@ -209,7 +208,7 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     codec = open_codec(config, mesh)
     check_codec(codec, source)
     if (encoder := open_for_data(config, source)) is not None:
-        source = Encoded(source, encoder)
+        source = encoded(source, encoder)
     sample = source[0]
     if config.data.transform.flip and sample["video"].dtype != np.uint8:
         raise ValueError(

@@ -13,19 +13,32 @@ from flax import linen as nn
 
 from dit_jax import evaluate, sample, tasks, train
 from dit_jax.config import Config, TextEncoderConfig, from_dict, to_dict
-from dit_jax.data import MovingShapes, RecordsConfig, RecordsSource, StatesOf, write_records
+from dit_jax.data import (
+    MixedSetConfig,
+    MixtureConfig,
+    MovingShapes,
+    PackingConfig,
+    RecordsConfig,
+    RecordsSource,
+    StatesOf,
+    write_records,
+)
 from dit_jax.interop import load_text_encoder, text_encoder_identity
 from dit_jax.models import StatesEncoder, T5EncoderConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.preparation import ChatClient, ChatConfig, upsample
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
+from dit_jax.tasks.cases import Cases
 from dit_jax.training import CheckpointConfig, Checkpointer
 from tests import tiny_config
+from tests.preparation.chat_server import Response, serving
 from tests.text_files import TINY, needs_tokenizers, write_t5
 
 pytestmark = needs_tokenizers
 
 ROOT = Path(__file__).parents[2]
+ROOMY = PackingConfig(row_text=10_000)
 PROMPTS = ["a big red circle moves left", "a small green cross moves up", ""]
 
 
@@ -168,7 +181,61 @@ def test_batches_hold_the_states_of_captions(captioned, recorded, encoder, mesh)
     known = [s.astype(np.float32) for s in encoder.encode(sorted(captions))]
     assert matches(batch, known) > 8
     batch = first_batch(recorded, mesh)
-    assert matches(batch, [s.astype(np.float32) for s in encoder.encode(PROMPTS)]) > 2
+    *known, _ = [s.astype(np.float32) for s in encoder.encode(PROMPTS)]
+    # An empty caption is one that was dropped, and not what the encoder makes of no text.
+    assert matches(batch, [*known, np.zeros((0, 8), np.float32)]) > 2
+
+
+def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
+    recorded, captioned, states, encoder, mesh
+):
+    with_them, without = {"text_states_key": "text_states"}, {"captioned": False}
+    sets = tuple(MixedSetConfig(states, **given) for given in (with_them, {}, without))
+
+    def of(config, *chosen):
+        source = MixtureConfig(tuple(sets[i] for i in chosen))
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+
+    *known, _ = [s.astype(np.float32) for s in encoder.encode(PROMPTS)]
+    none = np.zeros((0, 8), np.float32)
+    batch = first_batch(of(captioned, 0, 1, 2), mesh)
+    assert matches(batch, [*known, none]) > 4
+    assert tasks.recorded(of(captioned, 1, 0)).text_encoder.hash == encoder.hash
+    with pytest.raises(ValueError, match="has none: name their feature"):
+        tasks.build(of(recorded, 0, 1), mesh)
+    bare = first_batch(of(recorded, 2), mesh)
+    assert matches(bare, [none]) > 2
+    mixed = of(recorded, 2, 0)
+    assert tasks.recorded(mixed).text_encoder.hash == encoder.hash
+    assert [request.prompt for request in Cases(mixed).requests] == PROMPTS
+    other = dataclasses.replace(mixed, text_encoder=TextEncoderConfig(hash="other"))
+    with pytest.raises(ValueError, match="were made by the encoder"):
+        tasks.build(other, mesh)
+
+
+def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, recorded, encoder):
+    counted = tasks.prompt_length(captioned)
+    assert counted is not None
+    length, limit = counted
+    text = " ".join(["a big red circle moves left."] * 30)
+    assert limit == captioned.model.text.max_tokens - 1 == 23
+    assert length(PROMPTS[0]) == len(encoder.tokenize(PROMPTS[0])) and length("") == 1
+    assert length(text) > len(encoder.tokenize(text)) - 1  # Not cut there.
+    wide = dataclasses.replace(captioned.model.text, max_tokens=10_000)
+    model = dataclasses.replace(captioned.model, text=wide)
+    whole = dataclasses.replace(
+        captioned, model=model, data=dataclasses.replace(captioned.data, packing=ROOMY)
+    )
+    assert tasks.prompt_length(whole)[1] == encoder.max_tokens == 512
+    assert tasks.prompt_length(recorded) is None is tasks.prompt_length(tiny_config.get_config())
+    sentences = "A big red circle moves left. A small green cross moves up. A blue square moves."
+    with serving(lambda body, turn: Response(sentences)) as server:
+        client = ChatClient(ChatConfig(server.url, "seer"))
+        kept = sentences[: sentences.rindex(" A ")]
+        assert length(kept) < length(sentences)
+        (found,) = upsample(["a circle"], client, None, length(kept), length, of_word=2)
+        asked = server.bodies[0]["messages"][0]["content"]
+    assert found.text == kept and f"at most {max(length(kept) // 2, 3)} words" in asked
 
 
 def matches(batch, known) -> int:

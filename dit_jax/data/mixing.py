@@ -1,0 +1,167 @@
+"""Several sets of records as one stream, by weight: images and clips, captioned and not.
+
+Make-A-Video (Singer et al. 2022, section 3) learns what things look like and are called from images
+with captions, and how they move from video without any. Here a clip without a caption trains as one
+whose caption was dropped for guidance.
+
+Which set a place of the stream is filled from follows from the seed and the place alone: Grain
+interleaves the sets in their proportions, and the places are shuffled within windows, so that no row of
+a batch gets always the same set. Each set runs through its own epochs, shuffled anew in each.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from dit_jax.data.records import RecordsConfig, RecordsSource
+from dit_jax.types import Sample, Source
+
+WINDOW = 1024
+"""Places of the stream that are shuffled together: in each whole one the proportions are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedSetConfig(RecordsConfig):
+    """One set of a mixture: records, and how often they are drawn."""
+
+    weight: float = 1.0
+    """Of a sample to be of this set, over the sum of all weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"weight={self.weight} of {self.path!r}: it is above 0; leave a set out that is not "
+                "to be drawn"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Several sets, mixed sample by sample."""
+
+    sets: tuple[MixedSetConfig, ...]
+    shown: int | None = None
+    """Which set, from 0, a run's pictures and reports are about: its captions are the prompts, and
+    splits (``evaluation.records_split``) are its own. Unset: the first that is captioned."""
+
+    def __post_init__(self) -> None:
+        if not self.sets:
+            raise ValueError("sets is empty: give at least one set of records")
+        if self.shown is not None and not 0 <= self.shown < len(self.sets):
+            raise ValueError(f"shown={self.shown}: the sets are 0 to {len(self.sets) - 1}")
+
+    @property
+    def shown_set(self) -> MixedSetConfig:
+        """The set that pictures and reports are about."""
+        if self.shown is not None:
+            return self.sets[self.shown]
+        return next((one for one in self.sets if one.captioned), self.sets[0])
+
+
+class MixedSource:
+    """Random access to the samples of all sets, one set behind another; ``stream`` mixes them.
+
+    A sample is as its set gives it, with ``part``, the number of its set.
+    """
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
+        self.parts, self.weights = tuple(parts), tuple(float(weight) for weight in weights)
+        self._ends = list(itertools.accumulate(len(part) for part in self.parts))
+        if len(self.parts) != len(self.weights):
+            raise ValueError(
+                f"{len(self.parts)} sets and {len(self.weights)} weights: give one for each set"
+            )
+        for i, part in enumerate(self.parts):
+            if not len(part):
+                raise ValueError(f"set {i} of the mixture is empty: leave it out")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
+        part = bisect.bisect_right(self._ends, index)
+        inside = index - (self._ends[part - 1] if part else 0)
+        return {**self.parts[part][inside], "part": part}
+
+    def stream(self, seed: int) -> grain.MapDataset:
+        """The endless mixed order. Proportions are Grain's: the weights, to within 1 %."""
+        starts = [0, *self._ends[:-1]]
+        seeds = np.random.SeedSequence(seed).generate_state(len(self.parts) + 1)
+        orders = [
+            grain.MapDataset.range(start, end).seed(int(own)).shuffle().repeat()
+            for start, end, own in zip(starts, self._ends, seeds, strict=False)
+        ]
+        mixed = grain.MapDataset.mix(orders, self.weights)
+        shuffled = grain.experimental.WindowShuffleMapDataset(
+            mixed,
+            window_size=WINDOW,
+            seed=int(seeds[-1]) // 2,  # A window adds its number.
+        )
+        return shuffled.map(self.__getitem__)
+
+
+def stream(source: Source, seed: int) -> grain.MapDataset:
+    """A source's samples in the endless order that training takes them in."""
+    if isinstance(source, MixedSource):
+        return source.stream(seed)
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
+def open_mixture(config: MixtureConfig) -> MixedSource:
+    """Opens all sets.
+
+    Raises:
+        ValueError: as ``RecordsSource`` does; and where the sets cannot be of one model: pixels with
+            latents, latents of several codecs or widths, states of several text encoders, labels in
+            some captioned sets only.
+    """
+    parts = [RecordsSource(one) for one in config.sets]
+    first = [part[0]["video"] for part in parts]
+    _check_alike(
+        parts,
+        ["pixels" if video.dtype == np.uint8 else "latents" for video in first],
+        "a model learns from pixels or from latents. Prepare all with one --codec, or all without",
+    )
+    _check_alike(
+        parts,
+        [f"{video.shape[-1]} channels" for video in first],
+        "latents of one model have the same. Prepare all sets with one codec",
+    )
+    made = [part.codec and f"latents of the codec {part.codec!r}" for part in parts]
+    _check_alike(parts, made, "prepare all sets with one codec")
+    captioned = [part for part in parts if part.config.captioned]
+    read = [part.config.text_states_key is not None and part.text_encoder for part in captioned]
+    _check_alike(
+        captioned,
+        [one and f"states of the text encoder {one!r}" for one in read],
+        "prepare all captioned sets with one text encoder",
+    )
+    _check_alike(
+        captioned,
+        ["no labels" if part.config.label_key is None else "labels" for part in captioned],
+        "give label_key for each, or captioned=False for those without",
+    )
+    return MixedSource(parts, [one.weight for one in config.sets])
+
+
+def _check_alike(
+    parts: Sequence[RecordsSource], said: Sequence[str | bool | None], remedy: str
+) -> None:
+    """Raises ``ValueError`` where sets say different things; those that say nothing fit to any."""
+    told = [(part, words) for part, words in zip(parts, said, strict=True) if words]
+    for part, words in told[1:]:
+        if words != told[0][1]:
+            raise ValueError(
+                f"data.source.sets: {told[0][0].config.path!r} has {told[0][1]} and "
+                f"{part.config.path!r} has {words}: {remedy}."
+            )
