@@ -1,0 +1,27 @@
+"""Moving shapes for every mode of sampling: the quickstart's model, trained on mixed noise levels.
+
+    python -m dit_jax.train --config configs/modes.py
+    python benchmarks/modes.py --checkpoint runs/modes
+
+Half of the clips are to be made whole; of the others some frames are given (``ceilings``).
+"""
+
+import dataclasses
+
+from quickstart import get_config as quickstart
+
+from dit_jax.config import Config
+from dit_jax.diffusion import CeilingConfig
+
+
+def get_config() -> Config:
+    config = quickstart()
+    ceilings = CeilingConfig.only(
+        free=0.5, first=0.15, head=0.1, tail=0.08, ends=0.05, every=0.04, keyframes=0.04, window=0.04
+    )
+    return dataclasses.replace(
+        config,
+        output="runs/modes",
+        steps=3000,
+        diffusion=dataclasses.replace(config.diffusion, ceilings=ceilings),
+    )
