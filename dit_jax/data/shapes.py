@@ -285,6 +285,9 @@ class ShapesConfig:
     jitter: float | None = None
     """How far the middle of a path may lie from the canvas's, in px along each side; None: as far
     as the path fits. The less of it, the sooner a small model learns the rest."""
+    anywhere: float = 0.0
+    """Share of the clips whose paths lie anywhere, whatever the jitter: what may be given to a model
+    of moving shapes, which begins where it likes."""
     fps: float = 8.0
     seed: int = 0
     split: Literal["train", "held_out"] = "train"
@@ -296,6 +299,8 @@ class ShapesConfig:
             raise ValueError(f"image_fraction={self.image_fraction}: give a share in [0, 1]")
         if self.jitter is not None and not self.jitter >= 0:
             raise ValueError(f"jitter={self.jitter}: give at least 0 px, or None for anywhere")
+        if not 0 <= self.anywhere <= 1:
+            raise ValueError(f"anywhere={self.anywhere}: give a share in [0, 1]")
         if not self.fps > 0:
             raise ValueError(f"fps={self.fps}: give a positive number of frames a second")
         if not 0 <= self.seed < 2**64:
@@ -349,7 +354,10 @@ class MovingShapes:
         triple = self._triples[rng.integers(len(self._triples))]
         frames = config.frames[rng.integers(len(config.frames))]
         canvas = config.sizes[rng.integers(len(config.sizes))]
-        return _place(rng, triple, size, frames, canvas, config.jitter)
+        scene = _place(rng, triple, size, frames, canvas, config.jitter)
+        if rng.random() < config.anywhere:
+            return _place(rng, triple, size, frames, canvas)
+        return scene
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)

@@ -231,6 +231,27 @@ def test_jitter_bounds_how_far_paths_lie_from_the_middle() -> None:
     assert offsets(far).max() > 6
 
 
+def test_a_share_of_the_paths_lies_anywhere() -> None:
+    """The others are those of the same seed without."""
+    near, mixed = (
+        MovingShapes(ShapesConfig(jitter=0.0, image_fraction=0, frames=(5,), anywhere=share))
+        for share in (0.0, 0.4)
+    )
+    moved = [mixed.scene(i) != near.scene(i) for i in range(400)]
+    assert 0.33 < np.mean(moved) < 0.47
+    far = [
+        max(
+            abs(s.x + s.speed * 2 * STEPS[s.direction][0] - s.width / 2),
+            abs(s.y + s.speed * 2 * STEPS[s.direction][1] - s.height / 2),
+        )
+        for s, other in ((mixed.scene(i), moved[i]) for i in range(400))
+        if other and s.direction
+    ]
+    assert max(far) > 5
+    with pytest.raises(ValueError, match="anywhere=1.5: give a share"):
+        ShapesConfig(anywhere=1.5)
+
+
 def test_negative_jitter_is_refused() -> None:
     with pytest.raises(ValueError, match="jitter=-1.0: give at least 0 px"):
         ShapesConfig(jitter=-1.0)
