@@ -1,4 +1,4 @@
-"""A small codec of moving shapes, drawn on the fly: 4 x 4 x 4 pixels to a latent of 8 channels.
+"""A small codec of moving shapes, drawn on the fly: 4 x 4 x 4 pixels to a latent of 16 channels.
 
     python -m dit_jax.train --config configs/codec_shapes.py
 
@@ -23,7 +23,7 @@ def get_config() -> CodecRun:
         data=CodecDataConfig(
             source=ShapesConfig(), crop=CropConfig(rows=8, frames=9, height=24, width=24)
         ),
-        model=dataclasses.replace(config.model, latent_channels=8, widths=(32, 64, 64)),
+        model=dataclasses.replace(config.model, widths=(32, 64, 64)),
         optimizer=dataclasses.replace(config.optimizer, ema_decay=0.99),
         checkpoint=CheckpointConfig(every=300),
         log=LogConfig(draw_every=300),

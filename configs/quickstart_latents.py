@@ -16,7 +16,7 @@ from quickstart import get_config as in_pixels
 from dit_jax.config import CodecConfig, Config
 from dit_jax.models import PatchConfig
 
-CHANNELS = 8
+CHANNELS = 16
 
 
 def get_config() -> Config:
