@@ -23,7 +23,7 @@ def get_config() -> CodecRun:
     return dataclasses.replace(
         config,
         output="runs/codec_clips",
-        steps=1200,
+        steps=700,
         data=CodecDataConfig(
             source=RecordsConfig(path="data/tiles/1.0.0"),
             crop=CropConfig(rows=4, frames=9, height=64, width=64),
@@ -37,7 +37,7 @@ def get_config() -> CodecRun:
             linear=True,
             variational=False,
         ),
-        checkpoint=CheckpointConfig(every=400),
-        log=LogConfig(every=50, draw_every=1200),
+        checkpoint=CheckpointConfig(every=350),
+        log=LogConfig(every=50, draw_every=700),
         evaluation=CodecEvaluationConfig(clips=96, records_split="test", frames=17),
     )
