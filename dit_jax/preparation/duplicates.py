@@ -21,11 +21,16 @@ FRAMES = 4
 _BANDS, _BITS = 4, 16
 
 
+def hash_square(grey: np.ndarray) -> np.ndarray:
+    """What is hashed of uint8 [h, w]: uint8 [32, 32]."""
+    cv2 = extra("cv2")
+    return cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA)
+
+
 def perceptual_hash(grey: np.ndarray) -> int:
     """64 bits of uint8 [h, w]: which of the lowest 8 x 8 frequencies are above their median."""
-    cv2 = extra("cv2")
-    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
-    low = cv2.dct(small)[:8, :8].ravel()
+    small = grey if grey.shape == (32, 32) else hash_square(grey)
+    low = extra("cv2").dct(small.astype(np.float32))[:8, :8].ravel()
     low[0] = 0.0  # The mean says nothing of the shape.
     middle = np.partition(low, 32)[31:33]  # Half of the 64 are above.
     return int.from_bytes(np.packbits(low > middle.mean()).tobytes(), "big")

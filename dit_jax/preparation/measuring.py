@@ -11,12 +11,14 @@ from av.video.reformatter import Interpolation
 from dit_jax.preparation import filters
 from dit_jax.preparation.clips import Rect, shots_of
 from dit_jax.preparation.decoding import Picture
-from dit_jax.preparation.duplicates import hashed_frames, perceptual_hash
+from dit_jax.preparation.duplicates import hash_square, hashed_frames, perceptual_hash
 from dit_jax.preparation.refusals import extra
 from dit_jax.preparation.shots import ShotConfig, ShotFinder
 
 SMALL = 128
 """Pixels of the longer side of the frames that are measured."""
+UNHASHED = 1 << 16
+"""Frames of a run whose squares are kept until it is known which of them are hashed: 64 MiB."""
 THUMBNAIL = 192
 """The same of thumbnails, at most."""
 
@@ -75,7 +77,7 @@ class Run:
         self._finder = ShotFinder(shots, fps)
         self._changes: list[float] = []
         self._black: list[float] = []
-        self._hashes: list[int] = []
+        self._squares: list[np.ndarray | int] = []
         self._motion: dict[int, float] = {}
         self._samples: dict[int, Sample] = {}
         self._pairs = max(step // 2, 1)
@@ -92,11 +94,13 @@ class Run:
         if latest is not None and latest[0] is picture:
             small = latest[1]
             self._black.append(self._black[-1])
-            self._hashes.append(self._hashes[-1])
+            self._squares.append(self._squares[-1])
         else:
             small = small_frame(picture)
             self._black.append(filters.black_part(small))
-            self._hashes.append(perceptual_hash(small))
+            square = hash_square(small)
+            late = len(self._squares) >= UNHASHED
+            self._squares.append(perceptual_hash(square) if late else square)
         self._changes.append(self._finder.feed(small))
         if latest is not None and at % self._pairs == 1 % self._pairs:
             self._motion[at] = filters.motion(latest[1], small, self._fps)
@@ -139,7 +143,8 @@ class Run:
 
     def hashes(self, start: int, count: int) -> tuple[int, ...]:
         """Perceptual hashes of these frames."""
-        return tuple(self._hashes[start - self.start + i] for i in hashed_frames(count))
+        squares = (self._squares[start - self.start + i] for i in hashed_frames(count))
+        return tuple(one if isinstance(one, int) else perceptual_hash(one) for one in squares)
 
     def thumbnail(self, start: int, count: int) -> bytes:
         """JPEG of the sample nearest to the middle of these frames."""

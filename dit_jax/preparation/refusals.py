@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -44,6 +45,7 @@ def check_installed() -> None:
         extra(module)
 
 
+@functools.cache
 def extra(module: str) -> ModuleType:
     """A module that the extra `prepare` installs; ImportError says how, where it is missing."""
     try:

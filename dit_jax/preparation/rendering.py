@@ -45,6 +45,8 @@ class Orientation:
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
         """Stored pixels [h, w, ...] as displayed: [h, w, ...] or [w, h, ...]."""
+        if not self.mirrored and not self.rotation:
+            return np.ascontiguousarray(pixels)
         if self.mirrored:
             pixels = pixels[:, ::-1]
         return np.ascontiguousarray(np.rot90(pixels, -self.rotation // 90))
@@ -105,6 +107,7 @@ class Renderer:
         self.transfer, self.primaries = int(frame.color_trc), int(frame.color_primaries)
         self.matrix = int(frame.colorspace)
         self.pixel_format = frame.format.name
+        self._bits = frame.format.components[0].bits
         self.rgb = frame.format.is_rgb or self.pixel_format == "pal8"
         self.alpha = self.pixel_format in _ALPHA
         self.full_range = frame.color_range == 2 or self.pixel_format.startswith("yuvj") or self.rgb
@@ -157,17 +160,16 @@ class Renderer:
         taken, and the width is not stretched. Where the stored picture has no luma of 8 to 16 bits,
         or not one to be shown as it is, the grey of `pixels` at that fraction of its size.
         """
-        part = frame.format.components[0]
         if not self.planar or colour.needs_mapping(self.transfer, self.primaries):
             size = max(self.height // every, 1), max(self.width // every, 1)
             cv2 = extra("cv2")
             return cv2.cvtColor(self.pixels(frame, *size, _QUICK), cv2.COLOR_RGB2GRAY)
-        plane = frame.planes[0]
-        kind = np.dtype("<u2" if part.bits > 8 else np.uint8)
-        rows = np.frombuffer(memoryview(plane), kind).reshape(plane.height, -1)
-        luma = rows[::every, : plane.width : every]
-        if part.bits > 8:
-            luma = (luma >> (part.bits - 8)).astype(np.uint8)
+        plane, form = frame.planes[0], frame.format
+        bits = self._bits if form.name == self.pixel_format else form.components[0].bits
+        rows = np.frombuffer(plane, np.dtype("<u2" if bits > 8 else np.uint8))
+        luma = rows.reshape(plane.height, -1)[::every, : plane.width : every]
+        if bits > 8:
+            luma = (luma >> (bits - 8)).astype(np.uint8)
         if not self.full_range:
             luma = extra("cv2").LUT(luma, _expansion())
         return self.orientation.apply(luma)

@@ -59,7 +59,7 @@ class ShotFinder:
         # Moved, for the detectors know no frames before 0.
         base = common.FrameTimecode(0, fps=fps)
         self._time = lambda i: common.FrameTimecode(i + config.window, fps=base)
-        self._cut = detectors.AdaptiveDetector(
+        self._adaptive = lambda: detectors.AdaptiveDetector(
             adaptive_threshold=config.ratio,
             min_scene_len=1,
             window_width=config.window,
@@ -77,9 +77,10 @@ class ShotFinder:
             for side in (-1.0, 1.0)
             if config.black is not None
         ]
-        self._recent: collections.deque[np.ndarray] = collections.deque(
-            maxlen=2 * config.window + 2
-        )
+        size = 2 * config.window + 2
+        self._recent: collections.deque[np.ndarray] = collections.deque(maxlen=size)
+        self._changes: collections.deque[float] = collections.deque(maxlen=size)
+        self._bright: bool | None = None
         self._fed = 0
         self._found: set[int] = set()
 
@@ -90,9 +91,11 @@ class ShotFinder:
         self._last = light
         if self._fades:
             bright = np.count_nonzero(light >= self.config.black) > 0.02 * light.size
-            level, time = np.full((1, 1, 3), 255 * bright, np.uint8), self._time(self._fed)
-            for fade in self._fades:
-                self._add(fade.process_frame(time, level))
+            if bright != self._bright:  # What goes on does not move the detectors.
+                level, time = np.full((1, 1, 3), 255 * bright, np.uint8), self._time(self._fed)
+                for fade in self._fades:
+                    self._add(fade.process_frame(time, level))
+            self._bright = bright
         self._fed += 1
         if self._fed == 1:  # Repeated, so that the first frames have neighbours.
             for i in range(-self.config.window, 0):
@@ -110,13 +113,29 @@ class ShotFinder:
         return sorted(cut for cut in self._found if 0 < cut < self._fed)
 
     def _step(self, index: int, light: np.ndarray) -> None:
-        """Feeds the detector of cuts, which answers about the frame `window` frames before."""
-        half = self._cv2.resize(light, None, fx=0.5, fy=0.5, interpolation=self._cv2.INTER_AREA)
+        """Asks the detector of cuts about the frame `window` frames before, if it may be one."""
+        cv2 = self._cv2
+        half = cv2.resize(light, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        change = cv2.mean(cv2.absdiff(half, self._recent[-1]))[0] if self._recent else 0.0
         self._recent.append(half)
-        for time in self._cut.process_frame(self._time(index), self._cv2.merge([half] * 3)):
-            at = time.frame_num - self.config.window
-            if 0 < at < self._fed and self._holds(at, index):
+        self._changes.append(change)
+        at = index - self.config.window
+        if 0 < at < self._fed and self._stands_out() and self._detected(index):
+            if self._holds(at, index):
                 self._found.add(at)
+
+    def _stands_out(self) -> bool:
+        """Whether the detector's bounds are not clearly missed: it takes longer than all the rest."""
+        config, changes = self.config, list(self._changes)[1:]
+        change = changes.pop(config.window) * (1 + 1e-6)
+        return change >= config.change and change * 2 * config.window >= config.ratio * sum(changes)
+
+    def _detected(self, latest: int) -> bool:
+        """What the detector says of the frame in the middle of the recent ones."""
+        detector, first = self._adaptive(), latest - len(self._recent) + 1
+        for i, half in enumerate(self._recent):
+            found = detector.process_frame(self._time(first + i), self._cv2.merge([half] * 3))
+        return bool(found)
 
     def _add(self, times: list) -> None:
         self._found.update(time.frame_num - self.config.window for time in times)
