@@ -16,9 +16,11 @@ import pytest
 import tensorflow_datasets as tfds
 from flax import linen as nn
 
+from dit_jax import tasks
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.interop import load_codec, load_text_encoder, write_codec
 from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig
+from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.preparation import ClipConfig, ExamineConfig, WorkersConfig
 from dit_jax.prepare import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
 from tests.preparation.chat_server import Response, serving, words
@@ -216,6 +218,9 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     # Opened once, so that they are compiled once.
     monkeypatch.setattr("dit_jax.prepare.load_codec", lambda path: codec)
     monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path, **_: encoder)
+    others = make_mesh(MeshConfig(), jax.devices()[1:3])
+    copies = tasks.codec_copies(codec, others)
+    monkeypatch.setattr("dit_jax.tasks.codec_copies", lambda *_: copies)
     given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
     given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
     about = prepare(config(few, tmp_path / "one", **given), shown=False)
@@ -233,7 +238,7 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
         states = encoder.encode(sorted(pixels[i]["caption"] for i in part))
         for i, wanted, state in zip(part, codec.encode_many(videos), states, strict=True):
             found = source[i]
-            # One device made the wanted, and another of eight what was found.
+            # One device made the wanted, and two others what was found.
             np.testing.assert_array_equal(found["video"], wanted.astype(np.float16))
             np.testing.assert_array_equal(found["text_states"], state.astype(np.float32))
             assert found["fps"] == 6.0 and found["caption"] == pixels[i]["caption"]
@@ -291,5 +296,10 @@ def test_two_processes_of_a_cluster_make_the_same_records(media, prepared, tmp_p
             [*line, "--process-id", str(i)], env=env, stderr=subprocess.DEVNULL, text=True
         )
         started.append(process)
-    assert [process.wait(200) for process in started] == [0, 0]
+    try:
+        assert [process.wait(120) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
     assert shards(tmp_path) == shards(prepared[0])

@@ -166,7 +166,7 @@ class Renderer:
             return cv2.cvtColor(self.pixels(frame, *size, _QUICK), cv2.COLOR_RGB2GRAY)
         plane, form = frame.planes[0], frame.format
         bits = self._bits if form.name == self.pixel_format else form.components[0].bits
-        rows = np.frombuffer(plane, np.dtype("<u2" if bits > 8 else np.uint8))
+        rows = np.frombuffer(memoryview(plane), np.dtype("<u2" if bits > 8 else np.uint8))
         luma = rows.reshape(plane.height, -1)[::every, : plane.width : every]
         if bits > 8:
             luma = (luma >> (bits - 8)).astype(np.uint8)

@@ -90,7 +90,7 @@ class ShotFinder:
         change = 0.0 if not self._fed else float(cv2.mean(cv2.absdiff(light, self._last))[0])
         self._last = light
         if self._fades:
-            bright = np.count_nonzero(light >= self.config.black) > 0.02 * light.size
+            bright = bool(np.count_nonzero(light >= self.config.black) > 0.02 * light.size)
             if bright != self._bright:  # What goes on does not move the detectors.
                 level, time = np.full((1, 1, 3), 255 * bright, np.uint8), self._time(self._fed)
                 for fade in self._fades:
@@ -133,6 +133,7 @@ class ShotFinder:
     def _detected(self, latest: int) -> bool:
         """What the detector says of the frame in the middle of the recent ones."""
         detector, first = self._adaptive(), latest - len(self._recent) + 1
+        found = []
         for i, half in enumerate(self._recent):
             found = detector.process_frame(self._time(first + i), self._cv2.merge([half] * 3))
         return bool(found)
