@@ -19,6 +19,7 @@ from dit_jax.evaluation.images import write_npz as write_npz
 from dit_jax.evaluation.inception import InceptionFeatures as InceptionFeatures
 from dit_jax.evaluation.inception import InceptionV3 as InceptionV3
 from dit_jax.evaluation.judge import Verdict as Verdict
+from dit_jax.evaluation.judge import centroids as centroids
 from dit_jax.evaluation.judge import judge as judge
 from dit_jax.evaluation.judge import prompt_following as prompt_following
 from dit_jax.evaluation.making import Wanted as Wanted

@@ -97,6 +97,19 @@ def prompt_following(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> d
     return {**fractions, "all": float(right[:, :3].all(1).mean()), "n": float(len(scenes))}
 
 
+def centroids(video: np.ndarray) -> np.ndarray:
+    """Where the shape is in each frame: (x, y) in px, [t, 2]; NaN where nothing is seen.
+
+    Raises ValueError as `judge` does.
+    """
+    pixels = _unit_pixels(np.asarray(video))
+    found = _foreground(pixels) if np.isfinite(pixels).all() else None
+    places = np.full((len(pixels), 2), np.nan)
+    if found is not None:
+        places[found.times] = found.centers
+    return places
+
+
 def _right(video: np.ndarray, scene: Scene) -> tuple[bool, bool, bool, bool]:
     verdict = judge(video)
     # Noise has an area and rests, too: without a colour or a shape there is no object to judge.

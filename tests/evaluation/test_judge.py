@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from dit_jax.data.shapes import COLORS, MovingShapes, Scene, ShapesConfig, held_out_scenes, render
-from dit_jax.evaluation.judge import Verdict, judge, prompt_following
+from dit_jax.evaluation.judge import Verdict, centroids, judge, prompt_following
 
 REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", None: None}
 SOURCE = MovingShapes(ShapesConfig(seed=11))
@@ -190,3 +190,11 @@ def test_refusals():
         judge(np.zeros((32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="dtype int64"):
         judge(np.zeros((1, 32, 32, 3), np.int64))
+
+
+def test_centroids_follow_the_path():
+    (scene,) = held_out_scenes(1, 0)
+    clip = render(scene)
+    steps = np.diff(centroids(clip), axis=0)
+    np.testing.assert_allclose(np.linalg.norm(steps, axis=1), scene.speed, atol=0.1)  # 8 bits
+    assert np.isnan(centroids(np.zeros_like(clip))).all()

@@ -1,0 +1,274 @@
+"""How well a model of moving shapes does in every mode, by the truth and by the judge.
+
+    python benchmarks/modes.py --checkpoint runs/quickstart --cases 96 --output runs/modes
+
+For held-out scenes, whose clips are known: prints a table, and writes ``modes.json`` and for every mode
+a strip (PNG, one row a clip) and a GIF. Lengths are for clips of 9 frames at the run's own size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dit_jax import tasks
+from dit_jax.data import Scene, caption, held_out_scenes
+from dit_jax.data.shapes import COLORS, render
+from dit_jax.evaluation import centroids, prompt_following
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import (
+    Edit,
+    Request,
+    Space,
+    blend,
+    connect,
+    contact_sheet,
+    extend,
+    grid,
+    image_to_video,
+    interpolate,
+    loop_clip,
+    loop_text,
+    make_edits,
+    plain,
+    restyle,
+    upscale,
+    write_png,
+    write_video,
+)
+
+FRAMES, NEW = 9, 4
+SHOWN = 8
+Found = dict[str, float]
+Measure = Callable[[Sequence[np.ndarray]], Found]
+Mode = tuple[list[Edit], Measure]
+
+
+def psnr(made: np.ndarray, true: np.ndarray) -> float:
+    """Of uint8 pixels, in dB; 99 at most."""
+    error = np.square(made.astype(np.float64) - true).mean()
+    return min(10 * np.log10(255**2 / error), 99.0) if error else 99.0
+
+
+def path_error(made: Sequence[np.ndarray], true: Sequence[np.ndarray], frames: slice) -> Found:
+    """Centroids against the true ones: px over all frames, and px a frame that the error grows by."""
+    off = [
+        np.linalg.norm(centroids(a)[frames] - centroids(b)[frames], axis=1)
+        for a, b in zip(made, true, strict=True)
+    ]
+    per_frame = [x.max() / len(x) if np.isfinite(x).all() else np.nan for x in off]
+    return {
+        "centroid_px": float(np.nanmean(np.concatenate(off))),
+        "centroid_px_a_frame": float(np.nanmean(per_frame)),
+        "within_1px_a_frame": float(np.mean(np.nan_to_num(per_frame, nan=9.0) <= 1)),
+        "seen": float(np.mean([np.isfinite(x).all() for x in off])),
+    }
+
+
+def steps(clip: np.ndarray) -> np.ndarray:
+    """Root mean square difference of neighbouring frames, the last and the first included."""
+    after = np.roll(clip.astype(np.float64), -1, 0)
+    return np.sqrt(np.square(after - clip).mean((1, 2, 3)))
+
+
+def seams(clips: Sequence[np.ndarray]) -> Found:
+    """The seam of loops beside their largest inner step."""
+    ratio = [(all_ := steps(x))[-1] / max(all_[:-1].max(), 1e-9) for x in clips]
+    return {
+        "seam_to_step": float(np.mean(ratio)),
+        "no_larger": float(np.mean(np.array(ratio) <= 1)),
+    }
+
+
+def joins(clips: Sequence[np.ndarray], places: Sequence[int]) -> Found:
+    """The steps at some places beside the largest of the others."""
+    ratios = []
+    for clip in clips:
+        found = steps(clip)[:-1]
+        others = np.delete(found, places)
+        ratios.append(max(found[place] for place in places) / max(others.max(), 1e-9))
+    return {
+        "join_to_step": float(np.mean(ratios)),
+        "smooth": float(np.mean(np.array(ratios) <= 1.5)),
+    }
+
+
+def linear(clip: np.ndarray) -> np.ndarray:
+    """Twice the frames by blending."""
+    full = np.repeat(clip, 2, 0)[:-1].astype(np.float64)
+    full[1::2] = (full[0:-1:2] + full[2::2]) / 2
+    return np.rint(full).astype(np.uint8)
+
+
+class Modes:
+    """The edits of every mode for some scenes, and how each is measured."""
+
+    def __init__(self, space: Space, likes: Sequence[Request], scenes: Sequence[Scene]) -> None:
+        self.space, self.likes, self.scenes = space, likes, scenes
+        self.true = [render(scene) for scene in scenes]
+
+    def edits(self, make: Callable[..., Edit]) -> list[Edit]:
+        """``make(space, like, clip)`` of every scene."""
+        return [
+            make(self.space, like, clip) for like, clip in zip(self.likes, self.true, strict=True)
+        ]
+
+    def all(self) -> dict[str, Mode]:
+        return {
+            "image_to_video": self.image_to_video(),
+            "extend_forward": self.extended(forward=NEW),
+            "extend_backward": self.extended(backward=NEW),
+            "connect": self.connected(),
+            "blend": self.blended(),
+            "loop_clip": self.closed(),
+            "loop_text": (self.edits(lambda s, like, _: loop_text(s, like)), seams),
+            "interpolate": self.interpolated(),
+            "restyle": self.restyled(),
+            "wide_2_1": self.shaped(1, 2),
+            "tall_1_2": self.shaped(2, 1),
+        }
+
+    def image_to_video(self) -> Mode:
+        def measure(clips: Sequence[np.ndarray]) -> Found:
+            kept = [psnr(a[0], b[0]) for a, b in zip(clips, self.true, strict=True)]
+            followed = prompt_following(clips, self.scenes)
+            return {"kept_psnr": float(np.mean(kept)), **followed}
+
+        return self.edits(lambda s, like, clip: image_to_video(s, like, {0: clip[0]})), measure
+
+    def extended(self, **new: int) -> Mode:
+        forward = "forward" in new
+        known = slice(0, FRAMES - NEW) if forward else slice(NEW, None)
+        made = slice(FRAMES - NEW, None) if forward else slice(0, NEW)
+
+        def measure(clips: Sequence[np.ndarray]) -> Found:
+            return {**path_error(clips, self.true, made), **prompt_following(clips, self.scenes)}
+
+        return self.edits(lambda s, like, clip: extend(s, like, clip[known], **new)), measure
+
+    def connected(self) -> Mode:
+        """The beginning and the end of each clip, for which the truth is what was cut out."""
+
+        def measure(clips: Sequence[np.ndarray]) -> Found:
+            return {**joins(clips, [2, 5]), **path_error(clips, self.true, slice(3, 6))}
+
+        return self.edits(lambda s, like, clip: connect(s, like, clip[:3], clip[6:], 3)), measure
+
+    def blended(self) -> Mode:
+        """Every clip turns into the next scene's."""
+        after = [*self.true[1:], self.true[0]]
+        edits = [
+            blend(self.space, like, a, b, FRAMES)
+            for like, a, b in zip(self.likes, self.true, after, strict=True)
+        ]
+        return edits, lambda clips: joins(clips, [0, len(clips[0]) - 2])
+
+    def closed(self) -> Mode:
+        gap = 2 * self.space.stride - 1 if self.space.stride > 1 else 3
+        made = self.edits(lambda s, like, clip: loop_clip(s, like, clip, gap, 3))
+        return made, lambda clips: {**seams(clips), **joins(clips, [FRAMES - 1])}
+
+    def interpolated(self) -> Mode:
+        def measure(clips: Sequence[np.ndarray]) -> Found:
+            pairs = list(zip(clips, self.true, strict=True))
+            made = [psnr(a[1::2], b[1::2]) for a, b in pairs]
+            plainly = [psnr(linear(b[::2])[1::2], b[1::2]) for b in self.true]
+            gain = np.array(made) - plainly
+            return {
+                "psnr_between": float(np.mean(made)),
+                "linear_psnr_between": float(np.mean(plainly)),
+                "better": float(np.mean(gain > 0)),
+            }
+
+        def make(space: Space, like: Request, clip: np.ndarray) -> Edit:
+            return interpolate(space, dataclasses.replace(like, fps=like.fps / 2), clip[::2], 2)
+
+        return self.edits(make), measure
+
+    def restyled(self) -> Mode:
+        """The prompt names the next colour of the palette."""
+        colours = list(COLORS)
+        wanted = [
+            dataclasses.replace(s, color=colours[(colours.index(s.color) + 1) % len(colours)])
+            for s in self.scenes
+        ]
+        edits = [
+            restyle(self.space, dataclasses.replace(like, prompt=caption(s)), clip, 0.7)
+            for like, s, clip in zip(self.likes, wanted, self.true, strict=True)
+        ]
+
+        def measure(clips: Sequence[np.ndarray]) -> Found:
+            path = path_error(clips, self.true, slice(None))
+            return {**prompt_following(clips, wanted), **path}
+
+        return edits, measure
+
+    def shaped(self, tall: int, wide: int) -> Mode:
+        """Text alone, at an aspect ratio that was not trained, of about the run's area."""
+        like = self.likes[0]
+        down, across = self.space.multiple
+        _, h, w = self.space.codec.strides
+        side = max(like.height * h, like.width * w)
+        short = max(round(0.75 * side / down) * down, 24)
+        size = short * tall // across * across, short * wide // across * across
+        scenes = held_out_scenes(len(self.scenes), 1, FRAMES, *size)
+        edits = [
+            plain(
+                dataclasses.replace(
+                    one, prompt=caption(s), height=s.height // h, width=s.width // w
+                )
+            )
+            for one, s in zip(self.likes, scenes, strict=True)
+        ]
+        return edits, lambda clips: prompt_following(clips, scenes)
+
+
+def write(directory: Path, name: str, clips: Sequence[np.ndarray], fps: float) -> None:
+    """A strip and a GIF of the first clips."""
+    few = list(clips[:SHOWN])
+    write_png(directory / f"{name}.png", contact_sheet(few, len(few[0]), 2))
+    write_video(directory / f"{name}.gif", upscale(grid(few), 3), fps)
+
+
+def main() -> None:
+    """Makes and measures what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--codec")
+    parser.add_argument("--cases", type=int, default=96)
+    parser.add_argument("--modes", nargs="*", help="unset: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--output", default="runs/modes")
+    given = parser.parse_args()
+    overrides = tasks.SamplingOverrides(frames=FRAMES, steps=given.steps)
+    trained = tasks.Trained(given.checkpoint, None, overrides, given.codec)
+    config, mesh = trained.config, make_mesh(MeshConfig())
+    made, codec = config.sampling, tasks.open_codec(config, mesh)
+    assert codec is not None
+    generator, params = trained.load(mesh, False)
+    scenes = held_out_scenes(given.cases, given.seed, FRAMES, made.height, made.width)
+    size = config.codec.latent_size(FRAMES, made.height, made.width)
+    fps = config.codec.latent_fps(made.fps)
+    likes = [Request(caption(s), *size, fps, given.seed + i) for i, s in enumerate(scenes)]
+    modes = Modes(Space(codec, config.model.patch), likes, scenes)
+    directory, report = Path(given.output), {}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, (edits, measure) in modes.all().items():
+        if given.modes and name not in given.modes:
+            continue
+        clips = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
+        report[name] = {key: round(value, 4) for key, value in measure(clips).items()}
+        write(directory, name, clips, made.fps)
+        print(f"{name:16}", "  ".join(f"{k} {v:g}" for k, v in report[name].items()), flush=True)
+        text = json.dumps({"cases": given.cases, **report}, indent=1)
+        (directory / "modes.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

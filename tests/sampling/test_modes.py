@@ -1,0 +1,361 @@
+"""Every mode: which pixels its tokens hold, which are free, and what becomes of what is made."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.diffusion import DiffusionConfig
+from dit_jax.models import (
+    ByteEncoderConfig,
+    DiTConfig,
+    ModelConfig,
+    PatchConfig,
+    PixelCodec,
+    patchify,
+)
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import (
+    Generator,
+    Given,
+    Request,
+    SamplingConfig,
+    Space,
+    blend,
+    check_request,
+    connect,
+    extend,
+    image_to_video,
+    interpolate,
+    loop_clip,
+    loop_text,
+    make_condition,
+    make_edits,
+    plain,
+    restyle,
+    to_float,
+)
+from dit_jax.sampling.clips import _decode_loop
+from dit_jax.tasks import init_params, make_model
+from tests.training.conftest import QUICK
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(PixelCodec):
+    """Frames of 4 x 4 pixels are a latent; behind the first, the mean of two frames is one."""
+
+    strides: tuple[int, int, int] = (2, 4, 4)
+
+    def encode(self, video, key=None):
+        small = video[:, ::4, ::4]
+        assert len(video) % 2
+        return np.concatenate([small[:1], (small[1::2] + small[2::2]) / 2])
+
+
+PIXELS = Space(PixelCodec(), PatchConfig(1, 8, 8, 3, 8.0))
+PAIRS = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))
+CAUSAL = Space(Causal(), PatchConfig(1, 2, 2, 3, 8.0))
+SPACES = {"pixels": PIXELS, "pairs": PAIRS, "causal": CAUSAL}
+
+
+def clip(count, first=0, side=8):
+    """Frame i shows the number first + i."""
+    return np.broadcast_to(
+        np.arange(first, first + count, dtype=np.uint8)[:, None, None, None], (count, side, side, 3)
+    ).copy()
+
+
+def like(space, frames=9, **fields):
+    _, h, w = space.codec.strides
+    made = Request("a ball", space.latents(frames), 8 // h, 8 // w, 8.0 / space.codec.strides[0], 1)
+    return dataclasses.replace(made, **fields)
+
+
+def free(request):
+    """Which latent frames are free, as a word: ``-`` is held, ``+`` free, else the ceiling's tenths."""
+    marks = {0: "-", 10: "+"}
+    return "".join(marks.get(round(10 * s), str(round(10 * s))) for s in request.given.ceilings)
+
+
+def shown(request):
+    """The numbers (of uint8) that the clean latents show."""
+    return np.rint((request.given.clean[:, 0, 0, 0] + 1) * 127.5).astype(int).tolist()
+
+
+def blank(edit, space):
+    """What the mode makes of clips in which every frame is 200."""
+    counts = [
+        space.frames(r.frames) if not r.loop else r.frames * space.codec.strides[0]
+        for r in edit.requests
+    ]
+    return edit.finish([np.full((n, 8, 8, 3), 200, np.uint8) for n in counts])[:, 0, 0, 0].tolist()
+
+
+# --- what each token holds ---
+
+
+def test_images_hold_their_tokens():
+    images = {0: clip(1)[0], -1: clip(1, 50)[0], 4: clip(1, 20)[0]}
+    for space, marks in ((PIXELS, "-+++-+++-"), (PAIRS, "-++--++--"), (CAUSAL, "-+-+-")):
+        edit = image_to_video(space, like(space), images)
+        (request,) = edit.requests
+        assert free(request) == marks
+        held = [x for x, mark in zip(shown(request), marks, strict=True) if mark == "-"]
+        assert sorted(set(held)) == [0, 20, 50]
+        assert blank(edit, space) == [0, 200, 200, 200, 20, 200, 200, 200, 50]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_extension_forward_encodes_the_tail_as_a_clip_of_its_own(name):
+    space = SPACES[name]
+    edit = extend(space, like(space), clip(12), forward=4)
+    (request,) = edit.requests
+    assert space.frames(request.frames) == 9
+    # Frames 7 to 11 are given: the first of them alone, as a clip's first always is.
+    assert shown(request)[0] == 7
+    np.testing.assert_array_equal(
+        request.given.clean[request.given.ceilings == 0], space.encode(clip(5, 7))
+    )
+    assert blank(edit, space) == [*range(12), 200, 200, 200, 200]
+
+
+def test_extension_backward_leaves_out_a_causal_codecs_first_latent():
+    for space, marks, numbers in (
+        (PIXELS, "++++-----", [0, 1, 2, 3, 4]),
+        # The last free token holds frame 0 too, which is put back after every step.
+        (PAIRS, "++++-----", [0, 1, 2, 3, 4]),
+        (CAUSAL, "+++--", [2, 4]),
+    ):
+        edit = extend(space, like(space), clip(12), backward=4)
+        (request,) = edit.requests
+        assert free(request) == marks
+        assert shown(request)[-len(numbers) :] == numbers
+        assert blank(edit, space) == [200, 200, 200, 200, *range(12)]
+    known = make_condition([extend(PAIRS, like(PAIRS), clip(12), backward=4).requests[0]], MODEL)
+    # Token 2 holds frames 3 and 4 of nine: the second is frame 0 of the clip.
+    assert known.known is not None and known.ceilings.tolist() == [[1, 1, 1, 0, 0]]
+    each = known.known.reshape(5, 2, -1)
+    assert each.all(-1).tolist() == [[False] * 2] * 2 + [[False, True]] + [[False] * 2] * 2
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_both_ways_connections_and_loops_of_clips(name):
+    space = SPACES[name]
+    both = extend(space, like(space), clip(8), forward=2, backward=4)
+    assert blank(both, space) == [200] * 4 + [*range(8)] + [200] * 2
+    ends = clip(8), clip(8, 100)
+    edit = connect(space, like(space), *ends, gap=3)
+    assert blank(edit, space) == [*range(8), 200, 200, 200, *range(100, 108)]
+    request = edit.requests[0]
+    given = np.array(shown(request))[request.given.ceilings == 0]
+    assert given[0] in (5, 6, 7) and 7 in given or name == "causal"
+    assert given[-1] >= 102 and (given < 8).sum() >= 2
+    closed = loop_clip(space, like(space), clip(8), gap=3)
+    assert blank(closed, space) == [*range(8), 200, 200, 200]
+    assert free(closed.requests[0]) == free(request)
+
+
+def test_blends_restyles_and_interpolates():
+    edit = blend(PAIRS, like(PAIRS), clip(9), clip(9, 100), overlap=5, strength=0.8)
+    (request,) = edit.requests
+    assert free(request) == "-88--" and shown(request) == [4, 53, 54, 103, 104]
+    assert blank(edit, PAIRS) == [0, 1, 2, 3, 4, 200, 200, 103, 104, 105, 106, 107, 108]
+
+    assert free(restyle(CAUSAL, like(CAUSAL), clip(9), 0.6).requests[0]) == "66666"
+
+    for space, marks in ((PIXELS, "-+-+-+-"), (PAIRS, "-4-4-4-"), (CAUSAL, "-444")):
+        edit = interpolate(space, like(space), 10 * clip(4), 2)
+        (request,) = edit.requests
+        assert free(request) == marks and request.fps == 16 / space.codec.strides[0]
+        assert blank(edit, space) == [0, 200, 10, 200, 20, 200, 30]
+    # Three frames of ten do not fill the last token: it is filled up, and cut off again.
+    odd = interpolate(PAIRS, like(PAIRS), clip(4), 3)
+    assert odd.requests[0].frames == 11 and len(blank(odd, PAIRS)) == 10
+
+
+def test_lengths_are_those_that_fit():
+    assert PAIRS.stride == 2 and CAUSAL.stride == 2 and PIXELS.stride == 1
+    assert [PAIRS.whole(s, 8) for s in (0, 0.5, 1.1)] == [1, 5, 9]
+    assert [PAIRS.new(s, 8) for s in (0, 0.5)] == [2, 4]
+    assert [PAIRS.gap(s, 8) for s in (0, 0.4)] == [1, 3] and PIXELS.gap(0, 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: image_to_video(PAIRS, like(PAIRS), {9: clip(1)[0]}), "frame 9 of a clip of 9"),
+        (
+            lambda: image_to_video(PAIRS, like(PAIRS), {3: clip(1)[0], 4: clip(1)[0]}),
+            "frames 3 and 4 share a token of 2",
+        ),
+        (lambda: image_to_video(PAIRS, like(PAIRS), {0: clip(1, side=16)[0]}), "for one of 8 x 8"),
+        (lambda: extend(PAIRS, like(PAIRS), clip(9)), "not both 0"),
+        (lambda: extend(PAIRS, like(PAIRS), clip(9), 3), "give a multiple of 2"),
+        (lambda: extend(PAIRS, like(PAIRS), clip(3), 2, context=5), "context has 5 frames"),
+        (lambda: connect(PAIRS, like(PAIRS), clip(5), clip(5), 4), "a gap of 4 frames"),
+        (lambda: blend(PAIRS, like(PAIRS), clip(5), clip(5), 7), "overlap has 7 frames"),
+        (lambda: blend(PAIRS, like(PAIRS), clip(5), clip(5), 3), "has no middle"),
+        (lambda: restyle(PAIRS, like(PAIRS), clip(5), 0), "strength 0"),
+        (lambda: restyle(PAIRS, like(PAIRS), clip(4), 0.5), "4 frames"),
+        (lambda: interpolate(PAIRS, like(PAIRS), clip(5), 1), "give at least 2"),
+        (lambda: Given(np.zeros((2, 1, 1, 3)), np.array([0, 1.5])), "ceilings from 0.0 to 1.5"),
+        (lambda: Given(np.zeros((2, 1, 1, 3)), np.zeros(3)), r"with ceilings \(3,\)"),
+        (lambda: check_request(like(PAIRS, loop=True), PAIRS.patch), "a loop of 9 frames"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- made by a model ---
+
+MODEL = ModelConfig(
+    dit=DiTConfig(width=24, depth=1, heads=2),
+    patch=PAIRS.patch,
+    text=ByteEncoderConfig(width=8, depth=1, heads=2, max_bytes=15),
+)
+NOISY = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3)).astype(np.uint8)
+
+
+def every_mode():
+    """One edit of each, of all ceilings, lengths and forms that there are."""
+    base = like(PAIRS, negative="blue")
+    return [
+        plain(base),
+        plain(dataclasses.replace(base, frames=1)),
+        image_to_video(PAIRS, base, {0: NOISY[0], -1: NOISY[1]}, noise=0.05),
+        restyle(PAIRS, base, NOISY, 0.6),
+        extend(PAIRS, base, NOISY, forward=4, backward=4),
+        connect(PAIRS, base, NOISY, NOISY[::-1], gap=3),
+        blend(PAIRS, base, NOISY, NOISY[::-1], overlap=9),
+        loop_clip(PAIRS, base, NOISY, gap=3),
+        loop_text(PAIRS, base),
+        interpolate(PAIRS, base, NOISY[:5], 2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def makers():
+    """Edits made on one device, and on eight; random parameters that leave nothing at zero."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        shapes = {"one": MeshConfig(), "eight": MeshConfig(data=2, fsdp=1, context=2, tensor=2)}
+        for name, config in shapes.items():
+            mesh = make_mesh(config, jax.devices()[:1] if name == "one" else None)
+            model = make_model(MODEL, mesh)
+            made = SamplingConfig(steps=3, cfg_scale=2.0, batch=12)
+            generator = Generator(model, DiffusionConfig(), made)
+            if not found:
+                params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+                draw = functools.partial(np.random.default_rng(1).normal, 0.0, 0.2)
+                params = jax.tree.map(
+                    lambda x, draw=draw: jnp.asarray(draw(x.shape), jnp.float32), params
+                )
+            found[name] = (
+                functools.partial(
+                    make_edits,
+                    generator,
+                    params,
+                    model=MODEL,
+                    mesh=mesh,
+                    decode=PixelCodec().decode,
+                ),
+                generator,
+                params,
+            )
+        yield found
+
+
+@pytest.fixture(scope="module")
+def on_one(makers):
+    return makers["one"][0](edits=every_mode())
+
+
+def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
+    many = makers["eight"][0](edits=every_mode())
+    for one, other in zip(on_one, many, strict=True):
+        # Grey levels: the same sums in another order.
+        assert one.shape == other.shape and np.abs(one.astype(int) - other).max() <= 1
+    assert makers["eight"][1].step._cache_size() == 1
+
+
+def test_held_frames_come_out_as_they_were_given(on_one):
+    assert [len(x) for x in on_one] == [9, 1, 9, 9, 17, 21, 9, 12, 8, 9]
+    assert all(x.std() > 0 for x in on_one)
+    images, _, extended, connected, blended, closed = on_one[2:8]
+    assert (images[0] == NOISY[0]).all() and (images[-1] == NOISY[1]).all()
+    assert (extended[4:13] == NOISY).all()
+    assert (connected[:9] == NOISY).all() and (connected[12:] == NOISY[::-1]).all()
+    assert (blended[0] == NOISY[0]).all() and (blended[-2:] == NOISY[::-1][-2:]).all()
+    assert (closed[:9] == NOISY).all() and (on_one[9][::2] == NOISY[:5]).all()
+
+
+def test_given_tokens_are_exact_in_the_latents_too(makers):
+    """What the model makes, before anything is pasted."""
+    _, generator, params = makers["one"]
+    requests = [edit.requests[0] for edit in every_mode()][4:6]
+    condition = make_condition(requests, MODEL, 40, [r for e in every_mode() for r in e.requests])
+    made = np.asarray(generator(params, jax.tree.map(jnp.asarray, condition)))
+    held = condition.ceilings == 0
+    assert held.any() and (made[held] == condition.clean[held]).all()
+    known = condition.known
+    assert known is not None and known.any() and not known[held].any()
+    np.testing.assert_allclose(made[known], condition.clean[known], atol=1e-6)
+    assert (made[~known & ~held[..., None]] != 0).all()
+
+
+def test_a_loop_is_the_same_wherever_it_begins(makers):
+    """Its noise and times rolled, all that is made is rolled."""
+    _, generator, params = makers["one"]
+    (request,) = loop_text(PAIRS, like(PAIRS)).requests
+    condition = make_condition([request], MODEL)
+    assert condition.segment_ids.sum() == 4 and condition.positions[0, :, 0].tolist() == [
+        0.75,
+        1.75,
+        2.75,
+        3.75,
+    ]
+    fields = ("token_ids", "positions")
+    rolled = dataclasses.replace(
+        condition, **{name: np.roll(getattr(condition, name), 1, 1) for name in fields}
+    )
+    made, moved = (
+        np.asarray(generator(params, jax.tree.map(jnp.asarray, one))) for one in (condition, rolled)
+    )
+    np.testing.assert_allclose(np.roll(made, 1, 1), moved, atol=1e-4)  # float32
+    # Without its cycle the same tokens come out otherwise.
+    plainly = dataclasses.replace(condition, cycles=np.zeros((1, 3), np.float32))
+    assert (
+        np.abs(np.asarray(generator(params, jax.tree.map(jnp.asarray, plainly))) - made).max()
+        > 1e-3
+    )
+
+
+def test_a_loop_is_decoded_after_its_own_end():
+    seen = []
+
+    def decode(latents):
+        """Two frames a latent, each the sum of it and the one before: a decoder that looks back."""
+        seen.append(latents[:, 0, 0, 0].tolist())
+        sums = latents[1:] + latents[:-1]
+        return np.concatenate([latents[:1], np.repeat(sums, 2, 0)])
+
+    made = _decode_loop(decode, np.arange(3.0)[:, None, None, None])
+    assert made[:, 0, 0, 0].tolist() == [2, 2, 1, 1, 3, 3] and seen[0][-4:] == [2, 0, 1, 2]
+
+
+def test_times_of_a_request_are_its_tokens():
+    request = like(PAIRS, 5, times=np.array([0.0, 4, 6, 7, 8]))
+    condition = make_condition([request], MODEL)
+    assert condition.positions[0, :, 0].tolist() == [0.0, 2.5, 3.75]
+    tokens = patchify(PAIRS.patch, to_float(NOISY[:5]))
+    given = Given(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
+    condition = make_condition([dataclasses.replace(request, given=given)], MODEL)
+    np.testing.assert_array_equal(condition.clean[0], tokens)
+    assert condition.ceilings.tolist() == [[0, 1, 0.25]]
+    assert condition.group_ceilings[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]

@@ -1,0 +1,102 @@
+"""The options of modes: what contradicts itself is refused, and what is asked for is found."""
+
+import types
+
+import numpy as np
+import pytest
+
+from dit_jax.models import PatchConfig, PixelCodec
+from dit_jax.sampling import Request, Space
+from dit_jax.tasks import ModeArguments, Plan, Shape, make_plan
+from tests.tiny_config import get_config
+
+UNSET = types.SimpleNamespace(frames=None, height=None, width=None, fps=None, cfg_scale=None)
+SPACE = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))
+
+
+def asked(**fields):
+    return types.SimpleNamespace(**{**vars(UNSET), **fields})
+
+
+@pytest.mark.parametrize(
+    ("given", "sampling", "message"),
+    [
+        ({"image": "a", "video": "b"}, UNSET, "--image and --video: each makes a clip of its own"),
+        ({"strength": 0.5}, UNSET, "--strength says something of --video"),
+        ({"video": "a", "strength": 1.5}, UNSET, "--strength 1.5: it is above 0"),
+        ({"interpolate": "2x"}, UNSET, "--interpolate says something of --video"),
+        ({"video": "a", "interpolate": "1x"}, UNSET, "from 2x on"),
+        ({"forward": "2s"}, UNSET, "--forward says something of --extend"),
+        ({"extend": "a"}, UNSET, "give --forward LENGTH, --backward LENGTH or both"),
+        ({"extend": "a", "forward": "2 s"}, UNSET, "--forward 2 s: give seconds, as 2s"),
+        ({"extend": "a", "forward": "0s"}, UNSET, "--forward 0s: give seconds"),
+        ({"gap": "1s"}, UNSET, "--gap says something of --connect"),
+        ({"connect": ("a", "b"), "gap": "1s", "blend": "1s"}, UNSET, "give one of them"),
+        ({"image": "a", "loop": True}, UNSET, "--loop and --image"),
+        ({"video": "a", "loop": True, "strength": 0.5}, UNSET, "--strength says something"),
+        ({"video": "a", "loop": True, "interpolate": "2x"}, UNSET, "--loop and --interpolate"),
+        ({"duration": "2s"}, asked(frames=9), "--duration 2s and --frames 9"),
+        ({"extend": "a", "forward": "2s", "duration": "2s"}, UNSET, "--duration says something"),
+        ({"negative_prompt": "red"}, asked(cfg_scale=1.0), "--cfg-scale 1 is no guidance"),
+        ({"keyframe": ("a.png",)}, UNSET, "give T=FILE"),
+        ({"keyframe": ("x=a.png",)}, UNSET, "--keyframe x: give seconds"),
+        ({"video": "a", "given_noise": 0.1}, UNSET, "--given-noise says something of"),
+        ({"image": "a", "given_noise": 1.0}, UNSET, "it is at least 0 and below 1"),
+    ],
+)
+def test_contradictions_are_refused(given, sampling, message):
+    with pytest.raises(ValueError) as error:
+        ModeArguments(**given).check(sampling)
+    assert message in str(error.value)
+
+
+def plan(given, sampling=UNSET, *shapes):
+    given.check(sampling)
+    return make_plan(given, sampling, get_config(), shapes)
+
+
+def likes(made):
+    return made.likes([Request("a", 5, 24, 24, 8.0, 0)], SPACE)
+
+
+def test_size_and_rate_are_asked_for_or_the_clips_own():
+    video, picture = Shape(61, 37, 12.0, False), Shape(61, 37, 1.0, True)
+    remade = ModeArguments(video="a")
+    assert plan(remade, UNSET, video) == Plan(remade, 56, 32, 12.0, None, 5)
+    half = plan(remade, asked(height=32, fps=6.0), video)
+    assert (half.height, half.width, half.fps) == (32, 16, 6.0)
+    assert plan(ModeArguments(image="a"), UNSET, picture).fps == 8.0
+    assert plan(ModeArguments(video="a"), UNSET, picture).fps == 8.0
+    assert plan(ModeArguments(video="a", interpolate="4"), UNSET, video).output_fps == 48.0
+    with pytest.raises(ValueError, match="shows 7 x 30 pixels, less than one patch of 8 x 8"):
+        plan(remade, UNSET, Shape(7, 30, 8.0, False))
+
+
+def test_durations_choose_frames_that_fit():
+    (one,) = likes(plan(ModeArguments(duration="1s", negative_prompt="red")))
+    assert (one.frames, one.fps, one.negative) == (9, 8.0, "red")
+    assert likes(plan(ModeArguments(duration="1s"), asked(fps=16.0)))[0].frames == 5
+    assert likes(plan(ModeArguments()))[0].frames == 5
+
+
+def test_every_option_makes_its_edit():
+    frames = np.zeros((9, 24, 24, 3), np.uint8)
+    media, shape = {"a": frames, "b": frames}, Shape(24, 24, 8.0, False)
+
+    def length(**given):
+        mode = ModeArguments(**given)
+        made = plan(mode, UNSET, *[shape] * len(mode.files))
+        (edit,) = made.edits(likes(made), SPACE, media)
+        sizes = [r.frames for r in edit.requests]
+        return len(edit.finish([np.zeros((n, 24, 24, 3), np.uint8) for n in sizes]))
+
+    assert length(image="a", last_image="b", keyframe=("0.25s=a",)) == 5
+    assert length(video="a", strength=0.5) == 9 and length(video="a", duration="4") == 5
+    assert length(video="a", interpolate="2x") == 17
+    assert length(extend="a", forward="0.5s", backward="2") == 15
+    assert length(connect=("a", "b"), gap="3") == 21 and length(connect=("a", "b"), blend="5") == 13
+    assert length(video="a", loop=True, gap="0.4s") == 12 and length(loop=True) == 4
+    with pytest.raises(ValueError, match="--keyframe 9=a is frame 9 of a clip of 5"):
+        length(keyframe=("9=a",))
+    with pytest.raises(ValueError, match="frame 4 is given twice"):
+        length(keyframe=("4=a",), last_image="b")
