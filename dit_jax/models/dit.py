@@ -30,6 +30,7 @@ from dit_jax.models.blocks import (
     dense,
     gather_parts,
     layer_norm,
+    through,
 )
 from dit_jax.models.positions import axis_dims, grid_features, rotary_angles, sincos_features
 from dit_jax.types import ATTENTION, QKV, RESIDUAL, Attention, Constrain, DotGeneral
@@ -289,10 +290,12 @@ class DiT(nn.Module):
         group_t: Float[Array, "b k"],
         text: Float[Array, "b s e"] | None,
         text_segment_ids: Int[Array, "b s"] | None,
+        residual: Float[Array, "b l d"] | None = None,
     ) -> Float[Array, "b l o"]:
         """Returns float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
 
-        Text may be None where the config uses none.
+        Text may be None where the config uses none. A ``residual`` is added in place of running the
+        blocks (see ``models.reuse``).
         """
         config = self.config
         linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
@@ -321,7 +324,7 @@ class DiT(nn.Module):
         if config.modulation == "shared":
             of_layers = Modulation(config.width, 2, name="modulation")(condition)
             of_layers = self.constrain(of_layers, "batch", None, None)
-        x, _ = layers(
+        blocks = layers(
             config,
             "blocks",
             heads=config.heads,
@@ -330,7 +333,9 @@ class DiT(nn.Module):
             attention=self.attention,
             constrain=self.constrain,
             dot_general=self.layer_dot_general or self.dot_general,
-        )(x, of_layers, group_ids, segment_ids, rotary, text, text_segment_ids)
+        )
+        given = (of_layers, group_ids, segment_ids, rotary, text, text_segment_ids)
+        x = through(self, blocks, x, given, residual)
 
         groups = Modulation(config.width, 1, gated=False, name="final_modulation")(condition)
         groups = self.constrain(groups, "batch", None, None)
