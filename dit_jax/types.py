@@ -119,6 +119,7 @@ ALONG_TOKENS = frozenset(
         "clean",
         "ceilings",
         "group_ids",
+        "known",
     }
 )
 """Fields of batches (and of what is sampled) with a value for every token: ``[b, l, ...]``."""

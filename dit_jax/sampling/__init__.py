@@ -1,11 +1,12 @@
 """Sampling: requests to clips, and clips to files."""
 
 from dit_jax.sampling.clips import make_clips as make_clips
-from dit_jax.sampling.generate import Condition as Condition
+from dit_jax.sampling.condition import Condition as Condition
+from dit_jax.sampling.condition import Request as Request
+from dit_jax.sampling.condition import check_request as check_request
+from dit_jax.sampling.condition import make_condition as make_condition
 from dit_jax.sampling.generate import Generator as Generator
-from dit_jax.sampling.generate import Request as Request
-from dit_jax.sampling.generate import check_request as check_request
-from dit_jax.sampling.generate import text_condition as text_condition
+from dit_jax.sampling.given import Given as Given
 from dit_jax.sampling.media import check_output as check_output
 from dit_jax.sampling.media import contact_sheet as contact_sheet
 from dit_jax.sampling.media import grid as grid
@@ -14,4 +15,16 @@ from dit_jax.sampling.media import to_uint8 as to_uint8
 from dit_jax.sampling.media import upscale as upscale
 from dit_jax.sampling.media import write_png as write_png
 from dit_jax.sampling.media import write_video as write_video
+from dit_jax.sampling.modes import Edit as Edit
+from dit_jax.sampling.modes import blend as blend
+from dit_jax.sampling.modes import connect as connect
+from dit_jax.sampling.modes import extend as extend
+from dit_jax.sampling.modes import image_to_video as image_to_video
+from dit_jax.sampling.modes import interpolate as interpolate
+from dit_jax.sampling.modes import loop_clip as loop_clip
+from dit_jax.sampling.modes import loop_text as loop_text
+from dit_jax.sampling.modes import make_edits as make_edits
+from dit_jax.sampling.modes import plain as plain
+from dit_jax.sampling.modes import restyle as restyle
 from dit_jax.sampling.settings import SamplingConfig as SamplingConfig
+from dit_jax.sampling.space import Space as Space

@@ -10,11 +10,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from dit_jax.models import ModelConfig, unpatchify
+from dit_jax.models import ModelConfig, PatchConfig, unpatchify
 from dit_jax.parallel import batch_shards, global_batch, token_multiple
-from dit_jax.sampling.generate import Generator, Request, check_request, text_condition
+from dit_jax.sampling.condition import Request, check_request, make_condition
+from dit_jax.sampling.generate import Generator
 from dit_jax.sampling.media import to_uint8
 from dit_jax.types import Params
+
+CONTEXT = 8
+"""Latents of a loop's end that are decoded before its beginning."""
 
 Decode = Callable[[np.ndarray], np.ndarray]
 """Latents ``[t, h, w, c]`` to pixels ``[t, h, w, 3]``, float in [-1, 1]."""
@@ -40,7 +44,7 @@ def make_clips(
     """
     for request in requests:
         check_request(request, model.patch)
-    sizes = [model.patch.num_tokens(r.frames, r.height, r.width) for r in requests]
+    sizes = [request.num_tokens(model.patch) for request in requests]
     length = _round_up(max(sizes), token_multiple(mesh))
     shards = batch_shards(mesh)
     config = generator.config
@@ -61,11 +65,32 @@ def make_clips(
             part = list(requests[first : first + rows])
             # A short last batch is filled up, so that all batches run the same compiled step.
             full = part + [dataclasses.replace(part[-1])] * (rows - len(part))
-            condition = text_condition(full, model, length)
+            condition = make_condition(full, model, length, requests)
             placed = global_batch(mesh, condition, tuple(range(rows)), rows)
             tokens = np.asarray(gather(generator(params, placed, bar.update)))
             for request, row in zip(part, tokens, strict=False):
-                size = (request.frames, request.height, request.width)
-                clip = unpatchify(model.patch, row[: model.patch.num_tokens(*size)], *size)
-                clips.append(to_uint8(clip if decode is None else decode(clip)))
+                clips.append(to_uint8(_pixels(request, row, model.patch, decode)))
     return clips
+
+
+def _pixels(
+    request: Request, row: np.ndarray, patch: PatchConfig, decode: Decode | None
+) -> np.ndarray:
+    """A request's clip, float in [-1, 1], of a row that begins with its tokens."""
+    frames, height, width = request.size
+    tokens = row[: request.num_tokens(patch)]
+    if not request.loop:
+        clip = unpatchify(patch, tokens, frames, height, width)
+        return clip if decode is None else decode(clip)
+    _, h, w = patch.grid(1, height, width)
+    clip = unpatchify(patch, np.concatenate([tokens[: h * w], tokens]), frames + 1, height, width)
+    clip = clip[1:]
+    return clip if decode is None else _decode_loop(decode, clip)
+
+
+def _decode_loop(decode: Decode, latents: np.ndarray) -> np.ndarray:
+    """A loop's pixels: what comes before its first latent is its end, also for a causal decoder."""
+    before = latents[np.arange(-CONTEXT, 0) % len(latents)]
+    made = decode(np.concatenate([before, latents]))
+    stride = (len(made) - 1) // (CONTEXT + len(latents) - 1)
+    return made[-stride * len(latents) :]

@@ -1,24 +1,20 @@
-"""From requests to tokens: noise, a solver, guidance.
+"""From conditions to tokens: noise, a solver, guidance.
 
 A *request* is a prompt and a size. Requests become rows of one segment each, with a noise ceiling
-for every token; what is held and what is free makes the mode, and this module does not ask which
-it is. The noise of a request comes from its own seed: what is made does not depend on which
-requests share the batch.
+for every token (``condition``). The noise of a request comes from its own seed: what is made does
+not depend on which requests share the batch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dit_jax.diffusion import (
@@ -30,6 +26,7 @@ from dit_jax.diffusion import (
     estimate,
     guide,
     guided_kind,
+    interpolate,
     levels_of,
     predicted_velocity,
     resolution_shift,
@@ -37,89 +34,12 @@ from dit_jax.diffusion import (
     start,
     token_noise,
 )
-from dit_jax.models import ModelConfig, PatchConfig, TextToVideo, as_computed, positions
+from dit_jax.models import TextToVideo, as_computed
 from dit_jax.sampling.caching import CachedSteps
+from dit_jax.sampling.condition import Condition, unconditioned
+from dit_jax.sampling.given import turned
 from dit_jax.sampling.settings import SamplingConfig
 from dit_jax.types import PAD, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One clip to make."""
-
-    prompt: str
-    frames: int
-    height: int
-    width: int
-    fps: float
-    seed: int
-    text_states: np.ndarray | None = None
-    """The prompt as the states ``[s, e]`` of a text encoder, for a model that reads those."""
-    label: int | None = None
-    """The class, for a model of classes."""
-
-
-@struct.dataclass
-class Condition:
-    """What the solver is given: rows of tokens, what is known of them, and how free each is."""
-
-    clean: Float[Array, "b l p"]
-    """Given tokens; anything where the ceiling is 1."""
-    ceilings: Float[Array, "b l"]
-    """0 is given and held, 1 is free."""
-    group_ids: Int[Array, "b l"]
-    group_ceilings: Float[Array, "b k"]
-    """The ceiling that the tokens of a group share."""
-    positions: Float[Array, "b l 3"]
-    segment_ids: Int[Array, "b l"]
-    token_ids: Int[Array, "b l"]
-    text: Int[Array, "b s"] | Float[Array, "b s e"]
-    text_segment_ids: Int[Array, "b s"]
-    seeds: Int[Array, "b n"]
-
-
-def text_condition(
-    requests: Sequence[Request], model: ModelConfig, row_tokens: int | None = None
-) -> Condition:
-    """Text to video and text to image: one request a row, every token free.
-
-    ``row_tokens`` pads rows to a common length; the longest request's if not given.
-    """
-    grids = [positions(model.patch, r.frames, r.height, r.width, r.fps)[0] for r in requests]
-    length = row_tokens or max(len(grid) for grid in grids)
-    b, s = len(requests), model.text.max_tokens
-    places = np.zeros((b, length, 3), np.float32)
-    segments, tokens = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
-    read = [model.text_tokens(r.prompt, r.text_states, r.label) for r in requests]
-    text = np.zeros((b, s, *read[0].shape[1:]), read[0].dtype)
-    text_segments = np.zeros((b, s), np.int32)
-    for i, (grid, letters) in enumerate(zip(grids, read, strict=True)):
-        count = len(grid)
-        places[i, :count], segments[i, :count] = grid, 1
-        tokens[i, :count] = np.arange(count)
-        text[i, : len(letters)], text_segments[i, : len(letters)] = letters, 1
-    # NumPy arrays here; `parallel.global_batch` makes them JAX arrays of the mesh.
-    fields: dict[str, Any] = dict(
-        clean=np.zeros((b, length, model.patch.dim), np.float32),
-        ceilings=np.ones((b, length), np.float32),
-        group_ids=np.zeros((b, length), np.int32),
-        group_ceilings=np.ones((b, 1), np.float32),
-        positions=places,
-        segment_ids=segments,
-        token_ids=tokens,
-        text=text,
-        text_segment_ids=text_segments,
-        seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
-    )
-    return Condition(**fields)
-
-
-def unconditioned(condition: Condition) -> Condition:
-    """The same rows with the empty prompt: only the first token of every text is seen."""
-    ids = condition.text_segment_ids
-    first = jnp.arange(ids.shape[1]) == 0
-    return dataclasses.replace(condition, text_segment_ids=jnp.where(first, ids, PAD))
-
 
 NOISE_OF_STEPS = 2**32 - 1
 """Sets the noise of steps apart from that of tokens, whose indices are smaller."""
@@ -175,11 +95,15 @@ class Generator:
         return levels_of(path, config.spacing, config.steps, shift, config.last_step)
 
     def _make_start(self, condition: Condition, t: Float[Array, ""]) -> Carry:
-        keys = jax.vmap(jax.vmap(jax.random.key))(condition.seeds)
-        dim = condition.clean.shape[-1]
-        eps = token_noise(keys, condition.segment_ids, condition.token_ids, dim)
+        eps = self._token_noise(condition)
         x = start(self._diffusion.path, condition.clean, eps, condition.ceilings, t)
         return Carry(x, self._solver.begin(x, t))
+
+    def _token_noise(self, condition: Condition) -> Float[Array, "b l p"]:
+        """That with which tokens begin."""
+        keys = jax.vmap(jax.vmap(jax.random.key))(condition.seeds)
+        dim = condition.clean.shape[-1]
+        return token_noise(keys, condition.segment_ids, condition.token_ids, dim)
 
     def _noise(self, condition: Condition, index: Int[Array, ""]) -> Float[Array, "b l p"]:
         def of_step(seed: Int[Array, ""]) -> jax.Array:
@@ -252,6 +176,9 @@ class Generator:
         where there is twice as much text as clips: the prompts, and then the empty ones. ``evaluate``
         is the transformer."""
         guided = text.shape[0] > carry.x.shape[0]
+        places, cycles = condition.positions, condition.cycles
+        if cycles is not None:
+            places = turned(places, cycles, index)
 
         def twice(y: Any) -> Any:
             return jnp.concatenate([y, y]) if guided else y
@@ -259,7 +186,7 @@ class Generator:
         def denoiser(x: Float[Array, "b l p"], t: Float[Array, ""]) -> Estimate:
             output: Any = evaluate(
                 twice(x),
-                twice(condition.positions),
+                twice(places),
                 twice(condition.segment_ids),
                 twice(condition.group_ids),
                 twice(jnp.minimum(t, condition.group_ceilings)),
@@ -270,9 +197,13 @@ class Generator:
 
         problem = Problem(self._diffusion.path, condition.ceilings, self._constants)
         noise = partial(self._noise, condition, index)
-        return Carry(
-            *self._solver.step(problem, denoiser, carry.x, carry.history, t, t_next, noise)
-        )
+        x, history = self._solver.step(problem, denoiser, carry.x, carry.history, t, t_next, noise)
+        if condition.known is not None:
+            eps = self._token_noise(condition)
+            at = problem.tau(t_next)
+            given = interpolate(self._diffusion.path, condition.clean, eps, at)
+            x = jnp.where(condition.known, given, x)
+        return Carry(x, history)
 
     def _guided(self, t: float, t_next: float) -> bool:
         """Whether a step evaluates the model at any level that is guided."""
@@ -293,27 +224,26 @@ class Generator:
         text_segment_ids = condition.text_segment_ids
         both = text, text_segment_ids
         if self.config.guidance.active:
-            empty = unconditioned(condition).text_segment_ids
-            without = self._encode(params, condition.text, empty)
+            other = unconditioned(condition)
+            without = self._encode(params, other.text, other.text_segment_ids)
             both = (
                 jnp.concatenate([text, without]),
-                jnp.concatenate([text_segment_ids, empty]),
+                jnp.concatenate([text_segment_ids, other.text_segment_ids]),
             )
-        levels = self.levels(int((condition.segment_ids != PAD).sum(1).max()))
-        carry = self.begin(condition, levels[0])
-        step = self.step
-        if self._cached is not None:
-            step = self._cached.following(self.plan(params, levels))
+        seen = condition.segment_ids != PAD
+        levels = self.levels(int(seen.sum(1).max()))
+        # Above the highest ceiling nothing moves: those steps are not made.
+        highest = float(jnp.where(seen, condition.ceilings, 0).max())
+        first = min(int((levels[1:] >= np.float32(highest)).sum()), len(levels) - 2)
+        carry, step = self.begin(condition, levels[first]), self.step
+        if self._cached is not None and condition.cycles is None:
+            step = self._cached.following(self.plan(params, levels[first:]))
         for i, (t, t_next) in enumerate(itertools.pairwise(levels)):
+            if i < first:
+                on_step()
+                continue
             read = both if self._guided(t, t_next) else (text, text_segment_ids)
             carry = step(params, carry, condition, *read, t, t_next, np.int32(i))
             carry.x.block_until_ready()
             on_step()
         return carry.x
-
-
-def check_request(request: Request, patch: PatchConfig) -> None:
-    """Raises ``ValueError`` where the model cannot make such a clip, with what it can."""
-    patch.grid(request.frames, request.height, request.width)
-    if not 0 < request.fps < math.inf:
-        raise ValueError(f"fps is {request.fps}: a frame rate is above 0 and finite; try 24.")

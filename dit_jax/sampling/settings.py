@@ -52,7 +52,8 @@ class SamplingConfig:
     """CFG-Zero*: first steps in which nothing moves (euler and heun)."""
     cache_threshold: float = 0.0
     """Feature caching: steps reuse what the transformer's blocks added, until the noise level's part
-    of the first block's input has changed by this share in all. 0 is off (docs/sampling.md)."""
+    of the first block's input has changed by this share in all (docs/long.md). 0 is off, as loops
+    always are: their positions turn."""
     batch: int = 32
     """Clips made at once."""
 

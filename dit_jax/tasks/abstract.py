@@ -19,7 +19,7 @@ from dit_jax.config import Config
 from dit_jax.diffusion import EVALUATIONS
 from dit_jax.models import TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
-from dit_jax.sampling import Generator, Request, text_condition
+from dit_jax.sampling import Generator, Request, make_condition
 from dit_jax.tasks.text_to_video import batch_loss, check_layout, init_params, make_model
 from dit_jax.training import abstract_params
 from dit_jax.training.state import InitParams
@@ -112,7 +112,7 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
     request = Request("", *size, config.codec.latent_fps(made.fps), 0, states)
     count = model_config.patch.num_tokens(*size)
     multiple = token_multiple(mesh, config.attention)
-    condition = text_condition([request] * rows, model_config, -(-count // multiple) * multiple)
+    condition = make_condition([request] * rows, model_config, -(-count // multiple) * multiple)
 
     def field(value: Any, along_tokens: bool, times: int = 1) -> jax.ShapeDtypeStruct:
         shape = (value.shape[0] * times, *value.shape[1:])

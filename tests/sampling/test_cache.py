@@ -24,7 +24,7 @@ from dit_jax.models import (
     first_modulation,
 )
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
-from dit_jax.sampling import Generator, Request, SamplingConfig, text_condition
+from dit_jax.sampling import Generator, Request, SamplingConfig, make_condition
 from dit_jax.sampling.caching import plan_steps, relative_changes
 
 MODEL = ModelConfig(
@@ -68,7 +68,7 @@ def generator(data: int = 1, fsdp: int = 1, **fields: Any) -> Generator:
 
 def made(requests: Any = REQUESTS, data: int = 1, fsdp: int = 1, **fields: Any) -> np.ndarray:
     mesh, _, params = model_on(data, fsdp)
-    condition = text_condition(requests, MODEL, 12)
+    condition = make_condition(requests, MODEL, 12)
     placed = global_batch(mesh, condition, tuple(range(len(requests))), len(requests))
     return np.asarray(generator(data, fsdp, **fields)(params, placed))
 
@@ -122,7 +122,7 @@ def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, An
         return call(*args, **kwargs)
 
     found = []
-    condition = text_condition(REQUESTS[:1], MODEL)
+    condition = make_condition(REQUESTS[:1], MODEL)
     for level in levels:
         seen.clear()
         with nn.intercept_methods(watch), jax.disable_jit():
@@ -162,7 +162,7 @@ def test_without_a_threshold_nothing_is_cached_and_a_tiny_one_reuses_nothing():
 def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
     _, model, params = model_on()
     rng = np.random.default_rng(1)
-    condition = text_condition(REQUESTS, MODEL)
+    condition = make_condition(REQUESTS, MODEL)
     x = rng.normal(size=condition.clean.shape).astype(np.float32)
     text = rng.normal(size=(2, MODEL.text.max_tokens, 16)).astype(np.float32)
 
@@ -206,7 +206,7 @@ def test_two_steps_are_compiled_for_all(solver: str):
     _, model, params = model_on()
     fields = {"cfg_interval": (0.0, 1.0), "solver": solver, "cache_threshold": 9.0}
     one = Generator(model, DiffusionConfig(), dataclasses.replace(SAMPLING, **fields))
-    condition = jax.tree.map(jnp.asarray, text_condition(REQUESTS, MODEL))
+    condition = jax.tree.map(jnp.asarray, make_condition(REQUESTS, MODEL))
     for _ in range(2):
         assert np.isfinite(one(params, condition)).all()
     assert one._cached._keep._cache_size() == one._cached._reuse._cache_size() == 1
