@@ -32,7 +32,7 @@ MODEL = ModelConfig(
     patch=PatchConfig(t=1, h=4, w=4, channels=3, reference_fps=8.0),
     text=ByteEncoderConfig(width=16, depth=1, heads=2, max_bytes=15),
 )
-SAMPLING = SamplingConfig(steps=6, cfg_scale=2.0, cfg_interval=(0.3, 1.0), fps=8.0)
+SAMPLING = SamplingConfig(steps=6, cfg_scale=2.0, cfg_interval=(0.4, 1.0), fps=8.0)
 REQUESTS = [
     Request("a red circle", 2, 8, 8, 8.0, 1),
     Request("a cross", 3, 8, 8, 8.0, 2),
