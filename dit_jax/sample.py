@@ -40,16 +40,19 @@ from dit_jax.preparation import (
     UpsampleConfig,
     Upsampled,
     default_cache,
+    probe_prompt,
+    read_prompt,
     read_prompts,
     upsample,
 )
 from dit_jax.preparation.upsample import changes, records, warnings
 from dit_jax.sampling import (
     Request,
+    Space,
     check_output,
     check_request,
     grid,
-    make_clips,
+    make_edits,
     upscale,
     write_video,
 )
@@ -82,6 +85,8 @@ class SampleArguments:
     sampling: tyro.conf.OmitArgPrefixes[tasks.SamplingOverrides] = tasks.SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
     """What else the run's config says (``sampling``), size and solver among it; 1 frame is a still
     image."""
+    mode: tyro.conf.OmitArgPrefixes[tasks.ModeArguments] = tasks.ModeArguments()
+    """Pictures and clips as prompts, and loops (docs/modes.md)."""
     codec: str | None = None
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
     text_encoder: str | None = None
@@ -165,8 +170,25 @@ def _requests(config: Config, prompts: list[str | int], seed: int) -> list[Reque
     ]
 
 
+def _plan(given: SampleArguments, config: Config) -> tasks.Plan:
+    """Of what size, rate and length; looks into the files that are given."""
+    files = given.mode.files
+    probes = [probe_prompt(file) for file in files]
+    shapes = [tasks.Shape(p.height, p.width, p.fps, p.kind == "image") for p in probes]
+    return tasks.make_plan(given.mode, given.sampling, config, shapes)
+
+
+def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
+    count = 1 if plan.given.source == "image" else None
+    return {
+        file: read_prompt(file, plan.height, plan.width, plan.fps, count)
+        for file in plan.given.files
+    }
+
+
 def sample(given: SampleArguments) -> None:
     """Makes the clips and writes them."""
+    given.mode.check(given.sampling)
     directory = Path(given.output)
     single = bool(directory.suffix) and not directory.is_dir()
     if single:
@@ -178,22 +200,26 @@ def sample(given: SampleArguments) -> None:
         given.checkpoint, given.step, given.sampling, given.codec, given.text_encoder
     )
     config = trained.config
-    made = config.sampling
+    plan = _plan(given, config)
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
+    media = _media(plan)
     mesh = make_mesh(given.mesh)
     codec = tasks.open_codec(config, mesh)
+    assert codec is not None  # `Trained` refuses models of latents without one
+    space = Space(codec, config.model.patch)
     if given.upsample:
         file = directory.with_suffix(".prompts.json") if single else directory / "prompts.json"
         requests = _requests(config, _upsampled(given, config, prompts, file), given.seed)
 
     # Gone again before the model's own weights are read.
-    requests = tasks.with_states(requests, tasks.open_text_encoder(config, mesh))
+    likes = plan.likes(requests, space)
+    likes = tasks.with_states(likes, tasks.open_text_encoder(config, mesh))
+    edits = plan.edits(likes, space, media)
     generator, params = trained.load(mesh, given.spread_parameters)
-    decode = None if codec is None else codec.decode
-    clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
+    clips = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
     if jax.process_index() == 0:
-        _write(given, directory, single, prompts, clips, made.fps)
+        _write(given, directory, single, prompts, clips, plan.output_fps)
 
 
 def _chat_config(given: SampleArguments, prompts: list[str | int]) -> ChatConfig:

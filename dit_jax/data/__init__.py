@@ -19,8 +19,10 @@ from dit_jax.data.shapes import ShapesConfig as ShapesConfig
 from dit_jax.data.shapes import caption as caption
 from dit_jax.data.shapes import held_out_scenes as held_out_scenes
 from dit_jax.data.transforms import TransformConfig as TransformConfig
+from dit_jax.data.transforms import centre as centre
 from dit_jax.data.transforms import flip as flip
 from dit_jax.data.transforms import resize as resize
+from dit_jax.data.transforms import resized as resized
 from dit_jax.data.writing import LatentsOf as LatentsOf
 from dit_jax.data.writing import StatesOf as StatesOf
 from dit_jax.data.writing import write_records as write_records

@@ -262,7 +262,7 @@ def interpolate(
 
     Args:
         strength: the others are remade from so much noise on a blend of their neighbours. Unset: 1
-            where every frame has a token of its own, else 0.7.
+    x
 
     Raises:
         ValueError: where the factor is below 2, or the clip has one frame.
@@ -270,7 +270,7 @@ def interpolate(
     _check_size(space, like, clip)
     if factor < 2 or len(clip) < 2:
         raise ValueError(f"{len(clip)} frames, {factor} times: give at least 2 of both.")
-    strength = (1.0 if space.stride == 1 else 0.7) if strength is None else strength
+    strength = (1.0 if space.stride == 1 else 0.4) if strength is None else strength
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength}: it is above 0 and at most 1.")
     count = 1 + (len(clip) - 1) * factor

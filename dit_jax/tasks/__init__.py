@@ -14,6 +14,10 @@ from dit_jax.tasks.converting import read_codec_folder as read_codec_folder
 from dit_jax.tasks.converting import write_run as write_run
 from dit_jax.tasks.kinds import build as build
 from dit_jax.tasks.kinds import recorded as recorded
+from dit_jax.tasks.requested import ModeArguments as ModeArguments
+from dit_jax.tasks.requested import Plan as Plan
+from dit_jax.tasks.requested import Shape as Shape
+from dit_jax.tasks.requested import make_plan as make_plan
 from dit_jax.tasks.text_encoders import check_reads as check_reads
 from dit_jax.tasks.text_encoders import on_mesh as on_mesh
 from dit_jax.tasks.text_encoders import open_text_encoder as open_text_encoder

@@ -151,15 +151,23 @@ class Encoded:
 
 
 def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
-    """Requests with the states of their prompts, where an encoder is given and they have none."""
+    """Requests with the states of their prompts (and of the negative ones, if any), where an encoder
+    is given and they have none."""
     if encoder is None:
         return list(requests)
-    bare = list(dict.fromkeys(r.prompt for r in requests if r.text_states is None))
+    bare = [r.prompt for r in requests if r.text_states is None]
+    bare += [r.negative for r in requests if r.negative and r.negative_states is None]
+    bare = list(dict.fromkeys(bare))
     states = dict(zip(bare, encoder.encode(bare), strict=True))
-    return [
-        r if r.text_states is not None else dataclasses.replace(r, text_states=states[r.prompt])
-        for r in requests
-    ]
+
+    def told(request: Request) -> Request:
+        found, negative = request.text_states, request.negative_states
+        found = states[request.prompt] if found is None else found
+        if request.negative and negative is None:
+            negative = states[request.negative]
+        return dataclasses.replace(request, text_states=found, negative_states=negative)
+
+    return [told(request) for request in requests]
 
 
 def check_reads(config: Config, run: str) -> None:
