@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -26,6 +27,12 @@ Decode = Callable[[np.ndarray], np.ndarray]
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """The same on every process; compiled once, however often clips are made."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def make_clips(
@@ -86,7 +93,7 @@ def make_rows(
     length = max(request.num_tokens(model.patch) for request in every)
     length = _round_up(length, token_multiple(mesh))
     rows = clips_at_once(generator, len(requests), mesh)
-    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    gather = _gather(mesh)
     for first in range(0, len(requests), rows):
         part = list(requests[first : first + rows])
         # A short last batch is filled up, so that all batches run the same compiled step.
