@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from dit_jax import tasks
-from dit_jax.data import ShapesConfig, caption, held_out_scenes, render
+from dit_jax.data import ShapesConfig, caption, held_out_scenes
+from dit_jax.data.shapes import render
 from dit_jax.evaluation import prompt_following
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (

@@ -137,15 +137,11 @@ def make_long(
         ValueError: where clips, windows and heads do not fit together, or ``kept`` is of others.
     """
     _check(clips, windows, model.patch, noise, heads)
-    held = dataclasses.replace(windows[0], history=0 if heads is None else len(heads[0]))
-    firsts = [
-        _given(clip[0], held, head, noise, model.patch)
-        for clip, head in zip(clips, heads or [None] * len(clips), strict=True)
-    ]
+    firsts = _firsts(clips, windows[0], heads, noise, model.patch)
     # What later windows look like, so that the first, which lacks a history, has their form.
     form = [_given(clips[0][0], w, None, noise, model.patch) for w in windows[:2]]
-    store = _Store(kept, clips, windows, noise, heads) if jax.process_count() == 1 else None
-    made = store.read() if store else []
+    store = _Store(kept if jax.process_count() == 1 else None, clips, windows, noise, heads)
+    made = store.read()
     batches = -(-len(clips) // clips_at_once(generator, len(clips), mesh))
     with tqdm(
         total=len(windows) * batches * generator.config.steps,
@@ -157,12 +153,14 @@ def make_long(
     ) as bar:
         for number in range(len(made), len(windows)):
             window = windows[number]
-            requests = firsts
-            if number:
-                requests = [
+            requests = (
+                firsts
+                if number == 0
+                else [
                     _given(clip[number], window, past[-window.history :], noise, model.patch)
                     for clip, past in zip(clips, made[-1], strict=True)
                 ]
+            )
             rows = make_rows(generator, params, requests, model, mesh, bar.update, form)
             latents = np.stack(
                 [_latents(*pair, model.patch) for pair in zip(requests, rows, strict=True)]
@@ -170,10 +168,23 @@ def make_long(
             if heads is not None and not number:
                 latents[:, : len(heads[0])] = np.stack(heads)
             made.append(latents)
-            if store:
-                store.write(made)
+            store.write(made)
     new = [part[:, w.history :] for part, w in zip(made, windows, strict=True)]
     return list(np.concatenate(new, 1))
+
+
+def _firsts(
+    clips: Sequence[Sequence[Request]],
+    window: Window,
+    heads: Sequence[np.ndarray] | None,
+    noise: float,
+    patch: PatchConfig,
+) -> list[Request]:
+    held = dataclasses.replace(window, history=0 if heads is None else len(heads[0]))
+    return [
+        _given(clip[0], held, head, noise, patch)
+        for clip, head in zip(clips, heads or [None] * len(clips), strict=True)
+    ]
 
 
 def _latents(request: Request, row: np.ndarray, patch: PatchConfig) -> np.ndarray:

@@ -140,7 +140,8 @@ def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, An
     got = first_modulation(config, of_dit, jnp.asarray(levels))
     np.testing.assert_allclose(got, found, rtol=1e-4, atol=1e-4)  # float32
     change = abs(found[1:] - found[:-1]).mean(1) / abs(found[:-1]).mean(1)
-    np.testing.assert_allclose(relative_changes(config, params, levels), change, rtol=1e-4)
+    got = relative_changes(config, params, jnp.asarray(levels))
+    np.testing.assert_allclose(got, change, rtol=1e-4)
 
 
 # --- what is made ---
