@@ -68,7 +68,7 @@ def torch_clip(given: argparse.Namespace, fused: bool) -> Callable[[], int]:
         num_layers=depth,
     ).eval()
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
     text, empty = torch.randn(2, 1, TEXT_TOKENS, TEXT_DIM)
 
     @torch.inference_mode()
@@ -106,7 +106,8 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
 
     compiled = [0]
 
-    def count(event: str, _: float, **more: Any) -> None:
+    def count(event: str, duration_secs: float, **more: Any) -> None:
+        del duration_secs, more
         compiled[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(count)
@@ -216,6 +217,7 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     requests = tasks.with_states(cases.requests, tasks.open_text_encoder(config, mesh))
     requests = requests[: given.clips]
     codec = tasks.open_codec(config, mesh)
+    assert codec is not None
     _, params = trained.load(mesh, False)
     model = tasks.make_model(config.model, mesh)
     table: list[dict[str, Any]] = []
@@ -227,12 +229,14 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
         table.append({**row, "runs": sum(one.plan(params, levels)), "seconds": []})
 
     def make(row: dict[str, Any]) -> list[np.ndarray]:
-        decode = codec and codec.decode
-        return make_clips(row["generator"], params, requests, config.model, mesh, decode=decode)
+        return make_clips(
+            row["generator"], params, requests, config.model, mesh, decode=codec.decode
+        )
 
+    base: list[np.ndarray] = []
     for row in table:
         clips = make(row)
-        base = clips if row is table[0] else base
+        base = base or clips
         row["measured"] = cases.measure(clips)
         same = all((a == b).all() for a, b in zip(clips, base, strict=True))
         row["psnr to the run's own"] = None if same else float(mean_psnr(clips, base))

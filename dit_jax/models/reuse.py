@@ -24,7 +24,8 @@ def denoise_and_keep(
     model: TextToVideo, params: Params, *given: Any
 ) -> tuple[Float[Array, "b l o"], Float[Array, "b l d"]]:
     """``TextToVideo.denoise``, and what the blocks added, in the dtype of activations."""
-    output, left = model.apply(params, *given, method="denoise", mutable=[RESIDUALS])
+    made: Any = model.apply(params, *given, method="denoise", mutable=[RESIDUALS])
+    output, left = made
     return output, left[RESIDUALS]["dit"]["blocks"]
 
 
