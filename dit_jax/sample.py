@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from dit_jax import tasks
 from dit_jax.config import Config
@@ -51,9 +52,12 @@ from dit_jax.sampling import (
     Space,
     check_output,
     check_request,
+    decode_long,
     grid,
     make_edits,
+    make_long,
     upscale,
+    write_parts,
     write_video,
 )
 
@@ -87,6 +91,8 @@ class SampleArguments:
     image."""
     mode: tyro.conf.OmitArgPrefixes[tasks.ModeArguments] = tasks.ModeArguments()
     """Pictures and clips as prompts, and loops (docs/modes.md)."""
+    long: tyro.conf.OmitArgPrefixes[tasks.LongArguments] = tasks.LongArguments()
+    """Minutes (docs/long.md)."""
     codec: str | None = None
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
     text_encoder: str | None = None
@@ -135,6 +141,9 @@ def _prompts(given: SampleArguments) -> list[str | int]:
     prompts: list[str | int] = [*given.prompt, *given.label]
     if given.prompts_file is not None:
         prompts += read_prompts(given.prompts_file)
+    given.long.check(given.mode, len(prompts), given.upsample)
+    if (board := given.long.board()) is not None:
+        prompts = [board.prompts[0]]
     if not prompts:
         raise ValueError(
             'nothing to make: give --prompt "...", --prompts-file FILE or --label NUMBER.'
@@ -212,6 +221,10 @@ def sample(given: SampleArguments) -> None:
         file = directory.with_suffix(".prompts.json") if single else directory / "prompts.json"
         requests = _requests(config, _upsampled(given, config, prompts, file), given.seed)
 
+    if given.long.long is not None:
+        _sample_long(given, trained, plan.likes(requests, space), space, mesh)
+        return
+
     # Gone again before the model's own weights are read.
     likes = plan.likes(requests, space)
     likes = tasks.with_states(likes, tasks.open_text_encoder(config, mesh))
@@ -220,6 +233,45 @@ def sample(given: SampleArguments) -> None:
     clips = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
     if jax.process_index() == 0:
         _write(given, directory, single, prompts, clips, plan.output_fps)
+
+
+def _sample_long(
+    given: SampleArguments, trained: tasks.Trained, likes: list[Request], space: Space, mesh: Mesh
+) -> None:
+    """Makes long clips and writes them, some frames at a time. What windows have made is kept beside
+    the output until that is written: the same command goes on from there."""
+    config, directory = trained.config, Path(given.output)
+    plan = tasks.make_long_plan(given.long, config, space)
+    clips = plan.requests(likes, given.long.board())
+    encoder = tasks.open_text_encoder(config, mesh)
+    clips = [tasks.with_states(requests, encoder) for requests in clips]
+    del encoder
+    single = bool(directory.suffix) and not directory.is_dir()
+    kept = directory.with_suffix(".windows.npz") if single else directory / "windows.npz"
+    generator, params = trained.load(mesh, given.spread_parameters)
+    noise = given.long.history_noise
+    made = make_long(
+        generator, params, clips, plan.windows, config.model, mesh, noise, kept=kept, progress=True
+    )
+    if jax.process_index() != 0:
+        return
+    parts = [decode_long(space.codec, latents, plan.frames) for latents in made]
+    large = [(upscale(part, given.scale) for part in one) for one in parts]
+    fps = config.sampling.fps
+    if single:
+        together = (grid(list(frames)) for frames in zip(*large, strict=True))
+        write_parts(directory, large[0] if len(large) == 1 else together, fps)
+    else:
+        for name, one in zip(
+            _names([like.prompt if like.label is None else like.label for like in likes]),
+            large,
+            strict=True,
+        ):
+            write_parts(directory / f"{name}.{given.format}", one, fps)
+    kept.unlink(missing_ok=True)
+    print(
+        f"{len(made)} clip(s) of {plan.frames} frames in {len(plan.windows)} windows: {directory}"
+    )
 
 
 def _chat_config(given: SampleArguments, prompts: list[str | int]) -> ChatConfig:
@@ -271,6 +323,13 @@ def _tell_changes(found: list[Upsampled], client: ChatClient, file: Path) -> Non
         )
 
 
+def _names(prompts: Sequence[str | int]) -> list[str]:
+    """Of files in a directory: numbers, and what is asked for."""
+    words = [p if isinstance(p, str) else f"class {p}" for p in prompts]
+    slugs = [re.sub(r"\W+", "-", one.lower()).strip("-")[:60] for one in words]
+    return [f"{i:04d}-{slug}" for i, slug in enumerate(slugs)]
+
+
 def _write(
     given: SampleArguments,
     directory: Path,
@@ -284,10 +343,8 @@ def _write(
         write_video(directory, large[0] if len(large) == 1 else grid(large), fps)
         print(f"{len(large)} clip(s): {directory}")
         return
-    for i, (prompt, clip) in enumerate(zip(prompts, large, strict=True)):
-        words = prompt if isinstance(prompt, str) else f"class {prompt}"
-        slug = re.sub(r"\W+", "-", words.lower()).strip("-")[:60]
-        write_video(directory / f"{i:04d}-{slug}.{given.format}", clip, fps)
+    for name, clip in zip(_names(prompts), large, strict=True):
+        write_video(directory / f"{name}.{given.format}", clip, fps)
     print(f"{len(large)} clip(s) in {directory}/")
 
 

@@ -98,6 +98,25 @@ def test_several_prompts_share_a_grid_or_a_directory(
     np.testing.assert_array_equal(read_video(tmp_path / "clips" / names[0])[0], alone[0])
 
 
+def test_a_long_clip_begins_as_the_plain_one_and_follows_its_storyboard(
+    whole: Run, sampled: Sampled, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    strip = sampled("--long", 13)
+    assert strip.shape == (1, 24, 13 * 24, 3) and strip.std() > 0
+    assert "1 clip(s) of 13 frames in 5 windows" in capfd.readouterr().out
+    np.testing.assert_array_equal(strip[:, :, : 5 * 24], sampled())
+
+    board, told = tmp_path / "board.txt", tmp_path / "told.png"
+    board.write_text(f"0s: {PROMPT}\n1.1s: {OTHER}\n")
+    arguments = ["--checkpoint", whole.directory, "--output", told, "--long", 13]
+    assert sample.main([str(one) for one in [*arguments, "--storyboard", board]]) == 0
+    # New frames 5 to 6, 7 to 8, 9 to 10: the last have their middle behind 1.1 s of 8 a second.
+    other = read_video(told)[0]
+    np.testing.assert_array_equal(other[:, :, : 9 * 24], strip[:, :, : 9 * 24])
+    assert (other[:, :, 9 * 24 :] != strip[:, :, 9 * 24 :]).any()
+    assert not list(tmp_path.glob("*.npz"))
+
+
 def test_guidance_solver_steps_and_checkpoint_are_chosen(sampled: Sampled):
     changes = ["--cfg-scale", 1], ["--solver", "heun"], ["--steps", 4], ["--step", 8]
     strips = [sampled()] + [sampled(*change) for change in changes]

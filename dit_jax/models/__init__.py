@@ -42,6 +42,8 @@ from dit_jax.models.reconstruction_loss import ReconstructionLoss as Reconstruct
 from dit_jax.models.reconstruction_loss import (
     ReconstructionLossConfig as ReconstructionLossConfig,
 )
+from dit_jax.models.reuse import denoise_and_keep as denoise_and_keep
+from dit_jax.models.reuse import first_modulation as first_modulation
 from dit_jax.models.t5 import T5_PRESETS as T5_PRESETS
 from dit_jax.models.t5 import T5Encoder as T5Encoder
 from dit_jax.models.t5 import T5EncoderConfig as T5EncoderConfig

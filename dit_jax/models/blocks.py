@@ -339,3 +339,24 @@ class DiTBlock(nn.Module):
         branch = lay(MLP(self.mlp_dim, name="mlp", **layers)(h))
         x = x + (gate2 * branch.astype(jnp.float32)).astype(x.dtype)
         return lay(x), None
+
+
+RESIDUALS = "residuals"
+"""The collection of what all blocks together added to their input, for steps that run none."""
+
+
+def through(
+    module: nn.Module,
+    blocks: Callable[..., tuple[Float[Array, "b l d"], None]],
+    x: Float[Array, "b l d"],
+    given: tuple[Any, ...],
+    residual: Float[Array, "b l d"] | None,
+) -> Float[Array, "b l d"]:
+    """``x`` after the blocks, which leave in ``RESIDUALS`` what they added where that is mutable; or
+    plus ``residual``, in place of running them."""
+    if residual is not None:
+        return x + residual
+    out, _ = blocks(x, *given)
+    if module.is_mutable_collection(RESIDUALS) and not module.is_initializing():
+        module.put_variable(RESIDUALS, "blocks", out - x)
+    return out

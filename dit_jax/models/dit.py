@@ -30,6 +30,7 @@ from dit_jax.models.blocks import (
     dense,
     gather_parts,
     layer_norm,
+    through,
 )
 from dit_jax.models.positions import axis_dims, grid_features, rotary_angles, sincos_features
 from dit_jax.types import ATTENTION, QKV, RESIDUAL, Attention, Constrain, DotGeneral
@@ -289,10 +290,12 @@ class DiT(nn.Module):
         group_t: Float[Array, "b k"],
         text: Float[Array, "b s e"] | None,
         text_segment_ids: Int[Array, "b s"] | None,
+        residual: Float[Array, "b l d"] | None = None,
     ) -> Float[Array, "b l o"]:
         """Returns float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
 
-        Text may be None where the config uses none.
+        Text may be None where the config uses none. A ``residual`` takes the place of the blocks (see
+        ``models.reuse``).
         """
         config = self.config
         linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
@@ -321,16 +324,8 @@ class DiT(nn.Module):
         if config.modulation == "shared":
             of_layers = Modulation(config.width, 2, name="modulation")(condition)
             of_layers = self.constrain(of_layers, "batch", None, None)
-        x, _ = layers(
-            config,
-            "blocks",
-            heads=config.heads,
-            mlp_dim=config.hidden,
-            dtype=self.dtype,
-            attention=self.attention,
-            constrain=self.constrain,
-            dot_general=self.layer_dot_general or self.dot_general,
-        )(x, of_layers, group_ids, segment_ids, rotary, text, text_segment_ids)
+        given = (of_layers, group_ids, segment_ids, rotary, text, text_segment_ids)
+        x = through(self, _layers_of(self), x, given, residual)
 
         groups = Modulation(config.width, 1, gated=False, name="final_modulation")(condition)
         groups = self.constrain(groups, "batch", None, None)
@@ -338,3 +333,17 @@ class DiT(nn.Module):
         x = (layer_norm(x) * (1 + scale) + shift).astype(self.dtype)
         x = linear(self.output_dim, ("embed", "patch"), name="final", init=ZERO)(x)
         return x.astype(jnp.float32)
+
+
+def _layers_of(dit: DiT) -> Callable[..., tuple[Float[Array, "b l d"], None]]:
+    config = dit.config
+    return layers(
+        config,
+        "blocks",
+        heads=config.heads,
+        mlp_dim=config.hidden,
+        dtype=dit.dtype,
+        attention=dit.attention,
+        constrain=dit.constrain,
+        dot_general=dit.layer_dot_general or dit.dot_general,
+    )

@@ -156,10 +156,18 @@ class TextToVideo(nn.Module):
         group_t: Float[Array, "b k"],
         text_states: Float[Array, "b s e"],
         text_segment_ids: Int[Array, "b s"],
+        residual: Float[Array, "b l d"] | None = None,
     ) -> Float[Array, "b l o"]:
-        """The transformer alone, on encoded text."""
+        """The transformer alone, on encoded text; see ``DiT`` of a ``residual``."""
         return self.dit(
-            tokens, positions, segment_ids, group_ids, group_t, text_states, text_segment_ids
+            tokens,
+            positions,
+            segment_ids,
+            group_ids,
+            group_t,
+            text_states,
+            text_segment_ids,
+            residual,
         )
 
     def __call__(

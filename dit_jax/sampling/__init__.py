@@ -7,12 +7,19 @@ from dit_jax.sampling.condition import check_request as check_request
 from dit_jax.sampling.condition import make_condition as make_condition
 from dit_jax.sampling.generate import Generator as Generator
 from dit_jax.sampling.given import Given as Given
+from dit_jax.sampling.long import Window as Window
+from dit_jax.sampling.long import decode_long as decode_long
+from dit_jax.sampling.long import default_history as default_history
+from dit_jax.sampling.long import make_long as make_long
+from dit_jax.sampling.long import plan_windows as plan_windows
+from dit_jax.sampling.long import window_requests as window_requests
 from dit_jax.sampling.media import check_output as check_output
 from dit_jax.sampling.media import contact_sheet as contact_sheet
 from dit_jax.sampling.media import grid as grid
 from dit_jax.sampling.media import to_float as to_float
 from dit_jax.sampling.media import to_uint8 as to_uint8
 from dit_jax.sampling.media import upscale as upscale
+from dit_jax.sampling.media import write_parts as write_parts
 from dit_jax.sampling.media import write_png as write_png
 from dit_jax.sampling.media import write_video as write_video
 from dit_jax.sampling.modes import Edit as Edit
@@ -28,3 +35,5 @@ from dit_jax.sampling.modes import plain as plain
 from dit_jax.sampling.modes import restyle as restyle
 from dit_jax.sampling.settings import SamplingConfig as SamplingConfig
 from dit_jax.sampling.space import Space as Space
+from dit_jax.sampling.storyboard import Storyboard as Storyboard
+from dit_jax.sampling.storyboard import read_storyboard as read_storyboard

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -28,6 +29,12 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """The same on every process; compiled once, however often clips are made."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def make_clips(
     generator: Generator,
     params: Params,
@@ -44,16 +51,7 @@ def make_clips(
     """
     for request in requests:
         check_request(request, model.patch)
-    sizes = [request.num_tokens(model.patch) for request in requests]
-    length = _round_up(max(sizes), token_multiple(mesh))
-    shards = batch_shards(mesh)
-    config = generator.config
-    if config.cfg_scale != 1 and config.cfg_interval == (0.0, 1.0) and shards % 2 == 0:
-        shards //= 2  # every step has two rows for each clip
-    rows = _round_up(min(generator.config.batch, len(requests)), shards)
-    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    clips: list[np.ndarray] = []
-    batches = -(-len(requests) // rows)
+    batches = -(-len(requests) // clips_at_once(generator, len(requests), mesh))
     with tqdm(
         total=batches * generator.config.steps,
         unit="step",
@@ -61,16 +59,48 @@ def make_clips(
         disable=not progress or jax.process_index() != 0,
         dynamic_ncols=True,
     ) as bar:
-        for first in range(0, len(requests), rows):
-            part = list(requests[first : first + rows])
-            # A short last batch is filled up, so that all batches run the same compiled step.
-            full = part + [dataclasses.replace(part[-1])] * (rows - len(part))
-            condition = make_condition(full, model, length, requests)
-            placed = global_batch(mesh, condition, tuple(range(rows)), rows)
-            tokens = np.asarray(gather(generator(params, placed, bar.update)))
-            for request, row in zip(part, tokens, strict=False):
-                clips.append(to_uint8(_pixels(request, row, model.patch, decode)))
-    return clips
+        rows = make_rows(generator, params, requests, model, mesh, bar.update)
+        return [
+            to_uint8(_pixels(request, row, model.patch, decode))
+            for request, row in zip(requests, rows, strict=True)
+        ]
+
+
+def clips_at_once(generator: Generator, count: int, mesh: Mesh) -> int:
+    """Rows of the batches in which so many requests are made."""
+    config, shards = generator.config, batch_shards(mesh)
+    if config.cfg_scale != 1 and config.cfg_interval == (0.0, 1.0) and shards % 2 == 0:
+        shards //= 2  # every step has two rows for each clip
+    return _round_up(min(config.batch, count), shards)
+
+
+def make_rows(
+    generator: Generator,
+    params: Params,
+    requests: Sequence[Request],
+    model: ModelConfig,
+    mesh: Mesh,
+    on_step: Callable[[], object] = lambda: None,
+    together: Sequence[Request] = (),
+) -> Iterator[np.ndarray]:
+    """Rows ``[l, p]`` that begin with the clean tokens of each request; the same on every process.
+
+    Args:
+        on_step: called after each step of the solver.
+        together: requests of other calls that are to be made by the same compiled step.
+    """
+    every = [*requests, *together]
+    length = max(request.num_tokens(model.patch) for request in every)
+    length = _round_up(length, token_multiple(mesh))
+    rows = clips_at_once(generator, len(requests), mesh)
+    gather = _gather(mesh)
+    for first in range(0, len(requests), rows):
+        part = list(requests[first : first + rows])
+        # A short last batch is filled up, so that all batches run the same compiled step.
+        full = part + [dataclasses.replace(part[-1])] * (rows - len(part))
+        condition = make_condition(full, model, length, every)
+        placed = global_batch(mesh, condition, tuple(range(rows)), rows)
+        yield from np.asarray(gather(generator(params, placed, on_step)))[: len(part)]
 
 
 def _pixels(

@@ -7,6 +7,7 @@ not depend on which requests share the batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from dit_jax.diffusion import (
     token_noise,
 )
 from dit_jax.models import TextToVideo, as_computed
+from dit_jax.sampling.caching import CachedSteps
 from dit_jax.sampling.condition import Condition, unconditioned
 from dit_jax.sampling.given import turned
 from dit_jax.sampling.settings import SamplingConfig
@@ -52,8 +54,9 @@ class Carry(NamedTuple):
 
 
 class Generator:
-    """Compiled sampling for one model: ``generate`` compiles once for each shape of condition (and
-    once more where guidance has an interval, for the steps outside).
+    """Compiled sampling for one model: a call compiles once for each shape of condition (once more
+    where guidance has an interval, for the steps outside; and where features are cached, for the steps
+    that reuse them).
 
     Raises:
         ValueError: where a model so trained cannot be sampled as the config says.
@@ -72,6 +75,8 @@ class Generator:
         self._prepare = jax.jit(self.prepared)
         self._encode = jax.jit(partial(model.apply, method="encode_text"))
         self.step = jax.jit(self._make_step, donate_argnums=1)
+        threshold = config.cache_threshold
+        self._cached = CachedSteps(model, self._solve, threshold) if threshold else None
 
     def prepared(self, params: Params) -> Params:
         """Parameters (or their shapes) as the steps take them: what the layers would convert to the
@@ -145,9 +150,20 @@ class Generator:
             prediction = jnp.where(index < guidance.zero_init, 0, prediction)
         return estimate(diffusion, prediction, x, tau, fraction)
 
-    def _make_step(
+    def _make_step(self, params: Params, carry: Carry, *given: Any) -> Carry:
+        return self._solve(partial(self._model.apply, params, method="denoise"), carry, *given)
+
+    def plan(self, params: Params, levels: Float[np.ndarray, "k"]) -> list[bool]:
+        """Whether each step runs the transformer's blocks; the others reuse what those added."""
+        if self._cached is None:
+            return [True] * (len(levels) - 1)
+        return self._cached.plan(
+            params, levels, list(itertools.starmap(self._guided, itertools.pairwise(levels)))
+        )
+
+    def _solve(
         self,
-        params: Params,
+        evaluate: Callable[..., Any],
         carry: Carry,
         condition: Condition,
         text: Float[Array, "b s e"],
@@ -157,7 +173,8 @@ class Generator:
         index: Int[Array, ""],
     ) -> Carry:
         """One step of the solver, from level ``t`` to ``t_next``; ``index`` counts them. It is guided
-        where there is twice as much text as clips: the prompts, and then the empty ones."""
+        where there is twice as much text as clips: the prompts, and then the empty ones. ``evaluate``
+        is the transformer."""
         guided = text.shape[0] > carry.x.shape[0]
         places, cycles = condition.positions, condition.cycles
         if cycles is not None:
@@ -167,8 +184,7 @@ class Generator:
             return jnp.concatenate([y, y]) if guided else y
 
         def denoiser(x: Float[Array, "b l p"], t: Float[Array, ""]) -> Estimate:
-            output: Any = self._model.apply(
-                params,
+            output: Any = evaluate(
                 twice(x),
                 twice(places),
                 twice(condition.segment_ids),
@@ -176,7 +192,6 @@ class Generator:
                 twice(jnp.minimum(t, condition.group_ceilings)),
                 text,
                 text_segment_ids,
-                method="denoise",
             )
             return self._estimate(output, x, condition, t, index)
 
@@ -220,13 +235,15 @@ class Generator:
         # Above the highest ceiling nothing moves: those steps are not made.
         highest = float(jnp.where(seen, condition.ceilings, 0).max())
         first = min(int((levels[1:] >= np.float32(highest)).sum()), len(levels) - 2)
-        carry = self.begin(condition, levels[first])
-        for i, (t, t_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        carry, step = self.begin(condition, levels[first]), self.step
+        if self._cached is not None and condition.cycles is None:
+            step = self._cached.following(self.plan(params, levels[first:]))
+        for i, (t, t_next) in enumerate(itertools.pairwise(levels)):
             if i < first:
                 on_step()
                 continue
             read = both if self._guided(t, t_next) else (text, text_segment_ids)
-            carry = self.step(params, carry, condition, *read, t, t_next, np.int32(i))
+            carry = step(params, carry, condition, *read, t, t_next, np.int32(i))
             carry.x.block_until_ready()
             on_step()
         return carry.x

@@ -9,11 +9,12 @@ nearest-neighbour enlargement. Clips for training are read in `dit_jax/data/`.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,9 +115,28 @@ def write_video(path: str | os.PathLike, video: np.ndarray, fps: float) -> Path:
         video = np.pad(video, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
         size = f"{h}x{w} becomes {video.shape[1]}x{video.shape[2]}"
         warnings.warn(f"{path}: H.264 needs even sizes: {size}, edges repeated", stacklevel=2)
-    encode = _encode_mp4 if extension == ".mp4" else _encode_gif
     with _writing(path) as scratch:
-        encode(scratch, video, rate)
+        if extension == ".mp4":
+            _encode_mp4(scratch, video, video.shape[1:3], rate)
+        else:
+            _encode_gif(scratch, video, rate)
+    return path
+
+
+def write_parts(path: str | os.PathLike, parts: Iterable[np.ndarray], fps: float) -> Path:
+    """`write_video` of a clip that comes in parts `[n, h, w, 3]`, at least one. An mp4 has one of them
+    in memory at a time, the other formats the whole clip. Errors: as `write_video`."""
+    path, rest = Path(path), iter(parts)
+    if _extension(path) != ".mp4":
+        return write_video(path, np.concatenate(list(rest)), fps)
+    first = _check_pixels("write_parts", next(rest), 4)
+    h, w = first.shape[1] % 2, first.shape[2] % 2
+    whole = (
+        np.pad(p, ((0, 0), (0, h), (0, w), (0, 0)), "edge") for p in itertools.chain([first], rest)
+    )
+    size = first.shape[1] + h, first.shape[2] + w
+    with _writing(path) as scratch:
+        _encode_mp4(scratch, itertools.chain.from_iterable(whole), size, _rate(fps))
     return path
 
 
@@ -311,7 +331,9 @@ def _frame(image: np.ndarray, pts: int, time_base: Fraction) -> av.VideoFrame:
     return frame
 
 
-def _encode_mp4(path: Path, video: np.ndarray, rate: Fraction) -> None:
+def _encode_mp4(
+    path: Path, video: Iterable[np.ndarray], size: tuple[int, ...], rate: Fraction
+) -> None:
     """H.264 at a quality that hides compression, the same bytes every time.
 
     That takes one thread, and neither B-frames nor macroblock trees: with both, x264's assembler
@@ -321,7 +343,7 @@ def _encode_mp4(path: Path, video: np.ndarray, rate: Fraction) -> None:
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.flags |= av.container.Flags.bitexact.value
         stream = container.add_stream("libx264", rate, options=quality)
-        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         encoder = stream.codec_context
         encoder.thread_count = 1
         encoder.flags |= av.codec.context.Flags.bitexact.value

@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from dit_jax.diffusion import (
+    SOLVERS,
     DiffusionConfig,
     GuidanceConfig,
     SolverConfig,
@@ -49,6 +50,10 @@ class SamplingConfig:
     """CFG-Zero*: the unconditional velocity is scaled by its projection on the conditional one."""
     cfg_zero_init: int = 0
     """CFG-Zero*: first steps in which nothing moves (euler and heun)."""
+    cache_threshold: float = 0.0
+    """Feature caching: steps reuse what the transformer's blocks added, until the noise level's part
+    of the first block's input has changed by this share in all (docs/long.md). 0 is off, as loops
+    always are: their positions turn."""
     batch: int = 32
     """Clips made at once."""
 
@@ -69,6 +74,11 @@ class SamplingConfig:
         if self.last_step is not None and self.steps < 2:
             raise ValueError(
                 f"sampling.last_step is {self.last_step} of 1 step: make more, or unset it."
+            )
+        if not 0 <= self.cache_threshold < math.inf:
+            raise ValueError(
+                f"sampling.cache_threshold is {self.cache_threshold}: it is at least 0 (nothing is "
+                "reused) and finite; 0.1 is moderate."
             )
         assert self.guidance and SolverConfig(eta=self.eta, strength=self.sde_strength)
 
@@ -97,6 +107,11 @@ class SamplingConfig:
             raise ValueError(
                 f"sampling.cfg_zero_init is {self.cfg_zero_init} and the solver {self.solver!r}, whose "
                 "steps move where the velocity is 0, or look back at it: take 'euler' or 'heun', or 0."
+            )
+        if self.cache_threshold and SOLVERS[self.solver].evaluations > 1:
+            raise ValueError(
+                f"sampling.cache_threshold is {self.cache_threshold} and the solver {self.solver!r}, "
+                "whose step looks twice to see a difference: take 'euler', 'dpmpp_2m' or 'unipc', or 0."
             )
         if self.cfg_channels is not None and self.cfg_channels > channels:
             raise ValueError(

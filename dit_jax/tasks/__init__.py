@@ -15,6 +15,9 @@ from dit_jax.tasks.converting import read_codec_folder as read_codec_folder
 from dit_jax.tasks.converting import write_run as write_run
 from dit_jax.tasks.kinds import build as build
 from dit_jax.tasks.kinds import recorded as recorded
+from dit_jax.tasks.long import LongArguments as LongArguments
+from dit_jax.tasks.long import LongPlan as LongPlan
+from dit_jax.tasks.long import make_long_plan as make_long_plan
 from dit_jax.tasks.requested import ModeArguments as ModeArguments
 from dit_jax.tasks.requested import Plan as Plan
 from dit_jax.tasks.requested import Shape as Shape

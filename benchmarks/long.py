@@ -1,0 +1,131 @@
+"""Long clips of moving shapes by windows: do they keep colour, shape and direction?
+
+    python benchmarks/long.py --checkpoint runs/quickstart --clips 96
+
+Clips of several times the trained length (the longest clip of the run's data) are made for held-out
+prompts. A shape that moves as fast as in training leaves a small canvas long before the end, so the
+clips go on from the first frames of a true scene whose shape crosses the canvas in just that time
+(``held_out_scenes`` of that length); ``--given 0`` leaves these out, and then a shape may rest at the
+edge. The judge looks at each clip whole, which is what is to be 90 % right, and at each of its parts of
+the trained length for itself, which shows drift. It says what it finds in the true clips, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax import tasks
+from dit_jax.data import ShapesConfig, caption, held_out_scenes
+from dit_jax.data.shapes import render
+from dit_jax.evaluation import prompt_following
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import (
+    Request,
+    Space,
+    Storyboard,
+    contact_sheet,
+    decode_long,
+    default_history,
+    make_long,
+    plan_windows,
+    window_requests,
+    write_png,
+)
+
+WORDS = ("color", "shape", "direction", "size", "all")
+
+
+def judged(clips: list[np.ndarray], scenes: list[Any], length: int) -> dict[str, Any]:
+    """Fractions that are right: of whole clips, and of each part of ``length`` frames."""
+    starts = range(0, len(clips[0]) - length + 1, length)
+    parts = [prompt_following([clip[i : i + length] for clip in clips], scenes) for i in starts]
+    return {"whole": prompt_following(clips, scenes), "parts": parts}
+
+
+def told(name: str, found: dict[str, Any]) -> None:
+    """Prints a line for whole clips and one for each part."""
+    for i, row in enumerate([found["whole"], *found["parts"]]):
+        what = f"part {i}" if i else "whole"
+        print(f"{name:6} {what:7}", "  ".join(f"{word} {row[word]:.3f}" for word in WORDS))
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Makes the clips and judges them."""
+    asked = {"height": given.height, "width": given.width, "solver": given.solver}
+    asked |= {"steps": given.steps, "cache_threshold": given.cache_threshold}
+    unset = dict.fromkeys(vars(tasks.SamplingOverrides()))
+    overrides = tasks.SamplingOverrides(**(unset | asked))
+    trained = tasks.Trained(given.checkpoint, None, overrides, given.codec)
+    config, mesh = trained.config, make_mesh(MeshConfig())
+    source, made = config.data.source, config.sampling
+    if not isinstance(source, ShapesConfig):
+        raise SystemExit(f"{given.checkpoint!r} was not trained on moving shapes.")
+    codec = tasks.open_codec(config, mesh)
+    assert codec is not None
+    space, trained_length = Space(codec, config.model.patch), max(source.frames)
+    length, frames = space.latents(given.window or trained_length), given.times * trained_length
+    history = default_history(length, space.patch)
+    history = space.latents(given.history) if given.history else history
+    latents = 1 + -(-(frames - 1) // codec.strides[0])
+    windows = plan_windows(latents, length, history)
+
+    scenes = held_out_scenes(given.clips, given.seed, frames, made.height, made.width)
+    true = [render(scene) for scene in scenes]
+    _, h, w = codec.strides
+    size, fps = (length, made.height // h, made.width // w), source.fps / codec.strides[0]
+    clips = []
+    for i, scene in enumerate(scenes):
+        like = Request(caption(scene), *size, fps, given.seed + i)
+        clips.append(window_requests(like, windows, Storyboard((0.0,), (caption(scene),))))
+    encoder = tasks.open_text_encoder(config, mesh)
+    clips = [tasks.with_states(requests, encoder) for requests in clips]
+    heads = [space.encode(clip[: given.given]) for clip in true] if given.given else None
+    generator, params = trained.load(mesh, False)
+    model, noise = config.model, given.noise
+    found = make_long(generator, params, clips, windows, model, mesh, noise, heads, progress=True)
+    videos = [np.concatenate(list(decode_long(codec, one, frames))) for one in found]
+    if given.sheet:
+        write_png(given.sheet, contact_sheet(videos[:12], 12, 2))
+    report = {"truth": judged(true, scenes, trained_length)}
+    report["made"] = judged(videos, scenes, trained_length)
+    what = {"frames": frames, "windows": len(windows), "history": space.frames(history)}
+    return {**{k: str(v) for k, v in vars(given).items()}, **what, **report}
+
+
+def main() -> None:
+    """Measures what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run of moving shapes")
+    parser.add_argument("--codec", help="folder of its autoencoder")
+    parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--times", type=int, default=4, help="the trained length")
+    parser.add_argument("--height", type=int, default=40)
+    parser.add_argument("--width", type=int, default=40)
+    parser.add_argument("--window", type=int, help="frames; unset: the trained length")
+    parser.add_argument("--history", type=int, help="frames; unset: about a third of a window")
+    parser.add_argument("--noise", type=float, default=0.05, help="ceiling of the history")
+    parser.add_argument("--given", type=int, default=3, help="frames of the true clip; 0: none")
+    parser.add_argument("--steps", type=int, help="unset, as of others: as the run's config says")
+    parser.add_argument("--solver")
+    parser.add_argument("--cache-threshold", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, help="a PNG of some frames of twelve clips")
+    parser.add_argument("--output", type=Path, help="a JSON file of everything")
+    given = parser.parse_args()
+    report = measure(given)
+    print(f"{report['frames']} frames in {report['windows']} windows, history {report['history']}")
+    for name in ("truth", "made"):
+        told(name, report[name])
+    if given.output:
+        given.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Feature caching: which steps run the blocks, what others make, and that no clip minds its batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dit_jax import tasks
+from dit_jax.diffusion import DiffusionConfig
+from dit_jax.models import (
+    ByteEncoderConfig,
+    DiTConfig,
+    ModelConfig,
+    PatchConfig,
+    TextToVideo,
+    denoise_and_keep,
+    first_modulation,
+)
+from dit_jax.models.dit import time_features
+from dit_jax.parallel import MeshConfig, global_batch, make_mesh
+from dit_jax.sampling import Generator, Request, SamplingConfig, make_condition
+from dit_jax.sampling.caching import plan_steps, relative_changes
+
+MODEL = ModelConfig(
+    dit=DiTConfig(width=32, depth=2, heads=2, pooled_text=True),
+    patch=PatchConfig(t=1, h=4, w=4, channels=3, reference_fps=8.0),
+    text=ByteEncoderConfig(width=16, depth=1, heads=2, max_bytes=15),
+)
+SAMPLING = SamplingConfig(steps=6, cfg_scale=2.0, fps=8.0)
+REQUESTS = [
+    Request("a red circle", 2, 8, 8, 8.0, 1),
+    Request("a cross", 3, 8, 8, 8.0, 2),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """The arrays here are too small to mind how well they are compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def model_on(fsdp: int = 1, **dit: Any) -> tuple[Any, TextToVideo, Any]:
+    """A mesh, the model on it, and parameters none of which is zero."""
+    mesh = make_mesh(MeshConfig(1, fsdp, 1, 1), jax.devices()[:fsdp])
+    config = dataclasses.replace(MODEL, dit=dataclasses.replace(MODEL.dit, **dit))
+    model = tasks.make_model(config, mesh)
+    shapes = nn.unbox(
+        jax.eval_shape(functools.partial(tasks.init_params, model), jax.random.key(0))
+    )
+    rng = np.random.default_rng(0)
+    return mesh, model, jax.tree.map(lambda x: np.float32(0.2 * rng.normal(size=x.shape)), shapes)
+
+
+@functools.cache
+def cached_generator(fsdp: int, **fields: Any) -> Generator:
+    model = model_on(fsdp)[1]
+    return Generator(model, DiffusionConfig(), dataclasses.replace(SAMPLING, **fields))
+
+
+def generator(fsdp: int = 1, **fields: Any) -> Generator:
+    return cached_generator(fsdp, **fields)
+
+
+def placed(requests: Any = REQUESTS, fsdp: int = 1) -> Any:
+    """Their condition on a mesh."""
+    rows = tuple(range(len(requests)))
+    return global_batch(model_on(fsdp)[0], make_condition(requests, MODEL, 12), rows, len(rows))
+
+
+def made(requests: Any = REQUESTS, fsdp: int = 1, **fields: Any) -> np.ndarray:
+    params = model_on(fsdp)[2]
+    return np.asarray(generator(fsdp, **fields)(params, placed(requests, fsdp)))
+
+
+def plan(**fields: Any) -> list[bool]:
+    one = generator(**fields)
+    return one.plan(model_on()[2], one.levels(12))
+
+
+def between() -> float:
+    """A threshold that skips some steps and not others, and that no sum of changes is near."""
+    one = generator(cache_threshold=1.0)
+    changes = np.asarray(one._cached._changes(model_on()[2], one.levels(12)))[:-1]
+    return float(1.5 * changes.mean())
+
+
+# --- the plan ---
+
+
+def test_blocks_run_where_the_changes_since_they_ran_reach_the_threshold():
+    changes = [0.1, 0.05, 0.1, 0.3, 0.01, 0.01, 0.01, 9.0]
+    runs = plan_steps(changes, [True] * 8, 0.15)
+    assert runs == [True, False, True, False, True, False, False, True]
+    assert plan_steps(changes, [True] * 8, 1e-6) == [True] * 8
+    assert sum(plan_steps(changes, [True] * 8, 1e6)) == 2
+
+
+def test_steps_whose_guidance_changes_run_the_blocks():
+    guided = [False, False, True, True, False, False]
+    assert plan_steps([0.1] * 6, guided, 9.0) == [True, False, True, False, True, True]
+    found = plan(cache_threshold=9.0, cfg_interval=(0.4, 1.0))
+    assert found == [True, False, False, False, True, True]
+
+
+def test_one_step_runs():
+    assert plan_steps([5.0], [True], 0.1) == [True]
+
+
+@pytest.mark.parametrize(
+    "dit", [{}, {"modulation": "shared"}, {"band": 4}], ids=["layer", "shared", "band"]
+)
+def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, Any]):
+    _, model, params = model_on(**dit)
+    levels = np.float32([0.9, 0.4, 0.1])
+    of_dit, config = params["params"]["dit"], model.config.dit
+    features = np.asarray(time_features(jnp.asarray(levels)[None]))[0]
+
+    def linear(layer: Any, x: np.ndarray) -> np.ndarray:
+        return x @ layer["kernel"] + layer["bias"]
+
+    def silu(x: np.ndarray) -> np.ndarray:
+        return x / (1 + np.exp(-x))
+
+    condition = linear(of_dit["time"]["out"], silu(linear(of_dit["time"]["up"], features)))
+    blocks = of_dit["blocks"]
+    blocks = jax.tree.map(lambda leaf: leaf[0], blocks["layer_0"] if "band" in dit else blocks)
+    whole = (of_dit if "modulation" in dit else blocks)["modulation"]["linear"]
+    made = linear(whole, silu(condition)) + blocks.get("modulation_table", 0)
+    found = np.concatenate([made[:, :32], 1 + made[:, 32:64]], 1)
+    got = first_modulation(config, of_dit, jnp.asarray(levels))
+    np.testing.assert_allclose(got, found, rtol=1e-4, atol=1e-4)  # float32
+    change = abs(found[1:] - found[:-1]).mean(1) / abs(found[:-1]).mean(1)
+    got = relative_changes(config, params, jnp.asarray(levels))
+    np.testing.assert_allclose(got, change, rtol=1e-4)
+
+
+# --- what is made ---
+
+
+def test_without_a_threshold_nothing_is_cached_and_a_tiny_one_reuses_nothing():
+    one = generator()
+    assert one._cached is None and plan() == [True] * 6
+    np.testing.assert_array_equal(made(cache_threshold=0.0), made())
+    assert plan(cache_threshold=1e-6) == [True] * 6
+    # The same sums, compiled beside one more output.
+    np.testing.assert_allclose(made(cache_threshold=1e-6), made(), atol=2e-5)
+
+
+def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
+    _, model, params = model_on()
+    rng = np.random.default_rng(1)
+    condition = make_condition(REQUESTS, MODEL)
+    x = rng.normal(size=condition.clean.shape).astype(np.float32)
+    text = rng.normal(size=(2, MODEL.text.max_tokens, 16)).astype(np.float32)
+
+    def given(x: np.ndarray, level: float) -> tuple[Any, ...]:
+        c, levels = condition, np.full((2, 1), level, np.float32)
+        return x, c.positions, c.segment_ids, c.group_ids, levels, text, c.text_segment_ids
+
+    output, residual = jax.jit(functools.partial(denoise_and_keep, model))(params, *given(x, 0.6))
+    denoise = jax.jit(functools.partial(model.apply, method="denoise"))
+    np.testing.assert_allclose(denoise(params, *given(x, 0.6)), output, atol=1e-5)
+    again = denoise(params, *given(x, 0.6), residual=residual)
+    np.testing.assert_allclose(again, output, atol=1e-5)
+    # The last layer is told the new level, and the new input is what the residual is added to.
+    other = denoise(params, *given(x + 1, 0.2), residual=residual)
+    assert np.abs(other - output).max() > 0.1
+
+
+def test_the_planned_number_of_steps_runs_the_blocks(monkeypatch: pytest.MonkeyPatch):
+    threshold = between()
+    runs = plan(cache_threshold=threshold)
+    assert 2 < sum(runs) < 6
+    one = generator(cache_threshold=threshold)
+    counted = {"_keep": 0, "_reuse": 0}
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            counted[name] += 1
+            return function(*given)
+
+        return call
+
+    for name in counted:
+        monkeypatch.setattr(one._cached, name, counting(name, getattr(one._cached, name)))
+    cached = made(cache_threshold=threshold)
+    assert counted == {"_keep": sum(runs), "_reuse": 6 - sum(runs)}
+    assert 1e-3 < np.abs(cached - made()).max()
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_two_steps_are_compiled_for_all(solver: str, monkeypatch: pytest.MonkeyPatch):
+    fields = {"solver": solver, "cache_threshold": between()}
+    one, traced = generator(**fields), []
+    solve = one._cached._solve
+    monkeypatch.setattr(one._cached, "_solve", lambda *given: (traced.append(0), solve(*given))[1])
+    for requests in (REQUESTS, REQUESTS[::-1]):
+        assert np.isfinite(made(requests, **fields)).all()
+    # Those of euler may have been compiled for another test.
+    assert len(traced) == 2 or solver == "euler" and not traced
+    assert one.step._cache_size() == 0
+
+
+def test_a_cached_clip_does_not_depend_on_its_neighbours():
+    threshold = between()
+    one = made(cache_threshold=threshold)
+    other = made([REQUESTS[0], Request("", 1, 8, 8, 8.0, 9)], cache_threshold=threshold)
+    np.testing.assert_array_equal(one[0], other[0])
+    assert np.abs(one[1] - other[1]).max() > 0.1
+
+
+def test_a_mesh_makes_what_one_device_makes():
+    threshold = between()
+    one = made(cache_threshold=threshold)
+    many = made(fsdp=2, cache_threshold=threshold)
+    assert 2 < sum(plan(cache_threshold=threshold)) < 6
+    np.testing.assert_allclose(many, one, atol=1e-4)  # sums in another order, six steps long
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf")])
+def test_nonsense_thresholds_are_refused(threshold: float):
+    with pytest.raises(ValueError, match="sampling.cache_threshold is"):
+        SamplingConfig(cache_threshold=threshold)
+
+
+def test_a_solver_that_looks_twice_is_refused():
+    with pytest.raises(ValueError, match="whose step looks twice"):
+        generator(cache_threshold=0.1, solver="heun")

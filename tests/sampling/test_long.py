@@ -1,0 +1,271 @@
+"""Long clips: windows, storyboards, and what passes from window to window."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.diffusion import DiffusionConfig
+from dit_jax.models import ByteEncoderConfig, PatchConfig, PixelCodec
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import (
+    Generator,
+    Request,
+    SamplingConfig,
+    Storyboard,
+    Window,
+    decode_long,
+    default_history,
+    make_clips,
+    make_long,
+    plan_windows,
+    read_storyboard,
+    to_uint8,
+    window_requests,
+    write_parts,
+    write_video,
+)
+from dit_jax.sampling.media import read_video
+
+PATCH = PatchConfig(t=2, h=2, w=2, channels=3, reference_fps=8.0)
+LIKE = Request("", 5, 4, 4, 8.0, 3)
+BOARD = Storyboard((0.0, 1.0), ("a", "b"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """The arrays here are too small to mind how well they are compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+class StandIn:
+    """Says that every number is a little more than the mean of what is given, and nothing else; keeps
+    the prompts' first letters, levels and times that it was asked with."""
+
+    def __init__(self) -> None:
+        text = ByteEncoderConfig(width=4, depth=1, heads=1, max_bytes=7)
+        self.config: Any = types.SimpleNamespace(
+            patch=PATCH,
+            text=text,
+            compute_dtype=lambda: jnp.float32,
+            text_tokens=lambda prompt, states=None, label=None: np.frombuffer(
+                b"\0" + prompt.encode(), np.uint8
+            ).astype(np.int32),
+        )
+        self.traced = 0
+        self.asked: list[Any] = []
+
+    def apply(self, params: Any, *given: Any, method: str) -> Any:
+        if method == "encode_text":
+            return given[0].astype(jnp.float32)[..., None]
+        self.traced += 1
+        x, places, _, group_ids, group_t, text, _ = given
+        level = jnp.take_along_axis(group_t, group_ids, 1)
+        jax.debug.callback(lambda *seen: self.asked.append(seen), text[:, 1, 0], level, places)
+        known = (level < 0.5)[..., None]
+        mean = (x * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)) * x.shape[-1], 1)
+        # The velocity to x0 = mean + 1.
+        return jnp.where(level[..., None] > 0, (x - mean[:, None, None] - 1) / level[..., None], 0)
+
+
+def long_clip(frames: int = 13, steps: int = 2, seeds: tuple[int, ...] = (3,), **given: Any) -> Any:
+    """Latents, the stand-in, windows and requests."""
+    model = StandIn()
+    config = SamplingConfig(steps=steps, cfg_scale=1.0, batch=2)
+    generator = Generator(model, DiffusionConfig(), config)  # pyright: ignore[reportArgumentType]
+    windows = plan_windows(frames, 5, 3)
+    clips = [window_requests(dataclasses.replace(LIKE, seed=s), windows, BOARD) for s in seeds]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    made = make_long(generator, {}, clips, windows, model.config, mesh, **given)
+    jax.effects_barrier()
+    return made, model, windows, clips, generator, mesh
+
+
+# --- windows ---
+
+
+@pytest.mark.parametrize("frames", [1, 5, 6, 7, 9, 20, 57])
+@pytest.mark.parametrize(("length", "history"), [(5, 1), (5, 3), (9, 5)])
+def test_windows_cover_every_frame_and_overlap_as_asked(frames: int, length: int, history: int):
+    windows = plan_windows(frames, length, history)
+    assert windows[0] == Window(0, length, 0)
+    new = [list(range(w.start + w.history, w.stop)) for w in windows]
+    assert sum(new, []) == list(range(windows[-1].stop))
+    assert all(w.length == length for w in windows)
+    assert all(
+        b.start == a.stop - history and b.history == history
+        for a, b in zip(windows, windows[1:], strict=False)
+    )
+    assert windows[-1].stop >= frames and (len(windows) == 1 or windows[-2].stop < frames)
+
+
+def test_a_history_fills_about_a_third_in_whole_tokens():
+    assert [default_history(n, PATCH) for n in (3, 5, 7, 9, 21)] == [1, 3, 3, 3, 7]
+    assert default_history(21, PatchConfig(t=1)) == 8
+    with pytest.raises(ValueError, match="windows of 1 latent frames: one token alone"):
+        default_history(1, PATCH)
+
+
+@pytest.mark.parametrize(("length", "history"), [(5, 5), (5, 0), (3, 4)])
+def test_a_history_as_long_as_a_window_is_refused(length: int, history: int):
+    with pytest.raises(ValueError, match=f"windows of {length} with a history of {history}"):
+        plan_windows(9, length, history)
+
+
+def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
+    windows = plan_windows(13, 5, 3)
+    # The middles of the new frames: 2, 5.5, 7.5, 9.5 and 11.5 of 8 a second.
+    assert [w.middle() for w in windows] == [2, 5.5, 7.5, 9.5, 11.5]
+    requests = window_requests(LIKE, windows, BOARD)
+    assert [r.prompt for r in requests] == ["a", "a", "a", "b", "b"]
+    assert requests[0].seed == LIKE.seed and len({r.seed for r in requests}) == 5
+    assert {r.size for r in requests} == {(5, 4, 4)}
+
+
+# --- storyboards ---
+
+
+def test_a_storyboard_is_read(tmp_path: Path):
+    path = tmp_path / "board.txt"
+    path.write_text("# a day\n0s: a red: ball\n\n3.5s: it stops\n 10 : on\n1:05: night\n2:00.5:x\n")
+    board = read_storyboard(path)
+    assert board.times == (0, 3.5, 10, 65, 120.5)
+    assert board.prompts == ("a red: ball", "it stops", "on", "night", "x")
+    found = [board.at(t) for t in (0, 3.4, 3.5, 64.9, 65, 1e9)]
+    assert found == ["a red: ball", "a red: ball", "it stops", "on", "night", "x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "0 times and 0 prompts"),
+        ("0s a ball", ":1: '0s a ball' is not \"time: prompt\""),
+        ("0s: a\nsoon: b", ":2: 'soon: b' is not"),
+        ("0s:", 'is not "time: prompt"'),
+        ("1s: a", "begins at 1 s: its first line is at 0s"),
+        ("0s: a\n5s: b\n5s: c", "5 s behind 5 s: times rise"),
+        ("0s: a\n1:75: b", "1:75 has 75 seconds"),
+    ],
+)
+def test_what_is_no_storyboard_is_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "board.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_storyboard(tmp_path / "board.txt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_storyboard(tmp_path / "none.txt")
+
+
+# --- what is made ---
+
+
+def test_each_window_goes_on_from_the_last_and_one_step_is_compiled():
+    (clip,), model, windows, _, generator, _ = long_clip()
+    assert clip.shape == (13, 4, 4, 3) and len(windows) == 5
+    # The first knows nothing: 0 + 1. The others see the history, which is softly noised.
+    np.testing.assert_allclose(clip[:5], 1, atol=1e-5)
+    assert np.ptp(clip, (1, 2, 3)).max() < 0.2
+    steps = clip.mean((1, 2, 3))
+    assert (np.diff(steps[[4, 5, 7, 9, 11]]) > 0.2).all()
+    assert generator.step._cache_size() == 1 and model.traced == 1
+
+
+def test_history_is_at_its_ceiling_and_prompts_and_positions_are_the_windows_own():
+    _, model, windows, _, _, _ = long_clip(noise=0.05)
+    letters = [chr(int(text[0])) for text, _, _ in model.asked]
+    assert letters == list("aaaaaabbbb")  # two steps a window
+    for number in range(len(windows)):
+        _, level, places = model.asked[2 * number]
+        history = 8 if number else 0  # two tokens in time, of 2 x 2
+        np.testing.assert_allclose(level[0, :history], 0.05)
+        np.testing.assert_allclose(level[0, history:], 1)
+        np.testing.assert_array_equal(places[0], model.asked[0][2][0])
+
+
+def test_the_first_window_is_the_plain_clip_and_what_is_given_is_not_replaced():
+    (clip,), model, windows, clips, generator, mesh = long_clip(steps=3)
+    (plain,) = make_clips(generator, {}, [clips[0][0]], model.config, mesh)
+    np.testing.assert_array_equal(to_uint8(clip[:5]), plain)
+    (shorter,) = long_clip(frames=7, steps=3)[0]
+    np.testing.assert_array_equal(shorter, clip[:7])
+
+
+def test_clips_share_batches_and_do_not_depend_on_them():
+    together = long_clip(seeds=(3, 4, 5))[0]
+    for seed, clip in zip((3, 4, 5), together, strict=True):
+        np.testing.assert_allclose(long_clip(seeds=(seed,))[0][0], clip, atol=1e-6)
+
+
+def test_a_head_begins_the_clip_and_is_kept():
+    head = np.random.default_rng(0).normal(size=(3, 4, 4, 3)).astype(np.float32) + 7
+    (clip,), model, *_ = long_clip(heads=[head], noise=0.02)
+    np.testing.assert_array_equal(clip[:3], head)
+    assert abs(clip[3:5].mean() - head.mean() - 1) < 0.2
+    np.testing.assert_allclose(model.asked[0][1][0, :8], 0.02)
+
+
+def test_a_killed_call_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kept = tmp_path / "clip.latents.npz"
+    whole = long_clip(kept=kept)[0]
+    with np.load(kept) as file:
+        assert file["latents"].shape == (5, 1, 5, 4, 4, 3)
+        part = {"plan": file["plan"], "latents": file["latents"][:3]}
+    np.savez(kept, **part)
+    again, model, *_ = long_clip(kept=kept)
+    np.testing.assert_array_equal(again, whole)
+    assert len(model.asked) == 2 * 2  # windows 3 and 4
+    with pytest.raises(ValueError, match="holds windows of another clip"):
+        long_clip(kept=kept, noise=0.07)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"noise": 1.5}, "a history with ceiling 1.5"),
+        ({"heads": [np.zeros((2, 4, 4, 3), np.float32)]}, "2 frames: with temporal patches of 2"),
+        ({"heads": [np.zeros((3, 4, 2, 3), np.float32)]}, "heads of shapes"),
+        ({"seeds": ()}, "at least one clip"),
+    ],
+)
+def test_what_does_not_fit_is_refused(given: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        long_clip(**given)
+
+
+# --- pixels ---
+
+
+def test_latents_are_decoded_in_parts_and_cut_to_the_frames_asked_for():
+    class InParts(PixelCodec):
+        def decode_parts(self, latents: np.ndarray) -> Any:
+            for start in range(0, len(latents), 4):
+                yield self.decode(latents[start : start + 4])
+
+    latents = np.linspace(-1, 1, 10 * 12, dtype=np.float32).reshape(10, 2, 2, 3)
+    parts = list(decode_long(InParts(), latents, 7))
+    assert [len(part) for part in parts] == [4, 3]
+    np.testing.assert_array_equal(np.concatenate(parts), to_uint8(latents[:7]))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
+def test_a_file_of_parts_is_the_file_of_the_whole(tmp_path: Path, name: str):
+    rng = np.random.default_rng(0)
+    clip = rng.integers(0, 256, (7, 16, 24, 3)).astype(np.uint8)
+    (tmp_path / "whole").mkdir()
+    one = write_parts(tmp_path / name, (clip[i : i + 3] for i in range(0, 7, 3)), 8)
+    other = write_video(tmp_path / "whole" / name, clip, 8)
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_odd_sizes_of_parts_are_made_even(tmp_path: Path):
+    clip = np.full((4, 15, 17, 3), 90, np.uint8)
+    made, fps = read_video(write_parts(tmp_path / "odd.mp4", iter([clip[:1], clip[1:]]), 8))
+    assert made.shape == (4, 16, 18, 3) and fps == 8
