@@ -70,6 +70,9 @@ class SampleArguments:
     key "prompt"."""
     label: tuple[int, ...] = ()
     """Classes, by number, for a model of classes: in place of prompts."""
+    super_resolve: tuple[str, ...] = ()
+    """Clips to enlarge, for a model of super-resolution: files, or a directory that samples were
+    written to. A prompt for each of them, one for all, or none."""
     output: str = "samples.mp4"
     """A file ending in .mp4, .gif or .png (several clips share it, as a grid), or a directory that
     gets a file for each clip."""
@@ -130,7 +133,7 @@ def _prompts(given: SampleArguments) -> list[str | int]:
     prompts: list[str | int] = [*given.prompt, *given.label]
     if given.prompts_file is not None:
         prompts += read_prompts(given.prompts_file)
-    if not prompts:
+    if not prompts and not given.super_resolve:
         raise ValueError(
             'nothing to make: give --prompt "...", --prompts-file FILE or --label NUMBER.'
         )
@@ -178,7 +181,10 @@ def sample(given: SampleArguments) -> None:
         given.checkpoint, given.step, given.sampling, given.codec, given.text_encoder
     )
     config = trained.config
-    made = config.sampling
+    fps = config.sampling.fps
+    tasks.check_given(config, given.super_resolve)
+    if clips := tasks.read_clips(given.super_resolve):
+        prompts, clips, fps = tasks.each_clip(prompts, clips, given.num)
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
     mesh = make_mesh(given.mesh)
@@ -187,13 +193,15 @@ def sample(given: SampleArguments) -> None:
         file = directory.with_suffix(".prompts.json") if single else directory / "prompts.json"
         requests = _requests(config, _upsampled(given, config, prompts, file), given.seed)
 
+    if clips:
+        requests = tasks.enlarging(requests, clips, config, codec)
     # Gone again before the model's own weights are read.
     requests = tasks.with_states(requests, tasks.open_text_encoder(config, mesh))
     generator, params = trained.load(mesh, given.spread_parameters)
     decode = None if codec is None else codec.decode
-    clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
+    made = make_clips(generator, params, requests, config.model, mesh, True, decode)
     if jax.process_index() == 0:
-        _write(given, directory, single, prompts, clips, made.fps)
+        _write(given, directory, single, prompts, made, fps)
 
 
 def _chat_config(given: SampleArguments, prompts: list[str | int]) -> ChatConfig:

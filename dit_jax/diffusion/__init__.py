@@ -15,6 +15,7 @@ from dit_jax.diffusion.objective import split_output as split_output
 from dit_jax.diffusion.objective import token_loss as token_loss
 from dit_jax.diffusion.objective import token_noise as token_noise
 from dit_jax.diffusion.paths import PathConfig as PathConfig
+from dit_jax.diffusion.paths import interpolate as interpolate
 from dit_jax.diffusion.predictions import Estimate as Estimate
 from dit_jax.diffusion.problem import Problem as Problem
 from dit_jax.diffusion.problem import SolverConfig as SolverConfig

@@ -37,6 +37,7 @@ from dit_jax.diffusion import (
     token_noise,
 )
 from dit_jax.models import ModelConfig, PatchConfig, TextToVideo, as_computed, positions
+from dit_jax.sampling.low_resolution import low_tokens, noised_low
 from dit_jax.sampling.settings import SamplingConfig
 from dit_jax.types import PAD, Params
 
@@ -55,6 +56,8 @@ class Request:
     """The prompt as the states ``[s, e]`` of a text encoder, for a model that reads those."""
     label: int | None = None
     """The class, for a model of classes."""
+    low: np.ndarray | None = None
+    """For super-resolution: what the model is given, float ``[t, h, w, c]`` of the request's size."""
 
 
 @struct.dataclass
@@ -74,6 +77,8 @@ class Condition:
     text: Int[Array, "b s"] | Float[Array, "b s e"]
     text_segment_ids: Int[Array, "b s"]
     seeds: Int[Array, "b n"]
+    low: Float[Array, "b l q"] | None = None
+    """For super-resolution: what is given at low resolution (see ``PackedBatch``)."""
 
 
 def text_condition(
@@ -108,6 +113,7 @@ def text_condition(
         text=text,
         text_segment_ids=text_segments,
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
+        low=low_tokens([request.low for request in requests], model, length),
     )
     return Condition(**fields)
 
@@ -152,6 +158,7 @@ class Generator:
         self._prepare = jax.jit(self.prepared)
         self._encode = jax.jit(partial(model.apply, method="encode_text"))
         self.step = jax.jit(self._make_step, donate_argnums=1)
+        self._noise_low = jax.jit(partial(noised_low, diffusion.path, config.augmentation))
 
     def prepared(self, params: Params) -> Params:
         """Parameters (or their shapes) as the steps take them: what the layers would convert to the
@@ -239,6 +246,11 @@ class Generator:
         def twice(y: Any) -> Any:
             return jnp.concatenate([y, y]) if guided else y
 
+        low = {}
+        if condition.low is not None:
+            level = jnp.full_like(condition.group_ceilings, self.config.augmentation)
+            low = {"low": twice(condition.low), "group_low_t": twice(level)}
+
         def denoiser(x: Float[Array, "b l p"], t: Float[Array, ""]) -> Estimate:
             output: Any = self._model.apply(
                 params,
@@ -250,6 +262,7 @@ class Generator:
                 text,
                 text_segment_ids,
                 method="denoise",
+                **low,
             )
             return self._estimate(output, x, condition, t, index)
 
@@ -272,6 +285,9 @@ class Generator:
         on_step: Callable[[], object] = lambda: None,
     ) -> Float[Array, "b l p"]:
         """Clean tokens for a condition; ``on_step`` is called after each step of the solver."""
+        if condition.low is not None:
+            ids = condition.seeds, condition.segment_ids, condition.token_ids
+            condition = dataclasses.replace(condition, low=self._noise_low(condition.low, *ids))
         if self._model.config.compute_dtype() != jnp.float32:
             params = self._prepare(params)
         text = self._encode(params, condition.text, condition.text_segment_ids)
