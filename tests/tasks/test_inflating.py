@@ -137,8 +137,8 @@ def test_images_are_sampled_as_the_image_model_samples_them(image, mesh):
     run, weights = image
     alone = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     made = []
-    for config, params in ((IMAGE, weights), (config := video(2, initial=run), None)):
-        params = begun(config, mesh) if params is None else params
+    inflated = video(2, initial=run)
+    for config, params in ((IMAGE, weights), (inflated, begun(inflated, mesh))):
         generator = Generator(
             tasks.make_model(config.model, alone), config.diffusion, config.sampling
         )
