@@ -56,6 +56,7 @@ from dit_jax.sampling import (
     grid,
     make_edits,
     make_long,
+    plain,
     upscale,
     write_parts,
     write_video,
@@ -77,6 +78,9 @@ class SampleArguments:
     key "prompt"."""
     label: tuple[int, ...] = ()
     """Classes, by number, for a model of classes: in place of prompts."""
+    super_resolve: tuple[str, ...] = ()
+    """Clips to enlarge, for a model of super-resolution: files, or a directory that samples were
+    written to. A prompt for each of them, one for all, or none."""
     output: str = "samples.mp4"
     """A file ending in .mp4, .gif or .png (several clips share it, as a grid), or a directory that
     gets a file for each clip."""
@@ -144,7 +148,7 @@ def _prompts(given: SampleArguments) -> list[str | int]:
     given.long.check(given.mode, len(prompts), given.upsample)
     if (board := given.long.board()) is not None:
         prompts = [board.prompts[0]]
-    if not prompts:
+    if not prompts and not given.super_resolve:
         raise ValueError(
             'nothing to make: give --prompt "...", --prompts-file FILE or --label NUMBER.'
         )
@@ -198,6 +202,11 @@ def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
 def sample(given: SampleArguments) -> None:
     """Makes the clips and writes them."""
     given.mode.check(given.sampling)
+    if given.super_resolve and (given.mode.source or given.mode.loop or given.long.long):
+        raise ValueError(
+            "--super-resolve enlarges clips and does nothing else to them: make the clip first, and "
+            "enlarge what comes out."
+        )
     directory = Path(given.output)
     single = bool(directory.suffix) and not directory.is_dir()
     if single:
@@ -210,6 +219,10 @@ def sample(given: SampleArguments) -> None:
     )
     config = trained.config
     plan = _plan(given, config)
+    fps = plan.output_fps
+    tasks.check_given(config, given.super_resolve)
+    if clips := tasks.read_clips(given.super_resolve):
+        prompts, clips, fps = tasks.each_clip(prompts, clips, given.num)
     requests = _requests(config, prompts, given.seed)
     check_request(requests[0], config.model.patch)
     media = _media(plan)
@@ -226,13 +239,15 @@ def sample(given: SampleArguments) -> None:
         return
 
     # Gone again before the model's own weights are read.
-    likes = plan.likes(requests, space)
+    likes = (
+        tasks.enlarging(requests, clips, config, codec) if clips else plan.likes(requests, space)
+    )
     likes = tasks.with_states(likes, tasks.open_text_encoder(config, mesh))
-    edits = plan.edits(likes, space, media)
+    edits = [plain(like) for like in likes] if clips else plan.edits(likes, space, media)
     generator, params = trained.load(mesh, given.spread_parameters)
-    clips = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
+    made = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
     if jax.process_index() == 0:
-        _write(given, directory, single, prompts, clips, plan.output_fps)
+        _write(given, directory, single, prompts, made, fps)
 
 
 def _sample_long(

@@ -123,17 +123,27 @@ def check_same_run(config: Run, stored: Run, directory: Path) -> None:
             )
 
 
-def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> None:
-    """Raises ``ValueError`` where a run under this config cannot begin with the parameters of a run
-    whose stored config is ``values``."""
-    for name, now, before in differences(config, stored_config(values, where, Run)):
+def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> tasks.Inflation | None:
+    """How a run under this config begins with the parameters of a run whose stored config is
+    ``values``: as they are, or inflated, which is said.
+
+    Raises:
+        ValueError: where they would mean something else.
+    """
+    stored = stored_config(values, where, Run)
+    inflated = tasks.inflation(config, stored)
+    covered = inflated.fields if inflated else ()
+    for name, now, before in differences(config, stored):
         meant = any(f"{name}.".startswith(f"{part}.") for part in MEANT)
-        if meant and name.split(".")[-1] not in MAY_DIFFER:
+        if meant and name.split(".")[-1] not in MAY_DIFFER and name not in covered:
             raise ValueError(
                 f"checkpoint.initial {config.checkpoint.initial!r} is a run with {name} = {before!r}, "
                 f"and not {now!r}, under which its parameters mean something else: set {name} as there "
                 f"({str(where.parents[2] / 'config.json')!r}), or begin with another run."
             )
+    if inflated and jax.process_index() == 0:
+        print(f"checkpoint.initial {config.checkpoint.initial!r} is {inflated}", flush=True)
+    return inflated
 
 
 def begin(config: Run, fresh: TrainState, shapes: TrainState, shardings: TrainState) -> TrainState:

@@ -89,6 +89,8 @@ class PackedBatch:
     num_tokens: Int[Array, "b n"]
     num_frames: Int[Array, "b n"]
     """Latent frames of each segment."""
+    low: Float[Array, "b l q"] | None = None
+    """For super-resolution: patches of the clip as it is at low resolution, enlarged to this size."""
 
 
 @struct.dataclass
@@ -122,6 +124,7 @@ ALONG_TOKENS = frozenset(
         "ceilings",
         "group_ids",
         "known",
+        "low",
     }
 )
 """Fields of batches (and of what is sampled) with a value for every token: ``[b, l, ...]``."""
@@ -143,6 +146,10 @@ class Noised:
     """Whether the token is to be made, and not given."""
     dropped: Float[Array, "b n"]
     """1 where the segment's caption was dropped, else 0."""
+    low: Float[Array, "b l q"] | None = None
+    """For super-resolution: what is given at low resolution, noised."""
+    group_low_t: Float[Array, "b k"] | None = None
+    """Its noise level, as each conditioning group is told it."""
 
 
 class Attention(Protocol):

@@ -132,6 +132,12 @@ class Config(Run):
                 f"sampling.frames, height, width = {drawn.frames}, {drawn.height}, {drawn.width} do "
                 f"not fit the model's patches: {error}"
             ) from error
+        by = self.model.upscale
+        if drawn.height % by or drawn.width % by:
+            raise ValueError(
+                f"sampling.height, width = {drawn.height}, {drawn.width} are not multiples of "
+                f"model.upscale {by}: what is enlarged has whole rows and columns."
+            )
         if isinstance(self.data.source, ShapesConfig):
             self._check_shapes(self.data.source)
         elif self.model.patch.channels != 3 and self.codec.path is None:

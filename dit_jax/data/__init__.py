@@ -5,6 +5,8 @@ from dit_jax.data.crops import CropConfig as CropConfig
 from dit_jax.data.crops import CropLoader as CropLoader
 from dit_jax.data.crops import cut as cut
 from dit_jax.data.lanes import Lanes as Lanes
+from dit_jax.data.low_resolution import enlarge as enlarge
+from dit_jax.data.low_resolution import shrink as shrink
 from dit_jax.data.mixing import MixedSetConfig as MixedSetConfig
 from dit_jax.data.mixing import MixedSource as MixedSource
 from dit_jax.data.mixing import MixtureConfig as MixtureConfig
@@ -23,6 +25,7 @@ from dit_jax.data.shapes import Scene as Scene
 from dit_jax.data.shapes import ShapesConfig as ShapesConfig
 from dit_jax.data.shapes import caption as caption
 from dit_jax.data.shapes import held_out_scenes as held_out_scenes
+from dit_jax.data.shapes import render as render
 from dit_jax.data.transforms import TransformConfig as TransformConfig
 from dit_jax.data.transforms import centre as centre
 from dit_jax.data.transforms import flip as flip

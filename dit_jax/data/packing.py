@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import grain
 import numpy as np
@@ -35,6 +35,8 @@ class Tokenized(TypedDict):
     """int32 [l]"""
     text: np.ndarray
     """int32 [s], or float32 [s, e]"""
+    low: NotRequired[np.ndarray]
+    """float32 [l, q]: for super-resolution."""
 
 
 Tokenize = Callable[[Sample], Tokenized]
@@ -118,9 +120,11 @@ def lane(
     seed: int,
     row: int,
     augment: Augment | None = None,
+    along: tuple[str, ...] = (),
 ) -> grain.IterDataset:
     """The endless stream of packed rows that fills row ``row`` of every global batch.
 
+    ``along`` names what else samples have for every token.
     ``augment`` changes samples at random; what it draws depends on the seed and the sample's place in
     the endless order, and on nothing else.
     """
@@ -138,10 +142,11 @@ def lane(
             "sample_ids": config.row_segments,
             "num_tokens": config.row_segments,
             "num_frames": config.row_segments,
+            **dict.fromkeys(along, config.row_tokens),
         },
         num_packing_bins=config.bins,
         seed=seed,
-        meta_features=("positions", "frame_ids", "sample_ids", "num_tokens", "num_frames"),
+        meta_features=("positions", "frame_ids", "sample_ids", "num_tokens", "num_frames", *along),
     )
 
 
@@ -158,6 +163,7 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> PackedBatch:
         sample_ids=stacked["sample_ids"],
         num_tokens=stacked["num_tokens"],
         num_frames=stacked["num_frames"],
+        low=stacked.get("low"),
     )
 
 
@@ -168,7 +174,9 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
     """
     b, l, s, n = len(rows), config.row_tokens, config.row_text, config.row_segments
     patch, letter = rows[0][0]["tokens"].shape[-1], rows[0][0]["text"]
+    along = tuple(name for name in ("low",) if name in rows[0][0])
     batch: dict[str, Any] = {
+        **{name: np.zeros((b, l, rows[0][0][name].shape[-1]), np.float32) for name in along},
         "tokens": np.zeros((b, l, patch), np.float32),
         "positions": np.zeros((b, l, 3), np.float32),
         **{name: np.zeros((b, l), np.int32) for name in ("segment_ids", "frame_ids", "token_ids")},
@@ -184,7 +192,7 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
             count, letters = len(sample["tokens"]), len(sample["text"])
             check_fits(config, start + count, text_start + letters, f"row {r}")
             span, letter_span = slice(start, start + count), slice(text_start, text_start + letters)
-            for name in ("tokens", "positions", "frame_ids"):
+            for name in ("tokens", "positions", "frame_ids", *along):
                 batch[name][r, span] = sample[name]
             batch["segment_ids"][r, span], batch["token_ids"][r, span] = j + 1, np.arange(count)
             batch["text"][r, letter_span] = sample["text"]
@@ -206,8 +214,9 @@ class Loader(Lanes[PackedBatch]):
         seed: int,
         rows: Sequence[int] | None = None,
         augment: Augment | None = None,
+        along: tuple[str, ...] = (),
     ) -> None:
         def row(number: int) -> grain.IterDataset:
-            return lane(source, tokenize, config, seed, number, augment)
+            return lane(source, tokenize, config, seed, number, augment, along)
 
         super().__init__(source, row, tuple(range(config.rows) if rows is None else rows), _stack)

@@ -12,7 +12,7 @@ stand at one level, which is what ``free`` trains.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class CeilingConfig:
             raise ValueError(f"ceilings.levels is {self.levels}: it is at least 2 (16 is usual).")
 
     @classmethod
-    def only(cls, **given: float) -> CeilingConfig:
+    def only(cls, **given: Any) -> CeilingConfig:
         """A config of the patterns that are named, and no others: ``only(free=0.9, first=0.1)``."""
         return cls(**{**dict.fromkeys(PATTERNS, 0.0), **given})
 
@@ -160,9 +160,9 @@ def held_frames(
 ) -> Bool[Array, "*b"]:
     """Whether each token's latent frame is given under its segment's drawn pattern.
 
-    ``chance`` is a number in [0, 1) of each frame's own. Of key frames one is given, another is not, and
-    each of the rest is with the probability ``share``, which is uniform: so every number of them, from
-    one to all but one, is as likely, and of one number every choice.
+    ``chance`` is a number in [0, 1) of each frame's own. Of key frames one is given, another is not,
+    and each of the rest is with the probability ``share``, which is uniform: so every number of them,
+    from one to all but one, is as likely, and of one number every choice.
     """
     head, tail, frames = pattern.head, pattern.tail, pattern.frames
     every = (pattern.stride > 0) & (frame_ids % jnp.maximum(pattern.stride, 1) == 0)

@@ -33,7 +33,7 @@ from dit_jax.diffusion.problem import Variance
 from dit_jax.diffusion.times import TimeConfig, draw_time
 from dit_jax.types import PAD, Noised, PackedBatch
 
-OF_FRAMES, OF_LEVELS = 4, 5
+OF_FRAMES, OF_LEVELS, OF_LOW, OF_LOW_NOISE = 4, 5, 6, 7
 """Set a segment's random numbers for these apart from its others."""
 
 
@@ -66,6 +66,10 @@ class DiffusionConfig:
     variance: Variance = "fixed_small"
     """Of ancestral sampling. learned_range: the network has two outputs for each number, and the
     second is trained by the variational bound (Nichol & Dhariwal 2021)."""
+    augmentation: float = 0.3
+    """Of super-resolution (``model.upscale``): what is given at low resolution is noised to a level
+    that is drawn uniformly up to this for each clip, and that the network is told (conditioning
+    augmentation: Ho et al. 2021, "Cascaded Diffusion Models")."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
@@ -78,6 +82,8 @@ class DiffusionConfig:
             raise ValueError(
                 f"diffusion.min_snr_gamma is {self.min_snr_gamma}: it is above 0 (5 is usual)."
             )
+        if not 0 <= self.augmentation <= 1:
+            raise ValueError(f"diffusion.augmentation is {self.augmentation}: it is in [0, 1].")
         if self.path.discrete:
             self._check_discrete()
         elif self.variance == "learned_range":
@@ -157,6 +163,7 @@ def noise_batch(config: DiffusionConfig, key: jax.Array, batch: PackedBatch) -> 
     group_ids = config.ceilings.groups * slots + group
     tau = jnp.take_along_axis(group_t, group_ids, 1)
     eps = token_noise(noise_keys, batch.segment_ids, batch.token_ids, batch.tokens.shape[-1])
+    low, group_low_t = _augmented(config, keys, batch)
     return Noised(
         tokens=interpolate(config.path, batch.tokens, eps, tau),
         eps=eps,
@@ -167,6 +174,8 @@ def noise_batch(config: DiffusionConfig, key: jax.Array, batch: PackedBatch) -> 
         dropped=jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, config.caption_dropout)))(
             drop_keys
         ).astype(jnp.float32),
+        low=low,
+        group_low_t=group_low_t,
     )
 
 
@@ -207,6 +216,21 @@ def _independent(
     levels = jnp.where(patterns.independent[..., None], own, shared)
     mine = per_segment(patterns.independent, batch.segment_ids)
     return levels, jnp.where(mine, batch.frame_ids % count, group)
+
+
+def _augmented(
+    config: DiffusionConfig, keys: jax.Array, batch: PackedBatch
+) -> tuple[Float[Array, "b l q"] | None, Float[Array, "b k"] | None]:
+    """What is given at low resolution, noised, and its level as every group is told it."""
+    if batch.low is None:
+        return None, None
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+    uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, maxval=config.augmentation)))
+    levels = on_grid(config.path, uniform(fold(keys, OF_LOW)), up=False)
+    ids, dim = batch.segment_ids, batch.low.shape[-1]
+    eps = token_noise(fold(keys, OF_LOW_NOISE), ids, batch.token_ids, dim)
+    low = interpolate(config.path, batch.low, eps, per_segment(levels, ids))
+    return low, jnp.repeat(levels, config.ceilings.groups, 1)
 
 
 def drop_captions(
@@ -307,7 +331,8 @@ def token_loss(
     """The loss of every token, and the weight (0 or 1) it has in that of the batch.
 
     Given tokens, with noise or without, and padding have weight 0: no step of a solver asks for what
-    is given. The loss of a batch is the weighted mean over its tokens. ``output`` is ``[b, l, p]``, or ``[b, l, 2p]`` with a variance.
+    is given. The loss of a batch is the weighted mean over its tokens. ``output`` is ``[b, l, p]``,
+    or ``[b, l, 2p]`` with a variance.
 
     Raises:
         ValueError: where the network has not as many outputs as are asked for.

@@ -142,7 +142,7 @@ def gather_groups(
     return jnp.einsum("blk,bkd->bld", chosen, per_group, precision="highest")
 
 
-FLOAT32_LAYERS = {"time", "pooled", "modulation", "final_modulation"}
+FLOAT32_LAYERS = {"time", "low_time", "pooled", "modulation", "final_modulation"}
 """Linear layers that compute in float32 whatever the dtype of activations."""
 
 

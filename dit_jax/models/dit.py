@@ -32,7 +32,13 @@ from dit_jax.models.blocks import (
     layer_norm,
     through,
 )
-from dit_jax.models.positions import axis_dims, grid_features, rotary_angles, sincos_features
+from dit_jax.models.positions import (
+    axis_dims,
+    grid_features,
+    grid_time_features,
+    rotary_angles,
+    sincos_features,
+)
 from dit_jax.types import ATTENTION, QKV, RESIDUAL, Attention, Constrain, DotGeneral
 
 policies = jax.checkpoint_policies
@@ -52,7 +58,7 @@ REMAT_POLICIES = {
 }
 """What a block keeps for its backward pass (``DiTConfig.remat`` says it in words)."""
 
-ABSOLUTE = {"thw": sincos_features, "wh": grid_features}
+ABSOLUTE = {"thw": sincos_features, "wh": grid_features, "wht": grid_time_features}
 TIME_FREQUENCIES = 256
 """Sinusoids that a noise level is embedded in, as in DiT."""
 
@@ -72,10 +78,10 @@ class DiTConfig:
     """Turn queries and keys by their token's coordinates."""
     qk_norm: bool = True
     """Normalise queries and keys (root mean square, a learned scale for each dimension of a head)."""
-    absolute_positions: Literal["none", "thw", "wh"] = "none"
+    absolute_positions: Literal["none", "thw", "wh", "wht"] = "none"
     """Also add sines and cosines of the coordinates to the patches: of all three, or of columns and
-    rows alone as DiT and MAE do. A small model learns where things are much sooner; sizes never
-    trained on are then a little harder."""
+    rows alone as DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small
+    model learns where things are much sooner; sizes never trained on are then a little harder."""
     time_scale: float = 1000.0
     time_offset: float = 0.0
     """The network is told ``time_scale * t + time_offset`` of a noise level t in [0, 1]. 1000 and -1
@@ -130,10 +136,11 @@ class DiTConfig:
                 f"dit.band {self.band} and dense_every {self.dense_every} are at least 1, and "
                 f"dense_every divides the depth, {self.depth}."
             )
-        if self.absolute_positions == "wh" and self.width % 4:
+        if self.absolute_positions in ("wh", "wht") and self.width % 4:
             raise ValueError(
                 f"dit.width {self.width} is not a multiple of 4, as sines and cosines of columns and "
-                'rows (absolute_positions "wh") need: change the width, or take "thw".'
+                f"rows (absolute_positions {self.absolute_positions!r}) need: change the width, or "
+                "take 'thw'."
             )
         if self.time_divisor < 1:
             raise ValueError(f"dit.time_divisor is {self.time_divisor}: it is at least 1 (128).")
@@ -266,6 +273,26 @@ def layers(
     return stacked(name=name, **given)
 
 
+def embed_patches(
+    config: DiTConfig,
+    linear: Callable[..., nn.Module],
+    dtype: Dtype,
+    tokens: Float[Array, "b l p"],
+    positions: Float[Array, "b l 3"],
+    low: Float[Array, "b l p"] | None,
+) -> Float[Array, "b l d"]:
+    """Tokens in the transformer's width: a linear layer of each patch, and of what is given beside it,
+    and the fixed features of its place."""
+    embed = partial(linear, config.width, ("patch", "embed"))
+    x = embed(name="patch_embedding")(tokens.astype(dtype))
+    if low is not None:
+        x = x + embed(name="low_embedding")(low.astype(dtype))
+    if config.absolute_positions != "none":
+        features = ABSOLUTE[config.absolute_positions]
+        x = x + features(positions, config.width, config.rope_theta).astype(dtype)
+    return x
+
+
 class DiT(nn.Module):
     """The transformer: noised tokens, their noise levels and text in, a patch a token out."""
 
@@ -290,23 +317,23 @@ class DiT(nn.Module):
         group_t: Float[Array, "b k"],
         text: Float[Array, "b s e"] | None,
         text_segment_ids: Int[Array, "b s"] | None,
+        low: Float[Array, "b l p"] | None = None,
+        group_low_t: Float[Array, "b k"] | None = None,
         residual: Float[Array, "b l d"] | None = None,
     ) -> Float[Array, "b l o"]:
         """Returns float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
 
-        Text may be None where the config uses none. A ``residual`` takes the place of the blocks (see
-        ``models.reuse``).
+        Text may be None where the config uses none. Where ``low`` is given it is another patch of each
+        token (one linear layer of both, in two parts), and ``group_low_t`` its noise level. A
+        ``residual`` takes the place of the blocks (see ``models.reuse``).
         """
         config = self.config
         linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
-        x = linear(config.width, ("patch", "embed"), name="patch_embedding")(
-            tokens.astype(self.dtype)
-        )
-        if config.absolute_positions != "none":
-            features = ABSOLUTE[config.absolute_positions]
-            x = x + features(positions, config.width, config.rope_theta).astype(self.dtype)
+        x = embed_patches(config, linear, self.dtype, tokens, positions, low)
         x = self.constrain(x, "batch", "tokens", "width")
         condition = TimeEmbedding(config, self.constrain, name="time")(group_t)
+        if group_low_t is not None:
+            condition += TimeEmbedding(config, self.constrain, name="low_time")(group_low_t)
         rotary = None
         if config.rotary:
             rotary = rotary_angles(positions, config.width // config.heads, config.rope_theta)

@@ -30,11 +30,12 @@ def forward_flops(
     if dit.cross_attention:
         block += 2 * d * 2 * d * tokens + 2 * config.text_width * 2 * d * letters
         block += 4 * d * tokens * letters
-    ends = 2 * (config.patch.dim + config.output_dim) * d * tokens
+    enlarges = config.upscale > 1
+    ends = 2 * (config.patch.dim * (1 + enlarges) + config.output_dim) * d * tokens
     # Once a segment: its noise level's embedding, the pooled text's, and the modulation.
     layers = dit.depth if dit.modulation == "layer" else 1
     pooled = dit.pooled_text and not isinstance(text, ClassLabelsConfig)
-    condition = (TIME_FREQUENCIES + d) * d + pooled * config.text_width * d
+    condition = (1 + enlarges) * (TIME_FREQUENCIES + d) * d + pooled * config.text_width * d
     ends = ends + 2 * (condition + (6 * layers + 2) * d * d) * (tokens > 0)
     unseen = 0.0
     if dit.band is not None:

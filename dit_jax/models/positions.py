@@ -69,6 +69,20 @@ def grid_features(
     return features.reshape(*positions.shape[:2], width)
 
 
+def grid_time_features(
+    positions: Float[Array, "b l 3"], width: int, theta: float
+) -> Float[Array, "b l d"]:
+    """``grid_features``, and sines and cosines of time less those of time 0, float32.
+
+    The first frame of a clip is placed as ``grid_features`` places an image.
+    """
+    pairs = width // 2
+    rates = theta ** (-np.arange(pairs, dtype=np.float32) / pairs)
+    angles = positions[..., :1] * rates
+    of_time = jnp.concatenate([jnp.sin(angles), jnp.cos(angles) - 1], -1)
+    return grid_features(positions, width, theta) + of_time
+
+
 def rotary_angles(
     positions: Float[Array, "b l 3"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:

@@ -47,7 +47,14 @@ class ModelConfig:
     """Whether the network's output has a second half: the variance of the reverse step, for every
     number of the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
 
+    upscale: int = 1
+    """For super-resolution: the model is given the clip that it makes with so many times fewer rows and
+    columns, enlarged again, as channels beside the noise (Ho et al. 2021, "Cascaded Diffusion Models").
+    1 gives it nothing."""
+
     def __post_init__(self) -> None:
+        if self.upscale < 1:
+            raise ValueError(f"model.upscale is {self.upscale}: it is at least 1, which is none.")
         told = self.dit.pooled_text or self.dit.cross_attention
         if isinstance(self.text, ClassLabelsConfig) and not told:
             raise ValueError(
@@ -156,19 +163,15 @@ class TextToVideo(nn.Module):
         group_t: Float[Array, "b k"],
         text_states: Float[Array, "b s e"],
         text_segment_ids: Int[Array, "b s"],
+        low: Float[Array, "b l p"] | None = None,
+        group_low_t: Float[Array, "b k"] | None = None,
         residual: Float[Array, "b l d"] | None = None,
     ) -> Float[Array, "b l o"]:
-        """The transformer alone, on encoded text; see ``DiT`` of a ``residual``."""
-        return self.dit(
-            tokens,
-            positions,
-            segment_ids,
-            group_ids,
-            group_t,
-            text_states,
-            text_segment_ids,
-            residual,
-        )
+        """The transformer alone, on encoded text; with what is given at low resolution, and its noise
+        level, where ``config.upscale`` is above 1. See ``DiT`` of a ``residual``."""
+        groups = group_ids, group_t
+        text = text_states, text_segment_ids
+        return self.dit(tokens, positions, segment_ids, *groups, *text, low, group_low_t, residual)
 
     def __call__(
         self,
@@ -179,8 +182,9 @@ class TextToVideo(nn.Module):
         group_t: Float[Array, "b k"],
         text: Int[Array, "b s"] | Float[Array, "b s x"],
         text_segment_ids: Int[Array, "b s"],
+        low: Float[Array, "b l p"] | None = None,
+        group_low_t: Float[Array, "b k"] | None = None,
     ) -> Float[Array, "b l o"]:
-        states = self.encode_text(text, text_segment_ids)
-        return self.denoise(
-            tokens, positions, segment_ids, group_ids, group_t, states, text_segment_ids
-        )
+        read = self.encode_text(text, text_segment_ids), text_segment_ids
+        groups = group_ids, group_t
+        return self.denoise(tokens, positions, segment_ids, *groups, *read, low, group_low_t)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.models import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.sampling.given import Given, cycle, given_tokens, places
+from dit_jax.sampling.low_resolution import low_tokens
 from dit_jax.types import PAD
 
 
@@ -38,6 +39,8 @@ class Request:
     negative: str = ""
     """What guidance leads away from, in place of the empty prompt."""
     negative_states: np.ndarray | None = None
+    low: np.ndarray | None = None
+    """For super-resolution: what the model is given, float ``[t, h, w, c]`` of the request's size."""
     given: Given | None = None
     """Latents that are known, and how free each is (see ``modes``); unset, all are free."""
     times: np.ndarray | None = None
@@ -81,6 +84,8 @@ class Condition:
     negative: Int[Array, "b s"] | Float[Array, "b s e"] | None = None
     """In place of the empty text; None where every row has that."""
     negative_segment_ids: Int[Array, "b s"] | None = None
+    low: Float[Array, "b l q"] | None = None
+    """For super-resolution: what is given at low resolution (see ``PackedBatch``)."""
 
 
 def make_condition(
@@ -117,6 +122,7 @@ def make_condition(
         text=text,
         text_segment_ids=text_segments,
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
+        low=low_tokens([request.low for request in requests], model, length),
     )
     if any(r.loop for r in every):
         cycles = [cycle(grid, r.loop) for grid, r in zip(grids, requests, strict=True)]

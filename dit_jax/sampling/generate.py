@@ -7,6 +7,7 @@ not depend on which requests share the batch.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,7 @@ from dit_jax.models import TextToVideo, as_computed
 from dit_jax.sampling.caching import CachedSteps
 from dit_jax.sampling.condition import Condition, unconditioned
 from dit_jax.sampling.given import turned
+from dit_jax.sampling.low_resolution import noised_low
 from dit_jax.sampling.settings import SamplingConfig
 from dit_jax.types import PAD, Params
 
@@ -77,6 +79,7 @@ class Generator:
         self.step = jax.jit(self._make_step, donate_argnums=1)
         threshold = config.cache_threshold
         self._cached = CachedSteps(model, self._solve, threshold) if threshold else None
+        self._noise_low = jax.jit(partial(noised_low, diffusion.path, config.augmentation))
 
     def prepared(self, params: Params) -> Params:
         """Parameters (or their shapes) as the steps take them: what the layers would convert to the
@@ -183,6 +186,11 @@ class Generator:
         def twice(y: Any) -> Any:
             return jnp.concatenate([y, y]) if guided else y
 
+        low: list[jax.Array] = []
+        if condition.low is not None:
+            level = jnp.full_like(condition.group_ceilings, self.config.augmentation)
+            low = [twice(condition.low), twice(level)]
+
         def denoiser(x: Float[Array, "b l p"], t: Float[Array, ""]) -> Estimate:
             output: Any = evaluate(
                 twice(x),
@@ -192,6 +200,7 @@ class Generator:
                 twice(jnp.minimum(t, condition.group_ceilings)),
                 text,
                 text_segment_ids,
+                *low,
             )
             return self._estimate(output, x, condition, t, index)
 
@@ -218,6 +227,9 @@ class Generator:
         on_step: Callable[[], object] = lambda: None,
     ) -> Float[Array, "b l p"]:
         """Clean tokens for a condition; ``on_step`` is called after each step of the solver."""
+        if condition.low is not None:
+            ids = condition.seeds, condition.segment_ids, condition.token_ids
+            condition = dataclasses.replace(condition, low=self._noise_low(condition.low, *ids))
         if self._model.config.compute_dtype() != jnp.float32:
             params = self._prepare(params)
         text = self._encode(params, condition.text, condition.text_segment_ids)

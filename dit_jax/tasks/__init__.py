@@ -13,6 +13,8 @@ from dit_jax.tasks.codecs import open_codec as open_codec
 from dit_jax.tasks.converting import finished_codec as finished_codec
 from dit_jax.tasks.converting import read_codec_folder as read_codec_folder
 from dit_jax.tasks.converting import write_run as write_run
+from dit_jax.tasks.inflating import Inflation as Inflation
+from dit_jax.tasks.inflating import inflation as inflation
 from dit_jax.tasks.kinds import build as build
 from dit_jax.tasks.kinds import recorded as recorded
 from dit_jax.tasks.long import LongArguments as LongArguments
@@ -22,6 +24,10 @@ from dit_jax.tasks.requested import ModeArguments as ModeArguments
 from dit_jax.tasks.requested import Plan as Plan
 from dit_jax.tasks.requested import Shape as Shape
 from dit_jax.tasks.requested import make_plan as make_plan
+from dit_jax.tasks.super_resolution import check_given as check_given
+from dit_jax.tasks.super_resolution import each_clip as each_clip
+from dit_jax.tasks.super_resolution import enlarging as enlarging
+from dit_jax.tasks.super_resolution import read_clips as read_clips
 from dit_jax.tasks.text_encoders import check_reads as check_reads
 from dit_jax.tasks.text_encoders import on_mesh as on_mesh
 from dit_jax.tasks.text_encoders import open_text_encoder as open_text_encoder

@@ -78,6 +78,9 @@ def abstract_batch(config: Config, mesh: Mesh) -> PackedBatch:
         sample_ids=field(n, dtype=jnp.uint32),
         num_tokens=field(n),
         num_frames=field(n),
+        low=field(l, model.patch.dim, dtype=jnp.float32, tokens=True)
+        if model.upscale > 1
+        else None,
     )
 
 
@@ -109,7 +112,9 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
     if isinstance(model_config.text, TextStatesConfig):
         states = np.zeros((model_config.text.max_tokens - 1, model_config.text.dim), np.float32)
     size = config.codec.latent_size(made.frames, made.height, made.width)
-    request = Request("any", *size, config.codec.latent_fps(made.fps), 0, states)
+    low = np.zeros((*size, model_config.patch.channels), np.float32)
+    fps = config.codec.latent_fps(made.fps)
+    request = Request("any", *size, fps, 0, states, low=low if model_config.upscale > 1 else None)
     count = model_config.patch.num_tokens(*size)
     multiple = token_multiple(mesh, config.attention)
     condition = make_condition([request] * rows, model_config, -(-count // multiple) * multiple)

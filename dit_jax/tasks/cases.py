@@ -17,12 +17,14 @@ from dit_jax.data import (
     ShapesConfig,
     caption,
     held_out_scenes,
+    render,
     resize,
 )
 from dit_jax.evaluation import judge_classes, mean_psnr, prompt_following
-from dit_jax.models import ClassLabelsConfig
+from dit_jax.models import ClassLabelsConfig, Codec
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
 from dit_jax.tasks.sources import shown_source
+from dit_jax.tasks.super_resolution import fidelity, low_of
 
 FRAMES_SHOWN = 5
 CLIPS_SHOWN = 24
@@ -33,15 +35,15 @@ SHEET_SCALE = 3
 class Cases:
     """Requests for a run's samples, and how well the clips made for them do."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, codec: Codec | None = None) -> None:
+        self._config, self._codec = config, codec
         source, count = shown_source(config.data.source), config.evaluation.prompts
         self._scenes: list[Any] = []
         self._true: list[np.ndarray] = []
         shown = max(count, config.log.draw_count)
         if isinstance(source, ShapesConfig):
             self.requests = self._of_shapes(source, shown)
-        elif isinstance(config.model.text, ClassLabelsConfig):
+        elif isinstance(config.model.text, ClassLabelsConfig) and config.model.upscale == 1:
             self.requests = self._of_classes(config.model.text.classes, shown)
         else:
             self.requests = self._of_records(source, shown)
@@ -72,15 +74,23 @@ class Cases:
         config, made = self._config, self._config.sampling
         self._scenes = held_out_scenes(count, config.seed, made.frames, made.height, made.width)
         codec = config.codec
+        if config.model.upscale > 1:
+            self._true = [render(scene) for scene in self._scenes]
         return [
             Request(
                 caption(s),
                 *codec.latent_size(s.frames, s.height, s.width),
                 codec.latent_fps(source.fps),
                 seed=i,
+                low=self._low(self._true[i]) if self._true else None,
             )
             for i, s in enumerate(self._scenes)
         ]
+
+    def _low(self, video: np.ndarray) -> np.ndarray | None:
+        """What a model of super-resolution is given of a clip; None for another."""
+        factor = self._config.model.upscale
+        return low_of(video, factor, self._codec) if factor > 1 else None
 
     def _of_classes(self, classes: int, count: int) -> list[Request]:
         made = self._config.sampling
@@ -107,14 +117,17 @@ class Cases:
             else:
                 t, h, w = video.shape[:3]
             states = sample.get("text_states")
-            requests.append(Request(sample["caption"], t, h, w, fps, i, states))
+            label, low = sample.get("label"), self._low(video)
+            requests.append(Request(sample["caption"], t, h, w, fps, i, states, label, low=low))
             if split:
                 self._true.append(video)
         return requests
 
     def measure(self, clips: list[np.ndarray]) -> dict[str, float]:
         """The judge's verdict on moving shapes; the classifier's on images of classes; the distance to
-        the truth of recorded clips."""
+        the truth of recorded clips, and of what is enlarged."""
+        if self._config.model.upscale > 1:
+            return fidelity(clips, self._true[: len(clips)], self._config.model.upscale)
         if self._scenes:
             return prompt_following(clips, self._scenes[: len(clips)])
         if self._config.evaluation.classifier_split is not None:

@@ -53,6 +53,7 @@ from dit_jax.sampling import Generator, make_clips, to_float
 from dit_jax.tasks.cases import Cases, write_sheet
 from dit_jax.tasks.codecs import check_codec, open_codec
 from dit_jax.tasks.sources import make_source, records_of
+from dit_jax.tasks.super_resolution import low_of
 from dit_jax.tasks.text_encoders import encoded, open_for_data, with_states
 from dit_jax.training import Task, Work
 from dit_jax.types import PAD, PackedBatch, Params, Sample, Totals
@@ -120,15 +121,18 @@ def tokenize(
     codec: Codec | None = None,
 ) -> Tokenized:
     """A sample as clean patches, positions and text tokens; pixels pass through ``codec`` if given."""
-    video, fps = sample["video"], sample["fps"]
+    strides = (1, 1, 1) if codec is None else codec.strides
+    whole = (model.patch.h * strides[1], model.patch.w * strides[2])
+    video, fps = resize(transform, sample["video"], whole), sample["fps"]
+    low = None
+    if model.upscale > 1:
+        low = patchify(model.patch, low_of(video, model.upscale, codec))
     if video.dtype == np.uint8:
-        strides = (1, 1, 1) if codec is None else codec.strides
-        patch = (model.patch.h * strides[1], model.patch.w * strides[2])
-        video = to_float(resize(transform, video, patch))
+        video = to_float(video)
         if codec is not None:
             video, fps = _encoded(codec, video, sample["caption"]), fps / strides[0]
     places, frame_ids = positions(model.patch, *video.shape[:3], fps=fps)
-    return {
+    made: Tokenized = {
         "tokens": patchify(model.patch, video),
         "positions": places,
         "frame_ids": frame_ids,
@@ -136,6 +140,9 @@ def tokenize(
             sample["caption"], sample.get("text_states"), sample.get("label")
         ),
     }
+    if low is not None:
+        made["low"] = low
+    return made
 
 
 def _encoded(codec: Codec, video: np.ndarray, caption: str) -> np.ndarray:
@@ -159,9 +166,10 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
     model = model.clone(attention=_no_attention)
     ids = jnp.zeros((1, 1), jnp.int32)
     tokens = jnp.zeros((1, 1, model.config.patch.dim))
-    of_text = model.config.text
+    of_text, level = model.config.text, jnp.zeros((1, 1))
     text = jnp.zeros((1, 1, of_text.dim)) if isinstance(of_text, TextStatesConfig) else ids
-    return model.init(key, tokens, jnp.zeros((1, 1, 3)), ids, ids, jnp.zeros((1, 1)), text, ids)
+    low = (tokens, level) if model.config.upscale > 1 else ()
+    return model.init(key, tokens, jnp.zeros((1, 1, 3)), ids, ids, level, text, ids, *low)
 
 
 def batch_loss(
@@ -184,6 +192,8 @@ def batch_loss(
         noised.group_t,
         batch.text,
         drop_captions(batch.text_segment_ids, noised.dropped),
+        noised.low,
+        noised.group_low_t,
     )
     error, weight = token_loss(config, output, noised, batch)
     loss = error.sum()
@@ -220,10 +230,11 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     check_fits(packing, len(first["tokens"]), len(first["text"]), "the first sample")
     model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
-    cases = Cases(config)
+    cases = Cases(config, codec)
     wanted = with_states(cases.requests, encoder)
     augment = make_augment(config.data)
     decode = None if codec is None else codec.decode
+    along = ("low",) if config.model.upscale > 1 else ()
 
     def draw(params: Params, path: Path) -> None:
         requests = wanted[: config.log.draw_count]
@@ -242,7 +253,7 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
         name="text_to_video",
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
-        loader=lambda rows: Loader(source, to_tokens, packing, config.seed, rows, augment),
+        loader=lambda rows: Loader(source, to_tokens, packing, config.seed, rows, augment, along),
         rows=packing.rows,
         work=partial(batch_work, config.model),
         draw=draw,

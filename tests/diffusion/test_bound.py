@@ -103,7 +103,7 @@ def batch_of(x0, xt, eps, tau, segment_ids=None):
         tau=jnp.asarray(tau),
         group_ids=jnp.asarray(0 * ids),
         group_t=jnp.asarray(tau[:, :1]),
-        free=jnp.ones(tau.shape, bool),
+        free=jnp.asarray(tau > 0),
         dropped=jnp.zeros((b, 1), jnp.float32),
     )
     return noised, batch

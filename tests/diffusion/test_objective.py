@@ -205,6 +205,46 @@ def test_independent_levels_are_distributed_as_times_are(noise):
     assert np.abs(correlation).max() < 4.5 / len(levels) ** 0.5
 
 
+def with_low(batch):
+    low = np.sin(np.arange(batch.tokens.size, dtype=np.float32)).reshape(batch.tokens.shape)
+    return dataclasses.replace(batch, low=low * (batch.segment_ids != PAD)[..., None])
+
+
+def test_what_is_given_at_low_resolution_is_noised_to_the_level_that_is_told(noise):
+    config = dataclasses.replace(CONFIG, augmentation=0.4)
+    batch = with_low(ARRANGEMENTS["two rows"])
+    plain, noised = noise(config, ARRANGEMENTS["two rows"]), noise(config, batch)
+    # Nothing else of the batch's noise changes.
+    assert plain.low is None and plain.group_low_t is None
+    assert np.array_equal(plain.tau, noised.tau)
+    np.testing.assert_allclose(plain.tokens, noised.tokens, atol=1e-6)  # fused in another way
+    told = noised.group_low_t.reshape(2, 4, GROUPS)
+    assert (told == told[..., :1]).all() and (told >= 0).all() and (told < 0.4).all()
+    level = np.take_along_axis(noised.group_low_t, noised.group_ids, 1)[..., None]
+    eps = (noised.low - (1 - level) * batch.low) / level
+    real = eps[batch.segment_ids != PAD]
+    # 45 tokens of 4 numbers: within 4.5 standard deviations, and not the noise of the clip.
+    assert (
+        abs(real.mean()) < 4.5 / real.size**0.5
+        and abs(real.var() - 1) < 4.5 * (2 / real.size) ** 0.5
+    )
+    other = noised.eps[batch.segment_ids != PAD]
+    assert abs((real * other).mean()) < 4.5 / real.size**0.5
+
+
+def test_augmentation_is_uniform_and_of_the_sample(noise):
+    config = dataclasses.replace(CONFIG, augmentation=0.4)
+    batch = with_low(pack([[Clip(64 * r + j, 1, 1) for j in range(64)] for r in range(16)], 64, 64))
+    levels = np.sort(noise(config, batch).group_low_t[:, ::GROUPS].ravel()) / 0.4
+    n = levels.size
+    assert np.abs(levels - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
+    other = with_low(
+        pack([[Clip(64 * r + 63 - j, 1, 1) for j in range(64)] for r in range(16)], 64, 64)
+    )
+    again = noise(config, other).group_low_t[:, ::GROUPS]
+    assert np.array_equal(again[:, ::-1], noise(config, batch).group_low_t[:, ::GROUPS])
+
+
 def test_noise_is_standard_normal(noise):
     batch = pack([[Clip(r, 4, 64)] for r in range(8)], 256, 1)
     eps = np.sort(noise(CONFIG, batch).eps.ravel().astype(np.float64))
@@ -525,6 +565,7 @@ def test_a_wrong_shape_is_caught():
         ({"caption_dropout": 1.0}, "caption_dropout is 1.0"),
         ({"caption_dropout": -0.1}, "caption_dropout is -0.1"),
         ({"min_t": 0.0}, "min_t is 0.0"),
+        ({"augmentation": 1.5}, "augmentation is 1.5"),
         ({"min_t": 1.0}, "min_t is 1.0"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0"),
         ({"path": CHAIN}, "prediction is 'velocity', which the discrete path.kind 'ddpm' does not"),

@@ -1,0 +1,40 @@
+"""The second stage of a cascade: clips of 64 x 64 pixels to 256 x 256 (see ``cascade_64.py``).
+
+    python -m dit_jax.train --config configs/cascade_256.py --data.source.path RECORDS --mesh.fsdp 32
+
+Not measured: built and checked without data, and not trained.
+"""
+
+import dataclasses
+
+from cascade_64 import get_config as stage_64
+
+from dit_jax.config import Config
+from dit_jax.diffusion import CeilingConfig, TimeConfig
+from dit_jax.models import PRESETS
+
+
+def get_config() -> Config:
+    base = stage_64()
+    data, patch = base.data, base.model.patch
+    return dataclasses.replace(
+        base,
+        output="runs/cascade_256",
+        data=dataclasses.replace(data, transform=dataclasses.replace(data.transform, crop=256)),
+        model=dataclasses.replace(
+            base.model,
+            dit=dataclasses.replace(PRESETS["L"], modulation="shared"),
+            # 9 x 16 x 16 tokens, as many as the stage before has.
+            patch=dataclasses.replace(patch, h=16, w=16),
+            upscale=4,
+        ),
+        diffusion=dataclasses.replace(
+            base.diffusion,
+            time=TimeConfig(shift=4.0),
+            ceilings=CeilingConfig.only(free=1),
+            augmentation=0.3,
+        ),
+        sampling=dataclasses.replace(
+            base.sampling, height=256, width=256, steps=20, cfg_scale=2.0, augmentation=0.1
+        ),
+    )

@@ -1,0 +1,121 @@
+"""A video model that begins with the weights of an image model.
+
+The transformer has no layers of images or of time: attention sees all tokens of a clip, so its weights
+go over as they are, and a clip of one frame is what it was (rotary positions do not turn at time 0).
+What else a video needs is made of the image's so that this stays true:
+
+- Patches of several frames. The first frame of a clip stands alone, repeated to fill its patch. The
+  kernel that reads a patch reads its first frame alone, with the image's weights, and the one that
+  writes it writes the image's output in every frame (compare Carreira & Zisserman 2017, "Quo Vadis,
+  Action Recognition?", section 2.4, who read the mean of frames: of copies with noise of their own that
+  would be less noise than the network is told).
+- Time among fixed positions: "wht" is "wh" and features of time that are 0 in the first frame.
+- The clock of positions, ``patch.reference_fps``, of which a still image does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dit_jax.config import Config, Run
+from dit_jax.types import Params
+
+PATCH_FRAMES, CLOCK = "model.patch.t", "model.patch.reference_fps"
+ABSOLUTE = "model.dit.absolute_positions"
+READS, WRITES = ("patch_embedding", "low_embedding"), ("final",)
+"""Layers of the transformer that know how many frames a patch has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inflation:
+    """How the parameters of an image model become those of a video model."""
+
+    frames: int
+    """Of a patch, where the image model's has one; 1 if that stays."""
+    outputs: int
+    """For each number of a patch: 2 with a learned variance."""
+    fields: tuple[str, ...]
+    """Of the config, by dotted names: in what the models differ."""
+
+    def load(
+        self, read: Callable[[Params, Params], Params], shapes: Params, shardings: Params
+    ) -> Params:
+        """The video model's parameters, where ``read(shapes, shardings)`` gives the image model's."""
+
+        def shape(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            axis, sizes = _grown(path), list(leaf.shape)
+            if axis is not None:
+                sizes[axis] //= self.frames
+            return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
+
+        def sharding(path: Any, leaf: NamedSharding) -> NamedSharding:
+            # An image's patch may not divide over the devices that a video's does.
+            return leaf if _grown(path) is None else NamedSharding(leaf.mesh, PartitionSpec())
+
+        over = jax.tree_util.tree_map_with_path
+        params = read(over(shape, shapes), over(sharding, shardings))
+        return jax.jit(lambda p: over(self._inflated, p), out_shardings=shardings)(params)
+
+    def _inflated(self, path: Any, leaf: jax.Array) -> jax.Array:
+        axis = _grown(path)
+        if axis is None:
+            return leaf
+        if axis == 0 and leaf.ndim == 2:
+            return jnp.pad(leaf, ((0, (self.frames - 1) * leaf.shape[0]), (0, 0)))
+        each = leaf.reshape(*leaf.shape[:-1], self.outputs, 1, -1)
+        return jnp.repeat(each, self.frames, -2).reshape(*leaf.shape[:-1], -1)
+
+    def __str__(self) -> str:
+        how = {
+            PATCH_FRAMES: f"patches of {self.frames} frames read their first frame and write it in all",
+            ABSOLUTE: "positions have features of time that are 0 in the first frame",
+            CLOCK: "positions have another clock, which still images do not know",
+        }
+        return "inflated: " + "; ".join(how[name] for name in self.fields)
+
+
+def _grown(path: Any) -> int | None:
+    """The axis of a parameter that counts a patch's numbers; None where none does."""
+    names = [entry.key for entry in path]
+    if names[-3:-2] != ["dit"]:
+        return None
+    if names[-2] in READS:
+        return 0 if names[-1] == "kernel" else None
+    if names[-2] in WRITES:
+        return 1 if names[-1] == "kernel" else 0
+    return None
+
+
+def inflation(config: Run, stored: Run) -> Inflation | None:
+    """What makes the parameters of a run under the config ``stored`` those that ``config`` begins with;
+    None where they go over as they are, or the models differ in what no inflation covers.
+
+    Raises:
+        ValueError: where the first frame would not be what the image was.
+    """
+    if not isinstance(config, Config) or not isinstance(stored, Config):
+        return None
+    now, before, fields = config.model, stored.model, []
+    if before.patch.t == 1 and now.patch.t > 1:
+        fields.append(PATCH_FRAMES)
+        if config.diffusion.prediction != "x0":
+            raise ValueError(
+                f"checkpoint.initial {config.checkpoint.initial!r} is a run with model.patch.t 1, and "
+                f"not {now.patch.t}, of diffusion.prediction {config.diffusion.prediction!r}: the "
+                "frames that fill the first patch have noise of their own, of which that model says "
+                "nothing. Set model.patch.t to 1, or begin with a model that predicts 'x0'."
+            )
+    if (before.dit.absolute_positions, now.dit.absolute_positions) == ("wh", "wht"):
+        fields.append(ABSOLUTE)
+    if stored.sampling.frames == 1 and before.patch.reference_fps != now.patch.reference_fps:
+        fields.append(CLOCK)
+    if not fields:
+        return None
+    frames = now.patch.t if PATCH_FRAMES in fields else 1
+    return Inflation(frames, 1 + now.learned_variance, tuple(fields))

@@ -1,0 +1,194 @@
+"""A video model begun with an image model's weights makes, of one frame, what the image model makes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax import tasks
+from dit_jax.config import Config, DataConfig, to_dict
+from dit_jax.data import PackingConfig, ShapesConfig
+from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.models.positions import grid_features, grid_time_features
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips
+from dit_jax.train import begin
+from dit_jax.training import (
+    CheckpointConfig,
+    Checkpointer,
+    abstract_state,
+    init_state,
+    make_optimizer,
+)
+
+IMAGE = Config(
+    data=DataConfig(
+        source=ShapesConfig(num_examples=8, sizes=((24, 24),), frames=(5,), image_fraction=0.0),
+        packing=PackingConfig(rows=2, row_tokens=64, row_text=48, row_segments=1),
+    ),
+    model=ModelConfig(
+        dit=DiTConfig(width=24, depth=1, heads=2, absolute_positions="wh", rotary=False),
+        patch=PatchConfig(t=1, h=8, w=8, channels=3, reference_fps=24.0),
+        text=ByteEncoderConfig(width=16, depth=1, heads=2, max_bytes=15),
+    ),
+    sampling=SamplingConfig(frames=1, height=24, width=16, steps=2, cfg_scale=1.0),
+)
+IMAGE = dataclasses.replace(IMAGE, diffusion=dataclasses.replace(IMAGE.diffusion, prediction="x0"))
+
+
+def video(frames=2, absolute="wht", fps=8.0, initial=None, **fields):
+    """The config of a video model with so many frames in a patch."""
+    model = dataclasses.replace(
+        IMAGE.model,
+        dit=dataclasses.replace(IMAGE.model.dit, absolute_positions=absolute),
+        patch=dataclasses.replace(IMAGE.model.patch, t=frames, reference_fps=fps),
+    )
+    return dataclasses.replace(
+        IMAGE,
+        model=model,
+        sampling=dataclasses.replace(IMAGE.sampling, frames=5),
+        checkpoint=CheckpointConfig(initial=initial),
+        **fields,
+    )
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(1, 2, 1, 1), jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def image(mesh, tmp_path_factory):
+    """An image model with random weights everywhere, stored as a run; the run and the weights."""
+    abstract = tasks.abstract_task(IMAGE, mesh)
+    shapes, shardings = abstract_state(abstract.init, make_optimizer(IMAGE.optimizer, 1), mesh)
+    rng = np.random.default_rng(0)
+    host = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), shapes.ema)
+    directory = tmp_path_factory.mktemp("image")
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    checkpointer.save_weights(jax.device_put(host, shardings.ema), to_dict(IMAGE))
+    checkpointer.wait()
+    checkpointer.close()
+    return str(directory), host
+
+
+def begun(config, mesh):
+    """The averaged parameters that a new run of the config begins with."""
+    task, optimizer = tasks.abstract_task(config, mesh), make_optimizer(config.optimizer, 1)
+    shapes, shardings = abstract_state(task.init, optimizer, mesh)
+    fresh = init_state(task.init, optimizer, shardings, jax.random.key(1))
+    state = begin(config, fresh, shapes, shardings)
+    for leaf, wanted in zip(
+        jax.tree.leaves(state.ema), jax.tree.leaves(shardings.ema), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    return jax.device_get(state.ema)
+
+
+def one_frame(config, params, tokens, t):
+    """The output for tokens of one frame ``[1, l, q]``, repeated to fill its patches, at level t."""
+    frames, count = config.model.patch.t, tokens.shape[1]
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    model = tasks.make_model(config.model, mesh)
+    places = np.meshgrid(np.arange(3), np.arange(2), indexing="ij")
+    positions = np.stack([0 * places[0], *places], -1).reshape(1, count, 3).astype(np.float32)
+    ids, text = np.ones((1, count), np.int32), np.array([[5, 6, 7]], np.int32)
+    return np.asarray(
+        jax.jit(model.apply)(
+            params,
+            jnp.asarray(np.tile(tokens, (1, 1, frames))),
+            positions,
+            ids,
+            0 * ids,
+            np.float32([[t]]),
+            text,
+            np.ones_like(text),
+        )
+    ).reshape(1, count, frames, -1)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_one_frame_is_what_the_image_model_makes_of_it(image, mesh, frames, capsys):
+    run, weights = image
+    config = video(frames, initial=run)
+    params = begun(config, mesh)
+    said = capsys.readouterr().out
+    assert f"checkpoint.initial {run!r} is inflated:" in said
+    assert ("patches of" in said) == (frames > 1) and "features of time" in said
+    tokens = np.random.default_rng(1).normal(size=(1, 6, 192)).astype(np.float32)
+    wanted = one_frame(IMAGE, weights, tokens, 0.6)
+    found = one_frame(config, params, tokens, 0.6)
+    assert np.abs(wanted).max() > 0.1
+    for each in range(frames):
+        # Sums of the same numbers (and zeros) in another order: float32.
+        np.testing.assert_allclose(found[:, :, each], wanted[:, :, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_of_a_first_patch_only_the_first_frame_is_read(image, mesh):
+    """The other copies have noise of their own: the image model's input is the first alone."""
+    kernel = begun(video(2, initial=image[0]), mesh)["params"]["dit"]["patch_embedding"]["kernel"]
+    assert np.array_equal(kernel[:192], image[1]["params"]["dit"]["patch_embedding"]["kernel"])
+    assert not kernel[192:].any()
+
+
+def test_images_are_sampled_as_the_image_model_samples_them(image, mesh):
+    run, weights = image
+    alone = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    made = []
+    inflated = video(2, initial=run)
+    for config, params in ((IMAGE, weights), (inflated, begun(inflated, mesh))):
+        generator = Generator(
+            tasks.make_model(config.model, alone), config.diffusion, config.sampling
+        )
+        request = Request("a circle", 1, 24, 16, 8.0, 3)
+        made += make_clips(generator, params, [request], config.model, alone)
+    assert made[0].std() > 5
+    # Rounded to 255 levels.
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1
+
+
+def test_time_moves_what_is_not_the_first_frame():
+    places = np.array([[[0, 2, 1], [3, 2, 1]]], np.float32)
+    image, clip = (f(jnp.asarray(places), 24, 1e4) for f in (grid_features, grid_time_features))
+    assert np.array_equal(image[:, 0], clip[:, 0])
+    rates = 1e4 ** (-np.arange(12) / 12)
+    moved = np.concatenate([np.sin(3 * rates), np.cos(3 * rates) - 1])
+    np.testing.assert_allclose(clip[0, 1] - image[0, 1], moved, atol=1e-5)
+    with pytest.raises(ValueError, match="not a multiple of 4.*'wht'"):
+        DiTConfig(width=18, heads=2, rotary=False, absolute_positions="wht")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (video(3, absolute="thw"), "is a run with model.dit.absolute_positions = 'wh'"),
+        (
+            video(2, diffusion=dataclasses.replace(IMAGE.diffusion, prediction="velocity")),
+            "model.patch.t 1, and not 2, of diffusion.prediction 'velocity'.*predicts 'x0'",
+        ),
+        (
+            dataclasses.replace(video(), model=dataclasses.replace(video().model, upscale=2)),
+            "is a run with model.upscale = 1",
+        ),
+    ],
+)
+def test_what_would_not_be_the_image_is_refused(image, mesh, config, message):
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(initial=image[0]))
+    with pytest.raises(ValueError, match=message):
+        begun(config, mesh)
+
+
+def test_models_of_clips_keep_their_clock_and_patches():
+    clips = video(1, absolute="wh", fps=24.0)
+    assert tasks.inflation(video(1, absolute="wh", fps=8.0), clips) is None
+    assert tasks.inflation(video(4), video(2)) is None
+    assert tasks.inflation(video(2), video(2)) is None
+    found = tasks.inflation(video(2), IMAGE)
+    assert found is not None and (found.frames, found.outputs) == (2, 1)
+    assert set(found.fields) == {
+        "model.patch.t",
+        "model.patch.reference_fps",
+        "model.dit.absolute_positions",
+    }

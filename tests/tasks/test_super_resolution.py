@@ -1,0 +1,276 @@
+"""Super-resolution: what is given at low resolution reaches the model, in training and sampling."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax import tasks
+from dit_jax.config import load_config
+from dit_jax.data import enlarge, shrink
+from dit_jax.models import PixelCodec, forward_flops, patchify, unpatchify
+from dit_jax.parallel import MeshConfig, global_batch, make_mesh
+from dit_jax.sampling import (
+    Generator,
+    Request,
+    make_clips,
+    make_condition,
+    to_float,
+    to_uint8,
+    write_video,
+)
+from dit_jax.tasks.cases import Cases
+from dit_jax.tasks.super_resolution import fidelity, low_of, seen_low
+from dit_jax.tasks.text_to_video import tokenize
+from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
+from tests import tiny_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PLAIN = tiny_config.get_config()
+CONFIG = dataclasses.replace(
+    PLAIN,
+    model=dataclasses.replace(PLAIN.model, upscale=2),
+    diffusion=dataclasses.replace(PLAIN.diffusion, prediction="x0", augmentation=0.2),
+    sampling=dataclasses.replace(PLAIN.sampling, cfg_scale=1.5, steps=2),
+)
+
+
+def clip(seed=0, frames=5, height=24, width=24):
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def built(mesh):
+    return tasks.build(CONFIG, mesh)
+
+
+@pytest.fixture(scope="module")
+def batch(built):
+    loader = built.loader(tuple(range(built.rows)))
+    found = next(loader)
+    loader.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(built, batch, mesh):
+    """The state after a few steps on one batch, and their losses."""
+    optimizer = make_optimizer(CONFIG.optimizer, 6)
+    _, shardings = abstract_state(built.init, optimizer, mesh)
+    state = init_state(built.init, optimizer, shardings, jax.random.key(0))
+    step = make_step(built.loss, optimizer, CONFIG.optimizer, 0, shardings)
+    placed = global_batch(mesh, batch, tuple(range(built.rows)), built.rows)
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, placed)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+# --- the data ---
+
+
+def test_every_segment_has_its_own_clip_at_low_resolution(batch):
+    assert batch.low.shape == batch.tokens.shape and batch.low.dtype == np.float32
+    assert not batch.low[batch.segment_ids == 0].any()
+    for row, slot in zip(*np.nonzero(batch.num_tokens), strict=True):
+        at = batch.segment_ids[row] == slot + 1
+        size = next(
+            s
+            for s in ((f, 24, w) for f in (1, 3, 5) for w in (24, 32))
+            if CONFIG.model.patch.num_tokens(*s) == at.sum()
+            and batch.positions[row][at][-1, 2] == s[2] // 8 - 1
+        )
+        patch = CONFIG.model.patch
+        video = to_uint8(unpatchify(patch, batch.tokens[row][at], *size))
+        given = to_uint8(unpatchify(patch, batch.low[row][at], *size))
+        assert np.array_equal(given, enlarge(shrink(video, 2), 2))
+
+
+def test_a_model_that_does_not_enlarge_has_none_of_it(mesh):
+    sample = {"video": clip(), "caption": "a", "fps": 8.0}
+    assert "low" not in tokenize(PLAIN.model, sample)
+    assert tasks.abstract_task(PLAIN, mesh).batch.low is None
+    plain, other = (
+        jax.eval_shape(tasks.abstract_task(c, mesh).init, jax.random.key(0))["params"]["dit"]
+        for c in (PLAIN, CONFIG)
+    )
+    assert set(other) - set(plain) == {"low_embedding", "low_time"}
+    for name in plain:
+        shapes = [jax.tree.map(jnp.shape, jax.tree.leaves(tree[name])) for tree in (plain, other)]
+        assert shapes[0] == shapes[1]
+
+
+def test_latents_are_refused():
+    sample = {"video": np.zeros((5, 24, 24, 3), np.float32), "caption": "a", "fps": 8.0}
+    with pytest.raises(ValueError, match="upscale is 2 and the data are latents"):
+        tokenize(CONFIG.model, sample)
+
+
+def test_the_abstract_batch_is_as_the_loader_makes_it(built, batch, mesh):
+    abstract = tasks.abstract_task(CONFIG, mesh).batch
+    placed = global_batch(mesh, batch, tuple(range(built.rows)), built.rows)
+    assert jax.tree.map(jnp.shape, placed) == jax.tree.map(jnp.shape, abstract)
+    assert placed.low.dtype == abstract.low.dtype
+    extra = forward_flops(CONFIG.model, np.array([10]), np.array([5])) - forward_flops(
+        PLAIN.model, np.array([10]), np.array([5])
+    )
+    dim, width = 2 * 8 * 8 * 3, 32
+    assert extra == 2 * dim * width * 10 + 2 * (256 + width) * width
+
+
+# --- training and sampling ---
+
+
+def test_it_trains_and_learns_to_read_what_is_given(trained):
+    state, losses = trained
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    moved = state.params["params"]["dit"]["low_embedding"]["kernel"]
+    assert np.isfinite(moved).all() and np.abs(moved).max() > 0
+
+
+def requests(mesh, sizes=((5, 24, 24), (1, 24, 32))):
+    made = []
+    for i, size in enumerate(sizes):
+        low = low_of(clip(i, *size), 2, PixelCodec())
+        made.append(Request("a red circle", *size, 8.0, i, low=low))
+    return made
+
+
+def test_a_clip_does_not_depend_on_what_is_made_beside_it(trained, mesh):
+    state, _ = trained
+    config = dataclasses.replace(CONFIG.sampling, augmentation=0.1)
+    model = tasks.make_model(CONFIG.model, mesh)
+    generator = Generator(model, CONFIG.diffusion, config)
+    both = make_clips(generator, state.params, requests(mesh), CONFIG.model, mesh)
+    assert [one.shape for one in both] == [(5, 24, 24, 3), (1, 24, 32, 3)]
+    alone = make_clips(generator, state.params, requests(mesh)[1:], CONFIG.model, mesh)
+    # Rows of other lengths are summed in another order: a level of 255 at most.
+    assert np.abs(alone[0].astype(int) - both[1]).max() <= 1
+    other = [dataclasses.replace(r, low=-r.low) for r in requests(mesh)]
+    changed = make_clips(generator, state.params, other, CONFIG.model, mesh)
+    assert np.abs(changed[0].astype(int) - both[0]).max() > 3
+
+
+def test_a_condition_has_a_clip_for_each_request_or_none(mesh):
+    made = make_condition(requests(mesh), CONFIG.model, 40)
+    assert made.low is not None and made.low.shape == made.clean.shape
+    tokens = patchify(CONFIG.model.patch, requests(mesh)[1].low)
+    assert np.array_equal(made.low[1, : len(tokens)], tokens)
+    assert not made.low[1, len(tokens) :].any()
+    with pytest.raises(ValueError, match="1 of 2 requests have.*each needs one"):
+        broken = [requests(mesh)[0], dataclasses.replace(requests(mesh)[1], low=None)]
+        make_condition(broken, CONFIG.model)
+    with pytest.raises(ValueError, match="upscale is 1: leave them out"):
+        make_condition(requests(mesh), PLAIN.model)
+
+
+@pytest.mark.parametrize("level", [-0.1, 0.3])
+def test_more_noise_than_was_trained_on_is_refused(level):
+    with pytest.raises(ValueError, match="sampling.augmentation is .*diffusion.augmentation 0.2"):
+        dataclasses.replace(
+            CONFIG, sampling=dataclasses.replace(CONFIG.sampling, augmentation=level)
+        )
+
+
+# --- what is measured ---
+
+
+def test_the_report_compares_with_bicubic_enlargement():
+    true = [clip(1), clip(2)]
+    plain = [enlarge(shrink(one, 2), 2) for one in true]
+    found = fidelity(plain, true, 2)
+    assert found["gain"] == 0 and found["psnr"] == found["bicubic_psnr"] and found["count"] == 2
+    assert fidelity(true, true, 2)["gain"] > 50
+
+
+def test_cases_are_given_true_clips_at_low_resolution():
+    cases = Cases(CONFIG, PixelCodec())
+    assert len(cases.requests) == 3 and cases.measurable
+    low = [to_uint8(request.low) for request in cases.requests]
+    assert low[0].shape == (5, 24, 24, 3)
+    assert cases.measure(low)["gain"] == 0
+
+
+# --- files ---
+
+
+def test_clips_of_files_become_requests(tmp_path):
+    small = [clip(3, 3, 12, 16), clip(4, 5, 8, 8)]
+    for i, one in enumerate(small):
+        write_video(tmp_path / f"{i}.mp4", one, 12.0)
+    clips = tasks.read_clips([str(tmp_path)])
+    assert [c.shape for c, _ in clips] == [(3, 12, 16, 3), (5, 8, 8, 3)]
+    prompts, clips, fps = tasks.each_clip(["a"], clips, 1)
+    assert prompts == ["a", "a"] and fps == 12.0
+    made = tasks.enlarging(
+        [Request(p, 1, 8, 8, 8.0, i) for i, p in enumerate(prompts)], clips, CONFIG, PixelCodec()
+    )
+    assert [(r.frames, r.height, r.width, r.fps) for r in made] == [
+        (3, 24, 32, 12.0),
+        (5, 16, 16, 12.0),
+    ]
+    assert np.array_equal(made[0].low, to_float(enlarge(clips[0][0], 2)))
+    assert np.array_equal(made[1].low, seen_low(clips[1][0], 2, None))
+
+
+def test_every_clip_has_a_prompt():
+    clips = [(clip(), 8.0), (clip(1), 4.0)]
+    assert tasks.each_clip([], clips, 1)[0] == ["", ""]
+    assert tasks.each_clip(["a", "a"], clips, 2)[0] == ["a"] * 4
+    prompts, repeated, _ = tasks.each_clip(["a", "a", "b", "b"], clips, 2)
+    assert prompts == ["a", "a", "b", "b"]
+    assert [fps for _, fps in repeated] == [8.0, 8.0, 4.0, 4.0]
+    with pytest.raises(ValueError, match="3 prompts for 2 clips"):
+        tasks.each_clip(["a", "b", "c"], clips, 1)
+
+
+def test_what_cannot_be_enlarged_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="enlarges clips 2 times: give some with --super-resolve"):
+        tasks.check_given(CONFIG, ())
+    with pytest.raises(ValueError, match="does not enlarge clips"):
+        tasks.check_given(PLAIN, ("a.mp4",))
+    with pytest.raises(ValueError, match="holds no files ending in"):
+        tasks.read_clips([str(tmp_path)])
+    with pytest.raises(ValueError, match="4 frames"):
+        tasks.enlarging(
+            [Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 4, 12, 12), 8.0)], CONFIG, PixelCodec()
+        )
+    with pytest.raises(ValueError, match="not multiples of model.upscale 5"):
+        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, upscale=5))
+
+
+# --- the configs ---
+
+
+def test_the_cascade_fits_together(mesh):
+    stages = [load_config(str(CONFIGS / f"cascade_{size}.py")) for size in (64, 256, 768)]
+    made = [(s.sampling.frames, s.sampling.height, s.sampling.width) for s in stages]
+    assert made == [(17, 64, 64), (17, 256, 256), (17, 768, 768)]
+    assert [s.model.upscale for s in stages] == [1, 4, 3]
+    for config in stages:
+        task = tasks.abstract_task(config, mesh)
+        tokens = config.model.patch.num_tokens(
+            config.sampling.frames, config.sampling.height, config.sampling.width
+        )
+        assert tokens == config.data.packing.row_tokens
+        assert config.data.transform.crop == config.sampling.height
+        assert (task.batch.low is None) == (config.model.upscale == 1)
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        loss, totals = jax.eval_shape(task.loss, params, task.batch, jax.random.key(0))
+        assert loss.shape == totals.weight.shape == ()
+
+
+def test_the_sprites_config_is_given_half_of_each_side():
+    config = load_config(str(CONFIGS / "sprites_upscale.py"))
+    tokens = config.model.patch.num_tokens(8, 32, 32)
+    assert (config.model.upscale, tokens) == (2, config.data.packing.row_tokens)
+    assert config.evaluation.records_split == "test"
