@@ -108,8 +108,8 @@ def inflation(config: Run, stored: Run) -> Inflation | None:
             raise ValueError(
                 f"checkpoint.initial {config.checkpoint.initial!r} is a run with model.patch.t 1, and "
                 f"not {now.patch.t}, of diffusion.prediction {config.diffusion.prediction!r}: the "
-                "frames that fill the first patch have noise of their own, of which that model says nothing. "
-                "Set model.patch.t to 1, or begin with a model that predicts 'x0'."
+                "frames that fill the first patch have noise of their own, of which that model says "
+                "nothing. Set model.patch.t to 1, or begin with a model that predicts 'x0'."
             )
     if (before.dit.absolute_positions, now.dit.absolute_positions) == ("wh", "wht"):
         fields.append(ABSOLUTE)
