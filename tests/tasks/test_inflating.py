@@ -163,7 +163,7 @@ def test_time_moves_what_is_not_the_first_frame():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (video(3, absolute="thw"), "is a run with model.dit.absolute_positions = 'wh'"),
+        (video(4, absolute="thw"), "is a run with model.dit.absolute_positions = 'wh'"),
         (
             video(2, diffusion=dataclasses.replace(IMAGE.diffusion, prediction="velocity")),
             "model.patch.t 1, and not 2, of diffusion.prediction 'velocity'.*predicts 'x0'",
