@@ -7,9 +7,9 @@ The clips have eight frames, of which windows of five (1 + 4) are learned; the h
 characters that training never sees. Patches of 4 x 4 pixels come first: on so small pictures that is
 much the fastest, and loses nothing.
 
-Measured on two shared cores, other programs running beside it: 31.8 dB PSNR, SSIM 0.956 and flicker
-3.0 over 540 windows of the 270 held-out clips (5,000 steps, 32 minutes of CPU time); resizing to as
-many values gives 23.5 dB.
+Measured on two shared cores, other programs running beside it: 31.9 dB PSNR, SSIM 0.951 and flicker
+3.2 over 540 windows of the 270 held-out clips (3,000 steps, 17 minutes of CPU time, 15.3 in all); resizing
+to as many values gives 23.5 dB.
 """
 
 from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig
