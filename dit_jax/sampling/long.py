@@ -183,7 +183,7 @@ def _firsts(
     held = dataclasses.replace(window, history=0 if heads is None else len(heads[0]))
     return [
         _given(clip[0], held, head, noise, patch)
-        for clip, head in zip(clips, heads or [None] * len(clips), strict=True)
+        for clip, head in zip(clips, [None] * len(clips) if heads is None else heads, strict=True)
     ]
 
 
