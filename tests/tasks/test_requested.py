@@ -1,5 +1,6 @@
 """The options of modes: what contradicts itself is refused, and what is asked for is found."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -52,7 +53,11 @@ def test_contradictions_are_refused(given, sampling, message):
 
 def plan(given, sampling=UNSET, *shapes):
     given.check(sampling)
-    return make_plan(given, sampling, get_config(), shapes)
+    config, said = get_config(), {k: v for k, v in vars(sampling).items() if v is not None}
+    made = dataclasses.replace(config.sampling, **said)
+    # The run's config with these options, as a run is opened with them.
+    object.__setattr__(config, "sampling", made)
+    return make_plan(given, sampling, config, shapes)
 
 
 def likes(made):
