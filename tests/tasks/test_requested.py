@@ -80,7 +80,7 @@ def test_size_and_rate_are_asked_for_or_the_clips_own():
 def test_durations_choose_frames_that_fit():
     (one,) = likes(plan(ModeArguments(duration="1s", negative_prompt="red")))
     assert (one.frames, one.fps, one.negative) == (9, 8.0, "red")
-    assert likes(plan(ModeArguments(duration="1s"), asked(fps=16.0)))[0].frames == 5
+    assert likes(plan(ModeArguments(duration="1s"), asked(fps=16.0)))[0].frames == 17
     assert likes(plan(ModeArguments()))[0].frames == 5
 
 
