@@ -120,7 +120,8 @@ def places(
         groups = shown if loop else shown[1:]
         middles = groups.reshape(-1, patch.t).mean(1)
         middles = middles if loop else np.concatenate([shown[:1], middles])
-        clock = np.concatenate([np.zeros(loop), middles]) / patch.t * (patch.reference_fps / fps)
+        clock = np.concatenate([np.zeros(int(loop)), middles])
+        clock *= patch.reference_fps / (patch.t * fps)
         grid[:, 0] = clock[frame_ids]
     return grid[h * w :] if loop else grid
 

@@ -74,15 +74,20 @@ def like(space, frames=9, **fields):
     return dataclasses.replace(made, **fields)
 
 
+def given(request):
+    assert request.given is not None
+    return request.given
+
+
 def free(request):
     """Which latent frames are free, as a word: ``-`` is held, ``+`` free, else the ceiling's tenths."""
     marks = {0: "-", 10: "+"}
-    return "".join(marks.get(round(10 * s), str(round(10 * s))) for s in request.given.ceilings)
+    return "".join(marks.get(round(10 * s), str(round(10 * s))) for s in given(request).ceilings)
 
 
 def shown(request):
     """The numbers (of uint8) that the clean latents show."""
-    return np.rint((request.given.clean[:, 0, 0, 0] + 1) * 127.5).astype(int).tolist()
+    return np.rint((given(request).clean[:, 0, 0, 0] + 1) * 127.5).astype(int).tolist()
 
 
 def blank(edit, space):
@@ -117,23 +122,23 @@ def test_extension_forward_encodes_the_tail_as_a_clip_of_its_own(name):
     # Frames 7 to 11 are given: the first of them alone, as a clip's first always is.
     assert shown(request)[0] == 7
     np.testing.assert_array_equal(
-        request.given.clean[request.given.ceilings == 0], space.encode(clip(5, 7))
+        given(request).clean[given(request).ceilings == 0], space.encode(clip(5, 7))
     )
     assert blank(edit, space) == [*range(12), 200, 200, 200, 200]
 
 
 def test_extension_backward_leaves_out_a_causal_codecs_first_latent():
     for space, marks, numbers in (
-        (PIXELS, "++++-----", [0, 1, 2, 3, 4]),
+        (PIXELS, "++++-----", [0, 2, 4, 6, 8]),
         # The last free token holds frame 0 too, which is put back after every step.
-        (PAIRS, "++++-----", [0, 1, 2, 3, 4]),
-        (CAUSAL, "+++--", [2, 4]),
+        (PAIRS, "++++-----", [0, 2, 4, 6, 8]),
+        (CAUSAL, "+++--", [3, 7]),
     ):
-        edit = extend(space, like(space), clip(12), backward=4)
+        edit = extend(space, like(space), 2 * clip(12), backward=4)
         (request,) = edit.requests
         assert free(request) == marks
         assert shown(request)[-len(numbers) :] == numbers
-        assert blank(edit, space) == [200, 200, 200, 200, *range(12)]
+        assert blank(edit, space) == [200, 200, 200, 200, *range(0, 24, 2)]
     known = make_condition([extend(PAIRS, like(PAIRS), clip(12), backward=4).requests[0]], MODEL)
     # Token 2 holds frames 3 and 4 of nine: the second is frame 0 of the clip.
     assert known.known is not None and known.ceilings.tolist() == [[1, 1, 1, 0, 0]]
@@ -150,9 +155,9 @@ def test_both_ways_connections_and_loops_of_clips(name):
     edit = connect(space, like(space), *ends, gap=3)
     assert blank(edit, space) == [*range(8), 200, 200, 200, *range(100, 108)]
     request = edit.requests[0]
-    given = np.array(shown(request))[request.given.ceilings == 0]
-    assert given[0] in (5, 6, 7) and 7 in given or name == "causal"
-    assert given[-1] >= 102 and (given < 8).sum() >= 2
+    held = np.array(shown(request))[given(request).ceilings == 0]
+    assert held[0] in (5, 6, 7) and 7 in held or name == "causal"
+    assert held[-1] >= 102 and (held < 8).sum() >= 2
     closed = loop_clip(space, like(space), clip(8), gap=3)
     assert blank(closed, space) == [*range(8), 200, 200, 200]
     assert free(closed.requests[0]) == free(request)
@@ -241,7 +246,7 @@ def every_mode():
 @pytest.fixture(scope="module")
 def makers():
     """Edits made on one device, and on eight; random parameters that leave nothing at zero."""
-    found = {}
+    found, params = {}, None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
         shapes = {"one": MeshConfig(), "eight": MeshConfig(data=2, fsdp=1, context=2, tensor=2)}
@@ -350,12 +355,17 @@ def test_a_loop_is_decoded_after_its_own_end():
 
 
 def test_times_of_a_request_are_its_tokens():
+    (loop,) = loop_text(PIXELS, like(PIXELS, 3)).requests
+    model = dataclasses.replace(MODEL, patch=PIXELS.patch)
+    condition = make_condition([loop, like(PIXELS, 2)], model)
+    assert condition.positions[0, :, 0].tolist() == [0, 1, 2]
+    assert condition.cycles is not None and condition.cycles.tolist() == [[3, 0, 1], [0, 0, 0]]
     request = like(PAIRS, 5, times=np.array([0.0, 4, 6, 7, 8]))
     condition = make_condition([request], MODEL)
     assert condition.positions[0, :, 0].tolist() == [0.0, 2.5, 3.75]
     tokens = patchify(PAIRS.patch, to_float(NOISY[:5]))
-    given = Given(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
-    condition = make_condition([dataclasses.replace(request, given=given)], MODEL)
+    clip_of = Given(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
+    condition = make_condition([dataclasses.replace(request, given=clip_of)], MODEL)
     np.testing.assert_array_equal(condition.clean[0], tokens)
     assert condition.ceilings.tolist() == [[0, 1, 0.25]]
     assert condition.group_ceilings[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]

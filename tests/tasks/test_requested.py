@@ -1,5 +1,6 @@
 """The options of modes: what contradicts itself is refused, and what is asked for is found."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -52,7 +53,11 @@ def test_contradictions_are_refused(given, sampling, message):
 
 def plan(given, sampling=UNSET, *shapes):
     given.check(sampling)
-    return make_plan(given, sampling, get_config(), shapes)
+    config, said = get_config(), {k: v for k, v in vars(sampling).items() if v is not None}
+    made = dataclasses.replace(config.sampling, **said)
+    # The run's config with these options, as a run is opened with them.
+    object.__setattr__(config, "sampling", made)
+    return make_plan(given, sampling, config, shapes)
 
 
 def likes(made):
@@ -75,7 +80,7 @@ def test_size_and_rate_are_asked_for_or_the_clips_own():
 def test_durations_choose_frames_that_fit():
     (one,) = likes(plan(ModeArguments(duration="1s", negative_prompt="red")))
     assert (one.frames, one.fps, one.negative) == (9, 8.0, "red")
-    assert likes(plan(ModeArguments(duration="1s"), asked(fps=16.0)))[0].frames == 5
+    assert likes(plan(ModeArguments(duration="1s"), asked(fps=16.0)))[0].frames == 17
     assert likes(plan(ModeArguments()))[0].frames == 5
 
 
