@@ -8,8 +8,8 @@ Windows of 9 x 64 x 64 pixels at the videos' own resolution; held out are whole 
 come first, and latents are a projection of their own pixels that the layers correct: without that, as
 many steps gave less than resizing does.
 
-Measured on two shared cores: 38.8 dB PSNR, SSIM 0.953 and flicker 2.5 over 96 windows of 17 frames of the
-held-out videos (14 minutes of CPU time); resizing to as many values gives 35.3 dB.
+Measured on two shared cores: 38.8 dB PSNR, SSIM 0.953 and flicker 2.5 over 96 windows of 17 frames of
+the held-out videos (14 minutes of CPU time); resizing to as many values gives 35.3 dB.
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ characters that training never sees. Patches of 4 x 4 pixels come first: on so s
 much the fastest, and loses nothing.
 
 Measured on two shared cores, other programs running beside it: 31.9 dB PSNR, SSIM 0.951 and flicker
-3.2 over 540 windows of the 270 held-out clips (3,000 steps, 17 minutes of CPU time, 15.3 in all); resizing
-to as many values gives 23.5 dB.
+3.2 over 540 windows of the 270 held-out clips (3,000 steps, 17 minutes of CPU time, 15.3 in all);
+resizing to as many values gives 23.5 dB.
 """
 
 from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig
