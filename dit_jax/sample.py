@@ -41,11 +41,10 @@ from dit_jax.preparation import (
     UpsampleConfig,
     Upsampled,
     default_cache,
-    probe_prompt,
-    read_prompt,
     read_prompts,
     upsample,
 )
+from dit_jax.preparation.prompting import probe_prompt, read_prompt
 from dit_jax.preparation.upsample import TOKENS_OF_WORD, changes, records, warnings
 from dit_jax.sampling import (
     Request,

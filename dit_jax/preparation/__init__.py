@@ -34,8 +34,6 @@ from dit_jax.preparation.examining import read_clip as read_clip
 from dit_jax.preparation.filters import FilterConfig as FilterConfig
 from dit_jax.preparation.filters import Rejection as Rejection
 from dit_jax.preparation.media import Probe as Probe
-from dit_jax.preparation.prompting import probe_prompt as probe_prompt
-from dit_jax.preparation.prompting import read_prompt as read_prompt
 from dit_jax.preparation.prompts import read_prompts as read_prompts
 from dit_jax.preparation.recaption import ClipFrames as ClipFrames
 from dit_jax.preparation.recaption import RecaptionConfig as RecaptionConfig

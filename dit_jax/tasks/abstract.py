@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
 from dit_jax.diffusion import EVALUATIONS
-from dit_jax.models import TextStatesConfig, forward_flops
+from dit_jax.models import ClassLabelsConfig, TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
 from dit_jax.sampling import Generator, Request, make_condition
 from dit_jax.tasks.text_to_video import batch_loss, check_layout, init_params, make_model
@@ -114,7 +114,8 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
     size = config.codec.latent_size(made.frames, made.height, made.width)
     low = np.zeros((*size, model_config.patch.channels), np.float32)
     fps = config.codec.latent_fps(made.fps)
-    request = Request("any", *size, fps, 0, states, low=low if model_config.upscale > 1 else None)
+    prompt = "" if isinstance(model_config.text, ClassLabelsConfig) else "any"
+    request = Request(prompt, *size, fps, 0, states, low=low if model_config.upscale > 1 else None)
     count = model_config.patch.num_tokens(*size)
     multiple = token_multiple(mesh, config.attention)
     condition = make_condition([request] * rows, model_config, -(-count // multiple) * multiple)

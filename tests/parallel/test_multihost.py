@@ -47,6 +47,9 @@ def test_assembled_arrays_equal_the_batch(sizes):
     data, fsdp, context, _ = sizes
     for field in dataclasses.fields(batch):
         value, array = getattr(batch, field.name), getattr(placed, field.name)
+        if field.name == "low":
+            assert value is None and array is None
+            continue
         assert isinstance(array, jax.Array) and array.shape == value.shape
         np.testing.assert_array_equal(array, value, err_msg=field.name)
         # Each device holds the part that its index says, and no more.

@@ -56,6 +56,7 @@ class StandIn:
         self.config: Any = types.SimpleNamespace(
             patch=PATCH,
             text=text,
+            upscale=1,
             compute_dtype=lambda: jnp.float32,
             text_tokens=lambda prompt, states=None, label=None: np.frombuffer(
                 b"\0" + prompt.encode(), np.uint8
