@@ -180,7 +180,7 @@ class ChatClient:
         self._closed = threading.Event()
         self._sleep = sleep or self._closed.wait
         self._clock, self._random = clock, random.Random()
-        self._opener = _opener(config.url)
+        self._opener, self._refusal = _opener(config.url), None
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._failed_in_a_row, self._answers = 0, False
@@ -218,6 +218,8 @@ class ChatClient:
                 self._sleep(pause)
             if self._closed.is_set():
                 raise Failed("not sent", "the client was closed", again=False)
+            if self._refusal is not None:
+                raise self._refusal
             try:
                 answer = self._once(body)
             except Failed as error:
@@ -284,7 +286,8 @@ class ChatClient:
         """What an error status means for this request; raises ``ChatError`` where it is for all."""
         said = _said(error)
         if error.code in FATAL:
-            raise ChatError(self._remedy(error.code, said)) from error
+            self._refusal = ChatError(self._remedy(error.code, said))
+            raise self._refusal from error
         wait = _retry_after(error.headers.get("Retry-After"))
         if error.code in (301, 302, 303, 307, 308):
             said = f"redirected to {error.headers.get('Location')!r}: name that address"

@@ -140,8 +140,12 @@ def test_a_wrong_server_key_or_model_ends_all_at_once(status: int, monkeypatch):
         assert f"{server.url}/v1 answers {status} for 'seer'" in said and not clock.slept
         assert ("OPENAI_API_KEY, which holds the key, is not set" in said) == (status != 404)
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        # The same client asks no more.
+        with pytest.raises(ChatError) as again:
+            ask(client, "y")
+        assert again.value is raised.value
         with pytest.raises(ChatError, match="name a model" if status == 404 else "is wrong"):
-            ask(client, "x")
+            ask(client_of(server.url)[0], "x")
     assert server.keys == [None, "Bearer secret"]
     assert sum(server.seen.values()) == 2
 
