@@ -7,8 +7,8 @@ patch of 2 x 8 x 8 pixels. The network predicts clean patches (a patch has more 
 model has width).
 
 Measured on two shared cores (AMD EPYC, tests running beside it at first): 14.3 minutes from start to
-report, 22 minutes of CPU time; of 96 clips for held-out prompts the judge finds colour, direction and size
-right in 100 %, shape in 96.9 %, colour, shape and direction together in 96.9 %.
+report, 22 minutes of CPU time; of 96 clips for held-out prompts the judge finds colour, direction and
+size right in 100 %, shape in 96.9 %, colour, shape and direction together in 96.9 %.
 """
 
 import dataclasses
