@@ -5,6 +5,9 @@
 
 Half of the clips are to be made whole; of the others some frames are given (``ceilings``). Paths lie
 anywhere in part of the clips, as those that are given may.
+
+Measured (``docs/modes.md``): 91.7 % of 96 prompts followed from text alone, 97.9 % from a first frame;
+clips are extended within 0.30 (forward) and 0.43 pixels a frame (backward) of the true ones.
 """
 
 import dataclasses
