@@ -55,7 +55,6 @@ from dit_jax.sampling import (
     grid,
     make_edits,
     make_long,
-    plain,
     upscale,
     write_parts,
     write_video,
@@ -242,7 +241,7 @@ def sample(given: SampleArguments) -> None:
         tasks.enlarging(requests, clips, config, codec) if clips else plan.likes(requests, space)
     )
     likes = tasks.with_states(likes, tasks.open_text_encoder(config, mesh))
-    edits = [plain(like) for like in likes] if clips else plan.edits(likes, space, media)
+    edits = plan.edits(likes, space, media)
     generator, params = trained.load(mesh, given.spread_parameters)
     made = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
     if jax.process_index() == 0:
