@@ -17,7 +17,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.models import ModelConfig, PatchConfig, TextStatesConfig
-from dit_jax.sampling.given import Given, cycle, given_tokens, places
+from dit_jax.sampling.given import Given, given_tokens, places
+from dit_jax.sampling.loops import cycle
 from dit_jax.sampling.low_resolution import low_tokens
 from dit_jax.types import PAD
 
@@ -80,7 +81,7 @@ class Condition:
     known: Bool[Array, "b l p"] | None = None
     """Numbers that are given in tokens that are not held; None where no row has any."""
     cycles: Float[Array, "b 3"] | None = None
-    """Loops (see ``given.cycle``); None where no row is one."""
+    """Loops (see ``loops.cycle``); None where no row is one."""
     negative: Int[Array, "b s"] | Float[Array, "b s e"] | None = None
     """In place of the empty text; None where every row has that."""
     negative_segment_ids: Int[Array, "b s"] | None = None

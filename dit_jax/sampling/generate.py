@@ -38,7 +38,7 @@ from dit_jax.diffusion import (
 from dit_jax.models import TextToVideo, as_computed
 from dit_jax.sampling.caching import CachedSteps
 from dit_jax.sampling.condition import Condition, unconditioned
-from dit_jax.sampling.given import turned
+from dit_jax.sampling.loops import closed
 from dit_jax.sampling.low_resolution import noised_low
 from dit_jax.sampling.settings import SamplingConfig
 from dit_jax.types import PAD, Params
@@ -179,9 +179,8 @@ class Generator:
         where there is twice as much text as clips: the prompts, and then the empty ones. ``evaluate``
         is the transformer."""
         guided = text.shape[0] > carry.x.shape[0]
-        places, cycles = condition.positions, condition.cycles
-        if cycles is not None:
-            places = turned(places, cycles, index)
+        if condition.cycles is not None:
+            evaluate = closed(evaluate, condition.cycles, index)
 
         def twice(y: Any) -> Any:
             return jnp.concatenate([y, y]) if guided else y
@@ -194,7 +193,7 @@ class Generator:
         def denoiser(x: Float[Array, "b l p"], t: Float[Array, ""]) -> Estimate:
             output: Any = evaluate(
                 twice(x),
-                twice(places),
+                twice(condition.positions),
                 twice(condition.segment_ids),
                 twice(condition.group_ids),
                 twice(jnp.minimum(t, condition.group_ceilings)),

@@ -11,14 +11,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from dit_jax.models import PatchConfig, patchify, positions
-
-GOLDEN = 0.6180339887498949
-"""Multiples of this, modulo 1, fill the circle evenly however many there are."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,34 +119,3 @@ def places(
         clock *= patch.reference_fps / (patch.t * fps)
         grid[:, 0] = clock[frame_ids]
     return grid[h * w :] if loop else grid
-
-
-def cycle(places: np.ndarray, loop: bool) -> tuple[float, float, float]:
-    """(tokens along time, the first's time, what lies between two) of a loop; else zeros.
-
-    Raises:
-        ValueError: where they are not evenly spaced: no time would follow the last one.
-    """
-    if not loop:
-        return 0.0, 0.0, 0.0
-    clock = np.unique(places[:, 0])
-    unit = float(clock[1] - clock[0]) if len(clock) > 1 else 1.0
-    if not np.allclose(np.diff(clock), unit, rtol=1e-3):
-        raise ValueError("the frames of a loop are unevenly spaced in time: leave out its times.")
-    return float(len(clock)), float(clock[0]), unit
-
-
-def turned(
-    positions: Float[Array, "b l 3"], cycles: Float[Array, "b 3"], index: Int[Array, ""]
-) -> Float[Array, "b l 3"]:
-    """Positions of step ``index``, at which loops begin elsewhere.
-
-    To roll the latents of a loop is to roll their times. Over the steps the cut goes round the circle
-    (as in Mobius, Bi et al. 2025), so that no frame stays next to it.
-    """
-    count, first, unit = (cycles[:, i : i + 1] for i in range(3))
-    by = jnp.floor(jnp.mod(index * GOLDEN, 1.0) * count)
-    clock = positions[..., 0]
-    number = jnp.round((clock - first) / jnp.where(count > 0, unit, 1))
-    rolled = first + unit * jnp.mod(number - by, jnp.maximum(count, 1))
-    return positions.at[..., 0].set(jnp.where(count > 0, rolled, clock))
