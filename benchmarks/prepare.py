@@ -1,13 +1,15 @@
-"""What preparation takes on the host beside decoding alone, of the same files in one run.
+"""What preparation takes on the host beside FFmpeg alone, of the same files in one run.
 
     pip install -e '.[prepare]' && python benchmarks/prepare.py --input DIR --repeats 3
 
 Plain decoding is FFmpeg's, through PyAV, of every frame in one thread; nothing is done with the frames.
-Examining is all that is done to a file on the host before text and latents: probing, shots, filters,
-hashes, thumbnails. Reading clips is what records and latents need of it then. First these three are
-done in turn to each file in this process: CPU and wall seconds of all files together, the median of the
-repeats for each file. Then each is done to all files by worker processes, which are started anew and
-whose start counts: wall seconds and clips a second. Files that are refused and images are left out.
+Decoding to pixels makes each frame RGB of the size of the file's clips, too, as ``ffmpeg -vf scale``
+does: without it nobody has anything to train on. Examining is all that is done to a file on the host
+before text and latents: probing, shots, filters, hashes, thumbnails. Reading clips is what records and
+latents need of it then, and the host side is both. First these are done in turn to each file in this
+process: CPU and wall seconds of all files together, the median of the repeats for each file. Then each
+is done to all files by worker processes, which are started anew and whose start counts: wall seconds
+and clips a second. Files that are refused and images are left out.
 """
 
 from __future__ import annotations
@@ -20,16 +22,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from plain_decoding import decode
+from plain_decoding import decode, decode_to_pixels
 
-from dit_jax.preparation import ClipConfig, DecodingConfig, ExamineConfig, WorkersConfig, run
+from dit_jax.preparation import (
+    ClipConfig,
+    DecodingConfig,
+    ExamineConfig,
+    FileReport,
+    WorkersConfig,
+    run,
+)
 from dit_jax.preparation import examine as examine_one
 from dit_jax.preparation.examining import read_clip
 from dit_jax.preparation.listing import Item, find_media
 from dit_jax.preparation.progress import Progress
 from dit_jax.preparation.stages import Examined, Kept, examine_files, read_clips
 
-WAYS = ("plain decoding", "examine", "read clips")
+WAYS = ("plain decoding", "decoding to pixels", "examine", "read clips")
 FOLDER = tempfile.TemporaryDirectory()
 
 
@@ -47,21 +56,44 @@ def taken(work: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
+def size_of(kept: Sequence[Kept], item: Item, report: FileReport) -> tuple[str, int, int]:
+    """A file and the size in which its frames are drawn for clips; of one without clips, its own."""
+    for one in kept:
+        if one.item == item and one.clip.geometry is not None:
+            return item.path, one.clip.geometry.scaled_height, one.clip.geometry.scaled_width
+    assert report.probe is not None
+    return item.path, report.probe.height, report.probe.width
+
+
 def file_by_file(
-    items: Sequence[Item], kept: Sequence[Kept], config: ExamineConfig, repeats: int
+    sizes: Sequence[tuple[str, int, int]],
+    kept: Sequence[Kept],
+    config: ExamineConfig,
+    repeats: int,
 ) -> np.ndarray:
-    """CPU and wall seconds ``[3, 2]`` of the ways, each over all files, in this process."""
+    """CPU and wall seconds ``[4, 2]`` of the ways, each over all files, in this process."""
     total = np.zeros((len(WAYS), 2))
-    for item in items:
-        clips = [one.clip for one in kept if one.item == item]
+    for size in sizes:
+        clips = [one.clip for one in kept if one.item.path == size[0]]
         ways = (
-            lambda path=item.path: decode(path),
-            lambda path=item.path: examine_one(path, config),
-            lambda path=item.path, clips=clips: [read_clip(path, clip) for clip in clips],
+            lambda path=size[0]: decode(path),
+            lambda size=size: decode_to_pixels(size),
+            lambda path=size[0]: examine_one(path, config),
+            lambda path=size[0], clips=clips: [read_clip(path, clip) for clip in clips],
         )
         found = [[taken(way) for way in ways] for _ in range(repeats)]
         total += np.median(np.array(found), axis=0)
     return total
+
+
+def told(seconds: Sequence[float], what: str, more: Callable[[float], str] = lambda _: "") -> None:
+    """Prints a line for each way and for the host side, beside both ways of decoding."""
+    rows = [*zip(WAYS, seconds, strict=True), ("host side", seconds[2] + seconds[3])]
+    for name, each in rows:
+        ratios = (
+            f"{each / seconds[0]:.2f} of plain decoding, {each / seconds[1]:.2f} of that to pixels"
+        )
+        print(f"  {name:18} {each:6.2f} s of {what}, {ratios}{more(each)}")
 
 
 def main() -> None:
@@ -79,31 +111,24 @@ def main() -> None:
     reports = {item: examined.report(item) for item in items}
     items = [i for i, r in reports.items() if r.probe is not None and r.probe.kind == "video"]
     kept = examined.kept(items)
-
-    def plain() -> int:
-        return sum(done.value for done in run(decode, [item.path for item in items], workers))
-
-    frames = plain()
-    examine_one(items[0].path, config)  # What is imported when it is first needed.
-    print(f"{len(items)} files, {frames} frames, {len(kept)} clips")
-    alone = file_by_file(items, kept, config, args.repeats)
-    for name, (cpu, wall) in zip(WAYS, alone, strict=True):
-        ratios = f"{cpu / alone[0, 0]:.2f} and {wall / alone[0, 1]:.2f} of plain decoding"
-        print(f"{name}: {cpu:.2f} s of CPU, {wall:.2f} s; {ratios}")
+    sizes = [size_of(kept, item, reports[item]) for item in items]
     by_processes = (
-        plain,
+        lambda: sum(done.value for done in run(decode, [path for path, *_ in sizes], workers)),
+        lambda: sum(done.value for done in run(decode_to_pixels, sizes, workers)),
         lambda: examine(items, config, workers),
         lambda: sum(1 for _ in read_clips(kept, DecodingConfig(), workers)),
     )
+    frames = by_processes[0]()
+    examine_one(items[0].path, config)  # What is imported when it is first needed.
+    print(f"{len(items)} files, {frames} frames, {len(kept)} clips; in one process:")
+    alone = file_by_file(sizes, kept, config, args.repeats)
+    told(alone[:, 0].tolist(), "CPU")
+    told(alone[:, 1].tolist(), "wall")
     print(f"{args.processes} processes, their start included:")
-    base = 0.0
-    for name, work in zip(WAYS, by_processes, strict=True):
-        middle = statistics.median(taken(work)[1] for _ in range(args.repeats))
-        base = base or middle
-        print(
-            f"{name}: {middle:.2f} s, {len(kept) / middle:.1f} clips/s, "
-            f"{frames / middle:.0f} frames/s, {middle / base:.2f} of plain decoding"
-        )
+    wall = [statistics.median(taken(work)[1] for _ in range(args.repeats)) for work in by_processes]
+    told(
+        wall, "wall", lambda each: f", {len(kept) / each:.1f} clips/s, {frames / each:.0f} frames/s"
+    )
 
 
 if __name__ == "__main__":
