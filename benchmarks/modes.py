@@ -4,6 +4,8 @@
 
 For held-out scenes, whose clips are known: prints a table, and writes ``modes.json`` and for every mode
 a strip (PNG, one row a clip) and a GIF. Lengths are for clips of 9 frames at the run's own size.
+Restyling is with a strength of 0.8 and guidance of 3. A true loop of n tokens along time has its
+largest step at the seam in one of n cases: 25 % for 9 frames in patches of 2.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dit_jax.evaluation import centroids, prompt_following
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Edit,
+    Generator,
     Request,
     Space,
     blend,
@@ -43,6 +46,9 @@ from dit_jax.sampling import (
 )
 
 FRAMES, NEW = 9, 4
+STRENGTH = 0.8
+SETTINGS: dict[str, dict[str, float]] = {"restyle": {"cfg_scale": 3.0}}
+"""Of sampling, where they are not the run's own."""
 SHOWN = 8
 Found = dict[str, float]
 Measure = Callable[[Sequence[np.ndarray]], Found]
@@ -198,7 +204,7 @@ class Modes:
             for s in self.scenes
         ]
         edits = [
-            restyle(self.space, dataclasses.replace(like, prompt=caption(s)), clip, 0.7)
+            restyle(self.space, dataclasses.replace(like, prompt=caption(s)), clip, STRENGTH)
             for like, s, clip in zip(self.likes, wanted, self.true, strict=True)
         ]
 
@@ -262,7 +268,14 @@ def main() -> None:
     for name, (edits, measure) in modes.all().items():
         if given.modes and name not in given.modes:
             continue
-        clips = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
+        maker = generator
+        if name in SETTINGS:
+            maker = Generator(
+                tasks.make_model(config.model, mesh),
+                config.diffusion,
+                dataclasses.replace(made, **SETTINGS[name]),
+            )
+        clips = make_edits(maker, params, edits, config.model, mesh, True, codec.decode)
         report[name] = {key: round(value, 4) for key, value in measure(clips).items()}
         write(directory, name, clips, made.fps)
         print(f"{name:16}", "  ".join(f"{k} {v:g}" for k, v in report[name].items()), flush=True)

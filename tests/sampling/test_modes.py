@@ -289,6 +289,12 @@ def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
     assert makers["eight"][1].step._cache_size() == 1
 
 
+def test_every_mode_alone_is_what_it_is_beside_others(makers, on_one):
+    for edit, beside in zip(every_mode(), on_one, strict=True):
+        (alone,) = makers["one"][0](edits=[edit])
+        assert alone.shape == beside.shape and np.abs(alone.astype(int) - beside).max() <= 1
+
+
 def test_held_frames_come_out_as_they_were_given(on_one):
     assert [len(x) for x in on_one] == [9, 1, 9, 9, 17, 21, 9, 12, 8, 9]
     assert all(x.std() > 0 for x in on_one)
