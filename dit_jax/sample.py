@@ -155,8 +155,9 @@ def _prompts(given: SampleArguments) -> list[str | int]:
     return [prompt for prompt in prompts for _ in range(given.num)]
 
 
-def _requests(config: Config, prompts: list[str | int], seed: int) -> list[Request]:
+def _requests(given: SampleArguments, config: Config, prompts: list[str | int]) -> list[Request]:
     """One clip for each prompt; raises ``ValueError`` where the model reads no such prompts."""
+    seed, negative = given.seed, given.mode.negative_prompt or ""
     made, text = config.sampling, config.model.text
     classes = isinstance(text, ClassLabelsConfig)
     for prompt in prompts:
@@ -176,7 +177,7 @@ def _requests(config: Config, prompts: list[str | int], seed: int) -> list[Reque
     return [
         Request("", *size, fps, seed + i, label=prompt)
         if isinstance(prompt, int)
-        else Request(prompt, *size, fps, seed + i)
+        else Request(prompt, *size, fps, seed + i, negative=negative)
         for i, prompt in enumerate(prompts)
     ]
 
@@ -221,7 +222,7 @@ def sample(given: SampleArguments) -> None:
     tasks.check_given(config, given.super_resolve)
     if clips := tasks.read_clips(given.super_resolve):
         prompts, clips, fps = tasks.each_clip(prompts, clips, given.num)
-    requests = _requests(config, prompts, given.seed)
+    requests = _requests(given, config, prompts)
     check_request(requests[0], config.model.patch)
     media = _media(plan)
     mesh = make_mesh(given.mesh)
@@ -230,7 +231,7 @@ def sample(given: SampleArguments) -> None:
     space = Space(codec, config.model.patch)
     if given.upsample:
         file = directory.with_suffix(".prompts.json") if single else directory / "prompts.json"
-        requests = _requests(config, _upsampled(given, config, prompts, file), given.seed)
+        requests = _requests(given, config, _upsampled(given, config, prompts, file))
 
     if given.long.long is not None:
         _sample_long(given, trained, plan.likes(requests, space), space, mesh)

@@ -119,6 +119,7 @@ def test_a_long_clip_begins_as_the_plain_one_and_follows_its_storyboard(
 
 def test_guidance_solver_steps_and_checkpoint_are_chosen(sampled: Sampled):
     changes = ["--cfg-scale", 1], ["--solver", "heun"], ["--steps", 4], ["--step", 8]
+    changes = *changes, ["--negative-prompt", OTHER]
     strips = [sampled()] + [sampled(*change) for change in changes]
     for i, one in enumerate(strips):
         for other in strips[:i]:

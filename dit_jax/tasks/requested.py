@@ -230,12 +230,7 @@ class Plan:
             "height": self.height // h,
             "width": self.width // w,
         }
-        return [
-            dataclasses.replace(
-                one, **size, fps=self.fps / t, negative=self.given.negative_prompt or ""
-            )
-            for one in requests
-        ]
+        return [dataclasses.replace(one, **size, fps=self.fps / t) for one in requests]
 
     def _frames(self, space: Space) -> int:
         if self.frames is not None:

@@ -61,7 +61,7 @@ def plan(given, sampling=UNSET, *shapes):
 
 
 def likes(made):
-    return made.likes([Request("a", 5, 24, 24, 8.0, 0)], SPACE)
+    return made.likes([Request("a", 5, 24, 24, 8.0, 0, negative="red")], SPACE)
 
 
 def test_size_and_rate_are_asked_for_or_the_clips_own():
@@ -78,7 +78,7 @@ def test_size_and_rate_are_asked_for_or_the_clips_own():
 
 
 def test_durations_choose_frames_that_fit():
-    (one,) = likes(plan(ModeArguments(duration="1s", negative_prompt="red")))
+    (one,) = likes(plan(ModeArguments(duration="1s")))
     assert (one.frames, one.fps, one.negative) == (9, 8.0, "red")
     assert likes(plan(ModeArguments(duration="1s"), asked(fps=16.0)))[0].frames == 17
     assert likes(plan(ModeArguments()))[0].frames == 5

@@ -212,8 +212,12 @@ def test_clips_of_files_become_requests(tmp_path):
     prompts, clips, fps = tasks.each_clip(["a"], clips, 1)
     assert prompts == ["a", "a"] and fps == 12.0
     made = tasks.enlarging(
-        [Request(p, 1, 8, 8, 8.0, i) for i, p in enumerate(prompts)], clips, CONFIG, PixelCodec()
+        [Request(p, 1, 8, 8, 8.0, i, negative="b") for i, p in enumerate(prompts)],
+        clips,
+        CONFIG,
+        PixelCodec(),
     )
+    assert [r.negative for r in made] == ["b", "b"]
     assert [(r.frames, r.height, r.width, r.fps) for r in made] == [
         (3, 24, 32, 12.0),
         (5, 16, 16, 12.0),
