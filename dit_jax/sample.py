@@ -61,6 +61,8 @@ from dit_jax.sampling import (
 )
 
 PROG = "python -m dit_jax.sample"
+SEVERAL = ("prompt", "label", "keyframe", "super-resolve")
+"""Options that take several values, behind one flag or each behind its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ class SampleArguments:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Samples what the command line says; returns the exit status."""
     arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    arguments = tasks.gathered(arguments, SEVERAL)
     description = f"{SampleArguments.__doc__} {PROCESS_HELP}"
     given = tyro.cli(SampleArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -198,14 +201,28 @@ def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
     }
 
 
-def sample(given: SampleArguments) -> None:
-    """Makes the clips and writes them."""
-    given.mode.check(given.sampling)
-    if given.super_resolve and (given.mode.source or given.mode.loop or given.long.long):
+def _check_enlarges(given: SampleArguments) -> None:
+    """Raises ``ValueError`` where clips are to be enlarged and something else besides."""
+    if given.mode.source or given.mode.loop or given.long.long:
         raise ValueError(
             "--super-resolve enlarges clips and does nothing else to them: make the clip first, and "
             "enlarge what comes out."
         )
+    asked = given.sampling
+    sizes = {"height": asked.height, "width": asked.width, "frames": asked.frames, "fps": asked.fps}
+    for name, value in {**sizes, "duration": given.mode.duration}.items():
+        if value is not None:
+            raise ValueError(
+                f"--{name} {value} and --super-resolve: size, length and rate are those of the clips. "
+                "Leave it out."
+            )
+
+
+def sample(given: SampleArguments) -> None:
+    """Makes the clips and writes them."""
+    given.mode.check(given.sampling)
+    if given.super_resolve:
+        _check_enlarges(given)
     directory = Path(given.output)
     single = bool(directory.suffix) and not directory.is_dir()
     if single:
@@ -218,10 +235,16 @@ def sample(given: SampleArguments) -> None:
     )
     config = trained.config
     plan = _plan(given, config)
-    fps = plan.output_fps
+    rates = [plan.output_fps]
     tasks.check_given(config, given.super_resolve)
     if clips := tasks.read_clips(given.super_resolve):
-        prompts, clips, fps = tasks.each_clip(prompts, clips, given.num)
+        prompts, clips = tasks.each_clip(prompts, clips, given.num)
+        rates = [fps for _, fps in clips]
+        if single and len(set(rates)) > 1:
+            raise ValueError(
+                f"--output {given.output} would show clips of {sorted(set(rates))} frames a second "
+                "side by side: name a directory, which gets a file for each."
+            )
     requests = _requests(given, config, prompts)
     check_request(requests[0], config.model.patch)
     media = _media(plan)
@@ -246,7 +269,7 @@ def sample(given: SampleArguments) -> None:
     generator, params = trained.load(mesh, given.spread_parameters)
     made = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
     if jax.process_index() == 0:
-        _write(given, directory, single, prompts, made, fps)
+        _write(given, directory, single, prompts, made, rates)
 
 
 def _sample_long(
@@ -263,9 +286,17 @@ def _sample_long(
     single = bool(directory.suffix) and not directory.is_dir()
     kept = directory.with_suffix(".windows.npz") if single else directory / "windows.npz"
     generator, params = trained.load(mesh, given.spread_parameters)
-    noise = given.long.history_noise
     made = make_long(
-        generator, params, clips, plan.windows, config.model, mesh, noise, kept=kept, progress=True
+        generator,
+        params,
+        clips,
+        plan.windows,
+        config.model,
+        mesh,
+        given.long.noise,
+        kept=kept,
+        progress=True,
+        weights=str(trained.path.resolve()),
     )
     if jax.process_index() != 0:
         return
@@ -350,14 +381,16 @@ def _write(
     single: bool,
     prompts: list[str | int],
     clips: list[np.ndarray],
-    fps: float,
+    rates: list[float],
 ) -> None:
+    """Writes one file, or one for each clip; ``rates`` are of each, or one of all."""
     large = [upscale(clip, given.scale) for clip in clips]
     if single:
-        write_video(directory, large[0] if len(large) == 1 else grid(large), fps)
+        write_video(directory, large[0] if len(large) == 1 else grid(large), rates[0])
         print(f"{len(large)} clip(s): {directory}")
         return
-    for name, clip in zip(_names(prompts), large, strict=True):
+    rates = rates if len(rates) == len(large) else rates * len(large)
+    for name, clip, fps in zip(_names(prompts), large, rates, strict=True):
         write_video(directory / f"{name}.{given.format}", clip, fps)
     print(f"{len(large)} clip(s) in {directory}/")
 

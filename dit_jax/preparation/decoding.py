@@ -203,13 +203,17 @@ def pictures(
 
 
 def sampled(
-    path: str | os.PathLike, fps: float | None = None, config: DecodingConfig | None = None
+    path: str | os.PathLike,
+    fps: float | None = None,
+    config: DecodingConfig | None = None,
+    losses: Losses | None = None,
 ) -> Iterator[tuple[int, Picture]]:
     """(k, picture) on a grid of `fps` frames per second from the file's first frame on.
 
-    By default the file's own rate, where every frame of a constant rate appears once.
+    By default the file's own rate, where every frame of a constant rate appears once. `losses` counts
+    what is lost.
     """
-    losses = Losses()
+    losses = losses or Losses()
     found = pictures(path, config, losses)
     first = next(found, None)
     if first is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import sys
 
 import numpy as np
 
 from dit_jax.data import centre, resized
-from dit_jax.preparation.decoding import DecodingConfig, frames, probe
+from dit_jax.preparation.decoding import DecodingConfig, Losses, probe, sampled
 from dit_jax.preparation.media import Probe
 from dit_jax.preparation.refusals import Refused
 
@@ -36,6 +36,9 @@ def read_prompt(
     """A file's displayed frames, uint8 ``[t, height, width, 3]``: scaled until they cover that size, in
     their own aspect ratio, and the centre cropped.
 
+    A picture stays until the next one comes, however long that is. Where damage cost frames, that is
+    said on stderr.
+
     Args:
         fps: frames a second, repeated or left out by their time stamps; the file's own if not given.
         count: the first so many alone; all if not given.
@@ -44,13 +47,21 @@ def read_prompt(
         ValueError: where it cannot be decoded, with the reason.
     """
     found: list[np.ndarray] = []
+    losses, latest = Losses(), None
     try:
-        for _, frame in itertools.islice(frames(path, fps, config), count):
-            found.append(_fitted(frame, height, width))
+        for k, picture in sampled(path, fps, config, losses):
+            if count is not None and k >= count:
+                break
+            found += found[-1:] * (k - len(found))
+            again = picture is latest
+            found.append(found[-1] if again else _fitted(picture.pixels(), height, width))
+            latest = picture
     except (Refused, ImportError) as error:
         raise ValueError(f"{str(path)!r} cannot be used: {error}. Give another file.") from error
     if not found:
         raise ValueError(f"{str(path)!r} has no frame that can be decoded: give another file.")
+    for note in losses.notes():
+        print(f"warning: {str(path)!r}: {note}", file=sys.stderr, flush=True)
     return np.stack(found)
 
 

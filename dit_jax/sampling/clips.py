@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -51,9 +52,13 @@ def make_clips(
     """
     for request in requests:
         check_request(request, model.patch)
-    batches = -(-len(requests) // clips_at_once(generator, len(requests), mesh))
+    kinds = [generator.steps_of(request) for request in requests]
+    batches = (
+        -(-count // clips_at_once(generator, count, mesh))
+        for count in collections.Counter(kinds).values()
+    )
     with tqdm(
-        total=batches * generator.config.steps,
+        total=sum(batches) * generator.config.steps,
         unit="step",
         desc="sampling",
         disable=not progress or jax.process_index() != 0,
@@ -85,10 +90,22 @@ def make_rows(
 ) -> Iterator[np.ndarray]:
     """Rows ``[l, p]`` that begin with the clean tokens of each request; the same on every process.
 
+    Requests share batches as far as they share steps (``Generator.steps_of``).
+
     Args:
         on_step: called after each step of the solver.
         together: requests of other calls that are to be made by the same compiled step.
     """
+    kinds = [generator.steps_of(request) for request in requests]
+    if len(set(kinds)) > 1:
+        found: dict[int, np.ndarray] = {}
+        for kind in dict.fromkeys(kinds):
+            places = [i for i, one in enumerate(kinds) if one == kind]
+            alike = [requests[i] for i in places]
+            rows = make_rows(generator, params, alike, model, mesh, on_step, together)
+            found |= zip(places, rows, strict=True)
+        yield from (found[i] for i in range(len(requests)))
+        return
     every = [*requests, *together]
     length = max(request.num_tokens(model.patch) for request in every)
     length = _round_up(length, token_multiple(mesh))

@@ -37,7 +37,7 @@ from dit_jax.diffusion import (
 )
 from dit_jax.models import TextToVideo, as_computed
 from dit_jax.sampling.caching import CachedSteps
-from dit_jax.sampling.condition import Condition, unconditioned
+from dit_jax.sampling.condition import Condition, Request, unconditioned
 from dit_jax.sampling.loops import closed
 from dit_jax.sampling.low_resolution import noised_low
 from dit_jax.sampling.settings import SamplingConfig
@@ -96,6 +96,18 @@ class Generator:
         if config.spacing == "linear" and config.shift is None:
             shift = float(resolution_shift(self._diffusion.time, np.int64(tokens)))
         return levels_of(path, config.spacing, config.steps, shift, config.last_step)
+
+    def steps_of(self, request: Request) -> tuple[float, ...]:
+        """What of a request decides which steps are made, and how: requests that differ in it share no
+        batch, that none depends on another."""
+        config, time = self.config, self._diffusion.time
+        shifts = config.spacing == "linear" and config.shift is None
+        tokens = request.num_tokens(self._model.config.patch)
+        found = (float(tokens) if shifts and time.reference_tokens else 0.0,)
+        if self._cached is not None:
+            highest = 1.0 if request.given is None else float(request.given.ceilings.max())
+            found += (highest, float(request.loop))
+        return found
 
     def _make_start(self, condition: Condition, t: Float[Array, ""]) -> Carry:
         eps = self._token_noise(condition)

@@ -123,6 +123,7 @@ def make_long(
     heads: Sequence[np.ndarray] | None = None,
     kept: Path | None = None,
     progress: bool = False,
+    weights: str = "",
 ) -> list[np.ndarray]:
     """The latents ``[t, h, w, c]`` of long clips of one size, to the end of the last window.
 
@@ -132,6 +133,7 @@ def make_long(
         heads: latents with which the clips begin, in place of the history that the first window lacks.
         kept: a file that gets what there is after every window, and from which the same call goes on
             (by one process). Whoever has used the outcome removes it.
+        weights: what the parameters are (a run and its step), that those of others do not go on there.
 
     Raises:
         ValueError: where clips, windows and heads do not fit together, or ``kept`` is of others.
@@ -140,7 +142,8 @@ def make_long(
     firsts = _firsts(clips, windows[0], heads, noise, model.patch)
     # What later windows look like, so that the first, which lacks a history, has their form.
     form = [_given(clips[0][0], w, None, noise, model.patch) for w in windows[:2]]
-    store = _Store(kept if jax.process_count() == 1 else None, clips, windows, noise, heads)
+    plan = _told(clips, windows, noise, heads, f"{weights} {generator.config}")
+    store = _Store(kept if jax.process_count() == 1 else None, plan)
     made = store.read()
     batches = -(-len(clips) // clips_at_once(generator, len(clips), mesh))
     with tqdm(
@@ -165,7 +168,10 @@ def make_long(
             latents = np.stack(
                 [_latents(*pair, model.patch) for pair in zip(requests, rows, strict=True)]
             )
-            if heads is not None and not number:
+            # What was given stays what it was.
+            if number:
+                latents[:, : window.history] = made[-1][:, -window.history :]
+            elif heads is not None:
                 latents[:, : len(heads[0])] = np.stack(heads)
             made.append(latents)
             store.write(made)
@@ -234,22 +240,30 @@ def _given(
     return dataclasses.replace(request, given=Given(clean, ceilings))
 
 
+def _told(
+    clips: Sequence[Sequence[Request]],
+    windows: Sequence[Window],
+    noise: float,
+    heads: Sequence[np.ndarray] | None,
+    made_by: str,
+) -> str:
+    """A hash of all that decides what comes out."""
+    told = [
+        [(r.prompt, r.negative, r.size, r.fps, r.seed, r.label) for r in clip] for clip in clips
+    ]
+    plan = [told, [dataclasses.astuple(window) for window in windows], noise, made_by]
+    found = hashlib.sha256(json.dumps(plan).encode())
+    states = [s for clip in clips for r in clip for s in (r.text_states, r.negative_states)]
+    for array in [*(heads or ()), *(s for s in states if s is not None)]:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
 class _Store:
     """What the windows so far have made, in a file; of the same plan, or it is refused."""
 
-    def __init__(
-        self,
-        path: Path | None,
-        clips: Sequence[Sequence[Request]],
-        windows: Sequence[Window],
-        noise: float,
-        heads: Sequence[np.ndarray] | None,
-    ) -> None:
-        self._path = path
-        told = [[(r.prompt, r.size, r.fps, r.seed, r.label) for r in clip] for clip in clips]
-        plan = json.dumps([told, [dataclasses.astuple(w) for w in windows], noise]).encode()
-        plan += b"".join(np.ascontiguousarray(head).tobytes() for head in heads or ())
-        self._plan = hashlib.sha256(plan).hexdigest()
+    def __init__(self, path: Path | None, plan: str) -> None:
+        self._path, self._plan = path, plan
 
     def read(self) -> list[np.ndarray]:
         """Latents ``[clips, t, h, w, c]`` of each window that is there."""

@@ -104,18 +104,21 @@ def image_to_video(
 def restyle(space: Space, like: Request, clip: np.ndarray, strength: float) -> Edit:
     """Video to video: the clip is remade from so much noise (SDEdit, Meng et al. 2021).
 
+    Where the last frames do not fill a token, the model is shown the last one again until they do.
+
     Args:
         strength: 0 gives the clip back, 1 forgets it.
-
-    Raises:
-        ValueError: where the clip's number of frames does not fit (``Space.latents``).
     """
     _check_size(space, like, clip)
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength}: it is above 0 and at most 1 (0.6 is usual).")
-    clean = space.encode(clip)
-    like = dataclasses.replace(like, frames=space.latents(len(clip)))
-    return _edit(like, clean, np.full(len(clean), strength, np.float32), {})
+    count = len(clip)
+    clean = space.encode(
+        np.concatenate([clip, np.repeat(clip[-1:], (1 - count) % space.stride, 0)])
+    )
+    ceilings = np.full(len(clean), strength, np.float32)
+    request = dataclasses.replace(like, frames=len(clean), given=Given(clean, ceilings))
+    return Edit((request,), lambda clips: clips[0][:count])
 
 
 def extend(
@@ -261,8 +264,8 @@ def interpolate(
     """``factor`` times the frames: every ``factor``-th is given, ``like.fps`` being that of the clip.
 
     Args:
-        strength: the others are remade from so much noise on a blend of their neighbours. Unset: 1
-    x
+        strength: the others are remade from so much noise on a blend of their neighbours. Unset: 1, and
+            0.4 where frames share tokens.
 
     Raises:
         ValueError: where the factor is below 2, or the clip has one frame.
@@ -361,12 +364,17 @@ def _between(
     start = space.encode(before) if before is not None else None
     end = space.at_end(after) if after is not None else None
     held = sum(len(part) - 1 for part in (before, after) if part is not None)
+    if after is not None and space.stands_still(after):
+        held += space.stride  # Behind the new frames, the last of which is the picture itself.
     like = dataclasses.replace(like, frames=space.latents(1 + new + held))
     clean, ceilings = _nothing(space, like)
     if start is not None:
         clean[: len(start)], ceilings[: len(start)] = start, noise
-    if end is not None and len(end):
+    if end is not None:
         clean[-len(end) :], ceilings[-len(end) :] = end, noise
+    # What shares a token with what is free is put back at that token's own noise level.
+    tokens = ceilings[1:].reshape(-1, space.patch.t)
+    tokens[(tokens < 1) & (tokens.max(1, keepdims=True) == 1)] = 0
     return dataclasses.replace(like, given=Given(clean, ceilings))
 
 

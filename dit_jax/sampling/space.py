@@ -75,13 +75,17 @@ class Space:
         """The latents of one token that shows an image ``[h, w, 3]`` and is not a clip's first."""
         return self.encode(np.repeat(image[None], 1 + self.stride, 0))[-self.patch.t :]
 
+    def stands_still(self, head: np.ndarray) -> bool:
+        """Whether a head is a single frame that fills a token at the end of another clip."""
+        return len(head) == 1 and self.codec.strides[0] > 1
+
     def at_end(self, head: np.ndarray) -> np.ndarray:
         """The latents that hold a head of ``1 + n stride`` frames at the end of another clip.
 
         Of a causal codec those behind its first, for that is a first frame's and no other's: frame 0 is
         then held by none. A single frame stands still, as in ``still``.
         """
-        if len(head) == 1 and self.codec.strides[0] > 1:
+        if self.stands_still(head):
             return self.still(head[0])
         latents = self.encode(head)
         return latents[1:] if self.codec.strides[0] > 1 else latents

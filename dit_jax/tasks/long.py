@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from dit_jax.config import Config
@@ -30,16 +31,19 @@ class LongArguments:
     """A file of lines "time: prompt", in place of --prompt: which one is in force when."""
     history: str | None = None
     """Length of what each window is given of the one before. Unset: about a third."""
-    history_noise: float = NOISE
-    """Noise on it, against drift and frozen motion (0.02 to 0.1)."""
+    history_noise: float | None = None
+    """Noise on it, against drift and frozen motion (0.02 to 0.1). Unset: 0.05."""
 
     def check(self, mode: ModeArguments, texts: int, upsample: bool) -> None:
         """Raises ``ValueError`` where options contradict each other; ``texts`` prompts and classes are
         given otherwise."""
         if self.long is None:
-            for name in ("storyboard", "history"):
+            for name in ("storyboard", "history", "history_noise"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"--{name} says something of --long: give that, or leave it.")
+                    option = name.replace("_", "-")
+                    raise ValueError(
+                        f"--{option} says something of --long: give that, or leave it."
+                    )
             return
         parse_length(self.long, "--long")
         if self.history is not None:
@@ -57,10 +61,14 @@ class LongArguments:
                 "--storyboard has the prompts, as they are: leave out --prompt, --prompts-file, "
                 "--label and --upsample."
             )
-        if not 0 <= self.history_noise <= 1:
+        if not 0 <= self.noise <= 1:
             raise ValueError(
                 f"--history-noise {self.history_noise}: it is in [0, 1] (0.05 is usual)."
             )
+
+    @property
+    def noise(self) -> float:
+        return NOISE if self.history_noise is None else self.history_noise
 
     def board(self) -> Storyboard | None:
         """What the file says; None without one. Raises ``ValueError`` where it is none."""
@@ -76,11 +84,29 @@ class LongPlan:
     windows: tuple[Window, ...]
 
     def requests(self, likes: Sequence[Request], board: Storyboard | None) -> list[list[Request]]:
-        """For each clip the requests of its windows; a clip without a storyboard keeps its prompt."""
+        """For each clip the requests of its windows; a clip without a storyboard keeps its prompt.
+
+        Raises:
+            ValueError: where a prompt of the storyboard is in force in no window.
+        """
+        if board is not None:
+            self._check_used(board, likes[0].fps)
         return [
             window_requests(like, self.windows, board or Storyboard((0.0,), (like.prompt,)))
             for like in likes
         ]
+
+    def _check_used(self, board: Storyboard, fps: float) -> None:
+        middles = [window.middle() / fps for window in self.windows]
+        for time, until in zip(board.times, [*board.times[1:], math.inf], strict=True):
+            if not any(time <= middle < until for middle in middles):
+                near = sorted(middles, key=lambda middle: abs(middle - time))[:3]
+                told = ", ".join(f"{middle:.2f}" for middle in sorted(near))
+                raise ValueError(
+                    f"the storyboard's prompt at {time:g} s is in force in no window. A window has the "
+                    f"prompt of the middle of its new frames; the nearest of these are at {told} s. "
+                    "Change its time, give a longer --long or --history, or shorter windows (--frames)."
+                )
 
 
 def make_long_plan(given: LongArguments, config: Config, space: Space) -> LongPlan:

@@ -193,6 +193,29 @@ def parse_length(text: str, name: str, least: float = 1e-9) -> tuple[float, bool
     return number, found[1] is not None
 
 
+def gathered(arguments: Sequence[str], several: Sequence[str]) -> list[str]:
+    """A command line in which each of some options stands once: the values of one that is given again
+    (``--keyframe A --keyframe B``) follow the first one's."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    rest: list[list[str]] = [values]
+    for one in arguments:
+        name, sign, value = one.partition("=")
+        option = name.removeprefix("--").replace("_", "-")
+        if name.startswith("--") and option in several:
+            if option not in found:
+                found[option] = [f"--{option}"]
+                rest.append(found[option])
+            values = found[option]
+            values += [value] * bool(sign)
+        elif one.startswith("--"):
+            values = [one]
+            rest.append(values)
+        else:
+            values.append(one)
+    return [one for part in rest for one in part]
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What a file's pictures are: ``height`` and ``width`` as displayed, and frames a second; ``still``
@@ -284,7 +307,6 @@ class Plan:
             return lambda like: loop_clip(space, like, clip, gap, context, noise)
         if (factor := given.factor) is not None:
             return lambda like: interpolate(space, like, clip, factor, given.strength)
-        clip = clip[: 1 + (len(clip) - 1) // space.stride * space.stride]
         return lambda like: restyle(space, like, clip, given.strength or RESTYLE_STRENGTH)
 
     def _cut(self, clip: np.ndarray, space: Space) -> np.ndarray:
@@ -329,12 +351,30 @@ def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence
     if shapes:
         multiples = codec.h * patch.h, codec.w * patch.w
         height, width = _size(shapes[0], asked.height, asked.width, multiples, given.files[0])
+    _check_latents(config, height, width)
     fps = made.fps
     if shapes and asked.fps is None and given.source != "image" and not shapes[0].still:
         fps = shapes[0].fps
-    if made.frames == 1 and (given.loop or given.source == "extend"):
+    if made.frames == 1 and given.loop and given.source is None and given.duration is None:
         raise ValueError("1 frame is a still image, which has no time: give more --frames.")
     return Plan(given, height, width, fps, asked.frames, made.frames)
+
+
+def _check_latents(config: Config, height: int, width: int) -> None:
+    """Raises ``ValueError``, in pixels, where the patches of latents do not divide a side; of pixels
+    the patch itself says so."""
+    codec, patch = config.codec, config.model.patch
+    for name, side, stride, part in (
+        ("height", height, codec.h, patch.h),
+        ("width", width, codec.w, patch.w),
+    ):
+        by = stride * part
+        if stride > 1 and (side < by or side % by):
+            low = max(side // by, 1) * by
+            raise ValueError(
+                f"{name} {side} is not a multiple of {by}, the codec's {stride} by the patch's {part}. "
+                f"The nearest are {low} and {low + by}."
+            )
 
 
 def _size(

@@ -84,12 +84,17 @@ def check_given(config: Config, files: Sequence[str]) -> None:
             "the model does not enlarge clips (model.upscale is 1): leave --super-resolve out, or give "
             "--checkpoint a run of super-resolution."
         )
+    if config.model.upscale == 1 and config.sampling.augmentation:
+        raise ValueError(
+            f"--augmentation {config.sampling.augmentation}: the model does not enlarge clips "
+            "(model.upscale is 1). Leave it out."
+        )
 
 
 def each_clip(
     prompts: Sequence[str | int], clips: Sequence[Clip], num: int
-) -> tuple[list[str | int], list[Clip], float]:
-    """Every clip ``num`` times, a prompt for each of these, and the first one's frame rate.
+) -> tuple[list[str | int], list[Clip]]:
+    """Every clip ``num`` times, and a prompt for each of these.
 
     ``prompts`` are one for each clip or one for all, each ``num`` times, or none: the empty one.
 
@@ -105,7 +110,7 @@ def each_clip(
             f"{len(given) // num} prompts for {len(clips)} clips of --super-resolve: give one for "
             "each, one for all, or none."
         )
-    return given, repeated, repeated[0][1]
+    return given, repeated
 
 
 def enlarging(
