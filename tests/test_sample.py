@@ -19,8 +19,10 @@ import pytest
 
 from dit_jax import sample
 from dit_jax.preparation import read_prompts
+from dit_jax.preparation.prompting import read_prompt
 from dit_jax.sampling import grid
-from dit_jax.sampling.media import read_video
+from dit_jax.sampling.media import read_video, write_video
+from tests.optional import optional
 from tests.preparation.chat_server import Response, serving, words
 from tests.runs import CONFIG, Run, Verbs, end, free_port, item_arrays
 
@@ -115,6 +117,48 @@ def test_a_long_clip_begins_as_the_plain_one_and_follows_its_storyboard(
     np.testing.assert_array_equal(other[:, :, : 9 * 24], strip[:, :, : 9 * 24])
     assert (other[:, :, 9 * 24 :] != strip[:, :, 9 * 24 :]).any()
     assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "frames", "held"),
+    [
+        (["--image", "A", "--keyframe", "4=B"], 5, {0: 0, 4: 1}),
+        (["--keyframe", "0=A", "--keyframe", "4=B"], 5, {0: 0, 4: 1}),
+        (["--video", "A", "--strength", "0.5"], 5, {}),
+        (
+            ["--extend", "A", "--forward", "2", "--backward", "2"],
+            9,
+            dict(zip(range(2, 7), range(5), strict=True)),
+        ),
+        (["--connect", "A", "B", "--gap", "3"], 13, {0: 0, 4: 4, 8: 5, 12: 9}),
+        (["--video", "A", "--loop", "--gap", "3"], 8, {0: 0, 4: 4}),
+        (["--video", "A", "--interpolate", "2x"], 9, {0: 0, 2: 1, 8: 4}),
+        (["--loop"], 4, {}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_mode_keeps_what_is_given(
+    sampled: Sampled, tmp_path: Path, arguments: list[str], frames: int, held: dict[int, int]
+):
+    """Frames ``held`` (of those that are made: of the files', one after the other) come out exactly."""
+    optional("av")
+    rng = np.random.default_rng(0)
+    files = {name: tmp_path / f"{name}.gif" for name in "AB"}
+    for file in files.values():
+        write_video(
+            file, np.repeat(rng.integers(0, 256, (5, 3, 3, 3), np.uint8), 8, 1).repeat(8, 2), 8
+        )
+    given = [read_prompt(file, 24, 24, 8.0) for file in files.values()]
+    if any("=" in one for one in arguments):
+        given = [clip[:1] for clip in given]
+    named = [re.sub(r"\b[AB]$", lambda m: str(files[m[0]]), one) for one in arguments]
+    strip = sampled(*named, "--fps", 8, "--seed", 2)
+    made = np.stack(np.split(strip[0], frames, axis=1))
+    shown = np.concatenate(given)
+    for frame, number in held.items():
+        np.testing.assert_array_equal(made[frame], shown[number])
+    free = [made[i] for i in range(frames) if i not in held]
+    assert all(frame.std() > 0 for frame in free)
 
 
 def test_guidance_solver_steps_and_checkpoint_are_chosen(sampled: Sampled):

@@ -146,14 +146,7 @@ def make_long(
     store = _Store(kept if jax.process_count() == 1 else None, plan)
     made = store.read()
     batches = -(-len(clips) // clips_at_once(generator, len(clips), mesh))
-    with tqdm(
-        total=len(windows) * batches * generator.config.steps,
-        initial=len(made) * batches * generator.config.steps,
-        unit="step",
-        desc=f"{len(windows)} windows",
-        disable=not progress or jax.process_index() != 0,
-        dynamic_ncols=True,
-    ) as bar:
+    with _bar(len(windows), len(made), batches * generator.config.steps, progress) as bar:
         for number in range(len(made), len(windows)):
             window = windows[number]
             requests = (
@@ -177,6 +170,17 @@ def make_long(
             store.write(made)
     new = [part[:, w.history :] for part, w in zip(made, windows, strict=True)]
     return list(np.concatenate(new, 1))
+
+
+def _bar(windows: int, made: int, steps: int, shown: bool) -> tqdm:
+    return tqdm(
+        total=windows * steps,
+        initial=made * steps,
+        unit="step",
+        desc=f"{windows} windows",
+        disable=not shown or jax.process_index() != 0,
+        dynamic_ncols=True,
+    )
 
 
 def _firsts(

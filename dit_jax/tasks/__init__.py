@@ -20,10 +20,10 @@ from dit_jax.tasks.kinds import recorded as recorded
 from dit_jax.tasks.long import LongArguments as LongArguments
 from dit_jax.tasks.long import LongPlan as LongPlan
 from dit_jax.tasks.long import make_long_plan as make_long_plan
+from dit_jax.tasks.options import gathered as gathered
 from dit_jax.tasks.requested import ModeArguments as ModeArguments
 from dit_jax.tasks.requested import Plan as Plan
 from dit_jax.tasks.requested import Shape as Shape
-from dit_jax.tasks.requested import gathered as gathered
 from dit_jax.tasks.requested import make_plan as make_plan
 from dit_jax.tasks.super_resolution import check_given as check_given
 from dit_jax.tasks.super_resolution import each_clip as each_clip

@@ -18,7 +18,8 @@ from dit_jax.sampling import (
     window_requests,
 )
 from dit_jax.sampling.long import NOISE
-from dit_jax.tasks.requested import ModeArguments, parse_length
+from dit_jax.tasks.options import parse_length
+from dit_jax.tasks.requested import ModeArguments
 
 
 @dataclasses.dataclass(frozen=True)

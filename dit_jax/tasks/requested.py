@@ -32,6 +32,7 @@ from dit_jax.sampling import (
     plain,
     restyle,
 )
+from dit_jax.tasks.options import parse_length
 
 RESTYLE_STRENGTH, BLEND_STRENGTH = 0.7, 0.9
 GAP = "0.5s"
@@ -183,39 +184,6 @@ class ModeArguments:
         return list(dict.fromkeys([*pictures, *clips, *(self.connect or ())]))
 
 
-def parse_length(text: str, name: str, least: float = 1e-9) -> tuple[float, bool]:
-    """(number, whether of seconds) of ``2s``, ``1.5s`` or ``16``; ``ValueError`` for anything else."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)s|([0-9]+)", text)
-    number = float(found[1] or found[2]) if found else -1
-    if number < least:
-        raise ValueError(f"{name} {text}: give seconds, as 2s, or a number of frames, as 16.")
-    assert found
-    return number, found[1] is not None
-
-
-def gathered(arguments: Sequence[str], several: Sequence[str]) -> list[str]:
-    """A command line in which each of some options stands once: the values of one that is given again
-    (``--keyframe A --keyframe B``) follow the first one's."""
-    found: dict[str, list[str]] = {}
-    values: list[str] = []
-    rest: list[list[str]] = [values]
-    for one in arguments:
-        name, sign, value = one.partition("=")
-        option = name.removeprefix("--").replace("_", "-")
-        if name.startswith("--") and option in several:
-            if option not in found:
-                found[option] = [f"--{option}"]
-                rest.append(found[option])
-            values = found[option]
-            values += [value] * bool(sign)
-        elif one.startswith("--"):
-            values = [one]
-            rest.append(values)
-        else:
-            values.append(one)
-    return [one for part in rest for one in part]
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What a file's pictures are: ``height`` and ``width`` as displayed, and frames a second; ``still``
@@ -351,7 +319,7 @@ def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence
     if shapes:
         multiples = codec.h * patch.h, codec.w * patch.w
         height, width = _size(shapes[0], asked.height, asked.width, multiples, given.files[0])
-    _check_latents(config, height, width)
+    _check_latents(config, made.frames, height, width)
     fps = made.fps
     if shapes and asked.fps is None and given.source != "image" and not shapes[0].still:
         fps = shapes[0].fps
@@ -360,10 +328,17 @@ def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence
     return Plan(given, height, width, fps, asked.frames, made.frames)
 
 
-def _check_latents(config: Config, height: int, width: int) -> None:
-    """Raises ``ValueError``, in pixels, where the patches of latents do not divide a side; of pixels
+def _check_latents(config: Config, frames: int, height: int, width: int) -> None:
+    """Raises ``ValueError``, in pixels, where the patches of latents do not divide a clip; of pixels
     the patch itself says so."""
     codec, patch = config.codec, config.model.patch
+    by = codec.t * patch.t
+    if codec.t > 1 and (frames < 1 or (frames - 1) % by):
+        low = 1 + max(frames - 1, 0) // by * by
+        raise ValueError(
+            f"{frames} frames: give 1 + {by}n, the codec's {codec.t} by the patch's {patch.t}. The "
+            f"nearest are {low} and {low + by}."
+        )
     for name, side, stride, part in (
         ("height", height, codec.h, patch.h),
         ("width", width, codec.w, patch.w),

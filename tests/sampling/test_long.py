@@ -23,6 +23,7 @@ from dit_jax.sampling import (
     Window,
     decode_long,
     default_history,
+    long,
     make_clips,
     make_long,
     plan_windows,
@@ -32,6 +33,7 @@ from dit_jax.sampling import (
     write_parts,
     write_video,
 )
+from dit_jax.sampling.long import _given
 from dit_jax.sampling.media import read_video
 
 PATCH = PatchConfig(t=2, h=2, w=2, channels=3, reference_fps=8.0)
@@ -78,13 +80,20 @@ class StandIn:
         return jnp.where(level[..., None] > 0, (x - mean[:, None, None] - 1) / level[..., None], 0)
 
 
-def long_clip(frames: int = 13, steps: int = 2, seeds: tuple[int, ...] = (3,), **given: Any) -> Any:
+def long_clip(
+    frames: int = 13,
+    steps: int = 2,
+    seeds: tuple[int, ...] = (3,),
+    negative: str = "",
+    **given: Any,
+) -> Any:
     """Latents, the stand-in, windows and requests."""
     model = StandIn()
     config = SamplingConfig(steps=steps, cfg_scale=1.0, batch=2)
     generator = Generator(model, DiffusionConfig(), config)  # pyright: ignore[reportArgumentType]
     windows = plan_windows(frames, 5, 3)
-    clips = [window_requests(dataclasses.replace(LIKE, seed=s), windows, BOARD) for s in seeds]
+    likes = [dataclasses.replace(LIKE, seed=seed, negative=negative) for seed in seeds]
+    clips = [window_requests(like, windows, BOARD) for like in likes]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     made = make_long(generator, {}, clips, windows, model.config, mesh, **given)
     jax.effects_barrier()
@@ -199,6 +208,22 @@ def test_the_first_window_is_the_plain_clip_and_what_is_given_is_not_replaced():
     np.testing.assert_array_equal(shorter, clip[:7])
 
 
+def test_every_window_is_given_what_the_clip_keeps(monkeypatch: pytest.MonkeyPatch):
+    """Three latents of five: two of them the window before was given itself."""
+    given: list[np.ndarray] = []
+
+    def watched(request: Request, window: Window, past: np.ndarray | None, *rest: Any) -> Request:
+        if past is not None:
+            given.append(past)
+        return _given(request, window, past, *rest)
+
+    monkeypatch.setattr(long, "_given", watched)
+    (clip,), _, windows, *_ = long_clip()
+    assert len(given) == len(windows) - 1
+    for past, window in zip(given, windows[1:], strict=True):
+        np.testing.assert_array_equal(past, clip[window.start : window.start + 3])
+
+
 def test_clips_share_batches_and_do_not_depend_on_them():
     together = long_clip(seeds=(3, 4, 5))[0]
     for seed, clip in zip((3, 4, 5), together, strict=True):
@@ -223,8 +248,9 @@ def test_a_killed_call_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     again, model, *_ = long_clip(kept=kept)
     np.testing.assert_array_equal(again, whole)
     assert len(model.asked) == 2 * 2  # windows 3 and 4
-    with pytest.raises(ValueError, match="holds windows of another clip"):
-        long_clip(kept=kept, noise=0.07)
+    for other in ({"noise": 0.07}, {"weights": "another run"}, {"steps": 3}, {"negative": "b"}):
+        with pytest.raises(ValueError, match="holds windows of another clip"):
+            long_clip(kept=kept, **other)
 
 
 @pytest.mark.parametrize(

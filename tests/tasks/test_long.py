@@ -47,6 +47,10 @@ def test_each_clip_has_the_storyboards_prompts_or_keeps_its_own():
     told = found.requests(likes, Storyboard((0.0, 1.0), ("a", "b")))
     assert [[r.prompt for r in clip] for clip in told] == [["a", "b", "b"]] * 2
     assert len({r.seed for clip in told for r in clip}) == 6
+    # Middles of new frames: at 0.5, 1.44 and 2.19 s.
+    for times, unused in (((0.0, 0.2), "0 s"), ((0.0, 1.0, 1.2), "1 s"), ((0.0, 9.0), "9 s")):
+        with pytest.raises(ValueError, match=f"prompt at {unused} is in force in no window"):
+            found.requests(likes, Storyboard(times, tuple("abc"[: len(times)])))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,7 @@ def test_each_clip_has_the_storyboards_prompts_or_keeps_its_own():
     [
         ({"storyboard": "a.txt"}, {}, "--storyboard says something of --long"),
         ({"history": "1s"}, {}, "--history says something of --long"),
+        ({"history_noise": 0.1}, {}, "--history-noise says something of --long"),
         ({"long": "soon"}, {}, "--long soon: give seconds"),
         ({"long": "9s", "history": "x"}, {}, "--history x: give seconds"),
         ({"long": "9s"}, {"loop": True}, "--long and --loop"),

@@ -6,9 +6,11 @@ import types
 import numpy as np
 import pytest
 
+from dit_jax.config import CodecConfig
 from dit_jax.models import PatchConfig, PixelCodec
 from dit_jax.sampling import Request, Space
-from dit_jax.tasks import ModeArguments, Plan, Shape, make_plan
+from dit_jax.tasks import ModeArguments, Plan, Shape, gathered, make_plan
+from dit_jax.tasks.requested import _check_latents
 from tests.tiny_config import get_config
 
 UNSET = types.SimpleNamespace(frames=None, height=None, width=None, fps=None, cfg_scale=None)
@@ -105,3 +107,27 @@ def test_every_option_makes_its_edit():
         length(keyframe=("9=a",))
     with pytest.raises(ValueError, match="frame 4 is given twice"):
         length(keyframe=("4=a",), last_image="b")
+
+
+def test_options_that_are_given_again_go_on():
+    several = ("keyframe", "super-resolve")
+    line = "--a 1 --keyframe 0=x 1=y --b --keyframe=2=z --super_resolve p --a 2 --keyframe w"
+    assert gathered(line.split(), several) == (
+        "--a 1 --keyframe 0=x 1=y 2=z w --b --super-resolve p --a 2".split()
+    )
+
+
+def test_sizes_that_patches_of_latents_do_not_divide_are_told_in_pixels():
+    patch = PatchConfig(2, 8, 4, 3, 8.0)
+    config = types.SimpleNamespace(
+        codec=CodecConfig(t=4, h=8, w=8), model=types.SimpleNamespace(patch=patch)
+    )
+    for size, message in (
+        ((9, 72, 64), "height 72 is not a multiple of 64, .* 64 and 128"),
+        ((9, 64, 16), "width 16 is not a multiple of 32, .* 32 and 64"),
+        ((13, 64, 64), "13 frames: give 1 [+] 8n, .* 9 and 17"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _check_latents(config, *size)  # pyright: ignore[reportArgumentType]
+    _check_latents(config, 9, 64, 96)  # pyright: ignore[reportArgumentType]
+    _check_latents(get_config(), 4, 71, 1)  # of pixels: the patch refuses them

@@ -209,8 +209,8 @@ def test_clips_of_files_become_requests(tmp_path):
         write_video(tmp_path / f"{i}.mp4", one, 12.0)
     clips = tasks.read_clips([str(tmp_path)])
     assert [c.shape for c, _ in clips] == [(3, 12, 16, 3), (5, 8, 8, 3)]
-    prompts, clips, fps = tasks.each_clip(["a"], clips, 1)
-    assert prompts == ["a", "a"] and fps == 12.0
+    prompts, clips = tasks.each_clip(["a"], clips, 1)
+    assert prompts == ["a", "a"]
     made = tasks.enlarging(
         [Request(p, 1, 8, 8, 8.0, i, negative="b") for i, p in enumerate(prompts)],
         clips,
@@ -230,7 +230,7 @@ def test_every_clip_has_a_prompt():
     clips = [(clip(), 8.0), (clip(1), 4.0)]
     assert tasks.each_clip([], clips, 1)[0] == ["", ""]
     assert tasks.each_clip(["a", "a"], clips, 2)[0] == ["a"] * 4
-    prompts, repeated, _ = tasks.each_clip(["a", "a", "b", "b"], clips, 2)
+    prompts, repeated = tasks.each_clip(["a", "a", "b", "b"], clips, 2)
     assert prompts == ["a", "a", "b", "b"]
     assert [fps for _, fps in repeated] == [8.0, 8.0, 4.0, 4.0]
     with pytest.raises(ValueError, match="3 prompts for 2 clips"):
@@ -242,6 +242,9 @@ def test_what_cannot_be_enlarged_is_refused(tmp_path):
         tasks.check_given(CONFIG, ())
     with pytest.raises(ValueError, match="does not enlarge clips"):
         tasks.check_given(PLAIN, ("a.mp4",))
+    noised = dataclasses.replace(PLAIN.sampling, augmentation=0.1)
+    with pytest.raises(ValueError, match="--augmentation 0.1: the model does not enlarge"):
+        tasks.check_given(dataclasses.replace(PLAIN, sampling=noised), ())
     with pytest.raises(ValueError, match="holds no files ending in"):
         tasks.read_clips([str(tmp_path)])
     with pytest.raises(ValueError, match="4 frames"):
