@@ -13,7 +13,10 @@ of PyTorch's. That a second clip compiles nothing is asserted.
 
 With a run of moving shapes, clips for its held-out prompts are made with several settings that take
 turns: seconds a clip, how many prompts the judge finds followed, and how far the clips are from those
-of the run's own settings. The last line names the fastest that follows as many prompts.
+of the run's own settings. Among them, PyTorch's transformer of the run's width, depth and heads, random
+weights, makes as many clips of as many tokens in batches of the same size, with the run's number of
+Euler steps and guidance as one batch. The last lines name the fastest setting that follows as many
+prompts, and how many times as fast it is as PyTorch.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,44 +54,73 @@ SETTINGS = (
 )
 
 
-def torch_clip(given: argparse.Namespace, fused: bool) -> Callable[[], int]:
-    """A function that makes one clip and tells how many programs it compiled: none."""
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """What PyTorch's side makes: its transformer, and clips ``[count, channels, *size]``."""
+
+    width: int
+    depth: int
+    heads: int
+    channels: int
+    patch: tuple[int, int, int]
+    size: tuple[int, int, int]
+    text_dim: int
+    text_tokens: int
+    steps: int
+    cfg_scale: float
+    batch: int = 1
+    count: int = 1
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Clips:
+        """One clip of the size that the command line says."""
+        size = given.frames, given.height, given.width
+        text = TEXT_DIM, TEXT_TOKENS, given.steps, CFG_SCALE
+        return cls(*SIZES[given.size], CHANNELS, (1, 2, 2), size, *text)
+
+
+def torch_clips(what: Clips, fused: bool) -> Callable[[], int]:
+    """A function that makes the clips and tells how many programs it compiled: none."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
-    width, depth, heads = SIZES[given.size]
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        text_dim=TEXT_DIM,
-        ffn_dim=4 * width,
-        num_layers=depth,
+        patch_size=what.patch,
+        num_attention_heads=what.heads,
+        attention_head_dim=what.width // what.heads,
+        in_channels=what.channels,
+        out_channels=what.channels,
+        text_dim=what.text_dim,
+        ffn_dim=4 * what.width,
+        num_layers=what.depth,
     ).eval()
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}), flush=True)
     scheduler: Any = FlowMatchEulerDiscreteScheduler()
-    text, empty = torch.randn(2, 1, TEXT_TOKENS, TEXT_DIM)
 
     @torch.inference_mode()
-    def clip() -> int:
-        scheduler.set_timesteps(given.steps)
-        x = torch.randn(1, CHANNELS, given.frames, given.height, given.width)
+    def batch(count: int) -> None:
+        text, empty = torch.randn(2, count, what.text_tokens, what.text_dim)
+        scheduler.set_timesteps(what.steps)
+        x = torch.randn(count, what.channels, *what.size)
         for t in scheduler.timesteps:
             if fused:
                 both = torch.cat([text, empty])
-                out = model(torch.cat([x, x]), t.expand(2), both, return_dict=False)[0]
+                out = model(torch.cat([x, x]), t.expand(2 * count), both, return_dict=False)[0]
                 conditional, without = out.chunk(2)
             else:
-                conditional = model(x, t.expand(1), text, return_dict=False)[0]
-                without = model(x, t.expand(1), empty, return_dict=False)[0]
-            velocity = without + CFG_SCALE * (conditional - without)
+                conditional = model(x, t.expand(count), text, return_dict=False)[0]
+                without = model(x, t.expand(count), empty, return_dict=False)[0]
+            velocity = without + what.cfg_scale * (conditional - without)
             x = scheduler.step(velocity, t, x, return_dict=False)[0]
         assert torch.isfinite(x).all()
+
+    def clips() -> int:
+        for first in range(0, what.count, what.batch):
+            batch(min(what.batch, what.count - first))
         return 0
 
-    return clip
+    return clips
 
 
 def our_clip(given: argparse.Namespace) -> Callable[[], int]:
@@ -138,10 +170,42 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
     return clip
 
 
+class Worker:
+    """A side in a process of its own, which makes what it makes when it is told to."""
+
+    def __init__(self, side: str, arguments: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", side, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+        )
+        self.parameters = self._answer()["parameters"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def make(self) -> dict[str, Any]:
+        """Seconds, and programs that were compiled."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        """Waits for its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
 def work(given: argparse.Namespace) -> None:
     """The worker: makes a clip for every line of its input."""
     side = given.worker
-    clip = our_clip(given) if side == "ours" else torch_clip(given, side == "torch fused")
+    what = Clips(**json.loads(given.clips_of)) if given.clips_of else Clips.of(given)
+    clip = our_clip(given) if side == "ours" else torch_clips(what, side == "torch fused")
     for _ in sys.stdin:
         start = time.perf_counter()
         compiled = clip()
@@ -152,27 +216,20 @@ def work(given: argparse.Namespace) -> None:
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:
     """Runs all sides in turn."""
-    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    workers, found = {}, {}
-    for side in SIDES:
-        command = [sys.executable, __file__, "--worker", side, *given.passed]
-        workers[side] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        found[side] = {**json.loads(workers[side].stdout.readline()), "clips": []}
+    workers = {side: Worker(side, given.passed) for side in SIDES}
+    found: dict[str, Any] = {
+        side: {"parameters": worker.parameters, "clips": []} for side, worker in workers.items()
+    }
     for turn in range(given.rounds + 1):
         for side, worker in workers.items():
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            answer = json.loads(worker.stdout.readline())
+            answer = worker.make()
             if turn:
                 assert answer["compiled"] == 0, f"{side}: a later clip compiled {answer}"
                 found[side]["clips"].append(answer["seconds"])
             else:
                 found[side]["first"] = answer["seconds"]
     for side, worker in workers.items():
-        worker.stdin.close()
-        worker.wait()
+        worker.end()
         each = found[side]
         each["clip"] = statistics.median(each["clips"])
         each["step"] = each["clip"] / given.steps
@@ -202,6 +259,7 @@ def parse_setting(text: str) -> dict[str, Any]:
 
 def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     """Makes a run's held-out clips with every setting, and judges them."""
+    import jax
     import numpy as np
 
     from dit_jax import tasks
@@ -233,6 +291,8 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
             row["generator"], params, requests, config.model, mesh, decode=codec.decode
         )
 
+    torch = Worker("torch fused", ["--clips-of", json.dumps(_same(config, requests))])
+    torch.make()
     base: list[np.ndarray] = []
     for row in table:
         clips = make(row)
@@ -240,15 +300,48 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
         row["measured"] = cases.measure(clips)
         same = all((a == b).all() for a, b in zip(clips, base, strict=True))
         row["psnr to the run's own"] = None if same else float(mean_psnr(clips, base))
+    theirs: list[float] = []
     for _ in range(given.rounds):
+        theirs.append(torch.make()["seconds"] / len(requests))
         for row in table:
             start = time.perf_counter()
             make(row)
             row["seconds"].append((time.perf_counter() - start) / len(requests))
-    return _told(table, given.clips)
+    torch.end()
+    parameters = sum(p.size for p in jax.tree.leaves(params)), torch.parameters
+    return _told(table, given.clips, statistics.median(theirs), parameters)
 
 
-def _told(table: list[dict[str, Any]], count: int) -> dict[str, Any]:
+def _same(config: Any, requests: Sequence[Any]) -> dict[str, Any]:
+    """``Clips`` for as many and as large clips as a run makes. A patch of PyTorch's holds as many
+    frames everywhere, ours one at the beginning: it is given frames for as many tokens."""
+    dit, patch, made, (t, h, w) = (
+        config.model.dit,
+        config.model.patch,
+        config.sampling,
+        requests[0].size,
+    )
+    tokens, *_ = patch.grid(t, h, w)
+    what = Clips(
+        width=dit.width,
+        depth=dit.depth,
+        heads=dit.heads,
+        channels=patch.channels,
+        patch=(patch.t, patch.h, patch.w),
+        size=(tokens * patch.t, h, w),
+        text_dim=config.model.text.width,
+        text_tokens=config.model.text.max_tokens,
+        steps=made.steps,
+        cfg_scale=made.cfg_scale,
+        batch=min(made.batch, len(requests)),
+        count=len(requests),
+    )
+    return dataclasses.asdict(what)
+
+
+def _told(
+    table: list[dict[str, Any]], count: int, torch: float, parameters: tuple[int, int]
+) -> dict[str, Any]:
     """Prints the table; what goes into the file."""
     key = "all" if "all" in table[0]["measured"] else "psnr"
     for row in table:
@@ -265,7 +358,14 @@ def _told(table: list[dict[str, Any]], count: int) -> dict[str, Any]:
     least = table[0]["measured"][key]
     best = max((r for r in table if r["measured"][key] >= least), key=lambda r: r["faster"])
     print(f"of {count} clips; as good and fastest: {best['setting']}, {best['faster']:.2f} times")
-    return {"clips": count, "table": table, "best": best["setting"], "faster": best["faster"]}
+    sizes = [f"{number / 1e6:.1f} M" for number in parameters]
+    print(
+        f"PyTorch's fused transformer ({sizes[1]}, ours has {sizes[0]}): {torch:.3f} s/clip, "
+        f"{torch / table[0]['clip']:.2f} times the run's own settings', "
+        f"{torch / best['clip']:.2f} times the best's"
+    )
+    found = {"clips": count, "table": table, "best": best["setting"], "faster": best["faster"]}
+    return {**found, "torch": torch, "parameters": parameters}
 
 
 def main() -> None:
@@ -285,6 +385,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", metavar='"NAME=VALUE ..."')
     parser.add_argument("--output", type=Path, help="a JSON file of everything")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--clips-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.passed = sys.argv[1:]
     if given.worker:
