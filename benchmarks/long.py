@@ -58,6 +58,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Makes the clips and judges them."""
     asked = {"height": given.height, "width": given.width, "solver": given.solver}
     asked |= {"steps": given.steps, "cache_threshold": given.cache_threshold}
+    asked |= {"cfg_scale": given.cfg_scale}
     unset = dict.fromkeys(vars(tasks.SamplingOverrides()))
     overrides = tasks.SamplingOverrides(**(unset | asked))
     trained = tasks.Trained(given.checkpoint, None, overrides, given.codec)
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="unset, as of others: as the run's config says")
     parser.add_argument("--solver")
     parser.add_argument("--cache-threshold", type=float)
+    parser.add_argument("--cfg-scale", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="a PNG of some frames of twelve clips")
     parser.add_argument("--output", type=Path, help="a JSON file of everything")
