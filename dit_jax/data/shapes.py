@@ -217,6 +217,7 @@ def _place(
     frames: int,
     hw: tuple[int, int],
     jitter: float | None = None,
+    speeds: tuple[float, float] = SPEEDS,
 ) -> Scene:
     """A scene with the free numbers (radius, speed, start, shade) drawn; the canvas has room.
 
@@ -232,8 +233,8 @@ def _place(
     speed = 0.0
     if direction:
         room = (width if dx else height) - 2 * reach
-        fastest = min(SPEEDS[1], room / (frames - 1))
-        slowest = min(SPEEDS[0], fastest)
+        fastest = min(speeds[1], room / (frames - 1))
+        slowest = min(speeds[0], fastest)
         speed = slowest + (fastest - slowest) * u[1]
     way = speed * (frames - 1)
     x = width / 2 - dx * way / 2 + _offset(width - 2 * reach - abs(dx) * way, jitter, u[2])
@@ -288,6 +289,8 @@ class ShapesConfig:
     anywhere: float = 0.0
     """Share of the clips whose paths lie anywhere, whatever the jitter: what may be given to a model
     of moving shapes, which begins where it likes."""
+    speeds: tuple[float, float] = SPEEDS
+    """From and to, in px a frame, where the canvas has room."""
     fps: float = 8.0
     seed: int = 0
     split: Literal["train", "held_out"] = "train"
@@ -301,6 +304,11 @@ class ShapesConfig:
             raise ValueError(f"jitter={self.jitter}: give at least 0 px, or None for anywhere")
         if not 0 <= self.anywhere <= 1:
             raise ValueError(f"anywhere={self.anywhere}: give a share in [0, 1]")
+        if not MIN_SPEED <= self.speeds[0] <= self.speeds[1]:
+            raise ValueError(
+                f"speeds={self.speeds}: give two in order, of at least {MIN_SPEED} px a frame (slower "
+                "shapes hardly move)"
+            )
         if not self.fps > 0:
             raise ValueError(f"fps={self.fps}: give a positive number of frames a second")
         if not 0 <= self.seed < 2**64:
@@ -354,9 +362,9 @@ class MovingShapes:
         triple = self._triples[rng.integers(len(self._triples))]
         frames = config.frames[rng.integers(len(config.frames))]
         canvas = config.sizes[rng.integers(len(config.sizes))]
-        scene = _place(rng, triple, size, frames, canvas, config.jitter)
+        scene = _place(rng, triple, size, frames, canvas, config.jitter, config.speeds)
         if rng.random() < config.anywhere:
-            return _place(rng, triple, size, frames, canvas)
+            return _place(rng, triple, size, frames, canvas, speeds=config.speeds)
         return scene
 
     def __getitem__(self, index: int) -> Sample:

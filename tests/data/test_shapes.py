@@ -255,3 +255,12 @@ def test_a_share_of_the_paths_lies_anywhere() -> None:
 def test_negative_jitter_is_refused() -> None:
     with pytest.raises(ValueError, match="jitter=-1.0: give at least 0 px"):
         ShapesConfig(jitter=-1.0)
+
+
+def test_speeds_are_drawn_from_their_range() -> None:
+    config = ShapesConfig(speeds=(0.5, 0.6), anywhere=0.5, image_fraction=0, sizes=((48, 48),))
+    slow = [MovingShapes(config).scene(i).speed for i in range(60)]
+    assert 0.5 <= min(slow) < 0.52 and 0.58 < max(slow) <= 0.6
+    for speeds in ((0.4, 1.0), (1.0, 0.9)):
+        with pytest.raises(ValueError, match="give two in order, of at least 0.5 px a frame"):
+            ShapesConfig(speeds=speeds)
