@@ -78,6 +78,7 @@ def jax_step(size: str, scan: bool, dtype: str) -> tuple[Callable[[], float], fl
         make_optimizer,
         make_step,
     )
+    from dit_jax.types import Totals
 
     width, depth, heads, patch = SIZES[size]
     mesh = new_mesh(MeshConfig())
@@ -105,8 +106,12 @@ def jax_step(size: str, scan: bool, dtype: str) -> tuple[Callable[[], float], fl
         zero = jnp.zeros_like(b["ids"])
         return model.apply(params, b["x"], b["positions"], b["ids"], zero, b["t"], None, None)
 
-    def loss(params: object, b: dict[str, jax.Array], _: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.square(forward(params, b) - b["target"]).mean(), jnp.ones(())
+    def loss(
+        params: object, b: dict[str, jax.Array], key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Totals]:
+        del key, step
+        mean = jnp.square(forward(params, b) - b["target"]).mean()
+        return mean, Totals(mean, jnp.ones(()), {})
 
     def init(key: jax.Array) -> object:
         ids = jnp.zeros((1, 1), jnp.int32)
