@@ -201,28 +201,11 @@ def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
     }
 
 
-def _check_enlarges(given: SampleArguments) -> None:
-    """Raises ``ValueError`` where clips are to be enlarged and something else besides."""
-    if given.mode.source or given.mode.loop or given.long.long:
-        raise ValueError(
-            "--super-resolve enlarges clips and does nothing else to them: make the clip first, and "
-            "enlarge what comes out."
-        )
-    asked = given.sampling
-    sizes = {"height": asked.height, "width": asked.width, "frames": asked.frames, "fps": asked.fps}
-    for name, value in {**sizes, "duration": given.mode.duration}.items():
-        if value is not None:
-            raise ValueError(
-                f"--{name} {value} and --super-resolve: size, length and rate are those of the clips. "
-                "Leave it out."
-            )
-
-
 def sample(given: SampleArguments) -> None:
     """Makes the clips and writes them."""
-    given.mode.check(given.sampling)
+    given.mode.check(given.sampling, given.long.long is not None)
     if given.super_resolve:
-        _check_enlarges(given)
+        tasks.check_enlarges(given.mode, given.long, given.sampling)
     directory = Path(given.output)
     single = bool(directory.suffix) and not directory.is_dir()
     if single:
@@ -257,7 +240,7 @@ def sample(given: SampleArguments) -> None:
         requests = _requests(given, config, _upsampled(given, config, prompts, file))
 
     if given.long.long is not None:
-        _sample_long(given, trained, plan.likes(requests, space), space, mesh)
+        _sample_long(given, trained, plan, plan.likes(requests, space), space, mesh, media)
         return
 
     # Gone again before the model's own weights are read.
@@ -273,13 +256,20 @@ def sample(given: SampleArguments) -> None:
 
 
 def _sample_long(
-    given: SampleArguments, trained: tasks.Trained, likes: list[Request], space: Space, mesh: Mesh
+    given: SampleArguments,
+    trained: tasks.Trained,
+    plan: tasks.Plan,
+    likes: list[Request],
+    space: Space,
+    mesh: Mesh,
+    media: dict[str, np.ndarray],
 ) -> None:
     """Makes long clips and writes them, some frames at a time. What windows have made is kept beside
     the output until that is written: the same command goes on from there."""
     config, directory = trained.config, Path(given.output)
-    plan = tasks.make_long_plan(given.long, config, space)
-    clips = plan.requests(likes, given.long.board())
+    begun, context = plan.beginning(media), plan.context(space)
+    long = tasks.make_long_plan(given.long, config, space, plan.fps, begun, context)
+    clips = long.requests(likes, given.long.board(), plan.fps)
     encoder = tasks.open_text_encoder(config, mesh)
     clips = [tasks.with_states(requests, encoder) for requests in clips]
     del encoder
@@ -290,32 +280,29 @@ def _sample_long(
         generator,
         params,
         clips,
-        plan.windows,
+        long.windows,
         config.model,
         mesh,
         given.long.noise,
+        heads=long.heads(space, len(clips)),
         kept=kept,
         progress=True,
         weights=str(trained.path.resolve()),
     )
     if jax.process_index() != 0:
         return
-    parts = [decode_long(space.codec, latents, plan.frames) for latents in made]
+    parts = [long.whole(decode_long(space.codec, latents, long.decoded)) for latents in made]
     large = [(upscale(part, given.scale) for part in one) for one in parts]
-    fps = config.sampling.fps
     if single:
         together = (grid(list(frames)) for frames in zip(*large, strict=True))
-        write_parts(directory, large[0] if len(large) == 1 else together, fps)
+        write_parts(directory, large[0] if len(large) == 1 else together, plan.fps)
     else:
-        for name, one in zip(
-            _names([like.prompt if like.label is None else like.label for like in likes]),
-            large,
-            strict=True,
-        ):
-            write_parts(directory / f"{name}.{given.format}", one, fps)
+        names = _names([like.prompt if like.label is None else like.label for like in likes])
+        for name, one in zip(names, large, strict=True):
+            write_parts(directory / f"{name}.{given.format}", one, plan.fps)
     kept.unlink(missing_ok=True)
     print(
-        f"{len(made)} clip(s) of {plan.frames} frames in {len(plan.windows)} windows: {directory}"
+        f"{len(made)} clip(s) of {long.frames} frames in {len(long.windows)} windows: {directory}"
     )
 
 

@@ -134,6 +134,8 @@ def test_a_long_clip_begins_as_the_plain_one_and_follows_its_storyboard(
         (["--video", "A", "--loop", "--gap", "3"], 8, {0: 0, 4: 4}),
         (["--video", "A", "--interpolate", "2x"], 9, {0: 0, 2: 1, 8: 4}),
         (["--loop"], 4, {}),
+        (["--image", "A", "--long", "9"], 9, {0: 0}),
+        (["--extend", "A", "--long", "13"], 13, {i: i for i in range(5)}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

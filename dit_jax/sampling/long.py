@@ -91,12 +91,15 @@ def default_history(length: int, patch: PatchConfig) -> int:
 
 
 def window_requests(
-    like: Request, windows: Sequence[Window], storyboard: Storyboard
+    like: Request, windows: Sequence[Window], storyboard: Storyboard, start: float = 0.0
 ) -> list[Request]:
     """The request of every window, of ``like``'s size but for its frames, and without its history.
 
     A window's prompt is the one in force in the middle of its new frames. The noise of the first is
     that of ``like``'s seed, so that it is the clip which ``like`` alone makes.
+
+    Args:
+        start: when the first window begins, in seconds of the storyboard.
     """
     requests = []
     for number, window in enumerate(windows):
@@ -104,7 +107,7 @@ def window_requests(
         requests.append(
             dataclasses.replace(
                 like,
-                prompt=storyboard.at(window.middle() / like.fps),
+                prompt=storyboard.at(start + window.middle() / like.fps),
                 frames=window.length,
                 seed=int(state[0]) if number else like.seed,
             )

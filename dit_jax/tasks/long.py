@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from dit_jax.config import Config
 from dit_jax.sampling import (
@@ -27,7 +29,8 @@ class LongArguments:
     """Clips of any length, in windows of --frames (docs/long.md)."""
 
     long: str | None = None
-    """Length of the clip, made in windows of --frames: 60s, or a number of frames."""
+    """Length of the clip, made in windows of --frames: 60s, or a number of frames. It begins with
+    --image or --extend, where these are given."""
     storyboard: str | None = None
     """A file of lines "time: prompt", in place of --prompt: which one is in force when."""
     history: str | None = None
@@ -49,9 +52,7 @@ class LongArguments:
         parse_length(self.long, "--long")
         if self.history is not None:
             parse_length(self.history, "--history")
-        if mode.source is not None or mode.loop:
-            found = "loop" if mode.loop else mode.source
-            raise ValueError(f"--long and --{found}: a long clip is made of text alone. Give one.")
+        self._check_mode(mode)
         if mode.duration is not None:
             raise ValueError(
                 f"--long {self.long} and --duration {mode.duration} both say how long: give "
@@ -67,6 +68,27 @@ class LongArguments:
                 f"--history-noise {self.history_noise}: it is in [0, 1] (0.05 is usual)."
             )
 
+    def _check_mode(self, mode: ModeArguments) -> None:
+        if mode.loop or mode.source not in (None, "image", "extend"):
+            found = "loop" if mode.loop else mode.source
+            raise ValueError(
+                f"--long and --{found}: a long clip is made of text, and begins with --image or "
+                "--extend if you like. Give one of them."
+            )
+        if mode.last_image or mode.keyframe:
+            raise ValueError(
+                "--long and pictures that are not the first: the windows are made one after another. "
+                "Give --image alone."
+            )
+        for name, instead in (
+            ("forward", f"--long {self.long} says how long all of it is"),
+            ("backward", "a long clip goes on forward"),
+            ("given_noise", "--history-noise is that of what windows are given"),
+        ):
+            if getattr(mode, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--long and --{option}: {instead}. Leave the other out.")
+
     @property
     def noise(self) -> float:
         return NOISE if self.history_noise is None else self.history_noise
@@ -76,29 +98,62 @@ class LongArguments:
         return None if self.storyboard is None else read_storyboard(self.storyboard)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LongPlan:
-    """A long clip's length and windows."""
+    """A long clip's length and windows, and what it begins with."""
 
     frames: int
     """Of pixels, as asked for."""
     windows: tuple[Window, ...]
+    begun: np.ndarray | None = None
+    """uint8 ``[t, h, w, 3]``: the picture or clip that is gone on with."""
+    context: int = 0
+    """Frames at its end that the first window is given."""
 
-    def requests(self, likes: Sequence[Request], board: Storyboard | None) -> list[list[Request]]:
+    @property
+    def before(self) -> int:
+        """Frames before the first window."""
+        return 0 if self.begun is None else len(self.begun) - self.context
+
+    def requests(
+        self, likes: Sequence[Request], board: Storyboard | None, fps: float
+    ) -> list[list[Request]]:
         """For each clip the requests of its windows; a clip without a storyboard keeps its prompt.
+
+        Args:
+            fps: frames (of pixels) a second, by which the storyboard's times begin with the clip.
 
         Raises:
             ValueError: where a prompt of the storyboard is in force in no window.
         """
+        start = self.before / fps
         if board is not None:
-            self._check_used(board, likes[0].fps)
+            self._check_used(board, [start + w.middle() / likes[0].fps for w in self.windows])
         return [
-            window_requests(like, self.windows, board or Storyboard((0.0,), (like.prompt,)))
+            window_requests(like, self.windows, board or Storyboard((0.0,), (like.prompt,)), start)
             for like in likes
         ]
 
-    def _check_used(self, board: Storyboard, fps: float) -> None:
-        middles = [window.middle() / fps for window in self.windows]
+    def heads(self, space: Space, count: int) -> list[np.ndarray] | None:
+        """The latents that each of so many clips begins with; None where they begin with nothing."""
+        return None if self.begun is None else [space.encode(self.begun[-self.context :])] * count
+
+    @property
+    def decoded(self) -> int:
+        """Frames to decode, from the first window's first on."""
+        return self.frames - self.before
+
+    def whole(self, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The clip, some frames at a time, of what is decoded; it begins with what was given."""
+        left = self.context
+        if self.begun is not None:
+            yield self.begun
+        for part in parts:
+            if len(part) > left:
+                yield part[left:]
+            left = max(left - len(part), 0)
+
+    def _check_used(self, board: Storyboard, middles: Sequence[float]) -> None:
         for time, until in zip(board.times, [*board.times[1:], math.inf], strict=True):
             if not any(time <= middle < until for middle in middles):
                 near = sorted(middles, key=lambda middle: abs(middle - time))[:3]
@@ -110,28 +165,61 @@ class LongPlan:
                 )
 
 
-def make_long_plan(given: LongArguments, config: Config, space: Space) -> LongPlan:
+def make_long_plan(
+    given: LongArguments,
+    config: Config,
+    space: Space,
+    fps: float,
+    begun: np.ndarray | None = None,
+    context: int | None = None,
+) -> LongPlan:
     """Windows as long as ``sampling.frames``.
 
+    Args:
+        fps: frames a second.
+        begun: what the clip begins with, uint8 ``[t, h, w, 3]``.
+        context: frames at its end that the first window is given. Unset: as many as a window's history
+            has, or there are.
+
     Raises:
-        ValueError: where they have no room for a history and new frames.
+        ValueError: where windows have no room for a history and new frames, or nothing is to be made.
     """
-    made = config.sampling
+    window = config.sampling.frames
 
     def frames(length: str) -> int:
         number, seconds = parse_length(length, "")
-        return max(round(number * made.fps if seconds else number), 1)
+        return max(round(number * fps if seconds else number), 1)
 
     assert given.long is not None
-    asked, length = frames(given.long), space.latents(made.frames)
+    asked, length = frames(given.long), space.latents(window)
     history = default_history(length, space.patch)
     if given.history is not None:
-        history = space.latents(space.whole(frames(given.history) / made.fps, made.fps))
+        history = space.latents(space.whole(frames(given.history) / fps, fps))
     if history >= length:
         raise ValueError(
-            f"--history {given.history} is {space.frames(history)} frames of windows of {made.frames}: "
+            f"--history {given.history} is {space.frames(history)} frames of windows of {window}: "
             "give less, or longer windows (--frames)."
         )
+    if begun is not None:
+        fitting = 1 + (len(begun) - 1) // space.stride * space.stride
+        context = min(space.frames(history), fitting) if context is None else context
+        _check_begun(given.long, asked, len(begun), context, window)
+    plan = LongPlan(asked, (), begun, context or 0)
     # Enough latents for the last frame: the first holds one, and each other a stride.
-    latents = 1 + -(-(asked - 1) // space.codec.strides[0])
-    return LongPlan(asked, tuple(plan_windows(latents, length, history)))
+    latents = 1 + -(-(plan.decoded - 1) // space.codec.strides[0])
+    return dataclasses.replace(plan, windows=tuple(plan_windows(latents, length, history)))
+
+
+def _check_begun(long: str, asked: int, count: int, context: int, window: int) -> None:
+    if asked <= count:
+        raise ValueError(
+            f"--long {long} is {asked} frames, and the clip that it begins with has {count}: nothing "
+            "is to be made. Give more."
+        )
+    if context > count:
+        raise ValueError(f"--context is {context} frames, and the clip has {count}: give less.")
+    if context >= window:
+        raise ValueError(
+            f"--context is {context} frames of windows of {window}: give less, or longer windows "
+            "(--frames)."
+        )

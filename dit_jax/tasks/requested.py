@@ -61,7 +61,7 @@ class ModeArguments:
     interpolate: str | None = None
     """4x makes --video have four times the frames a second."""
     extend: str | None = None
-    """A clip to go on with: --forward, --backward or both."""
+    """A clip to go on with: --forward, --backward or both; or --long."""
     forward: str | None = None
     """Length of what follows."""
     backward: str | None = None
@@ -92,9 +92,9 @@ class ModeArguments:
             return bool(self.image or self.last_image or self.keyframe)
         return getattr(self, source) is not None
 
-    def check(self, sampling: Any) -> None:
+    def check(self, sampling: Any, long: bool = False) -> None:
         """Raises ``ValueError`` where options contradict each other, or those of ``sampling``, whose
-        fields are None where they are not given."""
+        fields are None where they are not given. A ``long`` clip says elsewhere how far it goes."""
         sources = [name for name in SOURCES if self._has(name)]
         if len(sources) > 1:
             names = " and ".join(f"--{name}" for name in sources)
@@ -104,7 +104,7 @@ class ModeArguments:
                 raise ValueError(
                     f"--{name} says something of {wanted}: give that, or leave it out."
                 )
-        if self.extend is not None and not (self.forward or self.backward):
+        if self.extend is not None and not (self.forward or self.backward or long):
             raise ValueError("--extend: give --forward LENGTH, --backward LENGTH or both.")
         if self.gap is not None and self.blend is not None:
             raise ValueError(
@@ -234,6 +234,17 @@ class Plan:
         number, seconds = parse_length(length, "")
         return number if seconds else number / self.fps
 
+    def context(self, space: Space) -> int | None:
+        """Frames of a clip that the model is shown; None where that was not asked for."""
+        if self.given.context is None:
+            return None
+        return space.whole(self._seconds(self.given.context), self.fps)
+
+    def beginning(self, media: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """What a long clip begins with; None where that is text alone."""
+        file = self.given.extend or self.given.image
+        return None if file is None else media[file]
+
     def edits(
         self, likes: Sequence[Request], space: Space, media: Mapping[str, np.ndarray]
     ) -> list[Edit]:
@@ -246,10 +257,7 @@ class Plan:
         return [make(like) for like in likes]
 
     def _maker(self, space: Space, media: Mapping[str, np.ndarray]) -> Callable[[Request], Edit]:
-        given, noise = self.given, self.given.given_noise
-        context = None
-        if given.context is not None:
-            context = space.whole(self._seconds(given.context), self.fps)
+        given, noise, context = self.given, self.given.given_noise, self.context(space)
 
         def new(length: str | None) -> int:
             return space.new(self._seconds(length), self.fps) if length else 0

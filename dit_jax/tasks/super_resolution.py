@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from dit_jax.evaluation import mean_psnr
 from dit_jax.models import Codec
 from dit_jax.sampling import Request, check_request, to_float
 from dit_jax.sampling.media import EXTENSIONS, read_video
+from dit_jax.tasks.long import LongArguments
+from dit_jax.tasks.requested import ModeArguments
 
 Clip = tuple[np.ndarray, float]
 """uint8 ``[t, h, w, 3]``, and its frames a second."""
@@ -89,6 +92,23 @@ def check_given(config: Config, files: Sequence[str]) -> None:
             f"--augmentation {config.sampling.augmentation}: the model does not enlarge clips "
             "(model.upscale is 1). Leave it out."
         )
+
+
+def check_enlarges(mode: ModeArguments, long: LongArguments, sampling: Any) -> None:
+    """Raises ``ValueError`` where clips are to be enlarged and something else besides; what is unset in
+    ``sampling`` is None."""
+    if mode.source or mode.loop or long.long:
+        raise ValueError(
+            "--super-resolve enlarges clips and does nothing else to them: make the clip first, and "
+            "enlarge what comes out."
+        )
+    sizes = {name: getattr(sampling, name) for name in ("height", "width", "frames", "fps")}
+    for name, value in {**sizes, "duration": mode.duration}.items():
+        if value is not None:
+            raise ValueError(
+                f"--{name} {value} and --super-resolve: size, length and rate are those of the clips. "
+                "Leave it out."
+            )
 
 
 def each_clip(

@@ -53,6 +53,18 @@ def test_contradictions_are_refused(given, sampling, message):
     assert message in str(error.value)
 
 
+def test_a_long_clip_is_extended_without_a_length():
+    given = ModeArguments(extend="a")
+    given.check(UNSET, long=True)
+    media = {"a": np.zeros((9, 24, 24, 3), np.uint8)}
+    shape = Shape(24, 24, 8.0, False)
+    long = make_plan(given, UNSET, get_config(), [shape])
+    assert long.beginning(media) is media["a"] and long.context(SPACE) is None
+    context = make_plan(ModeArguments(extend="a", context="0.5s"), UNSET, get_config(), [shape])
+    assert context.context(SPACE) == 5
+    assert make_plan(ModeArguments(), UNSET, get_config(), []).beginning({}) is None
+
+
 def plan(given, sampling=UNSET, *shapes):
     given.check(sampling)
     config, said = get_config(), {k: v for k, v in vars(sampling).items() if v is not None}
