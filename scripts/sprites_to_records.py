@@ -4,6 +4,9 @@
 
 writes data/sprites/1.0.0 with the splits train and test; test is the last 270 clips, 30 characters
 that train never shows. The captions hold every label, so a caption determines its clip.
+
+Every action returns to where it begins: its eight frames are a cycle. With --cycles each clip begins
+at a frame of it that is drawn at random, as filmed clips do, and the builder is sprites_cycles.
 """
 
 import argparse
@@ -64,12 +67,21 @@ def samples(x: np.ndarray, y: np.ndarray) -> Iterator[dict[str, Any]]:
         yield {"video": video, "caption": caption(labels), "fps": FPS, **labels}
 
 
-def convert(source: Path, output: Path) -> Path:
+def turned(x: np.ndarray) -> np.ndarray:
+    """Every clip from another frame of its cycle on, the same ones in every call."""
+    starts = np.random.default_rng(0).integers(x.shape[1], size=(len(x), 1))
+    frames = (np.arange(x.shape[1]) + starts) % x.shape[1]
+    return np.take_along_axis(x, frames[..., None, None, None], 1)
+
+
+def convert(source: Path, output: Path, cycles: bool = False) -> Path:
     """Write the builder and return its directory; ValueError where input or output do not serve."""
     x, y = load(source)
+    if cycles:
+        x = turned(x)
     return write_records(
         output,
-        "sprites",
+        "sprites_cycles" if cycles else "sprites",
         {
             "train": samples(x[:-HELD_OUT], y[:-HELD_OUT]),
             "test": samples(x[-HELD_OUT:], y[-HELD_OUT:]),
@@ -85,9 +97,10 @@ def main() -> None:
     )
     parser.add_argument("--input", type=Path, required=True, help="sprites.npz")
     parser.add_argument("--output", type=Path, required=True, help="directory for builders")
+    parser.add_argument("--cycles", action="store_true", help="begin anywhere in each cycle")
     args = parser.parse_args()
     try:
-        print(convert(args.input, args.output))
+        print(convert(args.input, args.output, args.cycles))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

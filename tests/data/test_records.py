@@ -355,6 +355,14 @@ def test_sprites_script(tmp_path):
     np.testing.assert_array_equal(test[4]["video"], x[-266])
     record = tfds.builder_from_directory(path).as_data_source(split="test")[269]
     assert [record[k] for k in sprites.LABELS] == [2, 2, 2, 0, 6, 1]
+    path = sprites.convert(tmp_path / "part.npz", tmp_path / "out", cycles=True)
+    assert path.parent.name == "sprites_cycles"
+    turned = RecordsSource(RecordsConfig(str(path), split="test"))
+    starts = []
+    for i in range(270):
+        same = [(np.roll(x[i - 270], -k, 0) == turned[i]["video"]).all() for k in range(8)]
+        starts.append(same.index(True))
+    assert set(starts) == set(range(8)) and turned[9]["caption"] == captions[-261]
 
 
 def test_sprites_script_refuses(tmp_path):
