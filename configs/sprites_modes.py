@@ -36,7 +36,7 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         output="runs/sprites_modes",
-        steps=2000,
+        steps=1600,
         data=dataclasses.replace(base.data, source=source, packing=packing),
         model=dataclasses.replace(base.model, patch=dataclasses.replace(base.model.patch, t=1)),
         diffusion=dataclasses.replace(base.diffusion, ceilings=ceilings),
