@@ -189,7 +189,9 @@ class Modes:
     def closeness(self, clips: Clips) -> Found:
         """Of loops, and of the true ones: these have their largest step at the seam now and then."""
         true = {f"true_{name}": value for name, value in seams(self.true).items()}
-        moved = [np.abs(np.diff(x.astype(float), axis=0)).mean() for x in (clips, self.true)]
+        moved = [
+            np.abs(np.diff(np.stack(x).astype(float), axis=1)).mean() for x in (clips, self.true)
+        ]
         return {**seams(clips), **true, "motion_to_true": float(moved[0] / moved[1])}
 
     def interpolated(self) -> Mode:

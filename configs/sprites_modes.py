@@ -8,6 +8,11 @@ The clips of ``configs/sprites.py``, each beginning anywhere in its cycle. Every
 own, which a loop of eight frames needs, and half of the clips have some of their frames given. There is
 no report at the end: what the prompt leaves open, where in its cycle a clip begins, the benchmark
 knows how to compare.
+
+Measured (``docs/modes.md``): of 96 clips of characters that training never sees all are judged right,
+from text, from a first frame, extended, restyled, and as loops; frames that are made between or beside
+given ones have 28.3 to 29.7 dB. The training took 29 minutes of CPU time on two cores that were busy
+with other work, and are half as fast as those of the README's other figures.
 """
 
 import dataclasses
