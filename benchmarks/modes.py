@@ -12,53 +12,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
+from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams, steps
 
 from dit_jax import tasks
 from dit_jax.data import Scene, caption, held_out_scenes
 from dit_jax.data.shapes import COLORS, render
-from dit_jax.evaluation import centroids, prompt_following
+from dit_jax.evaluation import centroids, mean_psnr, prompt_following, psnr
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Edit,
-    Generator,
     Request,
     Space,
     blend,
     connect,
-    contact_sheet,
     extend,
-    grid,
     image_to_video,
-    interpolate,
     loop_clip,
     loop_text,
     make_edits,
     plain,
     restyle,
-    upscale,
-    write_png,
-    write_video,
 )
 
 FRAMES, NEW = 9, 4
-STRENGTH = 0.8
-SETTINGS: dict[str, dict[str, float]] = {"restyle": {"cfg_scale": 3.0}}
-"""Of sampling, where they are not the run's own."""
-SHOWN = 8
-Found = dict[str, float]
 Measure = Callable[[Sequence[np.ndarray]], Found]
 Mode = tuple[list[Edit], Measure]
-
-
-def psnr(made: np.ndarray, true: np.ndarray) -> float:
-    """Of uint8 pixels, in dB; 99 at most."""
-    error = np.square(made.astype(np.float64) - true).mean()
-    return min(10 * np.log10(255**2 / error), 99.0) if error else 99.0
 
 
 def path_error(made: Sequence[np.ndarray], true: Sequence[np.ndarray], frames: slice) -> Found:
@@ -76,21 +57,6 @@ def path_error(made: Sequence[np.ndarray], true: Sequence[np.ndarray], frames: s
     }
 
 
-def steps(clip: np.ndarray) -> np.ndarray:
-    """Root mean square difference of neighbouring frames, the last and the first included."""
-    after = np.roll(clip.astype(np.float64), -1, 0)
-    return np.sqrt(np.square(after - clip).mean((1, 2, 3)))
-
-
-def seams(clips: Sequence[np.ndarray]) -> Found:
-    """The seam of loops beside their largest inner step."""
-    ratio = [(all_ := steps(x))[-1] / max(all_[:-1].max(), 1e-9) for x in clips]
-    return {
-        "seam_to_step": float(np.mean(ratio)),
-        "no_larger": float(np.mean(np.array(ratio) <= 1)),
-    }
-
-
 def joins(clips: Sequence[np.ndarray], places: Sequence[int]) -> Found:
     """The steps at some places beside the largest of the others."""
     ratios = []
@@ -102,13 +68,6 @@ def joins(clips: Sequence[np.ndarray], places: Sequence[int]) -> Found:
         "join_to_step": float(np.mean(ratios)),
         "smooth": float(np.mean(np.array(ratios) <= 1.5)),
     }
-
-
-def linear(clip: np.ndarray) -> np.ndarray:
-    """Twice the frames by blending."""
-    full = np.repeat(clip, 2, 0)[:-1].astype(np.float64)
-    full[1::2] = (full[0:-1:2] + full[2::2]) / 2
-    return np.rint(full).astype(np.uint8)
 
 
 class Modes:
@@ -126,6 +85,7 @@ class Modes:
 
     def all(self) -> dict[str, Mode]:
         return {
+            "text": self.from_text(),
             "image_to_video": self.image_to_video(),
             "extend_forward": self.extended(forward=NEW),
             "extend_backward": self.extended(backward=NEW),
@@ -139,11 +99,14 @@ class Modes:
             "tall_1_2": self.shaped(2, 1),
         }
 
+    def from_text(self) -> Mode:
+        made = self.edits(lambda s, like, _: plain(like))
+        return made, lambda clips: prompt_following(clips, self.scenes)
+
     def image_to_video(self) -> Mode:
         def measure(clips: Sequence[np.ndarray]) -> Found:
-            kept = [psnr(a[0], b[0]) for a, b in zip(clips, self.true, strict=True)]
-            followed = prompt_following(clips, self.scenes)
-            return {"kept_psnr": float(np.mean(kept)), **followed}
+            kept = min(psnr(a[0], b[0]) for a, b in zip(clips, self.true, strict=True))
+            return {"kept_psnr_least": kept, **prompt_following(clips, self.scenes)}
 
         return self.edits(lambda s, like, clip: image_to_video(s, like, {0: clip[0]})), measure
 
@@ -181,20 +144,11 @@ class Modes:
 
     def interpolated(self) -> Mode:
         def measure(clips: Sequence[np.ndarray]) -> Found:
-            pairs = list(zip(clips, self.true, strict=True))
-            made = [psnr(a[1::2], b[1::2]) for a, b in pairs]
-            plainly = [psnr(linear(b[::2])[1::2], b[1::2]) for b in self.true]
-            gain = np.array(made) - plainly
-            return {
-                "psnr_between": float(np.mean(made)),
-                "linear_psnr_between": float(np.mean(plainly)),
-                "better": float(np.mean(gain > 0)),
-            }
+            made, true = ([x[1::2] for x in y] for y in (clips, self.true))
+            plainly = [linear(x[::2])[1::2] for x in self.true]
+            return {"new_psnr": mean_psnr(made, true), "guess_psnr": mean_psnr(plainly, true)}
 
-        def make(space: Space, like: Request, clip: np.ndarray) -> Edit:
-            return interpolate(space, dataclasses.replace(like, fps=like.fps / 2), clip[::2], 2)
-
-        return self.edits(make), measure
+        return self.edits(every_second), measure
 
     def restyled(self) -> Mode:
         """The prompt names the next colour of the palette."""
@@ -234,13 +188,6 @@ class Modes:
         return edits, lambda clips: prompt_following(clips, scenes)
 
 
-def write(directory: Path, name: str, clips: Sequence[np.ndarray], fps: float) -> None:
-    """A strip and a GIF of the first clips."""
-    few = list(clips[:SHOWN])
-    write_png(directory / f"{name}.png", contact_sheet(few, len(few[0]), 2))
-    write_video(directory / f"{name}.gif", upscale(grid(few), 3), fps)
-
-
 def main() -> None:
     """Makes and measures what the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -263,24 +210,13 @@ def main() -> None:
     fps = config.codec.latent_fps(made.fps)
     likes = [Request(caption(s), *size, fps, given.seed + i) for i, s in enumerate(scenes)]
     modes = Modes(Space(codec, config.model.patch), likes, scenes)
-    directory, report = Path(given.output), {}
-    directory.mkdir(parents=True, exist_ok=True)
+    report = Report(given.output, given.cases, made.fps)
     for name, (edits, measure) in modes.all().items():
         if given.modes and name not in given.modes:
             continue
-        maker = generator
-        if name in SETTINGS:
-            maker = Generator(
-                tasks.make_model(config.model, mesh),
-                config.diffusion,
-                dataclasses.replace(made, **SETTINGS[name]),
-            )
+        maker = maker_of(name, generator, config, mesh)
         clips = make_edits(maker, params, edits, config.model, mesh, True, codec.decode)
-        report[name] = {key: round(value, 4) for key, value in measure(clips).items()}
-        write(directory, name, clips, made.fps)
-        print(f"{name:16}", "  ".join(f"{k} {v:g}" for k, v in report[name].items()), flush=True)
-        text = json.dumps({"cases": given.cases, **report}, indent=1)
-        (directory / "modes.json").write_text(text + "\n")
+        report.tell(name, clips, measure(clips))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-from modes import STRENGTH, Found, linear, seams, write
+from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams
 
 from dit_jax import tasks
 from dit_jax.data import RecordsConfig, RecordsSource
@@ -28,7 +26,6 @@ from dit_jax.evaluation import mean_psnr, psnr
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Edit,
-    Generator,
     Request,
     Space,
     Storyboard,
@@ -37,7 +34,6 @@ from dit_jax.sampling import (
     default_history,
     extend,
     image_to_video,
-    interpolate,
     loop_clip,
     loop_text,
     make_edits,
@@ -49,7 +45,6 @@ from dit_jax.sampling import (
 )
 
 FRAMES, NEW, GAP, TIMES = 8, 4, 2, 4
-SETTINGS: dict[str, dict[str, float]] = {"restyle": {"cfg_scale": 3.0}}
 Clips = Sequence[np.ndarray]
 Mode = tuple[list[Edit], Callable[[Clips], Found]]
 
@@ -202,10 +197,7 @@ class Modes:
             plainly = [linear(x[::2])[1::2] for x in self.true]
             return {"new_psnr": mean_psnr(made, true), "guess_psnr": mean_psnr(plainly, true)}
 
-        def make(space: Space, like: Request, clip: np.ndarray) -> Edit:
-            return interpolate(space, dataclasses.replace(like, fps=like.fps / 2), clip[::2], 2)
-
-        return self.edits(make), measure
+        return self.edits(every_second), measure
 
     def restyled(self) -> Mode:
         """The prompt says of another character that it does the same."""
@@ -237,7 +229,7 @@ def long_clips(
 
 
 def judged_long(truth: Truth, clips: Clips, cases: Sequence[int]) -> Found:
-    """Each cycle for itself, and whether all of a clip's are right."""
+    """Each cycle for itself."""
     found: Found = {}
     for part in range(TIMES):
         cycle = slice(part * FRAMES, (part + 1) * FRAMES)
@@ -268,34 +260,20 @@ def main() -> None:
     generator, params = trained.load(mesh, False)
     space, size = Space(codec, config.model.patch), (FRAMES, made.height, made.width)
     likes = [Request(truth.captions[i], *size, made.fps, seed=i) for i in cases]
-    modes, directory, report = Modes(space, likes, truth, cases), Path(given.output), {}
-    directory.mkdir(parents=True, exist_ok=True)
-
-    def maker(name: str) -> Generator:
-        if name not in SETTINGS:
-            return generator
-        settings = dataclasses.replace(made, **SETTINGS[name])
-        return Generator(tasks.make_model(config.model, mesh), config.diffusion, settings)
-
-    def tell(name: str, clips: Clips, found: Found) -> None:
-        report[name] = {key: round(value, 4) for key, value in found.items()}
-        write(directory, name, clips, made.fps)
-        print(f"{name:16}", "  ".join(f"{k} {v:g}" for k, v in report[name].items()), flush=True)
-        text = json.dumps({"cases": given.cases, **report}, indent=1)
-        (directory / "modes.json").write_text(text + "\n")
-
+    modes = Modes(space, likes, truth, cases)
+    report = Report(given.output, given.cases, made.fps)
     for name, (edits, measure) in modes.all().items():
         if not given.modes or name in given.modes:
-            decode = codec.decode
-            clips = make_edits(maker(name), params, edits, config.model, mesh, True, decode)
-            tell(name, clips, measure(clips))
+            maker = maker_of(name, generator, config, mesh)
+            clips = make_edits(maker, params, edits, config.model, mesh, True, codec.decode)
+            report.tell(name, clips, measure(clips))
     if not given.modes or "long" in given.modes:
 
         def make(asked: list[list[Request]], windows: list) -> list[np.ndarray]:
             return make_long(generator, params, asked, windows, config.model, mesh, progress=True)
 
         clips = long_clips(space, likes, make)
-        tell("long", clips, judged_long(truth, clips, cases))
+        report.tell("long", clips, judged_long(truth, clips, cases))
 
 
 if __name__ == "__main__":

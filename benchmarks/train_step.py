@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 SIZES = {"S/2": (384, 12, 6, 2), "B/4": (768, 12, 12, 4)}
 """Width, depth, heads and patch size."""
@@ -63,21 +64,14 @@ def torch_step(size: str) -> tuple[Callable[[], float], float]:
     return step, time.perf_counter() - start
 
 
-def jax_step(size: str, scan: bool, dtype: str) -> tuple[Callable[[], float], float]:
-    """The same for ours."""
+def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
+    """The same for ours: what initialises the parameters, their loss, and a batch."""
     import jax
     import jax.numpy as jnp
 
     from dit_jax.models import DiT, DiTConfig
     from dit_jax.parallel import MeshConfig, choose_attention, choose_dot_general, make_constrain
     from dit_jax.parallel import make_mesh as new_mesh
-    from dit_jax.training import (
-        OptimizerConfig,
-        abstract_state,
-        init_state,
-        make_optimizer,
-        make_step,
-    )
     from dit_jax.types import Totals
 
     width, depth, heads, patch = SIZES[size]
@@ -92,7 +86,7 @@ def jax_step(size: str, scan: bool, dtype: str) -> tuple[Callable[[], float], fl
         jnp.dtype(dtype),
         choose_dot_general(mesh),
     )
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 3)
     grid = jnp.stack(jnp.meshgrid(jnp.arange(1), *[jnp.arange(SIDE // patch)] * 2), -1)
     batch = {
         "x": jax.random.normal(keys[0], (BATCH, length, dim)),
@@ -118,10 +112,28 @@ def jax_step(size: str, scan: bool, dtype: str) -> tuple[Callable[[], float], fl
         x, places, t = jnp.zeros((1, 1, dim)), jnp.zeros((1, 1, 3)), jnp.zeros((1, 1))
         return model.init(key, x, places, ids, ids, t, None, None)
 
+    return init, loss, batch
+
+
+def jax_step(size: str, scan: bool, dtype: str) -> tuple[Callable[[], float], float]:
+    """Our step, and the seconds that the first one took."""
+    import jax
+
+    from dit_jax.parallel import MeshConfig
+    from dit_jax.parallel import make_mesh as new_mesh
+    from dit_jax.training import (
+        OptimizerConfig,
+        abstract_state,
+        init_state,
+        make_optimizer,
+        make_step,
+    )
+
+    init, loss, batch = jax_problem(size, scan, dtype)
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0)
     optimizer = make_optimizer(settings, 1000)
-    _, shardings = abstract_state(init, optimizer, mesh)
-    state = init_state(init, optimizer, shardings, keys[3])
+    _, shardings = abstract_state(init, optimizer, new_mesh(MeshConfig()))
+    state = init_state(init, optimizer, shardings, jax.random.key(1))
     function = make_step(loss, optimizer, settings, 0, shardings)
 
     def step() -> float:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of benchmarks/, which may import its neighbours."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.runs import ROOT
+from tests.scripts import load_script
 
 
 def test_our_train_step_learns(monkeypatch: pytest.MonkeyPatch):
-    script = load("train_step", monkeypatch)
+    script = load_script("benchmarks", "train_step")
     monkeypatch.setattr(script, "SIZES", {"tiny": (16, 1, 2, 8)})
     step, first = script.jax_step("tiny", False, "float32")
     losses = [step() for _ in range(5)]
@@ -31,7 +18,8 @@ def test_our_train_step_learns(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_judge_of_characters_knows_them_from_any_frame_on(monkeypatch: pytest.MonkeyPatch):
-    script = load("sprites", monkeypatch)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its neighbour
+    script = load_script("benchmarks", "sprites")
     rng = np.random.default_rng(0)
     samples = [
         {

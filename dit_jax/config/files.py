@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +49,24 @@ def _check_kind(config: Run, kind: type[Kind], where: str) -> Kind:
     return config
 
 
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """A config may be built from another that lies beside it: ``from video_1b3 import ...``.
+
+    So its neighbours' names are theirs while it is read, and no longer: other modules may have them.
+    """
+    names = {file.stem for file in folder.glob("*.py")} - sys.stdlib_module_names
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
+
+
 def load_config(path: str, kind: type[Kind] = Config) -> Kind:
     """The config that the file's ``get_config()`` builds, for a kind of run."""
     file = Path(path)
@@ -62,12 +81,8 @@ def load_config(path: str, kind: type[Kind] = Config) -> Kind:
         raise ValueError(f"--config {path!r} is not a Python file: give one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    # A config may be built from another that lies beside it: `from video_1b3 import ...`.
-    sys.path.insert(0, str(file.parent.resolve()))
-    try:
+    with _importing_from(file.parent.resolve()):
         spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no function get_config() that returns a Config: add one.")
     config = module.get_config()

@@ -1,7 +1,6 @@
 """Models of classes: from labelled images, in pixels or a codec's latents, to what the judge says."""
 
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -38,8 +37,8 @@ from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
+from tests.scripts import load_script
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 3
 
 
@@ -170,12 +169,7 @@ def test_a_codec_that_does_not_fit_is_refused(records, codec_path):
 
 
 def script():
-    spec = importlib.util.spec_from_file_location(
-        "images_to_latents", ROOT / "scripts" / "images_to_latents.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts", "images_to_latents")
 
 
 def test_latents_are_written_once_and_trained_on(

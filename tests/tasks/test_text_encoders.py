@@ -1,9 +1,7 @@
 """Models that read an encoder's states: from records, from captions, and from prompts at sampling."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -33,11 +31,11 @@ from dit_jax.tasks.cases import Cases
 from dit_jax.training import CheckpointConfig, Checkpointer
 from tests import tiny_config
 from tests.preparation.chat_server import Response, serving
+from tests.scripts import load_script
 from tests.text_files import TINY, needs_tokenizers, write_t5
 
 pytestmark = needs_tokenizers
 
-ROOT = Path(__file__).parents[2]
 ROOMY = PackingConfig(row_text=10_000)
 PROMPTS = ["a big red circle moves left", "a small green cross moves up", ""]
 
@@ -365,11 +363,7 @@ def test_other_encoders_are_refused_at_sampling(run, folder, other, tmp_path, ca
 
 
 def test_the_script_adds_states_to_records(tmp_path, encoder, folder, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(
-        "captions_to_states", ROOT / "scripts" / "captions_to_states.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("scripts", "captions_to_states")
     monkeypatch.setattr(script, "CHUNK", 2)
     plain = write_records(
         tmp_path,
