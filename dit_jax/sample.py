@@ -153,6 +153,8 @@ def _prompts(given: SampleArguments) -> list[str | int]:
         raise ValueError(
             'nothing to make: give --prompt "...", --prompts-file FILE or --label NUMBER.'
         )
+    if given.upsample and not prompts:
+        raise ValueError("--upsample writes prompts out, and there are none: give --prompt.")
     if given.num < 1 or given.scale < 1:
         raise ValueError(f"--num {given.num} and --scale {given.scale} are at least 1.")
     return [prompt for prompt in prompts for _ in range(given.num)]
@@ -201,6 +203,12 @@ def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
     }
 
 
+def _clip(file: Path) -> tuple[np.ndarray, float]:
+    """All of a file as it is displayed, and its rate."""
+    shown = probe_prompt(file)
+    return read_prompt(file, shown.height, shown.width, shown.fps), shown.fps
+
+
 def sample(given: SampleArguments) -> None:
     """Makes the clips and writes them."""
     given.mode.check(given.sampling, given.long.long is not None)
@@ -220,7 +228,7 @@ def sample(given: SampleArguments) -> None:
     plan = _plan(given, config)
     rates = [plan.output_fps]
     tasks.check_given(config, given.super_resolve)
-    if clips := tasks.read_clips(given.super_resolve):
+    if clips := tasks.read_clips(given.super_resolve, _clip):
         prompts, clips = tasks.each_clip(prompts, clips, given.num)
         rates = [fps for _, fps in clips]
         if single and len(set(rates)) > 1:
@@ -248,7 +256,7 @@ def sample(given: SampleArguments) -> None:
         tasks.enlarging(requests, clips, config, codec) if clips else plan.likes(requests, space)
     )
     likes = tasks.with_states(likes, tasks.open_text_encoder(config, mesh))
-    edits = plan.edits(likes, space, media)
+    edits = tasks.cut_again(likes, clips) if clips else plan.edits(likes, space, media)
     generator, params = trained.load(mesh, given.spread_parameters)
     made = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
     if jax.process_index() == 0:

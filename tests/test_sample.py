@@ -136,6 +136,9 @@ def test_a_long_clip_begins_as_the_plain_one_and_follows_its_storyboard(
         (["--loop"], 4, {}),
         (["--image", "A", "--long", "9"], 9, {0: 0}),
         (["--extend", "A", "--long", "13"], 13, {i: i for i in range(5)}),
+        (["--image", "A", "--last-image", "B", "--duration", "1s"], 9, {0: 0, 8: 5}),
+        (["--connect", "A", "B", "--blend", "5"], 5, {0: 0, 3: 8, 4: 9}),
+        (["--extend", "A", "--forward", "2", "--context", "3"], 7, {i: i for i in range(5)}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -11,7 +11,7 @@ import pytest
 from dit_jax import sample
 from dit_jax.sampling.media import read_video, write_video
 from tests.optional import optional
-from tests.runs import Run, Verbs, end, free_port
+from tests.runs import CONFIG, Run, Verbs, end, free_port
 from tests.test_sample import ACROSS, OTHER, PROMPT
 
 pytestmark = pytest.mark.usefixtures("cached")
@@ -40,3 +40,26 @@ def test_two_processes_make_what_one_makes(whole: Run, verbs: Verbs, tmp_path: P
     one, two = read_video(alone)[0], read_video(shared)[0]
     assert one.shape == two.shape and one.std() > 0
     assert np.abs(one.astype(int) - two).max() <= ACROSS
+
+
+def test_files_are_enlarged_on_every_mesh(verbs: Verbs, tmp_path: Path):
+    """A loop of four frames, which do not fill their last token, by a run of super-resolution."""
+    optional("av")
+    run, file = tmp_path / "run", tmp_path / "small.gif"
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 3), np.uint8)
+    write_video(file, pixels.repeat(4, 1).repeat(4, 2), 8)
+    training = ["--config", CONFIG, "--output", run, "--model.upscale", 2, "--steps", 2]
+    training += ["--evaluation.prompts", 0, "--log.draw-every", 50]
+    (ended,) = end(verbs.start("train", training))
+    assert ended.status == 0, ended.text
+    one = tmp_path / "one.png"
+    asked = ["--checkpoint", run, "--super-resolve", file, "--prompt", PROMPT]
+    alone = verbs.start("sample", [*asked, "--output", one])
+    many = tmp_path / "many.png"
+    mesh = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2, "--mesh.tensor", 2]
+    assert sample.main([str(x) for x in [*asked, "--output", many, *mesh]]) == 0
+    (ended,) = end(alone)
+    assert ended.status == 0, ended.text
+    made = [read_video(path)[0].astype(int) for path in (one, many)]
+    assert made[0].shape == (1, 24, 4 * 24, 3) and made[0].std() > 0
+    assert np.abs(made[0] - made[1]).max() <= ACROSS

@@ -68,6 +68,10 @@ class Codec(Protocol):
         ...
 
 
+PART = 16
+"""Frames at a time, where a clip of pixels is taken in parts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PixelCodec:
     """The identity: models of pixels."""
@@ -95,8 +99,10 @@ class PixelCodec:
         return latents
 
     def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """The latents, in one part."""
-        yield self.decode(latents)
+        """The latents, some frames at a time."""
+        video = self.decode(latents)
+        for start in range(0, len(video), PART):
+            yield video[start : start + PART]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,9 +51,9 @@ class Window:
     def stop(self) -> int:
         return self.start + self.length
 
-    def middle(self) -> float:
-        """Of its new latent frames."""
-        return (self.start + self.history + self.stop - 1) / 2
+    def middle(self, head: int = 0) -> float:
+        """Of its new latent frames, which in a clip's first window begin behind its head."""
+        return (self.start + (self.history or head) + self.stop - 1) / 2
 
 
 def plan_windows(frames: int, length: int, history: int) -> list[Window]:
@@ -85,13 +85,17 @@ def default_history(length: int, patch: PatchConfig) -> int:
     if tokens < 1:
         raise ValueError(
             f"windows of {length} latent frames: one token alone has no room for a history and new "
-            f"frames. Give at least {1 + patch.t} (--frames)."
+            f"frames. Give at least {1 + patch.t}."
         )
     return 1 + min(round(tokens / 3), tokens - 1) * patch.t
 
 
 def window_requests(
-    like: Request, windows: Sequence[Window], storyboard: Storyboard, start: float = 0.0
+    like: Request,
+    windows: Sequence[Window],
+    storyboard: Storyboard,
+    start: float = 0.0,
+    head: int = 0,
 ) -> list[Request]:
     """The request of every window, of ``like``'s size but for its frames, and without its history.
 
@@ -100,6 +104,7 @@ def window_requests(
 
     Args:
         start: when the first window begins, in seconds of the storyboard.
+        head: latent frames that the first window is given.
     """
     requests = []
     for number, window in enumerate(windows):
@@ -107,7 +112,7 @@ def window_requests(
         requests.append(
             dataclasses.replace(
                 like,
-                prompt=storyboard.at(start + window.middle() / like.fps),
+                prompt=storyboard.at(start + window.middle(head) / like.fps),
                 frames=window.length,
                 seed=int(state[0]) if number else like.seed,
             )

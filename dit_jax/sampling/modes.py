@@ -76,7 +76,7 @@ def image_to_video(
         noise: ceiling of what is given; a little (0.02 to 0.1) frees motion that is frozen.
 
     Raises:
-        ValueError: where a frame does not exist, or two share a token.
+        ValueError: where a frame does not exist, or two share a token, or nothing is left to be made.
     """
     count, part = space.frames(like.frames), space.patch.t
     clean, ceilings = _nothing(space, like)
@@ -98,6 +98,11 @@ def image_to_video(
         clean[held] = space.still(image) if token else space.encode(image[None])
         ceilings[held] = noise
         pasted[frame] = image[None]
+    if images and (ceilings < 1).all():
+        raise ValueError(
+            f"all {len(tokens)} tokens along time are given: nothing is to be made. Give fewer "
+            "pictures, or ask for more frames."
+        )
     return _edit(like, clean, ceilings, pasted)
 
 

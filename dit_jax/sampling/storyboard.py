@@ -4,8 +4,9 @@
     3.5s: the ball stops
     1:05: night falls
 
-A time is seconds (``3.5s`` or ``3.5``) or minutes and seconds (``1:05``, ``1:05.5``), and lines come in
-their order. Empty lines and lines that begin with # are left out.
+A time is seconds (``3.5s`` or ``3.5``), minutes and seconds (``1:05``, ``1:05.5``) or hours, minutes
+and seconds (``0:01:05``), and lines come in their order. Empty lines and lines that begin with # are
+left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-LINE = re.compile(r"(?:(\d+):(?=\d))?(\d+(?:\.\d+)?)\s*s?\s*:\s*(\S.*)")
+TIME = r"(?:(?:(\d+):(?=\d+:\d))?(\d+):(?=\d))?(\d+(?:\.\d+)?)"
+LINE = re.compile(rf"{TIME}\s*s?\s*:\s*(\S.*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +76,17 @@ def read_storyboard(path: str | Path) -> Storyboard:
                 f'{path}:{number}: {line.strip()[:60]!r} is not "time: prompt", such as "3.5s: a red '
                 'ball" or "1:05: a red ball".'
             )
-        minutes, seconds, prompt = found.groups()
+        hours, minutes, seconds, prompt = found.groups()
         if minutes and float(seconds) >= 60:
             raise ValueError(
                 f"{path}:{number}: {minutes}:{seconds} has {seconds} seconds: behind minutes, they "
                 "are below 60."
             )
-        times.append(60 * float(minutes or 0) + float(seconds))
+        if hours and int(minutes) >= 60:
+            raise ValueError(
+                f"{path}:{number}: {hours}:{minutes}:{seconds} has {minutes} minutes: behind hours, "
+                "they are below 60."
+            )
+        times.append(3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds))
         prompts.append(prompt)
     return Storyboard(tuple(times), tuple(prompts))

@@ -27,6 +27,7 @@ from dit_jax.tasks.requested import Shape as Shape
 from dit_jax.tasks.requested import make_plan as make_plan
 from dit_jax.tasks.super_resolution import check_enlarges as check_enlarges
 from dit_jax.tasks.super_resolution import check_given as check_given
+from dit_jax.tasks.super_resolution import cut_again as cut_again
 from dit_jax.tasks.super_resolution import each_clip as each_clip
 from dit_jax.tasks.super_resolution import enlarging as enlarging
 from dit_jax.tasks.super_resolution import read_clips as read_clips

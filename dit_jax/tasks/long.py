@@ -109,6 +109,8 @@ class LongPlan:
     """uint8 ``[t, h, w, 3]``: the picture or clip that is gone on with."""
     context: int = 0
     """Frames at its end that the first window is given."""
+    head: int = 0
+    """These in latent frames."""
 
     @property
     def before(self) -> int:
@@ -126,12 +128,14 @@ class LongPlan:
         Raises:
             ValueError: where a prompt of the storyboard is in force in no window.
         """
-        start = self.before / fps
+        start, head = self.before / fps, self.head
         if board is not None:
-            self._check_used(board, [start + w.middle() / likes[0].fps for w in self.windows])
+            middles = [start + w.middle(head) / likes[0].fps for w in self.windows]
+            self._check_used(board, middles, (self.before + self.context) / fps)
+        own = [board or Storyboard((0.0,), (like.prompt,)) for like in likes]
         return [
-            window_requests(like, self.windows, board or Storyboard((0.0,), (like.prompt,)), start)
-            for like in likes
+            window_requests(like, self.windows, one, start, head)
+            for like, one in zip(likes, own, strict=True)
         ]
 
     def heads(self, space: Space, count: int) -> list[np.ndarray] | None:
@@ -153,9 +157,10 @@ class LongPlan:
                 yield part[left:]
             left = max(left - len(part), 0)
 
-    def _check_used(self, board: Storyboard, middles: Sequence[float]) -> None:
+    def _check_used(self, board: Storyboard, middles: Sequence[float], given: float) -> None:
+        """Each prompt is in force in some window, or over before what was ``given`` ends (in s)."""
         for time, until in zip(board.times, [*board.times[1:], math.inf], strict=True):
-            if not any(time <= middle < until for middle in middles):
+            if until > given and not any(time <= middle < until for middle in middles):
                 near = sorted(middles, key=lambda middle: abs(middle - time))[:3]
                 told = ", ".join(f"{middle:.2f}" for middle in sorted(near))
                 raise ValueError(
@@ -192,6 +197,11 @@ def make_long_plan(
 
     assert given.long is not None
     asked, length = frames(given.long), space.latents(window)
+    if length < 1 + space.patch.t:
+        raise ValueError(
+            f"windows of {window} frames have no room for a history and new frames: give --frames of "
+            f"at least {1 + space.stride}."
+        )
     history = default_history(length, space.patch)
     if given.history is not None:
         history = space.latents(space.whole(frames(given.history) / fps, fps))
@@ -204,7 +214,8 @@ def make_long_plan(
         fitting = 1 + (len(begun) - 1) // space.stride * space.stride
         context = min(space.frames(history), fitting) if context is None else context
         _check_begun(given.long, asked, len(begun), context, window)
-    plan = LongPlan(asked, (), begun, context or 0)
+    head = space.latents(context) if context else 0
+    plan = LongPlan(asked, (), begun, context or 0, head)
     # Enough latents for the last frame: the first holds one, and each other a stride.
     latents = 1 + -(-(plan.decoded - 1) // space.codec.strides[0])
     return dataclasses.replace(plan, windows=tuple(plan_windows(latents, length, history)))

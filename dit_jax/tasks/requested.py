@@ -121,6 +121,12 @@ class ModeArguments:
                 f"--duration {self.duration} and --frames {sampling.frames} both say how long: give "
                 "one of them."
             )
+        for name in ("context", "blend"):
+            if getattr(self, name) is not None and sampling.frames is not None and not long:
+                raise ValueError(
+                    f"--frames {sampling.frames} and --{name} {getattr(self, name)} both say how much "
+                    "of a clip the model is shown: give one of them."
+                )
         if self.negative_prompt is not None and sampling.cfg_scale == 1:
             raise ValueError(
                 "--negative-prompt: --cfg-scale 1 is no guidance. Raise it, or leave it."
@@ -147,7 +153,10 @@ class ModeArguments:
             "gap": ("--connect or --video with --loop", between),
             "blend": ("--connect", self.connect is not None),
             "context": ("--extend, --connect with --gap, or --video with --loop", shown),
-            "given_noise": ("--image, --extend, --connect or a loop", shown or self._has("image")),
+            "given_noise": (
+                "--image, --extend, --connect with --gap, or --video with --loop",
+                shown or self._has("image"),
+            ),
             "duration": ("text, images or --video", self.source in (None, "image", "video")),
         }
         return [
@@ -280,13 +289,14 @@ class Plan:
             return (lambda like: loop_text(space, like)) if given.loop else plain
         clip = self._cut(media[given.video], space)
         if given.loop:
+            # --frames is what the model is shown and makes, as when clips are extended.
             return lambda like: loop_clip(space, like, clip, gap, context, noise)
         if (factor := given.factor) is not None:
             return lambda like: interpolate(space, like, clip, factor, given.strength)
         return lambda like: restyle(space, like, clip, given.strength or RESTYLE_STRENGTH)
 
     def _cut(self, clip: np.ndarray, space: Space) -> np.ndarray:
-        asked = self.frames is not None or self.given.duration is not None
+        asked = self.given.duration is not None or self.frames is not None and not self.given.loop
         return clip[: self._frames(space)] if asked else clip
 
     def _images(self, space: Space, media: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
@@ -331,8 +341,20 @@ def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence
     fps = made.fps
     if shapes and asked.fps is None and given.source != "image" and not shapes[0].still:
         fps = shapes[0].fps
-    if made.frames == 1 and given.loop and given.source is None and given.duration is None:
-        raise ValueError("1 frame is a still image, which has no time: give more --frames.")
+    if made.frames == 1 and given.duration is None:
+        if given.loop and given.source is None:
+            raise ValueError("1 frame is a still image, which has no time: give more --frames.")
+        if given.source == "image":
+            raise ValueError(
+                "1 frame, which is given: nothing is to be made. Give more --frames, or --video with "
+                "--strength to remake a picture."
+            )
+    if given.loop and given.source is None and config.model.dit.band is not None:
+        raise ValueError(
+            f"--loop of text alone: most layers of the model see {config.model.dit.band} tokens to "
+            "either side (model.dit.band), and so never from the last frame to the first. Make a clip, "
+            "and close it (--video FILE --loop)."
+        )
     return Plan(given, height, width, fps, asked.frames, made.frames)
 
 

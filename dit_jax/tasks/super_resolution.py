@@ -7,7 +7,7 @@ and columns: enlarged to the clip's own size, and encoded by the codec where the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dit_jax.config import Config
 from dit_jax.data import enlarge, shrink
 from dit_jax.evaluation import mean_psnr
 from dit_jax.models import Codec
-from dit_jax.sampling import Request, check_request, to_float
+from dit_jax.sampling import Edit, Request, check_request, to_float
 from dit_jax.sampling.media import EXTENSIONS, read_video
 from dit_jax.tasks.long import LongArguments
 from dit_jax.tasks.requested import ModeArguments
@@ -54,8 +54,11 @@ def fidelity(clips: Sequence[np.ndarray], true: Sequence[np.ndarray], factor: in
     return {"psnr": made, "bicubic_psnr": plain, "gain": made - plain, "count": len(true)}
 
 
-def read_clips(names: Sequence[str]) -> list[Clip]:
+def read_clips(names: Sequence[str], read: Callable[[Path], Clip] = read_video) -> list[Clip]:
     """Clips of files, and of those in folders in the order of their names.
+
+    Args:
+        read: a file.
 
     Raises:
         ValueError: where there are none, or one cannot be read.
@@ -64,7 +67,7 @@ def read_clips(names: Sequence[str]) -> list[Clip]:
     for name in names:
         path = Path(name)
         if not path.is_dir():
-            found.append(read_video(path))
+            found.append(read(path))
             continue
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
         if not files:
@@ -72,7 +75,7 @@ def read_clips(names: Sequence[str]) -> list[Clip]:
                 f"{name!r} holds no files ending in {', '.join(EXTENSIONS)}: give the directory that "
                 "samples were written to, or files."
             )
-        found += map(read_video, files)
+        found += map(read, files)
     return found
 
 
@@ -141,11 +144,16 @@ def enlarging(
 ) -> list[Request]:
     """Requests for the clips at ``config.model.upscale`` times their size, with their frames and rates.
 
+    Where the last frames do not fill a token, the model is shown the last one again until they do
+    (``cut_again`` takes these off).
+
     Raises:
         ValueError: where the model cannot make clips of such sizes.
     """
     made, factor = [], config.model.upscale
+    stride = config.codec.t * config.model.patch.t
     for request, (video, fps) in zip(requests, clips, strict=True):
+        video = np.concatenate([video, np.repeat(video[-1:], (1 - len(video)) % stride, 0)])
         frames, height, width = video.shape[:3]
         size = config.codec.latent_size(frames, height * factor, width * factor)
         rate = config.codec.latent_fps(fps if frames > 1 else config.sampling.fps)
@@ -155,3 +163,12 @@ def enlarging(
         check_request(sized, config.model.patch)
         made.append(dataclasses.replace(sized, low=seen_low(video, factor, codec)))
     return made
+
+
+def cut_again(requests: Sequence[Request], clips: Sequence[Clip]) -> list[Edit]:
+    """What makes the requests of ``enlarging``, and leaves them the clips' own lengths."""
+
+    def one(request: Request, count: int) -> Edit:
+        return Edit((request,), lambda made: made[0][:count])
+
+    return [one(made, len(video)) for made, (video, _) in zip(requests, clips, strict=True)]

@@ -139,6 +139,8 @@ def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
     assert [r.prompt for r in requests] == ["a", "a", "a", "b", "b"]
     assert requests[0].seed == LIKE.seed and len({r.seed for r in requests}) == 5
     assert {r.size for r in requests} == {(5, 4, 4)}
+    # Of a clip that begins with three frames the first window's new ones are two.
+    assert [w.middle(3) for w in windows] == [3.5, 5.5, 7.5, 9.5, 11.5]
 
 
 # --- storyboards ---
@@ -146,12 +148,15 @@ def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
 
 def test_a_storyboard_is_read(tmp_path: Path):
     path = tmp_path / "board.txt"
-    path.write_text("# a day\n0s: a red: ball\n\n3.5s: it stops\n 10 : on\n1:05: night\n2:00.5:x\n")
+    path.write_text(
+        "# a day\n0s: a red: ball\n\n3.5s: it stops\n 10 : on\n1:05: night\n2:00.5:x\n"
+        "0:03:00: 1 star\n1:2:3:y\n"
+    )
     board = read_storyboard(path)
-    assert board.times == (0, 3.5, 10, 65, 120.5)
-    assert board.prompts == ("a red: ball", "it stops", "on", "night", "x")
+    assert board.times == (0, 3.5, 10, 65, 120.5, 180, 3723)
+    assert board.prompts == ("a red: ball", "it stops", "on", "night", "x", "1 star", "y")
     found = [board.at(t) for t in (0, 3.4, 3.5, 64.9, 65, 1e9)]
-    assert found == ["a red: ball", "a red: ball", "it stops", "on", "night", "x"]
+    assert found == ["a red: ball", "a red: ball", "it stops", "on", "night", "y"]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +169,7 @@ def test_a_storyboard_is_read(tmp_path: Path):
         ("1s: a", "begins at 1 s: its first line is at 0s"),
         ("0s: a\n5s: b\n5s: c", "5 s behind 5 s: times rise"),
         ("0s: a\n1:75: b", "1:75 has 75 seconds"),
+        ("0s: a\n1:60:00: b", "1:60:00 has 60 minutes"),
     ],
 )
 def test_what_is_no_storyboard_is_refused(tmp_path: Path, text: str, message: str):

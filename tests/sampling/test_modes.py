@@ -24,6 +24,7 @@ from dit_jax.sampling import (
     Request,
     SamplingConfig,
     Space,
+    Storyboard,
     blend,
     check_request,
     connect,
@@ -34,9 +35,12 @@ from dit_jax.sampling import (
     loop_text,
     make_condition,
     make_edits,
+    make_long,
     plain,
+    plan_windows,
     restyle,
     to_float,
+    window_requests,
 )
 from dit_jax.sampling.clips import _decode_loop
 from dit_jax.tasks import init_params, make_model
@@ -201,6 +205,10 @@ def test_lengths_are_those_that_fit():
             "frames 3 and 4 share a token of 2",
         ),
         (lambda: image_to_video(PAIRS, like(PAIRS), {0: clip(1, side=16)[0]}), "for one of 8 x 8"),
+        (
+            lambda: image_to_video(PAIRS, like(PAIRS, frames=3), {0: clip(1)[0], 1: clip(1)[0]}),
+            "all 2 tokens along time are given",
+        ),
         (lambda: extend(PAIRS, like(PAIRS), clip(9)), "not both 0"),
         (lambda: extend(PAIRS, like(PAIRS), clip(9), 3), "give a multiple of 2"),
         (lambda: extend(PAIRS, like(PAIRS), clip(3), 2, context=5), "context has 5 frames"),
@@ -291,6 +299,23 @@ def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
         # Grey levels: the same sums in another order.
         assert one.shape == other.shape and np.abs(one.astype(int) - other).max() <= 1
     assert makers["eight"][1].step._cache_size() == 1
+
+
+def test_windows_are_the_same_on_eight_devices(makers):
+    """Two clips that begin with something, in windows that are given the end of those before."""
+    windows = plan_windows(13, 9, 3)
+    board = Storyboard((0.0, 1.0), ("a", "b"))
+    likes = [like(PAIRS, seed=i) for i in (3, 4)]
+    clips = [window_requests(one, windows, board, head=3) for one in likes]
+    heads = [PAIRS.encode(NOISY[i : i + 3]) for i in (0, 4)]
+    one, many = (
+        make_long(generator, params, clips, windows, MODEL, make.keywords["mesh"], heads=heads)
+        for make, generator, params in (makers["one"], makers["eight"])
+    )
+    for a, b in zip(one, many, strict=True):
+        assert a.shape == (15, 8, 8, 3)
+        np.testing.assert_allclose(a, b, atol=1 / 127)  # a grey level
+    assert np.abs(one[0] - one[1]).max() > 0.1
 
 
 def test_every_mode_alone_is_what_it_is_beside_others(makers, on_one):

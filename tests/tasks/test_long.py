@@ -134,6 +134,21 @@ def test_a_storyboard_begins_with_the_clip_that_is_gone_on_with():
     assert prompts == [["a", "a", "b", "b", "b"], ["a", "b", "b", "b"]]
 
 
+def test_a_first_windows_prompt_is_that_of_its_new_frames():
+    """Of a clip of nine frames, seven of which it is given: new ones from 1.1 s on."""
+    found = plan(long="4s", begun=numbered(0, 9), context=7)
+    likes, board = [Request("", 9, 4, 4, 8.0, 0)], Storyboard((0.0, 1.0), ("a", "b"))
+    assert {r.prompt for r in found.requests(likes, board, 8.0)[0]} == {"b"}
+    # What is said of frames that are given is not asked for again, and of others still is.
+    with pytest.raises(ValueError, match="prompt at 1.125 s is in force in no window"):
+        found.requests(likes, Storyboard((0.0, 1.125, 1.15), ("a", "b", "c")), 8.0)
+
+
+def test_windows_of_one_token_are_refused_in_frames():
+    with pytest.raises(ValueError, match="windows of 1 frames have no room.*at least 5"):
+        plan(frames=1, stride=4, long="9s")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -45,6 +45,13 @@ def asked(**fields):
         ({"keyframe": ("x=a.png",)}, UNSET, "--keyframe x: give seconds"),
         ({"video": "a", "given_noise": 0.1}, UNSET, "--given-noise says something of"),
         ({"image": "a", "given_noise": 1.0}, UNSET, "it is at least 0 and below 1"),
+        ({"loop": True, "given_noise": 0.1}, UNSET, "or --video with --loop"),
+        (
+            {"extend": "a", "forward": "2", "context": "3"},
+            asked(frames=9),
+            "--frames 9 and --context",
+        ),
+        ({"connect": ("a", "b"), "blend": "1s"}, asked(frames=9), "--frames 9 and --blend 1s"),
     ],
 )
 def test_contradictions_are_refused(given, sampling, message):
@@ -56,6 +63,7 @@ def test_contradictions_are_refused(given, sampling, message):
 def test_a_long_clip_is_extended_without_a_length():
     given = ModeArguments(extend="a")
     given.check(UNSET, long=True)
+    ModeArguments(extend="a", context="3").check(asked(frames=9), long=True)
     media = {"a": np.zeros((9, 24, 24, 3), np.uint8)}
     shape = Shape(24, 24, 8.0, False)
     long = make_plan(given, UNSET, get_config(), [shape])
@@ -102,23 +110,39 @@ def test_every_option_makes_its_edit():
     frames = np.zeros((9, 24, 24, 3), np.uint8)
     media, shape = {"a": frames, "b": frames}, Shape(24, 24, 8.0, False)
 
-    def length(**given):
+    def length(sampling=UNSET, **given):
         mode = ModeArguments(**given)
-        made = plan(mode, UNSET, *[shape] * len(mode.files))
+        made = plan(mode, sampling, *[shape] * len(mode.files))
         (edit,) = made.edits(likes(made), SPACE, media)
         sizes = [r.frames for r in edit.requests]
         return len(edit.finish([np.zeros((n, 24, 24, 3), np.uint8) for n in sizes]))
 
-    assert length(image="a", last_image="b", keyframe=("0.25s=a",)) == 5
+    assert length(image="a", last_image="b") == length(image="a", keyframe=("0.25s=a",)) == 5
     assert length(video="a", strength=0.5) == 9 and length(video="a", duration="4") == 5
     assert length(video="a", interpolate="2x") == 17
     assert length(extend="a", forward="0.5s", backward="2") == 15
     assert length(connect=("a", "b"), gap="3") == 21 and length(connect=("a", "b"), blend="5") == 13
     assert length(video="a", loop=True, gap="0.4s") == 12 and length(loop=True) == 4
+    # How much of a clip the model is shown, and not how much there is of it.
+    assert length(asked(frames=5), video="a", loop=True, gap="0.4s") == 12
+    assert length(asked(frames=5), video="a", strength=0.5) == 5
+    assert length(video="a", loop=True, gap="0.4s", duration="5") == 8
     with pytest.raises(ValueError, match="--keyframe 9=a is frame 9 of a clip of 5"):
         length(keyframe=("9=a",))
     with pytest.raises(ValueError, match="frame 4 is given twice"):
         length(keyframe=("4=a",), last_image="b")
+
+
+def test_what_a_model_cannot_make_is_refused():
+    picture = Shape(24, 24, 1.0, True)
+    with pytest.raises(ValueError, match="1 frame, which is given: nothing is to be made"):
+        plan(ModeArguments(image="a"), asked(frames=1), picture)
+    config = get_config()
+    dit = dataclasses.replace(config.model.dit, band=16, dense_every=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dit=dit))
+    with pytest.raises(ValueError, match="see 16 tokens to either side"):
+        make_plan(ModeArguments(loop=True), UNSET, config, [])
+    make_plan(ModeArguments(loop=True, video="a"), UNSET, config, [picture])
 
 
 def test_options_that_are_given_again_go_on():

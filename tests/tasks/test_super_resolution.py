@@ -160,6 +160,19 @@ def test_a_clip_does_not_depend_on_what_is_made_beside_it(trained, mesh):
     assert np.abs(changed[0].astype(int) - both[0]).max() > 3
 
 
+def test_eight_devices_enlarge_as_one_does(trained, mesh):
+    state, _ = trained
+    many = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    made = []
+    for devices in (mesh, many):
+        model = tasks.make_model(CONFIG.model, devices)
+        generator = Generator(model, CONFIG.diffusion, CONFIG.sampling)
+        params = jax.device_get(state.params)
+        made.append(make_clips(generator, params, requests(mesh), CONFIG.model, devices))
+    for one, other in zip(*made, strict=True):
+        assert one.std() > 0 and np.abs(one.astype(int) - other).max() <= 1
+
+
 def test_a_condition_has_a_clip_for_each_request_or_none(mesh):
     made = make_condition(requests(mesh), CONFIG.model, 40)
     assert made.low is not None and made.low.shape == made.clean.shape
@@ -226,6 +239,19 @@ def test_clips_of_files_become_requests(tmp_path):
     assert np.array_equal(made[1].low, seen_low(clips[1][0], 2, None))
 
 
+def test_clips_that_do_not_fill_their_last_token_keep_their_length():
+    """As loops do not: the model is shown the last frame again."""
+    clips = [(clip(0, 4, 12, 12), 8.0), (clip(1, 3, 12, 12), 8.0)]
+    asked = [Request("", 1, 8, 8, 8.0, i) for i in range(2)]
+    made = tasks.enlarging(asked, clips, CONFIG, PixelCodec())
+    assert [r.frames for r in made] == [5, 3]
+    assert np.array_equal(made[0].low[:4], seen_low(clips[0][0], 2, None))
+    assert np.array_equal(made[0].low[4], made[0].low[3])
+    for edit, request, (video, _) in zip(tasks.cut_again(made, clips), made, clips, strict=True):
+        shown = edit.finish([np.zeros((request.frames, 24, 24, 3), np.uint8)])
+        assert edit.requests == (request,) and len(shown) == len(video)
+
+
 def test_every_clip_has_a_prompt():
     clips = [(clip(), 8.0), (clip(1), 4.0)]
     assert tasks.each_clip([], clips, 1)[0] == ["", ""]
@@ -247,9 +273,9 @@ def test_what_cannot_be_enlarged_is_refused(tmp_path):
         tasks.check_given(dataclasses.replace(PLAIN, sampling=noised), ())
     with pytest.raises(ValueError, match="holds no files ending in"):
         tasks.read_clips([str(tmp_path)])
-    with pytest.raises(ValueError, match="4 frames"):
+    with pytest.raises(ValueError, match="height 28"):
         tasks.enlarging(
-            [Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 4, 12, 12), 8.0)], CONFIG, PixelCodec()
+            [Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 3, 14, 12), 8.0)], CONFIG, PixelCodec()
         )
     with pytest.raises(ValueError, match="not multiples of model.upscale 5"):
         dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, upscale=5))
