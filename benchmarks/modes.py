@@ -1,6 +1,6 @@
 """How well a model of moving shapes does in every mode, by the truth and by the judge.
 
-    python benchmarks/modes.py --checkpoint runs/quickstart --cases 96 --output runs/modes
+    python benchmarks/modes.py --checkpoint runs/modes --cases 96 --output runs/modes_report
 
 For held-out scenes, whose clips are known: prints a table, and writes ``modes.json`` and for every mode
 a strip (PNG, one row a clip) and a GIF. Lengths are for clips of 9 frames at the run's own size.
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", help="unset: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--output", default="runs/modes")
+    parser.add_argument("--output", default="runs/modes_report")
     given = parser.parse_args()
     overrides = tasks.SamplingOverrides(frames=FRAMES, steps=given.steps)
     trained = tasks.Trained(given.checkpoint, None, overrides, given.codec)
