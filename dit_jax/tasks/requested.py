@@ -145,6 +145,7 @@ class ModeArguments:
         remade = self.video is not None and not self.loop or self.blend is not None
         between = self.connect is not None or self.video is not None and self.loop
         shown = self.extend is not None or between and self.blend is None
+        closing = "--extend, --connect with --gap, or --video with --loop"
         belongs = {
             "strength": ("--video (not of a loop) or --blend", remade),
             "interpolate": ("--video", self.video is not None),
@@ -152,11 +153,8 @@ class ModeArguments:
             "backward": ("--extend", self.extend is not None),
             "gap": ("--connect or --video with --loop", between),
             "blend": ("--connect", self.connect is not None),
-            "context": ("--extend, --connect with --gap, or --video with --loop", shown),
-            "given_noise": (
-                "--image, --extend, --connect with --gap, or --video with --loop",
-                shown or self._has("image"),
-            ),
+            "context": (closing, shown),
+            "given_noise": (f"--image, {closing}", shown or self._has("image")),
             "duration": ("text, images or --video", self.source in (None, "image", "video")),
         }
         return [
@@ -289,7 +287,6 @@ class Plan:
             return (lambda like: loop_text(space, like)) if given.loop else plain
         clip = self._cut(media[given.video], space)
         if given.loop:
-            # --frames is what the model is shown and makes, as when clips are extended.
             return lambda like: loop_clip(space, like, clip, gap, context, noise)
         if (factor := given.factor) is not None:
             return lambda like: interpolate(space, like, clip, factor, given.strength)
@@ -351,9 +348,8 @@ def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence
             )
     if given.loop and given.source is None and config.model.dit.band is not None:
         raise ValueError(
-            f"--loop of text alone: most layers of the model see {config.model.dit.band} tokens to "
-            "either side (model.dit.band), and so never from the last frame to the first. Make a clip, "
-            "and close it (--video FILE --loop)."
+            f"--loop of text: most layers see {config.model.dit.band} tokens to either side (model.dit."
+            "band), never from the last frame to the first. Close a clip instead (--video FILE --loop)."
         )
     return Plan(given, height, width, fps, asked.frames, made.frames)
 
