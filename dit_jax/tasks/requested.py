@@ -145,7 +145,7 @@ class ModeArguments:
         remade = self.video is not None and not self.loop or self.blend is not None
         between = self.connect is not None or self.video is not None and self.loop
         shown = self.extend is not None or between and self.blend is None
-        closing = "--extend, --connect with --gap, or --video with --loop"
+        contexts = "--extend, --connect with --gap, or --video with --loop"
         belongs = {
             "strength": ("--video (not of a loop) or --blend", remade),
             "interpolate": ("--video", self.video is not None),
@@ -153,8 +153,8 @@ class ModeArguments:
             "backward": ("--extend", self.extend is not None),
             "gap": ("--connect or --video with --loop", between),
             "blend": ("--connect", self.connect is not None),
-            "context": (closing, shown),
-            "given_noise": (f"--image, {closing}", shown or self._has("image")),
+            "context": (contexts, shown),
+            "given_noise": (f"--image, {contexts}", shown or self._has("image")),
             "duration": ("text, images or --video", self.source in (None, "image", "video")),
         }
         return [
