@@ -28,7 +28,7 @@ from dit_jax.sampling.clips import Decode, make_clips
 from dit_jax.sampling.condition import Request
 from dit_jax.sampling.generate import Generator
 from dit_jax.sampling.given import Given
-from dit_jax.sampling.space import Space
+from dit_jax.sampling.space import Space, filled
 from dit_jax.types import Params
 
 Clips = Sequence[np.ndarray]
@@ -118,9 +118,7 @@ def restyle(space: Space, like: Request, clip: np.ndarray, strength: float) -> E
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength}: it is above 0 and at most 1 (0.6 is usual).")
     count = len(clip)
-    clean = space.encode(
-        np.concatenate([clip, np.repeat(clip[-1:], (1 - count) % space.stride, 0)])
-    )
+    clean = space.encode(filled(clip, space.stride))
     ceilings = np.full(len(clean), strength, np.float32)
     request = dataclasses.replace(like, frames=len(clean), given=Given(clean, ceilings))
     return Edit((request,), lambda clips: clips[0][:count])

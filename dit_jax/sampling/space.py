@@ -16,6 +16,11 @@ from dit_jax.models import Codec, PatchConfig
 from dit_jax.sampling.media import to_float
 
 
+def filled(clip: np.ndarray, stride: int) -> np.ndarray:
+    """A clip ``[t, ...]`` whose last frame stands still until its token has ``stride`` frames."""
+    return np.concatenate([clip, np.repeat(clip[-1:], (1 - len(clip)) % stride, 0)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """Between the pixels of clips and what a model makes."""

@@ -19,6 +19,7 @@ from dit_jax.evaluation import mean_psnr
 from dit_jax.models import Codec
 from dit_jax.sampling import Edit, Request, check_request, to_float
 from dit_jax.sampling.media import EXTENSIONS, read_video
+from dit_jax.sampling.space import filled
 from dit_jax.tasks.long import LongArguments
 from dit_jax.tasks.requested import ModeArguments
 
@@ -153,7 +154,7 @@ def enlarging(
     made, factor = [], config.model.upscale
     stride = config.codec.t * config.model.patch.t
     for request, (video, fps) in zip(requests, clips, strict=True):
-        video = np.concatenate([video, np.repeat(video[-1:], (1 - len(video)) % stride, 0)])
+        video = filled(video, stride)
         frames, height, width = video.shape[:3]
         size = config.codec.latent_size(frames, height * factor, width * factor)
         rate = config.codec.latent_fps(fps if frames > 1 else config.sampling.fps)
