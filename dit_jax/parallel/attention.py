@@ -1,8 +1,8 @@
 """Attention within the segments of packed rows, by plain matrix products.
 
 ``xla_attention`` is the definition that every other implementation is tested against.
-``host_attention`` is the same, written for CPUs. ``BLOCKS`` is attention to a part of the keys: what
-a ring of devices is made of where there is no kernel of its own.
+``host_attention`` is the same, written for CPUs (see ``blockwise`` for long rows). ``BLOCKS`` is
+attention to a part of the keys: what a ring of devices is made of where there is no kernel of its own.
 """
 
 from __future__ import annotations
@@ -163,9 +163,14 @@ def _whole(
     return _attend(q, k, v, jnp.where(visible(q_ids, k_ids, band), 0.0, MASKED)[:, None])
 
 
-def _scores(
-    q: jax.Array, k: jax.Array, q_ids: jax.Array, k_ids: jax.Array, band: Band | None
-) -> jax.Array:
+def masked_scores(
+    q: Float[Array, "b a l d"],
+    k: Float[Array, "b a m d"],
+    q_ids: Int[Array, "b l"],
+    k_ids: Int[Array, "b m"],
+    band: Band | None,
+) -> Float[Array, "b a l m"]:
+    """Products of queries (scaled already) and keys, float32; ``MASKED`` where a query does not see."""
     scores = jnp.einsum("bald,bamd->balm", q, k, preferred_element_type=jnp.float32)
     return jnp.where(visible(q_ids, k_ids, band)[:, None], scores, MASKED)
 
@@ -178,10 +183,20 @@ def _forward(
     k_ids: jax.Array,
     band: Band | None,
 ) -> tuple[jax.Array, jax.Array]:
-    scores = _scores(q, k, q_ids, k_ids, band)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
-    return jnp.einsum("balm,bamd->bald", weights, v), lse
+    scores = masked_scores(q, k, q_ids, k_ids, band)
+    most = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    total = weights.sum(-1, keepdims=True)
+    return weighted(weights, total, v), (most + jnp.log(total))[..., 0]
+
+
+def weighted(
+    weights: Float[Array, "b a l m"], total: Float[Array, "b a l 1"], v: Float[Array, "b a m d"]
+) -> Float[Array, "b a l d"]:
+    """The mean of the values by weights of which ``total`` is the sum, made in float32."""
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("balm,bamd->bald", weights, v, preferred_element_type=jnp.float32)
+    return (out / total).astype(v.dtype)
 
 
 def _backward(
@@ -195,7 +210,7 @@ def _backward(
     lse: jax.Array,
     dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    weights = jnp.exp(_scores(q, k, q_ids, k_ids, band) - lse[..., None])
+    weights = jnp.exp(masked_scores(q, k, q_ids, k_ids, band) - lse[..., None])
     slope = jnp.einsum("bald,bamd->balm", dout, v, preferred_element_type=jnp.float32)
     along = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1, keepdims=True)
     scores = (weights * (slope - along)).astype(q.dtype)

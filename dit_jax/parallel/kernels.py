@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from dit_jax.parallel.attention import BLOCKS, host_attention, xla_attention
+from dit_jax.parallel.blockwise import blockwise_attention
 from dit_jax.parallel.gpu import gpu_blocks
 from dit_jax.parallel.quantized import Matmul, quantized_dot_general
 from dit_jax.parallel.splash import LANES, splash_blocks
@@ -47,7 +48,10 @@ def choose_attention(
         return SpreadAttention(mesh, gpu_blocks(interpret), config)
     if mesh.shape["context"] > 1:
         return SpreadAttention(mesh, BLOCKS, config)
-    return host_attention if kernel == "host" else xla_attention
+    if kernel == "host":
+        # Heads that are spread over devices are not computed one after the other.
+        return host_attention if mesh.size > 1 else blockwise_attention
+    return xla_attention
 
 
 def token_multiple(mesh: Mesh, config: AttentionConfig = DEFAULT_ATTENTION) -> int:
