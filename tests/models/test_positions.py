@@ -132,3 +132,18 @@ def test_a_wrong_shape_is_caught():
         trace((1, 4, 2, 32), (1, 5, 3))
     with pytest.raises(TypeCheckError, match="parameter 'x'"):
         trace((1, 5, 2, 32), (1, 5, 3), jnp.int32)
+
+
+def test_angles_are_made_once_for_all_layers():
+    """Not again wherever they are used, as XLA for CPUs likes to."""
+
+    def layers(x: jax.Array, places: jax.Array) -> jax.Array:
+        rotary = rotary_angles(places, x.shape[-1], THETA)
+        for _ in range(3):
+            x = jnp.einsum("blad,de->blae", rotate(x, *rotary), jnp.full((16, 16), 0.1))
+        return x
+
+    given = jnp.ones((2, 64, 4, 16)), jnp.ones((2, 64, 3))
+    program = jax.jit(layers).lower(*given).compile().as_text()
+    assert program is not None
+    assert program.count(" cosine(") == program.count(" sine(") == 1
