@@ -88,8 +88,8 @@ def rotary_angles(
 ) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
     """Cosine and sine, float32, of every token's angles; made once for all layers."""
     angles = jnp.einsum("blx,xf->blf", positions, frequencies(head_dim, theta), precision="highest")
-    # XLA would compute both again wherever they are used, in every layer for every head, and takes no
-    # barrier for an answer on CPUs; what a product gives it keeps.
+    # XLA would compute both again wherever they are used, in every layer for every head (for CPUs it
+    # drops barriers before it fuses); the result of a product it keeps.
     one = np.eye(angles.shape[-1], dtype=np.float32)
     cos, sin = (jnp.matmul(f(angles), one, precision="highest") for f in (jnp.cos, jnp.sin))
     return cos, sin

@@ -26,12 +26,10 @@ from dit_jax.parallel.attention import (
     weighted,
 )
 
-AT_ONCE = 2**25
-"""The most bytes of scores that are computed at once."""
-BLOCK = 2**23
-"""The most bytes of scores in a block, where there are more than ``AT_ONCE``."""
 LONG = 512
 """The fewest tokens, of queries and of keys, that are worth blocks."""
+BLOCK_BYTES = 2**23
+"""The most bytes of scores in a block (of several queries)."""
 SMALL = 60.0
 """Scores whose exponentials float32 holds as they are: e^60 is 1e26, and sums of some billions fit."""
 LEAST = 1e-30
@@ -59,10 +57,9 @@ def _whole(
     k_ids: jax.Array,
     band: Band | None,
 ) -> jax.Array:
-    (rows, heads, queries, _), keys = q.shape, k.shape[2]
-    if min(queries, keys) < LONG or 4 * rows * heads * queries * keys <= AT_ONCE:
+    if min(q.shape[2], k.shape[2]) < LONG:
         return BLOCKS.whole(q, k, v, q_ids, k_ids, band)
-    return in_blocks(band, BLOCK, q, k, v, q_ids, k_ids)
+    return in_blocks(band, BLOCK_BYTES, q, k, v, q_ids, k_ids)
 
 
 BLOCKWISE = Blocks(_whole, BLOCKS.forward, BLOCKS.backward)
@@ -80,15 +77,24 @@ def in_blocks(
 ) -> Float[Array, "b a l d"]:
     """Attention a head at a time, and of it the queries that have ``size`` bytes of scores.
 
-    No score is larger than the longest query times the longest key (Cauchy and Schwarz). If that is
-    ``SMALL``, as it is of normalised queries and keys, their maximum need not be found first.
+    No score is larger than the longest query times the longest key (Cauchy and Schwarz). Where that is
+    at most ``SMALL``, as it usually is of normalised queries and keys, the scores' maximum need not be
+    found first. What a head does so depends on its row alone, but on all segments of that: very large
+    queries or keys of one change the last bits of another.
     """
-    longest = (jnp.square(x.astype(jnp.float32)).sum(-1).max() for x in (q, k))
-    small = math.prod(longest) <= SMALL**2
-    given = q, k, v, q_ids, k_ids
-    return lax.cond(
-        small, partial(_loop, band, size, _small), partial(_loop, band, size, _any), *given
-    )
+    (rows, heads), ids = q.shape[:2], (q_ids, k_ids)
+    ids = (jnp.broadcast_to(x[:, None], (rows, heads, x.shape[1])) for x in ids)
+    every = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v, *ids)]
+
+    def head(given: list[jax.Array]) -> jax.Array:
+        q, k, *_ = given
+        longest = (jnp.square(x.astype(jnp.float32)).sum(-1).max() for x in (q, k))
+        small = math.prod(longest) <= SMALL**2
+        return lax.cond(
+            small, partial(_head, _small, band, size), partial(_head, _any, band, size), *given
+        )
+
+    return lax.map(head, every).reshape(q.shape)
 
 
 def _any(*given: Any) -> jax.Array:
@@ -100,41 +106,36 @@ def _small(q: jax.Array, k: jax.Array, v: jax.Array, *ids_and_band: Any) -> jax.
     return weighted(weights, jnp.maximum(weights.sum(-1, keepdims=True), LEAST), v)
 
 
-def _loop(
+def _head(
+    attend: Callable[..., jax.Array],
     band: Band | None,
     size: int,
-    attend: Callable[..., jax.Array],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_ids: jax.Array,
-    k_ids: jax.Array,
-) -> jax.Array:
-    """``attend(q, k, v, q_ids, k_ids, band)`` of each block."""
-    (rows, heads, queries, width), keys = q.shape, k.shape[2]
-    blocks = math.ceil(queries / max(1, size // (4 * keys)))
-    length = math.ceil(queries / blocks)
+    q: Float[Array, "l d"],
+    k: Float[Array, "m d"],
+    v: Float[Array, "m d"],
+    q_ids: Int[Array, "l"],
+    k_ids: Int[Array, "m"],
+) -> Float[Array, "l d"]:
+    """``attend(q, k, v, q_ids, k_ids, band)`` of each block of a head."""
+    queries, width = q.shape
+    count = math.ceil(queries / max(1, size // (4 * len(k))))
+    length = math.ceil(queries / count)
 
     def cut(x: jax.Array) -> jax.Array:
         """Queries that fill the last block are dropped at the end."""
-        x = jnp.pad(x, [(0, blocks * length - queries), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(blocks, length, *x.shape[1:])
+        x = jnp.pad(x, [(0, count * length - queries), *[(0, 0)] * (x.ndim - 1)])
+        return x.reshape(count, length, *x.shape[1:])
 
-    def head(given: tuple[jax.Array, ...]) -> jax.Array:
-        q, k, v, q_ids, k_ids = given
+    def block(given: tuple[jax.Array, ...]) -> jax.Array:
+        first, q, q_ids = given
+        here = band
+        if band is not None:
+            here = Band(band.width, band.offset + first)  # pyright: ignore[reportArgumentType]
+        alone = (x[None, None] for x in (q, k, v))
+        return attend(*alone, q_ids[None], k_ids[None], here)[0, 0]
 
-        def block(given: tuple[jax.Array, ...]) -> jax.Array:
-            first, q, q_ids = given
-            here = None if band is None else Band(band.width, band.offset + first)  # pyright: ignore
-            alone = (x[None, None] for x in (q, k, v))
-            return attend(*alone, q_ids[None], k_ids[None], here)[0, 0]
-
-        out = lax.map(block, (jnp.arange(blocks) * length, cut(q), cut(q_ids)))
-        return out.reshape(-1, width)[:queries]
-
-    ids = (jnp.broadcast_to(x[:, None], (rows, heads, x.shape[1])) for x in (q_ids, k_ids))
-    every = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v, *ids)]
-    return lax.map(head, every).reshape(q.shape)
+    out = lax.map(block, (jnp.arange(count) * length, cut(q), cut(q_ids)))
+    return out.reshape(-1, width)[:queries]
 
 
 def _forward(

@@ -49,8 +49,9 @@ def choose_attention(
     if mesh.shape["context"] > 1:
         return SpreadAttention(mesh, BLOCKS, config)
     if kernel == "host":
-        # Heads that are spread over devices are not computed one after the other.
-        return host_attention if mesh.size > 1 else blockwise_attention
+        # Rows and heads that are spread over devices are not computed one after the other.
+        alone = is_host(mesh) and mesh.size == 1
+        return blockwise_attention if alone else host_attention
     return xla_attention
 
 
