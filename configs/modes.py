@@ -11,7 +11,7 @@ canvas, as those that clips of four times the length need.
 Measured (``docs/modes.md``): 99.0 % of 96 prompts followed from text alone, 100 % from a first frame;
 clips are extended within 0.27 (forward) and 0.41 pixels a frame (backward) of the true ones, and 99.0 %
 keep colour, shape and direction over four times the length. The training took 19.1 minutes on two idle
-cores (AMD EPYC), with the report at its end; 36 minutes of CPU time.
+cores (AMD EPYC), with the report at its end; 34 minutes of CPU time.
 """
 
 import dataclasses

@@ -11,8 +11,8 @@ knows how to compare.
 
 Measured (``docs/modes.md``): of 96 clips of characters that training never sees all are judged right,
 from text, from a first frame, extended, restyled, and as loops; frames that are made between or beside
-given ones have 28.3 to 29.7 dB. The training took 15.8 minutes on two idle
-cores like those of ``configs/modes.py``.
+given ones have 28.3 to 29.7 dB. The training took 15.8 minutes on two idle cores
+like those of ``configs/modes.py``.
 """
 
 import dataclasses
