@@ -1,6 +1,10 @@
 """Eight emulated CPU devices for every test, set before JAX makes its backend; shapes checked."""
 
 import os
+import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -79,3 +83,45 @@ def pair(begun: tuple[Run, Run]) -> Run:
     run = begun[1]
     run.ended = end(*run.started)
     return run
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``gs://NAME`` of an emulator of Cloud Storage on loopback, for this process and its children."""
+    program = shutil.which("gcp-storage-emulator")
+    if program is None:
+        pytest.skip("gcp-storage-emulator is not installed")
+    port = free_port()
+    log = tmp_path_factory.mktemp("emulator") / "log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [
+                program,
+                "start",
+                f"--port={port}",
+                "--host=127.0.0.1",
+                "--default-bucket=clips",
+                "-q",
+                "-M",
+            ],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{port}"
+    names = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(log.read_text())
+        yield "gs://clips"
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

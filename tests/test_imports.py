@@ -1,4 +1,4 @@
-"""The shape of the code, read from its source: who imports whom, and how long things are.
+"""The shape of the code, read from its source: who imports whom.
 
 `ROOMS` is the table of docs/DESIGN section 4. Nothing here runs the package, but one subprocess.
 """
@@ -17,8 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dit_jax"
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
 FOREIGN = {"tensorflow", "torch"}
 
 VERBS = {"train", "sample", "prepare", "evaluate", "convert", "plan"}
@@ -35,7 +33,8 @@ ROOMS = {
     "preparation": {"types", "data"},
     "planning": {"types", "config", "parallel", "models", "training", "sampling", "tasks"},
 }
-EVERYTHING = set(ROOMS)
+ANYWHERE = {"files"}
+EVERYTHING = set(ROOMS) | ANYWHERE
 # From these rooms `config` may take names ending in Config and UPPERCASE presets, nothing else.
 CONFIGURED = PARTS | {"training", "sampling", "evaluation"}
 CONFIG_NAME = re.compile(r"[A-Z]\w*Config|[A-Z][A-Z0-9_]*")
@@ -87,7 +86,7 @@ def refusal(room: str, module: str, name: str | None) -> str | None:
     if target not in EVERYTHING:
         return f"imports {target}, which is in no table; add it to ROOMS and DESIGN section 4"
     allowed = ROOMS.get(room, EVERYTHING)
-    if target == room or target in allowed:
+    if target == room or target in allowed | ANYWHERE and room != "types":
         return None
     if room == "config" and target in CONFIGURED:
         if name is not None and CONFIG_NAME.fullmatch(name):
@@ -210,31 +209,6 @@ def test_a_busy_init_is_caught():
     assert init_faults("from .a import b\n") == ["no docstring"]
     for line in ("x = 1", "def f(): pass", "from .a import *", "__all__ = ['q']", "print()"):
         assert len(init_faults(f'"""Doc."""\n{line}\n')) == 1, line
-
-
-def long_things(source: str, name: str) -> list[str]:
-    """Files and functions (decorators and docstrings included) above their limits."""
-    count = len(source.splitlines())
-    found = [f"{name}: {count} lines, at most {MAX_FILE_LINES}"] if count > MAX_FILE_LINES else []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            if (count := node.end_lineno - start + 1) > MAX_FUNCTION_LINES:
-                found.append(f"{name}:{start} {node.name}: {count} lines, at most 60")
-    return found
-
-
-def test_files_and_functions_are_short():
-    found = [line for path in FILES for line in long_things(path.read_text(), module_name(path))]
-    assert not found, "\n" + "\n".join(found)
-
-
-def test_long_things_are_caught():
-    body = "@d\ndef f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 2)
-    assert long_things(body, "m") == []
-    assert long_things(body + "    x = 1\n", "m") == ["m:1 f: 61 lines, at most 60"]
-    assert long_things("x = 1\n" * MAX_FILE_LINES, "m") == []
-    assert len(long_things("x = 1\n" * (MAX_FILE_LINES + 1), "m")) == 1
 
 
 def foreign_imports(source: str, module: str) -> set[str]:

@@ -1,0 +1,356 @@
+"""Paths, local or on Cloud Storage (``gs://``), and how files are written whole.
+
+This is the only module that knows the difference. A local path is a ``pathlib.Path``. A path on Cloud
+Storage is an ``etils.epath.Path``, which has the same methods and needs ``pip install -e '.[gcs]'``.
+What reads local files only (FFmpeg, memory maps) goes through ``local_copy`` and ``atomic_path``.
+
+Errors of the user (a path that is not there, a bucket without permission) are ``InputError`` and are
+raised before any long work. Errors of the world (a full disk, a server that answers 503) keep their own
+type; ``retry`` tries those that pass by themselves again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import functools
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+REMOTE = "gs://"
+PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR)
+"""Errors of storage that may be gone at the next try. A full disk (ENOSPC) is not among them."""
+TRIES = 4
+WAIT_SECONDS = 1.0
+"""Before the second try; doubled for each one after it."""
+HEARTBEAT_SECONDS = 30.0
+"""From one sign of life in a lock to the next."""
+STALE_SECONDS = 600.0
+"""A lock of another host without a sign of life for this long is taken over."""
+MiB = 2**20
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong; the message states the value, the constraint and the
+    remedy. Commands print it alone and end with exit status 2."""
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path lies on Cloud Storage."""
+    return os.fspath(path).startswith(REMOTE)
+
+
+@functools.cache
+def _configure_storage() -> None:
+    """Imports the client of Cloud Storage, once; raises ``InputError`` if it is not installed."""
+    # Its probe of the bucket's kind asks another server, and warns for every bucket without one.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        import fsspec.config
+        import gcsfs  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"paths that begin with {REMOTE} need the package gcsfs ({error}): "
+            "pip install -e '.[gcs]'."
+        ) from error
+    # Listings are not cached: TensorStore and other processes write there, too.
+    settings: dict[str, Any] = {"use_listings_cache": False}
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        settings["token"] = "anon"
+    for protocol in ("gs", "gcs"):
+        fsspec.config.conf[protocol] = {**settings, **fsspec.config.conf.get(protocol, {})}
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """The absolute path of what a user wrote: ``~`` is expanded, ``gs://`` is kept.
+
+    On Cloud Storage the result is an ``etils.epath.Path``: it has the methods of ``pathlib.Path`` that
+    make sense there.
+
+    Raises:
+        InputError: if the path is empty, names no bucket, or needs a package that is not installed.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise InputError("a path is empty: give a directory or file, local or gs://BUCKET/...")
+    if not is_remote(text):
+        return Path(os.path.abspath(os.path.expanduser(text)))
+    if not text.removeprefix(REMOTE).strip("/"):
+        raise InputError(f"{text!r} names no bucket: give {REMOTE}BUCKET/PATH.")
+    _configure_storage()
+    from etils import epath
+
+    return cast(Path, epath.Path(text))
+
+
+def absolute(path: str | os.PathLike) -> str:
+    """``as_path`` as a string, as configs store it."""
+    return os.fspath(as_path(path))
+
+
+def explain(error: BaseException) -> str:
+    """An error of storage in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    line = next((line.strip() for line in str(text).splitlines() if line.strip()), "")
+    return line[:300] or type(error).__name__
+
+
+def _remedy(path: str | os.PathLike) -> str:
+    if not is_remote(path):
+        return "give another path, or mend its permissions"
+    bucket = os.fspath(path).removeprefix(REMOTE).split("/")[0]
+    return (
+        f"check that the bucket {bucket!r} exists, that this machine reaches it, and that its "
+        "credentials may use it (gcloud auth application-default login; TPU VMs need the scope "
+        "cloud-platform)"
+    )
+
+
+def check_writable(directory: str | os.PathLike, name: str = "--output") -> Path:
+    """Makes a directory and proves by writing that files can be written there.
+
+    Permission bits say nothing to root or about a read-only mount, so a file is written and removed.
+
+    Raises:
+        InputError: if it cannot be written; ``name`` is the option that gave it.
+    """
+    path = as_path(directory)
+    probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except Exception as error:  # Each client of storage has its own exceptions.
+        raise InputError(
+            f"{name} {os.fspath(directory)!r} cannot be written ({explain(error)}): "
+            f"{_remedy(directory)}."
+        ) from error
+    return path
+
+
+def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path") -> Path:
+    """The path of something that must be there already.
+
+    Raises:
+        InputError: if it is not there or storage does not answer; ``name`` is the option that gave it.
+    """
+    place = as_path(path)
+    try:
+        exists = place.exists()
+    except Exception as error:
+        raise InputError(
+            f"{name} {os.fspath(path)!r} cannot be read ({explain(error)}): {_remedy(path)}."
+        ) from error
+    if not exists:
+        remedy = _remedy(path) if is_remote(path) else hint
+        raise InputError(f"{name} {os.fspath(path)!r} is not there: {remedy}.")
+    return place
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an error of storage may be gone at the next try."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return True
+    code = getattr(error, "code", None)
+    if isinstance(error, OSError | RuntimeError | ValueError) or code is not None:
+        words = str(error)
+        return str(code) in ("429", "500", "502", "503", "504") or any(
+            word in words for word in ("UNAVAILABLE", "503", "Service Unavailable", "ESTALE")
+        )
+    return isinstance(error, TimeoutError | ConnectionError)
+
+
+def retry(function: Callable[[], T], what: str) -> T:
+    """What ``function`` returns; errors of storage that pass by themselves are tried again.
+
+    Says each failed try on stderr, where ``what`` names the work. Raises the last error.
+    """
+    for attempt in range(1, TRIES + 1):
+        try:
+            return function()
+        except Exception as error:
+            if attempt == TRIES or not passes(error):
+                raise
+            wait = WAIT_SECONDS * 2 ** (attempt - 1)
+            print(
+                f"{what} failed ({explain(error)}): try {attempt + 1} of {TRIES} in {wait:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(wait)
+    raise AssertionError
+
+
+def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> bytes:
+    """The bytes of a file of at most ``limit`` bytes.
+
+    The limit is held while reading: a pipe or a device that never ends does not fill the memory.
+
+    Raises:
+        InputError: if the file is absent, unreadable or larger.
+    """
+    place = as_path(path)
+    try:
+        with place.open("rb") as file:
+            data = file.read(limit + 1)
+    except Exception as error:
+        raise InputError(
+            f"cannot read {name} {os.fspath(path)!r} ({explain(error)}): check the path."
+        ) from error
+    if len(data) > limit:
+        raise InputError(
+            f"{name} {os.fspath(path)!r} has more than {limit:,} bytes, the most that is read: give a "
+            "smaller file."
+        )
+    return data
+
+
+def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
+    """Writes a file that is there whole or not at all, also for other processes that look.
+
+    An object of Cloud Storage appears when its upload is complete; a local file is moved to its place.
+    """
+    with atomic_path(path) as fresh:
+        fresh.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """``write_whole`` of JSON, indented for readers."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a local file to write, which becomes ``path`` if the block ends without an error.
+
+    The name of the local file has the same suffix. Directories above ``path`` are made.
+    """
+    target = as_path(path)
+    if is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="dit_jax-") as scratch:
+            fresh = Path(scratch) / target.name
+            yield fresh
+            retry(lambda: _upload(fresh, target), f"writing {os.fspath(target)!r}")
+        return
+    target = Path(os.path.realpath(target))  # A link stays a link.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dit_jax-", dir=target.parent) as scratch:
+        fresh = Path(scratch) / target.name
+        yield fresh
+        os.replace(fresh, target)
+
+
+def _upload(source: Path, target: Path) -> None:
+    with source.open("rb") as file, target.open("wb") as out:
+        shutil.copyfileobj(file, out, 16 * MiB)
+
+
+_copies: dict[str, Path] = {}
+
+
+def local_copy(path: str | os.PathLike) -> Path:
+    """A local path with the same contents: the path itself if it is local already.
+
+    A file or folder of Cloud Storage is copied once per process to the machine's temporary directory,
+    and removed when the process ends.
+
+    Raises:
+        InputError: if it is on Cloud Storage and is not there.
+    """
+    source = as_path(path)
+    if not is_remote(source):
+        return source
+    key = os.fspath(source)
+    if key not in _copies:
+        check_exists(source, "path")
+        folder = Path(tempfile.mkdtemp(prefix="dit_jax-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        target = folder / source.name
+        retry(lambda: _download(source, target), f"reading {key!r}")
+        _copies[key] = target
+    return _copies[key]
+
+
+def _download(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir(exist_ok=True)
+        for inner in source.iterdir():
+            if inner.name:
+                _download(inner, target / inner.name)
+        return
+    with source.open("rb") as file, target.open("wb") as out:
+        shutil.copyfileobj(file, out, 16 * MiB)
+
+
+class Lock:
+    """A file that says which process uses a directory, with a sign of life.
+
+    On one host the process id tells whether its holder lives; of another host only the age of its
+    last sign of life does. A lock whose holder is gone is taken over with a message. Local and network
+    disks share no compare-and-swap, so two starts within the same second may both succeed.
+
+    Raises:
+        InputError: if another living process holds it.
+    """
+
+    def __init__(self, directory: Path, what: str = "run") -> None:
+        self.path = directory / "lock.json"
+        self._me = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._beaten = 0.0
+        holder = self._holder()
+        if holder is not None and not self._mine(holder):
+            where = f"process {holder.get('pid')} on {holder.get('host')}"
+            age = time.time() - float(holder.get("time", 0))
+            if self._alive(holder, age):
+                raise InputError(
+                    f"{os.fspath(directory)!r} is in use by {where} (last sign of life {age:.0f} s "
+                    f"ago): wait for it to end, give another --output, or remove "
+                    f"{os.fspath(self.path)!r} if no such process runs this {what} any more."
+                )
+            print(f"the lock of {where} is stale ({age:.0f} s): taken over.", file=sys.stderr)
+        self.beat()
+
+    def _holder(self) -> dict[str, Any] | None:
+        try:
+            value = json.loads(self.path.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def _mine(self, holder: dict[str, Any]) -> bool:
+        return all(holder.get(name) == value for name, value in self._me.items())
+
+    def _alive(self, holder: dict[str, Any], age: float) -> bool:
+        if holder.get("host") != self._me["host"]:
+            return age < STALE_SECONDS
+        try:
+            os.kill(int(holder.get("pid", -1)), 0)
+        except PermissionError:
+            return True
+        except (OSError, ValueError):
+            return False
+        # Process ids are used again, and in containers they are small: it must have beaten, too.
+        return age < STALE_SECONDS
+
+    def beat(self) -> None:
+        """Gives a sign of life if the last is old; what cannot be written is tried again next time."""
+        if time.monotonic() - self._beaten < HEARTBEAT_SECONDS and self._beaten:
+            return
+        self._beaten = time.monotonic()
+        with contextlib.suppress(OSError):
+            write_json(self.path, {**self._me, "time": time.time()})
+
+    def release(self) -> None:
+        """Removes the lock."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()

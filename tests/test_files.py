@@ -1,0 +1,142 @@
+"""Paths, whole files, limits, tries again and locks, locally and on an emulator of Cloud Storage."""
+
+import errno
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from dit_jax import files
+from dit_jax.files import InputError, Lock, as_path, atomic_path, check_exists, check_writable
+
+
+@pytest.fixture(params=["local", "storage"])
+def root(request, tmp_path):
+    if request.param == "local":
+        return str(tmp_path)
+    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}-{time.time_ns()}"
+
+
+def test_home_is_expanded_and_relative_paths_become_absolute(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert files.absolute("~/run") == files.absolute("run") == str(tmp_path / "run")
+    assert files.absolute("gs://clips/a/b") == "gs://clips/a/b"
+
+
+@pytest.mark.parametrize("path", ["", "gs://", "gs:///"])
+def test_a_path_that_names_nothing_is_refused(path):
+    with pytest.raises(InputError):
+        as_path(path)
+
+
+def test_files_are_written_whole_and_read_back(root):
+    path = f"{root}/a/b.json"
+    files.write_json(path, {"x": "\u00e9"})
+    assert json.loads(as_path(path).read_bytes()) == {"x": "\u00e9"}
+    with pytest.raises(RuntimeError), atomic_path(path) as fresh:
+        fresh.write_text("half")
+        raise RuntimeError
+    assert json.loads(as_path(path).read_bytes()) == {"x": "\u00e9"}
+    assert [one.name for one in as_path(f"{root}/a").iterdir()] == ["b.json"]
+
+
+def test_a_folder_is_copied_for_those_who_read_local_files(root):
+    files.write_whole(f"{root}/codec/config.json", "{}")
+    files.write_whole(f"{root}/codec/deep/weights", b"123")
+    local = files.local_copy(f"{root}/codec")
+    assert (local / "config.json").read_text() == "{}"
+    assert (local / "deep" / "weights").read_bytes() == b"123"
+    assert files.local_copy(f"{root}/codec") == local
+
+
+def test_what_cannot_be_written_or_is_not_there_is_one_line_with_its_option(root, tmp_path):
+    assert check_writable(f"{root}/new", "--output") == as_path(f"{root}/new")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--output"):
+        check_writable(tmp_path / "file" / "run")
+    with pytest.raises(InputError, match="--checkpoint"):
+        check_exists(f"{root}/absent", "--checkpoint")
+
+
+def test_a_missing_bucket_is_one_line(bucket):
+    with pytest.raises(InputError, match="no-such-bucket") as caught:
+        check_writable("gs://no-such-bucket/run")
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_stops_at_its_limit(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"12345")
+    assert files.read_bytes(path, 5) == b"12345"
+    with pytest.raises(InputError, match="4"):
+        files.read_bytes(path, 4)
+    with pytest.raises(InputError, match="1,000"):
+        files.read_bytes("/dev/zero", 1000)
+
+
+def test_errors_that_pass_are_tried_again_and_others_are_not(monkeypatch, capsys):
+    monkeypatch.setattr(files, "WAIT_SECONDS", 0.0)
+    tries = []
+
+    def work(error):
+        tries.append(1)
+        if len(tries) < 3:
+            raise error
+        return "done"
+
+    assert files.retry(lambda: work(OSError(errno.ESTALE, "stale")), "saving") == "done"
+    assert capsys.readouterr().err.count("saving failed") == 2
+    tries.clear()
+    assert files.retry(lambda: work(RuntimeError("UNAVAILABLE: 503")), "saving") == "done"
+    for error in (OSError(errno.ENOSPC, "full"), ValueError("shape")):
+        tries.clear()
+        with pytest.raises(type(error)):
+            files.retry(lambda error=error: work(error), "saving")
+        assert len(tries) == 1
+
+
+def other_holder(root, **changes):
+    holder = {"host": files.socket.gethostname(), "pid": os.getppid(), "time": time.time()}
+    files.write_json(f"{root}/lock.json", holder | changes)
+
+
+def test_a_directory_in_use_is_refused_and_its_holder_named(root):
+    other_holder(root)
+    with pytest.raises(InputError, match=str(os.getppid())):
+        Lock(as_path(root))
+    other_holder(root, host="elsewhere", pid=7)
+    with pytest.raises(InputError, match="elsewhere"):
+        Lock(as_path(root))
+
+
+def test_a_stale_lock_is_taken_over_with_a_message(root, capsys):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for changes in ({"pid": ended.pid}, {"host": "elsewhere", "time": time.time() - 1e4}):
+        other_holder(root, **changes)
+        lock = Lock(as_path(root))
+        assert "stale" in capsys.readouterr().err
+        assert json.loads(lock.path.read_bytes())["pid"] == os.getpid()
+        Lock(as_path(root))  # One's own is no obstacle.
+        lock.release()
+        assert not lock.path.exists()
+
+
+def test_without_gcsfs_the_message_says_what_to_install(monkeypatch):
+    files._configure_storage.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    with pytest.raises(InputError, match="gcs"):
+        as_path("gs://clips/x")
+    files._configure_storage.cache_clear()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    files.write_whole(link, "new")
+    assert link.is_symlink() and Path(tmp_path / "real").read_text() == "new"
