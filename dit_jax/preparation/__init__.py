@@ -41,6 +41,7 @@ from dit_jax.preparation.recaption import Recaptioned as Recaptioned
 from dit_jax.preparation.recaption import evenly_spaced as evenly_spaced
 from dit_jax.preparation.recaption import failures as failures
 from dit_jax.preparation.recaption import recaption as recaption
+from dit_jax.preparation.refusals import MACHINE_REASONS as MACHINE_REASONS
 from dit_jax.preparation.refusals import REASONS as REASONS
 from dit_jax.preparation.refusals import Refused as Refused
 from dit_jax.preparation.refusals import check_installed as check_installed

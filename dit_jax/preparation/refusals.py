@@ -25,6 +25,11 @@ REASONS = (
 )
 """`hdr`: only where it is refused rather than tone-mapped, or cannot be (Dolby Vision without a base
 layer). `unsupported`: a format that is recognised but not decoded here. `failed`: a fault of ours."""
+MACHINE_REASONS = frozenset(
+    {"cannot be read", "timed out", "decoder crashed", "out of memory", "failed"}
+)
+"""Reasons that another run, with more time or memory or a disk that answers, may not find again. All
+others follow from what is in the file."""
 
 
 class Refused(Exception):
