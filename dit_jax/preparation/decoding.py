@@ -4,12 +4,16 @@
 the sizes that are needed and no other, and `sampled` puts them on a grid of a constant rate
 (`timeline.py`). Edit lists are respected (FFmpeg's demuxer applies them).
 
+Interlaced frames are deinterlaced, one frame of each, and frames that are not marked so stay as they
+are.
+
 Damage: FFmpeg conceals it by painting over. Here a packet that cannot be decoded, or a frame that is
 marked corrupt, ends what is used, until the next key frame; nothing in between is given.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -19,7 +23,10 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.error import EOFError as FFmpegEOFError
 from av.error import FFmpegError
+from av.filter import Graph
+from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import Interpolation
 
 from dit_jax.preparation.media import (
@@ -35,7 +42,7 @@ from dit_jax.preparation.recorded import is_record, read_record
 from dit_jax.preparation.refusals import Refused, extra
 from dit_jax.preparation.rendering import EXACT, Renderer
 from dit_jax.preparation.stills import images, probe_image
-from dit_jax.preparation.timeline import on_grid
+from dit_jax.preparation.timeline import Clock, on_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +61,20 @@ class DecodingConfig:
             raise ValueError(f"background is {self.background}: it is three numbers in 0..255")
 
 
+class Entry(NamedTuple):
+    """A key frame, at which a file can be entered."""
+
+    time: float
+    """Seconds, as of `Picture`."""
+    position: int
+    """Of its first byte in the file."""
+    offset: float
+    """By how much time is ahead of the file's stamps."""
+
+
 @dataclasses.dataclass
 class Losses:
-    """What a file did not give, counted while it is decoded."""
+    """What a file did not give, or not as it is stored, counted while it is decoded."""
 
     timing: Timing | None = None
     """Its timing, once the first picture is there; images have none."""
@@ -66,6 +84,10 @@ class Losses:
     """Frames left out because they were damaged, followed damage, or came out of order."""
     resized: int = 0
     """Frames left out because their size is not the first one's."""
+    deinterlaced: int = 0
+    """Frames marked as interlaced."""
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    """The key frames, in order."""
     first_error: str = ""
 
     def add(self, error: object) -> None:
@@ -82,6 +104,11 @@ class Losses:
             said.append(f"{self.dropped} frames left out after damage or out of order")
         if self.resized:
             said.append(f"{self.resized} frames left out: their size is another")
+        if self.deinterlaced:
+            said.append(f"{self.deinterlaced} frames deinterlaced")
+        parts = len({entry.offset for entry in self.entries})
+        if parts > 1:
+            said.append(f"time stamps begin anew: {parts} parts")
         return said
 
 
@@ -158,12 +185,12 @@ def pictures(
     path: str | os.PathLike,
     config: DecodingConfig | None = None,
     losses: Losses | None = None,
-    start: float | None = None,
+    start: float | Entry | None = None,
 ) -> Iterator[Picture]:
     """A file's pictures in order of time, of one size. What is lost is counted in `losses`.
 
-    `start`: begin at a key frame before this time, in seconds; only for files that are known to have
-    time stamps, for which nothing but the header is read first.
+    `start`: begin at this key frame, or at one before this time, in seconds; only for files that are
+    known to have time stamps, for which nothing but the header is read first.
     Refused: as `media.opened`, and for what cannot be shown (HDR, if so configured).
     """
     config, losses = config or DecodingConfig(), Losses() if losses is None else losses
@@ -179,27 +206,21 @@ def pictures(
         if start is not None:
             when = unscanned(container, stream)
             with contextlib.suppress(FFmpegError):  # It cannot be entered there: from its start.
-                container.seek(int(start / float(stream.time_base or 1)), stream=stream)
+                if isinstance(start, Entry):
+                    container.seek(start.position, stream=stream, unsupported_byte_offset=True)
+                else:
+                    container.seek(int(start / float(stream.time_base or 1)), stream=stream)
         else:
             when = scanned(container, stream)
             if not rewound(container, stream):
                 stack.close()
                 container, stream = stack.enter_context(opened(path))
         losses.timing = when
-        aspect = when.aspect
-        renderer, latest, gap = None, -np.inf, False
-        for count, (frame, after_gap) in enumerate(_decoded(container, stream, losses)):
-            gap |= after_gap
-            renderer = renderer or Renderer(frame, aspect, config.background, config.hdr)
-            counted = count / when.fps
-            time = counted if not when.trusted or frame.pts is None else float(frame.time)
-            if (frame.height, frame.width) != renderer.stored:
-                losses.resized, gap = losses.resized + 1, True
-            elif time <= latest:
-                losses.dropped += 1
-            else:
-                yield Picture(time, gap, frame, renderer)
-                latest, gap = time, False
+        clock = Clock(1 / when.fps, start.offset if isinstance(start, Entry) else 0.0)
+        renderer = None
+        for frame, time, gap in _progressive(_timed(container, stream, clock, losses), losses):
+            renderer = renderer or Renderer(frame, when.aspect, config.background, config.hdr)
+            yield Picture(time, gap, frame, renderer)
 
 
 def sampled(
@@ -242,20 +263,97 @@ def nothing_decoded(losses: Losses) -> Refused:
     return Refused("no frames", "the decoder gave none")
 
 
-def _decoded(container, stream, losses: Losses) -> Iterator[tuple[av.VideoFrame, bool]]:
-    """(frame, whether frames before it were lost) of a stream, damaged ones left out."""
-    packets = container.demux(stream)
+Decoded = tuple[av.VideoFrame, float, bool]
+"""A frame, its time in seconds, and whether frames before it were lost."""
+
+
+def _timed(container, stream, clock: Clock, losses: Losses) -> Iterator[Decoded]:
+    """The frames of a stream in order of time, of the first one's size, damaged ones left out."""
+    assert losses.timing is not None
+    when, size, latest, gap = losses.timing, None, -np.inf, False
+    keys: dict[int | None, int] = {}
+    for count, (frame, lost) in enumerate(_decoded(container, stream, losses, keys)):
+        size, gap = size or (frame.height, frame.width), gap or lost
+        if not when.trusted or frame.pts is None:
+            time = count / when.fps
+        else:
+            time, anew = clock.read(float(frame.time))
+            gap |= anew
+        if (frame.height, frame.width) != size:
+            losses.resized, gap = losses.resized + 1, True
+        elif time <= latest:
+            losses.dropped += 1
+        else:
+            if frame.pts in keys:
+                losses.entries.append(Entry(time, keys.pop(frame.pts), clock.offset))
+            yield frame, time, gap
+            latest, gap = time, False
+
+
+def _progressive(frames: Iterator[Decoded], losses: Losses) -> Iterator[Decoded]:
+    """The same, deinterlaced from the first frame on that is marked as interlaced, if there is one."""
+    graph, waiting = None, collections.deque()
+
+    def done() -> Iterator[Decoded]:
+        with contextlib.suppress(BlockingIOError, FFmpegEOFError):
+            while graph is not None:
+                yield graph.vpull(), *waiting.popleft()
+
+    for frame, time, gap in frames:
+        if gap and graph is not None:  # What is on its other side does not mix.
+            graph.vpush(None)
+            yield from done()
+            graph = None
+        if graph is None and not frame.interlaced_frame:
+            yield frame, time, gap
+            continue
+        losses.deinterlaced += frame.interlaced_frame
+        graph = graph or _deinterlacer(frame)
+        waiting.append((time, gap))
+        graph.vpush(frame)
+        yield from done()
+    if graph is not None:
+        graph.vpush(None)
+        yield from done()
+
+
+def _deinterlacer(frame: av.VideoFrame) -> Graph:
+    """A graph of filters that makes one frame of an interlaced one, and leaves others as they are."""
+    graph = Graph()
+    graph.threads = 1
+    graph.link_nodes(
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+        ),
+        graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
+
+
+def _decoded(
+    container, stream, losses: Losses, keys: dict[int | None, int]
+) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """(frame, whether frames before it were lost) of a stream, damaged ones left out.
+
+    `keys`: where the positions in the file of key frames are put, by their time stamps.
+    """
+    packets, decoder = container.demux(stream), _decoder(stream)
     waiting = False
     while True:
         try:
             packet = next(packets)
         except StopIteration:
             return
-        except (FFmpegError, OSError) as error:  # The rest of the file cannot be read.
+        except FFmpegError as error:  # The rest of the file cannot be read.
             losses.add(error.strerror or error)
             return
+        if packet.is_keyframe and packet.pos is not None and packet.pos >= 0:
+            keys[packet.pts] = packet.pos
         try:
-            decoded = packet.decode()
+            decoded = decoder.decode(packet)
+        except MemoryError:
+            raise
         except FFmpegError as error:
             losses.add(error.strerror or error)
             waiting = True
@@ -264,11 +362,28 @@ def _decoded(container, stream, losses: Losses) -> Iterator[tuple[av.VideoFrame,
             if frame.is_corrupt:
                 losses.add("a frame is marked as corrupt")
                 waiting = True
-            if waiting and (frame.is_corrupt or not frame.key_frame):
+            # Decoders of libvpx mark no frames, and have no delay.
+            key = packet.is_keyframe if decoder.name in _ALPHA.values() else frame.key_frame
+            if waiting and (frame.is_corrupt or not key):
                 losses.dropped += 1
             else:
                 yield frame, waiting
                 waiting = False
+
+
+_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that read the transparency beside a picture, by codecs of which FFmpeg's own do not."""
+
+
+def _decoder(stream) -> VideoCodecContext:
+    """What decodes a stream, in this thread alone."""
+    codec = stream.codec_context.codec.canonical_name
+    if stream.metadata.get("alpha_mode") != "1" or codec not in _ALPHA:
+        return stream.codec_context
+    decoder = av.CodecContext.create(_ALPHA[codec], "r")
+    assert isinstance(decoder, VideoCodecContext)
+    decoder.thread_count = 1
+    return decoder
 
 
 def _drawn(path, config: DecodingConfig, losses: Losses) -> Iterator[Picture]:

@@ -20,6 +20,7 @@ from av.error import FFmpegError
 from dit_jax.preparation.clips import ClipConfig, Geometry, Rect, bounds, fit, spans
 from dit_jax.preparation.decoding import (
     DecodingConfig,
+    Entry,
     Losses,
     Picture,
     describe,
@@ -68,7 +69,7 @@ class Clip:
     fps: float
     begin: float
     """The time of the first frame by the file's clock, in seconds; frame i is the one nearest to
-    `begin + i / fps`."""
+    `begin + i / fps`. Where time stamps begin anew, the parts follow one another (`timeline.Clock`)."""
     geometry: Geometry | None
     """None only where the picture is too small for one multiple; such a clip is rejected."""
     scores: dict[str, float]
@@ -77,7 +78,12 @@ class Clip:
     thumbnail: bytes
     """JPEG of the sampled frame nearest to its middle, as displayed."""
     timed: bool = True
-    """Whether the file's frames have time stamps of their own, so that it can be entered anywhere."""
+    """Whether one time stamp is of one frame of the file, so that it can be entered anywhere."""
+    position: int | None = None
+    """Where the file is entered instead, if its time stamps begin anew: the byte at which a key frame
+    before the clip begins, if there is one."""
+    offset: float = 0.0
+    """Seconds by which the file's clock, its parts one after another, is ahead of the stamps there."""
 
     @property
     def seconds(self) -> float:
@@ -100,6 +106,8 @@ class FileReport:
     """Frames on the grid."""
     notes: tuple[str, ...] = ()
     """What was lost of a file that is used nevertheless."""
+    deinterlaced: int = 0
+    """Frames that are stored interlaced."""
     cost: float = 0.0
     """Seconds of work."""
     caption: str = ""
@@ -117,11 +125,11 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
         report = _examined(name, config or ExamineConfig())
     except Refused as refused:
         report = FileReport(name, refusal=(refused.reason, refused.detail))
+    except MemoryError:  # Of Python, or of FFmpeg.
+        report = FileReport(name, refusal=("out of memory", "while it was decoded"))
     except FFmpegError as error:
         words = f"{type(error).__name__}: {error.strerror or error}"
         report = FileReport(name, refusal=("cannot be decoded", words))
-    except MemoryError:
-        report = FileReport(name, refusal=("out of memory", "while it was decoded"))
     return dataclasses.replace(report, cost=time.perf_counter() - begun)
 
 
@@ -163,6 +171,8 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
         for start, stop in run.shots():
             clips += _clips(run, len(shots), start, stop, fps, first.time, probe, config)
             shots.append((start, stop))
+    if len({entry.offset for entry in losses.entries}) > 1:
+        clips = [_entered(clip, losses.entries) for clip in clips]
     notes = losses.notes()
     lasts = runs[-1].stop / fps
     if (
@@ -173,7 +183,7 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
         notes.append(f"truncated: {lasts:.2f} s of {probe.declared_duration:.2f} s")
     caption = read_record(path)[2] if is_record(path) else ""
     found = (tuple(clips), tuple(shots), frames, tuple(notes))
-    return FileReport(path, probe, None, *found, caption=caption)
+    return FileReport(path, probe, None, *found, losses.deinterlaced, caption=caption)
 
 
 def _runs(found: Iterable[Picture], fps: float, origin: float, config: ExamineConfig) -> list[Run]:
@@ -246,6 +256,17 @@ def _clips(
     return made
 
 
+def _entered(clip: Clip, entries: list[Entry]) -> Clip:
+    """The clip with the key frame of its part from which it is read, in a file of several parts."""
+    inside = [entry for entry in entries if entry.time < clip.begin + 0.5 / clip.fps]
+    part = [entry for entry in inside if entry.offset == inside[-1].offset]
+    before = [entry for entry in part if entry.time < clip.begin - 1.5 / clip.fps] or part[:1]
+    if not before:
+        return dataclasses.replace(clip, timed=False)
+    _, position, offset = before[-1]
+    return dataclasses.replace(clip, timed=False, position=position, offset=offset)
+
+
 def read_clip(
     path: str | os.PathLike, clip: Clip, config: DecodingConfig | None = None
 ) -> np.ndarray:
@@ -257,8 +278,10 @@ def read_clip(
     """
     if clip.geometry is None:
         raise ValueError("the clip has no geometry: its picture is too small, and it is rejected")
-    entry = clip.begin - 1.5 / clip.fps
-    for start in (entry, None) if clip.timed else (None,):
+    entry: float | Entry | None = clip.begin - 1.5 / clip.fps if clip.timed else None
+    if clip.position is not None:
+        entry = Entry(clip.begin, clip.position, clip.offset)
+    for start in dict.fromkeys((entry, None)):
         frames = _cropped(pictures(path, config, start=start), clip)
         if frames is not None:
             return frames

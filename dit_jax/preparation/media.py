@@ -21,7 +21,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from dit_jax.preparation.refusals import Refused
-from dit_jax.preparation.timeline import native_rate
+from dit_jax.preparation.timeline import Clock, native_rate
 
 NOT_MEDIA = {"tty", "hls", "dash", "concat", "image2", "sdp", "rtsp", "lavfi", "vobsub", "ass"}
 """Formats of FFmpeg that name other files, or that take text for pictures."""
@@ -109,7 +109,7 @@ def opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStrea
     """The container and its main video stream, which is decoded in this thread alone.
 
     That is the first one marked as default, as in browsers. Cover art in music is no video stream.
-    Refused: encrypted, truncated, not media, no video stream.
+    Refused: encrypted, truncated, not media, no video stream; cannot be read, also later on.
     """
     _check_boxes(path)
     # An open file and not a name, in which FFmpeg would see protocols ("a:") and patterns ("%d").
@@ -137,7 +137,12 @@ def opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStrea
         if stream.codec_context is None:
             raise Refused("unsupported", "FFmpeg has no decoder for its codec")
         stream.codec_context.thread_count = 1
-        yield container, stream
+        try:
+            yield container, stream
+        except OSError as error:
+            if isinstance(error, FFmpegError):  # By the content: some of those are OSErrors, too.
+                raise
+            raise Refused("cannot be read", error.strerror or str(error)) from error
 
 
 def timing(path: str | os.PathLike) -> Timing:
@@ -167,21 +172,22 @@ def unscanned(container: InputContainer, stream: VideoStream) -> Timing:
 
 def scanned(container: InputContainer, stream: VideoStream) -> Timing:
     """The timing of a file that was just opened; it stands at its end afterwards."""
-    stamps, count = [], 0
+    header, base = unscanned(container, stream), float(stream.time_base or 1)
+    stamps, count, clock = [], 0, Clock(1 / header.fps)
     with contextlib.suppress(FFmpegError):  # Damage: what was read until then counts.
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 count += 1
                 if packet.pts is not None:
-                    stamps.append(packet.pts)
+                    clock.read((packet.pts if packet.dts is None else packet.dts) * base)
+                    stamps.append(packet.pts * base + clock.offset)
     if not count:
         raise Refused("no frames", f"{stream.codec_context.name} without a packet")
-    header = unscanned(container, stream)
     # AVI counts frames in the order of decoding, and so do streams that are nothing else.
     if len(stamps) < count or container.format.name == "avi":
         counted = np.arange(count) / header.fps
         return dataclasses.replace(header, times=counted, trusted=False)
-    times = np.unique(np.array(stamps, np.int64)) * float(stream.time_base or 1)
+    times = np.unique(stamps)
     hint = stream.average_rate or stream.guessed_rate
     fps, constant = native_rate(times, float(hint) if hint else None)
     return dataclasses.replace(header, times=times, fps=fps, constant=constant)

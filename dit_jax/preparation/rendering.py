@@ -107,15 +107,12 @@ class Renderer:
         self.transfer, self.primaries = int(frame.color_trc), int(frame.color_primaries)
         self.matrix = int(frame.colorspace)
         self.pixel_format = frame.format.name
-        self._bits = frame.format.components[0].bits
         self.rgb = frame.format.is_rgb or self.pixel_format == "pal8"
-        self.alpha = self.pixel_format in _ALPHA
         self.full_range = frame.color_range == 2 or self.pixel_format.startswith("yuvj") or self.rgb
         self.hdr = {colour.PQ: "pq", colour.HLG: "hlg"}.get(self.transfer, "")
         if Type.DOVI_METADATA in data and not self.hdr and self.transfer in (0, 2):
             self.hdr = "dolby vision"
         self.peak = _peak(data)
-        self.planar = not self.rgb and not self.alpha and self.pixel_format in _PLANAR
 
     def pixels(
         self,
@@ -134,7 +131,11 @@ class Renderer:
         mapped = colour.needs_mapping(self.transfer, self.primaries)
         # The scaler writes planes more than twice as fast as packed pixels, and the same numbers.
         plain = "rgb24" if self.rgb else "gbrp"
-        pixel_format = "rgb48le" if mapped else "rgba" if self.alpha else plain
+        alpha = has_alpha(frame.format.name)
+        if mapped:
+            pixel_format = "rgba64le" if alpha else "rgb48le"
+        else:
+            pixel_format = "rgba" if alpha else plain
         key = (height, width, pixel_format, int(how))
         scaler = self._scalers.setdefault(key, VideoReformatter())
         matrix = None if self.rgb else _MATRICES.get(self.matrix) or _guess(*self.stored)
@@ -150,10 +151,11 @@ class Renderer:
             threads=1,
         )
         image = _merged(image) if pixel_format == "gbrp" else image.to_ndarray()
+        opacity = image[..., 3:]
         if mapped:
-            image = colour.to_sdr(image, self.transfer, self.primaries, self.peak)
-        elif self.alpha:
-            image = over(image, self.background)
+            image = colour.to_sdr(image[..., :3], self.transfer, self.primaries, self.peak)
+        if alpha:
+            image = over(image[..., :3], opacity, self.background)
         return self.orientation.apply(image)
 
     def lightness(self, frame: av.VideoFrame, every: int = 1) -> np.ndarray:
@@ -163,12 +165,13 @@ class Renderer:
         taken, and the width is not stretched. Where the stored picture has no luma of 8 to 16 bits,
         or not one to be shown as it is, the grey of `pixels` at that fraction of its size.
         """
-        if not self.planar or colour.needs_mapping(self.transfer, self.primaries):
+        form = frame.format
+        mapped = colour.needs_mapping(self.transfer, self.primaries)
+        if mapped or self.rgb or form.name not in _PLANAR:
             size = max(self.height // every, 1), max(self.width // every, 1)
             cv2 = extra("cv2")
             return cv2.cvtColor(self.pixels(frame, *size, _QUICK), cv2.COLOR_RGB2GRAY)
-        plane, form = frame.planes[0], frame.format
-        bits = self._bits if form.name == self.pixel_format else form.components[0].bits
+        plane, bits = frame.planes[0], form.components[0].bits
         rows = np.frombuffer(memoryview(plane), np.dtype("<u2" if bits > 8 else np.uint8))
         luma = rows.reshape(plane.height, -1)[::every, : plane.width : every]
         if bits > 8:
@@ -187,19 +190,20 @@ def _merged(image: av.VideoFrame) -> np.ndarray:
     return extra("cv2").merge([planes[2], planes[0], planes[1]])
 
 
-def over(rgba: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Pixels uint8 [h, w, 4] (alpha not multiplied in) before a colour [3], as uint8 [h, w, 3]."""
-    alpha = rgba[..., 3:].astype(np.float32) / 255
-    mixed = rgba[..., :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)
-    return np.rint(mixed).astype(np.uint8)
+def over(rgb: np.ndarray, opacity: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Pixels uint8 [h, w, 3] before a colour [3], as uint8 [h, w, 3].
+
+    `opacity`: [h, w, 1] over the full range of its integers, not multiplied into the pixels.
+    """
+    part = opacity.astype(np.float32) / np.iinfo(opacity.dtype).max
+    return np.rint(rgb * part + np.asarray(background, np.float32) * (1 - part)).astype(np.uint8)
 
 
-_ALPHA = {
-    name
-    for name in ("rgba", "bgra", "argb", "abgr", "pal8", "ya8", "ya16le", "ya16be", "gbrap")
-    + ("rgba64le", "rgba64be", "bgra64le", "gbrap10le", "gbrap12le", "gbrap16le", "ayuv64le")
-    + tuple(f"yuva4{s}p{bits}" for s in ("20", "22", "44") for bits in ("", "10le", "12le", "16le"))
-}
+@functools.cache
+def has_alpha(pixel_format: str) -> bool:
+    """Whether pixels of a format of FFmpeg may be transparent."""
+    described = av.VideoFormat(pixel_format)
+    return described.has_palette or any(part.is_alpha for part in described.components)
 
 
 _PLANAR = {"gray", "nv12", "nv21", "nv16", "gray10le", "gray12le", "gray16le"} | {

@@ -113,7 +113,8 @@ def to_rgb(image: Any, background: tuple[int, int, int]) -> np.ndarray:
         return _deep(image)
     image = _in_srgb(image)
     if image.has_transparency_data:
-        return over(np.asarray(image.convert("RGBA")), np.array(background))
+        rgba = np.asarray(image.convert("RGBA"))
+        return over(rgba[..., :3], rgba[..., 3:], np.array(background))
     return np.array(image.convert("RGB"))
 
 
@@ -169,6 +170,8 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno:  # Of the disk; Pillow's own have no number.
+            raise Refused("cannot be read", error.strerror or str(error)) from error
         cut = "truncated" in str(error) or isinstance(error, EOFError)
         words = str(error) or type(error).__name__
         raise Refused("truncated" if cut else "cannot be decoded", words) from error

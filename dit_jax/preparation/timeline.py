@@ -2,8 +2,8 @@
 
 Everything downstream counts in *grid indices*: index k is the frame nearest in time to t0 + k/fps.
 At a constant rate that is every frame once, however its time stamps were rounded; at a variable rate
-frames are repeated or left out so that motion keeps its speed. Where frames are missing (damage, or a
-pause in the time stamps) the indices of the gap do not exist.
+frames are repeated or left out so that motion keeps its speed. Where frames are missing (damage, a
+pause in the time stamps, or stamps that begin anew) the indices of the gap do not exist, at least one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,28 @@ STANDARD = tuple(
 MAX_RATE = 240.0
 LONGEST_GAP = 2.0
 """Seconds without a frame that are a pause rather than a slow rate, where frames are denser."""
+ANEW = 0.5
+"""Seconds by which a time stamp is before the latest where they begin anew; frames that come out of
+order are nearer."""
+
+
+class Clock:
+    """Time stamps to one time that goes on where they begin anew, as in files joined to one.
+
+    The parts follow one another, with room for one frame between them, that no clip may fill.
+    """
+
+    def __init__(self, step: float, offset: float = 0.0):
+        """`step`: seconds a frame; `offset`: by how much time is ahead of the first stamps."""
+        self.offset, self._step, self._latest = offset, step, -math.inf
+
+    def read(self, stamp: float) -> tuple[float, bool]:
+        """(seconds, whether a part begins with it) of the next stamp, in seconds."""
+        anew = stamp + self.offset < self._latest - ANEW
+        if anew:
+            self.offset = self._latest + 2 * self._step - stamp
+        self._latest = max(self._latest, stamp + self.offset)
+        return stamp + self.offset, anew
 
 
 class Timed(Protocol):
@@ -93,7 +115,8 @@ def on_grid(
                 yield k, before
             index = max(index, stop)
             if gap:
-                index = max(index, math.ceil((frame.time - 0.5 / fps - origin) * fps - 1e-6))
+                begins = math.ceil((frame.time - 0.5 / fps - origin) * fps - 1e-6)
+                index = max(index + 1, begins)
             if before.time >= end:
                 return
         else:
