@@ -17,6 +17,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -37,6 +38,7 @@ HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 600.0
 """A lock of another host without a sign of life for this long is taken over."""
 MiB = 2**20
+SURROGATES = re.compile("[\ud800-\udfff]")
 T = TypeVar("T")
 
 
@@ -226,7 +228,18 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """``write_whole`` of JSON, indented for readers."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False))
+    write_whole(path, json_bytes(value, indent=2))
+
+
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """A value as JSON in UTF-8; half a surrogate pair, which UTF-8 cannot hold, becomes ``\\ud83d``."""
+    # What ``backslashreplace`` writes for it is JSON's own escape.
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which no encoding of Unicode can hold."""
+    return SURROGATES.sub("\ufffd", text)
 
 
 @contextlib.contextmanager

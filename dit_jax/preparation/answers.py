@@ -57,7 +57,7 @@ def clean(text: str) -> str:
     video shows" before an article or a number word. All else stays as it was said.
     """
     text = " ".join(_THOUGHT.sub("", text).split())
-    while True:
+    for _ in range(20):  # An answer made of labels alone would take minutes.
         before = text
         if text.startswith("**") and text.count("**") == 2:
             text = text.replace("**", "").strip()
@@ -70,7 +70,8 @@ def clean(text: str) -> str:
             text = text[shows.end() :]
             text = text[:1].upper() + text[1:]
         if text == before:
-            return text
+            break
+    return text
 
 
 def whole_sentences(text: str) -> str:

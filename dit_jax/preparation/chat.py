@@ -15,10 +15,13 @@ import dataclasses
 import difflib
 import email.utils
 import http.client
+import io
 import json
+import math
 import os
 import random
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -27,6 +30,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from dit_jax.files import SURROGATES, encodable
 from dit_jax.preparation.answer_cache import Answer, AnswerCache, request_key
 from dit_jax.preparation.summary import Summary
 
@@ -34,6 +38,10 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 FATAL = frozenset({401, 403, 404, 405})
 """Statuses that say that the server, key or model is wrong: no other request would fare better."""
 PROBE_TIMEOUT = 10.0
+MAX_BYTES = 1 << 22
+"""Of a response, its headers included. A caption has some hundred bytes."""
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What reading a value that is not of the protocol may raise; deep JSON is a ``RecursionError``."""
 Message = Mapping[str, Any]
 
 
@@ -115,8 +123,10 @@ class ChatConfig:
                 f"the server's address has more than host and path: give "
                 f"{parts.scheme}://{parts.hostname}..., and a key in {self.options.api_key_variable}."
             )
-        if not self.model:
-            raise ChatError(f"no model of {self.url!r} is named: give the name it is served under.")
+        if not self.model or SURROGATES.search(self.model):
+            raise ChatError(
+                f"no model of {self.url!r} is named ({self.model!r}): give the name it is served under."
+            )
 
     @property
     def base(self) -> str:
@@ -150,6 +160,61 @@ def message(role: str, text: str, images: Sequence[bytes] = ()) -> Message:
     return {"role": role, "content": [*content, {"type": "text", "text": text}]}
 
 
+class _Bounded(io.RawIOBase):
+    """What a server sends, up to ``MAX_BYTES`` and a deadline.
+
+    The time-out of a socket begins anew with every piece, so that dripped headers, a slow body or
+    ``100 Continue`` without end would never run into it.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
+        self._file, self._sock = sock.makefile("rb", buffering=0), sock
+        self._left, self._end = MAX_BYTES, time.monotonic() + timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = self._end - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self._sock.settimeout(seconds)
+        count = self._file.readinto(buffer)
+        self._left -= count or 0
+        if self._left < 0:
+            raise http.client.HTTPException(f"the answer has more than {MAX_BYTES:,} bytes")
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Bounded(sock, sock.gettimeout() or PROBE_TIMEOUT))
+
+
+class _HTTP(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _HTTPS(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Bound(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens connections whose answers are bounded."""
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_HTTP, req)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_HTTPS, req)
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl) -> None:
         del req, fp, code, msg, headers, newurl
@@ -158,9 +223,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _opener(url: str) -> urllib.request.OpenerDirector:
     """Goes through the proxies of the environment, unless the server is on this machine."""
     here = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    return urllib.request.build_opener(
-        _NoRedirect, urllib.request.ProxyHandler({} if here else None)
-    )
+    proxies = urllib.request.ProxyHandler({} if here else None)
+    return urllib.request.build_opener(_Bound, _NoRedirect, proxies)
 
 
 class ChatClient:
@@ -265,22 +329,23 @@ class ChatClient:
 
     def _send(self, route: str, body: Mapping[str, Any] | None, timeout: float) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(self.options.api_key_variable, ""):
-            headers["Authorization"] = f"Bearer {key.strip()}"
+        if key := os.environ.get(self.options.api_key_variable, "").strip():
+            if not (key.isascii() and key.isprintable()):  # The client's own error would show it.
+                raise ChatError(
+                    f"the key in {self.options.api_key_variable} has characters that no header may "
+                    "have: give printable ASCII."
+                )
+            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(
             f"{self.config.base}/{route}",
             data=None if body is None else json.dumps(body).encode(),
             headers=headers,
         )
-        end = time.monotonic() + timeout
-        received = bytearray()
         with self._opener.open(request, timeout=timeout) as response:
-            # Piece by piece: the time-out of a socket begins anew with every piece.
-            while piece := response.read1(1 << 16):
-                received += piece
-                if time.monotonic() > end:
-                    raise TimeoutError
-        return bytes(received)
+            try:
+                return response.read()
+            except http.client.IncompleteRead as error:
+                return error.partial
 
     def _refused(self, error: urllib.error.HTTPError) -> Failed:
         """What an error status means for this request; raises ``ChatError`` where it is for all."""
@@ -329,7 +394,7 @@ class ChatClient:
             ) from error
         try:
             names = [str(one["id"]) for one in json.loads(raw)["data"]]
-        except (ValueError, KeyError, TypeError):
+        except MALFORMED:
             return
         model = self.config.model
         if names and model not in names and f"{model}:latest" not in names:
@@ -356,9 +421,9 @@ def _said(error: urllib.error.HTTPError) -> str:
         value = json.loads(text)
         value = value.get("error", value)
         text = str(value.get("message", value) if isinstance(value, dict) else value)
-    except (ValueError, AttributeError):
+    except MALFORMED:
         pass
-    return " ".join(text.split())[:300] or error.reason
+    return encodable(" ".join(text.split())[:300] or error.reason)
 
 
 def _retry_after(value: str | None) -> float:
@@ -366,13 +431,13 @@ def _retry_after(value: str | None) -> float:
     if not value:
         return 0.0
     try:
-        return max(float(value), 0.0)
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return 0.0
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except MALFORMED:
+            return 0.0
+    return 0.0 if math.isnan(seconds) else max(seconds, 0.0)
 
 
 def _parse(raw: bytes) -> Answer:
@@ -387,13 +452,13 @@ def _parse(raw: bytes) -> Answer:
         if not isinstance(content or "", str) or not isinstance(refusal or "", str):
             raise TypeError("the content is no text")
         return Answer(
-            content or refusal or "",
+            encodable(content or refusal or ""),
             str(choice.get("finish_reason") or "stop"),
             bool(refusal),
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         start = raw[:80].decode("utf-8", "replace")
         raise Failed(
             "malformed answer", f"{type(error).__name__}, {start!r}", again=True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ import pytest
 from dit_jax.preparation.answer_cache import Answer, AnswerCache, default_cache, request_key
 from dit_jax.preparation.answers import clean, is_refusal, tell, whole_sentences
 from dit_jax.preparation.chat import (
+    MAX_BYTES,
     ChatClient,
     ChatConfig,
     ChatError,
@@ -148,6 +151,94 @@ def test_a_wrong_server_key_or_model_ends_all_at_once(status: int, monkeypatch):
             ask(client_of(server.url)[0], "x")
     assert server.keys == [None, "Bearer secret"]
     assert sum(server.seen.values()) == 2
+
+
+def raw_server(pieces, pause=0.0):
+    """A server that sends these bytes to whoever connects, whatever it is asked."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(1 << 16)
+                    for piece in pieces():
+                        connection.sendall(piece)
+                        time.sleep(pause)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+ENDLESS = {
+    "headers that drip": (lambda: itertools.chain([OK], itertools.repeat(b"X")), 0.02),
+    "100 Continue": (lambda: itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.02),
+    "a body that drips": (lambda: itertools.chain([OK + b"\r\n"], itertools.repeat(b" ")), 0.02),
+    "a body without end": (
+        lambda: itertools.chain([OK + b"\r\n"], itertools.repeat(b" " * (1 << 16))),
+        0.0,
+    ),
+    "100 Continue without pause": (
+        lambda: itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_an_answer_without_end_takes_neither_more_time_nor_more_memory(what: str):
+    listener, url = raw_server(*ENDLESS[what])
+    with listener:
+        client, _ = client_of(url, dataclasses.replace(QUICK, timeout=1.0, retries=0))
+        begun = time.monotonic()
+        said = str(ask(client, "x"))
+        with pytest.raises(Unreachable):
+            client.probe()
+    assert time.monotonic() - begun < 5
+    assert said.startswith("time-out") or f"{MAX_BYTES:,}" in said
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["[" * 100_000, '{"a":' * 100_000, '{"choices": [{"message": {"content": "x"}}], "usage": '
+     '{"prompt_tokens": 1e999}}'],
+)  # fmt: skip
+def test_json_that_is_deep_or_infinite_is_no_answer(body: str):
+    with serving(lambda *_: Response(body=body)) as server:
+        client, _ = client_of(server.url, dataclasses.replace(QUICK, retries=0))
+        assert str(ask(client, "x")).startswith("malformed answer")
+        server.models = Response(body=body)
+        client.probe()
+        server.respond = lambda *_: Response(body=body, status=400)
+        assert str(ask(client, "x")).startswith("status 400")
+
+
+@pytest.mark.parametrize("value", ["nan", "Mon, 01 Jan 99999 00:00:00 GMT", "x"])
+def test_a_retry_after_of_nonsense_is_none(value: str):
+    with serving(faulty(Response(status=429, headers=(("Retry-After", value),)))) as server:
+        client, clock = client_of(server.url)
+        assert isinstance(ask(client, "x"), Answer)
+    assert 0.5 <= clock.slept[0] <= 1.0
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_replaced_and_kept(tmp_path: Path):
+    body = '{"choices": [{"message": {"content": "a \\ud83d cat"}}]}'
+    with serving(lambda *_: Response(body=body)) as server:
+        client, _ = client_of(server.url, cache=AnswerCache(tmp_path / "a.sqlite"))
+        assert ask(client, "x") == ask(client, "x") == Answer("a \ufffd cat")
+        assert sum(server.seen.values()) == 1 and len(client.cache) == 1
+    with pytest.raises(ChatError, match="udce9"):
+        ChatConfig("http://h", "caf\udce9")
+
+
+@pytest.mark.parametrize("key", ["se\ncret", "secr\u00e9t"])
+def test_a_key_that_no_header_may_hold_is_refused_unsaid(key: str, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with serving(lambda *_: Response()) as server, pytest.raises(ChatError) as raised:
+        ask(client_of(server.url)[0], "x")
+    assert "OPENAI_API_KEY" in str(raised.value) and "secr" not in str(raised.value)
 
 
 def test_redirects_are_not_followed():
