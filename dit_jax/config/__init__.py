@@ -1,9 +1,11 @@
 """The configuration of a run: frozen dataclasses that validate themselves."""
 
+from dit_jax.config.checks import check_types as check_types
 from dit_jax.config.codec import CodecDataConfig as CodecDataConfig
 from dit_jax.config.codec import CodecEvaluationConfig as CodecEvaluationConfig
 from dit_jax.config.codec import CodecRun as CodecRun
 from dit_jax.config.files import CHOICES as CHOICES
+from dit_jax.config.files import absolute_paths as absolute_paths
 from dit_jax.config.files import differences as differences
 from dit_jax.config.files import from_dict as from_dict
 from dit_jax.config.files import load_config as load_config
@@ -13,7 +15,6 @@ from dit_jax.config.files import stored_config as stored_config
 from dit_jax.config.files import to_dict as to_dict
 from dit_jax.config.run import LogConfig as LogConfig
 from dit_jax.config.run import Run as Run
-from dit_jax.config.run import check_choices as check_choices
 from dit_jax.config.text_to_video import CodecConfig as CodecConfig
 from dit_jax.config.text_to_video import Config as Config
 from dit_jax.config.text_to_video import DataConfig as DataConfig

@@ -11,19 +11,30 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import types
+import traceback
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
+from dit_jax.config.checks import (
+    check_types,
+    check_value,
+    culprits,
+    field_types,
+    item_types,
+    options,
+    short,
+)
 from dit_jax.config.codec import CodecRun
 from dit_jax.config.run import Run
 from dit_jax.config.text_to_video import Config
 from dit_jax.data import MixtureConfig, RecordsConfig, ShapesConfig
+from dit_jax.files import InputError, absolute, as_path, local_copy, read_bytes
 from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig, TextStatesConfig
 
 CHOICES = (
@@ -37,15 +48,17 @@ CHOICES = (
 )
 """Dataclasses that stand where another may stand: stored with their name."""
 RUNS = (Config, CodecRun)
+MAX_BYTES = 2**20
+"""Of a stored config, which has some kB."""
 Kind = TypeVar("Kind", bound=Run)
 
 
 def _check_kind(config: Run, kind: type[Kind], where: str) -> Kind:
-    """Raises ``ValueError`` where a config is of another kind of run than is wanted."""
+    """Raises ``InputError`` if a config is of another kind of run than is wanted."""
     if not isinstance(config, kind):
         said = "a codec (CodecRun)" if isinstance(config, CodecRun) else "a model (Config)"
         wanted = "a codec (CodecRun)" if issubclass(kind, CodecRun) else "a model (Config)"
-        raise ValueError(f"{where} is of a run of {said}: give one of {wanted}.")
+        raise InputError(f"{where} is of a run of {said}: give one of {wanted}.")
     return config
 
 
@@ -68,26 +81,41 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def load_config(path: str, kind: type[Kind] = Config) -> Kind:
-    """The config that the file's ``get_config()`` builds, for a kind of run."""
-    file = Path(path)
+    """The config that the file's ``get_config()`` builds, for a kind of run.
+
+    Raises:
+        InputError: if the file is absent, no such file, or fails; the message names the line.
+    """
+    file = local_copy(path)
     if not file.is_file():
         near = sorted(str(p) for p in Path("configs").glob("*.py"))
-        raise ValueError(
+        raise InputError(
             f"--config {path!r} is not a file. "
             + (f"In configs/ there are: {', '.join(near)}." if near else "Give a path to one.")
         )
     spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--config {path!r} is not a Python file: give one that ends in .py.")
+        raise InputError(f"--config {path!r} is not a Python file: give one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    with _importing_from(file.parent.resolve()):
-        spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no function get_config() that returns a Config: add one.")
-    config = module.get_config()
+    try:
+        with _importing_from(file.parent.resolve()):
+            spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError(f"{path} has no function get_config() that returns a Config: add one.")
+        config = module.get_config()
+    except InputError:
+        raise
+    except Exception as error:
+        # A value of a wrong type fails first where its own config compares it.
+        for part in culprits(error):
+            check_types(part, type(part).__name__)
+        lines = [at for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)]
+        line = f", line {lines[-1].lineno}" if lines else ""
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"--config {path!r}{line}: {what}{error}") from error
     if not isinstance(config, RUNS):
-        raise ValueError(f"get_config() of {path} returned {type(config).__name__}, not a Config.")
+        raise InputError(f"get_config() of {path} returned {type(config).__name__}, not a Config.")
     return _check_kind(config, kind, f"--config {path!r}")
 
 
@@ -111,7 +139,7 @@ def parse_config(
         elif {"-h", "--help"} & set(arguments):
             default = _check_kind(Config(), kind, "the default")
         else:
-            raise ValueError("--config FILE is required, e.g. --config configs/quickstart.py.")
+            raise InputError("--config FILE is required, e.g. --config configs/quickstart.py.")
         return tyro.cli(
             type(default),
             args=arguments,
@@ -136,59 +164,99 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def from_dict(kind: Any, values: Any) -> Any:
-    """Inverse of ``to_dict``; unknown fields are refused by name."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(kind)
-        if values is None:
-            return None
-        if isinstance(values, dict) and "type" in values:
-            named = {option.__name__: option for option in options}
-            return from_dict(
-                named[values["type"]], {k: v for k, v in values.items() if k != "type"}
-            )
-        return from_dict(next(o for o in options if o is not types.NoneType), values)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        if values.get("type") == kind.__name__:
-            values = {name: value for name, value in values.items() if name != "type"}
-        if unknown := sorted(set(values) - set(hints)):
-            raise ValueError(
+def from_dict(kind: Any, values: Any, name: str = "") -> Any:
+    """Inverse of ``to_dict``. ``name`` is the dotted name of the field that holds the values.
+
+    Raises:
+        InputError: for unknown fields and values of wrong types, by their dotted names.
+    """
+    classes = (one for one in options(kind) if isinstance(one, type))
+    choices = {one.__name__: one for one in classes if dataclasses.is_dataclass(one)}
+    if choices and isinstance(values, dict):
+        tag = values.get("type", next(iter(choices)))
+        if not isinstance(tag, str) or tag not in choices:
+            raise InputError(f"{name}.type is {short(tag)}: it is one of {', '.join(choices)}.")
+        kind = choices[tag]
+        values = {field: value for field, value in values.items() if field != "type"}
+        known = field_types(kind)
+        if unknown := sorted(set(values) - set(known)):
+            raise InputError(
                 f"the stored config has {unknown[0]!r}, which {kind.__name__} does not: the run was "
                 "made by another version of dit_jax; use that version to read it."
             )
-        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
-    if origin is tuple:
-        args = typing.get_args(kind)
-        inner = [args[0]] * len(values) if args[-1] is Ellipsis else args
-        return tuple(from_dict(k, v) for k, v in zip(inner, values, strict=True))
+        fields = {
+            field: from_dict(known[field], value, f"{name}.{field}" if name else field)
+            for field, value in values.items()
+        }
+        return kind(**fields)
+    if typing.get_origin(kind) is tuple and isinstance(values, list):
+        kinds = item_types(kind, len(values))
+        values = tuple(
+            from_dict(kinds[min(i, len(kinds) - 1)], value, f"{name}[{i}]")
+            for i, value in enumerate(values)
+        )
+    check_value(values, kind, name or "the config")
     return values
 
 
 def stored_config(values: Any, where: str | Path, kind: type[Kind] = Config) -> Kind:
     """The config that was stored in the file ``where`` as these values, of a kind of run."""
     try:
-        of_codec = values.get("type") == CodecRun.__name__
-        config = from_dict(CodecRun | None if of_codec else Config, values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        of_codec = isinstance(values, dict) and values.get("type") == CodecRun.__name__
+        config = from_dict(CodecRun if of_codec else Config, values)
+    except (TypeError, ValueError) as error:
+        raise InputError(
             f"{str(where)!r} holds no config that this version of dit_jax can use "
-            f"({type(error).__name__}: {error}): restore the file, or use the version that wrote it."
+            f"({error}): restore the file, or use the version that wrote it."
         ) from error
     return _check_kind(config, kind, repr(str(where)))
 
 
-def read_config(path: Path, kind: type[Kind] = Config) -> Kind:
-    """The config that was stored in a file, of a kind of run."""
+def read_config(path: str | Path, kind: type[Kind] = Config) -> Kind:
+    """The config that was stored in a file, local or on Cloud Storage, of a kind of run."""
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
+        values = json.loads(read_bytes(path, MAX_BYTES, "the config"))
+    except (RecursionError, ValueError) as error:
+        raise InputError(
             f"{str(path)!r} cannot be read as JSON ({error}): restore it (every checkpoint has a copy, "
             "in checkpoints/STEP/config/metadata)."
         ) from error
     return stored_config(values, path, kind)
+
+
+def _is_directory(path: str) -> bool:
+    return bool(path) and as_path(path).is_dir()
+
+
+def absolute_paths(config: Kind) -> Kind:
+    """The config with absolute paths, as a run stores it: it means the same from any directory.
+
+    ``~`` is expanded and ``gs://`` kept. ``data.source.path`` is only a path if it is a directory;
+    otherwise it is the name of a TFDS data set and stays as it is.
+
+    Raises:
+        InputError: for an empty path, one that names no bucket, or one on Cloud Storage without gcsfs.
+    """
+
+    def place(part: Any, *names: str) -> Any:
+        values = {name: getattr(part, name) for name in names}
+        return replace(part, **{k: absolute(v) for k, v in values.items() if v is not None})
+
+    def records(source: Any) -> Any:
+        if isinstance(source, MixtureConfig):
+            return replace(source, sets=tuple(records(one) for one in source.sets))
+        if isinstance(source, RecordsConfig):
+            names = ("path", "data_dir") if _is_directory(source.path) else ("data_dir",)
+            return place(source, *names)
+        return source
+
+    of_codec = isinstance(config, CodecRun)
+    run: Any = replace(place(config, "output"), checkpoint=place(config.checkpoint, "initial"))
+    run = replace(run, data=replace(run.data, source=records(run.data.source)))
+    if of_codec:
+        return replace(run, loss=place(run.loss, "vgg", "lpips"))
+    encoder = place(run.text_encoder, "path")
+    return replace(run, codec=place(run.codec, "path"), text_encoder=encoder)
 
 
 def _holds_dicts(value: Any) -> bool:

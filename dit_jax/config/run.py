@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import typing
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from dit_jax.config.checks import check_types
 from dit_jax.parallel import MeshConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
@@ -31,26 +30,6 @@ class LogConfig:
             )
 
 
-def check_choices(config: Any, name: str = "") -> None:
-    """Raises ``ValueError`` for a field, however deep, whose value is none of its type's choices.
-
-    Python checks no types, and a config file is Python; the command line is checked by ``tyro``.
-    """
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        here = f"{name}.{field.name}" if name else field.name
-        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), 1, 0.5)
-            raise ValueError(
-                f"{here} is {value!r}: it is one of {', '.join(map(repr, choices))}."
-                + (f" Perhaps {near[0]!r} was meant." if near else "")
-            )
-        if dataclasses.is_dataclass(value):
-            check_choices(value, here)
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run of training: what the loop needs to know of it."""
@@ -68,7 +47,7 @@ class Run:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}: it is at least 1.")
         if self.seed < 0:

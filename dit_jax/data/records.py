@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from av.error import FFmpegError
 
 from dit_jax.data.captions import take_caption
+from dit_jax.files import InputError, is_remote
 from dit_jax.types import Sample
 
 CODEC, CODEC_NAME = "codec", "codec_name"
@@ -78,6 +79,13 @@ class RecordsConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty: give a builder's directory or the name of a data set")
+        for name in ("path", "data_dir"):
+            if is_remote(getattr(self, name) or ""):
+                raise InputError(
+                    f"data.source.{name} is {getattr(self, name)!r}, and ArrayRecord reads local "
+                    "files: mount the bucket by gcsfuse, or copy the records to a local disk "
+                    "(docs/storage.md)."
+                )
         if not self.fps > 0:
             raise ValueError(f"fps={self.fps}: give a positive number of frames a second")
         if self.caption_template is not None and not self.template_keys:

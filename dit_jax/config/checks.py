@@ -1,0 +1,137 @@
+"""The values of a config's fields, checked against their types: Python itself checks none.
+
+A config file is Python and a stored config is JSON, so ``steps=1e1`` or ``scan="False"`` would be
+noticed late or never. The command line is read by ``tyro``, which takes ``nan`` for a float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import reprlib
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from dit_jax.files import InputError
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+SCALARS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "text in quotes",
+}
+
+
+def short(value: Any) -> str:
+    """The ``repr`` of a value, cut: values may be large or deeply nested."""
+    return _short.repr(value)
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """What a union may be; the type itself if it is none."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def item_types(hint: Any, count: int) -> tuple[Any, ...]:
+    """The types of the items of a tuple that has ``count`` of them."""
+    args = typing.get_args(hint)
+    return args[:1] * count if args[-1] is Ellipsis else args
+
+
+def _describe(hint: Any) -> str:
+    """What a type takes, for readers of an error."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        inner = dict.fromkeys(_describe(one) for one in args if one is not Ellipsis)
+        count = "any number" if args[-1] is Ellipsis else str(len(args))
+        return f"a tuple of {count}, each {' or '.join(inner)}"
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if len(options(hint)) > 1:
+        return ", or ".join(_describe(one) for one in options(hint))
+    if hint is types.NoneType:
+        return "None"
+    return SCALARS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as far as can be seen without looking into it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return any(value == one and type(value) is type(one) for one in typing.get_args(hint))
+    if hint is Any:
+        return True
+    if hint is float:
+        # NaN compares false, and a whole number of any size can be compared.
+        return (_is(value, int) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(hint) or hint)
+
+
+def check_value(value: Any, hint: Any, name: str) -> None:
+    """Raises ``InputError`` if a value, or one inside it, is not of its type, or not finite.
+
+    A whole number may stand for a float. ``name`` is the dotted name of the field that holds it.
+    """
+    own = next((one for one in options(hint) if _is(value, one)), None)
+    if (
+        own is None
+        or typing.get_origin(own) is tuple
+        and len(item_types(own, len(value))) != len(value)
+    ):
+        choices = [one for kind in options(hint) for one in typing.get_args(kind)]
+        near = difflib.get_close_matches(str(value), map(str, choices), 1, 0.5)
+        raise InputError(
+            f"{name} is {short(value)}: it is {_describe(hint)}."
+            + (f" Perhaps {near[0]!r} was meant." if isinstance(value, str) and near else "")
+        )
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{name} is {value!r}, which is no text in UTF-8: rename it."
+            ) from error
+    if typing.get_origin(own) is tuple:
+        for i, (item, kind) in enumerate(zip(value, item_types(own, len(value)), strict=True)):
+            check_value(item, kind, f"{name}[{i}]")
+    if dataclasses.is_dataclass(value):
+        check_types(value, name)
+
+
+def check_types(config: Any, name: str = "") -> None:
+    """Raises ``InputError`` for a field, however deep, whose value is not of its type, or not finite.
+
+    Call it where a user's values enter: on a config or on the arguments of a command. ``name`` is the
+    dotted name of the config itself.
+    """
+    for field, hint in field_types(type(config)).items():
+        check_value(getattr(config, field), hint, f"{name}.{field}" if name else field)
+
+
+def culprits(error: BaseException) -> Iterator[Any]:
+    """The dataclasses whose ``__post_init__`` an error passed through, the innermost last.
+
+    The comparisons there fail for values of a wrong type before anything could check these.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        this = trace.tb_frame.f_locals.get("self")
+        if trace.tb_frame.f_code.co_name == "__post_init__" and dataclasses.is_dataclass(this):
+            yield this
+        trace = trace.tb_next

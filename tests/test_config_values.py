@@ -1,0 +1,251 @@
+"""Values of configs: their types, finite numbers, paths, and files that are large, deep or broken."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_jax import tasks
+from dit_jax.config import (
+    CodecRun,
+    Config,
+    DataConfig,
+    absolute_paths,
+    check_types,
+    load_config,
+    parse_config,
+    read_config,
+    stored_config,
+    to_dict,
+)
+from dit_jax.data import MixedSetConfig, MixtureConfig, RecordsConfig
+from dit_jax.files import InputError, as_path, write_whole
+
+HEAD = "from dit_jax.config import *\nfrom dit_jax.training import *\nfrom dit_jax.data import *\n"
+WRONG = [
+    ("steps", 1e1),
+    ("steps", True),
+    ("steps", "10"),
+    ("output", Path("runs/x")),
+    ("output", "caf\udce9"),
+    ("optimizer.learning_rate", "1e-3"),
+    ("optimizer.learning_rate", math.nan),
+    ("optimizer.learning_rate", math.inf),
+    ("optimizer.learning_rate", 10**400),
+    ("optimizer.clip_norm", math.nan),
+    ("optimizer.schedule", 3),
+    ("checkpoint.keep_period", 2.0),
+    ("model.dit.scan", "False"),
+    ("model.dit.scan", 1),
+    ("data.packing.rows", 4.0),
+    ("data.source.frames", (3, 5.0)),
+    ("data.source.frames", [3, 5]),
+    ("data.source.sizes", ((32, 32, 32),)),
+    ("data.source.sizes", (32, 32)),
+    ("data.source", None),
+    ("diffusion.time.mean", -math.inf),
+    ("sampling.cfg_interval", (0.0, 0.5, 1.0)),
+    ("codec.path", Path("codec")),
+]
+
+
+def changed(config: Any, name: str, value: Any) -> Any:
+    """A config with another value in one field, which nothing has looked at."""
+    first, _, rest = name.partition(".")
+    one = object.__new__(type(config))
+    for field in dataclasses.fields(config):
+        new = getattr(config, field.name)
+        if field.name == first:
+            new = changed(new, rest, value) if rest else value
+        object.__setattr__(one, field.name, new)
+    return one
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda one: repr(one)[:30])
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(name: str, value: Any):
+    config = changed(Config(), name, value)
+    with pytest.raises(InputError, match=f"^{name}"):
+        check_types(config)
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    with pytest.raises(InputError, match=f"^{name}"):
+        Config(**values)
+
+
+def test_what_may_stand_for_another_is_taken():
+    for name, value in (
+        ("optimizer.learning_rate", 1),
+        ("optimizer.clip_norm", None),
+        ("checkpoint.keep_period", 5),
+        ("data.source.sizes", ((32, 32),)),
+    ):
+        check_types(changed(Config(), name, value))
+    check_types(tasks.SamplingOverrides())
+    check_types(tasks.SamplingOverrides(last_step=0.5, solver="ddim"))
+    with pytest.raises(InputError, match="^sampling.fps is nan"):
+        check_types(tasks.SamplingOverrides(fps=math.nan), "sampling")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Config(steps=1e1)", "steps is 10.0"),
+        ("Config(optimizer=OptimizerConfig(learning_rate='1e-3'))", "learning_rate is '1e-3'"),
+        ("Config(optimizer=OptimizerConfig(learning_rate=float('nan')))", "learning_rate is nan"),
+        ("Config(data=DataConfig(ShapesConfig(frames=[3])))", r"data.source.frames is \[3\]"),
+        ("Config(output=__import__('pathlib').Path('x'))", r"output is PosixPath\('x'\)"),
+        ("Config(stepz=3)", "line 5.*'stepz'"),
+        ("1 / 0", "line 5: ZeroDivisionError"),
+        ("f()", "line 5: NameError"),
+        ("(lambda f: f(f))(lambda f: f(f))", "line 5: RecursionError"),
+        ("Config(log=LogConfig(every=0))", "line 5: log.every 0"),
+    ],
+)
+def test_a_config_file_that_fails_is_told_in_one_line(
+    tmp_path: Path, capsys: Any, text: str, message: str
+):
+    file = tmp_path / "mine.py"
+    file.write_text(f"{HEAD}def get_config():\n    return {text}\n")
+    with pytest.raises(InputError, match=message):
+        load_config(str(file))
+    with pytest.raises(SystemExit) as error:
+        parse_config(["--config", str(file)], "prog", "Trains.")
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and len(said.splitlines()) == 1
+
+
+def test_a_config_file_that_is_no_text_is_refused(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    for data in (b"# caf\xe9\ndef get_config(): pass\n", b"x = 1\0", b"def get_config(:\n"):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match="mine.py"):
+            load_config(str(file))
+
+
+def test_infinite_numbers_of_the_command_line_are_refused(tmp_path: Path, capsys: Any):
+    file = tmp_path / "mine.py"
+    file.write_text("from dit_jax.config import Config as get_config\n")
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(SystemExit):
+            parse_config(
+                ["--config", str(file), "--optimizer.weight-decay", value], "prog", "Trains."
+            )
+        assert value in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 10.0),
+        ("steps", "10"),
+        ("optimizer.learning_rate", "1e-3"),
+        ("optimizer.learning_rate", math.nan),
+        ("optimizer", 3),
+        ("model.dit.scan", "False"),
+        ("data.packing.rows", None),
+        ("data.source.sizes", [[32, 32, 32]]),
+        ("data.source.frames", {"a": 1}),
+        ("data.source.type", "FolderConfig"),
+        ("data.source.type", ["ShapesConfig"]),
+    ],
+)
+def test_a_stored_config_with_a_wrong_value_names_its_field(name: str, value: Any):
+    values = json.loads(json.dumps(to_dict(Config())))
+    *way, last = name.split(".")
+    inner = values
+    for part in way:
+        inner = inner[part]
+    inner[last] = value
+    with pytest.raises(InputError, match=f"'here'.*{name}"):
+        stored_config(values, "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"a":' * 200_000, b"\xff\xfe", b"", "3", '{"steps": ' + "9" * 5000 + "}"],
+    ids=["lists", "objects", "no text", "empty", "a number", "a long number"],
+)
+def test_a_hostile_stored_config_is_refused_in_one_line(tmp_path: Path, text: str | bytes):
+    file = tmp_path / "config.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match="config.json") as error:
+        read_config(file)
+    assert len(str(error.value)) < 1000
+    # Just deep enough that parsing succeeds.
+    values = to_dict(Config())
+    deep: Any = 0
+    for _ in range(900):
+        deep = [deep]
+    with pytest.raises(InputError) as error:
+        stored_config(values | {"output": deep}, "here")
+    assert len(str(error.value)) < 1000
+
+
+def test_a_stored_config_without_end_is_refused():
+    with pytest.raises(InputError, match="more than 1,048,576 bytes"):
+        read_config("/dev/zero")
+
+
+def test_stored_configs_are_read_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = json.dumps(to_dict(Config(steps=3)))
+    (tmp_path / "config.json").write_text(text)
+    assert read_config("~/config.json").steps == 3
+    source = "from dit_jax.config import Config\ndef get_config(): return Config(steps=7)\n"
+    (tmp_path / "mine.py").write_text(source)
+    assert load_config("~/mine.py").steps == 7
+    write_whole(f"{bucket}/run/config.json", text)
+    assert read_config(as_path(f"{bucket}/run/config.json")).steps == 3
+    write_whole(f"{bucket}/mine.py", source)
+    assert load_config(f"{bucket}/mine.py").steps == 7
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "records/1.0.0").mkdir(parents=True)
+    one = RecordsConfig("records/1.0.0", data_dir="~/tfds")
+    here = absolute_paths(dataclasses.replace(Config(output="~/run"), data=DataConfig(one)))
+    assert here.output == "/home/me/run"
+    assert here.data.source == RecordsConfig(
+        str(tmp_path / "records/1.0.0"), data_dir="/home/me/tfds"
+    )
+    assert here.checkpoint.initial is here.codec.path is here.text_encoder.path is None
+    sets = (MixedSetConfig("mnist"), MixedSetConfig("./records/1.0.0", weight=2.0))
+    mixed = absolute_paths(Config(output="x", data=DataConfig(MixtureConfig(sets))))
+    assert isinstance(mixed.data.source, MixtureConfig)
+    assert [one.path for one in mixed.data.source.sets] == [
+        "mnist",
+        str(tmp_path / "records/1.0.0"),
+    ]
+    assert absolute_paths(here) == here
+
+
+def test_paths_of_codecs_and_encoders_become_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    base = Config(data=DataConfig(RecordsConfig("mnist")))
+    config = dataclasses.replace(
+        base,
+        output="gs://bucket/run",
+        checkpoint=dataclasses.replace(base.checkpoint, initial="runs/first"),
+        codec=dataclasses.replace(base.codec, path="codec"),
+    )
+    here = absolute_paths(config)
+    assert here.output == "gs://bucket/run"
+    assert here.checkpoint.initial == str(tmp_path / "runs/first")
+    assert here.codec.path == str(tmp_path / "codec")
+    run = CodecRun()
+    run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, vgg="vgg.pth"))
+    assert absolute_paths(run).loss.vgg == str(tmp_path / "vgg.pth")
+
+
+def test_records_on_cloud_storage_are_refused():
+    for change in ({"path": "gs://bucket/clips/1.0.0"}, {"path": "x", "data_dir": "gs://bucket"}):
+        with pytest.raises(InputError, match=r"gs://bucket.*gcsfuse.*docs/storage.md"):
+            RecordsConfig(**change)
