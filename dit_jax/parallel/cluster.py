@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jax._src import clusters
 
+from dit_jax.files import InputError
+
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT = "JAX_COORDINATOR_PORT"
@@ -57,7 +59,8 @@ def find_place(flags: Mapping[str, str | None] | None = None) -> Place | None:
     """This process's place, or None if it is alone. Flags win over variables, these over the cluster.
 
     Raises:
-        ValueError: where what is said is incomplete or makes no sense.
+        InputError: if what is said is incomplete or makes no sense.
+        ConnectionError: if the cluster's server does not answer.
     """
     flags = flags or {}
     for given in ({name: flags.get(name) for name in FLAGS}, _variables()):
@@ -80,7 +83,7 @@ def _explicit(given: dict[str, str | None]) -> Place | None:
     if count_text == "1" and not address and not index_text:
         return None
     if missing := [name for name, value in given.items() if not value]:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(missing)} is not set, but "
             f"{', '.join(name for name, value in given.items() if value)} is: set all three for a run "
             "of several processes, or none for one."
@@ -88,14 +91,14 @@ def _explicit(given: dict[str, str | None]) -> Place | None:
     try:
         count, index = int(count_text or ""), int(index_text or "")
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{count_name}={count_text!r} and {index_name}={index_text!r} must be whole numbers."
         ) from error
     if not 0 <= index < count:
-        raise ValueError(f"{index_name}={index} is not in 0..{count - 1} ({count_name}={count}).")
+        raise InputError(f"{index_name}={index} is not in 0..{count - 1} ({count_name}={count}).")
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(
+        raise InputError(
             f"{address_name}={address!r} must be the host and port of process 0, such as "
             "10.0.0.1:8476."
         )
@@ -117,7 +120,9 @@ def _detected() -> Place | None:
                 _slurm_devices() if kind is clusters.SlurmCluster else None,
             )
         except (ArithmeticError, LookupError, OSError, RuntimeError, ValueError) as error:
-            raise ValueError(
+            # A server that does not answer may do so when the process is started again.
+            failure = ConnectionError if isinstance(error, OSError) else InputError
+            raise failure(
                 f"{kind.__name__.removesuffix('Cluster')} says that this is one process of several, "
                 f"but not which ({type(error).__name__}: {error}): give {', '.join(FLAGS)}, or "
                 "--num-processes 1 to stay alone."
@@ -160,7 +165,7 @@ def _in_kubernetes_job() -> bool:
     if importlib.util.find_spec("kubernetes"):
         return clusters.K8sCluster.is_env_present()
     if index != "0":
-        raise ValueError(
+        raise InputError(
             f"JOB_COMPLETION_INDEX={index} says that this pod is one of several: set "
             f"{', '.join(VARIABLES)} in the manifest, or install the 'kubernetes' package."
         )

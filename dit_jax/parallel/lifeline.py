@@ -5,6 +5,10 @@ dies; a host that vanishes is noticed by its silence. Who learns of a death tell
 stderr and ends at once, without waiting for collectives or saves that cannot end any more: a
 collective on a TPU waits for ever for a process that is gone.
 
+The port is open to whoever reaches it. A connection must therefore begin with the run's token, a line
+that is compared before anything is parsed. Who does not send it within ``STRANGER_SECONDS``, or sends
+anything else, is cut off, and at most ``STRANGERS`` may be silent at a time.
+
 JAX's coordination service has heartbeats too. They remain as a second line: they take a minute or more,
 name no host, and end a process by SIGABRT.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import hmac
 import json
 import os
 import secrets
@@ -36,6 +41,13 @@ FAREWELL_SECONDS = 1.0
 """How long a process that ends leaves the others to hear why."""
 RETRY_SECONDS = 0.1
 """How long process 0 waits after a connection that it could not accept."""
+STRANGER_SECONDS = 5.0
+"""How long a connection may take to show the token."""
+STRANGERS = 16
+"""Connections that have not shown the token yet. One more and the oldest goes: the run's own processes
+send the token as they connect, so that it is never theirs for long."""
+MESSAGE_BYTES = 4096
+"""Longer lines are no messages of ours."""
 REMEDY = (
     "Start all processes again with the same command: training resumes at its newest checkpoint."
 )
@@ -47,7 +59,9 @@ class Peer:
 
     line: socket.socket
     name: str = ""
-    """Such as "process 1 of 4 (host b)"; empty until it has shown that it belongs to the run."""
+    """Such as "process 1 of 4 (host b)"; empty until it has said so, after the token."""
+    member: bool = False
+    """Whether it has shown the token: until then it is a stranger."""
     heard: float = dataclasses.field(default_factory=time.monotonic)
     rest: bytes = b""
     """The beginning of a message whose end has not come yet."""
@@ -60,7 +74,7 @@ class Lifeline:
         self.name = f"process {index} of {count} (host {socket.gethostname()})"
         self._peers: list[Peer] = []
         self._server: socket.socket | None = None
-        self._token = secrets.token_hex(8)
+        self._token = secrets.token_hex(16)
         self._closing = False
         self._lock = threading.Lock()
 
@@ -80,8 +94,9 @@ class Lifeline:
         """Connects to process 0 on ``host``. For the other processes."""
         known = json.loads(invitation)
         line = socket.create_connection((host.strip("[]"), known["port"]), timeout=30)
-        self._peers.append(Peer(line, known["name"]))
-        self._tell({"hello": self.name, "token": known["token"]})
+        line.sendall(known["token"].encode() + b"\n")
+        self._peers.append(Peer(line, known["name"], member=True))
+        self._tell({"hello": self.name})
         self._start()
 
     def close(self) -> None:
@@ -89,20 +104,21 @@ class Lifeline:
         self._closing = True
         self._tell({"end": True})
 
-    def fail(self, error: BaseException, prog: str) -> NoReturn:
+    def fail(self, error: BaseException, prog: str, user_error: bool) -> NoReturn:
         """Ends this process, and with it the others, because of an error in this one.
 
-        Where the error only follows from another's death, that ends this process meanwhile.
+        An error of the user ends them with status 2 and one line, any other with status 1 and its
+        traceback. If such an error only follows from another's death, that ends this process meanwhile.
         """
-        if not isinstance(error, ValueError):
+        if not user_error:
             time.sleep(VERDICT_SECONDS)
             traceback.print_exception(error)
         self._closing = True
-        status = 2 if isinstance(error, ValueError) else 1
+        status = 2 if user_error else 1
         reason = (str(error).strip().splitlines() or [""])[0]
         text = f"{self.name} failed ({type(error).__name__}: {reason[:300]})."
         self._tell({"stop": text, "status": status})
-        if isinstance(error, ValueError):
+        if user_error:
             _say(f"{prog}: error: {error}")
         time.sleep(FAREWELL_SECONDS)
         os._exit(status)
@@ -122,17 +138,22 @@ class Lifeline:
                 for key, _ in selector.select(BEAT_SECONDS):
                     if key.data is None:
                         self._accept(selector)
-                    elif not self._hear(key.data):
-                        selector.unregister(key.fileobj)
-                        self._peers.remove(key.data)
-                        key.data.line.close()
+                    elif key.data in self._peers and not self._hear(key.data):
+                        self._drop(selector, key.data)
                 now = time.monotonic()
                 if now - beaten >= BEAT_SECONDS:
                     beaten = now
                     self._tell({})
-                for peer in self._peers:
+                for peer in list(self._peers):
                     if peer.name and now - peer.heard > SILENCE_SECONDS:
                         self._lost(peer, f"not heard of for {SILENCE_SECONDS:.0f} s")
+                    elif not peer.name and now - peer.heard > STRANGER_SECONDS:
+                        self._drop(selector, peer)
+
+    def _drop(self, selector: selectors.BaseSelector, peer: Peer) -> None:
+        selector.unregister(peer.line)
+        self._peers.remove(peer)
+        peer.line.close()
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         """Takes a connection, if that is possible.
@@ -147,6 +168,8 @@ class Lifeline:
             time.sleep(RETRY_SECONDS)  # select() returns at once while a connection waits
             return
         line.settimeout(BEAT_SECONDS)
+        if len(strangers := [peer for peer in self._peers if not peer.name]) >= STRANGERS:
+            self._drop(selector, strangers[0])
         peer = Peer(line)
         self._peers.append(peer)
         selector.register(line, selectors.EVENT_READ, peer)
@@ -161,22 +184,32 @@ class Lifeline:
             if peer.name:
                 self._lost(peer, "its connection closed")
             return False
-        peer.heard = time.monotonic()
         *messages, peer.rest = (peer.rest + data).split(b"\n")
-        for message in messages:
-            try:
-                said = json.loads(message)
-                if not peer.name and said["token"] == self._token:
-                    peer.name = said["hello"]
-            except (ValueError, LookupError, TypeError):
-                said = {}
-            if not peer.name:
-                return False  # a stranger
-            if "stop" in said:
-                self._stop(said["stop"], said["status"], peer)
-            if "end" in said:
+        if not peer.member:
+            # Compared as bytes, in constant time, and nothing of it is parsed.
+            token = self._token.encode()
+            if not messages and len(peer.rest) <= len(token):
+                return True  # the end of its line has not come yet
+            peer.member = bool(messages) and hmac.compare_digest(messages.pop(0), token)
+            if not peer.member:
                 return False
-        return True
+        if peer.name:
+            peer.heard = time.monotonic()
+        peer.rest = peer.rest[:MESSAGE_BYTES]
+        return all(self._take(peer, message) for message in messages)
+
+    def _take(self, peer: Peer, message: bytes) -> bool:
+        """Does what a message says; False if its sender says no more."""
+        try:
+            said = json.loads(message[:MESSAGE_BYTES])
+            if not peer.name:
+                peer.name, peer.heard = str(said["hello"]), time.monotonic()
+            stop, status, end = said.get("stop"), int(said.get("status", 1)), "end" in said
+        except Exception:  # Whatever it is, this thread goes on.
+            return bool(peer.name)
+        if stop:
+            self._stop(str(stop), status, peer)
+        return not end
 
     def _lost(self, peer: Peer, how: str) -> None:
         self._stop(f"{peer.name} is gone ({how}).", 1, peer)
@@ -196,7 +229,7 @@ class Lifeline:
         data = json.dumps(message).encode() + b"\n"
         with self._lock:
             for peer in list(self._peers):
-                if peer is not besides:
+                if peer.name and peer is not besides:
                     with contextlib.suppress(OSError):  # listening to it will tell
                         peer.line.sendall(data)
 

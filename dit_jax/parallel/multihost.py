@@ -24,14 +24,25 @@ A_WEEK = 7 * 24 * 3600 * 1000
 
 
 @contextlib.contextmanager
-def joined(flags: Mapping[str, str | None] | None, prog: str) -> Iterator[None]:
+def joined(
+    flags: Mapping[str, str | None] | None, prog: str, user_errors: type[Exception] = ValueError
+) -> Iterator[None]:
     """What is done inside is done by all processes of the run: they begin, fail and end together.
 
-    ``flags`` are those of ``take_process_flags``. A process that is alone notices nothing. Among
-    several, an error inside ends the process here (exit status 2 for a ``ValueError``, which is printed
-    as ``prog``'s, else 1): the way out through the interpreter would wait for the others.
+    ``flags`` are those of ``take_process_flags``. A process that is alone notices nothing: errors are
+    its caller's. Among several, an error inside ends the process here, because the way out through the
+    interpreter would wait for the others: with exit status 2, which launchers do not start again, for
+    ``user_errors``, which are printed as ``prog``'s; else with 1. A verb whose errors of the user are
+    all ``InputError`` gives that, and any other ``ValueError`` is then a failure like others.
+
+    Raises:
+        InputError: if flags or environment make no sense.
+        SystemExit: with status 1, if the others are not there in time.
     """
-    lifeline = initialize(flags)
+    try:
+        lifeline = initialize(flags)
+    except ConnectionError as error:
+        raise SystemExit(f"{prog}: error: {error}") from error
     if lifeline is None:
         yield
         return
@@ -39,7 +50,7 @@ def joined(flags: Mapping[str, str | None] | None, prog: str) -> Iterator[None]:
         yield
         jax.distributed.shutdown()  # returns when all have come here
     except BaseException as error:
-        lifeline.fail(error, prog)
+        lifeline.fail(error, prog, isinstance(error, user_errors))
     lifeline.close()
 
 
@@ -49,7 +60,8 @@ def initialize(flags: Mapping[str, str | None] | None = None) -> Lifeline | None
     CPU processes talk by gloo. From then on the death of any of them ends this one, too.
 
     Raises:
-        ValueError: where flags or environment make no sense, or the others are not there.
+        InputError: if flags or environment make no sense.
+        ConnectionError: if the others are not there in time; starting all again may help.
     """
     place = find_place(flags)
     if place is None:
@@ -64,7 +76,7 @@ def initialize(flags: Mapping[str, str | None] | None = None) -> Lifeline | None
             cluster_detection_method="deactivate",
         )
     except RuntimeError as error:
-        raise ValueError(
+        raise ConnectionError(
             f"process {place.index} of {place.count} could not join the others at "
             f"{place.coordinator} ({error}): start them all, with the same address, and a port that is "
             "free on the host of process 0."
