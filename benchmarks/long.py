@@ -59,8 +59,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     asked = {"height": given.height, "width": given.width, "solver": given.solver}
     asked |= {"steps": given.steps, "cache_threshold": given.cache_threshold}
     asked |= {"cfg_scale": given.cfg_scale}
-    unset = dict.fromkeys(vars(tasks.SamplingOverrides()))
-    overrides = tasks.SamplingOverrides(**(unset | asked))
+    asked = {name: value for name, value in asked.items() if value is not None}
+    overrides = tasks.SamplingOverrides(**asked)
     trained = tasks.Trained(given.checkpoint, None, overrides, given.codec)
     config, mesh = trained.config, make_mesh(MeshConfig())
     source, made = config.data.source, config.sampling

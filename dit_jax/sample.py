@@ -192,7 +192,7 @@ def _plan(given: SampleArguments, config: Config) -> tasks.Plan:
     files = given.mode.files
     probes = [probe_prompt(file) for file in files]
     shapes = [tasks.Shape(p.height, p.width, p.fps, p.kind == "image") for p in probes]
-    return tasks.make_plan(given.mode, given.sampling, config, shapes)
+    return tasks.make_plan(given.mode, tasks.chosen(given.sampling), config, shapes)
 
 
 def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
@@ -211,9 +211,10 @@ def _clip(file: Path) -> tuple[np.ndarray, float]:
 
 def sample(given: SampleArguments) -> None:
     """Makes the clips and writes them."""
-    given.mode.check(given.sampling, given.long.long is not None)
+    asked = tasks.chosen(given.sampling)
+    given.mode.check(asked, given.long.long is not None)
     if given.super_resolve:
-        tasks.check_enlarges(given.mode, given.long, given.sampling)
+        tasks.check_enlarges(given.mode, given.long, asked)
     directory = Path(given.output)
     single = bool(directory.suffix) and not directory.is_dir()
     if single:

@@ -41,7 +41,7 @@ class GuidanceConfig:
             raise ValueError(f"sampling.cfg_scale is {self.scale}: it is at least 0.")
         if self.channels is not None and self.channels < 1:
             raise ValueError(
-                f"sampling.cfg_channels is {self.channels}: guide at least 1, or unset it for all."
+                f"sampling.cfg_channels is {self.channels}: guide at least 1, or None for all."
             )
         low, high = self.interval
         if not 0 <= low < high <= 1:
@@ -151,7 +151,7 @@ def guide(
         if config.channels > channels:
             raise ValueError(
                 f"sampling.cfg_channels is {config.channels}, and the model's patches have "
-                f"{channels} channels: guide at most so many, or unset it for all."
+                f"{channels} channels: guide at most so many, or None for all."
             )
         first = np.arange(conditional.shape[-1]) % channels < config.channels
         guided = jnp.where(first, guided, conditional)

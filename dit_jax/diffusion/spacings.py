@@ -37,7 +37,9 @@ def sigma_schedule(
     if last is None:
         even = np.linspace(1.0, 0.0, steps + 1)
     elif steps == 1:
-        raise ValueError(f"1 solver step goes from 1 to 0: it has no last level {last}; unset it.")
+        raise ValueError(
+            f"1 solver step goes from 1 to 0: it has no last level {last}; set it to None."
+        )
     else:
         even = np.append(np.linspace(1.0, last, steps), 0.0)
     return np.asarray(shift_time(even, shift), np.float32)

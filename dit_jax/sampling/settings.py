@@ -35,13 +35,13 @@ class SamplingConfig:
     """Of the noise levels: the last three choose indices of the discrete path (linspace as DiT)."""
     last_step: float | None = None
     """Level from which the last step of a linear spacing goes to 0 (0.04 for SiT's sde, before the
-    shift). Unset: all steps are alike."""
+    shift). None: all steps are alike."""
     shift: float | None = None
-    """Of the noise schedule towards noise. Unset: the shift that training used for such a size."""
+    """Of the noise schedule towards noise. None: the shift that training used for such a size."""
     cfg_scale: float = 4.0
     """Guidance; 1 is none and halves the work."""
     cfg_channels: int | None = None
-    """Guide only the first so many channels (DiT: 3 of 4). Unset: all."""
+    """Guide only the first so many channels (DiT: 3 of 4). None: all."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only at noise levels low < t <= high; outside, steps have half the work."""
     cfg_rescale: float = 0.0
@@ -67,16 +67,14 @@ class SamplingConfig:
         if not 0 < self.fps < math.inf:
             raise ValueError(f"sampling.fps is {self.fps}: it is above 0 and finite (24 is usual).")
         if self.shift is not None and self.shift <= 0:
-            raise ValueError(
-                f"sampling.shift is {self.shift}: it is above 0 (1 is none), or unset."
-            )
+            raise ValueError(f"sampling.shift is {self.shift}: it is above 0 (1 is none), or None.")
         if self.last_step is not None and not 0 < self.last_step < 1:
             raise ValueError(
-                f"sampling.last_step is {self.last_step}: a level between 0 and 1, or unset."
+                f"sampling.last_step is {self.last_step}: a level between 0 and 1, or None."
             )
         if self.last_step is not None and self.steps < 2:
             raise ValueError(
-                f"sampling.last_step is {self.last_step} of 1 step: make more, or unset it."
+                f"sampling.last_step is {self.last_step} of 1 step: make more, or set it to None."
             )
         if not 0 <= self.cache_threshold < math.inf:
             raise ValueError(
@@ -124,5 +122,5 @@ class SamplingConfig:
         if self.cfg_channels is not None and self.cfg_channels > channels:
             raise ValueError(
                 f"sampling.cfg_channels is {self.cfg_channels}, and the model's patches have "
-                f"{channels} channels: guide at most so many, or unset it for all."
+                f"{channels} channels: guide at most so many, or None for all."
             )

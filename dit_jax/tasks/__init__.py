@@ -40,3 +40,4 @@ from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model
 from dit_jax.tasks.trained import SamplingOverrides as SamplingOverrides
 from dit_jax.tasks.trained import Trained as Trained
+from dit_jax.tasks.trained import chosen as chosen

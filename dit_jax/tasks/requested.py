@@ -92,9 +92,9 @@ class ModeArguments:
             return bool(self.image or self.last_image or self.keyframe)
         return getattr(self, source) is not None
 
-    def check(self, sampling: Any, long: bool = False) -> None:
-        """Raises ``ValueError`` where options contradict each other, or those of ``sampling``, whose
-        fields are None where they are not given. A ``long`` clip says elsewhere how far it goes."""
+    def check(self, sampling: Mapping[str, Any], long: bool = False) -> None:
+        """Raises ``ValueError`` where options contradict each other, or those of ``sampling`` that are
+        given. A ``long`` clip says elsewhere how far it goes."""
         sources = [name for name in SOURCES if self._has(name)]
         if len(sources) > 1:
             names = " and ".join(f"--{name}" for name in sources)
@@ -116,18 +116,19 @@ class ModeArguments:
             )
         if self.loop and self.interpolate is not None:
             raise ValueError("--loop and --interpolate: do one, and the other to its output.")
-        if self.duration is not None and sampling.frames is not None:
+        frames = sampling.get("frames")
+        if self.duration is not None and frames is not None:
             raise ValueError(
-                f"--duration {self.duration} and --frames {sampling.frames} both say how long: give "
+                f"--duration {self.duration} and --frames {frames} both say how long: give "
                 "one of them."
             )
         for name in ("context", "blend"):
-            if getattr(self, name) is not None and sampling.frames is not None and not long:
+            if getattr(self, name) is not None and frames is not None and not long:
                 raise ValueError(
-                    f"--frames {sampling.frames} and --{name} {getattr(self, name)} both say how much "
+                    f"--frames {frames} and --{name} {getattr(self, name)} both say how much "
                     "of a clip the model is shown: give one of them."
                 )
-        if self.negative_prompt is not None and sampling.cfg_scale == 1:
+        if self.negative_prompt is not None and sampling.get("cfg_scale") == 1:
             raise ValueError(
                 "--negative-prompt: --cfg-scale 1 is no guidance. Raise it, or leave it."
             )
@@ -314,11 +315,13 @@ class Plan:
         return 0.0 if float(time.rstrip("s")) == 0 else self._seconds(time)
 
 
-def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence[Shape]) -> Plan:
+def make_plan(
+    given: ModeArguments, asked: Mapping[str, Any], config: Config, shapes: Sequence[Shape]
+) -> Plan:
     """The size and rate that are asked for, or the first file's, or the config's.
 
     Args:
-        asked: the options of ``sampling``, None where they are not given.
+        asked: the options of ``sampling`` that are given.
         shapes: of ``given.files``, in that order.
 
     Raises:
@@ -333,10 +336,12 @@ def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence
     height, width = made.height, made.width
     if shapes:
         multiples = codec.h * patch.h, codec.w * patch.w
-        height, width = _size(shapes[0], asked.height, asked.width, multiples, given.files[0])
+        height, width = _size(
+            shapes[0], asked.get("height"), asked.get("width"), multiples, given.files[0]
+        )
     _check_latents(config, made.frames, height, width)
     fps = made.fps
-    if shapes and asked.fps is None and given.source != "image" and not shapes[0].still:
+    if shapes and "fps" not in asked and given.source != "image" and not shapes[0].still:
         fps = shapes[0].fps
     if made.frames == 1 and given.duration is None:
         if given.loop and given.source is None:
@@ -351,7 +356,7 @@ def make_plan(given: ModeArguments, asked: Any, config: Config, shapes: Sequence
             f"--loop of text: most layers see {config.model.dit.band} tokens to either side (model.dit."
             "band), never from the last frame to the first. Close a clip instead (--video FILE --loop)."
         )
-    return Plan(given, height, width, fps, asked.frames, made.frames)
+    return Plan(given, height, width, fps, asked.get("frames"), made.frames)
 
 
 def _check_latents(config: Config, frames: int, height: int, width: int) -> None:

@@ -7,7 +7,7 @@ and columns: enlarged to the clip's own size, and encoded by the codec where the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +98,15 @@ def check_given(config: Config, files: Sequence[str]) -> None:
         )
 
 
-def check_enlarges(mode: ModeArguments, long: LongArguments, sampling: Any) -> None:
-    """Raises ``ValueError`` where clips are to be enlarged and something else besides; what is unset in
-    ``sampling`` is None."""
+def check_enlarges(mode: ModeArguments, long: LongArguments, sampling: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` where clips are to be enlarged and something else besides; ``sampling`` are
+    the options of that name that are given."""
     if mode.source or mode.loop or long.long:
         raise ValueError(
             "--super-resolve enlarges clips and does nothing else to them: make the clip first, and "
             "enlarge what comes out."
         )
-    sizes = {name: getattr(sampling, name) for name in ("height", "width", "frames", "fps")}
+    sizes = {name: sampling.get(name) for name in ("height", "width", "frames", "fps")}
     for name, value in {**sizes, "duration": mode.duration}.items():
         if value is not None:
             raise ValueError(

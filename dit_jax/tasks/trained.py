@@ -36,21 +36,31 @@ def _said_of_fields(config: type) -> dict[str, str]:
     return said
 
 
-def _optional(config: type) -> Any:
-    """A config's dataclass again, every field optional."""
+RUN = "run"
+"""An override's value for "as the run's config says"; None is a value of its own."""
+
+
+def _overrides(config: type) -> Any:
+    """A config's dataclass again, with ``RUN`` as every field's default."""
     hints, said = typing.get_type_hints(config), _said_of_fields(config)
     fields = []
     for field in dataclasses.fields(config):
-        help = f"{said.get(field.name, '')} (unset: as the run's config says)".strip()
+        help = f"{said.get(field.name, '')} ({RUN}, or unset: as the run's config says)".strip()
         hint = typing.Annotated[
-            hints[field.name] | None, tyro.conf.arg(help=help, help_behavior_hint="")
+            hints[field.name] | typing.Literal["run"],
+            tyro.conf.arg(help=help, help_behavior_hint=""),
         ]
-        fields.append((field.name, hint, None))
-    return dataclasses.make_dataclass(f"Optional{config.__name__}", fields, frozen=True)
+        fields.append((field.name, hint, RUN))
+    return dataclasses.make_dataclass(f"{config.__name__}Overrides", fields, frozen=True)
 
 
-SamplingOverrides: Any = _optional(SamplingConfig)
-"""The fields of ``SamplingConfig``; None is what the run's config says."""
+SamplingOverrides: Any = _overrides(SamplingConfig)
+"""The fields of ``SamplingConfig``; ``RUN`` is what the run's config says."""
+
+
+def chosen(overrides: Any) -> dict[str, Any]:
+    """The fields of overrides that are not the run's, None among their values."""
+    return {name: value for name, value in vars(overrides).items() if value != RUN}
 
 
 class Trained:
@@ -71,11 +81,10 @@ class Trained:
         self._checkpointer, self.step = open_run(Path(run), step)
         self.path = self._checkpointer.path(self.step)
         stored = stored_config(self._checkpointer.config(self.step), self.path / "config")
-        said = {name: value for name, value in vars(sampling).items() if value is not None}
         encoder = stored.text_encoder
         self.config = dataclasses.replace(
             stored,
-            sampling=dataclasses.replace(stored.sampling, **said),
+            sampling=dataclasses.replace(stored.sampling, **chosen(sampling)),
             codec=dataclasses.replace(stored.codec, path=codec or stored.codec.path),
             text_encoder=dataclasses.replace(encoder, path=text_encoder or encoder.path),
         )

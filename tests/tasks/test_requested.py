@@ -5,20 +5,29 @@ import types
 
 import numpy as np
 import pytest
+import tyro
 
 from dit_jax.config import CodecConfig
 from dit_jax.models import PatchConfig, PixelCodec
-from dit_jax.sampling import Request, Space
-from dit_jax.tasks import ModeArguments, Plan, Shape, gathered, make_plan
+from dit_jax.sampling import Request, SamplingConfig, Space
+from dit_jax.tasks import (
+    ModeArguments,
+    Plan,
+    SamplingOverrides,
+    Shape,
+    chosen,
+    gathered,
+    make_plan,
+)
 from dit_jax.tasks.requested import _check_latents
 from tests.tiny_config import get_config
 
-UNSET = types.SimpleNamespace(frames=None, height=None, width=None, fps=None, cfg_scale=None)
+UNSET = {}
 SPACE = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))
 
 
 def asked(**fields):
-    return types.SimpleNamespace(**{**vars(UNSET), **fields})
+    return fields
 
 
 @pytest.mark.parametrize(
@@ -75,8 +84,8 @@ def test_a_long_clip_is_extended_without_a_length():
 
 def plan(given, sampling=UNSET, *shapes):
     given.check(sampling)
-    config, said = get_config(), {k: v for k, v in vars(sampling).items() if v is not None}
-    made = dataclasses.replace(config.sampling, **said)
+    config = get_config()
+    made = dataclasses.replace(config.sampling, **sampling)
     # The run's config with these options, as a run is opened with them.
     object.__setattr__(config, "sampling", made)
     return make_plan(given, sampling, config, shapes)
@@ -167,3 +176,18 @@ def test_sizes_that_patches_of_latents_do_not_divide_are_told_in_pixels():
             _check_latents(config, *size)  # pyright: ignore[reportArgumentType]
     _check_latents(config, 9, 64, 96)  # pyright: ignore[reportArgumentType]
     _check_latents(get_config(), 4, 71, 1)  # of pixels: the patch refuses them
+
+
+def test_none_that_is_given_is_another_value_than_the_runs():
+    run = SamplingConfig(shift=2.0, last_step=0.04, cfg_channels=3)
+
+    def options(*arguments):
+        overrides = chosen(tyro.cli(SamplingOverrides, args=list(arguments)))
+        config = dataclasses.replace(run, **overrides)
+        return config.shift, config.last_step, config.cfg_channels, config.steps
+
+    assert options() == options("--shift", "run") == (2.0, 0.04, 3, 30)
+    none = ("--shift", "None", "--last-step", "None", "--cfg-channels", "None", "--steps", "1")
+    assert options(*none) == (None, None, None, 1)
+    with pytest.raises(SystemExit):  # It has no meaning there.
+        options("--steps", "None")
