@@ -37,6 +37,8 @@ HEARTBEAT_SECONDS = 30.0
 """From one sign of life in a lock to the next."""
 STALE_SECONDS = 600.0
 """A lock of another host without a sign of life for this long is taken over."""
+CLIENTS = ("gcsfs", "aiohttp", "google.")
+"""How the modules begin whose exceptions are those of Cloud Storage."""
 MiB = 2**20
 SURROGATES = re.compile("[\ud800-\udfff]")
 T = TypeVar("T")
@@ -217,6 +219,24 @@ def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> b
     return data
 
 
+def read_json(path: str | os.PathLike, name: str = "the file", limit: int = 64 * MiB) -> Any:
+    """The value of a JSON file of at most ``limit`` bytes.
+
+    Raises:
+        InputError: as ``read_bytes`` does, or if it is not JSON or nests too deep.
+    """
+    try:
+        return json.loads(read_bytes(path, limit, name))
+    except RecursionError as error:
+        raise InputError(f"{name} {os.fspath(path)!r} nests too deep: restore it.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} {os.fspath(path)!r} is not UTF-8 text ({error}): restore it."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} {os.fspath(path)!r} is no JSON ({error}): restore it.") from error
+
+
 def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
     """Writes a file that is there whole or not at all, also for other processes that look.
 
@@ -244,9 +264,10 @@ def encodable(text: str) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a local file to write, which becomes ``path`` if the block ends without an error.
+    """Gives a local path to write, which becomes ``path`` if the block ends without an error.
 
-    The name of the local file has the same suffix. Directories above ``path`` are made.
+    The block makes a file there, or a folder if there is none yet at ``path``. The local path has the
+    same name. Directories above ``path`` are made.
     """
     target = as_path(path)
     if is_remote(target):
@@ -264,8 +285,36 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _upload(source: Path, target: Path) -> None:
+    if source.is_dir():
+        for inner in sorted(source.iterdir()):
+            _upload(inner, target / inner.name)
+        return
     with source.open("rb") as file, target.open("wb") as out:
         shutil.copyfileobj(file, out, 16 * MiB)
+
+
+def run_verb(prog: str, work: Callable[[], Any]) -> int:
+    """Does the work of a command; returns its exit status, after an error has been told in a line.
+
+    0: done. 2: something given is wrong. 1: storage failed, and the same command may succeed later.
+    """
+    with contextlib.suppress(AttributeError):
+        # A file's name may be no UTF-8: telling it must not end what is done already.
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        work()
+    except ValueError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Clients of Cloud Storage have their own exceptions.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(CLIENTS):
+            raise
+        name = getattr(error, "filename", None)
+        where = f"{os.fsdecode(name)!r}: " if isinstance(name, str | bytes) else ""
+        print(f"{prog}: failed: {where}{explain(error)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 _copies: dict[str, Path] = {}

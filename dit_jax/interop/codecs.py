@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from dit_jax.files import local_copy
 from dit_jax.interop.autoencoder import autoencoder_from_diffusers, autoencoder_map, weights_hash
 from dit_jax.interop.folders import read_config, read_weights, write_folder
 from dit_jax.interop.layouts import Layout
@@ -127,9 +128,9 @@ def load_codec(path: str | Path, tiles: TileConfig | None = None) -> ImageCodec 
     video by our names, so that its folder and the one it is converted to give one, too.
 
     Raises:
-        ValueError: where the folder or what it holds is not that.
+        ValueError: where the folder or what it holds is not that, or its values are not finite.
     """
-    folder = Path(path)
+    folder = local_copy(path)
     config, table = codec_config(folder)
     arrays, file = read_weights(folder)
     read = table.read(arrays, repr(str(file)))

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.interop.safetensors_files import read_safetensors, write_safetensors
+from dit_jax.files import InputError, read_json
+from dit_jax.interop.safetensors_files import read_index, read_safetensors, write_safetensors
 from dit_jax.interop.torch_files import read_torch
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -38,13 +39,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: where it is absent or no JSON object.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({error}): give the folder of one model, with its "
-            "config.json (of a pipeline that is the folder 'transformer' or 'vae' in it)."
-        ) from error
+    if not path.exists():
+        raise InputError(
+            f"{str(path)!r} is not there: give the folder of one model, with its config.json (of a "
+            "pipeline that is the folder 'transformer' or 'vae' in it)."
+        )
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} holds no JSON object.")
     return values
@@ -83,13 +83,9 @@ def _reader(name: str) -> Callable[[Path], dict[str, np.ndarray]]:
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
     """All arrays of the files of PyTorch's that an index names."""
-    try:
-        placed = json.loads(index.read_text())["weight_map"]
-        shards = {index.parent / Path(name).name for name in placed.values()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{str(index)!r} is no index of PyTorch's shards ({error}).") from error
+    placed, shards = read_index(index)
     arrays: dict[str, np.ndarray] = {}
-    for shard in sorted(shards):
+    for shard in shards:
         arrays |= read_torch(shard)
     if missing := sorted(set(placed) - set(arrays)):
         raise ValueError(

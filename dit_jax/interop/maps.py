@@ -179,7 +179,8 @@ class Map:
         ``shapes``; every process reads the slices of its own devices only.
 
         Raises:
-            ValueError: where the file and the table, or the table and the model, disagree.
+            ValueError: where the file and the table, or the table and the model, disagree, or values
+                are not finite.
         """
         arrays = self.named(arrays)
         self.check(arrays, where)
@@ -187,8 +188,10 @@ class Map:
         of_path = {entry.path: entry for entry in self.entries}
         layout = dict(_leaves(shardings))
         loaded: dict[str, Any] = {}
+        faults: list[Entry] = []
         for path, leaf in _leaves(shapes):
-            _put(loaded, path, _array(of_path[path], arrays, leaf, layout[path]))
+            _put(loaded, path, _array(of_path[path], arrays, leaf, layout[path], faults))
+        _check_finite(faults, where)
         return {"params": loaded}
 
     def read(self, arrays: Arrays, where: str) -> Params:
@@ -196,9 +199,13 @@ class Map:
         arrays = self.named(arrays)
         self.check(arrays, where)
         made: dict[str, Any] = {}
+        faults: list[Entry] = []
         for entry in self.entries:
             index = (slice(None),) * len(entry.shape)
-            _put(made, entry.path, entry.read(arrays, index, np.float32))
+            whole = entry.read(arrays, index, np.float32)
+            faults += [] if np.isfinite(whole).all() else [entry]
+            _put(made, entry.path, whole)
+        _check_finite(faults, where)
         return {"params": made}
 
     def export(self, params: Params, dtype: Any = np.float32) -> Written:
@@ -283,14 +290,30 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _array(entry: Entry, arrays: Arrays, leaf: Any, sharding: Any) -> jax.Array:
-    """A parameter on its devices; equal slices (of replicas) are read once."""
+def _check_finite(faults: Sequence[Entry], where: str) -> None:
+    """Raises ``ValueError`` that names the keys of entries whose values are not all finite."""
+    if faults:
+        keys = [key for entry in faults for key in entry.keys]
+        more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+        raise ValueError(
+            f"{where} holds NaN or infinite values in {', '.join(keys[:SHOWN])}{more}: get it again, "
+            "or take an earlier one."
+        )
+
+
+def _array(
+    entry: Entry, arrays: Arrays, leaf: Any, sharding: Any, faults: list[Entry]
+) -> jax.Array:
+    """A parameter on its devices; equal slices (of replicas) are read once. An entry that is not
+    finite is put in ``faults``."""
     parts: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
         place = tuple(s.indices(size) for s, size in zip(index, leaf.shape, strict=True))
         if place not in parts:
             parts[place] = entry.read(arrays, index, leaf.dtype)
+            if not np.isfinite(parts[place]).all() and entry not in faults:
+                faults.append(entry)
         return parts[place]
 
     return jax.make_array_from_callback(leaf.shape, sharding, part)

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 from safetensors import numpy as st
 
+from dit_jax.files import InputError, as_path, local_copy, read_json
 from dit_jax.interop.pickles import DTYPES
 
 METADATA = {"format": "pt"}
@@ -47,16 +48,12 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         ValueError: where a file is absent, damaged, or of an unknown dtype; where the index and its
             shards disagree.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix != ".json":
-        return _read_file(path)
-    try:
-        placed = json.loads(path.read_text())["weight_map"]
-        shards = {path.parent / Path(name).name for name in placed.values()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is no index of safetensors shards ({error}).") from error
+        return _read_file(local_copy(path))
+    placed, shards = read_index(path)
     arrays: dict[str, np.ndarray] = {}
-    for shard in sorted(shards):
+    for shard in map(local_copy, shards):
         for name, array in _read_file(shard).items():
             if Path(placed.get(name, "")).name != shard.name:
                 raise ValueError(
@@ -66,6 +63,20 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     if missing := sorted(set(placed) - set(arrays)):
         raise ValueError(f"{str(path)!r} names {missing[0]!r}, which no shard has: get them again.")
     return arrays
+
+
+def read_index(path: Path) -> tuple[dict[str, str], list[Path]]:
+    """Of a ``.index.json``: the name of each array's shard, and the shards, all beside the index.
+
+    Raises:
+        ValueError: where it is none.
+    """
+    values = read_json(path)
+    placed = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise InputError(f"{str(path)!r} is no index of shards: it names no file for each array.")
+    # A name leads nowhere else, whatever folders it has.
+    return placed, sorted({path.parent / Path(name).name for name in placed.values()})
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dit_jax.files import as_path, local_copy
 from dit_jax.interop.autoencoder import weights_hash
 from dit_jax.interop.folders import TRANSFORMERS, read_config, read_weights
 from dit_jax.interop.maps import Arrays, Map
@@ -112,12 +113,12 @@ def _clip(folder: Path, values: dict[str, Any], where: str, layer: Layer) -> _Fa
 
 def _folder_name(folder: Path) -> str:
     """Of a folder, or of the pipeline that it is a part of."""
-    whole = folder.resolve()
+    whole = folder.resolve()  # Also of a folder on Cloud Storage.
     return whole.parent.name if whole.name.startswith("text_encoder") else whole.name
 
 
 def _family(folder: Path, layer: Layer) -> _Family:
-    values, where = read_config(folder), repr(str(folder / "config.json"))
+    values, where = read_config(local_copy(folder)), repr(str(folder / "config.json"))
     if values.get("model_type") in ("clip", "clip_text_model"):
         return _clip(folder, values, where, layer)
     if layer != "last":
@@ -149,7 +150,7 @@ def _kept(boxed: Params, dtype: Dtype) -> Params:
 
 def _read(family: _Family, folder: Path) -> tuple[Arrays, str]:
     """The arrays of a folder, checked, by the names of the table, and the file that they are in."""
-    found, file = read_weights(folder, TRANSFORMERS)
+    found, file = read_weights(local_copy(folder), TRANSFORMERS)
     where = repr(str(file))
     arrays = family.table.named(one_embedding(found, where))
     family.table.check(arrays, where)
@@ -184,8 +185,8 @@ def text_encoder_identity(path: str | Path, layer: Layer = "last") -> tuple[str,
     Raises:
         ValueError: where the folder, or what it holds, is no text encoder.
     """
-    family = _family(Path(path), layer)
-    return family.name, _hash(_read(family, Path(path))[0], layer)
+    family = _family(as_path(path), layer)
+    return family.name, _hash(_read(family, as_path(path))[0], layer)
 
 
 def text_length(path: str | Path, layer: Layer = "last") -> tuple[Callable[[str], int], int]:
@@ -195,7 +196,7 @@ def text_length(path: str | Path, layer: Layer = "last") -> tuple[Callable[[str]
     Raises:
         ValueError: where the folder, or what it holds, is no text encoder with its tokenizer.
     """
-    folder = Path(path)
+    folder = as_path(path)
     family = _family(folder, layer)
     file = find_tokenizer(folder, family.files)
     tokenize = family.tokenizer(file, family.config.vocabulary, UNCUT)
@@ -232,12 +233,12 @@ def load_text_encoder(
     Raises:
         ValueError: where the folder, or what it holds, is not that; and what ``check`` raises.
     """
-    folder = Path(path)
+    folder = as_path(path)
     family = _family(folder, layer)
     limit = _limit(family, max_tokens)
     if batch < 1:
         raise ValueError(f"batch is {batch}: at least 1 caption is encoded at once.")
-    beside = folder if tokenizer is None else Path(tokenizer)
+    beside = folder if tokenizer is None else as_path(tokenizer)
     file = find_tokenizer(beside, family.files)
     tokenize = family.tokenizer(file, family.config.vocabulary, limit)
     if dtype == "auto":

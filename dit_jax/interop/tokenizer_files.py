@@ -13,10 +13,11 @@ Captions are taken as they are: what some pipelines do to prompts beforehand (un
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from dit_jax.files import InputError, MiB, local_copy, read_bytes, read_json
 
 END = "</s>"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -26,6 +27,8 @@ CLIP_WORDS = (
 """What OpenAI's tokenizer splits a caption into before it looks for pairs."""
 T5_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 CLIP_FILES = ("tokenizer.json", "vocab.json")
+
+TOKENIZER_LIMIT = 256 * MiB
 
 Tokenize = Callable[[str], list[int]]
 """A caption to tokens; what begins and ends it is included."""
@@ -53,7 +56,13 @@ def find_tokenizer(folder: Path, files: tuple[str, ...]) -> Path:
     for place in places:
         for name in files:
             if (place / name).is_file():
-                return place / name
+                file = local_copy(place) / name
+                if file.stat().st_size > TOKENIZER_LIMIT:
+                    raise InputError(
+                        f"{str(place / name)!r} has more than {TOKENIZER_LIMIT:,} bytes: no tokenizer "
+                        "has so many. Get it again."
+                    )
+                return file
     raise ValueError(
         f"no tokenizer in {' or '.join(repr(str(place)) for place in places)}: none of "
         f"{', '.join(files)}. Put the files that were published with the encoder there, or give their "
@@ -114,8 +123,8 @@ def _of_pairs(file: Path) -> Any:
     library = _library("tokenizers", file)
     merges = file.with_name("merges.txt")
     try:
-        numbers = json.loads(file.read_text(encoding="utf-8"))
-        lines = merges.read_text(encoding="utf-8").splitlines()
+        numbers = read_json(file)
+        lines = read_bytes(merges, TOKENIZER_LIMIT).decode().splitlines()
         pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         pieces = library.models.BPE(
             vocab=numbers, merges=pairs, unk_token=CLIP_END, end_of_word_suffix="</w>"

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dit_jax.files import MiB, local_copy
 from dit_jax.interop.pickles import Record, storage_of, unpickle
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -28,6 +29,12 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, 
 """What the standard library raises on an archive that is not whole."""
 LOCAL_HEADER = 30
 """Bytes of a zip entry's header before its name."""
+PICKLE_LIMIT = 64 * MiB
+"""Bytes of an archive's pickle: names and shapes, and no weights."""
+INFLATED_LIMIT = 64 * MiB
+INFLATED_RATIO = 16
+"""Compressed storages, which PyTorch does not write, may have ``INFLATED_LIMIT`` bytes in all, or the
+file's size times this, if that is more."""
 REPEATS = 1_000_000
 """Values that may be met again, in containers that stand in several places of a tree."""
 
@@ -56,7 +63,7 @@ def read_torch_tree(path: str | Path) -> Any:
     Raises:
         ValueError: as ``read_torch`` does.
     """
-    path = Path(path)
+    path = local_copy(path)
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -133,6 +140,7 @@ class _Archive:
             )
         self.entries = entries
         self.bytes = _mapped(path)
+        self.inflated: dict[str, bytes] = {}
         order = self._read("byteorder") if "byteorder" in entries else b"little"
         if order != b"little":
             raise ValueError(f"{str(path)!r} was written on a big-endian machine: not read here.")
@@ -153,7 +161,13 @@ class _Archive:
         data = self._read(name)
         return unpickle(data, lambda pid: storage_of(pid, fetch), repr(str(self.path)))
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str, limit: int = PICKLE_LIMIT) -> bytes:
+        size = self.zip.getinfo(self.entries[name]).file_size
+        if size > limit:
+            raise ValueError(
+                f"{str(self.path)!r} has {size} bytes in {name!r}, of which {limit} are read at most: "
+                "no file of weights has so many. Take the weights from another source."
+            )
         try:
             return self.zip.read(self.entries[name])
         except DAMAGE as error:
@@ -168,7 +182,11 @@ class _Archive:
         if entry.file_size < size:
             raise ValueError(f"{name} has {entry.file_size} bytes of {size}")
         if entry.compress_type != zipfile.ZIP_STORED:
-            return np.frombuffer(self._read(name), dtype, count)
+            if name not in self.inflated:
+                allowed = max(INFLATED_LIMIT, INFLATED_RATIO * self.bytes.size)
+                left = allowed - sum(map(len, self.inflated.values()))
+                self.inflated[name] = self._read(name, left)
+            return np.frombuffer(self.inflated[name], dtype, count)
         begin = entry.header_offset
         header = self.bytes[begin : begin + LOCAL_HEADER].tobytes()
         if len(header) < LOCAL_HEADER or header[:4] != b"PK\x03\x04":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
+from dit_jax.files import as_path, write_whole
 from dit_jax.models import CausalAutoencoderConfig, TileConfig, VideoCodec
 from tests.codecs import SMALL, noise, quick_compilation, random_params
 
@@ -183,7 +184,25 @@ def test_settings_that_are_of_other_weights_are_refused(folder: Path):
 
 def test_a_folder_without_settings_is_refused(folder: Path, tmp_path: Path):
     (folder / "config.json").write_text("{")
-    assert "config.json' cannot be read" in refused(folder)
+    assert "config.json' is no JSON" in refused(folder)
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "config.json' nests too deep" in refused(folder)
     (folder / "config.json").write_text("[]")
     assert "holds no JSON object" in refused(folder)
-    assert "cannot be read" in refused(tmp_path / "nowhere")
+    assert "nowhere" in refused(tmp_path / "nowhere")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path):
+    params = jax.tree.map(np.array, PARAMS)
+    leaf = params["params"]["decoder"]["conv_out"]["bias"]
+    leaf[0] = np.nan
+    interop.write_codec(tmp_path / "codec", SMALL, params)
+    assert "NaN or infinite values in decoder/conv_out/bias:" in refused(tmp_path / "codec")
+
+
+def test_a_codec_lies_on_cloud_storage(folder: Path, bucket: str):
+    target = as_path(f"{bucket}/codecs/codec")
+    for file in folder.iterdir():
+        write_whole(target / file.name, file.read_bytes())
+    remote, local = interop.load_codec(str(target)), opened(folder)
+    assert (remote.name, remote.hash) == (local.name, local.hash)

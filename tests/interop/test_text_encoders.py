@@ -161,7 +161,7 @@ def test_full_checkpoints_and_other_files_hold_the_same_encoder(t5, tmp_path):
 
 def test_what_is_no_such_encoder_is_said_to_be(t5, tmp_path):
     folder, model = t5
-    with pytest.raises(ValueError, match="config.json' cannot be read"):
+    with pytest.raises(ValueError, match="config.json' is not there"):
         load_text_encoder(tmp_path)
     values = json.loads((folder / "config.json").read_text())
 

@@ -5,6 +5,7 @@ import collections
 import os
 import pickle
 import struct
+import tracemalloc
 import warnings
 import zipfile
 
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dit_jax.interop import read_torch, read_torch_tree, write_torch
+from dit_jax.interop import read_torch, read_torch_tree, torch_files, write_torch
 from dit_jax.interop.pickles import Record
 
 try:
@@ -390,3 +391,53 @@ def test_weights_that_stand_in_two_places_are_read_in_both(tmp_path, zipped):
     both = {"ema": shared, "model": shared}
     torch.save(both, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     assert list(read_torch(tmp_path / "a.pt")) == ["ema.a", "model.a"]
+
+
+def packed(path, kind, **members):
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in members.items():
+            archive.writestr(f"archive/{name}", data)
+
+
+def test_an_archive_that_inflates_beyond_its_size_is_refused(tmp_path, monkeypatch):
+    array = np.zeros((10, 1000), np.float32)
+    write_torch(tmp_path / "a.pt", {"x": array})
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        pickled = archive.read("archive/data.pkl")
+    members = {"data.pkl": pickled, "data/0": array.tobytes()}
+    packed(tmp_path / "small.pt", zipfile.ZIP_DEFLATED, **members)
+    same(read_torch(tmp_path / "small.pt")["x"], array)
+    monkeypatch.setattr(torch_files, "INFLATED_LIMIT", 20_000)
+    with pytest.raises(ValueError, match="has 40000 bytes in 'data/0'"):
+        read_torch(tmp_path / "small.pt")
+    monkeypatch.setattr(torch_files, "INFLATED_LIMIT", 50_000)
+    # The limit is for all of them together.
+    write_torch(tmp_path / "b.pt", {"x": array, "y": array})
+    with zipfile.ZipFile(tmp_path / "b.pt") as archive:
+        both = {"data.pkl": archive.read("archive/data.pkl")}
+    packed(
+        tmp_path / "b.pt",
+        zipfile.ZIP_DEFLATED,
+        **both,
+        **{f"data/{i}": array.tobytes() for i in "01"},
+    )
+    with pytest.raises(ValueError, match="has 40000 bytes in 'data/1'"):
+        read_torch(tmp_path / "b.pt")
+
+
+def test_a_pickle_that_inflates_is_refused(tmp_path):
+    pickled = b"\x80\x02" + b"N0" * (33 * 2**20) + b"N."
+    packed(tmp_path / "a.pt", zipfile.ZIP_DEFLATED, **{"data.pkl": pickled})
+    assert (tmp_path / "a.pt").stat().st_size < 200_000
+    with pytest.raises(ValueError, match="has 69206020 bytes in 'data.pkl'"):
+        read_torch(tmp_path / "a.pt")
+
+
+def test_a_pickle_that_notes_something_at_a_far_place_takes_no_memory(tmp_path):
+    packed(tmp_path / "a.pt", zipfile.ZIP_STORED, **{"data.pkl": b"\x80\x02}r\xff\xff\xff\x01."})
+    tracemalloc.start()
+    try:
+        assert read_torch(tmp_path / "a.pt") == {}
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # And not 0.5 GB.
+    finally:
+        tracemalloc.stop()
