@@ -2,14 +2,17 @@
 # Trains a config on TPU VMs: makes the slices, installs this commit on every worker, starts every
 # worker, and starts again what failed, until the run is complete. Give the same command again to go on.
 #
-#   NAME=run1 ZONE=us-east5-a TOPOLOGY=v5p:4x4x4 CONFIG=configs/video_1b3.py OUTPUT=/mnt/runs/run1 \
-#       launch/tpu_vm.sh --data.source.path /mnt/runs/data/video_latents/1.0.0
+#   NAME=run1 ZONE=us-east5-a TOPOLOGY=v5p:4x4x4 CONFIG=configs/video_1b3.py \
+#       OUTPUT=gs://my-bucket/runs/run1 DATA_BUCKET=my-bucket/data \
+#       launch/tpu_vm.sh --data.source.path /data/video_latents/1.0.0
 #
-# What follows tpu_vm.sh are flags of dit_jax.train. OUTPUT and the records lie where every worker sees
-# them under these paths. Optional: SLICES (1), SPOT=1, SETUP (a command for every worker before
-# training, such as one that mounts that disk), EXTRAS (tpu), MAX_RESTARTS (20; a slice that cannot be
-# made counts as well), PAUSE (30, seconds), RUNTIME (the image of the VMs), KEEP=1 (keeps the slices
-# when the run is done). With SLICES=2 add --mesh.data 2 --mesh.fsdp 64 --data.packing.rows 128: data is
+# What follows tpu_vm.sh are flags of dit_jax.train. OUTPUT is on Cloud Storage, or on a disk that every
+# worker has under this path. DATA_BUCKET is BUCKET[/DIR], with the training data: it is mounted on every
+# worker at DATA_MOUNT (/data) by launch/data.sh, with DATA_CACHE_MB (0) of local disk for what was read;
+# with DATA_COPY=1 it is copied there instead. Optional: SLICES (1), SPOT=1, SERVICE_ACCOUNT (of the VMs),
+# SETUP (a command for every worker before training), EXTRAS (tpu,gcs), MAX_RESTARTS (20; a slice that
+# cannot be made counts as well), PAUSE (30, seconds), RUNTIME (the image of the VMs), KEEP=1 (keeps the
+# slices when the run is done). With SLICES=2 add --mesh.data 2 --mesh.fsdp 64 --data.packing.rows 128: data is
 # a multiple of SLICES. gcloud knows the project. Exit status: 0, complete; 2, wrong input; else the
 # restarts are used up.
 set -euo pipefail
@@ -19,6 +22,7 @@ source "$here/topology.sh"
 
 explain "$@"
 need NAME ZONE TOPOLOGY CONFIG OUTPUT
+mount=${DATA_MOUNT:-/data}
 slices=${SLICES:-1} pause=${PAUSE:-30} max_restarts=${MAX_RESTARTS:-20}
 slice "$TOPOLOGY"
 runtime=${RUNTIME:-$TPU_VM_RUNTIME}
@@ -45,7 +49,8 @@ create() {
     local nodes=(--node-id="$NAME")
     ((slices == 1)) || nodes=(--node-count="$slices" --node-prefix="$NAME")
     tpus create "$NAME" "${nodes[@]}" --accelerator-type="$TPU_VM_TYPE" \
-        --runtime-version="$runtime" ${SPOT:+--spot}
+        --runtime-version="$runtime" --scopes=cloud-platform ${SPOT:+--spot} \
+        ${SERVICE_ACCOUNT:+--service-account="$SERVICE_ACCOUNT"}
 }
 
 # Returns when all slices are there, made anew if need be; 1 where they cannot be made.
@@ -73,7 +78,10 @@ ready() {
 
 # The images have an older Python than dit_jax needs; uv brings one.
 install() {
-    local archive
+    local archive data=true verb=mount
+    [[ -z ${DATA_COPY:-} ]] || verb=copy
+    [[ -z ${DATA_BUCKET:-} ]] || data=$(printf '%q ' launch/data.sh "$verb" \
+        "$DATA_BUCKET" "$mount" "${DATA_CACHE_MB:-0}")
     archive=$(mktemp --suffix=.tar.gz)
     # Where this fails the workers may still have the archive of another commit.
     if ! git -C "$here/.." archive --format=tar.gz --output="$archive" HEAD ||
@@ -85,7 +93,8 @@ install() {
     everywhere "set -e; mkdir -p dit_jax; tar -xzf dit_jax.tar.gz -C dit_jax; cd dit_jax
 python3 -m pip install --quiet --user uv
 [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12
-~/.local/bin/uv pip install --quiet '.[${EXTRAS:-tpu}]'
+~/.local/bin/uv pip install --quiet '.[${EXTRAS:-tpu,gcs}]'
+$data
 ${SETUP:-true}" || return 1 # 2 is train's for wrong input
 }
 

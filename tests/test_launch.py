@@ -25,7 +25,7 @@ from dit_jax.parallel import topologies
 from tests.runs import CONFIG, ROOT, scalars, steps
 
 LAUNCH = ROOT / "launch"
-SCRIPTS = ("topology.sh", "tpu_vm.sh", "gke.sh", "slurm.sbatch")
+SCRIPTS = ("topology.sh", "data.sh", "tpu_vm.sh", "gke.sh", "slurm.sbatch")
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
@@ -73,13 +73,13 @@ def test_shellcheck_finds_nothing():
 
 
 @pytest.mark.parametrize("flags", [("--help",), ("-h",), ("configs/x.py", "--help")])
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["data.sh", "tpu_vm.sh", "gke.sh", "slurm.sbatch"])
 def test_help_is_the_head_of_the_script(script: str, flags: tuple[str, ...]):
     ended = run(script, *flags)
     assert ended.returncode == 0 and not ended.stderr
     lines = ended.stdout.splitlines()
-    assert lines[0].startswith(("Trains a config", "Writes the JobSet"))
-    assert any(f"launch/{script} " in line for line in lines) and "MAX_RESTARTS" in ended.stdout
+    assert lines[0].startswith(("Trains a config", "Writes the JobSet", "Puts training data"))
+    assert any(f"launch/{script} " in line for line in lines)
     # All of it, and nothing else.
     commented = (LAUNCH / script).read_text().splitlines()[1:]
     assert [f"# {line}".rstrip() for line in lines] == commented[: len(lines)]
@@ -96,8 +96,9 @@ def written(text: str) -> list[str]:
 
 
 def in_readme() -> list[str]:
-    (block,) = re.findall(r"```bash\n(.*?)```", (LAUNCH / "README.md").read_text(), re.DOTALL)
-    return [line for line in written(block) if not line.startswith("docker")]
+    blocks = re.findall(r"```bash\n(.*?)```", (LAUNCH / "README.md").read_text(), re.DOTALL)
+    other = ("docker", "launch/data.sh", "python -m dit_jax.sample")
+    return [line for block in blocks for line in written(block) if not line.startswith(other)]
 
 
 def in_heads() -> list[str]:
@@ -108,7 +109,7 @@ def in_heads() -> list[str]:
 def configured(command: str) -> tuple[Config, str, dict[str, str]]:
     """The config that a command trains, where it seeks records, and its variables."""
     words = shlex.split(command.partition(" | ")[0])
-    variables = dict(word.split("=", 1) for word in words if re.match("[A-Z]+=", word))
+    variables = dict(word.split("=", 1) for word in words if re.match("[A-Z_]+=", word))
     at = next(i for i, word in enumerate(words) if word.startswith(("launch/", "dit_jax")))
     flags = words[at + 1 :]
     if words[at] == "launch/slurm.sbatch":
@@ -125,10 +126,11 @@ def configured(command: str) -> tuple[Config, str, dict[str, str]]:
 
 def test_commands_are_accepted():
     commands = in_readme()
-    assert len(commands) == 4 and sorted(commands[:3]) == sorted(in_heads())
-    for command in commands:
+    assert len(commands) == 4
+    for command in [*commands, *in_heads()]:
         config, records, variables = configured(command)
-        assert records.startswith(("/mnt/runs/", "/runs/", "/shared/"))
+        assert records.startswith(("/data/", "/shared/"))
+        assert variables.get("OUTPUT", config.output).startswith(("gs://my-bucket/", "/shared/"))
         slices = int(variables.get("SLICES", 1))
         chips = int(sizes(variables["TOPOLOGY"])[0]) if "TOPOLOGY" in variables else 32
         data, fsdp, *_ = config.mesh.shape(slices * chips)
@@ -144,6 +146,7 @@ def test_command_for_several_slices_needs_its_flags():
     (slices,) = yaml.safe_load(ended.stdout)["spec"]["replicatedJobs"]
     (container,) = slices["template"]["spec"]["template"]["spec"]["containers"]
     assert container["args"][5:] == flags
+    assert container["args"][3:5] == ["--output", "gs://my-bucket/runs/run1"]
     assert records.startswith(container["volumeMounts"][0]["mountPath"] + "/")
     bare, *_ = configured(command.partition(" --mesh")[0])
     assert (bare.mesh.shape(128)[0], config.mesh.shape(128)[0]) == (1, 2)
@@ -191,6 +194,10 @@ GKE = {
     "TOPOLOGY": "v5p:4x4x4",
     "SLICES": "2",
     "IMAGE": "registry/dit_jax:1",
+    "OUTPUT": "gs://my-bucket/runs/run1",
+    "DATA_BUCKET": "my-bucket/data/2026",
+    "DATA_CACHE_MB": "5000",
+    "SERVICE_ACCOUNT": "trainer",
     "CLAIM": "runs",
     "CONFIG": "configs/video_1b3.py",
 }
@@ -208,6 +215,12 @@ GKE = {
         ({"SLICES": "two"}, "SLICES two: a whole number, at least 1"),
         ({"NAME": "Run_1"}, "NAME Run_1: up to 32 lower-case letters"),
         ({"IMAGE": ""}, "IMAGE is not set"),
+        ({"OUTPUT": "", "CLAIM": ""}, "OUTPUT is not set"),
+        (
+            {"DATA_BUCKET": "gs://my-bucket"},
+            "DATA_BUCKET gs://my-bucket: give BUCKET or BUCKET/DIR",
+        ),
+        ({"DATA_CACHE_MB": "5GB"}, "DATA_CACHE_MB 5GB: a whole number"),
     ],
 )
 def test_wrong_input_is_refused(change: dict[str, str], message: str):
@@ -226,9 +239,15 @@ CONTAINER: Schema = {
     "args": [str],
     "ports": [{"containerPort": int}],
     "resources": {"requests": {"google.com/tpu": int}, "limits": {"google.com/tpu": int}},
-    "volumeMounts": [{"name": str, "mountPath": str}],
+    "volumeMounts": [{"name": str, "mountPath": str, "readOnly?": bool}],
+}
+CSI: Schema = {
+    "driver": {"gcsfuse.csi.storage.gke.io"},
+    "readOnly": bool,
+    "volumeAttributes": {"bucketName": str, "mountOptions": str},
 }
 POD: Schema = {
+    "serviceAccountName": str,
     "restartPolicy": {"Never", "OnFailure"},
     "terminationGracePeriodSeconds": int,
     "nodeSelector": {
@@ -236,7 +255,7 @@ POD: Schema = {
         "cloud.google.com/gke-tpu-topology": str,
     },
     "containers": [CONTAINER],
-    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
+    "volumes": [{"name": str, "persistentVolumeClaim?": {"claimName": str}, "csi?": CSI}],
 }
 ON_EXIT: Schema = {"containerName": str, "operator": {"In", "NotIn"}, "values": [int]}
 JOB: Schema = {
@@ -247,7 +266,17 @@ JOB: Schema = {
     "podFailurePolicy": {
         "rules": [{"action": {"FailJob", "Ignore", "Count", "FailIndex"}, "onExitCodes": ON_EXIT}]
     },
-    "template": {"spec": POD},
+    "template": {
+        "metadata": {
+            "annotations": {
+                "gke-gcsfuse/volumes": {"true"},
+                "gke-gcsfuse/cpu-limit": str,
+                "gke-gcsfuse/memory-limit": str,
+                "gke-gcsfuse/ephemeral-storage-limit": str,
+            }
+        },
+        "spec": POD,
+    },
 }
 JOBSET: Schema = {
     "apiVersion": {"jobset.x-k8s.io/v1alpha2"},
@@ -270,9 +299,11 @@ JOBSET: Schema = {
 def check(value: Any, schema: Schema, at: str = "") -> None:
     """Fails where a value is not what the schema says."""
     if isinstance(schema, dict):
-        assert isinstance(value, dict) and value.keys() == schema.keys(), at
-        for key, inner in schema.items():
-            check(value[key], inner, f"{at}.{key}")
+        names = {key.removesuffix("?"): inner for key, inner in schema.items()}
+        assert isinstance(value, dict) and value.keys() <= names.keys(), at
+        assert value.keys() >= {key for key in schema if not key.endswith("?")}, at
+        for key, inner in value.items():
+            check(inner, names[key], f"{at}.{key}")
     elif isinstance(schema, list):
         assert isinstance(value, list) and value, at
         for item in value:
@@ -310,10 +341,45 @@ def test_jobset_is_what_its_schema_says():
     assert container["resources"]["limits"] == container["resources"]["requests"]
     assert container["resources"]["limits"]["google.com/tpu"] == 4
     assert container["args"][:5] == [
-        "dit_jax.train", "--config", "configs/video_1b3.py", "--output", "/runs/run1"
+        "dit_jax.train", "--config", "configs/video_1b3.py", "--output", "gs://my-bucket/runs/run1"
     ]  # fmt: skip
     assert container["args"][5:8] == ["--mesh.fsdp", "128", "--output-name"]
-    assert container["volumeMounts"][0]["mountPath"] == "/runs"
+    assert [one["mountPath"] for one in container["volumeMounts"]] == ["/runs", "/data"]
+    assert [one["name"] for one in container["volumeMounts"]] == [
+        one["name"] for one in pod["volumes"]
+    ]
+    assert pod["serviceAccountName"] == "trainer" and container["volumeMounts"][1]["readOnly"]
+    data = pod["volumes"][1]["csi"]["volumeAttributes"]
+    assert data["bucketName"] == "my-bucket"
+    assert {
+        "implicit-dirs",
+        "metadata-cache:ttl-secs:-1",
+        "file-cache:max-size-mb:5000",
+        "file-cache:cache-file-for-range-read:true",
+        "only-dir=data/2026",
+    } <= set(data["mountOptions"].split(","))
+    assert " " not in data["mountOptions"]
+
+
+@pytest.mark.parametrize(
+    ("change", "output", "volumes"),
+    [
+        ({"DATA_BUCKET": "", "OUTPUT": ""}, "/runs/run1", ["runs"]),
+        ({"CLAIM": ""}, "gs://my-bucket/runs/run1", ["data"]),
+        ({"CLAIM": "", "DATA_BUCKET": ""}, "gs://my-bucket/runs/run1", []),
+    ],
+)
+def test_jobset_has_the_disks_that_are_named(
+    change: dict[str, str], output: str, volumes: list[str]
+):
+    manifest = yaml.safe_load(run("gke.sh", **(GKE | change)).stdout)
+    (slices,) = manifest["spec"]["replicatedJobs"]
+    template = slices["template"]["spec"]["template"]
+    pod = template["spec"]
+    assert pod["containers"][0]["args"][4] == output
+    assert [one["name"] for one in pod["volumes"] or []] == volumes
+    assert [one["name"] for one in pod["containers"][0]["volumeMounts"] or []] == volumes
+    assert bool(template["metadata"]["annotations"]) == ("data" in volumes)
 
 
 # TPU VMs.
@@ -450,6 +516,135 @@ def test_tpu_vm_makes_several_slices(tmp_path: Path):
     made = next(call for call in calls(folder) if "create" in call)
     assert {"--node-count=2", "--node-prefix=run1", "--spot"} < set(made)
     assert not any("delete" in call for call in calls(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "command"),
+    [
+        ({}, None),
+        ({"DATA_BUCKET": "my-bucket/a b"}, r"launch/data.sh mount my-bucket/a\ b /data 0"),
+        (
+            {"DATA_BUCKET": "my-bucket", "DATA_MOUNT": "/mnt/d", "DATA_CACHE_MB": "90"},
+            "launch/data.sh mount my-bucket /mnt/d 90",
+        ),
+        ({"DATA_BUCKET": "b00", "DATA_COPY": "1"}, "launch/data.sh copy b00 /data 0"),
+    ],
+)
+def test_tpu_vm_brings_the_data_before_it_trains(
+    tmp_path: Path, change: dict[str, str], command: str | None
+):
+    folder = tmp_path / "bin"
+    cloud(folder, "1 0", workers=4)
+    account = {"OUTPUT": "gs://my-bucket/run", "SERVICE_ACCOUNT": "trainer@p.iam"}
+    ended = run("tpu_vm.sh", path=folder, **(TPU_VM | account | change))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    made = next(call for call in calls(folder) if "create" in call)
+    assert {"--scopes=cloud-platform", "--service-account=trainer@p.iam"} < set(made)
+    verbs = [call for call in calls(folder) if call[:1] == ["gcloud"] and call[4] == "ssh"]
+    told = [one for call in verbs for one in call if one.startswith("--command=")]
+    installs = [command for command in told if "uv pip install" in command]
+    assert len(installs) == 2 and "'.[tpu,gcs]'" in installs[0]  # after each failure anew
+    for script in installs:
+        lines = [line.strip() for line in script.splitlines() if "data.sh" in line]
+        assert lines == ([command] if command else [])
+    trained = [call[1:] for call in calls(folder) if call[0] == "python"]
+    assert all("gs://my-bucket/run" in told for told in trained)
+
+
+# Data in a bucket.
+
+SUDO = r"""
+case $1 in
+    tee) cat > $here/$(basename $2) ;;
+    apt-get) [[ $2 != install ]] || { cp $here/note $here/gcsfuse; } ;;
+    mkdir | chown) exec "$@" ;;
+    *) exit 99 ;;
+esac
+"""
+"""Writes only into its own folder; ``apt-get install`` puts a gcsfuse there that notes its options."""
+
+
+def host(folder: Path, mounted: bool = False, installed: bool = True) -> None:
+    """Stand-ins for what ``data.sh`` calls on a host."""
+    stand_in(folder, "gcsfuse", "")
+    (folder / "gcsfuse").rename(folder / "note")
+    if installed:
+        shutil.copy(folder / "note", folder / "gcsfuse")
+    stand_in(folder, "sudo", SUDO)
+    stand_in(folder, "mountpoint", f"exit {0 if mounted else 1}")
+    stand_in(folder, "fusermount", "exit 1")
+    stand_in(folder, "curl", "echo key")
+    stand_in(folder, "lsb_release", "echo jammy")
+    stand_in(folder, "gcloud", "")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_data_are_mounted_for_random_reads(tmp_path: Path, installed: bool):
+    folder, data = tmp_path / "bin", tmp_path / "my data"
+    host(folder, installed=installed)
+    ended = run("data.sh", "mount", "gs://my-bucket/sets/a/", str(data), "5000", path=folder)
+    assert ended.returncode == 0, ended.stderr
+    *before, call = calls(folder)
+    assert call[0] == "gcsfuse" and call[-2:] == ["my-bucket", str(data)]
+    assert call[1:3] == ["-o", "ro"]
+    assert set(call[3:-2]) == {
+        "--implicit-dirs",
+        "--metadata-cache-ttl-secs=-1",
+        "--stat-cache-max-size-mb=-1",
+        "--type-cache-max-size-mb=-1",
+        "--kernel-list-cache-ttl-secs=-1",
+        f"--cache-dir={data}.cache",
+        "--file-cache-max-size-mb=5000",
+        "--file-cache-cache-file-for-range-read",
+        "--only-dir=sets/a",
+    }
+    assert data.is_dir() and Path(f"{data}.cache").is_dir()
+    assert any(one[:2] == ["sudo", "apt-get"] for one in before) != installed
+    if not installed:
+        source = (folder / "gcsfuse.list").read_text()
+        assert "packages.cloud.google.com/apt gcsfuse-jammy main" in source
+
+
+def test_a_whole_bucket_is_mounted_without_a_cache(tmp_path: Path):
+    folder, data = tmp_path / "bin", tmp_path / "data"
+    host(folder)
+    assert run("data.sh", "mount", "my-bucket", str(data), path=folder).returncode == 0
+    call = calls(folder)[-1]
+    assert call[0] == "gcsfuse" and not any("cache-dir" in one or "only" in one for one in call)
+
+
+def test_what_is_mounted_stays(tmp_path: Path):
+    folder = tmp_path / "bin"
+    host(folder, mounted=True)
+    assert run("data.sh", "mount", "my-bucket", str(tmp_path / "d"), path=folder).returncode == 0
+    assert [call[0] for call in calls(folder)] == ["mountpoint"]
+
+
+def test_data_are_copied(tmp_path: Path):
+    folder, data = tmp_path / "bin", tmp_path / "data"
+    host(folder)
+    assert run("data.sh", "copy", "my-bucket/sets", str(data), path=folder).returncode == 0
+    rsync = ["gcloud", "storage", "rsync", "--recursive", "gs://my-bucket/sets", str(data)]
+    assert calls(folder)[-1] == rsync
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mount", "my-bucket"), "usage:"),
+        (("link", "my-bucket", "/data"), "link: it is mount or copy"),
+        (("mount", "My Bucket", "/data"), "My Bucket: give BUCKET"),
+        (("mount", "my-bucket", "data"), "data: give an absolute path"),
+        (("mount", "my-bucket", "/data", "5GB"), "CACHE_MB 5GB"),
+    ],
+)
+def test_wrong_arguments_of_data_are_refused(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+):
+    host(tmp_path / "bin")
+    ended = run("data.sh", *arguments, path=tmp_path / "bin")
+    assert ended.returncode == 2 and message in ended.stderr
+    assert not (tmp_path / "bin" / "calls.txt").exists()
 
 
 # Slurm.
