@@ -1,15 +1,29 @@
 """TFDS builders in ArrayRecord format, read without TensorFlow.
 
 `RecordsSource` is the random-access source over one split of a builder that `write_records` made, or of
-any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded image
-features (png, jpeg) are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenCV or Pillow.
+any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded videos
+(`dit_jax/video.py`) and encoded image features (png, jpeg) are decoded with PyAV, because TFDS itself
+asks for TensorFlow, OpenCV or Pillow.
+
+Opening reads the metadata and one record, however many shards there are: the number of records in each
+is in dataset_info.json, and a shard is opened when one of its records is read. What is wrong with a
+record is a `BadRecord`, which names it; what is wrong with the disk keeps its own type.
 
 It does not read TFRecord files or the Video feature of TFDS: both need TensorFlow.
 """
 
+import bisect
+import collections
+import errno
+import functools
 import io
+import itertools
+import json
+import os
 import re
 import string
+import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +33,33 @@ import av
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from av.error import FFmpegError
+from tensorflow_datasets.core import naming
+from tensorflow_datasets.core.utils import file_utils
 
 from dit_jax.data.captions import take_caption
-from dit_jax.files import InputError, is_remote
+from dit_jax.files import InputError, MiB, explain, is_remote, read_bytes
 from dit_jax.types import Sample
+from dit_jax.video import decode_video
 
 CODEC, CODEC_NAME = "codec", "codec_name"
 """Where a builder's metadata say which codec made its latents: its hash, and its name."""
+STATES = "text_states"
+"""The feature that holds the states of captions."""
+ENCODED_VIDEOS = "encoded_videos"
+"""Where a builder's metadata say which of its features of bytes are encoded videos, and how."""
+SIZES = ("frames", "height", "width", "caption bytes", "text states")
+"""Columns of sizes-SPLIT.npy, int32, beside the shards: a row for each record, as it is stored."""
+OPEN_SHARDS = 256
+"""Shards that are open at once: each takes a file descriptor and the index of its records."""
+FIRST_TRIES = 16
+"""Records, spread over the split, of which one must be readable for a source to be opened."""
+OURS = "tensorflow_datasets."
+"""TFDS imports the classes of features by their names: no other module is imported for a data set."""
+_NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
+_MODULE = re.compile(re.escape(OURS) + r"[\w.]+")
+_ERRNO = {os.strerror(number): number for number in errno.errorcode}
 NO_STATES = np.zeros((0, 1), np.float32)
 """Of a caption that is not there, as of one that was dropped."""
 TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
@@ -131,32 +164,120 @@ def _check_mix(config: RecordsConfig) -> None:
         )
 
 
+class BadRecord(ValueError):
+    """A record that cannot be read or is no sample: damaged, of a wrong shape, or not finite.
+
+    Training leaves it out and counts it.
+    """
+
+    def __init__(self, where: str, index: int, reason: str) -> None:
+        super().__init__(where, index, reason)
+        self.index = index
+        """In the data set: of the split, as it is sliced."""
+        self.reason = reason
+        self._where = where
+
+    def __str__(self) -> str:
+        return f"record {self.index} of {self._where}: {self.reason}"
+
+
+def storage_error(error: RuntimeError, path: Path) -> OSError | None:
+    """The error of the disk behind one of ArrayRecord's, which are all RuntimeErrors; or None."""
+    match = re.search(r"\w+\(\) failed: ([^;]+)", str(error))
+    number = _ERRNO.get(match[1].strip()) if match else None
+    # A shard that is missing from its directory will not come back by waiting.
+    if number is None or number == errno.ENOENT and path.parent.is_dir():
+        return None
+    return OSError(number, os.strerror(number), str(path))
+
+
+class _Shards:
+    """The bytes of a split's records, by index."""
+
+    def __init__(self, instructions: list[Any]) -> None:
+        self._paths = [Path(one.filename) for one in instructions]
+        self._skips = [one.skip for one in instructions]
+        self._ends = list(itertools.accumulate(one.take for one in instructions))
+        self._readers: collections.OrderedDict[Path, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def spans(self) -> list[tuple[Path, int, int]]:
+        """The shards, and the first and the end of the records of each that are read."""
+        takes = np.diff(self._ends, prepend=0).tolist()
+        spans = zip(self._paths, self._skips, takes, strict=True)
+        return [(path, skip, skip + take) for path, skip, take in spans]
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """The shard of a record, and its number there."""
+        shard = bisect.bisect_right(self._ends, index)
+        before = self._ends[shard - 1] if shard else 0
+        return self._paths[shard], self._skips[shard] + index - before
+
+    def read(self, index: int) -> bytes:
+        """Raises ArrayRecord's RuntimeError for a damaged record, OSError for the disk's errors."""
+        path, number = self.place(index)
+        try:
+            return self._reader(path).read([number])[0]
+        except RuntimeError as error:
+            cause = storage_error(error, path)
+            if cause is None:
+                raise
+            with self._lock:
+                self._readers.pop(path, None)
+            raise cause from error
+
+    def _reader(self, path: Path) -> Any:
+        with self._lock:
+            if path in self._readers:
+                self._readers.move_to_end(path)
+                return self._readers[path]
+        # Opened outside the lock: on network storage it takes a while.
+        reader = ArrayRecordReader(
+            str(path),
+            options="readahead_buffer_size:0",
+            file_reader_buffer_size=32768,
+        )
+        with self._lock:
+            self._readers[path] = reader
+            # One that another thread reads from is closed when it has done so.
+            if len(self._readers) > OPEN_SHARDS:
+                self._readers.popitem(last=False)
+        return reader
+
+
 class RecordsSource:
     """The random-access source over one split of a builder.
 
     A sample is {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}, the video float32
-    [t, h, w, c] where it holds latents, with "text_states": float32 [s, e] and "label": int where those
+    [t, h, w, c] if it holds latents, with "text_states": float32 [s, e] and "label": int if those
     are asked for; IndexError outside 0..len-1. Deterministic, picklable (files are opened again),
-    usable from threads.
+    usable from threads. Text that is not UTF-8 is read with U+FFFD, and said once.
 
-    Raises ValueError at construction, where the first record is read, too: for an absent or foreign
-    directory, an absent or empty split, a missing feature, and a record that is no clip.
+    Raises InputError at construction, where a record is read, too: for an absent or foreign
+    directory, an absent or empty split, a missing feature, and records that are no clips. Reading
+    raises BadRecord for a record that cannot be used, and OSError for the errors of the disk.
     """
 
     def __init__(self, config: RecordsConfig) -> None:
         self.config = config
         self._open()
-        self[0]
+        self._read_one()
 
     def _open(self) -> None:
         builder = find_builder(self.config.path, self.config.data_dir)
         _check_split(builder, self.config)
-        features = builder.info.features
+        self._features = features = builder.info.features
         _check_features(features, self.config)
-        # Images are handed over as they are encoded, also those that nobody asked for.
-        self._encoded = {k for k in features if isinstance(features[k], tfds.features.Image)}
-        self._captioned = self.config.caption_key in features
         metadata = builder.info.metadata or {}
+        self._videos = set(metadata.get(ENCODED_VIDEOS) or ())
+        # Images are handed over as they are encoded, also those that nobody asked for.
+        self._images = {k for k in features if isinstance(features[k], tfds.features.Image)}
+        self._decoders = {key: tfds.decode.SkipDecoding() for key in self._images}
+        self._captioned = self.config.caption_key in features
         self.codec: str | None = metadata.get(CODEC)
         """The codec that made the latents, where the builder says so."""
         self.text_encoder: str | None = metadata.get(TEXT_ENCODER)
@@ -167,22 +288,85 @@ class RecordsSource:
             key: self.config.label_names or tuple(getattr(features[key], "names", None) or ())
             for key in (self.config.template_keys if self.config.captioned else ())
         }
-        try:
-            self._records = builder.as_data_source(
-                split=self.config.split,
-                decoders={key: tfds.decode.SkipDecoding() for key in self._encoded},
-            )
-        except NotImplementedError as error:
-            raise ValueError(
+        self._repaired = False
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise InputError(
                 f"{self.config.path!r} is stored as {builder.info.file_format}, which needs "
                 "TensorFlow to be read: prepare it with file_format='array_record', or convert it "
                 "with `tfds convert_format --out_file_format=array_record`"
-            ) from error
-        except ValueError as error:
-            raise ValueError(
+            )
+        try:
+            instructions = builder.info.splits[self.config.split].file_instructions
+            if not instructions:
+                raise ValueError("no records")
+        except Exception as error:  # TFDS parses the split, and its errors are of several types.
+            raise InputError(
                 f"split {self.config.split!r} of {self.config.path!r} is empty or malformed "
                 f"({error}): choose another of {_split_sizes(builder)}"
             ) from error
+        self._records = _Shards(instructions)
+        self._lengths = {
+            split: list(info.shard_lengths) for split, info in builder.info.splits.items()
+        }
+
+    def _read_one(self) -> None:
+        """Proves that there is a record to read."""
+        tries = np.unique(np.linspace(0, len(self) - 1, FIRST_TRIES).astype(int)).tolist()
+        errors: list[BadRecord] = []
+        for index in tries:
+            try:
+                self[index]
+                return
+            except BadRecord as error:
+                errors.append(error)
+        raise InputError(f"{errors[0]} (and so are all of {len(tries)} records that were tried)")
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray | None:
+        """int32 [n, 4]: frames, height and width of every record as it is stored, and its text.
+
+        The last is the number of its states if the config reads "text_states", the bytes of its
+        caption if it reads "caption" alone, and otherwise 0. None if the builder does not say sizes.
+        """
+        if self.config.video_key != "video":
+            return None
+        parts: list[np.ndarray] = []
+        for folder, split, first, end in self._runs():
+            try:
+                rows = np.load(folder / f"sizes-{split}.npy", mmap_mode="r")
+            except (OSError, ValueError):
+                return None
+            if rows.shape != (sum(self._lengths[split]), len(SIZES)):
+                return None
+            parts.append(rows[first:end])
+        sizes = np.array(np.concatenate(parts)[:, :4])
+        if self.config.captioned and self.config.text_states_key == STATES:
+            sizes[:, 3] = np.concatenate(parts)[:, 4]
+        elif not self._reads_caption:
+            sizes[:, 3] = 0
+        return sizes
+
+    @property
+    def _reads_caption(self) -> bool:
+        config = self.config
+        other = config.caption_template is not None or config.text_states_key is not None
+        return config.captioned and config.caption_key == "caption" and not other
+
+    def _runs(self) -> list[tuple[Path, str, int, int]]:
+        """Directory, split, first record and end of every run of records of one split."""
+        firsts: dict[str, tuple[str, int]] = {}
+        for split, lengths in self._lengths.items():
+            for index, before in enumerate(itertools.accumulate(lengths, initial=0)):
+                firsts[f"-{split}.array_record-{index:05d}-of-{len(lengths):05d}"] = split, before
+        runs: list[tuple[Path, str, int, int]] = []
+        for path, first, end in self._records.spans:
+            # NAME has no hyphens, and neither have names of splits.
+            split, before = firsts[path.name[path.name.index("-") :]]
+            first, end = before + first, before + end
+            if runs and runs[-1][:2] == (path.parent, split) and runs[-1][3] == first:
+                first = runs.pop()[2]
+            runs.append((path.parent, split, first, end))
+        return runs
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -198,38 +382,60 @@ class RecordsSource:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} records")
         try:
-            record = self._records[index]
+            return self._sample(self._records.read(index))
         except (ImportError, AttributeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"record {index} of {self.config.path!r} has features that cannot be decoded without "
                 f"TensorFlow ({error}): store them again, see dit_jax.data.records.write_records"
             ) from error
+        except (OSError, MemoryError):
+            raise
+        # Damage may raise anything in the parsers of ArrayRecord, protobuf, zlib, TFDS and FFmpeg.
+        except Exception as error:
+            path, number = self._records.place(index)
+            where = f"{self.config.path!r} (number {number} of {path.name})"
+            raise BadRecord(where, int(index), explain(error)) from error
+
+    def _sample(self, data: bytes) -> Sample:
+        if not data:  # What ArrayRecord gives of a file that was cut while it is open.
+            raise ValueError("it is empty: the file was cut")
+        record = self._features.deserialize_example_np(data, decoders=self._decoders)
         key = self.config.video_key
-        video = _decode_image(record[key]) if key in self._encoded else record[key]
-        fps = float(record[self.config.fps_key]) if self._has_fps else self.config.fps
-        where = f"feature {key!r} of record {index} of {self.config.path!r}"
+        if missing := [name for name in (key, *self._text_keys()) if record.get(name) is None]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        video = record[key]
+        if key in self._videos:
+            video = decode_video(video)
+        elif key in self._images:
+            video = _decode_image(video)
         sample: Sample = {
-            "video": as_video(video, where),
+            "video": _finite(as_video(video, f"feature {key!r}"), key),
             "caption": self._caption(record) if self.config.captioned else "",
-            "fps": fps,
+            "fps": float(record[self.config.fps_key]) if self._has_fps else self.config.fps,
         }
+        if not 0 < sample["fps"] < float("inf"):
+            raise ValueError(f"its frame rate is {sample['fps']}")
         if not self.config.captioned:
             sample["text_states"] = NO_STATES
             return sample
         if self.config.text_states_key is not None:
-            sample["text_states"] = np.asarray(record[self.config.text_states_key], np.float32)
+            sample["text_states"] = _read_states(record, self.config.text_states_key)
         if self.config.caption_mix:
             self._add_captions(sample, record)
         if self.config.label_key is not None:
             sample["label"] = int(record[self.config.label_key])
         return sample
 
+    def _text_keys(self) -> list[str]:
+        keys = itertools.chain(*_of_text(self.config).values()) if self.config.captioned else ()
+        return [*keys, *((self.config.fps_key or "",) if self._has_fps else ())]
+
     def _add_captions(self, sample: Sample, record: Mapping[str, Any]) -> None:
         names = [name for name, _ in self.config.caption_mix]
-        sample["captions"] = {name: _as_text(record[name]) for name in names}
+        sample["captions"] = {name: self._text(record[name]) for name in names}
         if self.config.caption_mix_states:
             keys = zip(names, self.config.caption_mix_states, strict=True)
-            states = {name: np.asarray(record[key], np.float32) for name, key in keys}
+            states = {name: _read_states(record, key) for name, key in keys}
             sample["captions_states"] = states
         first = next((name for name in names if sample["captions"][name]), None)
         if not sample["caption"] and first is not None:
@@ -239,14 +445,14 @@ class RecordsSource:
         if self.config.caption_template is None:
             if not self._captioned:
                 return ""
-            return _as_text(record[self.config.caption_key])
+            return self._text(record[self.config.caption_key])
         words = {key: self._word(key, record[key]) for key in self.config.template_keys}
         return self.config.caption_template.format(**words)
 
     def _word(self, key: str, value: Any) -> str:
         names = self._names[key]
         if not names:
-            return _as_text(value)
+            return self._text(value)
         if not 0 <= int(value) < len(names):
             raise ValueError(
                 f"{key}={value} of {self.config.path!r} has no name among label_names, which has "
@@ -254,39 +460,114 @@ class RecordsSource:
             )
         return names[int(value)]
 
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, bytes):
+            return str(value)
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            if not self._repaired:
+                self._repaired = True
+                print(
+                    f"a text of {self.config.path!r} is not UTF-8 ({explain(error)}): its bytes "
+                    f"{value[:60]!r} are read with U+FFFD, and so are others like it.",
+                    file=sys.stderr,
+                )
+            return value.decode(errors="replace")
+
 
 def find_builder(name: str, data_dir: str | None = None) -> Any:
-    """The read-only builder at a directory or of a name, sought in ``data_dir``; or ValueError."""
+    """The read-only builder at a directory or of a name, sought in ``data_dir``; or InputError.
+
+    No code of the data set's is run: a feature whose class is not one of TFDS's is refused.
+    """
+    if is_remote(name):
+        raise InputError(
+            f"{name!r}: ArrayRecord files are read from disks only. Mount the bucket (gcsfuse) and "
+            "give the path there, or copy the data to a local disk (gcloud storage cp -r)."
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "dataset_info.json").is_file():
             inside = sorted(str(p.parent) for p in path.glob("**/dataset_info.json"))
             hint = f"; it holds {', '.join(inside)}" if inside else ""
-            raise ValueError(
+            raise InputError(
                 f"{name!r} is not a TFDS builder, it has no dataset_info.json{hint}: give "
                 "the directory of a version, such as name/1.0.0"
             )
+        _check_classes(path)
         try:
             return tfds.builder_from_directory(path)
         except ImportError as error:
-            raise ValueError(
+            raise InputError(
                 f"{name!r} has features that need TensorFlow ({error}): store it again, see "
                 "dit_jax.data.records.write_records"
             ) from error
+        except OSError:
+            raise
+        except (
+            Exception
+        ) as error:  # The parsers of JSON, protobuf and TFDS have errors of their own.
+            raise InputError(
+                f"{name!r} is not a TFDS builder, its metadata cannot be read ({explain(error)}): "
+                "write or copy it again"
+            ) from error
     try:
+        # NAMESPACE:NAME loads code of others, and NAME/a=1 passes arguments to a builder's code.
+        if not _NAME.fullmatch(name):
+            raise ValueError("it is no name")
+        stem = naming.parse_builder_name_kwargs(name)[0].name
+        for folder in file_utils.list_data_dirs(given_data_dir=data_dir):
+            for file in Path(folder).expanduser().glob(f"{stem}/**/features.json"):
+                _check_classes(file.parent)
         builder = tfds.builder(name, try_gcs=False, data_dir=data_dir)
-    # An absolute path or a name with odd characters is refused in several ways.
+    except InputError:
+        raise
+    # A name may be refused in several ways.
     except (tfds.core.DatasetNotFoundError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{name!r} is neither a directory nor the name of a TFDS data set: check the "
             "spelling, or write the builder first"
         ) from error
     if not builder.is_prepared():
-        raise ValueError(
+        raise InputError(
             f"data set {name!r} is not prepared in {builder.data_dir}: run "
             f"`tfds build {name} --file_format=array_record`, or give the right data_dir"
         )
     return builder
+
+
+def _check_classes(folder: Path) -> None:
+    """Refuses a builder whose metadata name a class outside TFDS, which TFDS would import.
+
+    Names are in ``pythonClassName``, or in ``type`` in files of older versions, at any depth; also in
+    JSON within strings, which TFDS parses too.
+    """
+    for file in ("features.json", "dataset_info.json"):
+        if not (folder / file).is_file():
+            continue
+        values: list[Any] = [read_bytes(folder / file, 64 * MiB).decode(errors="replace")]
+        while values:
+            value = values.pop()
+            if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+                try:
+                    values.append(json.loads(value))
+                except RecursionError as error:
+                    raise InputError(f"{str(folder / file)!r} is nested too deeply") from error
+                except ValueError:
+                    continue  # It is no JSON for TFDS, either.
+            elif isinstance(value, list):
+                values += value
+            elif isinstance(value, dict):
+                values += value.values()
+                for key in ("pythonClassName", "python_class_name", "type"):
+                    name = value.get(key)
+                    if isinstance(name, str) and not _MODULE.fullmatch(name):
+                        raise InputError(
+                            f"{str(folder / file)!r} has a feature of class {name!r}, whose module "
+                            f"TFDS would import and so run: only classes of {OURS[:-1]} are read. "
+                            "Store the data set again with those."
+                        )
 
 
 def _split_sizes(builder: Any) -> str:
@@ -297,7 +578,7 @@ def _check_split(builder: Any, config: RecordsConfig) -> None:
     # "train[:10%]+test" names two splits; what is in brackets TFDS reads itself.
     for name in re.sub(r"\[[^]]*\]", "", config.split).split("+"):
         if name.strip() not in builder.info.splits:
-            raise ValueError(
+            raise InputError(
                 f"split {name.strip()!r} is not in {config.path!r}: choose one of "
                 f"{_split_sizes(builder)}"
             )
@@ -313,7 +594,7 @@ def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
     for field, keys in needed.items():
         for key in keys:
             if key not in features:
-                raise ValueError(
+                raise InputError(
                     f"{field}: no feature {key!r} in {config.path!r}; it has "
                     f"{', '.join(sorted(features))}: set {field} to one of them"
                 )
@@ -338,8 +619,11 @@ def _decode_image(data: bytes) -> np.ndarray:
     try:
         with av.open(io.BytesIO(data), "r") as container:
             # One small picture: starting threads costs more than decoding it.
-            container.streams.video[0].thread_type = "NONE"
-            return next(container.decode(video=0)).to_ndarray(format="rgb24")
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            # Or the rest of a JPEG that was cut is grey.
+            stream.codec_context.options = {"err_detect": "explode"}
+            return next(container.decode(stream)).to_ndarray(format="rgb24")
     except (FFmpegError, IndexError, StopIteration) as error:
         raise ValueError(
             f"an image of {len(data)} bytes could not be decoded ({error}): the record is damaged"
@@ -365,5 +649,14 @@ def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
     return np.repeat(video, 3, axis=-1) if video.shape[-1] == 1 else video
 
 
-def _as_text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _finite(values: np.ndarray, key: str) -> np.ndarray:
+    if values.dtype != np.uint8 and not np.isfinite(values).all():
+        raise ValueError(f"feature {key!r} has numbers that are NaN or infinite")
+    return values
+
+
+def _read_states(record: Mapping[str, Any], key: str) -> np.ndarray:
+    states = np.asarray(record[key], np.float32)
+    if states.ndim != 2:
+        raise ValueError(f"feature {key!r} is {list(states.shape)}: states are [s, e]")
+    return _finite(states, key)

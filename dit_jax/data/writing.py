@@ -1,29 +1,71 @@
 """Writes samples as a TFDS builder in ArrayRecord format, without TensorFlow.
 
 `tfds.data_source`, `tfds.builder_from_directory` and `RecordsSource` read it. Pixels are stored as
-uint8; latents as float16, states of captions as bfloat16, each with what made them (codec, text
-encoder) in the metadata.
+uint8 or as encoded video (`dit_jax/video.py`); latents as float16, states of captions as bfloat16, each
+with what made them (codec, text encoder) in the metadata.
+
+TFDS's own writer shuffles by way of temporary files and asks for TensorFlow from 1 GB on. This one
+streams: a shard is closed when it is full, and what is in memory is one sample.
+
+While it is written, a builder is the directory `1.0.0.incomplete`:
+
+    journal/made_of.json          what the records are made of: another key or setting begins anew
+    journal/sizes-SPLIT-00003.npy the sizes of a finished shard's records
+    data/NAME-SPLIT.array_record-00003        a finished shard: there only with its sizes, and whole
+    data/NAME-SPLIT.array_record-00004.part   the shard under way, which a new start begins anew
+
+and `data` is moved to its place when it is complete. So a killed writer loses one shard at most.
 """
 
+import contextlib
+import itertools
+import json
+import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.file_adapters import FileFormat
-from tensorflow_datasets.core.writer import ExampleWriter
-from tensorflow_datasets.proto import tf_example_pb2
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.naming import ShardedFileTemplate
 
-from dit_jax.data.records import CODEC, CODEC_NAME, TEXT_ENCODER, TEXT_ENCODER_NAME, as_video
+from dit_jax.data.records import (
+    CODEC,
+    CODEC_NAME,
+    ENCODED_VIDEOS,
+    SIZES,
+    STATES,
+    TEXT_ENCODER,
+    TEXT_ENCODER_NAME,
+    as_video,
+    storage_error,
+)
+from dit_jax.files import (
+    InputError,
+    Lock,
+    MiB,
+    check_writable,
+    encodable,
+    is_remote,
+    write_json,
+)
+from dit_jax.video import FORMAT, EncodedVideo, encode_video
 
 VERSION = "1.0.0"
-STATES = "text_states"
-"""The feature that holds the states of captions."""
+SHARD_BYTES = 256 * MiB
+LARGEST_FPS = float(np.finfo(np.float32).max)
+Encoding = Literal["video", "zlib", "bytes"]
+Samples = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]]
+"""Of a split: samples, or a function that gives them from the i-th record on."""
 
 
 class StatesOf(NamedTuple):
@@ -43,197 +85,381 @@ class LatentsOf(NamedTuple):
     name: str = ""
 
 
-class _Sorted(ExampleWriter):
-    """Writes the features of a record in the order of their names, so that equal samples give equal
-    bytes: TFDS's own order is that of a hash table, another one in every process."""
+class _Schema(NamedTuple):
+    """What a record holds."""
 
-    def write(self, path: Any, examples: Iterable[Any]) -> Any:
-        return super().write(path, ((key, _in_order(data)) for key, data in examples))
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    numbers: tuple[str, ...]
+    encoding: str
+    latents: LatentsOf | None
+    states: StatesOf | None
 
-
-def _in_order(data: bytes) -> bytes:
-    example: Any = tf_example_pb2
-    return example.Example.FromString(data).SerializeToString(deterministic=True)
-
-
-class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder of given samples; TFDS's own AdhocBuilder imports TensorFlow."""
-
-    VERSION = tfds.core.Version(VERSION)
-
-    def __init__(
-        self,
-        name: str,
-        splits: Mapping[str, Iterable[Mapping[str, Any]]],
-        labels: Sequence[str],
-        description: str,
-        encoding: str,
-        data_dir: str,
-        latents: LatentsOf | None,
-        texts: Sequence[str],
-        numbers: Sequence[str],
-        states: StatesOf | None,
-    ) -> None:
-        # TFDS has a name for each class and this writer one for each builder.
-        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
-        self._splits, self._labels, self._about = splits, tuple(labels), description
-        self._video_encoding, self._latents = encoding, latents
-        self._texts, self._numbers, self._states = tuple(texts), tuple(numbers), states
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> Any:
-        channels, dtype, metadata = 3, np.uint8, {}
-        if self._latents is not None:
-            channels, dtype = self._latents.channels, np.float16
-            metadata = {CODEC: self._latents.hash}
-            if self._latents.name:
-                metadata[CODEC_NAME] = self._latents.name
+    def features(self) -> Any:
+        channels, dtype = 3, np.uint8
+        if self.latents is not None:
+            channels, dtype = self.latents.channels, np.float16
+        if self.encoding == "video":
+            # Its Video feature needs TensorFlow. Text is bytes to TFDS, and it looks into none.
+            video = tfds.features.Text(doc=f"uint8 [t, h, w, 3] as {FORMAT}")
+        else:
+            video = tfds.features.Tensor(
+                shape=(None, None, None, channels), dtype=dtype, encoding=self.encoding
+            )
         features = {
-            "video": tfds.features.Tensor(
-                shape=(None, None, None, channels), dtype=dtype, encoding=self._video_encoding
-            ),
+            "video": video,
             "caption": tfds.features.Text(),
             "fps": tfds.features.Scalar(np.float32),
         }
-        features |= {name: tfds.features.Scalar(np.int64) for name in self._labels}
-        features |= {name: tfds.features.Text() for name in self._texts}
-        features |= {name: tfds.features.Scalar(np.float64) for name in self._numbers}
-        if self._states is not None:
-            metadata |= {TEXT_ENCODER: self._states.hash, TEXT_ENCODER_NAME: self._states.name}
+        features |= {name: tfds.features.Scalar(np.int64) for name in self.labels}
+        features |= {name: tfds.features.Text() for name in self.texts}
+        features |= {name: tfds.features.Scalar(np.float64) for name in self.numbers}
+        if self.states is not None:
             # As plain bytes: a list of numbers would hold them as float32, and they do not compress.
             features[STATES] = tfds.features.Tensor(
-                shape=(None, self._states.dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
+                shape=(None, self.states.dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
             )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._about,
-            metadata=tfds.core.MetadataDict(metadata),
-            features=tfds.features.FeaturesDict(features),
-            # Record i is the i-th sample: the writer's order is the order a user can check.
-            disable_shuffling=True,
-        )
+        return tfds.features.FeaturesDict(features)
 
-    def _example_writer(self) -> ExampleWriter:
-        return _Sorted(FileFormat.ARRAY_RECORD)
+    def metadata(self) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        if self.latents is not None:
+            metadata[CODEC] = self.latents.hash
+            if self.latents.name:
+                metadata[CODEC_NAME] = self.latents.name
+        if self.encoding == "video":
+            metadata[ENCODED_VIDEOS] = {"video": FORMAT}
+        if self.states is not None:
+            metadata |= {TEXT_ENCODER: self.states.hash, TEXT_ENCODER_NAME: self.states.name}
+        return metadata
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(split) for split in self._splits}
+    def record(self, sample: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[int]]:
+        """A sample as TFDS encodes it, and its sizes (`records.SIZES`)."""
+        wanted = ("video", "caption", "fps", *self.labels, *self.texts, *self.numbers)
+        if missing := [key for key in wanted if key not in sample]:
+            raise InputError(
+                f"{where} lacks {missing}: it has {sorted(sample)}; add what is missing"
+            )
+        fps = float(sample["fps"])
+        if not isinstance(sample["caption"], str) or not 0 < fps < LARGEST_FPS:
+            raise InputError(
+                f"{where} has caption {sample['caption']!r} and fps {sample['fps']!r}: need a string "
+                "and a positive number"
+            )
+        record: dict[str, Any] = {"caption": encodable(sample["caption"]), "fps": fps}
+        record |= {key: int(sample[key]) for key in self.labels}
+        for key in self.numbers:
+            record[key] = float(sample[key])
+            if not np.isfinite(record[key]):
+                raise InputError(f"{where} has {key} {record[key]}: need a finite number")
+        for key in self.texts:
+            if not isinstance(sample[key], str):
+                raise InputError(
+                    f"{where} has the {key} {sample[key]!r}: need a string, perhaps empty"
+                )
+            record[key] = encodable(sample[key])
+        record["video"], shape = self._video(sample["video"], fps, where)
+        states = 0
+        if self.states is not None:
+            record[STATES] = _states(sample, where, self.states)
+            states = len(record[STATES])
+        return record, [*shape, len(record["caption"].encode()), states]
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        i = -1
-        for i, sample in enumerate(self._splits[split]):
-            where = f"sample {i} of split {split!r}"
-            fields = (self._labels, self._texts, self._numbers)
-            record = _checked(sample, where, self._latents, *fields)
-            if self._states is not None:
-                record[STATES] = _checked_states(sample, where, self._states)
-            yield i, record
-        if i < 0:
-            raise ValueError(f"split {split!r} has no samples: give at least one, or leave it out")
-
-
-def _checked(
-    sample: Mapping[str, Any],
-    where: str,
-    latents: LatentsOf | None,
-    labels: Sequence[str],
-    texts: Sequence[str],
-    numbers: Sequence[str],
-) -> dict[str, Any]:
-    wanted = ("video", "caption", "fps", *labels, *texts, *numbers)
-    missing = [key for key in wanted if key not in sample]
-    if missing:
-        raise ValueError(f"{where} lacks {missing}: it has {sorted(sample)}; add what is missing")
-    if not isinstance(sample["caption"], str) or not float(sample["fps"]) > 0:
-        raise ValueError(
-            f"{where} has caption {sample['caption']!r} and fps {sample['fps']!r}: need a string "
-            "and a positive number"
-        )
-    record = {"caption": sample["caption"], "fps": float(sample["fps"])}
-    record |= {key: int(sample[key]) for key in labels}
-    record |= {key: float(sample[key]) for key in numbers}
-    for key in texts:
-        if not isinstance(sample[key], str):
-            raise ValueError(f"{where} has the {key} {sample[key]!r}: need a string, perhaps empty")
-        record[key] = sample[key]
-    video = as_video(sample["video"], f"video of {where}", latents=latents is not None)
-    if latents is not None:
-        if video.dtype == np.uint8 or video.shape[-1] != latents.channels:
-            raise ValueError(
+    def _video(self, value: Any, fps: float, where: str) -> tuple[Any, tuple[int, ...]]:
+        if isinstance(value, EncodedVideo):
+            if self.encoding != "video":
+                raise InputError(f"video of {where} is encoded: give encoding='video'")
+            return value
+        video = as_video(value, f"video of {where}", latents=self.latents is not None)
+        shape = video.shape[:3]
+        if self.latents is None:
+            return (encode_video(video, fps).data if self.encoding == "video" else video), shape
+        if video.dtype == np.uint8 or video.shape[-1] != self.latents.channels:
+            raise InputError(
                 f"video of {where} is {video.dtype} with {video.shape[-1]} channels: latents of "
-                f"{latents.hash!r} are float with {latents.channels}"
+                f"{self.latents.hash!r} are float with {self.latents.channels}"
             )
-        video = video.astype(np.float16)
-    return {"video": video, **record}
+        return _finite(video, np.float16, f"video of {where}"), shape
 
 
-def _checked_states(sample: Mapping[str, Any], where: str, of: StatesOf) -> np.ndarray:
-    """The states of a sample's caption, bfloat16; ``ValueError`` where they are none."""
-    found = np.asarray(sample.get(STATES))
-    floats = jnp.issubdtype(found.dtype, jnp.floating)
-    if not floats or found.ndim != 2 or found.shape[1] != of.dim or not len(found):
-        raise ValueError(
-            f"{STATES} of {where} is {found.dtype} {list(found.shape)}: those of {of.name!r} are float "
-            f"[s, {of.dim}], at least one"
+def _finite(values: np.ndarray, dtype: Any, what: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    if not np.isfinite(stored.astype(np.float32)).all():
+        bad = "is NaN or infinite" if not np.isfinite(values).all() else "overflows"
+        raise InputError(f"{what} has numbers of which one {bad} as {np.dtype(dtype).name}")
+    return stored
+
+
+def _states(sample: Mapping[str, Any], where: str, of: StatesOf) -> np.ndarray:
+    """The states of a sample's caption, bfloat16."""
+    states = np.asarray(sample.get(STATES))
+    floats = jnp.issubdtype(states.dtype, jnp.floating)
+    if not floats or states.ndim != 2 or states.shape[1] != of.dim or not len(states):
+        raise InputError(
+            f"{STATES} of {where} is {states.dtype} {list(states.shape)}: those of {of.name!r} are "
+            f"float [s, {of.dim}], at least one"
         )
-    if not np.isfinite(found.astype(np.float32)).all():
-        raise ValueError(f"{STATES} of {where} has numbers that are NaN or infinite")
-    return found.astype(ml_dtypes.bfloat16)
+    return _finite(states, ml_dtypes.bfloat16, f"{STATES} of {where}")
+
+
+class _Shard:
+    """The shard under way."""
+
+    def __init__(self, place: Path, sizes: Path) -> None:
+        self.bytes = 0
+        self._place, self._sizes = place, sizes
+        self._part = place.with_name(place.name + ".part")
+        # Records one by one, so that each is read without its neighbours.
+        self._writer = ArrayRecordWriter(str(self._part), "group_size:1")
+        self._rows: list[list[int]] = []
+
+    def add(self, data: bytes, sizes: list[int]) -> None:
+        self._writer.write(data)
+        self.bytes += len(data)
+        self._rows.append(sizes)
+
+    def finish(self) -> int:
+        """Moves the shard to its place; returns its records."""
+        # An error of writing, such as a full disk, is not told before.
+        self._writer.close()
+        with self._part.open("rb") as file:
+            os.fsync(file.fileno())
+        fresh = self._sizes.with_suffix(".part")
+        with fresh.open("wb") as file:
+            np.save(file, np.array(self._rows, np.int32))
+        os.replace(fresh, self._sizes)
+        os.replace(self._part, self._place)
+        return len(self._rows)
+
+    def abandon(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._writer.close()
+        self._part.unlink(missing_ok=True)
+
+
+class _Split:
+    """The shards of one split."""
+
+    def __init__(self, folder: Path, name: str, split: str) -> None:
+        self.name = split
+        self._journal, self._data = folder / "journal", folder / "data"
+        self._stem = f"{name}-{split}.array_record"
+        # A writer that was killed while it named the shards has named some of them.
+        for path in self._data.glob(f"{self._stem}-[0-9]*-of-[0-9]*"):
+            os.replace(path, path.with_name(path.name.rpartition("-of-")[0]))
+        self.lengths: list[int] = []
+        while (count := self._records(len(self.lengths))) is not None:
+            self.lengths.append(count)
+
+    def _shard(self, index: int) -> Path:
+        return self._data / f"{self._stem}-{index:05d}"
+
+    def _rows(self, index: int) -> Path:
+        return self._journal / f"sizes-{self.name}-{index:05d}.npy"
+
+    def _records(self, index: int) -> int | None:
+        """How many a finished shard has; None if it is not there, or not whole (a power failure)."""
+        try:
+            count = len(np.load(self._rows(index)))
+            reader: Any = ArrayRecordReader(str(self._shard(index)))
+            return count if reader.num_records() == count else None
+        except (OSError, ValueError, RuntimeError):
+            return None
+
+    def write(self, samples: Samples, schema: _Schema, shard_bytes: int, lock: Lock) -> None:
+        """Writes what is not there yet."""
+        features = schema.features()
+        serializer = ExampleSerializer(features.get_serialized_info())
+        start, shard = sum(self.lengths), None
+        repaired: list[str] = []
+        try:
+            for index, sample in enumerate(_from(samples, start), start):
+                where = f"sample {index} of split {self.name!r}"
+                record, sizes = schema.record(sample, where)
+                texts = ("caption", *schema.texts)
+                repaired += [where for key in texts if record[key] != sample[key]]
+                example = serializer.get_tf_example(features.encode_example(record))
+                # In the order of names: a hash table's is another one in every process.
+                data = cast(Any, example).SerializeToString(deterministic=True)
+                if shard is None:
+                    count = len(self.lengths)
+                    shard = _Shard(self._shard(count), self._rows(count))
+                shard.add(data, sizes)
+                if shard.bytes >= shard_bytes:
+                    self.lengths.append(shard.finish())
+                    shard = None
+                lock.beat()
+            if shard is not None:
+                self.lengths.append(shard.finish())
+                shard = None
+        except RuntimeError as error:
+            raise (storage_error(error, self._data) or error) from error
+        finally:
+            if shard is not None:
+                shard.abandon()
+        if not self.lengths:
+            raise InputError(
+                f"split {self.name!r} has no samples: give at least one, or leave it out"
+            )
+        if repaired:
+            print(
+                f"{len(repaired)} texts had halves of surrogate pairs, which became U+FFFD: the first "
+                f"is of {repaired[0]}.",
+                file=sys.stderr,
+            )
+
+    def finish(self) -> tfds.core.SplitInfo:
+        """Gives the shards the names that TFDS seeks, and joins their sizes."""
+        total, size = len(self.lengths), 0
+        for index in range(total):
+            size += self._shard(index).stat().st_size
+            path = self._shard(index)
+            os.replace(path, path.with_name(f"{path.name}-of-{total:05d}"))
+        shape = (sum(self.lengths), len(SIZES))
+        place = self._data / f"sizes-{self.name}.npy"
+        # A memory map: the sizes of ten million records are 200 MB.
+        rows = np.lib.format.open_memmap(place, mode="w+", dtype=np.int32, shape=shape)
+        end = 0
+        for index, length in enumerate(self.lengths):
+            rows[end : end + length] = np.load(self._rows(index))
+            end += length
+        rows.flush()
+        return tfds.core.SplitInfo(
+            name=self.name,
+            shard_lengths=self.lengths,
+            num_bytes=size,
+            filename_template=ShardedFileTemplate(
+                data_dir=epath.Path(self._data),
+                dataset_name=self._stem.rpartition(f"-{self.name}.")[0],
+                split=self.name,
+                filetype_suffix="array_record",
+            ),
+        )
+
+
+def _from(samples: Samples, start: int) -> Iterator[Mapping[str, Any]]:
+    if callable(samples):
+        return iter(samples(start))
+    if isinstance(samples, Sequence):
+        return (samples[i] for i in range(start, len(samples)))
+    return itertools.islice(samples, start, None)
 
 
 def write_records(
     directory: str | Path,
     name: str,
-    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    splits: Mapping[str, Samples],
     *,
     description: str,
     labels: Sequence[str] = (),
     texts: Sequence[str] = (),
     numbers: Sequence[str] = (),
-    encoding: Literal["zlib", "bytes"] = "zlib",
+    encoding: Encoding = "zlib",
     latents: LatentsOf | tuple[int, str] | None = None,
     text_states: StatesOf | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    resume: str | None = None,
 ) -> Path:
     """Writes samples as the TFDS builder `directory/name/1.0.0` and return that path.
 
     `splits` maps split names to samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}
     plus the integers named in `labels`, the strings named in `texts` (further captions, which may be
     empty, and where they are from) and the floats named in `numbers`; sizes and lengths may differ,
-    order is kept, and equal samples give equal files. `encoding` of the videos: "zlib" is lossless
-    compression, "bytes" is raw, larger and quicker to read. `latents` says
-    that the videos are latents (stored as float16): their channels, the codec's hash and its name.
-    `text_states` says that samples have their captions' states, "text_states" float [s, e] (stored as
-    bfloat16), and which encoder made them.
+    order is kept, and equal samples give equal files. Half a surrogate pair in a text becomes U+FFFD.
 
-    Raises ValueError for a bad name, an existing builder, a directory that cannot be written, an
-    empty split and a sample that does not fit; nothing but empty directories is left behind then.
+    `encoding` of the videos: "video" is H.264 of high quality, small and quick (dit_jax/video.py; a
+    sample's video may be an `EncodedVideo` then), "zlib" is lossless compression, "bytes" is raw.
+    `latents` says that the videos are latents (stored as float16, with "video" as with "zlib"): their
+    channels, the codec's hash and its name. `text_states` says that samples have their captions'
+    states, "text_states" float [s, e] (stored as bfloat16), and which encoder made them.
+
+    A shard is closed at `shard_bytes`. With `resume`, a string that says what the samples are made of,
+    shards that a failed or killed call with the same string and settings finished are kept: their
+    samples are skipped (a sequence is not asked for them; of a split that is a function from the first
+    record to samples, it is called with their number), and the result is the same bytes. Without it,
+    nothing but empty directories is left of a call that fails.
+
+    Raises InputError for a bad name, an existing builder, a directory that cannot be written or that
+    another process is writing, an empty split and a sample that does not fit or has numbers that are
+    not finite; OSError for a disk that is full.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"name={name!r}: use lower case letters, digits and _, a letter first")
+        raise InputError(f"name={name!r}: use lower case letters, digits and _, a letter first")
     names = ["video", "caption", "fps", STATES, *labels, *texts, *numbers]
     if reserved := {key for key in names if names.count(key) > 1}:
-        given = {"labels": labels, "texts": texts, "numbers": numbers}
-        what = next(name for name, keys in given.items() if reserved & set(keys))
-        raise ValueError(f"{what} hold {sorted(reserved)}, which every sample has: rename them")
+        fields = {"labels": labels, "texts": texts, "numbers": numbers}
+        what = next(name for name, keys in fields.items() if reserved & set(keys))
+        raise InputError(f"{what} hold {sorted(reserved)}, which every sample has: rename them")
     if not splits:
-        raise ValueError("splits is empty: give at least one, such as {'train': samples}")
-    if encoding not in ("zlib", "bytes"):
-        raise ValueError(f"encoding={encoding!r} is unknown: use 'zlib' or 'bytes'")
+        raise InputError("splits is empty: give at least one, such as {'train': samples}")
+    if encoding not in ("video", "zlib", "bytes"):
+        raise InputError(f"encoding={encoding!r} is unknown: use 'video', 'zlib' or 'bytes'")
+    if shard_bytes < 1:
+        raise InputError(f"shard_bytes={shard_bytes}: give a positive number")
+    if is_remote(directory):
+        raise InputError(
+            f"{os.fspath(directory)!r}: ArrayRecord files are written to disks only. Write to a local "
+            "directory and copy it (gcloud storage cp -r), or mount the bucket (gcsfuse)."
+        )
     root = Path(directory).expanduser()
     target = root / name / VERSION
     if target.exists():
-        raise ValueError(f"{target} exists: remove it, or choose another directory or name")
+        raise InputError(f"{target} exists: remove it, or choose another directory or name")
+    check_writable(target.parent, "directory")
+    if latents is not None:
+        latents = LatentsOf(latents[0], latents[1], *latents[2:])
+        encoding = "zlib" if encoding == "video" else encoding
+    schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), encoding, latents, text_states)
+    folder = target.with_name(f"{VERSION}.incomplete")
+    folder.mkdir(exist_ok=True)
+    lock = Lock(folder, "writing of records")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        raise ValueError(
-            f"{str(directory)!r} cannot be written ({error}): choose a directory with write access"
-        ) from error
-    of = None if latents is None else LatentsOf(latents[0], latents[1], *latents[2:])
-    fields = (texts, numbers, text_states)
-    writer = _Writer(name, splits, labels, description, encoding, str(root), of, *fields)
-    # TFDS makes a place for downloads, of which there are none: not beside the data.
-    with tempfile.TemporaryDirectory() as downloads:
-        writer.download_and_prepare(download_dir=downloads)
+        made_of = [resume, name, description, list(splits), schema, shard_bytes, FORMAT]
+        _begin(folder, json.loads(json.dumps(made_of)), resume is not None)
+        parts = [_Split(folder, name, split) for split in splits]
+        for part in parts:
+            part.write(splits[part.name], schema, shard_bytes, lock)
+        _describe(folder / "data", name, description, schema, [part.finish() for part in parts])
+        os.replace(folder / "data", target)
+    except BaseException:
+        if resume is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+    shutil.rmtree(folder)
     return target
+
+
+def _begin(folder: Path, made_of: list[Any], resumes: bool) -> None:
+    """Keeps what an earlier call left in the folder if it made the same, and else removes it."""
+    place = folder / "journal" / "made_of.json"
+    try:
+        same = resumes and json.loads(place.read_bytes()) == made_of
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        for part in ("journal", "data"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+    (folder / "data").mkdir(exist_ok=True)
+    for path in (folder / "data").glob("*.part"):
+        path.unlink()
+    write_json(place, made_of)
+
+
+def _describe(
+    folder: Path, name: str, description: str, schema: _Schema, splits: Sequence[Any]
+) -> None:
+    """Writes TFDS's metadata beside the shards."""
+    info = tfds.core.DatasetInfo(
+        builder=DatasetIdentity(name, tfds.core.Version(VERSION), str(folder), __name__),
+        description=description,
+        features=schema.features(),
+        metadata=tfds.core.MetadataDict(schema.metadata()),
+        # Record i is the i-th sample: the writer's order is the order a user can check.
+        disable_shuffling=True,
+    )
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.SplitDict(splits))
+    info.write_to_directory(folder)

@@ -1,0 +1,308 @@
+"""The writer of records: shards, resumption after SIGKILL or a full disk, encoded video, sizes."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dit_jax.data.records import RecordsConfig, RecordsSource
+from dit_jax.data.writing import LatentsOf, StatesOf, write_records
+from dit_jax.files import InputError
+from dit_jax.video import decode_video, encode_video
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARD = 40_000
+KEY = {"description": "d", "encoding": "bytes", "shard_bytes": SHARD, "resume": "key"}
+
+
+def sample(i):
+    """Some 10 kB, so that a shard has four."""
+    rng = np.random.default_rng(i)
+    video = rng.integers(0, 256, (1 + i % 3, 60, 60, 3), np.uint8)
+    return {"video": video, "caption": f"Nº {i}", "fps": 8.0}
+
+
+class Recorded:
+    """A split as a function, which records which samples were computed."""
+
+    def __init__(self, count, fails_at=None):
+        self.count, self.fails_at, self.computed = count, fails_at, []
+
+    def __call__(self, start):
+        for i in range(start, self.count):
+            if i == self.fails_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.computed.append(i)
+            yield sample(i)
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    splits = {"train": [sample(i) for i in range(11)], "test": [sample(20)]}
+    return write_records(tmp_path_factory.mktemp("whole"), "clips", splits, **KEY)
+
+
+def test_shards_are_bounded_named_and_read_by_tfds(whole):
+    shards = sorted(path.name for path in whole.glob("*train.array_record*"))
+    total = len(shards)
+    assert total > 2
+    assert shards == [f"clips-train.array_record-{i:05d}-of-{total:05d}" for i in range(total)]
+    info = tfds.builder_from_directory(whole).info
+    assert sum(info.splits["train"].shard_lengths) == 11 and info.splits["test"].num_examples == 1
+    read = tfds.data_source("clips", data_dir=whole.parents[1], split="train")
+    for i in (0, 5, 10):
+        np.testing.assert_array_equal(read[i]["video"], sample(i)["video"])
+        assert read[i]["caption"].decode() == f"Nº {i}"
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_rerun_after_an_error_computes_no_finished_shard_again(whole, tmp_path):
+    fails = Recorded(11, fails_at=10)
+    with pytest.raises(OSError) as raised:
+        write_records(tmp_path, "clips", {"train": fails, "test": Recorded(1)}, **KEY)
+    assert raised.value.errno == errno.ENOSPC and not (tmp_path / "clips" / "1.0.0").exists()
+    again = Recorded(11)
+    path = write_records(
+        tmp_path, "clips", {"train": again, "test": lambda start: [sample(20)][start:]}, **KEY
+    )
+    lengths = tfds.builder_from_directory(path).info.splits["train"].shard_lengths
+    kept = sum(n for i, n in enumerate(lengths) if sum(lengths[: i + 1]) <= 10)
+    assert kept >= 4 and again.computed == list(range(kept, 11))
+    assert contents(path) == contents(whole)
+    assert [p.name for p in path.parent.iterdir()] == ["1.0.0"]
+
+
+def test_a_finished_shard_that_was_cut_and_other_settings_are_written_anew(whole, tmp_path):
+    with pytest.raises(OSError):
+        write_records(tmp_path, "clips", {"train": Recorded(11, 10), "test": Recorded(1)}, **KEY)
+    data = tmp_path / "clips" / "1.0.0.incomplete" / "data"
+    os.truncate(sorted(data.iterdir())[0], 1000)
+    again = Recorded(11)
+    splits = {"train": again, "test": [sample(20)]}
+    path = write_records(tmp_path, "clips", splits, **KEY)
+    assert again.computed == list(range(11)) and contents(path) == contents(whole)
+    for change in ({"resume": "other"}, {"shard_bytes": 30_000}, {"resume": None}):
+        root = tmp_path / str(change)
+        with pytest.raises(OSError):
+            write_records(root, "clips", {"train": Recorded(11, 10)}, **KEY)
+        again = Recorded(11)
+        write_records(root, "clips", {"train": again}, **{**KEY, **change})
+        assert again.computed == list(range(11))
+
+
+def test_a_full_disk_is_an_error_of_the_world(tmp_path):
+    code = f"""
+import resource, runpy, signal
+globals().update(runpy.run_path({__file__!r}))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    write_records({str(tmp_path)!r}, "clips", {{"train": Recorded(11)}}, **KEY)
+except OSError as error:
+    print("errno", error.errno)
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert f"errno {errno.EFBIG}" in out.stdout, out.stderr
+    assert not list(tmp_path.rglob("*.part"))
+
+
+SLOW_WRITER = f"""
+import runpy, sys, time
+globals().update(runpy.run_path({__file__!r}))
+class Slow(Recorded):
+    def __call__(self, start):
+        for one in super().__call__(start):
+            print(self.computed[-1], flush=True)
+            time.sleep(0.05)
+            yield one
+write_records(sys.argv[1], "clips", {{"train": Slow(11), "test": [sample(20)]}}, **KEY)
+"""
+
+
+def test_records_after_sigkill_are_the_same_bytes(whole, tmp_path):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", SLOW_WRITER, str(tmp_path)]
+    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True) as process:
+        for written in process.stdout:
+            if int(written) == 7:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert list(tmp_path.rglob("*.part"))
+    out = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
+    computed = [int(number) for number in out.stdout.split()]
+    assert 0 < computed[0] <= 7 and computed == list(range(computed[0], 11))
+    assert contents(tmp_path / "clips" / "1.0.0") == contents(whole)
+
+
+def test_two_writers_of_one_place_are_refused(tmp_path):
+    folder = tmp_path / "clips" / "1.0.0.incomplete"
+    folder.mkdir(parents=True)
+    other = {"host": os.uname().nodename, "pid": os.getppid(), "time": time.time()}
+    (folder / "lock.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=str(os.getppid())):
+        write_records(tmp_path, "clips", {"train": [sample(0)]}, **KEY)
+    assert (folder / "lock.json").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 33, 17), (7, 9, 7), (3, 32, 32), (30, 48, 64)])
+def test_encoded_video_keeps_size_and_colours(tmp_path, size):
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (size[0], size[1] // 8 + 1, size[2] // 8 + 1, 3))
+    video = np.kron(coarse, np.ones((1, 8, 8, 1))).astype(np.uint8)[:, : size[1], : size[2]]
+    given = {"video": video, "caption": "", "fps": 29.97}
+    made = {"description": "d", "encoding": "video"}
+    paths = [write_records(tmp_path / n, "clips", {"train": [given]}, **made) for n in "ab"]
+    assert contents(paths[0]) == contents(paths[1])
+    source = RecordsSource(RecordsConfig(str(paths[0])))
+    out = source[0]["video"]
+    assert out.shape == video.shape and out.dtype == np.uint8
+    error = out.astype(float) - video
+    assert (error**2).mean() < 255**2 / 10**4.4  # 44 dB
+    assert np.abs(error.mean((0, 1, 2))).max() <= (0.5 if video.size > 3 else 1)
+    encoded = {**given, "video": encode_video(video, 29.97)}
+    path = write_records(tmp_path / "c", "clips", {"train": [encoded]}, **made)
+    assert contents(path) == contents(paths[0])
+    assert source.sizes.tolist() == [[*size, 0]]
+
+
+def test_damaged_video_is_not_decoded():
+    rng = np.random.default_rng(0)
+    data = encode_video(rng.integers(0, 256, (9, 64, 64, 3), np.uint8), 8.0).data
+    for end in (0, 100, len(data) // 2, len(data) * 7 // 8):
+        with pytest.raises(ValueError):
+            decode_video(data[:end])
+    for place in np.linspace(2000, len(data) - 200, 12).astype(int):
+        with pytest.raises(ValueError):
+            decode_video(data[:place] + bytes(200) + data[place + 200 :])
+
+
+def test_sizes_are_those_of_the_records_of_any_slice(whole, tmp_path):
+    path = str(whole)
+    expected = [[1 + i % 3, 60, 60, len(f"Nº {i}".encode())] for i in range(11)]
+
+    def sizes(split="train", **changes):
+        return RecordsSource(RecordsConfig(path, split, **changes)).sizes
+
+    assert sizes().dtype == np.int32 and sizes().tolist() == expected
+    assert sizes("train[30%:80%]").tolist() == expected[3:9]
+    assert sizes("train[8:]+test").tolist() == [*expected[8:], [3, 60, 60, 6]]
+    assert sizes(captioned=False)[:, 3].tolist() == [0] * 11
+    assert sizes(caption_template="{fps}")[:, 3].tolist() == [0] * 11
+    for file in whole.iterdir():
+        if not file.name.startswith("sizes"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert RecordsSource(RecordsConfig(str(tmp_path))).sizes is None
+
+
+def test_sizes_of_states(tmp_path):
+    states = [np.ones((n, 4), np.float32) for n in (3, 1)]
+    rows = [{**sample(i), "text_states": one} for i, one in enumerate(states)]
+    path = write_records(
+        tmp_path, "clips", {"train": rows}, description="d", text_states=StatesOf(4, "h", "t5")
+    )
+    read = RecordsSource(RecordsConfig(str(path), text_states_key="text_states"))
+    assert read.sizes.tolist() == [[1, 60, 60, 3], [2, 60, 60, 1]]
+
+
+LATENTS = {"latents": LatentsOf(3, "h"), "text_states": StatesOf(2, "h", "t5")}
+FINE = {
+    "video": np.ones((1, 2, 2, 3), np.float32),
+    "caption": "x",
+    "fps": 8.0,
+    "score": 1.0,
+    "text_states": np.ones((1, 2), np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"video": np.full((1, 2, 2, 3), np.nan, np.float32)},
+        {"video": np.full((1, 2, 2, 3), 1e5, np.float32)},  # Above float16's largest.
+        {"text_states": np.full((1, 2), np.inf)},
+        {"text_states": np.full((1, 2), 1e300)},
+        {"fps": np.nan},
+        {"fps": np.inf},
+        {"fps": 1e300},
+        {"score": np.nan},
+    ],
+)
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path, changes):
+    splits = {"train": [FINE, {**FINE, **changes}]}
+    with pytest.raises(ValueError, match="sample 1 of split 'train'"):
+        write_records(tmp_path, "x", splits, description="d", numbers=["score"], **LATENTS)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_text_that_cannot_be_encoded_is_repaired_and_named(tmp_path, capsys):
+    rows = [
+        {**sample(0), "source": "caf\udce9.mp4"},
+        {**sample(1), "caption": "a \ud83d cat", "source": "b"},
+    ]
+    path = write_records(tmp_path, "x", {"train": rows}, description="d", texts=["source"])
+    source = RecordsSource(RecordsConfig(str(path)))
+    assert source[1]["caption"] == "a \ufffd cat"
+    assert RecordsSource(RecordsConfig(str(path), caption_key="source"))[0]["caption"] == (
+        "caf\ufffd.mp4"
+    )
+    said = capsys.readouterr().err
+    assert "2 texts" in said and "sample 0" in said
+    assert source.sizes[1, 3] == len("a \ufffd cat".encode())
+
+
+@pytest.mark.slow
+def test_three_gigabytes_are_written_in_little_memory(tmp_path):
+    code = """
+import resource, sys
+import numpy as np
+from dit_jax.data.writing import write_records
+def samples(start):
+    for i in range(start, 320):
+        print(i, flush=True)
+        video = np.random.default_rng(i).integers(0, 256, (50, 256, 256, 3), np.uint8)
+        yield dict(video=video, caption=str(i), fps=8.0)
+write_records(sys.argv[1], "big", {"train": samples}, description="d", encoding="bytes", resume="k")
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    begun = time.monotonic()
+    line = [sys.executable, "-c", code, str(tmp_path / "one")]
+    out = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
+    peak = int(out.stdout.split()[-1])
+    print(f"{time.monotonic() - begun:.0f} s, peak {peak} MiB")
+    assert peak < 1024
+    line[-1] = str(tmp_path / "two")
+    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True) as process:
+        for written in process.stdout:
+            if int(written) == 150:
+                process.send_signal(signal.SIGKILL)
+                break
+    out = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
+    assert 100 < int(out.stdout.split()[0]) <= 150
+    one, two = (tmp_path / name / "big" / "1.0.0" for name in ("one", "two"))
+    assert sum(file.stat().st_size for file in one.iterdir()) > 3e9
+    for file in one.iterdir():
+        with file.open("rb") as a, (two / file.name).open("rb") as b:
+            while block := a.read(1 << 24):
+                assert block == b.read(1 << 24)
+            assert not b.read(1)
+    source = RecordsSource(RecordsConfig(str(two)))
+    assert len(source) == 320 and source.sizes[:, 0].tolist() == [50] * 320
+    for i in (0, 151, 319):
+        video = np.random.default_rng(i).integers(0, 256, (50, 256, 256, 3), np.uint8)
+        np.testing.assert_array_equal(source[i]["video"], video)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**21
