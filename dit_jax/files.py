@@ -22,6 +22,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ WAIT_SECONDS = 1.0
 """Before the second try; doubled for each one after it."""
 HEARTBEAT_SECONDS = 30.0
 """From one sign of life in a lock to the next."""
-STALE_SECONDS = 600.0
+STALE_SECONDS = 100.0
 """A lock of another host without a sign of life for this long is taken over."""
 CLIENTS = ("gcsfs", "aiohttp", "google.")
 """How the modules begin whose exceptions are those of Cloud Storage."""
@@ -47,6 +48,17 @@ T = TypeVar("T")
 class InputError(ValueError):
     """Something that the user gave is wrong; the message states the value, the constraint and the
     remedy. Commands print it alone and end with exit status 2."""
+
+
+@contextlib.contextmanager
+def checking_input() -> Iterator[None]:
+    """While a command is set up, a ``ValueError`` is about what the user gave: ``InputError``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -174,6 +186,12 @@ def passes(error: BaseException) -> bool:
     return isinstance(error, TimeoutError | ConnectionError)
 
 
+def is_storage_error(error: BaseException) -> bool:
+    """Whether a disk or a storage server failed, for a while or for good (no space is left)."""
+    words = ("No space left", "Disk quota", "File too large", "Read-only file system")
+    return isinstance(error, OSError) or passes(error) or any(one in str(error) for one in words)
+
+
 def retry(function: Callable[[], T], what: str) -> T:
     """What ``function`` returns; errors of storage that pass by themselves are tried again.
 
@@ -186,11 +204,7 @@ def retry(function: Callable[[], T], what: str) -> T:
             if attempt == TRIES or not passes(error):
                 raise
             wait = WAIT_SECONDS * 2 ** (attempt - 1)
-            print(
-                f"{what} failed ({explain(error)}): try {attempt + 1} of {TRIES} in {wait:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"{what} failed ({explain(error)}): try {attempt + 1} of {TRIES} in {wait:.0f} s")
             time.sleep(wait)
     raise AssertionError
 
@@ -357,8 +371,9 @@ def _download(source: Path, target: Path) -> None:
 class Lock:
     """A file that says which process uses a directory, with a sign of life.
 
-    On one host the process id tells whether its holder lives; of another host only the age of its
-    last sign of life does. A lock whose holder is gone is taken over with a message. Local and network
+    On one host the process id tells whether the holder lives. The holder on another host lives if its
+    sign of life changes: that is waited for, up to ``STALE_SECONDS``, and then the lock is taken over
+    with a message (a pod that a launcher starts again comes up on another host). Local and network
     disks share no compare-and-swap, so two starts within the same second may both succeed.
 
     Raises:
@@ -368,19 +383,19 @@ class Lock:
     def __init__(self, directory: Path, what: str = "run") -> None:
         self.path = directory / "lock.json"
         self._me = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._beaten = 0.0
         holder = self._holder()
         if holder is not None and not self._mine(holder):
-            where = f"process {holder.get('pid')} on {holder.get('host')}"
-            age = time.time() - float(holder.get("time", 0))
-            if self._alive(holder, age):
+            name = f"process {holder.get('pid')} on {holder.get('host')}"
+            if self._lives(holder, name):
                 raise InputError(
-                    f"{os.fspath(directory)!r} is in use by {where} (last sign of life {age:.0f} s "
-                    f"ago): wait for it to end, give another --output, or remove "
-                    f"{os.fspath(self.path)!r} if no such process runs this {what} any more."
+                    f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
+                    f"--output, or remove {os.fspath(self.path)!r} if no such process runs this {what}."
                 )
-            print(f"the lock of {where} is stale ({age:.0f} s): taken over.", file=sys.stderr)
-        self.beat()
+            _say(f"the lock of {name} is stale: taken over.")
+        self._ended = threading.Event()
+        self._beat()
+        # A thread, since a step or a compilation may take longer than a lock stays fresh.
+        threading.Thread(target=self._beat_on, name="lock", daemon=True).start()
 
     def _holder(self) -> dict[str, Any] | None:
         try:
@@ -392,27 +407,42 @@ class Lock:
     def _mine(self, holder: dict[str, Any]) -> bool:
         return all(holder.get(name) == value for name, value in self._me.items())
 
-    def _alive(self, holder: dict[str, Any], age: float) -> bool:
-        if holder.get("host") != self._me["host"]:
-            return age < STALE_SECONDS
-        try:
-            os.kill(int(holder.get("pid", -1)), 0)
-        except PermissionError:
+    def _lives(self, holder: dict[str, Any], name: str) -> bool:
+        if holder.get("host") == self._me["host"]:
+            try:
+                os.kill(int(holder.get("pid", -1)), 0)
+            except PermissionError:
+                return True
+            except (OSError, ValueError):
+                return False
             return True
-        except (OSError, ValueError):
-            return False
-        # Process ids are used again, and in containers they are small: it must have beaten, too.
-        return age < STALE_SECONDS
+        _say(
+            f"the lock of {name} is there: waiting up to {STALE_SECONDS:.0f} s for a sign of life."
+        )
+        deadline = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(STALE_SECONDS / 10, 5.0))
+            now = self._holder()
+            if now is None:
+                return False
+            if now.get("time") != holder.get("time"):
+                return True
+        return False
 
-    def beat(self) -> None:
-        """Gives a sign of life if the last is old; what cannot be written is tried again next time."""
-        if time.monotonic() - self._beaten < HEARTBEAT_SECONDS and self._beaten:
-            return
-        self._beaten = time.monotonic()
-        with contextlib.suppress(OSError):
+    def _beat(self) -> None:
+        with contextlib.suppress(Exception):  # What cannot be written is tried again next time.
             write_json(self.path, {**self._me, "time": time.time()})
+
+    def _beat_on(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            self._beat()
 
     def release(self) -> None:
         """Removes the lock."""
-        with contextlib.suppress(OSError):
+        self._ended.set()
+        with contextlib.suppress(Exception):
             self.path.unlink()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,25 +1,24 @@
 """``python -m dit_jax.train --config FILE``: trains, from the top of this page to its bottom.
 
-config -> processes -> mesh -> task -> state -> data -> loop. A run is a directory: if it holds a
-checkpoint, the run goes on from there and ends up, bit for bit, where it would have without the
-interruption.
+config -> processes -> mesh -> task -> state -> data -> loop. A run is a directory, local or on Cloud
+Storage: if it holds a checkpoint, the run goes on from there and ends up, bit for bit, where it would
+have without the interruption.
 
-Exit status: 0, the run is complete; 2, something given is wrong, and the message says what; 143 or
-130 (128 + the signal, as shells count), SIGTERM or SIGINT stopped it after it saved its step; 1,
-something failed, or another process of the run died. What did not end in 0 or 2 goes on when all its
-processes are started again.
+Exit status: 0, the run is complete; 2, something that the user gave is wrong, and the message says
+what (only before the loop begins: starting again would not help); 143 or 130 (128 + the signal, as
+shells count), SIGTERM or SIGINT stopped it after it saved its step; 1, something failed by itself (a
+full disk, storage that does not answer, another process of the run). What did not end in 0 or 2 goes on
+when all its processes are started again.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import os
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,25 @@ import jax
 import numpy as np
 
 from dit_jax import tasks
-from dit_jax.config import Run, differences, parse_config, read_config, stored_config, to_dict
+from dit_jax.config import (
+    Run,
+    absolute_paths,
+    differences,
+    parse_config,
+    read_config,
+    stored_config,
+    to_dict,
+)
+from dit_jax.data import DataError, Lanes, names_of
+from dit_jax.files import (
+    InputError,
+    Lock,
+    check_writable,
+    checking_input,
+    explain,
+    is_storage_error,
+    write_json,
+)
 from dit_jax.parallel import (
     PROCESS_HELP,
     global_batch,
@@ -46,7 +63,9 @@ from dit_jax.training import (
     TrainState,
     abstract_state,
     begin_from,
+    gather_data_state,
     init_state,
+    learning_rate,
     make_optimizer,
     make_step,
 )
@@ -54,14 +73,19 @@ from dit_jax.training import (
 PROG = "python -m dit_jax.train"
 FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
 """What a run is made of: a resumed run must have the same."""
-MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
-"""Fields in these that a resumed run may change all the same: where the data lies, and how the
-same numbers are computed."""
+MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat", "bad_records", "max_bad_records")
+"""Fields in these that a resumed run may change all the same: where the data lies, and how the same
+numbers are computed."""
+PACKING = "data.packing."
+"""So it may these: they decide which samples share a row, and not what is learnt from a sample."""
 MEANT = ("model", "diffusion.prediction", "diffusion.path", "codec.hash", "text_encoder.hash")
 """What parameters mean: a run that begins with another's must have the same of it."""
 MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
 """Fields in these that it may have otherwise: how the same is computed, what shapes tell, how fresh
 parameters are drawn, and where captions are cut."""
+LOST_STEPS = 200
+"""A run whose last steps, this many, all had gradients that are not finite has diverged: it ends."""
+NAMES_IN_REPORT = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,50 +101,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         with joined(flags, PROG):
-            config = tasks.recorded(config)
-            directory = prepare_directory(config)
-            stopped = train(config, directory)
-    except ValueError as error:
+            stopped = train(config)
+    except InputError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not isinstance(error, DataError | DivergedError) and not is_storage_error(error):
+            raise
+        # Several hundred lines of traces would hide the one that matters.
+        print(
+            f"{PROG}: failed: {type(error).__name__}: {explain(error)}\nWhen the cause is mended, the "
+            "same command goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
     return 128 + signal.Signals[stopped] if stopped else 0
 
 
-def prepare_directory(config: Run) -> Path:
-    """Makes the run's directory and stores the config in it.
+class DivergedError(RuntimeError):
+    """The gradients of many steps in a row were not finite."""
+
+
+def prepare_directory(config: Run) -> tuple[Path, Run | None]:
+    """Makes the run's directory; returns it and the stored config of the run that it holds, if any.
 
     Raises:
-        ValueError: where it cannot be written, or holds a run of another model or data.
+        InputError: if it cannot be written, or holds a run of another model or data.
     """
-    directory = Path(config.output).absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output {config.output!r} cannot be written ({error.strerror}): give another directory "
-            "with --output."
-        ) from error
-    stored = directory / "config.json"
-    if stored.exists() and any(p.name.isdigit() for p in directory.glob("checkpoints/*")):
-        check_same_run(config, read_config(stored, Run), directory)
-    if jax.process_index() == 0:
-        fresh = stored.with_suffix(".tmp")
-        fresh.write_text(json.dumps(to_dict(config), indent=2))
-        os.replace(fresh, stored)
-    return directory
+    directory = check_writable(config.output)
+    stored = None
+    if (directory / "config.json").exists() and (directory / "checkpoints").is_dir():
+        if any(one.name.isdigit() for one in (directory / "checkpoints").iterdir()):
+            stored = read_config(directory / "config.json", Run)
+            check_same_run(config, stored, directory)
+    return directory, stored
 
 
 def check_same_run(config: Run, stored: Run, directory: Path) -> None:
-    """Raises ``ValueError`` where a run cannot be resumed under this config."""
+    """Raises ``ValueError`` if a run cannot be resumed under this config."""
     for name, now, before in differences(config, stored):
         fixed = any(f"{name}.".startswith(f"{part}.") for part in FIXED)
-        if fixed and name.split(".")[-1] not in MAY_CHANGE:
+        free = name.split(".")[-1] in MAY_CHANGE or name.startswith(PACKING)
+        if fixed and not free:
             raise ValueError(
                 f"{str(directory)!r} holds a run with {name} = {before!r}, and not {now!r}: give a new "
                 "--output, or the config that the run was made with."
             )
+
+
+def changes(config: Run, stored: Run, step: int) -> str:
+    """What a resumed run does differently from here on, in words; empty if nothing."""
+    lines = [
+        f"  {name}: {now!r} (it was {before!r})"
+        for name, now, before in differences(config, stored)
+        if name.split(".")[-1] not in ("output", "path", "data_dir")
+    ]
+    rates = [float(np.asarray(learning_rate(c.optimizer, c.steps)(step))) for c in (config, stored)]
+    if not np.isclose(*rates, rtol=1e-3):
+        lines.append(f"  the learning rate at step {step}: {rates[0]:.3g} (it was {rates[1]:.3g})")
+    return "resumed with changes:\n" + "\n".join(lines) if lines else ""
 
 
 def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> tasks.Inflation | None:
@@ -150,81 +189,160 @@ def begin(config: Run, fresh: TrainState, shapes: TrainState, shardings: TrainSt
     """The state that a new run begins with: with another run's parameters, where one is named."""
     if config.checkpoint.initial is None:
         return fresh
-    initial = Path(config.checkpoint.initial).absolute()
-    return begin_from(initial, fresh, shapes, shardings, partial(check_same_meaning, config))
-
-
-def train(config: Run, directory: Path) -> str | None:
-    """The training loop; returns the name of the signal that stopped it, if one did."""
-    mesh = make_mesh(config.mesh)
-    rows = local_rows(mesh, config.rows)
-    task = tasks.build(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    shapes, shardings = abstract_state(task.init, optimizer, mesh)
-    step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)
-
-    checkpointer = Checkpointer(directory, config.checkpoint)
-    loader = task.loader(rows)
-    latest = checkpointer.latest()
-    if latest is None:
-        state = init_state(task.init, optimizer, shardings, jax.random.key(config.seed))
-        state = begin(config, state, shapes, shardings)
-    else:
-        state, data_state = checkpointer.restore(latest, shapes, shardings)
-        loader.set_state(data_state)
-    start = int(state.step)
-
-    progress = Progress(directory, start, config.steps)
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
-    progress.say(
-        f"{task.name}: {count / 1e6:.1f} M parameters, {len(jax.devices())} x "
-        f"{jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}, "
-        + (f"resumed at step {start}" if start else "compiling the step...")
+    return begin_from(
+        config.checkpoint.initial, fresh, shapes, shardings, partial(check_same_meaning, config)
     )
-    stop = StopSignal()
-    data_state = loader.get_state()
-    for step in range(start, config.steps):
-        local = next(loader)
-        data_state = loader.get_state()
-        state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows))
-        done = step + 1
-        progress.advance(task.work(local))
-        if done % config.log.every == 0 or done in (start + 1, config.steps):
-            progress.report(done, metrics)
-        stopping = stop.asked(done) and done < config.steps
-        clock = time.perf_counter()
-        if done == config.steps or stopping or done % config.checkpoint.every == 0:
-            checkpointer.save(state, data_state, to_dict(config), done)
-            progress.flush()
-        if config.log.draw_every and done % config.log.draw_every == 0 and not stopping:
-            picture = directory / f"samples_{done:07d}.png"
-            task.draw(state.ema, picture)
-            progress.image(done, "samples", picture)
-        progress.away(time.perf_counter() - clock)
-        if stopping:
-            progress.say(f"{stop.name}: saving step {done}; the same command resumes there.")
-            break
 
-    checkpointer.wait()
-    finished = int(state.step) >= config.steps
-    if finished:
-        conclude(task, state, progress, directory)
-    loader.close()
-    progress.close()
-    checkpointer.close()
+
+# ---------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------
+
+
+def train(config: Run) -> str | None:
+    """Trains; returns the name of the signal that stopped the run, if one did.
+
+    Raises:
+        InputError: if something that the user gave is wrong; only before the loop begins.
+    """
+    with contextlib.ExitStack() as stack:
+        with checking_input():
+            # Relative paths would mean something else to whoever resumes or samples from elsewhere.
+            config = tasks.recorded(absolute_paths(config))
+            directory, stored = prepare_directory(config)
+            if jax.process_index() == 0:
+                stack.callback(Lock(directory).release)
+                write_json(directory / "config.json", to_dict(config))
+            mesh = make_mesh(config.mesh)
+            rows = local_rows(mesh, config.rows)
+            task = tasks.build(config, mesh)
+            optimizer = make_optimizer(config.optimizer, config.steps)
+            shapes, shardings = abstract_state(task.init, optimizer, mesh)
+            step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)
+            checkpointer = Checkpointer(directory, config.checkpoint)
+            loader = task.loader(rows)
+            stack.callback(loader.close)
+            latest, repacked = checkpointer.latest(), False
+            if latest is None:
+                key = jax.random.key(config.seed)
+                state = begin(
+                    config, init_state(task.init, optimizer, shardings, key), shapes, shardings
+                )
+            else:
+                state, data_state = checkpointer.restore(latest, shapes, shardings)
+                repacked = not loader.set_state(data_state)
+        start = int(state.step)
+
+        progress = Progress(directory, start, config.steps)
+        stack.callback(progress.close)
+        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
+        progress.say(
+            f"{task.name}: {count / 1e6:.1f} M parameters, {len(jax.devices())} x "
+            f"{jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}, "
+            + (f"resumed at step {start}" if start else "compiling the step...")
+        )
+        if stored is not None and start and (text := changes(config, stored, start)):
+            progress.say(text)
+        if repacked:
+            progress.say(
+                "rows are packed anew: the order of samples goes on, but those that waited in rows "
+                "which were not full are left out of this epoch."
+            )
+        # Whatever is raised below, the save under way is finished first.
+        stack.enter_context(checkpointer)
+        stop = StopSignal()
+        data_state = loader.save()
+        schedule = learning_rate(config.optimizer, config.steps)
+        reported, healthy, skipped = start, start, int(state.skipped)
+        for step in range(start, config.steps):
+            local = next(loader)
+            data_state = loader.save()
+            state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows))
+            done = step + 1
+            progress.advance(task.work(local))
+            if done % config.log.every == 0 or done in (start + 1, config.steps):
+                # The optimizer counts the steps that it took, not those skipped.
+                rate = float(np.asarray(schedule(step - int(metrics["skipped"]))))
+                counts = {
+                    "learning_rate": rate,
+                    "records_left_out": len(loader.reader.left_out),
+                    "captions_cut": loader.reader.cut_captions,
+                }
+                progress.report(done, {**metrics, **counts})
+                if int(metrics["skipped"]) - skipped < done - reported:
+                    healthy = done
+                reported, skipped = done, int(metrics["skipped"])
+                if done - healthy >= LOST_STEPS:
+                    raise DivergedError(
+                        f"the gradients of the last {done - healthy} steps were not finite: resume "
+                        "from an earlier checkpoint with a lower optimizer.learning_rate."
+                    )
+            stopping = stop.asked(done) and done < config.steps
+            clock = time.perf_counter()
+            if done == config.steps or stopping or done % config.checkpoint.every == 0:
+                checkpointer.save(state, data_state, to_dict(config), done)
+                progress.flush()
+            if config.log.draw_every and done % config.log.draw_every == 0 and not stopping:
+                picture = directory / f"samples_{done:07d}.png"
+                with unless_storage_fails(progress, str(picture)):
+                    task.draw(state.ema, picture)
+                    progress.image(done, "samples", picture)
+            progress.away(time.perf_counter() - clock)
+            if stopping:
+                progress.say(f"{stop.name}: saving step {done}; the same command resumes there.")
+                break
+
+        checkpointer.wait()
+        finished = int(state.step) >= config.steps
+        if finished:
+            conclude(task, state, progress, directory, loader)
+        checkpointer.close()
     return None if finished else stop.name
 
 
-def conclude(task: Task, state: TrainState, progress: Progress, directory: Path) -> None:
+@contextlib.contextmanager
+def unless_storage_fails(progress: Progress, what: str) -> Iterator[None]:
+    """A picture that cannot be written is no reason to end a run: it is said."""
+    try:
+        yield
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        progress.say(f"warning: {what!r} was not written ({explain(error)}).")
+
+
+def conclude(
+    task: Task, state: TrainState, progress: Progress, directory: Path, loader: Lanes[Any]
+) -> None:
     """Measures the finished model, says what came of it, and stores it as ``report.json``."""
-    report = dict(task.report(state.ema, directory))
-    if not report:
-        return
-    progress.scalars(int(state.step), report, "report")
-    text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
-    progress.say(f"{task.name} report: {text}\npictures: {directory / 'samples.png'}")
-    if jax.process_index() == 0:
-        (directory / "report.json").write_text(json.dumps(report, indent=2))
+    report: dict[str, Any] = dict(task.report(state.ema, directory))
+    if report:
+        progress.scalars(int(state.step), report, "report")
+        text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
+        progress.say(f"{task.name} report: {text}\npictures: {directory / 'samples.png'}")
+    data = data_report(loader)
+    if data:
+        progress.say(
+            f"{data['records_left_out']} records were left out, and captions were cut "
+            f"{data['captions_cut']} times (report.json names them)."
+        )
+    if (report or data) and jax.process_index() == 0:
+        write_json(directory / "report.json", {**report, **data})
+
+
+def data_report(loader: Lanes[Any]) -> dict[str, Any]:
+    """What of the data was not trained on; empty if everything was."""
+    reader = loader.reader
+    left_out = gather_data_state(loader.save())["run"]["left_out"]
+    before = 0 if reader.unfit is None else int(reader.unfit.sum())
+    if not left_out and not before and not reader.cut_captions:
+        return {}
+    names = [f"{name}: it does not fit" for name in names_of(reader, NAMES_IN_REPORT)]
+    return {
+        "records_left_out": len(left_out) + before,
+        "captions_cut": reader.cut_captions,
+        "left_out": [*names, *left_out.values()][:NAMES_IN_REPORT],
+    }
 
 
 if __name__ == "__main__":

@@ -104,26 +104,39 @@ def other_holder(root, **changes):
     files.write_json(f"{root}/lock.json", holder | changes)
 
 
-def test_a_directory_in_use_is_refused_and_its_holder_named(root):
+def test_a_directory_in_use_is_refused_and_its_holder_named(root, monkeypatch):
     other_holder(root)
     with pytest.raises(InputError, match=str(os.getppid())):
         Lock(as_path(root))
     other_holder(root, host="elsewhere", pid=7)
+    monkeypatch.setattr(files.time, "sleep", lambda _: other_holder(root, host="elsewhere", pid=7))
     with pytest.raises(InputError, match="elsewhere"):
         Lock(as_path(root))
 
 
-def test_a_stale_lock_is_taken_over_with_a_message(root, capsys):
+def test_a_stale_lock_is_taken_over_with_a_message(root, capsys, monkeypatch):
+    monkeypatch.setattr(files, "STALE_SECONDS", 0.2)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for changes in ({"pid": ended.pid}, {"host": "elsewhere", "time": time.time() - 1e4}):
+    for changes in ({"pid": ended.pid}, {"host": "elsewhere", "time": 0.0}):
         other_holder(root, **changes)
         lock = Lock(as_path(root))
         assert "stale" in capsys.readouterr().err
         assert json.loads(lock.path.read_bytes())["pid"] == os.getpid()
-        Lock(as_path(root))  # One's own is no obstacle.
+        Lock(as_path(root)).release()  # One's own is no obstacle.
         lock.release()
         assert not lock.path.exists()
+
+
+def test_a_lock_gives_signs_of_life_until_it_is_released(root, monkeypatch):
+    monkeypatch.setattr(files, "HEARTBEAT_SECONDS", 0.05)
+    lock = Lock(as_path(root))
+    first = json.loads(lock.path.read_bytes())["time"]
+    deadline = time.monotonic() + 10
+    while json.loads(lock.path.read_bytes())["time"] == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lock.release()
 
 
 def test_without_gcsfs_the_message_says_what_to_install(monkeypatch):

@@ -329,7 +329,7 @@ def test_data_that_cannot_be_used_is_refused(refused: Refused, tmp_path: Path):
         (["--model.dit.width", "64"], "model.dit.width = 32, and not 64"),
         (["--seed", "1"], "seed = 0, and not 1"),
         (["--optimizer.kind", "muon"], "optimizer.kind = 'adamw', and not 'muon'"),
-        (["--data.packing.bins", "3"], "data.packing.bins = 2, and not 3"),
+        (["--data.transform.flip", "True"], "data.transform.flip = False, and not True"),
         (["--data.source.num-examples", "61"], "data.source.num_examples = 60, and not 61"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from dit_jax.config.run import Run
 from dit_jax.data import CropConfig, MixtureConfig, RecordsConfig, ShapesConfig
@@ -18,6 +19,10 @@ class CodecDataConfig:
 
     source: ShapesConfig | RecordsConfig | MixtureConfig = ShapesConfig()
     crop: CropConfig = CropConfig(height=16, width=16)
+    bad_records: Literal["skip", "refuse"] = "skip"
+    """As in a model's run: clips smaller than a window, or that cannot be read, are left out."""
+    max_bad_records: int = 1000
+    """Records that may be left out in the middle of a run, besides those known before it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,11 @@ class DataConfig:
     source: ShapesConfig | RecordsConfig | MixtureConfig = ShapesConfig()
     packing: PackingConfig = PackingConfig()
     transform: TransformConfig = TransformConfig()
+    bad_records: Literal["skip", "refuse"] = "skip"
+    """What becomes of records that cannot be packed, read or trained on: they are left out, counted and
+    named, or the run is refused before it begins (as far as the sizes in the data's metadata tell)."""
+    max_bad_records: int = 1000
+    """Records that may be left out in the middle of a run, besides those known before it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from functools import partial
 import grain
 import numpy as np
 
-from dit_jax.data.lanes import Lanes
-from dit_jax.data.mixing import stream
+from dit_jax.data.lanes import Lanes, as_reader
+from dit_jax.data.mixing import order
+from dit_jax.data.reader import Reader
 from dit_jax.types import ClipBatch, Sample, Source
 
 
@@ -53,11 +54,7 @@ def cut(
     video, size = sample["video"], (config.height, config.width)
     if video.dtype != np.uint8:
         raise ValueError(f"{what} is {video.dtype}: an autoencoder learns from pixels, uint8.")
-    if video.shape[1] < size[0] or video.shape[2] < size[1]:
-        raise ValueError(
-            f"{what} is of {video.shape[1]} x {video.shape[2]} pixels, and data.crop takes {size[0]} x "
-            f"{size[1]}: make the windows smaller, or leave such clips out."
-        )
+    check_window(config, *video.shape[:3], what=what)
     frames = 1 + (min(len(video), config.frames) - 1) // time * time
     t, y, x = (
         int(rng.integers(whole - part + 1))
@@ -67,14 +64,30 @@ def cut(
     return window[:, :, ::-1] if config.flip and rng.random() < 0.5 else window
 
 
+def check_window(
+    config: CropConfig, frames: int, height: int, width: int, what: str = "a clip"
+) -> None:
+    """Raises ``ValueError`` if a clip of this size is smaller than a window."""
+    del frames
+    if height < config.height or width < config.width:
+        raise ValueError(
+            f"{what} is of {height} x {width} pixels, and data.crop takes {config.height} x "
+            f"{config.width}: make the windows smaller, or leave such clips out."
+        )
+
+
 def _row(
-    config: CropConfig, time: int, seed: int, index: int, sample: Sample
-) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng((seed, index))
-    window = cut(config, time, sample, rng, f"sample {index}")
-    missing = config.frames - len(window)
-    video = np.concatenate([window, np.repeat(window[-1:], missing, 0)])
-    return {"video": video, "num_frames": np.array(len(window), np.int32)}
+    reader: Reader, config: CropConfig, time: int, seed: int, place: int, index: int
+) -> dict[str, np.ndarray] | None:
+    """A window of the sample ``index``, at its place in the endless order; None if it is left out."""
+
+    def make(sample: Sample, name: str) -> dict[str, np.ndarray]:
+        window = cut(config, time, sample, np.random.default_rng((seed, place)), name)
+        missing = config.frames - len(window)
+        video = np.concatenate([window, np.repeat(window[-1:], missing, 0)])
+        return {"video": video, "num_frames": np.array(len(window), np.int32)}
+
+    return reader.use(int(index), make)
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> ClipBatch:
@@ -92,18 +105,20 @@ class CropLoader(Lanes[ClipBatch]):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Reader,
         config: CropConfig,
         time: int,
         seed: int,
         rows: Sequence[int] | None = None,
     ) -> None:
-        windows = stream(source, seed).map_with_index(partial(_row, config, time, seed))
+        reader = as_reader(source)
+        element = partial(_row, reader, config, time, seed)
+        windows = order(reader.source, seed).map_with_index(element)
         read = grain.ReadOptions(
             num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
         )
 
-        def lane(row: int) -> grain.IterDataset:
-            return windows[row :: config.rows].to_iter_dataset(read)
+        def lane(row: int, start: int) -> grain.IterDataset:
+            return windows[start + row :: config.rows].to_iter_dataset(read)
 
-        super().__init__(source, lane, tuple(range(config.rows) if rows is None else rows), _stack)
+        super().__init__(reader, lane, tuple(range(config.rows) if rows is None else rows), _stack)

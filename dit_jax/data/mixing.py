@@ -67,7 +67,7 @@ class MixtureConfig:
 
 
 class MixedSource:
-    """Random access to the samples of all sets, one set behind another; ``stream`` mixes them.
+    """Random access to the samples of all sets, one set behind another; ``order`` mixes them.
 
     A sample is as its set gives it, with ``part``, the number of its set.
     """
@@ -89,12 +89,16 @@ class MixedSource:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
-        part = bisect.bisect_right(self._ends, index)
-        inside = index - (self._ends[part - 1] if part else 0)
+        part, inside = self.locate(index)
         return {**self.parts[part][inside], "part": part}
 
-    def stream(self, seed: int) -> grain.MapDataset:
-        """The endless mixed order. Proportions are Grain's: the weights, to within 1 %."""
+    def locate(self, index: int) -> tuple[int, int]:
+        """The set that a sample is of, and its index there."""
+        part = bisect.bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """The endless mixed order of indices. Proportions are Grain's: the weights, to within 1 %."""
         starts = [0, *self._ends[:-1]]
         seeds = np.random.SeedSequence(seed).generate_state(len(self.parts) + 1)
         orders = [
@@ -102,19 +106,18 @@ class MixedSource:
             for start, end, own in zip(starts, self._ends, seeds, strict=False)
         ]
         mixed = grain.MapDataset.mix(orders, self.weights)
-        shuffled = grain.experimental.WindowShuffleMapDataset(
+        return grain.experimental.WindowShuffleMapDataset(
             mixed,
             window_size=WINDOW,
             seed=int(seeds[-1]) // 2,  # A window adds its number.
         )
-        return shuffled.map(self.__getitem__)
 
 
-def stream(source: Source, seed: int) -> grain.MapDataset:
-    """A source's samples in the endless order that training takes them in."""
+def order(source: Source, seed: int) -> grain.MapDataset:
+    """The indices of a source's samples in the endless order that training takes them in."""
     if isinstance(source, MixedSource):
-        return source.stream(seed)
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        return source.order(seed)
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
 
 def open_mixture(config: MixtureConfig) -> MixedSource:

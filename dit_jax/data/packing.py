@@ -19,8 +19,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 import grain
 import numpy as np
 
-from dit_jax.data.lanes import Lanes
-from dit_jax.data.mixing import stream
+from dit_jax.data.lanes import Lanes, as_reader
+from dit_jax.data.mixing import order
+from dit_jax.data.reader import Reader
 from dit_jax.types import PackedBatch, Sample, Source
 
 
@@ -45,6 +46,10 @@ PACKERS = {
     "first_fit": grain.experimental.FirstFitPackIterDataset,
     "best_fit": grain.experimental.BestFitPackIterDataset,
 }
+
+
+LAYOUT = ("rows", "row_tokens", "row_text", "row_segments", "bins", "packer")
+"""Fields of ``PackingConfig`` that decide which samples share a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,51 +94,73 @@ def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None
         )
 
 
+def check_finite(tokenized: Tokenized, what: str) -> None:
+    """Raises ``ValueError`` if the tokens or text states of a sample are not finite."""
+    for name in ("tokens", "text"):
+        values = tokenized[name]
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            count = int(values.size - np.isfinite(values).sum())
+            raise ValueError(
+                f"{what} has {count} of {values.size} {name} that are NaN or infinite."
+            )
+
+
 def _element(
+    reader: Reader,
     tokenize: Tokenize,
     config: PackingConfig,
     augment: Augment | None,
     seed: int,
+    place: int,
     index: int,
-    sample: Sample,
-) -> dict[str, Any]:
-    if augment is not None:
-        sample = augment(sample, np.random.default_rng((seed, index)))
-    tokenized = tokenize(sample)
-    count = len(tokenized["tokens"])
-    caption = sample["caption"]
-    check_fits(config, count, len(tokenized["text"]), f"sample {index} ({caption[:60]!r})")
-    return {
-        **tokenized,
-        # The place in the endless shuffled order names the sample: the same clip seen again in a
-        # later epoch has noise of its own even within one batch.
-        "sample_ids": np.array([index % 2**32], np.uint32),
-        "num_tokens": np.array([count], np.int32),
-        "num_frames": np.array([tokenized["frame_ids"][-1] + 1], np.int32),
-    }
+) -> dict[str, Any] | None:
+    """The sample ``index`` as an element of a row, at its place in the endless order; None, which Grain
+    passes over, if it is left out."""
+
+    def make(sample: Sample, name: str) -> dict[str, Any]:
+        if augment is not None:
+            sample = augment(sample, np.random.default_rng((seed, place)))
+        tokenized = tokenize(sample)
+        count = len(tokenized["tokens"])
+        what = f"{name} ({sample['caption'][:60]!r})"
+        check_fits(config, count, len(tokenized["text"]), what)
+        check_finite(tokenized, what)
+        return {
+            **tokenized,
+            # The place in the endless shuffled order names the sample: the same clip seen again in a
+            # later epoch has noise of its own even within one batch.
+            "sample_ids": np.array([place % 2**32], np.uint32),
+            "num_tokens": np.array([count], np.int32),
+            "num_frames": np.array([tokenized["frame_ids"][-1] + 1], np.int32),
+        }
+
+    return reader.use(int(index), make)
 
 
 def lane(
-    source: Source,
+    reader: Reader,
     tokenize: Tokenize,
     config: PackingConfig,
     seed: int,
     row: int,
     augment: Augment | None = None,
     along: tuple[str, ...] = (),
+    start: int = 0,
 ) -> grain.IterDataset:
-    """The endless stream of packed rows that fills row ``row`` of every global batch.
+    """The endless stream of packed rows that fills row ``row`` of every global batch, from the place
+    ``start`` of the endless order of samples on.
 
     ``along`` names what else samples have for every token.
     ``augment`` changes samples at random; what it draws depends on the seed and the sample's place in
     the endless order, and on nothing else.
     """
-    mine = stream(source, seed).map_with_index(partial(_element, tokenize, config, augment, seed))
+    element = partial(_element, reader, tokenize, config, augment, seed)
+    mine = order(reader.source, seed).map_with_index(element)
     read = grain.ReadOptions(
         num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
     )
     return PACKERS[config.packer](
-        mine[row :: config.rows].to_iter_dataset(read),
+        mine[start + row :: config.rows].to_iter_dataset(read),
         length_struct={
             "tokens": config.row_tokens,
             "positions": config.row_tokens,
@@ -203,12 +230,18 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
     return PackedBatch(**batch)
 
 
+def _place_after(batch: PackedBatch) -> int:
+    """The place behind the last sample of a batch in the endless order."""
+    ids = np.asarray(batch.sample_ids)[np.asarray(batch.num_tokens) > 0]
+    return int(ids.max()) + 1 if ids.size else 0
+
+
 class Loader(Lanes[PackedBatch]):
     """Packed rows: this process's of the global batches."""
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Reader,
         tokenize: Tokenize,
         config: PackingConfig,
         seed: int,
@@ -216,7 +249,11 @@ class Loader(Lanes[PackedBatch]):
         augment: Augment | None = None,
         along: tuple[str, ...] = (),
     ) -> None:
-        def row(number: int) -> grain.IterDataset:
-            return lane(source, tokenize, config, seed, number, augment, along)
+        reader = as_reader(source)
 
-        super().__init__(source, row, tuple(range(config.rows) if rows is None else rows), _stack)
+        def row(number: int, start: int) -> grain.IterDataset:
+            return lane(reader, tokenize, config, seed, number, augment, along, start)
+
+        rows = tuple(range(config.rows) if rows is None else rows)
+        layout = {name: getattr(config, name) for name in LAYOUT}
+        super().__init__(reader, row, rows, _stack, layout, _place_after)

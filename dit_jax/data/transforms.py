@@ -61,30 +61,45 @@ def centre(video: np.ndarray, height: int, width: int) -> np.ndarray:
     return video[:, top : top + height, left : left + width]
 
 
-def resize(config: TransformConfig, video: np.ndarray, multiple: tuple[int, int]) -> np.ndarray:
-    """A clip uint8 ``[t, h, w, 3]`` as the config has it; float latents come back as they are.
+Size = tuple[int, int]
+
+
+def resized_size(
+    config: TransformConfig, height: int, width: int, multiple: Size
+) -> tuple[Size, Size]:
+    """The size that pictures of ``height`` x ``width`` pixels are resized to, and the size of the
+    centre which is then kept.
 
     ``multiple`` is the pixels of a patch along rows and columns, for ``whole_patches``.
+
+    Raises:
+        ValueError: if ``whole_patches`` leaves nothing.
     """
-    if video.dtype != np.uint8:
-        return video
-    height, width = video.shape[1:3]
     if config.crop is not None:
         scale = config.crop / min(height, width)
         size = (max(round(height * scale), config.crop), max(round(width * scale), config.crop))
-        return centre(resized(video, *size), config.crop, config.crop)
+        return size, (config.crop, config.crop)
+    size = (height, width)
     if config.max_area is not None and height * width > config.max_area:
         scale = math.sqrt(config.max_area / (height * width))
-        video = resized(video, max(int(height * scale), 1), max(int(width * scale), 1))
-    if config.whole_patches:
-        whole = [size // by * by for size, by in zip(video.shape[1:3], multiple, strict=True)]
-        if 0 in whole:
-            raise ValueError(
-                f"a picture of {video.shape[1]} x {video.shape[2]} pixels is smaller than one patch of "
-                f"{multiple[0]} x {multiple[1]}: leave it out, or use smaller patches."
-            )
-        video = centre(video, *whole)
-    return video
+        size = (max(int(height * scale), 1), max(int(width * scale), 1))
+    if not config.whole_patches:
+        return size, size
+    whole = (size[0] // multiple[0] * multiple[0], size[1] // multiple[1] * multiple[1])
+    if 0 in whole:
+        raise ValueError(
+            f"a picture of {size[0]} x {size[1]} pixels is smaller than one patch of "
+            f"{multiple[0]} x {multiple[1]}: leave it out, or use smaller patches."
+        )
+    return size, whole
+
+
+def resize(config: TransformConfig, video: np.ndarray, multiple: Size) -> np.ndarray:
+    """A clip uint8 ``[t, h, w, 3]`` as the config has it; float latents come back as they are."""
+    if video.dtype != np.uint8:
+        return video
+    size, kept = resized_size(config, video.shape[1], video.shape[2], multiple)
+    return centre(resized(video, *size), *kept)
 
 
 def flip(sample: Sample, rng: np.random.Generator) -> Sample:

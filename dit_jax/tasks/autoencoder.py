@@ -21,7 +21,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dit_jax.config import CodecRun
-from dit_jax.data import CropConfig, CropLoader, RecordsConfig, ShapesConfig, cut
+from dit_jax.data import (
+    CropConfig,
+    CropLoader,
+    Reader,
+    RecordsConfig,
+    ShapesConfig,
+    check_records,
+    check_window,
+    cut,
+)
 from dit_jax.evaluation import (
     reconstruction_report,
     resize_baseline,
@@ -50,8 +59,13 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     check_codec_layout(config, mesh)
     source, held = make_source(config.data.source), make_source(_held_out(config))
     crop, model = config.data.crop, config.model
-    for what, part in (("the first training clip", source), ("the first held-out clip", held)):
-        cut(crop, model.stride[0], part[0], np.random.default_rng(0), what)
+    for part in (source, held):
+        Reader(part).first(
+            lambda sample, name: cut(crop, model.stride[0], sample, np.random.default_rng(0), name)
+        )
+    unfit = check_records(source, partial(check_window, crop), config.data.bad_records)
+    limit = config.data.max_bad_records if config.data.bad_records == "skip" else 0
+    reader = Reader(source, limit, unfit)
     loss = make_loss(config, mesh)
     windows = HeldOut(config, source, held)
 
@@ -66,7 +80,7 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
         name="codec",
         init=loss.init,
         loss=partial(batch_loss, loss),
-        loader=lambda rows: CropLoader(source, crop, model.stride[0], config.seed, rows),
+        loader=lambda rows: CropLoader(reader, crop, model.stride[0], config.seed, rows),
         rows=crop.rows,
         work=partial(batch_work, model),
         draw=draw,
@@ -151,12 +165,20 @@ class HeldOut:
 
     def _windows(self, crop: CropConfig, source: Source, count: int, seed: int) -> list[np.ndarray]:
         """Evenly over the source, at random places."""
-        time, found = self.config.model.stride[0], []
+        time, windows = self.config.model.stride[0], []
+        reader = Reader(source, len(source))
         for i in range(count):
             rng = np.random.default_rng((self.config.seed, seed, i))
             index = i * len(source) // count if count < len(source) else i % len(source)
-            found.append(cut(crop, time, source[index], rng, f"clip {index}"))
-        return found
+            for number in range(len(source)):  # If a clip cannot be used, the next one is.
+                window = reader.use(
+                    (index + number) % len(source),
+                    lambda sample, name, rng=rng: cut(crop, time, sample, rng, name),
+                )
+                if window is not None:
+                    windows.append(window)
+                    break
+        return windows
 
 
 def shown(clips: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -21,12 +21,16 @@ from dit_jax.config import Config, DataConfig
 from dit_jax.data import (
     Augment,
     Loader,
+    Reader,
     Tokenized,
     TransformConfig,
+    check_finite,
     check_fits,
+    check_records,
     draw_caption,
     flip,
     resize,
+    resized_size,
 )
 from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, token_loss
 from dit_jax.models import (
@@ -145,6 +149,18 @@ def tokenize(
     return made
 
 
+def check_record_size(config: Config, frames: int, height: int, width: int, pixels: bool) -> None:
+    """Raises ``ValueError`` if a record of this stored size cannot be packed."""
+    patch, codec = config.model.patch, config.codec
+    size = (frames, height, width)
+    if pixels:
+        multiple = (patch.h * codec.h, patch.w * codec.w)
+        _, (height, width) = resized_size(config.data.transform, height, width, multiple)
+        size = codec.latent_size(frames, height, width)
+    packing = config.data.packing
+    check_fits(packing, patch.num_tokens(*size), 0, " x ".join(map(str, (frames, height, width))))
+
+
 def _encoded(codec: Codec, video: np.ndarray, caption: str) -> np.ndarray:
     """A clip's latents; raises ``ValueError`` with its caption where it has none."""
     try:
@@ -212,22 +228,29 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
     source = make_source(config.data.source)
-    if len(source) < 1:
-        raise ValueError("the dataset is empty: check data.source's path, split and filters.")
     packing = config.data.packing
     codec = open_codec(config, mesh)
     check_codec(codec, source)
     if (encoder := open_for_data(config, source)) is not None:
         source = encoded(source, encoder)
-    sample = source[0]
-    if config.data.transform.flip and sample["video"].dtype != np.uint8:
+    to_tokens = partial(tokenize, config.model, transform=config.data.transform, codec=codec)
+
+    def check_first(sample: Sample, name: str) -> bool:
+        first = to_tokens(sample)
+        check_fits(packing, len(first["tokens"]), len(first["text"]), name)
+        check_finite(first, name)
+        return sample["video"].dtype == np.uint8
+
+    pixels = Reader(source).first(check_first)
+    if config.data.transform.flip and not pixels:
         raise ValueError(
             "data.transform.flip is set and the data are latents, which cannot be mirrored: write both "
             "when they are made (scripts/images_to_latents.py --flip), and unset it."
         )
-    to_tokens = partial(tokenize, config.model, transform=config.data.transform, codec=codec)
-    first = to_tokens(sample)
-    check_fits(packing, len(first["tokens"]), len(first["text"]), "the first sample")
+    check_size = partial(check_record_size, config, pixels=pixels)
+    unfit = check_records(source, check_size, config.data.bad_records)
+    limit = config.data.max_bad_records if config.data.bad_records == "skip" else 0
+    reader = Reader(source, limit, unfit)
     model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
     cases = Cases(config, codec)
@@ -253,7 +276,7 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
         name="text_to_video",
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
-        loader=lambda rows: Loader(source, to_tokens, packing, config.seed, rows, augment, along),
+        loader=lambda rows: Loader(reader, to_tokens, packing, config.seed, rows, augment, along),
         rows=packing.rows,
         work=partial(batch_work, config.model),
         draw=draw,

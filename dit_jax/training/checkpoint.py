@@ -2,7 +2,7 @@
 
 A run's directory holds ``config.json`` and ``checkpoints/<step>/`` with the items ``params``,
 ``ema``, ``opt`` (moments and counters), ``data`` (where every row's stream stands) and ``config``.
-Sampling restores ``ema`` alone.
+Sampling restores ``ema`` alone. The directory is local or on Cloud Storage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from dit_jax.data import merge_states
+from dit_jax.files import InputError, as_path, check_exists, explain, passes, retry
 from dit_jax.training.state import TrainState
 from dit_jax.types import Params
 
@@ -53,23 +57,25 @@ class CheckpointConfig:
 def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
     """The data state of all processes' rows, on every process."""
     if jax.process_count() == 1:
-        return state
+        return merge_states([state])
     mine = np.frombuffer(json.dumps(state).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([mine.size]))
     padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
     gathered = multihost_utils.process_allgather(padded)
-    whole: dict[str, Any] = {}
-    for size, row in zip(sizes.ravel(), gathered, strict=True):
-        whole.update(json.loads(bytes(row[: int(size)]).decode()))
-    return whole
+    rows = zip(sizes.ravel(), gathered, strict=True)
+    return merge_states([json.loads(bytes(row[: int(size)]).decode()) for size, row in rows])
 
 
 class Checkpointer:
-    """Saves and restores the states of one run."""
+    """Saves and restores the states of one run.
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        # Orbax reads no relative paths.
-        self.directory = directory.absolute()
+    As a context it ends only when the save under way has: whatever is raised inside, nothing that was
+    begun is lost.
+    """
+
+    def __init__(self, directory: str | os.PathLike, config: CheckpointConfig) -> None:
+        self.directory = as_path(directory)  # Orbax reads no relative paths.
+        self._again: Callable[[], None] | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.max_to_keep,
             keep_period=config.keep_period,
@@ -92,21 +98,27 @@ class Checkpointer:
     def save(
         self, state: TrainState, data: dict[str, Any], config: dict[str, Any], step: int
     ) -> None:
-        """Starts to save; returns as soon as the state is copied. Does nothing if already saved."""
+        """Starts to save; returns as soon as the state is copied. Does nothing if already saved.
+
+        What fails by an error of storage that passes is tried again. If the save before failed so in
+        the background, that is said, and this one takes its place.
+        """
         if step == self._manager.latest_step():
             return
         counters = {"step": state.step, "skipped": state.skipped}
-        self._manager.save(
-            step,
-            force=True,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema=ocp.args.StandardSave(state.ema),
-                opt=ocp.args.StandardSave({"opt_state": state.opt_state, **counters}),
-                data=ocp.args.JsonSave(gather_data_state(data)),
-                config=ocp.args.JsonSave(config),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            ema=ocp.args.StandardSave(state.ema),
+            opt=ocp.args.StandardSave({"opt_state": state.opt_state, **counters}),
+            data=ocp.args.JsonSave(gather_data_state(data)),
+            config=ocp.args.JsonSave(config),
         )
+
+        def begin() -> None:
+            self._manager.save(step, force=True, args=args)
+
+        retry(begin, f"saving step {step}")
+        self._again = begin
 
     def save_weights(self, params: Params, config: dict[str, Any], step: int = 0) -> None:
         """Saves averaged weights alone, to sample from, as what came from elsewhere has no more."""
@@ -153,8 +165,11 @@ class Checkpointer:
         return self.directory / "checkpoints" / str(step)
 
     def _read(self, step: int, **items: Any) -> Any:
-        with self._reading(step):
+        def read() -> Any:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+        with self._reading(step):
+            return retry(read, f"reading step {step}")
 
     def _check_arrays(self, step: int, item: str, target: Params) -> None:
         """Raises ``ValueError`` where an item's arrays are not those of the model."""
@@ -164,7 +179,7 @@ class Checkpointer:
         wanted = _shapes(target)
         for name in sorted(stored | wanted):
             if stored.get(name) != wanted.get(name):
-                raise ValueError(
+                raise InputError(
                     f"{str(self.path(step))!r} is a checkpoint of another model: {item} {name!r} is "
                     f"{stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} in the "
                     "model of the config. Use the config that the checkpoint was made with."
@@ -172,23 +187,49 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Turns whatever goes wrong while a checkpoint is read into ``ValueError``."""
+        """Turns what is wrong with a checkpoint into ``InputError``; a disk or server that does not
+        answer is no fault of the checkpoint, and its errors stay what they are."""
         try:
             yield
         except (KeyError, OSError, TypeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0][:300]
-            raise ValueError(
-                f"{str(self.path(step))!r} cannot be read ({reason}): the checkpoint is damaged. "
-                f"Take another of {self.steps()}: sampling does with --step, and training goes on from "
-                "the newest that is left when this one is moved away."
+            if passes(error):
+                raise
+            raise InputError(
+                f"{str(self.path(step))!r} cannot be read ({explain(error)}): the checkpoint is "
+                f"damaged. Take another of {self.steps()}: sampling does with --step, and training "
+                "goes on from the newest that is left when this one is moved away."
             ) from error
 
     def wait(self) -> None:
-        """Returns when everything begun is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
+        """Returns when everything begun is on disk; what went wrong and passes is tried again."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            if self._again is None or not passes(error):
+                raise
+            again = self._again
+
+            def save() -> None:
+                again()
+                self._manager.wait_until_finished()
+
+            retry(save, f"saving again after {explain(error)}")
+        self._again = None
 
     def close(self) -> None:
         self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            return
+        try:  # The error that ends the run is the one to raise; of another it is said.
+            self._manager.wait_until_finished()
+            print(f"saved: {self.steps()}", file=sys.stderr, flush=True)
+        except Exception as error:
+            print(f"the save under way failed, too: {explain(error)}", file=sys.stderr, flush=True)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -200,26 +241,25 @@ def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def open_run(directory: Path, step: int | None = None) -> tuple[Checkpointer, int]:
+def open_run(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:
     """The checkpoints of a finished or running run, to read, and the step asked for or the newest.
 
     Raises:
         ValueError: where there is no such checkpoint.
     """
+    hint = "give the output directory of a training run (it has a folder 'checkpoints')"
+    directory = check_exists(directory, "the run", hint)
     if not (directory / "checkpoints").is_dir():
-        raise ValueError(
-            f"{str(directory)!r} holds no checkpoints: give the output directory of a training run "
-            "(it has a folder 'checkpoints')."
-        )
+        raise InputError(f"{str(directory)!r} holds no checkpoints: {hint}.")
     checkpointer = Checkpointer(directory, CheckpointConfig())
     steps = checkpointer.steps()
     if not steps:
-        raise ValueError(
+        raise InputError(
             f"{str(directory)!r} has no finished checkpoint yet: wait for the first save "
             "(checkpoint.every steps), or give another run."
         )
     if step is not None and step not in steps:
-        raise ValueError(f"{str(directory)!r} has no checkpoint of step {step}: there are {steps}.")
+        raise InputError(f"{str(directory)!r} has no checkpoint of step {step}: there are {steps}.")
     return checkpointer, steps[-1] if step is None else step
 
 
@@ -232,7 +272,7 @@ class Loads(Protocol):
 
 
 def begin_from(
-    directory: Path,
+    directory: str | os.PathLike,
     fresh: TrainState,
     shapes: TrainState,
     shardings: TrainState,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,74 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
+from dit_jax.files import explain, is_remote, write_whole
 from dit_jax.parallel.topologies import peak_flops
 from dit_jax.training.task import Work
+
+
+class Events:
+    """TensorBoard's files in a directory, local or on Cloud Storage.
+
+    Storage has no appending: there the files grow in a temporary directory and are copied at each
+    ``flush``. A directory that cannot be written ends no run: that is said once, and logging stops.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: SummaryWriter | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        with self._unless_broken():
+            local = str(directory)
+            if is_remote(directory):
+                self._scratch = tempfile.TemporaryDirectory(prefix="dit_jax-logs-")
+                local = self._scratch.name
+            self._writer = SummaryWriter(local)
+
+    @contextlib.contextmanager
+    def _unless_broken(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Of the file system, or of a client of storage.
+            self._writer = None
+            print(
+                f"warning: logs cannot be written to {str(self._directory)!r} ({explain(error)}): "
+                "the run goes on without them.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Logs a number."""
+        if self._writer:
+            with self._unless_broken():
+                self._writer.add_scalar(name, value, step)
+
+    def image(self, name: str, encoded: bytes, step: int) -> None:
+        """Logs a picture, an encoded PNG."""
+        if self._writer:
+            # The file as it is: tensorboardX would want Pillow to make it again.
+            image = Summary.Image(encoded_image_string=encoded, colorspace=3)
+            summary = Summary(value=[Summary.Value(tag=name, image=image)])
+            with self._unless_broken():
+                assert self._writer.file_writer is not None
+                self._writer.file_writer.add_summary(summary, step)
+
+    def flush(self) -> None:
+        """Puts everything logged so far where it belongs."""
+        if self._writer:
+            with self._unless_broken():
+                self._writer.flush()
+                if self._scratch:
+                    for file in Path(self._scratch.name).iterdir():
+                        write_whole(self._directory / file.name, file.read_bytes())
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer:
+            with self._unless_broken():
+                self._writer.close()
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 class Progress:
@@ -28,7 +98,7 @@ class Progress:
         self._bar = tqdm(
             initial=start, total=steps, unit="step", disable=not self._first, dynamic_ncols=True
         )
-        self._writer = SummaryWriter(str(directory / "logs")) if self._first else None
+        self._events = Events(directory / "logs") if self._first else None
         self._work: list[Work] = []
         self._clock = time.perf_counter()
         self._away = 0.0
@@ -59,9 +129,7 @@ class Progress:
             if self._peak:
                 scalars["mfu"] = flops * share / seconds / self._peak
             self._work = []
-        if self._writer:
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+        self._log(step, scalars)
         shown = {
             "loss": f"{scalars['loss']:.4f}",
             "tok/s": f"{scalars.get('tokens_per_second', 0):.0f}",
@@ -73,26 +141,24 @@ class Progress:
             shown["skipped"] = f"{scalars['skipped']:.0f}"
         self._bar.set_postfix(shown)
 
+    def _log(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        if self._events:
+            for name, value in values.items():
+                self._events.scalar(f"{prefix}{name}", value, step)
+
     def flush(self) -> None:
         """Puts on disk what was written: a resumed run does not write again what it has saved."""
-        if self._writer:
-            self._writer.flush()
+        if self._events:
+            self._events.flush()
 
-    def scalars(self, step: int, values: dict[str, float], prefix: str) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         """Writes other scalars, such as a final report."""
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+        self._log(step, values, f"{prefix}/")
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Logs a picture, the PNG file at ``path``."""
-        if self._writer:
-            # The file as it is: tensorboardX would want Pillow to make it again.
-            encoded = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
-            summary = Summary(value=[Summary.Value(tag=name, image=encoded)])
-            writer = self._writer.file_writer
-            assert writer is not None
-            writer.add_summary(summary, step)
+        if self._events:
+            self._events.image(name, path.read_bytes(), step)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, once."""
@@ -101,5 +167,5 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-        if self._writer:
-            self._writer.close()
+        if self._events:
+            self._events.close()

@@ -19,7 +19,7 @@ from dit_jax.data import (
     PackingConfig,
     StatesOf,
     open_mixture,
-    stream,
+    order,
     write_records,
 )
 from dit_jax.types import Sample
@@ -71,8 +71,8 @@ def same(one, other):
 
 def test_sets_are_drawn_by_weight_in_every_lane_and_each_in_whole_epochs():
     source = mixed()
-    order = stream(source, 3)
-    taken = [order[i] for i in range(2048)]
+    places = order(source, 3)
+    taken = [source[places[i]] for i in range(2048)]
     parts = np.array([sample["part"] for sample in taken])
     # Two whole windows, in which Grain's interleaving is exact to one sample.
     assert np.abs(np.bincount(parts) - [1024, 512, 512]).max() <= 1
@@ -90,12 +90,15 @@ def test_sets_are_drawn_by_weight_in_every_lane_and_each_in_whole_epochs():
 
 def test_the_order_follows_from_the_seed_alone():
     def parts(seed, source=None):
-        order = stream(source or mixed(), seed)
-        return [int(order[i]["video"].flat[0]) for i in range(100)]
+        source = source or mixed()
+        places = order(source, seed)
+        return [int(source[places[i]]["video"].flat[0]) for i in range(100)]
 
     assert parts(1) == parts(1) != parts(2)
-    order = stream(mixed(), 1)
-    assert [int(order[i]["video"].flat[0]) for i in reversed(range(100))] == parts(1)[::-1]
+    places = order(mixed(), 1)
+    assert [int(mixed()[places[i]]["video"].flat[0]) for i in reversed(range(100))] == parts(1)[
+        ::-1
+    ]
     alone = MixedSource([Part(0, 7)], [5.0])
     assert sorted(parts(1, alone)[:7]) != [0] * 7 and len(alone) == 7
 
