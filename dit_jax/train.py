@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        with joined(flags, PROG):
+        with joined(flags, PROG, InputError):
             stopped = train(config)
     except InputError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)

@@ -1,11 +1,12 @@
 """Eight emulated CPU devices for every test, set before JAX makes its backend; shapes checked."""
 
 import os
-import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -88,22 +89,12 @@ def pair(begun: tuple[Run, Run]) -> Run:
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``gs://NAME`` of an emulator of Cloud Storage on loopback, for this process and its children."""
-    program = shutil.which("gcp-storage-emulator")
-    if program is None:
-        pytest.skip("gcp-storage-emulator is not installed")
+    pytest.importorskip("gcp_storage_emulator")
     port = free_port()
     log = tmp_path_factory.mktemp("emulator") / "log"
     with log.open("wb") as file:
         server = subprocess.Popen(
-            [
-                program,
-                "start",
-                f"--port={port}",
-                "--host=127.0.0.1",
-                "--default-bucket=clips",
-                "-q",
-                "-M",
-            ],
+            [sys.executable, Path(__file__).with_name("storage_server.py"), str(port), "clips"],
             stdout=file,
             stderr=subprocess.STDOUT,
         )
