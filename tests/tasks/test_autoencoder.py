@@ -218,6 +218,6 @@ def test_windows_that_do_not_divide_over_the_mesh_are_refused():
 def test_clips_smaller_than_a_window_are_refused_before_training():
     crop = dataclasses.replace(CONFIG.data.crop, height=32, width=32)
     data = dataclasses.replace(CONFIG.data, crop=crop)
-    said = "the first training clip is of 24 x 24 pixels, and data.crop takes 32 x 32"
+    said = "is of 24 x 24 pixels, and data.crop takes 32 x 32"
     with pytest.raises(ValueError, match=said):
         tasks.build(dataclasses.replace(CONFIG, data=data), one_device())
