@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 
 from dit_jax import interop, tasks
+from dit_jax.checks import check_types
 from dit_jax.config import (
     CodecConfig,
     CodecRun,
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        check_types(given)
         print(convert(given))
     except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ import jax
 import tyro
 
 from dit_jax import tasks
+from dit_jax.checks import check_types
 from dit_jax.config import Config, to_dict
 from dit_jax.evaluation import (
     I3D_FRAMES,
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = tyro.cli(EvaluateArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        check_types(given)
         with joined(flags, PROG):
             evaluate(given)
     except ValueError as error:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dit_jax.checks import check_types
 from dit_jax.config import Config, Run, parse_config
 from dit_jax.parallel.topologies import (
     Topology,
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         given, rest = tyro.cli(PlanArguments, args=arguments, prog=PROG, return_unknown_args=True)
+        check_types(given)
         if given.json not in (None, "-"):
             _check_writable(given.json)
         topology = parse_topology(given.topology, given.slices)

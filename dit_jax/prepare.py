@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 import tyro
 
 from dit_jax import tasks
+from dit_jax.checks import check_types
 from dit_jax.data import LatentsOf, StatesOf
 from dit_jax.interop import load_codec, load_text_encoder
 from dit_jax.models import Codec, TextEncoder
@@ -376,6 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description=f"Turns a folder of media into records to train on. {PROCESS_HELP}",
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
+        check_types(config)
         with joined(flags, PROG):
             about = prepare(config)
             if about is not None:

@@ -22,6 +22,7 @@ import tyro
 from jax.sharding import Mesh
 
 from dit_jax import tasks
+from dit_jax.checks import check_types
 from dit_jax.config import Config
 from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig
 from dit_jax.parallel import (
@@ -133,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = tyro.cli(SampleArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        check_types(given)
         with joined(flags, PROG):
             sample(given)
     except ValueError as error:

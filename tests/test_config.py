@@ -233,6 +233,7 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
     [
         (["--steps", "0"], ["steps is 0: it is at least 1"]),
         (["--seed", "-1"], ["seed is -1: it is at least 0"]),
+        (["--seed", str(2**32)], [f"seed is {2**32}: it is at least 0, and below 2**32"]),
         (["--log.every", "0"], ["log.every 0", "at least 1"]),
         (["--log.draw-count", "0"], ["draw_count 0", "at least 1"]),
         (["--evaluation.prompts", "-1"], ["evaluation.prompts is -1: it is at least 0"]),

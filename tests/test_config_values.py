@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dit_jax import tasks
+from dit_jax import evaluate, plan, prepare, sample, tasks
 from dit_jax.config import (
     CodecRun,
     Config,
@@ -21,8 +21,14 @@ from dit_jax.config import (
     stored_config,
     to_dict,
 )
-from dit_jax.data import MixedSetConfig, MixtureConfig, RecordsConfig
+from dit_jax.data import MixedSetConfig, MixtureConfig, RecordsConfig, ShapesConfig
+from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
 from dit_jax.files import InputError, as_path, write_whole
+from dit_jax.models import DiTConfig, PatchConfig, ReconstructionLossConfig
+from dit_jax.preparation import ChatOptions, WorkersConfig
+from dit_jax.preparation.shots import ShotConfig
+from dit_jax.sampling import SamplingConfig
+from dit_jax.training import OptimizerConfig
 
 HEAD = "from dit_jax.config import *\nfrom dit_jax.training import *\nfrom dit_jax.data import *\n"
 WRONG = [
@@ -249,3 +255,57 @@ def test_records_on_cloud_storage_are_refused():
     for change in ({"path": "gs://bucket/clips/1.0.0"}, {"path": "x", "data_dir": "gs://bucket"}):
         with pytest.raises(InputError, match=r"gs://bucket.*gcsfuse.*docs/storage.md"):
             RecordsConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "message"),
+    [
+        (sample, ["--checkpoint", "x", "--fps", "nan"], "sampling.fps is nan"),
+        (sample, ["--checkpoint", "x", "--given-noise", "inf"], "mode.given_noise is inf"),
+        (sample, ["--checkpoint", "x", "--prompt", "a \udce9"], "prompt[0] is 'a \\udce9'"),
+        (evaluate, ["--sampling.cfg-scale", "nan"], "sampling.cfg_scale is nan"),
+        (plan, ["--topology", "v5p:2x2x1", "--tokens", "inf"], "tokens is inf"),
+        (prepare, ["--input", "a", "--output", "b", "--wait", "nan"], "wait is nan"),
+        (
+            prepare,
+            ["--input", "a", "--output", "b", "--chat.temperature", "inf"],
+            "chat.temperature is inf",
+        ),
+    ],
+)
+def test_verbs_refuse_numbers_that_are_not_finite(
+    verb: Any, arguments: list[str], message: str, capsys: Any
+):
+    assert verb.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: OptimizerConfig(learning_rate=x),
+        lambda x: OptimizerConfig(clip_norm=x),
+        lambda x: OptimizerConfig(weight_decay=x),
+        lambda x: TimeConfig(shift=x),
+        lambda x: TimeConfig(std=x),
+        lambda x: DiffusionConfig(min_snr_gamma=x),
+        lambda x: DiffusionConfig(caption_dropout=x),
+        lambda x: SamplingConfig(shift=x),
+        lambda x: SamplingConfig(cfg_scale=x),
+        lambda x: SamplingConfig(sde_strength=x),
+        lambda x: PatchConfig(reference_fps=x),
+        lambda x: DiTConfig(time_std=x),
+        lambda x: ReconstructionLossConfig(kl=x),
+        lambda x: CeilingConfig(free=x),
+        lambda x: ShapesConfig(fps=x),
+        lambda x: RecordsConfig("x", fps=x),
+        lambda x: WorkersConfig(time_limit=x),
+        lambda x: ShotConfig(ratio=x),
+        lambda x: ChatOptions(backoff=x),
+        lambda x: ChatOptions(timeout=x),
+    ],
+)
+def test_bounds_refuse_nan(make: Any):
+    with pytest.raises(ValueError, match="nan"):
+        make(math.nan)

@@ -33,7 +33,7 @@ ROOMS = {
     "preparation": {"types", "data"},
     "planning": {"types", "config", "parallel", "models", "training", "sampling", "tasks"},
 }
-ANYWHERE = {"files", "video"}
+ANYWHERE = {"files", "video", "checks"}
 EVERYTHING = set(ROOMS) | ANYWHERE
 # From these rooms `config` may take names ending in Config and UPPERCASE presets, nothing else.
 CONFIGURED = PARTS | {"training", "sampling", "evaluation"}

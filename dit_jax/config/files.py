@@ -12,7 +12,6 @@ import importlib.util
 import json
 import sys
 import traceback
-import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,15 +20,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from dit_jax.config.checks import (
-    check_types,
-    check_value,
-    culprits,
-    field_types,
-    item_types,
-    options,
-    short,
-)
+from dit_jax.checks import check_types, culprits, from_dict
 from dit_jax.config.codec import CodecRun
 from dit_jax.config.run import Run
 from dit_jax.config.text_to_video import Config
@@ -162,41 +153,6 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, tuple | list):
         return [to_dict(item) for item in config]
     return config
-
-
-def from_dict(kind: Any, values: Any, name: str = "") -> Any:
-    """Inverse of ``to_dict``. ``name`` is the dotted name of the field that holds the values.
-
-    Raises:
-        InputError: for unknown fields and values of wrong types, by their dotted names.
-    """
-    classes = (one for one in options(kind) if isinstance(one, type))
-    choices = {one.__name__: one for one in classes if dataclasses.is_dataclass(one)}
-    if choices and isinstance(values, dict):
-        tag = values.get("type", next(iter(choices)))
-        if not isinstance(tag, str) or tag not in choices:
-            raise InputError(f"{name}.type is {short(tag)}: it is one of {', '.join(choices)}.")
-        kind = choices[tag]
-        values = {field: value for field, value in values.items() if field != "type"}
-        known = field_types(kind)
-        if unknown := sorted(set(values) - set(known)):
-            raise InputError(
-                f"the stored config has {unknown[0]!r}, which {kind.__name__} does not: the run was "
-                "made by another version of dit_jax; use that version to read it."
-            )
-        fields = {
-            field: from_dict(known[field], value, f"{name}.{field}" if name else field)
-            for field, value in values.items()
-        }
-        return kind(**fields)
-    if typing.get_origin(kind) is tuple and isinstance(values, list):
-        kinds = item_types(kind, len(values))
-        values = tuple(
-            from_dict(kinds[min(i, len(kinds) - 1)], value, f"{name}[{i}]")
-            for i, value in enumerate(values)
-        )
-    check_value(values, kind, name or "the config")
-    return values
 
 
 def stored_config(values: Any, where: str | Path, kind: type[Kind] = Config) -> Kind:

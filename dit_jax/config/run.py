@@ -6,7 +6,7 @@ import dataclasses
 from operator import attrgetter
 from typing import ClassVar
 
-from dit_jax.config.checks import check_types
+from dit_jax.checks import check_types
 from dit_jax.parallel import MeshConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
@@ -50,8 +50,8 @@ class Run:
         check_types(self)
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}: it is at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: it is at least 0.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: it is at least 0, and below 2**32.")
         if self.rows % self.optimizer.accumulate:
             raise ValueError(
                 f"{self.ROWS} {self.rows} does not divide into optimizer.accumulate "

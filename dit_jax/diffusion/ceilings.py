@@ -64,11 +64,11 @@ class CeilingConfig:
 
     def __post_init__(self) -> None:
         for name in PATTERNS:
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"ceilings.{name} is {getattr(self, name)}: weights are at least 0."
                 )
-        if sum(self.weights) <= 0:
+        if not sum(self.weights) > 0:
             raise ValueError("every ceilings weight is 0: at least one pattern must be drawn.")
         for name in ("noisy", "max_noise"):
             if not 0 <= getattr(self, name) <= 1:

@@ -37,7 +37,7 @@ class GuidanceConfig:
     """First steps in which nothing moves (CFG-Zero*)."""
 
     def __post_init__(self) -> None:
-        if self.scale < 0:
+        if not self.scale >= 0:
             raise ValueError(f"sampling.cfg_scale is {self.scale}: it is at least 0.")
         if self.channels is not None and self.channels < 1:
             raise ValueError(

@@ -78,7 +78,7 @@ class DiffusionConfig:
             )
         if not 0 < self.min_t < 1:
             raise ValueError(f"diffusion.min_t is {self.min_t}: it is between 0 and 1.")
-        if self.min_snr_gamma <= 0:
+        if not self.min_snr_gamma > 0:
             raise ValueError(
                 f"diffusion.min_snr_gamma is {self.min_snr_gamma}: it is above 0 (5 is usual)."
             )

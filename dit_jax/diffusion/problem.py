@@ -45,7 +45,7 @@ class SolverConfig:
             raise ValueError(
                 f"sampling.eta is {self.eta}: it is in [0, 1] (0 takes no noise, 1 all)."
             )
-        if self.strength < 0:
+        if not self.strength >= 0:
             raise ValueError(
                 f"sampling.sde_strength is {self.strength}: it is at least 0 (1 is usual)."
             )

@@ -33,7 +33,7 @@ class TimeConfig:
     their number; if not, every segment has the same r."""
 
     def __post_init__(self) -> None:
-        if self.shift <= 0 or self.std <= 0:
+        if not (self.shift > 0 and self.std > 0):
             raise ValueError(
                 f"time.shift {self.shift} and time.std {self.std} must be above 0 (1 is neutral)."
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from dit_jax.files import local_copy
+from dit_jax.checks import from_dict
+from dit_jax.files import InputError, local_copy
 from dit_jax.interop.autoencoder import autoencoder_from_diffusers, autoencoder_map, weights_hash
 from dit_jax.interop.folders import read_config, read_weights, write_folder
 from dit_jax.interop.layouts import Layout
@@ -65,33 +65,14 @@ def codec_config(folder: Path) -> tuple[Kind, Map]:
 
 def _from_values(values: dict[str, Any], where: str) -> CausalAutoencoderConfig:
     """Our config of JSON values."""
-    given = {name: value for name, value in values.items() if not name.startswith("_")}
+    fields = {name: value for name, value in values.items() if not name.startswith("_")}
     try:
-        if odd := [f"{name} is {given[name]!r}" for name in given if not _fits(name, given[name])]:
-            raise ValueError("; ".join(odd))
-        for name in ("widths", "decoder_widths", "shift", "scale"):
-            given[name] = tuple(given[name])
-        given["strides"] = tuple((time, space) for time, space in given["strides"])
-        return CausalAutoencoderConfig(**given)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where} describes no {CLASS} of this version of dit_jax ({type(error).__name__}: "
-            f"{error}): restore the file, or use the version that wrote it."
+        return from_dict(CausalAutoencoderConfig, fields)
+    except ValueError as error:
+        raise InputError(
+            f"{where} describes no {CLASS} of this version of dit_jax ({error}): restore the file, or "
+            "use the version that wrote it."
         ) from error
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Whether a JSON value is of the kind that a field of our config has."""
-    default = getattr(CausalAutoencoderConfig, name, None)
-    if name in ("shift", "scale"):
-        return isinstance(value, list) and all(type(x) in (int, float) for x in value)
-    if name == "strides":
-        return isinstance(value, list) and all(isinstance(pair, list) for pair in value)
-    if isinstance(default, tuple):
-        return isinstance(value, list) and all(type(x) is int for x in value)
-    if name == "dtype":
-        return value in typing.get_args(typing.get_type_hints(CausalAutoencoderConfig)[name])
-    return default is None or type(value) is type(default)
 
 
 def causal_map(config: CausalAutoencoderConfig) -> Map:

@@ -144,7 +144,7 @@ class DiTConfig:
             )
         if self.time_divisor < 1:
             raise ValueError(f"dit.time_divisor is {self.time_divisor}: it is at least 1 (128).")
-        if self.time_scale == 0 or (self.time_std is not None and self.time_std <= 0):
+        if self.time_scale == 0 or not (self.time_std is None or self.time_std > 0):
             raise ValueError(
                 f"dit.time_scale {self.time_scale} must not be 0, nor time_std {self.time_std} below "
                 "or equal to 0 (1000 and unset are usual)."

@@ -33,7 +33,7 @@ class PatchConfig:
                 raise ValueError(
                     f"patch.{name} is {getattr(self, name)}: patch sizes and channels are at least 1."
                 )
-        if self.reference_fps <= 0:
+        if not self.reference_fps > 0:
             raise ValueError(
                 f"patch.reference_fps is {self.reference_fps}: a frame rate is above 0."
             )

@@ -56,7 +56,7 @@ class ReconstructionLossConfig:
     def __post_init__(self) -> None:
         weights = ("l1", "l2", "kl", "perceptual", "adversarial", "adversarial_start")
         for name in (*weights, "adversarial_bound"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}: it is at least 0.")
         if self.l1 + self.l2 == 0:
             raise ValueError("loss.l1 and loss.l2 are both 0: nothing would be reconstructed.")

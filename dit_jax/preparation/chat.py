@@ -95,7 +95,7 @@ class ChatOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"chat.{name} is {getattr(self, name)}: it is at least 1.")
         for name in ("retries", "backoff", "max_wait", "temperature"):
-            if (getattr(self, name) or 0) < 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"chat.{name} is {getattr(self, name)}: it is at least 0.")
         if not self.timeout > 0:
             raise ValueError(f"chat.timeout is {self.timeout}: give seconds above 0.")

@@ -43,7 +43,7 @@ class ShotConfig:
     three in a row; None: they are as others."""
 
     def __post_init__(self) -> None:
-        if self.ratio <= 1 or self.change < 0 or self.window < 1:
+        if not (self.ratio > 1 and self.change >= 0 and self.window >= 1):
             raise ValueError(
                 f"shots: ratio {self.ratio}, change {self.change}, window {self.window}: they are "
                 "above 1, at least 0 and at least 1"

@@ -46,7 +46,7 @@ class WorkersConfig:
 
     def __post_init__(self) -> None:
         least = min(self.items_per_child, self.ahead)
-        if self.count < 0 or self.time_limit <= 0 or least < 1:
+        if not (self.count >= 0 and self.time_limit > 0 and least >= 1):
             raise ValueError(
                 f"workers: count {self.count}, time_limit {self.time_limit}, items_per_child "
                 f"{self.items_per_child}, ahead {self.ahead}: they are at least 0, above 0, at least 1 "

@@ -66,7 +66,7 @@ class SamplingConfig:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}: it is at least 1.")
         if not 0 < self.fps < math.inf:
             raise ValueError(f"sampling.fps is {self.fps}: it is above 0 and finite (24 is usual).")
-        if self.shift is not None and self.shift <= 0:
+        if self.shift is not None and not self.shift > 0:
             raise ValueError(f"sampling.shift is {self.shift}: it is above 0 (1 is none), or None.")
         if self.last_step is not None and not 0 < self.last_step < 1:
             raise ValueError(

@@ -36,7 +36,7 @@ class OptimizerConfig:
     """Parts that the rows of a batch are split in, computed one after another."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+        if not (self.learning_rate > 0 and (self.clip_norm is None or self.clip_norm > 0)):
             raise ValueError(
                 f"optimizer.learning_rate {self.learning_rate} and clip_norm {self.clip_norm} must be "
                 "above 0 (1e-4 and 1 are usual)."
@@ -44,7 +44,7 @@ class OptimizerConfig:
         for name in ("b1", "b2", "ema_decay", "final_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}: it is in [0, 1).")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or self.accumulate < 1:
+        if not (self.warmup_steps >= 0 and self.weight_decay >= 0 and self.accumulate >= 1):
             raise ValueError(
                 f"optimizer.warmup_steps {self.warmup_steps} and weight_decay {self.weight_decay} are "
                 f"at least 0, accumulate {self.accumulate} at least 1."
