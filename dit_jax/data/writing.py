@@ -267,7 +267,7 @@ class _Split:
         except (OSError, ValueError, RuntimeError):
             return None
 
-    def write(self, samples: Samples, schema: _Schema, shard_bytes: int, lock: Lock) -> None:
+    def write(self, samples: Samples, schema: _Schema, shard_bytes: int) -> None:
         """Writes what is not there yet."""
         features = schema.features()
         serializer = ExampleSerializer(features.get_serialized_info())
@@ -289,7 +289,6 @@ class _Split:
                 if shard.bytes >= shard_bytes:
                     self.lengths.append(shard.finish())
                     shard = None
-                lock.beat()
             if shard is not None:
                 self.lengths.append(shard.finish())
                 shard = None
@@ -419,7 +418,7 @@ def write_records(
         _begin(folder, json.loads(json.dumps(made_of)), resume is not None)
         parts = [_Split(folder, name, split) for split in splits]
         for part in parts:
-            part.write(splits[part.name], schema, shard_bytes, lock)
+            part.write(splits[part.name], schema, shard_bytes)
         _describe(folder / "data", name, description, schema, [part.finish() for part in parts])
         os.replace(folder / "data", target)
     except BaseException:
