@@ -89,18 +89,18 @@ def check_value(value: Any, hint: Any, name: str) -> None:
         or typing.get_origin(own) is tuple
         and len(_item_types(own, len(value))) != len(value)
     ):
-        choices = [one for kind in _options(hint) for one in typing.get_args(kind)]
-        near = difflib.get_close_matches(str(value), map(str, choices), 1, 0.5)
+        choices = [str(one) for kind in _options(hint) for one in typing.get_args(kind)]
+        near = isinstance(value, str) and difflib.get_close_matches(value, choices, 1, 0.5)
         raise InputError(
             f"{name} is {_repr.repr(value)}: it is {_describe(hint)}."
-            + (f" Perhaps {near[0]!r} was meant." if isinstance(value, str) and near else "")
+            + (f" Perhaps {near[0]!r} was meant." if near else "")
         )
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{name} is {value!r}, which is no text in UTF-8: rename it."
+                f"{name} is {_repr.repr(value)}, which is no text in UTF-8: rename it."
             ) from error
     if typing.get_origin(own) is tuple:
         for i, (item, kind) in enumerate(zip(value, _item_types(own, len(value)), strict=True)):

@@ -97,7 +97,7 @@ def _explicit(given: dict[str, str | None]) -> Place | None:
     if not 0 <= index < count:
         raise InputError(f"{index_name}={index} is not in 0..{count - 1} ({count_name}={count}).")
     host, _, port = (address or "").rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(
             f"{address_name}={address!r} must be the host and port of process 0, such as "
             "10.0.0.1:8476."

@@ -68,6 +68,7 @@ def test_flags_win_over_variables_and_these_over_the_cluster(monkeypatch):
         (("host", "2", "0"), "{0}='host' must be the host and port of process 0, such as"),
         ((":8476", "2", "0"), "{0}=':8476' must be the host and port"),
         (("host:port", "2", "0"), "{0}='host:port' must be the host and port"),
+        (("host:99999", "2", "0"), "{0}='host:99999' must be the host and port"),
     ],
 )
 def test_incomplete_or_wrong_places_are_refused(monkeypatch, names, values, message):
@@ -208,3 +209,15 @@ def test_kubernetes_jobs(monkeypatch):
     # A pod that belongs to no indexed job is alone.
     monkeypatch.delenv("JOB_COMPLETION_INDEX")
     assert find_place() is None
+
+
+def test_a_server_that_does_not_answer_is_no_wrong_input(monkeypatch):
+    """Its error ends a process with the status after which launchers start it again."""
+
+    def refuse():
+        raise OSError("metadata.google.internal: timed out")
+
+    set_all(monkeypatch, STEP)
+    monkeypatch.setattr(clusters.SlurmCluster, "get_process_count", refuse)
+    with pytest.raises(ConnectionError, match="timed out"):
+        find_place()

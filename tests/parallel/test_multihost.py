@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from flax import struct
 
-from dit_jax.parallel import MeshConfig, global_batch, initialize, joined, local_rows, make_mesh
+from dit_jax.files import InputError
+from dit_jax.parallel import (
+    MeshConfig,
+    global_batch,
+    initialize,
+    joined,
+    local_rows,
+    make_mesh,
+    multihost,
+)
 from dit_jax.parallel.cluster import FLAGS, VARIABLES
 from dit_jax.types import PackedBatch
 
@@ -115,3 +124,39 @@ def test_alone_nothing_is_joined(monkeypatch):
 def test_others_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="--process-id=2 is not in 0..1"):
         initialize(dict(zip(FLAGS, ("host:1", "2", "2"), strict=True)))
+
+
+class FailsWith:
+    """In place of a lifeline: notes with which status the process would have ended."""
+
+    def fail(self, error, prog, user_error):
+        raise SystemExit(2 if user_error else 1)
+
+
+@pytest.mark.parametrize(
+    ("user_errors", "error", "status"),
+    [
+        ((), ValueError("rows"), 2),
+        ((), InputError("rows"), 2),
+        ((), OSError("disk full"), 1),
+        ((InputError,), InputError("rows"), 2),
+        ((InputError,), ValueError("from the middle of a run"), 1),
+    ],
+)
+def test_only_errors_of_the_user_end_with_2(monkeypatch, user_errors, error, status):
+    monkeypatch.setattr(multihost, "initialize", lambda flags: FailsWith())
+    with pytest.raises(SystemExit) as ended, joined(None, "prog", *user_errors):
+        raise error
+    assert ended.value.code == status
+
+
+def test_others_that_are_not_there_may_be_there_next_time(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    flags = dict(zip(FLAGS, ("host:1", "2", "1"), strict=True))
+    with pytest.raises(SystemExit) as ended, joined(flags, "prog"):
+        pass
+    # Python prints a text and ends with status 1.
+    assert "prog: error: process 1 of 2 could not join the others at host:1" in ended.value.code
