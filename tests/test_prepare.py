@@ -52,7 +52,7 @@ def write_video(path, frames, fps=12):
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
     """Five good files, captioned in three ways or not at all, one twice, and four that are none."""
-    for module in ("PIL", "cv2", "scenedetect"):
+    for module in ("PIL", "cv2"):
         pytest.importorskip(module, reason="needs the extra: pip install -e '.[prepare]'")
     folder = tmp_path_factory.mktemp("media")
     (folder / "deep").mkdir()

