@@ -180,9 +180,10 @@ def test_wrong_input_of_one_ends_all(verbs: Verbs, tmp_path: Path):
     wrong = {1: ("--output", "/proc/run")}
     first, second = end(*start(verbs, tmp_path / "run", 2, extra=wrong))
     assert second.status == 2
-    assert "python -m dit_jax.train: error: output '/proc/run' cannot be written" in second.text
+    assert "python -m dit_jax.train: error: --output '/proc/run' cannot be written" in second.text
     assert first.status == 2
-    assert re.search(r"process 1 of 2 .* failed \(ValueError: output '/proc/run'", first.text)
+    assert re.search(r"process 1 of 2 .* failed \(InputError: --output '/proc/run'", first.text)
+    assert "Start all processes again" not in first.text
 
 
 TOLD = """

@@ -218,7 +218,8 @@ class Lifeline:
         """Ends this process for what happened to another, after the rest have been told."""
         if self._closing:
             return
-        _say(f"\n{self.name}: {text} {REMEDY}")
+        remedy = "" if status == 2 else f" {REMEDY}"  # Wrong input stays wrong.
+        _say(f"\n{self.name}: {text}{remedy}")
         self._tell({"stop": text, "status": status}, besides=source)
         if self._server:
             # The others lose JAX's coordination service with this process.
