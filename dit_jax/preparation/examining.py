@@ -106,8 +106,6 @@ class FileReport:
     """Frames on the grid."""
     notes: tuple[str, ...] = ()
     """What was lost of a file that is used nevertheless."""
-    deinterlaced: int = 0
-    """Frames that are stored interlaced."""
     cost: float = 0.0
     """Seconds of work."""
     caption: str = ""
@@ -183,7 +181,7 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
         notes.append(f"truncated: {lasts:.2f} s of {probe.declared_duration:.2f} s")
     caption = read_record(path)[2] if is_record(path) else ""
     found = (tuple(clips), tuple(shots), frames, tuple(notes))
-    return FileReport(path, probe, None, *found, losses.deinterlaced, caption=caption)
+    return FileReport(path, probe, None, *found, caption=caption)
 
 
 def _runs(found: Iterable[Picture], fps: float, origin: float, config: ExamineConfig) -> list[Run]:

@@ -26,9 +26,10 @@ STANDARD = tuple(
 MAX_RATE = 240.0
 LONGEST_GAP = 2.0
 """Seconds without a frame that are a pause rather than a slow rate, where frames are denser."""
-ANEW = 0.5
-"""Seconds by which a time stamp is before the latest where they begin anew; frames that come out of
-order are nearer."""
+BACK, FAR = 0.5, 3600.0
+"""Seconds by which a time stamp is before or after the latest where they begin anew; frames that come
+out of order, and slow rates, are nearer. (MPEG's stamps wrap after 26 hours, and FFmpeg takes a new
+beginning for that.)"""
 
 
 class Clock:
@@ -39,14 +40,16 @@ class Clock:
 
     def __init__(self, step: float, offset: float = 0.0):
         """`step`: seconds a frame; `offset`: by how much time is ahead of the first stamps."""
-        self.offset, self._step, self._latest = offset, step, -math.inf
+        self.offset, self._step = offset, step
+        self._latest: float | None = None
 
     def read(self, stamp: float) -> tuple[float, bool]:
         """(seconds, whether a part begins with it) of the next stamp, in seconds."""
-        anew = stamp + self.offset < self._latest - ANEW
+        latest = stamp + self.offset if self._latest is None else self._latest
+        anew = not -BACK <= stamp + self.offset - latest <= FAR
         if anew:
-            self.offset = self._latest + 2 * self._step - stamp
-        self._latest = max(self._latest, stamp + self.offset)
+            self.offset = latest + 2 * self._step - stamp
+        self._latest = max(latest, stamp + self.offset)
         return stamp + self.offset, anew
 
 

@@ -149,7 +149,7 @@ def test_interlaced_frames_are_deinterlaced_and_counted(tmp_path, first):
     path, seen = interlaced(tmp_path / "a.mp4", 12, first)
     assert max(error(path, seen)) < 1.5  # Combed it is over 4.
     report = examine(path)
-    assert report.deinterlaced == 12 and "12 frames deinterlaced" in report.notes
+    assert "12 frames deinterlaced" in report.notes
     assert (report.probe.fps, report.frames) == (25.0, 12)
 
 
@@ -161,7 +161,7 @@ def test_a_shared_interlaced_file_has_no_combs(shared):
         between = (grey[1:-1] - grey[:-2]) * (grey[1:-1] - grey[2:])
         combs.append((between > 400).mean())
     assert len(combs) == 50 and np.mean(combs) < 0.03  # Stored it is 0.1.
-    assert examine(path).deinterlaced == 50
+    assert "50 frames deinterlaced" in examine(path).notes
 
 
 def test_progressive_frames_stay_as_they_are(tmp_path, monkeypatch):

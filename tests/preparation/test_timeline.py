@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dit_jax.preparation.timeline import native_rate, on_grid
+from dit_jax.preparation.timeline import Clock, native_rate, on_grid
 
 
 class Frame(NamedTuple):
@@ -64,3 +64,18 @@ def test_a_part_of_the_frames_gives_a_part_of_the_grid():
     first = next(k for k, i in whole if i == 22)
     assert [(k, i + 20) for k, i in part if k >= first] == [(k, i) for k, i in whole if k >= first]
     assert grid(times, 25.0, times[0], end=last) == whole[:-10]
+
+
+def test_stamps_that_begin_anew_go_on():
+    clock = Clock(0.5)
+    stamps = [100.0, 101.0, 100.6, 101.5, 3.0, 3.5, 95000.0, 96000.0, 5.0]
+    read = [clock.read(stamp) for stamp in stamps]
+    times = [100.0, 101.0, 100.6, 101.5, 102.5, 103.0, 104.0, 1104.0, 1105.0]
+    assert [time for time, _ in read] == pytest.approx(times)
+    assert [i for i, (_, anew) in enumerate(read) if anew] == [4, 6, 8]
+
+
+def test_a_gap_leaves_out_an_index_at_any_rate():
+    frames = [0, 0.1, 0.2, Frame(0.4, True), 0.5, 0.6, 0.7]
+    assert [k for k, _ in grid(frames, 10.0)] == [0, 1, 2, 4, 5, 6, 7]
+    assert [k for k, _ in grid(frames, 4.0)] == [0, 1, 3]  # Point 2 is left out.
