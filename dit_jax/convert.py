@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -38,6 +36,16 @@ from dit_jax.config import (
 )
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
+from dit_jax.files import (
+    absolute,
+    as_path,
+    atomic_path,
+    check_exists,
+    check_writable,
+    is_remote,
+    local_copy,
+    run_verb,
+)
 from dit_jax.interop import DiTFile, Map
 from dit_jax.parallel import MeshConfig, make_mesh, restart_with_huge_pages
 from dit_jax.sampling import SamplingConfig
@@ -102,13 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ConvertArguments, args=arguments, prog=PROG, config=(tyro.conf.FlagCreatePairsOff,)
     )
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
+
+    def work() -> None:
         check_types(given)
         print(convert(given))
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_verb(PROG, work)
 
 
 def convert(given: ConvertArguments) -> str:
@@ -117,12 +124,11 @@ def convert(given: ConvertArguments) -> str:
     Raises:
         ValueError: where anything given is wrong; nothing is written then.
     """
-    source, target = Path(given.input), Path(given.output)
-    if not source.exists():
-        raise ValueError(f"--input {given.input!r} does not exist.")
+    source, target = check_exists(given.input, "--input"), as_path(given.output)
     check_target(target, given.to)
     if (source / "checkpoints").is_dir():
         return _from_run(given, source, target)
+    source = local_copy(source)
     if source.is_dir() and _class(source) in interop.CODECS:
         return _codec(given, source, target)
     published = open_published(given, source)
@@ -135,19 +141,13 @@ def convert(given: ConvertArguments) -> str:
 
 def check_target(target: Path, kind: str) -> None:
     """Raises ``ValueError`` where the output is there already, or could not be written."""
+    check_writable(target.parent)
     if target.exists():
         raise ValueError(f"--output {str(target)!r} exists: move it away, or name another.")
     if kind == "pt" and target.suffix not in (".pt", ".pth"):
         raise ValueError(f"--output {str(target)!r} is to be a file that ends in .pt.")
     if kind != "pt" and target.suffix in FILES:
         raise ValueError(f"--output {str(target)!r} is to be a folder, and looks like a file.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.parent / f".{target.name}.probe"
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise ValueError(f"--output {str(target)!r} cannot be written ({error}).") from error
 
 
 def open_published(given: ConvertArguments, source: Path) -> Source:
@@ -186,7 +186,7 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
     if path is None:
         side = 1 if channels == 3 else 8
         return CodecConfig(h=side, w=side)
-    found, _ = interop.codec_config(Path(path))
+    found, _ = interop.codec_config(local_copy(path))
     if found.latent_channels != channels:
         raise ValueError(
             f"--codec {path!r} has latents of {found.latent_channels} channels, and the model makes "
@@ -194,7 +194,7 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
         )
     stride = found.stride
     t, h, w = (1, stride, stride) if isinstance(stride, int) else stride
-    return CodecConfig(path=path, t=t, h=h, w=w)
+    return CodecConfig(path=absolute(path), t=t, h=h, w=w)
 
 
 def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
@@ -247,11 +247,11 @@ def _to_run(given: ConvertArguments, published: Source, target: Path) -> str:
     model = published.file.model
     dit = dataclasses.replace(model.dit, time_divisor=given.time_divisor)
     file = dataclasses.replace(published.file, model=dataclasses.replace(model, dit=dit))
-    config = run_config(file, given.output, codec)
+    config = run_config(file, absolute(given.output), codec)
     published.table.check(published.table.named(published.arrays), published.where)
     shapes, shardings = _abstract(config, given.mesh)
     params = published.table.load(published.arrays, published.where, shapes, shardings)
-    _whole(target, lambda path: tasks.write_run(path, config, params))
+    _write(target, lambda path: tasks.write_run(path, config, params), run=True)
     return f"{_said(published.file)}: a run in {target}/"
 
 
@@ -282,6 +282,7 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
     shapes, shardings = _abstract(config, given.mesh)
     params = checkpointer.restore_ema(step, shapes, shardings)
     checkpointer.close()
+    tasks.check_finite(params, str(checkpointer.path(step)))
     return _to_published(given, file, params, target)
 
 
@@ -321,11 +322,11 @@ def _to_published(given: ConvertArguments, file: DiTFile, params: Params, target
     dtype = DTYPES[given.dtype]
     if given.to == "pt":
         written = interop.dit_map(file).export(params, dtype)
-        _whole(target, lambda path: interop.write_torch(path, written))
+        _write(target, lambda path: interop.write_torch(path, written))
     else:
         config = interop.to_diffusers(file)
         written = interop.diffusers_map(file).export(params, dtype)
-        _whole(target, lambda path: interop.write_folder(path, config, written))
+        _write(target, lambda path: interop.write_folder(path, config, written))
     return f"{_said(file)}: {len(written)} arrays in {target}"
 
 
@@ -338,11 +339,11 @@ def _codec(given: ConvertArguments, folder: Path, target: Path) -> str:
         )
     codec, dtype = tasks.read_codec_folder(folder), DTYPES[given.dtype]
     if given.to == "run":
-        _whole(target, lambda path: codec.write_run(path, given.output))
+        _write(target, lambda path: codec.write_run(path, absolute(given.output)), run=True)
     elif given.to == "codec":
-        _whole(target, lambda path: codec.write_codec(path, dtype))
+        _write(target, lambda path: codec.write_codec(path, dtype))
     else:
-        _whole(target, lambda path: codec.write_diffusers(path, dtype, given.old_names))
+        _write(target, lambda path: codec.write_diffusers(path, dtype, given.old_names))
     count = sum(leaf.size for leaf in jax.tree.leaves(codec.params))
     return f"{codec.name} of {count / 1e6:.1f} M parameters: {given.to} in {target}/"
 
@@ -362,16 +363,13 @@ def _class(folder: Path) -> Any:
     return interop.read_config(folder).get("_class_name")
 
 
-def _whole(target: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under another name first: what has the name of the output is whole."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.rename(target)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
+def _write(target: Path, write: Callable[[Path], Any], run: bool = False) -> None:
+    """Writes a file or folder whole; a run on Cloud Storage in place, where Orbax marks what is."""
+    if run and is_remote(target):
+        write(target)
+        return
+    with atomic_path(target) as path:
+        write(path)
 
 
 def _said(file: DiTFile) -> str:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -50,6 +47,7 @@ from dit_jax.evaluation import (
     read_weights,
     save_statistics,
 )
+from dit_jax.files import as_path, check_file, check_writable, run_verb, write_json
 from dit_jax.models import ClassLabelsConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
@@ -122,14 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description = f"{EvaluateArguments.__doc__} {PROCESS_HELP}"
     given = tyro.cli(EvaluateArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
+
+    def work() -> None:
         check_types(given)
         with joined(flags, PROG):
             evaluate(given)
-    except ValueError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_verb(PROG, work)
 
 
 def evaluate(given: EvaluateArguments) -> None:
@@ -161,7 +158,7 @@ def evaluate(given: EvaluateArguments) -> None:
         reference, _ = complete(reference, function, kinds, frames=frames)
         if jax.process_index() == 0:
             kept = items if items.count <= IMAGES_KEPT else None
-            save_statistics(Path(given.save_statistics), reference.statistics, kept)
+            save_statistics(as_path(given.save_statistics), reference.statistics, kept)
         _tell(f"statistics of {items.count} item(s): {given.save_statistics}")
     if function and samples and given.metrics:
         found = measure(given.metrics, samples, reference, function, frames)
@@ -198,21 +195,9 @@ def _check_arguments(given: EvaluateArguments) -> None:
             raise ValueError("--save-statistics are those of a reference: give --reference too.")
         if not given.save_statistics.endswith(".npz"):
             raise ValueError(f"--save-statistics {given.save_statistics!r} must end in .npz.")
-        _check_directory(Path(given.save_statistics).parent, "--save-statistics")
+        check_file(given.save_statistics, "--save-statistics")
     if given.samples or given.checkpoint:
-        _check_directory(Path(given.output), "--output")
-
-
-def _check_directory(directory: Path, flag: str) -> None:
-    """Makes a directory, and proves it writable by writing."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"cannot write in {str(directory)!r} ({error.strerror}): choose another {flag}."
-        ) from error
+        check_writable(given.output)
 
 
 def _shape(
@@ -270,8 +255,8 @@ def _report(
         "weights": weights,
         "made": making and dict(making.plan),
     }
-    path = Path(given.output) / "report.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = as_path(given.output) / "report.json"
+    write_json(path, report)
     lines = [f"{name:>10} {value:.6g}" for name, value in found.metrics.items()]
     lines += [f"note: {note}" for note in found.notes]
     print("\n".join([*lines, f"of {samples.count} samples: {path}"]))
@@ -288,13 +273,15 @@ class Making:
         config, made = self._trained.config, self._trained.config.sampling
         self._wanted = _wanted(given, config)
         check_request(self._wanted.request(0), config.model.patch)
+        if jax.process_index() == 0 and (note := tasks.cut_note(config, self._wanted.prompts)):
+            print(f"{PROG}: warning: {note}", file=sys.stderr, flush=True)
         self._mesh = make_mesh(given.mesh)
         self._codec = tasks.open_codec(config, self._mesh)
         image = (made.height, made.width, 3)
         self.shape = image if made.frames == 1 else (made.frames, *image)
         prompts = "\n".join(self._wanted.prompts).encode()
         self.plan = {
-            "checkpoint": str(Path(given.checkpoint or "").resolve()),
+            "checkpoint": str(self._trained.path.parents[1].resolve()),
             "step": self._trained.step,
             "seed": given.seed,
             "labels": None if self._wanted.labels is None else given.labels,
@@ -304,7 +291,7 @@ class Making:
             "text_encoder": config.text_encoder.hash,
         }
         shard = given.shard or made.batch * max(SHARD // made.batch, 1)
-        self.store = SampleStore(Path(given.output), self.plan, given.num, shard)
+        self.store = SampleStore(as_path(given.output), self.plan, given.num, shard)
 
     def make(self) -> ImageSet:
         """Makes what is missing."""

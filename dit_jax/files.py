@@ -154,6 +154,23 @@ def check_writable(directory: str | os.PathLike, name: str = "--output") -> Path
     return path
 
 
+def check_file(path: str | os.PathLike, name: str = "--output") -> Path:
+    """The path of a file that can be written, in a directory that is made.
+
+    Raises:
+        InputError: if it cannot, or is a directory; ``name`` is the option that gave it.
+    """
+    place = as_path(path)
+    check_writable(place.parent, name)
+    try:
+        directory = place.is_dir()
+    except OSError as error:  # Of a name that is too long, say.
+        raise InputError(f"{name} {os.fspath(path)!r} cannot be ({explain(error)}).") from error
+    if directory:
+        raise InputError(f"{name} {os.fspath(path)!r} is a directory: give a file in it.")
+    return place
+
+
 def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path") -> Path:
     """The path of something that must be there already.
 
@@ -322,7 +339,8 @@ def run_verb(prog: str, work: Callable[[], Any]) -> int:
         return 2
     except Exception as error:
         # Clients of Cloud Storage have their own exceptions.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(CLIENTS):
+        client = type(error).__module__.startswith(CLIENTS)
+        if not client and not is_storage_error(error):
             raise
         name = getattr(error, "filename", None)
         where = f"{os.fsdecode(name)!r}: " if isinstance(name, str | bytes) else ""

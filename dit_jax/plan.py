@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import tyro
 
 from dit_jax.checks import check_types
 from dit_jax.config import Config, Run, parse_config
+from dit_jax.files import check_file, run_verb, write_whole
 from dit_jax.parallel.topologies import (
     Topology,
     parse_topology,
@@ -79,44 +79,26 @@ class PlanArguments:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plans what the command line says; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
+    status = 0
+
+    def work() -> None:
+        nonlocal status
         given, rest = tyro.cli(PlanArguments, args=arguments, prog=PROG, return_unknown_args=True)
         check_types(given)
         if given.json not in (None, "-"):
-            _check_writable(given.json)
+            check_file(given.json, "--json")
         topology = parse_topology(given.topology, given.slices)
         config = parse_config(rest, PROG, "Plans a step of a config.", Run)
         prepare_environment()
         devices = topology_devices(topology)
         run = _sweep if given.sweep else _one
-        return run(given, config, _name(rest), topology, devices)
-    except DoesNotFit as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 3
-    except ValueError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
+        try:
+            status = run(given, config, _name(rest), topology, devices)
+        except DoesNotFit as error:
+            print(f"{PROG}: {error}", file=sys.stderr)
+            status = 3
 
-
-def _check_writable(name: str) -> None:
-    """Refuses a file that could not be written, before minutes are spent on what it is to hold."""
-    path = Path(name)
-    if path.is_dir():
-        raise ValueError(
-            f"--json is {name!r}, a directory: give a file, such as {path / 'plan.json'}."
-        )
-    if not path.parent.is_dir():
-        wrong = "is not a directory" if path.parent.exists() else "does not exist"
-        raise ValueError(
-            f"--json is {name!r}, and {path.parent} {wrong}: make that directory, or give a file in "
-            "one that is there."
-        )
-    target = path if path.exists() else path.parent
-    if not os.access(target, os.W_OK):
-        raise ValueError(
-            f"--json is {name!r}, and {target} cannot be written to: give a file that can, or - to "
-            "print it."
-        )
+    return run_verb(PROG, work) or status
 
 
 def _name(arguments: list[str]) -> str:
@@ -168,7 +150,7 @@ def _write(given: PlanArguments, values: dict[str, Any], text: str) -> None:
     encoded = json.dumps(values, indent=2)
     print(encoded if given.json == "-" else text)
     if given.json not in (None, "-"):
-        Path(given.json).write_text(encoded + "\n")
+        write_whole(given.json, encoded + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from dit_jax import tasks
 from dit_jax.checks import check_types
 from dit_jax.config import Config
+from dit_jax.files import as_path, local_copy, run_verb, write_json
 from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
@@ -133,14 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description = f"{SampleArguments.__doc__} {PROCESS_HELP}"
     given = tyro.cli(SampleArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
+
+    def work() -> None:
         check_types(given)
         with joined(flags, PROG):
             sample(given)
-    except ValueError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_verb(PROG, work)
 
 
 def _prompts(given: SampleArguments) -> list[str | int]:
@@ -192,7 +192,7 @@ def _requests(given: SampleArguments, config: Config, prompts: list[str | int]) 
 def _plan(given: SampleArguments, config: Config) -> tasks.Plan:
     """Of what size, rate and length; looks into the files that are given."""
     files = given.mode.files
-    probes = [probe_prompt(file) for file in files]
+    probes = [probe_prompt(local_copy(file)) for file in files]
     shapes = [tasks.Shape(p.height, p.width, p.fps, p.kind == "image") for p in probes]
     return tasks.make_plan(given.mode, tasks.chosen(given.sampling), config, shapes)
 
@@ -200,7 +200,7 @@ def _plan(given: SampleArguments, config: Config) -> tasks.Plan:
 def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
     count = 1 if plan.given.source == "image" else None
     return {
-        file: read_prompt(file, plan.height, plan.width, plan.fps, count)
+        file: read_prompt(local_copy(file), plan.height, plan.width, plan.fps, count)
         for file in plan.given.files
     }
 
@@ -217,12 +217,9 @@ def sample(given: SampleArguments) -> None:
     given.mode.check(asked, given.long.long is not None)
     if given.super_resolve:
         tasks.check_enlarges(given.mode, given.long, asked)
-    directory = Path(given.output)
+    directory = as_path(given.output)
     single = bool(directory.suffix) and not directory.is_dir()
-    if single:
-        check_output(given.output)
-    else:
-        check_output(directory / f"0.{given.format}")
+    check_output(directory if single else directory / f"0.{given.format}")
     prompts = _prompts(given)
     trained = tasks.Trained(
         given.checkpoint, given.step, given.sampling, given.codec, given.text_encoder
@@ -249,6 +246,11 @@ def sample(given: SampleArguments) -> None:
     if given.upsample:
         file = directory.with_suffix(".prompts.json") if single else directory / "prompts.json"
         requests = _requests(given, config, _upsampled(given, config, prompts, file))
+    board = given.long.board()
+    texts = [*(board.prompts if board else ()), *(one.prompt for one in requests)]
+    texts += [one.negative for one in requests]
+    if jax.process_index() == 0 and (note := tasks.cut_note(config, texts)):
+        print(f"{PROG}: warning: {note}", file=sys.stderr, flush=True)
 
     if given.long.long is not None:
         _sample_long(given, trained, plan, plan.likes(requests, space), space, mesh, media)
@@ -277,7 +279,7 @@ def _sample_long(
 ) -> None:
     """Makes long clips and writes them, some frames at a time. What windows have made is kept beside
     the output until that is written: the same command goes on from there."""
-    config, directory = trained.config, Path(given.output)
+    config, directory = trained.config, as_path(given.output)
     begun, context = plan.beginning(media), plan.context(space)
     long = tasks.make_long_plan(given.long, config, space, plan.fps, begun, context)
     clips = long.requests(likes, given.long.board(), plan.fps)
@@ -335,12 +337,11 @@ def _upsampled(
     asked = _chat_config(given, prompts)
     texts = ""
     if jax.process_index() == 0:
-        text, counted = config.model.text, tasks.prompt_length(config)
-        if counted is not None:
-            limits: dict[str, Any] = dict(zip(("length", "limit"), counted, strict=True))
-            limits["of_word"] = TOKENS_OF_WORD
-        else:
-            limits = {"limit": text.max_bytes if isinstance(text, ByteEncoderConfig) else None}
+        limits: dict[str, Any] = {}
+        if (counted := tasks.prompt_length(config)) is not None:
+            limits = {"length": counted[0], "limit": counted[1]}
+            if not isinstance(config.model.text, ByteEncoderConfig):
+                limits["of_word"] = TOKENS_OF_WORD
         words = list(dict.fromkeys(str(prompt) for prompt in prompts))
         with contextlib.closing(AnswerCache(given.upsample_cache or default_cache())) as cache:
             client = ChatClient(asked, cache)
@@ -352,8 +353,7 @@ def _upsampled(
 
 
 def _tell_changes(found: list[Upsampled], client: ChatClient, file: Path) -> None:
-    lines = json.dumps(records(found, client.config.model), ensure_ascii=False, indent=1)
-    file.write_text(lines + "\n", encoding="utf-8")
+    write_json(file, records(found, client.config.model))
     print(changes(found) or "no prompt was changed")
     print(client.summary.render())
     print(f"the prompts that are used: {file}", flush=True)

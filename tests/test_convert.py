@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import resource
 import zipfile
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import pytest
 
 from dit_jax import convert, interop, sample
 from dit_jax.config import CodecConfig, stored_config
+from dit_jax.files import as_path, write_whole
 from dit_jax.interop.autoencoder import OLD_ATTENTION
 from dit_jax.models import AutoencoderKLConfig
 from dit_jax.parallel import make_mesh
 from dit_jax.sampling.media import read_video
-from dit_jax.training import open_run
+from dit_jax.training import Checkpointer, open_run
 from tests.interop.published import authors_arrays
 
 
@@ -218,7 +220,7 @@ def test_a_malicious_file_does_not_run(tmp_path, capsys):
 
 def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, capsys):
     target = tmp_path / "out"
-    assert "does not exist" in refused(capsys, tmp_path / "none.pt", target, "run")
+    assert "none.pt' is not there" in refused(capsys, tmp_path / "none.pt", target, "run")
     assert "exists: move it away" in refused(capsys, published, published, "pt")
     assert "ends in .pt" in refused(capsys, published, target, "pt")
     assert "looks like a file" in refused(capsys, published, tmp_path / "a.pt", "run")
@@ -233,10 +235,79 @@ def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, c
     (tmp_path / "text.txt").write_text("a")
     assert "is not a file of weights" in refused(capsys, tmp_path / "text.txt", target, "run")
     (tmp_path / "empty").mkdir()
-    assert "config.json' cannot be read" in refused(capsys, tmp_path / "empty", target, "run")
+    assert "config.json' is not there" in refused(capsys, tmp_path / "empty", target, "run")
     cut = tmp_path / "cut.pt"
     cut.write_bytes(published.read_bytes()[:10000])
     assert "truncated" in refused(capsys, cut, target, "run", *HEADS)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(published, tmp_path, capsys):
+    arrays = {key: np.array(array) for key, array in interop.read_torch(published).items()}
+    arrays["blocks.1.attn.proj.bias"][3] = np.inf
+    interop.write_torch(tmp_path / "bad.pt", arrays)
+    for kind, target in (("run", "run"), ("diffusers", "folder")):
+        said = refused(capsys, tmp_path / "bad.pt", tmp_path / target, kind, *HEADS)
+        assert "bad.pt' holds NaN or infinite values in blocks.1.attn.proj.bias:" in said
+
+
+def test_a_run_that_is_not_finite_is_not_published(published, tmp_path, capsys, monkeypatch):
+    made = converted(published, tmp_path / "run", "run", *HEADS)
+    restore = Checkpointer.restore_ema
+
+    def broken(*arguments):
+        params = restore(*arguments)
+        final = params["params"]["dit"]["final"]
+        final["bias"] = final["bias"] * np.nan
+        return params
+
+    monkeypatch.setattr(Checkpointer, "restore_ema", broken)
+    said = refused(capsys, made, tmp_path / "a.pt", "pt")
+    assert "NaN or infinite" in said and "'params/dit/final/bias'" in said
+
+
+def test_storage_that_fails_is_not_told_as_wrong_input(published, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    target = tmp_path / "new" / "a.pt"
+    try:
+        status = run("--input", published, "--output", target, "--to", "pt", *HEADS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert status == 1 and "File too large" in said and "Traceback" not in said
+    assert list(target.parent.iterdir()) == []
+
+
+def test_files_and_folders_lie_on_cloud_storage(published, tmp_path, bucket, capsys):
+    place = f"{bucket}/converted"
+    write_whole(f"{place}/DiT.pt", published.read_bytes())
+    for name, kind, more in (("folder", "diffusers", HEADS), ("back.pt", "pt", ())):
+        source = f"{place}/folder" if name == "back.pt" else f"{place}/DiT.pt"
+        assert run("--input", source, "--output", f"{place}/{name}", "--to", kind, *more) == 0
+    assert as_path(f"{place}/back.pt").read_bytes() == published.read_bytes()
+    local = converted(published, tmp_path / "folder", "diffusers", *HEADS)
+    for file in local.iterdir():
+        assert as_path(f"{place}/folder/{file.name}").read_bytes() == file.read_bytes()
+    capsys.readouterr()
+    existing = ("--output", f"{place}/back.pt", "--to", "pt", *HEADS)
+    assert run("--input", published, *existing) == 2 and "exists" in capsys.readouterr().err
+    missing = ("--output", "gs://nobody-has-this/a.pt", "--to", "pt", *HEADS)
+    assert run("--input", published, *missing) == 2
+    said = capsys.readouterr().err
+    assert "gs://nobody-has-this" in said and said.count("\n") == 1
+
+
+def test_paths_in_a_stored_config_are_absolute(published, tmp_path, monkeypatch):
+    config = AutoencoderKLConfig(widths=(4,) * 4, layers=1, norm_groups=2)
+    vae = tmp_path / "vae"
+    interop.write_folder(vae, interop.autoencoder_to_diffusers(config), {})
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    given = ("--output", "~/run", "--to", "run", "--codec", vae.name, *HEADS)
+    assert run("--input", published.name, *given) == 0
+    stored = json.loads((tmp_path / "home" / "run" / "config.json").read_text())
+    assert stored["output"] == str(tmp_path / "home" / "run")
+    assert stored["codec"]["path"] == str(vae) and not (tmp_path / "~").exists()
 
 
 def test_every_mismatch_of_a_file_is_listed(published, tmp_path, capsys):

@@ -6,6 +6,7 @@ Most of it runs in this process, whose devices are eight; so all of it is sharde
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dit_jax import sample
+from dit_jax.files import as_path, write_whole
 from dit_jax.preparation import read_prompts
 from dit_jax.preparation.prompting import read_prompt
 from dit_jax.sampling import grid
@@ -189,6 +191,39 @@ def test_eight_devices_make_what_one_makes(
         assert np.abs(clip - read_video(one)[0].astype(int)).max() <= ACROSS
 
 
+def test_run_prompts_and_output_lie_on_cloud_storage(
+    whole: Run, sampled: Sampled, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    run = as_path(f"{bucket}/run")
+    (step,) = (whole.directory / "checkpoints").glob("20")
+    for file in step.rglob("*"):
+        if file.is_file() and file.relative_to(step).parts[0] in ("ema", "config"):
+            write_whole(run / "checkpoints" / "20" / file.relative_to(step), file.read_bytes())
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        data = (step / name).read_bytes() if (step / name).exists() else b""
+        write_whole(run / "checkpoints" / "20" / name, data)
+    write_whole(f"{bucket}/prompts.txt", f"{PROMPT}\n")
+    out = f"{bucket}/clips/clip.png"
+    given = ["--checkpoint", run, "--output", out, "--prompts-file", f"{bucket}/prompts.txt"]
+    assert sample.main([str(one) for one in given]) == 0
+    assert capfd.readouterr().out == f"1 clip(s): {out}\n"
+    np.testing.assert_array_equal(read_video(out)[0], sampled())
+    assert sample.main(["--checkpoint", "gs://nobody-has-this/run", "--prompt", PROMPT]) == 2
+    assert "gs://nobody-has-this/run" in capfd.readouterr().err
+
+
+def test_a_prompt_that_is_cut_is_told_once(
+    whole: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """The tiny model reads 47 bytes, of Chinese 15 characters."""
+    long = "雪" * 20
+    arguments = ("--prompt", long, "a cat", "--num", "2", "--negative-prompt", "b" * 48)
+    assert run_small(whole, tmp_path / "clips", *arguments) == 0
+    err = capfd.readouterr().err
+    (line,) = [line for line in err.splitlines() if "are longer than" in line]
+    assert "2 of 3 texts are longer than the 47 bytes" in line and f"has 60: {long!r}" in line
+
+
 def test_averaged_weights_are_all_that_is_read(whole: Run, sampled: Sampled, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(whole.directory, run)
@@ -226,7 +261,7 @@ def refused(whole: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Re
     ("arguments", "parts"),
     [
         ([], ["nothing to make: give --prompt"]),
-        (["--prompts-file", "/none"], ["cannot read '/none'", "check the path"]),
+        (["--prompts-file", "/none"], ["'/none'", "check the path"]),
         (["--frames", "4"], ["4 frames", "1 + 2n", "nearest are 3 and 5"]),
         (["--frames", "0"], ["frames is 0", "at least 1"]),
         (["--height", "20"], ["height 20 is not a multiple of the patch's 8", "16 and 24"]),
@@ -241,9 +276,9 @@ def refused(whole: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Re
         (["--mesh.context", "3"], ["context 3", "8 device(s)", "Change mesh.*"]),
         (["--step", "3"], ["no checkpoint of step 3: there are [4, 8, 12, 16, 20]"]),
         (["--output", "clip.avi"], ["extension '.avi'", ".mp4, .gif, .png"]),
-        (["--output", f"{CONFIG}/clip.mp4"], ["cannot write in", "choose another"]),
-        (["--output", "/proc/clips"], ["cannot write in '/proc/clips'", "choose another"]),
-        (["--checkpoint", "/none"], ["'/none' holds no checkpoints: give the output directory"]),
+        (["--output", f"{CONFIG}/clip.mp4"], ["cannot be written", "give another path"]),
+        (["--output", "/proc/clips"], ["'/proc/clips' cannot be written", "give another"]),
+        (["--checkpoint", "/none"], ["'/none' is not there: give the output directory"]),
         (["--checkpoint", str(CONFIG.parent)], ["holds no checkpoints: give the output directory"]),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,
@@ -253,6 +288,12 @@ def test_bad_value_is_refused(refused: Refused, arguments: list[str], parts: lis
     message = refused(*prompt, *arguments)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--negative-prompt", "--output", "--image"])
+def test_bytes_that_are_no_text_are_refused(refused: Refused, option: str):
+    prompt = [] if option == "--prompt" else ["--prompt", PROMPT]
+    assert "'caf\\udce9'" in refused(*prompt, option, os.fsdecode(b"caf\xe9"))
 
 
 def test_run_that_cannot_be_read_is_refused(whole: Run, refused: Refused, tmp_path: Path):

@@ -11,14 +11,16 @@ evaluation"), and the networks do their own.
 from __future__ import annotations
 
 import contextlib
+import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
 
+from dit_jax.files import InputError, atomic_path, check_exists, local_copy
 from dit_jax.sampling.media import read_video
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -27,6 +29,7 @@ ITEMS = "arr_0"
 DAMAGE = (
     OSError,
     ValueError,
+    MemoryError,
     EOFError,
     NotImplementedError,
     RuntimeError,
@@ -34,6 +37,8 @@ DAMAGE = (
     zlib.error,
 )
 """What the standard library and NumPy raise on an .npz whose bytes are not those that were written."""
+ITEM_LIMIT = 2**30
+"""Bytes of one item of an .npz."""
 PIECE = 2**28
 """Bytes read at once from an .npz whose beginning is passed over."""
 
@@ -57,9 +62,9 @@ def is_clips(items: ImageSet) -> bool:
 
 def open_images(path: str) -> ImageSet:
     """The set in a folder or an .npz; raises ``ValueError`` where there is none."""
-    place = Path(path)
+    place = check_exists(path, "the set of samples")
     if place.is_dir():
-        return FolderImages(place)
+        return FolderImages(local_copy(place))
     if place.suffix == ".npz":
         return NpzImages(place)
     raise ValueError(
@@ -76,10 +81,10 @@ class NpzImages:
         with _member(path, ITEMS) as file:
             whole, fortran, dtype = _header(file, path)
         shaped = len(whole) in (4, 5) and whole[-1] == 3 and min(whole) > 0
-        if fortran or dtype != np.uint8 or not shaped:
+        if fortran or dtype != np.uint8 or not shaped or math.prod(whole[1:]) > ITEM_LIMIT:
             raise ValueError(
                 f"{ITEMS!r} in {str(path)!r} is {dtype} {list(whole)}: it must hold uint8 images "
-                "[n, h, w, 3] or clips [n, t, h, w, 3], in C order, at least one."
+                "[n, h, w, 3] or clips [n, t, h, w, 3], in C order, of at most a GiB each."
             )
         self.count, self.shape = whole[0], whole[1:]
 
@@ -152,15 +157,16 @@ def write_npz(
 
     The same items give the same bytes. The file appears whole or not at all.
     """
-    scratch = path.with_suffix(".tmp")
-    with zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        atomic_path(path) as scratch,
+        zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         if count:
             with archive.open(zipfile.ZipInfo(f"{ITEMS}.npy"), "w", force_zip64=True) as file:
                 _write_items(file, batches, count)
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asarray(array))
-    scratch.replace(path)
 
 
 def _write_items(file: IO[bytes], batches: Iterable[np.ndarray], count: int) -> None:
@@ -175,9 +181,25 @@ def _write_items(file: IO[bytes], batches: Iterable[np.ndarray], count: int) -> 
     assert written == count, (written, count)
 
 
+def read_arrays(path: Path, names: Collection[str], limit: int) -> dict[str, np.ndarray]:
+    """Arrays of an .npz; raises ``ValueError`` where they have more than ``limit`` bytes in all."""
+    with undamaged(path), _archive(path) as archive:
+        size = sum(archive.getinfo(f"{name}.npy").file_size for name in names)
+        if size > limit:
+            raise InputError(
+                f"{str(path)!r} has {size:,} bytes in {', '.join(sorted(names)[:5])}, and no such file "
+                f"has more than {limit:,}: fetch or make it again."
+            )
+        found = {}
+        for name in names:
+            with archive.open(f"{name}.npy") as file:
+                found[name] = np.lib.format.read_array(file, allow_pickle=False)
+        return found
+
+
 def _archive(path: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
+        return zipfile.ZipFile(local_copy(path))
     except DAMAGE as error:
         raise ValueError(
             f"{str(path)!r} cannot be read as .npz ({error}): check the path, or fetch it again."
@@ -198,9 +220,10 @@ def _member(path: Path, name: str) -> IO[bytes]:
 
 def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
     with undamaged(path):
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-        return (read or np.lib.format.read_array_header_2_0)(file)
+        # Later versions are for headers of up to 4 GB, which images do not have.
+        if (version := np.lib.format.read_magic(file)) != (1, 0):
+            raise ValueError(f"a header of version {version}")
+        return np.lib.format.read_array_header_1_0(file)
 
 
 def _exactly(file: IO[bytes], number: int, path: Path) -> bytes:
@@ -216,6 +239,8 @@ def undamaged(path: Path) -> Iterator[None]:
     """Raises ``ValueError`` for whatever an .npz meets that is damaged while it is read."""
     try:
         yield
+    except InputError:
+        raise
     except DAMAGE as error:
         raise ValueError(
             f"{str(path)!r} cannot be read as .npz ({error}): it is damaged. Fetch or make it again."

@@ -26,15 +26,18 @@ from dit_jax.evaluation.images import (
     NpzImages,
     npz_keys,
     open_images,
-    undamaged,
+    read_arrays,
     write_npz,
 )
 from dit_jax.evaluation.moments import Statistics
+from dit_jax.files import check_exists
 
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "video": ("mu_v", "sigma_v")}
 """Keys of an .npz for the mean and covariance of each kind of feature."""
 WIDTHS = {"pool": 2048, "spatial": 2023, "video": 400}
 COUNT = "count"
+LIMIT = 2**27
+"""Bytes of all statistics of a file: two covariances of 2,048 numbers in float64 are half of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +53,11 @@ def open_reference(path: str) -> Reference:
     """Reads the statistics and opens the images; raises ``ValueError`` where there are neither."""
     if not path.endswith(".npz"):
         return Reference(path, {}, open_images(path))
-    names = npz_keys(Path(path))
-    items = NpzImages(Path(path)) if ITEMS in names else None
+    place = check_exists(path, "--reference")
+    names = npz_keys(place)
+    items = NpzImages(place) if ITEMS in names else None
     found: dict[str, Statistics] = {}
-    arrays = _arrays(Path(path), names)
+    arrays = read_arrays(place, {COUNT, *itertools.chain(*KEYS.values())} & names, LIMIT)
     count = _count(arrays[COUNT], path) if COUNT in arrays else None
     for kind, (mean, covariance) in KEYS.items():
         if mean not in arrays or covariance not in arrays:
@@ -75,13 +79,6 @@ def open_reference(path: str) -> Reference:
             f"(mu and sigma; mu_s and sigma_s; mu_v and sigma_v) or images ({ITEMS})."
         )
     return Reference(path, found, items)
-
-
-def _arrays(path: Path, names: set[str]) -> dict[str, np.ndarray]:
-    """What a file has of the statistics."""
-    wanted = {COUNT, *itertools.chain(*KEYS.values())} & names
-    with undamaged(path), np.load(path) as file:
-        return {name: file[name] for name in sorted(wanted)}
 
 
 def _count(stored: np.ndarray, path: str) -> int:

@@ -7,17 +7,16 @@ plan and its number alone, so it does not matter which run made it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_jax.evaluation.images import NpzImages, write_npz
+from dit_jax.files import InputError, atomic_path, read_json, write_json
 
 PLAN, SHARDS, SAMPLES = "plan.json", "shards", "samples.npz"
 
@@ -44,12 +43,9 @@ class SampleStore:
                     "give another --output."
                 )
             return
-        try:
-            before = json.loads(place.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{str(place)!r} cannot be read ({error}): give another --output."
-            ) from error
+        before = read_json(place)
+        if not isinstance(before, dict):
+            raise InputError(f"{str(place)!r} holds no plan: give another --output.")
         for name in sorted(self._plan | before):
             if self._plan.get(name) != before.get(name):
                 raise ValueError(
@@ -67,17 +63,9 @@ class SampleStore:
         return self.samples.is_file()
 
     def begin(self) -> None:
-        """Makes the directory and writes the plan. Raises ``ValueError`` where that cannot be done."""
-        try:
-            (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
-            _write_whole(self.directory / PLAN, lambda file: file.write(self._text()))
-        except OSError as error:
-            raise ValueError(
-                f"cannot write in {str(self.directory)!r} ({error.strerror}): choose another --output."
-            ) from error
-
-    def _text(self) -> bytes:
-        return (json.dumps(self._plan, indent=1, sort_keys=True) + "\n").encode()
+        """Makes the directory and writes the plan."""
+        (self.directory / SHARDS).mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / PLAN, self._plan)
 
     def shards(self) -> list[range]:
         """The items of every shard, finished or not."""
@@ -91,13 +79,17 @@ class SampleStore:
     def put(self, shard: int, items: np.ndarray) -> None:
         """Writes a finished shard, uint8 ``[size, *shape]``; it appears whole or not at all."""
         assert len(items) == len(self.shards()[shard]) and items.dtype == np.uint8
-        _write_whole(self._path(shard), lambda file: np.save(file, items))
+        with atomic_path(self._path(shard)) as scratch:
+            np.save(scratch, items)
 
     def finish(self, labels: np.ndarray | None) -> None:
         """Joins the shards to ``samples.npz`` (labels, if any, as ``arr_1``), and removes them."""
         arrays = {} if labels is None else {"arr_1": labels}
         write_npz(self.samples, arrays, self._items(), self.count)
-        shutil.rmtree(self.directory / SHARDS)
+        for shard in range(len(self.shards())):
+            self._path(shard).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Cloud Storage has no folders without files.
+            (self.directory / SHARDS).rmdir()
 
     def open(self) -> NpzImages:
         """The finished samples."""
@@ -105,18 +97,8 @@ class SampleStore:
 
     def _items(self) -> Iterator[np.ndarray]:
         for shard in range(len(self.shards())):
-            yield np.load(self._path(shard))
+            with self._path(shard).open("rb") as file:
+                yield np.lib.format.read_array(file)
 
     def _path(self, shard: int) -> Path:
         return self.directory / SHARDS / f"{shard:06d}.npy"
-
-
-def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise

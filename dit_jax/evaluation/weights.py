@@ -18,11 +18,14 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.evaluation.i3d import I3D
-from dit_jax.evaluation.images import undamaged
+from dit_jax.evaluation.images import npz_keys, read_arrays
 from dit_jax.evaluation.inception import InceptionV3
+from dit_jax.files import as_path, local_copy
 from dit_jax.interop import read_torch
 from dit_jax.types import Params
 
+LIMIT = 2**30
+"""Bytes of an .npz of weights: those of Inception-v3 in float64 are a fifth of it."""
 COUNTERS = re.compile(r".*\.num_batches_tracked")
 """Keys that PyTorch's batch norms add, in files of some versions; they hold no weight."""
 
@@ -80,12 +83,12 @@ def check_weights(network: Network, path: str | None, why: str) -> Path:
             f"{why} needs the weights of {network.name}: give {network.flag} FILE. They are in "
             f"{network.obtain}."
         )
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise ValueError(
             f"{network.flag} {path!r} is not a file. The weights of {network.name} are in "
             f"{network.obtain}: download that, and give the path to it."
         )
-    return Path(path)
+    return local_copy(path)
 
 
 def parameter_shapes(network: Network) -> Params:
@@ -151,8 +154,7 @@ def convert(network: Network, arrays: Mapping[str, np.ndarray], where: object) -
 def read_weights(network: Network, path: Path) -> Params:
     """The parameters in a PyTorch file (no code in it is run), or an .npz of the same keys."""
     if path.suffix == ".npz":
-        with undamaged(path), np.load(path) as file:
-            arrays = dict(file)
+        arrays = read_arrays(path, npz_keys(path), LIMIT)
     else:
         arrays = read_torch(path)
     return convert(network, arrays, path)

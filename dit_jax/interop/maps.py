@@ -191,7 +191,7 @@ class Map:
         faults: list[Entry] = []
         for path, leaf in _leaves(shapes):
             _put(loaded, path, _array(of_path[path], arrays, leaf, layout[path], faults))
-        _check_finite(faults, where)
+        _check_finite(faults, arrays, where)
         return {"params": loaded}
 
     def read(self, arrays: Arrays, where: str) -> Params:
@@ -205,7 +205,7 @@ class Map:
             whole = entry.read(arrays, index, np.float32)
             faults += [] if np.isfinite(whole).all() else [entry]
             _put(made, entry.path, whole)
-        _check_finite(faults, where)
+        _check_finite(faults, arrays, where)
         return {"params": made}
 
     def export(self, params: Params, dtype: Any = np.float32) -> Written:
@@ -290,10 +290,15 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _check_finite(faults: Sequence[Entry], where: str) -> None:
+def _check_finite(faults: Sequence[Entry], arrays: Arrays, where: str) -> None:
     """Raises ``ValueError`` that names the keys of entries whose values are not all finite."""
     if faults:
-        keys = [key for entry in faults for key in entry.keys]
+        keys = [
+            key
+            for entry in faults
+            for key in entry.keys
+            if not np.isfinite(np.asarray(arrays[key], np.float32)).all()
+        ]
         more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
         raise ValueError(
             f"{where} holds NaN or infinite values in {', '.join(keys[:SHOWN])}{more}: get it again, "

@@ -57,6 +57,10 @@ class ByteEncoderConfig:
     def max_tokens(self) -> int:
         return self.max_bytes + 1
 
+    def length(self, caption: str) -> int:
+        """Tokens that a caption is before it is cut to ``max_tokens``."""
+        return 1 + len(caption.encode())
+
 
 @dataclasses.dataclass(frozen=True)
 class TextStatesConfig:

@@ -24,6 +24,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dit_jax.files import InputError, as_path, is_remote
+
 POLL = 0.1
 """Seconds between looks at a lock that another process holds."""
 
@@ -61,7 +63,12 @@ class AnswerCache:
     """
 
     def __init__(self, path: str | os.PathLike | None = None) -> None:
-        self.path = None if path is None else Path(path).expanduser()
+        if path is not None and is_remote(path):
+            raise InputError(
+                f"{os.fspath(path)!r} cannot keep answers: they are in a SQLite file, which is local. "
+                "Name one on this machine."
+            )
+        self.path = None if path is None else as_path(path)
         self._lock = threading.Lock()
         self._waiting: dict[str, threading.Lock] = {}
         self._locks: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dit_jax.files import SURROGATES, InputError
 from dit_jax.preparation.tables import SEPARATED, find_column, read_lines, read_rows, read_values
 
 COLUMNS = ("prompt", "prompts", "prompt_en", "caption", "text")
@@ -45,7 +46,7 @@ def _of_value(path: str | os.PathLike, value: object, where: str, column: str | 
         raise ValueError(
             f"prompt file {str(path)!r}, {where} is {value!r}: give a string, or an object with one"
         )
-    return value.strip()
+    return check_text(value.strip(), f"prompt file {str(path)!r}, {where}")
 
 
 def _of_row(path: str | os.PathLike, row: object, where: str, column: str | None) -> str:
@@ -62,4 +63,19 @@ def _of_row(path: str | os.PathLike, row: object, where: str, column: str | None
             f"prompt file {str(path)!r}, {where} has the {name} {row[name]!r}: give a text, or leave "
             "the row out"
         )
-    return row[name].strip()
+    return check_text(row[name].strip(), f"prompt file {str(path)!r}, {where}")
+
+
+def check_text(text: str, where: str) -> str:
+    """The text; raises ``ValueError`` where it holds what UTF-8 cannot, naming its place.
+
+    Half an emoji (a lone surrogate) comes from JSON that was cut, bytes that are not UTF-8 from a
+    command line.
+    """
+    if found := SURROGATES.search(text):
+        shown = text[max(found.start() - 20, 0) : found.end() + 20]
+        raise InputError(
+            f"{where} holds {found[0]!r}, which is no character, in {shown!r}: write the text anew, as "
+            "UTF-8."
+        )
+    return text

@@ -16,6 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dit_jax.files import MiB, read_bytes
+
+LIMIT = 256 * MiB
+"""Bytes of a file: some millions of prompts or captions."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 Row = tuple[str, Mapping[str, Any]]
@@ -23,18 +27,14 @@ Row = tuple[str, Mapping[str, Any]]
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file, without its byte order mark, its line ends as they are.
+    """The text of a file of at most ``LIMIT`` bytes, local or on Cloud Storage, without its byte order
+    mark, its line ends as they are.
 
     Raises:
-        ValueError: where the file cannot be read, is not UTF-8 (nor marked UTF-16), or holds zero
-            bytes.
+        ValueError: where the file cannot be read, is larger, is not UTF-8 (nor marked UTF-16), or
+            holds zero bytes.
     """
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {str(path)!r} ({error.strerror or error}): check the path"
-        ) from error
+    raw = read_bytes(path, LIMIT, "the file")
     try:
         text = raw.decode("utf-16" if raw.startswith(UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,6 +62,8 @@ def read_json(path: str | os.PathLike) -> Any:
     """The value of a JSON file; raises ``ValueError`` that names line and column of a mistake."""
     try:
         return json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError(f"{str(path)!r} is JSON that nests too deep: correct it") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{str(path)!r} is no JSON ({error.msg}, line {error.lineno} column {error.colno}): "
@@ -88,6 +90,8 @@ def read_values(path: str | os.PathLike) -> list[tuple[str, Any]]:
 def _json_line(path: str | os.PathLike, number: int, line: str) -> Any:
     try:
         return json.loads(line)
+    except RecursionError as error:
+        raise ValueError(f"{str(path)!r}, line {number} is JSON that nests too deep") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{str(path)!r}, line {number} is no JSON ({error.msg}, column {error.colno}): every line "

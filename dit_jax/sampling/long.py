@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from dit_jax.files import InputError, atomic_path, explain
 from dit_jax.models import Codec, ModelConfig, PatchConfig, unpatchify
 from dit_jax.sampling.clips import clips_at_once, make_rows
 from dit_jax.sampling.condition import Request, check_request
@@ -281,22 +283,34 @@ class _Store:
         """Latents ``[clips, t, h, w, c]`` of each window that is there."""
         if self._path is None or not self._path.exists():
             return []
-        with np.load(self._path) as file:
-            if str(file["plan"]) != self._plan:
-                raise ValueError(
-                    f"{str(self._path)!r} holds windows of another clip that was not finished: remove "
-                    "it, or name another output."
-                )
-            return list(file["latents"])
+        try:
+            with self._path.open("rb") as opened, np.load(opened) as file:
+                plan, latents = str(file["plan"]), list(file["latents"])
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{str(self._path)!r} holds no windows of a clip ({error}): remove it."
+            ) from error
+        if plan != self._plan:
+            raise InputError(
+                f"{str(self._path)!r} holds windows of another clip that was not finished: remove "
+                "it, or name another output."
+            )
+        return latents
 
     def write(self, made: Sequence[np.ndarray]) -> None:
-        """Replaces the file, whole or not at all."""
+        """Replaces the file, whole or not at all. If storage fails, that is told: windows go on."""
         if self._path is None:
             return
-        scratch = self._path.with_name(f".{self._path.name}")
-        with open(scratch, "wb") as file:
-            np.savez(file, plan=self._plan, latents=np.stack(made))
-        os.replace(scratch, self._path)
+        try:
+            with atomic_path(self._path) as scratch, scratch.open("wb") as file:
+                np.savez(file, plan=self._plan, latents=np.stack(made))
+        except OSError as error:
+            print(
+                f"warning: what windows have made is not kept in {str(self._path)!r} "
+                f"({explain(error)}); the clip is made all the same",
+                file=sys.stderr,
+            )
+            self._path = None
 
 
 def decode_long(codec: Codec, latents: np.ndarray, frames: int) -> Iterator[np.ndarray]:

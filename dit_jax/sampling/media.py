@@ -9,10 +9,10 @@ nearest-neighbour enlargement. Clips for training are read in `dit_jax/data/`.
 """
 
 import contextlib
+import errno
 import itertools
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -24,6 +24,8 @@ import numpy as np
 from av.error import FFmpegError
 from av.filter import Graph
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
+from dit_jax.files import as_path, atomic_path, check_file
 
 EXTENSIONS = (".mp4", ".gif", ".png")
 GIF_TICK = Fraction(1, 100)  # GIF's unit of time, in s.
@@ -66,27 +68,14 @@ def to_float(x) -> np.ndarray:
 def check_output(path: str | os.PathLike) -> Path:
     """Refuses an output path that `write_video` could not write, before the long work starts.
 
-    Creates the parent directories, and proves them writable by writing (permission bits say
-    nothing to root or about a read-only mount). Leaves no file behind.
+    Creates the parent directories, and proves them writable by writing. Leaves no file behind.
 
-    Errors: ValueError if the extension is not one of `EXTENSIONS`, the path is a directory, or
-    its directory cannot be created or written.
+    Errors: ValueError if the extension is not one of `EXTENSIONS`, the name is too long for the
+    file system, the path is a directory, or its directory cannot be created or written.
     """
-    path = Path(path)
+    path = as_path(path)
     _extension(path)
-    if os.path.isdir(path):
-        raise ValueError(f"output {str(path)!r} is a directory, but must be a file; name one in it")
-    parent = Path(os.path.realpath(path)).parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with _scratch(path) as scratch:
-            scratch.touch()
-    except OSError as error:
-        raise ValueError(
-            f"output {str(path)!r}: cannot write in {str(parent)!r} ({error.strerror or error}); "
-            "it must be a writable directory; choose another, or fix its permissions"
-        ) from error
-    return path
+    return check_file(path, "output")
 
 
 def write_video(path: str | os.PathLike, video: np.ndarray, fps: float) -> Path:
@@ -101,7 +90,7 @@ def write_video(path: str | os.PathLike, video: np.ndarray, fps: float) -> Path:
     Args: `video` uint8 `[t, h, w, 3]`, no axis empty; `fps` frames per second, finite and > 0.
     Returns: the path. Errors: ValueError for a bad array, rate, extension or path.
     """
-    path = Path(path)
+    path = as_path(path)
     video = _check_pixels("write_video", video, 4)
     extension = _extension(path)
     if extension == ".png":
@@ -126,7 +115,7 @@ def write_video(path: str | os.PathLike, video: np.ndarray, fps: float) -> Path:
 def write_parts(path: str | os.PathLike, parts: Iterable[np.ndarray], fps: float) -> Path:
     """`write_video` of a clip that comes in parts `[n, h, w, 3]`, at least one. An mp4 has one of them
     in memory at a time, the other formats the whole clip. Errors: as `write_video`."""
-    path, rest = Path(path), iter(parts)
+    path, rest = as_path(path), iter(parts)
     if _extension(path) != ".mp4":
         return write_video(path, np.concatenate(list(rest)), fps)
     first = _check_pixels("write_parts", next(rest), 4)
@@ -145,7 +134,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> Path:
 
     Returns: the path. Errors: ValueError for a bad array, extension or path.
     """
-    path = Path(path)
+    path = as_path(path)
     image = _check_pixels("write_png", image, 3)
     if path.suffix.lower() != ".png":
         raise ValueError(f"image {str(path)!r} has extension {path.suffix!r}; it must be '.png'")
@@ -170,7 +159,7 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[
     frames, times = [], []
     try:
         # An open file and not a name, in which FFmpeg would see protocols ("a:") and "%d".
-        with open(path, "rb") as file, av.open(file, "r") as container:
+        with as_path(path).open("rb") as file, av.open(file, "r") as container:
             if not container.streams.video:
                 raise ValueError(f"{str(path)!r} has no video stream; choose a video or an image")
             stream = container.streams.video[0]
@@ -302,25 +291,20 @@ def _check_pixels(who: str, pixels, ndim: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """A name like `path`'s in a new directory beside it, which is removed afterwards."""
-    target = Path(os.path.realpath(path))
-    with tempfile.TemporaryDirectory(prefix=".dit_jax-", dir=target.parent) as directory:
-        yield Path(directory) / target.name
-
-
-@contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """Gives a scratch file to write, and moves it to `path` when that went well."""
+    """Gives a local file to write, which becomes `path` when that went well.
+
+    Errors: ValueError if the format does not allow the clip; OSError, with the path, if storage fails.
+    """
     try:
-        with _scratch(path) as scratch:
+        with atomic_path(path) as scratch:
             yield scratch
-            os.replace(scratch, os.path.realpath(path))
-    except (OSError, FFmpegError) as error:
+    except FFmpegError as error:
+        if error.errno in errno.errorcode and error.errno != errno.EINVAL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise ValueError(
-            f"cannot write {str(path)!r} ({error.strerror or error}); its directory must exist and "
-            "be writable, and its size be one that the format allows; create the directory, or "
-            f"try another of {', '.join(EXTENSIONS)}"
+            f"cannot write {str(path)!r} ({error.strerror or error}); its size must be one that the "
+            f"format allows; try another of {', '.join(EXTENSIONS)}"
         ) from error
 
 

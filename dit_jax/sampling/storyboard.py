@@ -15,7 +15,11 @@ import dataclasses
 import re
 from pathlib import Path
 
+from dit_jax.files import InputError, MiB, read_bytes
+
 TIME = r"(?:(?:(\d+):(?=\d+:\d))?(\d+):(?=\d))?(\d+(?:\.\d+)?)"
+LIMIT = MiB
+"""Bytes of a file."""
 LINE = re.compile(rf"{TIME}\s*s?\s*:\s*(\S.*)")
 
 
@@ -63,9 +67,11 @@ def read_storyboard(path: str | Path) -> Storyboard:
         ValueError: where it cannot be read, or a line is not ``time: prompt``, with its number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the storyboard {str(path)!r} cannot be read: {error}.") from error
+        lines = read_bytes(path, LIMIT, "the storyboard").decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the storyboard {str(path)!r} is not UTF-8 text ({error}): save it as that."
+        ) from error
     times, prompts = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):

@@ -32,6 +32,7 @@ from dit_jax.tasks.super_resolution import each_clip as each_clip
 from dit_jax.tasks.super_resolution import enlarging as enlarging
 from dit_jax.tasks.super_resolution import read_clips as read_clips
 from dit_jax.tasks.text_encoders import check_reads as check_reads
+from dit_jax.tasks.text_encoders import cut_note as cut_note
 from dit_jax.tasks.text_encoders import on_mesh as on_mesh
 from dit_jax.tasks.text_encoders import open_text_encoder as open_text_encoder
 from dit_jax.tasks.text_encoders import prompt_length as prompt_length
@@ -40,4 +41,5 @@ from dit_jax.tasks.text_to_video import init_params as init_params
 from dit_jax.tasks.text_to_video import make_model as make_model
 from dit_jax.tasks.trained import SamplingOverrides as SamplingOverrides
 from dit_jax.tasks.trained import Trained as Trained
+from dit_jax.tasks.trained import check_finite as check_finite
 from dit_jax.tasks.trained import chosen as chosen

@@ -7,7 +7,6 @@ both, and of runs the folder that training wrote at its end.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from dit_jax import interop
 from dit_jax.config import CodecDataConfig, CodecRun, Run, to_dict
 from dit_jax.data import CropConfig, RecordsConfig
+from dit_jax.files import local_copy, write_json
 from dit_jax.models import AutoencoderKLConfig, CausalAutoencoderConfig
 from dit_jax.tasks.autoencoder import FOLDER
 from dit_jax.training import CheckpointConfig, Checkpointer
@@ -34,7 +34,7 @@ def write_run(target: Path, config: Run, params: Params) -> None:
     checkpointer.save_weights(params, values)
     checkpointer.wait()
     checkpointer.close()
-    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    write_json(target / "config.json", values)
 
 
 def finished_codec(run: Path) -> Path:
@@ -109,6 +109,7 @@ def read_codec_folder(folder: Path) -> CodecFolder:
     Raises:
         ValueError: where the folder is of no codec, or is damaged.
     """
+    folder = local_copy(folder)
     config, table = interop.codec_config(folder)
     arrays, path = interop.read_weights(folder)
     params = table.read(arrays, repr(str(path)))

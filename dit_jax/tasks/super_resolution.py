@@ -16,6 +16,7 @@ import numpy as np
 from dit_jax.config import Config
 from dit_jax.data import enlarge, shrink
 from dit_jax.evaluation import mean_psnr
+from dit_jax.files import local_copy
 from dit_jax.models import Codec
 from dit_jax.sampling import Edit, Request, check_request, to_float
 from dit_jax.sampling.media import EXTENSIONS, read_video
@@ -66,7 +67,7 @@ def read_clips(names: Sequence[str], read: Callable[[Path], Clip] = read_video) 
     """
     found = []
     for name in names:
-        path = Path(name)
+        path = local_copy(name)
         if not path.is_dir():
             found.append(read(path))
             continue

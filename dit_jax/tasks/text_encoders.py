@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config
 from dit_jax.data import MixedSource, MixtureConfig, RecordsSource
 from dit_jax.interop import load_text_encoder, text_encoder_identity, text_length
-from dit_jax.models import Placement, TextEncoder, TextStatesConfig
+from dit_jax.models import ByteEncoderConfig, Placement, TextEncoder, TextStatesConfig
 from dit_jax.parallel import (
     batch_sharding,
     batch_shards,
@@ -193,17 +193,39 @@ def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> lis
 
 
 def prompt_length(config: Config) -> tuple[Callable[[str], int], int] | None:
-    """How the model's text encoder counts a prompt, and how much of one the model reads: tokens, or
-    None where prompts are not read as tokens of an encoder's.
+    """How the model counts a prompt, and how much of one it reads, in tokens; None for a model of
+    classes, and for one of states without their encoder.
 
     Raises:
         ValueError: where there is no tokenizer in ``text_encoder.path``.
     """
     given, text = config.text_encoder, config.model.text
+    if isinstance(text, ByteEncoderConfig):
+        return lambda prompt: text.length(prompt) - 1, text.max_bytes
     if given.path is None or not isinstance(text, TextStatesConfig):
         return None
     length, most = text_length(given.path, given.layer)
     return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
+
+
+def cut_note(config: Config, texts: Sequence[str]) -> str | None:
+    """What is to be said of texts of which the model does not read all: how many, and the first.
+
+    Raises:
+        ValueError: as ``prompt_length`` does.
+    """
+    texts = list(dict.fromkeys(texts))
+    if not texts or (counted := prompt_length(config)) is None:
+        return None
+    length, limit = counted
+    cut = [text for text in texts if length(text) > limit]
+    if not cut:
+        return None
+    unit = "bytes" if isinstance(config.model.text, ByteEncoderConfig) else "tokens"
+    return (
+        f"{len(cut)} of {len(texts)} texts are longer than the {limit} {unit} that the model "
+        f"reads, and cut there. The first has {length(cut[0])}: {cut[0][:200]!r}"
+    )
 
 
 def check_reads(config: Config, run: str) -> None:

@@ -8,7 +8,6 @@ import inspect
 import itertools
 import typing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import tyro
 from jax.sharding import Mesh
 
 from dit_jax.config import Config, stored_config
+from dit_jax.files import InputError, absolute, as_path
 from dit_jax.sampling import Generator, SamplingConfig
 from dit_jax.tasks.text_encoders import check_reads
 from dit_jax.tasks.text_to_video import init_params, make_model
@@ -78,15 +78,19 @@ class Trained:
         codec: str | None,
         text_encoder: str | None = None,
     ) -> None:
-        self._checkpointer, self.step = open_run(Path(run), step)
+        self._checkpointer, self.step = open_run(as_path(run), step)
         self.path = self._checkpointer.path(self.step)
         stored = stored_config(self._checkpointer.config(self.step), self.path / "config")
         encoder = stored.text_encoder
         self.config = dataclasses.replace(
             stored,
             sampling=dataclasses.replace(stored.sampling, **chosen(sampling)),
-            codec=dataclasses.replace(stored.codec, path=codec or stored.codec.path),
-            text_encoder=dataclasses.replace(encoder, path=text_encoder or encoder.path),
+            codec=dataclasses.replace(
+                stored.codec, path=stored.codec.path if codec is None else absolute(codec)
+            ),
+            text_encoder=dataclasses.replace(
+                encoder, path=encoder.path if text_encoder is None else absolute(text_encoder)
+            ),
         )
         check_reads(self.config, run)
         _check_pixels(self.config, run)
@@ -106,11 +110,7 @@ class Trained:
         init = partial(init_params, model)
         shapes, shardings = abstract_params(init, mesh, over_context=spread_parameters)
         params = self._checkpointer.restore_ema(self.step, shapes, shardings)
-        if not jax.jit(_finite)(params):
-            raise ValueError(
-                f"{str(self.path)!r} has parameters that are NaN or infinite, from which nothing can "
-                f"be made: choose an earlier --step, of {self._checkpointer.steps()}."
-            )
+        check_finite(params, str(self.path), f", of {self._checkpointer.steps()}")
         self._checkpointer.close()
         return generator, params
 
@@ -124,5 +124,19 @@ def _check_pixels(config: Config, run: str) -> None:
         )
 
 
-def _finite(params: Params) -> jax.Array:
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+def check_finite(params: Params, where: str, steps: str = "") -> None:
+    """Raises ``ValueError`` that names the first of the parameters that are not finite.
+
+    ``where`` is the checkpoint, and ``steps`` names others for the message.
+    """
+    named = jax.tree_util.tree_flatten_with_path(params)[0]
+    finite = jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])(
+        [leaf for _, leaf in named]
+    )
+    broken = [path for (path, _), fine in zip(named, finite, strict=True) if not fine]
+    if broken:
+        first = "/".join(str(key.key) for key in broken[0])
+        raise InputError(
+            f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {first!r}), "
+            f"from which nothing can be made: choose an earlier --step{steps}."
+        )

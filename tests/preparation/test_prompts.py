@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dit_jax.files import write_whole
+from dit_jax.preparation import tables
 from dit_jax.preparation.prompts import read_prompts
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "prompts"
@@ -131,3 +133,39 @@ def test_every_published_list_is_tested_and_the_long_lines_are_whole():
     assert max(map(len, long)) == 1120
     quoted = read_prompts(PUBLISHED / "parti__PartiPrompts.tsv")
     assert sum('"' in prompt for prompt in quoted) == 22
+
+
+FAULTS = PUBLISHED.parent / "faults"
+
+
+def test_half_an_emoji_is_told_with_its_place(tmp_path: Path):
+    (tmp_path / "p.json").write_text('["a cat", "a dog \\ud83d runs", "\\ud83d\\udc15"]')
+    with pytest.raises(ValueError, match=r"p.json', item 2 holds '\\ud83d'.*a dog"):
+        read_prompts(tmp_path / "p.json")
+    (tmp_path / "p.jsonl").write_text('{"text": "a cat"}\n{"text": "\\udc15"}\n')
+    with pytest.raises(ValueError, match=r"p.jsonl', line 2 holds '\\udc15'"):
+        read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.json").write_text('["\\ud83d\\udc15"]')
+    assert read_prompts(tmp_path / "p.json") == ["🐕"]
+    if (shared := FAULTS / "lone_surrogate_prompts.json").exists():
+        with pytest.raises(ValueError, match="item"):
+            read_prompts(shared)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
+def test_a_file_that_never_ends_is_refused(monkeypatch):
+    monkeypatch.setattr(tables, "LIMIT", 2**20)
+    with pytest.raises(ValueError, match="'/dev/zero' has more than 1,048,576 bytes"):
+        read_prompts("/dev/zero")
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_json_that_nests_without_end_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"{name}'.* nests too deep"):
+        read_prompts(tmp_path / name)
+
+
+def test_prompts_lie_on_cloud_storage(bucket: str):
+    write_whole(f"{bucket}/prompts/p.csv", "prompt\na cat\na dog\n")
+    assert read_prompts(f"{bucket}/prompts/p.csv") == ["a cat", "a dog"]

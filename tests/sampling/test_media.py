@@ -1,6 +1,9 @@
 """Files in and out: what is written is what is read, byte for byte the same the second time."""
 
+import errno
 import os
+import re
+import resource
 import warnings
 from pathlib import Path
 
@@ -172,8 +175,9 @@ def test_writing_replaces_whole_files_and_leaves_nothing_else(tmp_path):
     media.write_video(path, flags(), 8)
     assert len(media.read_video(path)[0]) == 4
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
-    with pytest.raises(ValueError, match="cannot write.*directory must exist"):
-        media.write_video(tmp_path / "none" / "a.mp4", flags(), 8)
+    with pytest.raises(ValueError, match="size must be one that the format allows"):
+        media.write_video(path, np.zeros((1, 2, 70_000, 3), np.uint8), 8)
+    assert len(media.read_video(path)[0]) == 4
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((2, 4, 4)), flags()[0], flags()[:0], flags()[..., :1]])
@@ -221,11 +225,13 @@ def test_check_output_refuses_what_cannot_be_written(tmp_path):
         media.check_output(tmp_path / "new" / "a.avi")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="extension ''"):
+        media.check_output(tmp_path / "clip")
+    with pytest.raises(ValueError, match="path is empty"):
         media.check_output("")
     with pytest.raises(ValueError, match="is a directory"):
         media.check_output(tmp_path / "clips.mp4")
     for name in ("file/a.mp4", "file/deep/a.mp4", "n" * 300 + ".mp4"):
-        with pytest.raises(ValueError, match="cannot write in"):
+        with pytest.raises(ValueError, match="cannot be"):
             media.check_output(tmp_path / name)
 
 
@@ -233,14 +239,50 @@ def test_check_output_tries_read_only_places():
     place = Path("/proc/self/a.mp4")  # refuses files from root as well
     if not place.parent.is_dir():
         pytest.skip("no /proc, the read-only directory this test needs")
-    with pytest.raises(ValueError, match="cannot write in"):
+    with pytest.raises(ValueError, match="cannot be"):
         media.check_output(place)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "gif", "png"])
+def test_storage_that_fails_is_an_error_of_its_own(tmp_path, extension):
+    """A full disk is not an error of the user's, who may try again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / f"a.{extension}"
+    clip = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))) as error:
+            media.write_video(path, clip, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extension", ["mp4", "gif", "png"])
+def test_names_that_are_not_utf_8_are_written_and_read(tmp_path, extension):
+    path = tmp_path / os.fsdecode(b"caf\xe9 100%d." + extension.encode())
+    assert media.check_output(path) == path
+    media.write_video(path, smooth()[:1], 8)
+    assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(path.name)]
+    assert len(media.read_video(path)[0]) == 1
+
+
+def test_clips_on_cloud_storage(tmp_path, bucket):
+    clip = smooth()
+    for extension in ("mp4", "gif", "png"):
+        local, remote = tmp_path / f"a.{extension}", f"{bucket}/media/a.{extension}"
+        assert str(media.check_output(remote)) == remote
+        media.write_video(local, clip, 8)
+        media.write_video(remote, clip, 8)
+        np.testing.assert_array_equal(media.read_video(remote)[0], media.read_video(local)[0])
+    with pytest.raises(ValueError, match="gs://nobody"):
+        media.check_output("gs://nobody-has-this/a.mp4")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes everywhere")
 def test_check_output_tries_directories_without_permission(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match="cannot write in"):
+    with pytest.raises(ValueError, match="cannot be"):
         media.check_output(tmp_path / "a.mp4")
 
 
