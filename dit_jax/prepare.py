@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -102,8 +102,8 @@ class PrepareConfig:
     caption_model: str | None = None
     until: Literal["examine", "captions", "states", "latents", "records"] = "records"
     """The last stage that is done."""
-    encoding: Literal["zlib", "bytes"] = "zlib"
-    """Of pixels: lossless compression, or raw, which is several times as large and as quick."""
+    encoding: Literal["video", "zlib", "bytes"] = "video"
+    """Of pixels: H.264 of high quality; lossless compression, some 30 times as large; or raw."""
     shard: str = "0/1"
     """i/n: this is the i-th of n machines, from 0, which share the output. Each does its part of
     all stages but the last; the same command without it finishes."""
@@ -294,17 +294,21 @@ class Preparation:
         if up_to_date(self.output / config.name / "1.0.0", made_of):
             return
         decoding = self.examined.config.decoding
-        videos = pixels(kept, decoding, config.workers, failed) if codec is None else None
-        records = samples(
-            self._encoded(kept) if videos is None else videos,
-            texts,
-            self._states_of() if states else None,
-        )
-        target = (self.output, config.name, made_of, len(kept))
-        fields = (clip_features(config.captions), config.encoding, latents, states)
-        write_builder(*target, records, *fields, self.progress)
+        states_of = self._states_of() if states else None
 
-    def _encoded(self, kept: Sequence[Kept]) -> Videos:
+        def records(clips: Iterable[Kept]) -> Iterator[dict[str, Any]]:
+            if codec is None:
+                encoded = config.encoding == "video"
+                videos = pixels(clips, decoding, config.workers, failed, encoded)
+            else:
+                videos = self._encoded(clips)
+            return samples(videos, texts, states_of, failed)
+
+        target = (self.output, config.name, made_of, len(kept), kept, records, failed)
+        fields = (clip_features(config.captions), config.encoding, latents, states)
+        write_builder(*target, *fields, self.progress)
+
+    def _encoded(self, kept: Iterable[Kept]) -> Videos:
         """Latents, with their own frames a second."""
         assert self.codec is not None
         for one in kept:

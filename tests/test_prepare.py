@@ -1,11 +1,14 @@
 """The verb, from a folder of media to records: what is in them, after SIGKILL, on two machines."""
 
+import dataclasses
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import av
@@ -17,11 +20,11 @@ import tensorflow_datasets as tfds
 from flax import linen as nn
 
 from dit_jax import tasks
-from dit_jax.data import RecordsConfig, RecordsSource
+from dit_jax.data import RecordsConfig, RecordsSource, writing
 from dit_jax.interop import load_codec, load_text_encoder, write_codec
 from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.preparation import ClipConfig, ExamineConfig, WorkersConfig
+from dit_jax.preparation import ClipConfig, ExamineConfig, WorkersConfig, assembling
 from dit_jax.prepare import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
 from tests.preparation.chat_server import Response, serving, words
 from tests.runs import free_port
@@ -104,14 +107,16 @@ def test_records_say_what_the_clips_are_and_where_from(prepared):
     assert b["caption_origin"] == b"caption: sidecar" and c["caption_origin"] == b"caption: table"
     assert b["licence"] == b"CC0" and a["licence"] == b"mine"
     # 80 x 64 keeps its shape in 1024 pixels, in multiples of 16; 17 = 1 + 4 * 4 of 20 frames.
-    assert a["video"].shape == (17, 32, 16, 3) and b["video"].shape == (17, 16, 32, 3)
+    samples = RecordsSource(RecordsConfig(str(output / "clips/1.0.0")))
+    pixels = samples[0]["video"]
+    assert pixels.shape == (17, 32, 16, 3) and samples[1]["video"].shape == (17, 16, 32, 3)
+    assert samples.sizes[:2].tolist() == [[17, 32, 16, 15], [17, 16, 32, 1]]
     assert (a["source_height"], a["source_width"], a["source_fps"]) == (80, 64, 12.0)
     assert a["fps"] == 12.0 and a["stop"] - a["start"] == pytest.approx(17 / 12)
     assert d2["start"] > d["start"] and d["stop"] <= d2["start"]
     mean = moving(20, 80, 64, 0)[1:18, :, 4:-4].mean((0, 1, 2))
-    assert np.abs(a["video"].mean((0, 1, 2)) - mean).max() < 8
-    sample = RecordsSource(RecordsConfig(str(output / "clips/1.0.0")))[0]
-    assert sample["caption"] == "squares, moving"
+    assert np.abs(pixels.mean((0, 1, 2)) - mean).max() < 8
+    assert samples[0]["caption"] == "squares, moving"
 
 
 def test_every_file_is_accounted_for(prepared):
@@ -179,6 +184,49 @@ def test_records_after_sigkill_are_the_same_bytes(media, prepared, tmp_path):
     assert shards(tmp_path) == shards(prepared[0])
 
 
+def test_records_go_on_after_a_full_disk_and_keep_what_was_left_out(media, tmp_path, monkeypatch):
+    """Every record is a shard, one clip cannot be read, and the disk is full at the third shard."""
+    read = []
+
+    def read_clips(kept, *arguments, **options):
+        clips = list(kept)
+        for one, outcome in zip(clips, read_all(clips, *arguments, **options), strict=True):
+            read.append(one.name)
+            gone = one.name.startswith("b.mkv")
+            yield dataclasses.replace(outcome, reason="truncated", value=None) if gone else outcome
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    read_all = assembling.read_clips
+    monkeypatch.setattr(assembling, "read_clips", read_clips)
+    small = partial(assembling.write_builder, shard_bytes=1)
+    monkeypatch.setattr("dit_jax.prepare.write_builder", small)
+    expected = prepare(config(media, tmp_path / "whole"), shown=False)
+    assert len(list((tmp_path / "whole" / "clips" / "1.0.0").glob("*array_record*"))) == 4
+    finish, finished = writing._Shard.finish, []
+
+    def third(shard):
+        finished.append(shard)
+        return full() if len(finished) == 3 else finish(shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing._Shard, "finish", third)
+        with pytest.raises(OSError):
+            prepare(config(media, tmp_path / "cut"), shown=False)
+    read.clear()
+    about = prepare(config(media, tmp_path / "cut"), shown=False)
+    assert read == ["deep/d.mp4#0", "deep/d.mp4#1"]
+    assert about["stages"]["records"]["clips"] == 2
+    left_out = [
+        [[clip["left_out"] for clip in file["clips"]] for file in one["by_file"]]
+        for one in (about, expected)
+    ]
+    assert left_out[0] == left_out[1] and "truncated" in str(left_out)
+    assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+    assert not (tmp_path / "cut" / "work" / "writing").exists()
+
+
 def test_what_cannot_be_is_refused(media, prepared, tmp_path, capsys):
     (tmp_path / "clips" / "1.0.0").mkdir(parents=True)
     assert main(command(media, tmp_path)) == 2
@@ -223,6 +271,7 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     monkeypatch.setattr("dit_jax.tasks.codec_copies", lambda *_: copies)
     given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
     given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
+    given |= {"encoding": "zlib"}
     about = prepare(config(few, tmp_path / "one", **given), shown=False)
     assert about["stages"]["latents"]["clips"] == 4 and about["captioned"] == 3
     assert about["clips_by_reason"] == {"kept": 4, "near-duplicate": 1}

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class RecordPlace:
     path: str
     split: str
     video: str
-    """The feature: uint8 ``[t, h, w, c]``, or an image."""
+    """The feature: uint8 ``[t, h, w, c]``, encoded video, or an image."""
     caption: str | None = None
     """The feature of text, or the template of labels (``{label}``)."""
     index: int = 0
@@ -61,11 +61,12 @@ def find_records(given: str) -> list[tuple[str, str, list[Any]]]:
     Raises:
         ValueError: where there is no such builder or split, or it has no videos or images.
     """
-    from dit_jax.data.records import find_builder
+    from dit_jax.data.records import ENCODED_VIDEOS, find_builder
 
     path, split = parse_input(given)
     builder = find_builder(path)
-    video, caption = _features(builder.info.features, given)
+    encoded = (builder.info.metadata or {}).get(ENCODED_VIDEOS) or ()
+    video, caption = _features(builder.info.features, given, encoded)
     place = RecordPlace(path, split, video, caption)
     count = len(_source(place))
     stem = f"{builder.info.full_name}/{split}"
@@ -79,9 +80,12 @@ def find_records(given: str) -> list[tuple[str, str, list[Any]]]:
     return made
 
 
-def _features(features: Mapping[str, Any], given: str) -> tuple[str, str | None]:
+def _features(
+    features: Mapping[str, Any], given: str, encoded: Collection[str] = ()
+) -> tuple[str, str | None]:
     """The feature of the video, and that of the caption or its template."""
     ranks = {name: _rank(name, feature) for name, feature in features.items()}
+    ranks |= {name: (0, name != "video") for name in encoded if name in features}
     videos = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
     if not videos:
         raise ValueError(
@@ -89,6 +93,7 @@ def _features(features: Mapping[str, Any], given: str) -> tuple[str, str | None]
             "image, uint8 [t, h, w, 1 or 3] or [h, w, 1 or 3]."
         )
     texts = [name for name, feature in features.items() if type(feature).__name__ == "Text"]
+    texts = [name for name in texts if name not in encoded]
     captions = [name for name in CAPTIONS if name in texts]
     captions += sorted(name for name in texts if name not in (*CAPTIONS, *IDS))
     labels = [name for name, f in features.items() if getattr(f, "names", None)]

@@ -24,6 +24,7 @@ from dit_jax.preparation.progress import Progress
 from dit_jax.preparation.refusals import check_installed
 from dit_jax.preparation.work import digest, file_name, read_report, write_report
 from dit_jax.preparation.workers import Outcome, WorkersConfig, run
+from dit_jax.video import EncodedVideo, encode_video
 
 AHEAD = 2
 """Clips that are read, for each process that reads, before they are asked for: they are large."""
@@ -144,16 +145,27 @@ def _read(job: tuple[str, Clip], decoding: DecodingConfig) -> np.ndarray:
     return read_clip(path, clip, decoding)
 
 
+def _read_encoded(job: tuple[str, Clip], decoding: DecodingConfig) -> EncodedVideo:
+    return encode_video(read_clip(*job, decoding), job[1].fps)
+
+
 def _read_some(job: tuple[str, Clip], decoding: DecodingConfig, at: Any) -> np.ndarray:
     frames = read_clip(*job, decoding)
     return frames[at(len(frames))]
 
 
 def read_clips(
-    kept: Iterable[Kept], decoding: DecodingConfig, workers: WorkersConfig, at: Any = None
+    kept: Iterable[Kept],
+    decoding: DecodingConfig,
+    workers: WorkersConfig,
+    at: Any = None,
+    encoded: bool = False,
 ) -> Iterator[Outcome]:
-    """uint8 ``[t, h, w, 3]`` of every clip in order, or why there is none; of the frames ``at(t)``."""
-    function = partial(_read, decoding=decoding)
+    """uint8 ``[t, h, w, 3]`` of every clip in order, or why there is none; of the frames ``at(t)``.
+
+    With ``encoded`` an ``EncodedVideo``: every worker encodes, and little crosses the pipe.
+    """
+    function = partial(_read_encoded if encoded else _read, decoding=decoding)
     if at is not None:
         function = partial(_read_some, decoding=decoding, at=at)
     jobs = ((one.item.path, one.clip) for one in kept)
