@@ -293,7 +293,10 @@ class _Split:
                 self.lengths.append(shard.finish())
                 shard = None
         except RuntimeError as error:
-            raise (storage_error(error, self._data) or error) from error
+            cause = storage_error(error, self._data)
+            if cause is None:
+                raise
+            raise cause from error
         finally:
             if shard is not None:
                 shard.abandon()

@@ -20,6 +20,7 @@ from dit_jax.data import records
 from dit_jax.data.records import BadRecord, RecordsConfig, RecordsSource, find_builder
 from dit_jax.data.writing import LatentsOf, StatesOf, write_records
 from dit_jax.files import InputError
+from dit_jax.preparation.recorded import find_records
 
 COUNT = 9
 
@@ -324,6 +325,8 @@ def test_opening_a_data_set_runs_no_code(builder, tmp_path, monkeypatch, feature
     for config in (RecordsConfig(str(builder)), by_name):
         with pytest.raises(InputError, match=r"evil\.Text"):
             RecordsSource(config)
+    with pytest.raises(InputError, match=r"evil\.Text"):
+        find_records(f"tfds:{builder}")  # As ``prepare --input`` does.
     assert not mark.exists() and "evil" not in sys.modules
 
 
