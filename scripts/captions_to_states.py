@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dit_jax.data import RecordsConfig, RecordsSource, StatesOf, write_records
+from dit_jax.files import as_path
 from dit_jax.interop import load_text_encoder
 from dit_jax.models import TextEncoder
 from dit_jax.parallel import MeshConfig, make_mesh
@@ -91,7 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--input", required=True, help="name or directory of a TFDS builder")
     parser.add_argument("--encoder", required=True, help="folder of the text encoder")
-    parser.add_argument("--output", type=Path, required=True, help="directory for builders")
+    parser.add_argument("--output", type=as_path, required=True, help="directory for builders")
     parser.add_argument("--name", help="of the builder, before _states; the input's if not given")
     parser.add_argument("--splits", nargs="+", default=["train"])
     parser.add_argument("--video-key", default="video")

@@ -17,6 +17,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from dit_jax.data.writing import write_records
+from dit_jax.files import as_path
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
@@ -61,7 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", type=Path, required=True, help="folder of videos")
-    parser.add_argument("--output", type=Path, required=True, help="directory for builders")
+    parser.add_argument("--output", type=as_path, required=True, help="directory for builders")
     parser.add_argument("--hold-out", nargs="+", required=True, help="videos for the split test")
     parser.add_argument("--tile", type=int, default=96, help="rows and columns of a tile")
     parser.add_argument("--frames", type=int, default=17, help="frames of a tile at most")

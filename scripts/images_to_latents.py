@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dit_jax.data import RecordsConfig, RecordsSource, TransformConfig, resize, write_records
+from dit_jax.files import as_path
 from dit_jax.interop import load_codec
 from dit_jax.models import Codec
 from dit_jax.sampling import to_float
@@ -104,7 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--input", required=True, help="name or directory of a TFDS builder")
     parser.add_argument("--codec", required=True, help="folder of the autoencoder")
-    parser.add_argument("--output", type=Path, required=True, help="directory for builders")
+    parser.add_argument("--output", type=as_path, required=True, help="directory for builders")
     parser.add_argument("--name", help="of the builder, before _latents; the input's if not given")
     parser.add_argument("--splits", nargs="+", default=["train"])
     parser.add_argument("--image-key", default="image")

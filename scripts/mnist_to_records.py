@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.writing import write_records
+from dit_jax.files import as_path
 
 FILES = {"train": "extra10k", "test": "t10k"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -83,7 +84,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", type=Path, required=True, help="directory of the idx files")
-    parser.add_argument("--output", type=Path, required=True, help="directory for builders")
+    parser.add_argument("--output", type=as_path, required=True, help="directory for builders")
     args = parser.parse_args()
     try:
         print(convert(args.input, args.output))

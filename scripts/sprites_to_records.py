@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.writing import write_records
+from dit_jax.files import as_path
 
 HELD_OUT = 270
 FPS = 8.0
@@ -96,7 +97,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", type=Path, required=True, help="sprites.npz")
-    parser.add_argument("--output", type=Path, required=True, help="directory for builders")
+    parser.add_argument("--output", type=as_path, required=True, help="directory for builders")
     parser.add_argument("--cycles", action="store_true", help="begin anywhere in each cycle")
     args = parser.parse_args()
     try:

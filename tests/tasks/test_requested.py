@@ -16,6 +16,7 @@ from dit_jax.tasks import (
     SamplingOverrides,
     Shape,
     chosen,
+    cut_note,
     gathered,
     make_plan,
 )
@@ -191,3 +192,17 @@ def test_none_that_is_given_is_another_value_than_the_runs():
     assert options(*none) == (None, None, None, 1)
     with pytest.raises(SystemExit):  # It has no meaning there.
         options("--steps", "None")
+
+
+def test_texts_that_a_model_does_not_read_whole_are_counted_once():
+    config = get_config()
+    limit = config.model.text.max_bytes
+    fits, long = "a" * limit, "雪" * (limit // 3 + 1)
+    assert cut_note(config, [fits, ""]) is None
+    note = cut_note(config, [fits, long, "b" * (limit + 1), long])
+    assert f"2 of 3 texts are longer than the {limit} bytes" in note
+    assert f"has {3 * (limit // 3 + 1)}: {long!r}" in note
+    assert config.model.text.length(fits) == config.model.text.max_tokens
+    # What is read of it is whole characters.
+    read = config.model.text_tokens(long)
+    assert (read[1:] - 2).astype(np.uint8).tobytes().decode() == "雪" * (limit // 3)
