@@ -54,7 +54,7 @@ class ShotConfig:
     """So many frames on either side are around it."""
     structure: float = 2.5
     """Or its structure changes so many times as much as on either side."""
-    likeness: float = 0.75
+    likeness: float = 0.69
     """And its outlines correlate so much, at most."""
     held: float = 0.2
     """Frames that change less than this, at the median of a side, are held drawings."""
@@ -135,15 +135,15 @@ class ShotFinder:
         if outlines > likeness:
             return False
         changes, held = self._changes, self.config.held
+        if any(side and changes[at] < min(changes[i] for i in side) for side in (before, after)):
+            return False  # The frame at an end of a fade, where there are no outlines.
         moving = [[i for i in side if changes[i] >= held] for side in (before, after)]
         greatest = max((i for side in moving for i in side), key=self._structure_of, default=at)
-        for side in moving:  # Another cut, or a flash, which changes twice.
+        for side in moving:
+            # Another cut, or a flash, which changes twice.
             rest = [i for i in side if greatest not in side or abs(i - greatest) > FLASH]
-            if rest and structure < self.config.structure * np.mean(
-                [self._structure_of(i)[0] for i in rest]
-            ):
-                return False
-            if rest and changes[at] < np.mean([changes[i] for i in rest]):
+            around = [self._structure_of(i)[0] for i in rest]
+            if around and structure < self.config.structure * np.mean(around):
                 return False
         return True
 

@@ -76,6 +76,19 @@ def test_cuts_near_each_other_are_found(count):
     assert shot_cuts(light(np.concatenate(parts))) == [20, 20 + count]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "androidx__h265_bframes.mp4",  # A fade from flat black.
+        "androidx__sample-with-large-length.avi",
+        "moviepy__pigs_in_a_polka.gif",  # Drawings that dance.
+    ],
+)
+def test_none_is_invented_in_odd_media(shared, name):
+    av.logging.set_level(av.logging.PANIC)
+    assert shot_cuts([small_frame(p) for _, p in sampled(shared(f"odd_media/{name}"))]) == []
+
+
 def test_joins_of_real_clips_are_found_and_nothing_else(shared):
     av.logging.set_level(av.logging.PANIC)
     script = load_script("benchmarks", "cuts")
