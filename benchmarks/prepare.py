@@ -44,8 +44,8 @@ FOLDER = tempfile.TemporaryDirectory()
 
 def examine(items: Sequence[Item], config: ExamineConfig, workers: WorkersConfig) -> Examined:
     """Examines files into a folder that is soon removed."""
-    examined = Examined(Path(tempfile.mkdtemp(dir=FOLDER.name)), config)
-    examine_files(items, examined, workers, Progress(shown=False))
+    examined = Examined(Path(tempfile.mkdtemp(dir=FOLDER.name)), config, workers)
+    examine_files(items, examined, Progress(shown=False))
     return examined
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     examined = examine(items, config, workers)
     reports = {item: examined.report(item) for item in items}
     items = [i for i, r in reports.items() if r.probe is not None and r.probe.kind == "video"]
-    kept = examined.kept(items)
+    kept = list(examined.kept(items))
     sizes = [size_of(kept, item, reports[item]) for item in items]
     by_processes = (
         lambda: sum(done.value for done in run(decode, [path for path, *_ in sizes], workers)),

@@ -315,6 +315,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(fresh, target)
 
 
+def copy_file(source: Path, target: str | os.PathLike) -> None:
+    """Copies a local file to a path, where it appears whole."""
+    path = as_path(target)
+    if is_remote(path):
+        retry(lambda: _upload(source, path), f"writing {os.fspath(path)!r}")
+        return
+    with atomic_path(path) as fresh:
+        shutil.copyfile(source, fresh)
+
+
 def _upload(source: Path, target: Path) -> None:
     if source.is_dir():
         for inner in sorted(source.iterdir()):

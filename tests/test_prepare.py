@@ -171,7 +171,7 @@ def test_records_after_sigkill_are_the_same_bytes(media, prepared, tmp_path):
     line = [sys.executable, "-m", "dit_jax.prepare", *command(media, tmp_path)]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL) as process:
-        while len(list(tmp_path.glob("work/examined/*/[!.]*"))) < 3:
+        while sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("work/examined/*/*")) < 3:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -266,6 +266,8 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     # Opened once, so that they are compiled once.
     monkeypatch.setattr("dit_jax.prepare.load_codec", lambda path: codec)
     monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path, **_: encoder)
+    tokens = lambda text: 10_000 if text == "a red circle moves moves" else 1  # noqa: E731
+    monkeypatch.setattr("dit_jax.prepare.text_length", lambda path: (tokens, 512))
     others = make_mesh(MeshConfig(), jax.devices()[1:3])
     copies = tasks.codec_copies(codec, others)
     monkeypatch.setattr("dit_jax.tasks.codec_copies", lambda *_: copies)
@@ -275,6 +277,7 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     about = prepare(config(few, tmp_path / "one", **given), shown=False)
     assert about["stages"]["latents"]["clips"] == 4 and about["captioned"] == 3
     assert about["clips_by_reason"] == {"kept": 4, "near-duplicate": 1}
+    assert about["notes"] == {"captions longer than the text encoder reads": 1}
     path = str(tmp_path / "one" / "clips" / "1.0.0")
     source = RecordsSource(RecordsConfig(path, text_states_key="text_states"))
     assert (source.codec, source.text_encoder) == (codec.hash, encoder.hash)
@@ -296,11 +299,11 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
         part = config(few, tmp_path / "two", shard=shard, **given)
         assert prepare(part, shown=False) is None
         # A share waits until the others are examined: which clips are near-duplicates is known then.
-        made = list((tmp_path / "two" / "work").glob("latents/*/*.npy"))
+        made = list((tmp_path / "two" / "work").glob("latents/*/*/*.npy"))
         told = capsys.readouterr().out
         assert ("files of other shares are not" in told) == (not stages)
         assert len(made) == {"1/2": 2 * stages, "0/2": 2}[shard]
-    next((tmp_path / "two" / "work").glob("latents/*/1.mp4*.npy")).unlink()
+    next((tmp_path / "two" / "work").glob("latents/*/*/1.mp4*.npy")).unlink()
     done = prepare(config(few, tmp_path / "two", **given), shown=False)
     assert done["stages"]["latents"]["clips"] == 2 and done["stages"]["examine"]["clips"] == 0
     assert shards(tmp_path / "two") == shards(tmp_path / "one")

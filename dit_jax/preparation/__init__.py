@@ -23,7 +23,6 @@ from dit_jax.preparation.clips import Rect as Rect
 from dit_jax.preparation.decoding import DecodingConfig as DecodingConfig
 from dit_jax.preparation.decoding import frames as frames
 from dit_jax.preparation.decoding import probe as probe
-from dit_jax.preparation.duplicates import NearDuplicates as NearDuplicates
 from dit_jax.preparation.duplicates import near_duplicates as near_duplicates
 from dit_jax.preparation.examining import Clip as Clip
 from dit_jax.preparation.examining import ExamineConfig as ExamineConfig

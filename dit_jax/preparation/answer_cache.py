@@ -98,7 +98,7 @@ class AnswerCache:
         return None if row is None else Answer(**json.loads(row[0]))
 
     def put(self, key: str, model: str, answer: Answer) -> None:
-        """Keeps an answer; it is on disk when this returns. ``ValueError`` where it cannot be."""
+        """Keeps an answer; it is on disk when this returns. ``OSError`` where it cannot be."""
         stored = json.dumps(dataclasses.asdict(answer))
         try:
             with self._lock:
@@ -106,7 +106,7 @@ class AnswerCache:
                     "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, model, stored)
                 )
         except sqlite3.Error as error:
-            raise ValueError(
+            raise OSError(
                 f"an answer cannot be kept in {str(self.path)!r} ({error}): make room there, or name "
                 "another file"
             ) from error

@@ -20,10 +20,10 @@ from dit_jax.data.writing import (
     StatesOf,
     write_records,
 )
+from dit_jax.files import write_json
 from dit_jax.preparation.decoding import DecodingConfig
 from dit_jax.preparation.progress import Progress
 from dit_jax.preparation.stages import Kept, read_clips
-from dit_jax.preparation.work import write_json
 from dit_jax.preparation.workers import WorkersConfig
 from dit_jax.video import EncodedVideo
 
@@ -58,12 +58,12 @@ def pixels(
 
 def samples(
     videos: Videos,
-    texts: Mapping[str, Mapping[str, str]],
+    texts: Callable[[Kept], Mapping[str, str]],
     states: Callable[[Kept], np.ndarray] | None,
     failed: Failed,
 ) -> Iterator[dict[str, Any]]:
-    """Records; ``texts`` are by clip. Those with numbers that are not finite are noted in ``failed``
-    and left out."""
+    """Records; ``texts`` gives a clip's captions. Clips with numbers that are not finite are noted in
+    ``failed`` and left out."""
     for one, video, fps in videos:
         pixel = isinstance(video, EncodedVideo) or video.dtype == np.uint8
         if not pixel and not np.isfinite(video).all():
@@ -72,7 +72,7 @@ def samples(
         sample = {
             "video": video,
             "fps": fps,
-            **texts[one.name],
+            **texts(one),
             "source": one.item.name,
             "start": one.clip.begin,
             "stop": one.clip.begin + one.clip.seconds,
@@ -161,7 +161,8 @@ def write_builder(
                         write_json(unread, failed)
                         written = len(failed)
                     yield record
-                    bar.add(1, 1, record["stop"] - record["start"])
+                    video = record["video"].shape[0] > 1  # A picture has no duration.
+                    bar.add(1, 1, record["stop"] - record["start"] if video else 0.0)
 
             write_records(
                 fresh,

@@ -1,6 +1,6 @@
 """Files examined by Apache Beam, TFDS's engine: on this machine, on Dataflow, Flink or Spark.
 
-Workers read the media and write reports in the places that are used otherwise, so all of them must see
+Workers read the media and write logs of reports where these are otherwise, so all of them must see
 both. In every worker the decoder is in a process of its own, as without Beam.
 """
 
@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-from dit_jax.preparation.examining import ExamineConfig, FileReport
+from dit_jax.preparation.examining import ExamineConfig
 from dit_jax.preparation.listing import Item
 from dit_jax.preparation.progress import Progress
-from dit_jax.preparation.stages import Examined, examine_one
-from dit_jax.preparation.work import write_report
-from dit_jax.preparation.workers import WorkersConfig, run
+from dit_jax.preparation.stages import Examined, examine_into, video_seconds
+from dit_jax.preparation.work import Logs
+from dit_jax.preparation.workers import WorkersConfig
 
-BATCH = 32
+BATCH = 256
 """Files that a worker takes at a time."""
 
 
@@ -34,11 +34,7 @@ class BeamConfig:
 
 
 def examine_on_beam(
-    items: Sequence[Item],
-    examined: Examined,
-    workers: WorkersConfig,
-    beam: BeamConfig,
-    progress: Progress,
+    items: Sequence[Item], examined: Examined, beam: BeamConfig, progress: Progress
 ) -> None:
     """``stages.examine_files`` by a pipeline.
 
@@ -52,26 +48,25 @@ def examine_on_beam(
         raise ValueError(
             f"--beam.runner needs Apache Beam ({error}): pip install -e '.[beam]', or leave it out."
         ) from error
-    wanted = examined.missing(items)
-    jobs = [(item, str(examined.place(item))) for item in wanted]
-    work = partial(_examine_batch, config=examined.config, workers=workers)
+    wanted = examined.missing(items, tried=True)
+    shared = (examined.logs.folder, examined.config, examined.limits, examined.workers)
     given = options.PipelineOptions(list(beam.options))
-    with progress.stage("examine", len(jobs), "files") as bar:
-        if jobs:
+    with progress.stage("examine", len(wanted), "files") as bar:
+        if wanted:
             with engine.Pipeline(runner=beam.runner, options=given) as pipeline:
                 batches = engine.BatchElements(min_batch_size=1, max_batch_size=BATCH)
-                files = pipeline | engine.Create(jobs) | engine.Reshuffle()
-                _ = files | batches | engine.Map(work)
+                files = pipeline | engine.Create(wanted) | engine.Reshuffle()
+                _ = files | batches | engine.Map(_examine_batch, shared)
+        examined.logs.refresh()
         for item in wanted:
-            kept = [one for one in examined.report(item).clips if one.rejection is None]
-            bar.add(1, len(kept), sum(one.seconds for one in kept))
+            report = examined.report(item)
+            kept = [clip for clip in report.clips if clip.rejection is None]
+            bar.add(1, len(kept), video_seconds(report.probe, kept))
 
 
 def _examine_batch(
-    jobs: Sequence[tuple[Item, str]], config: ExamineConfig, workers: WorkersConfig
+    items: Sequence[Item], shared: tuple[Path, ExamineConfig, int, WorkersConfig]
 ) -> None:
-    outcomes = run(partial(examine_one, config=config), jobs, workers)
-    for (item, place), outcome in zip(jobs, outcomes, strict=True):
-        if outcome.reason:
-            refusal = outcome.reason, outcome.detail
-            write_report(place, FileReport(item.name, refusal=refusal, cost=outcome.seconds))
+    folder, config, limits, workers = shared
+    for _ in examine_into(Logs(folder), items, config, limits, workers):
+        pass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -10,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_jax.files import encodable, write_json
 from dit_jax.preparation.captions import (
     Caption,
     TableConfig,
     match_table,
-    read_sidecars,
+    read_listed_sidecars,
     read_table,
     record_texts,
     text_features,
@@ -32,7 +35,7 @@ from dit_jax.preparation.recaption import (
 )
 from dit_jax.preparation.recorded import is_record
 from dit_jax.preparation.stages import Kept, read_clips
-from dit_jax.preparation.work import digest, file_name, write_json
+from dit_jax.preparation.work import digest, file_name
 from dit_jax.preparation.workers import WorkersConfig
 
 
@@ -55,7 +58,7 @@ class CaptionsConfig:
             raise ValueError(f"captions.given is {self.given}: it is at least 1.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Given:
     """The captions that came with files, by their names."""
 
@@ -63,7 +66,11 @@ class Given:
     problems: dict[str, str]
     """Sidecars that could not be read."""
     table: str = ""
-    """What did not match, in words."""
+    """What became of the table, in a line."""
+    notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """What did not meet, or was repaired, counted by what it is."""
+    unmatched: tuple[str, ...] = ()
+    """Rows of the table that match no file, and where they stand."""
 
 
 def given_captions(items: Sequence[Item], config: CaptionsConfig) -> Given:
@@ -72,22 +79,32 @@ def given_captions(items: Sequence[Item], config: CaptionsConfig) -> Given:
     Raises:
         ValueError: where the table cannot be read.
     """
-    found: dict[str, tuple[Caption, ...]] = {}
-    said, problems = "", {}
+    given = Given({}, {})
     if config.table is not None:
         matched = match_table(read_table(config.table, config.columns), [i.name for i in items])
-        found, said = dict(matched.captions), matched.render()
+        given.captions |= matched.captions
+        given.table = (
+            f"{config.table}: {len(matched.captions)} of {len(items)} files have a row, and "
+            f"{len(matched.unmatched)} rows match no file"
+        )
+        given.unmatched = tuple(f"{row.file} ({row.where})" for row in matched.unmatched)
+        given.notes["table rows that match no file"] = len(matched.unmatched)
+        given.notes["files without a row in the table"] = len(matched.uncaptioned)
     for item in items:
         if is_record(item.path):
             continue
         try:
-            beside = read_sidecars(item.path, config.whole_text)
-        except ValueError as error:
-            problems[item.name] = str(error)
-            continue
-        if both := tuple(dict.fromkeys(found.get(item.name, ()) + beside)):
-            found[item.name] = both
-    return Given(found, problems, said)
+            beside = read_listed_sidecars(item.path, config.whole_text)
+        except (ValueError, OSError, RecursionError) as error:
+            given.problems[item.name] = encodable(f"sidecar: {error}")
+            given.notes["sidecars that cannot be read"] += 1
+            beside = ()
+        if both := tuple(dict.fromkeys(given.captions.get(item.name, ()) + beside)):
+            given.captions[item.name] = both
+            if any(caption.repaired for caption in both):
+                given.problems.setdefault(item.name, "caption: half a surrogate pair became U+FFFD")
+                given.notes["files whose captions were repaired"] += 1
+    return given
 
 
 class Models:
@@ -111,40 +128,52 @@ class Models:
     def ask(
         self,
         kept: Iterable[Kept],
+        total: int,
         client: ChatClient,
         decoding: DecodingConfig,
         workers: WorkersConfig,
         progress: Progress,
     ) -> list[Recaptioned]:
-        """Asks for those that are missing. Those that failed come back, and are asked for next time.
+        """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
+        asked for next time.
 
         Raises:
             ChatError: where the server refuses the key or does not know the model.
         """
-        wanted = [one for one in kept if not self.place(one).exists()]
-        places = {one.name: one for one in wanted}
-        failed = []
-        with progress.stage("captions", len(wanted), "clips") as bar:
-            if wanted:
-                client.probe()
-            asked = self._clips(wanted, decoding, workers)
-            for told in recaption(asked, client, self.config):
-                one = places[told.name]
+        failed, probed = [], False
+        waiting: collections.deque[Kept] = collections.deque()
+        with progress.stage("captions", total, "clips") as bar:
+
+            def missing() -> Iterator[Kept]:
+                nonlocal probed
+                for one in kept:
+                    if self.place(one).exists():
+                        bar.add(1, 0, 0.0)
+                        continue
+                    if not probed:
+                        client.probe()
+                        probed = True
+                    waiting.append(one)
+                    yield one
+
+            for told in recaption(self._clips(missing(), decoding, workers), client, self.config):
+                one = waiting.popleft()
                 if told.error:
                     failed.append(told)
                 else:
                     made = [dataclasses.asdict(caption) for caption in told.captions()]
                     write_json(self.place(one), made)
-                bar.add(1, 1, one.clip.seconds)
+                bar.add(1, 1, one.video_seconds)
         return failed
 
     def _clips(
-        self, wanted: Sequence[Kept], decoding: DecodingConfig, workers: WorkersConfig
+        self, wanted: Iterable[Kept], decoding: DecodingConfig, workers: WorkersConfig
     ) -> Iterator[ClipFrames]:
         at = partial(evenly_spaced, wanted=self.config.frames)
-        for one, read in zip(wanted, read_clips(wanted, decoding, workers, at), strict=True):
+        names, clips = itertools.tee(wanted)
+        for read in read_clips(clips, decoding, workers, at):
             error = f"{read.reason}: {read.detail}" if read.reason else ""
-            yield ClipFrames(one.name, "", partial(_frames, read.value, error))
+            yield ClipFrames(next(names).name, "", partial(_frames, read.value, error))
 
 
 def _frames(frames: np.ndarray | None, error: str) -> np.ndarray:
@@ -166,7 +195,7 @@ def clip_texts(captions: Sequence[Caption], config: CaptionsConfig) -> dict[str,
         origins = dict(one.split(": ", 1) for one in texts["caption_origin"].split("; "))
         texts["caption_origin"] = f"caption: {origins[made]}; {texts['caption_origin']}"
     licences = [one.licence for one in captions if one.licence]
-    return {**texts, "licence": licences[0] if licences else config.licence}
+    return {**texts, "licence": licences[0] if licences else encodable(config.licence)}
 
 
 def clip_features(config: CaptionsConfig) -> tuple[str, ...]:

@@ -7,12 +7,17 @@ caption carries its origin, and the words that a user gave are never replaced, o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from dit_jax.files import SURROGATES, encodable
 from dit_jax.preparation.tables import find_column, read_json, read_lines, read_rows, read_text
 
 Kind = Literal["given", "short", "descriptive"]
@@ -45,9 +50,13 @@ FILE_KEYS = (
     *("path", "name", "video_id", "videoid", "id", "key"),
 )
 LICENCE_KEYS = ("licence", "license")
+SIDECARS = (".txt", ".json")
+"""The suffixes of sidecars, in any case."""
+LARGEST = 1 << 20
+"""Bytes of a sidecar."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Caption:
     """A caption of a media file, and where it is from."""
 
@@ -57,6 +66,8 @@ class Caption:
     kind: Kind = "given"
     licence: str | None = None
     """That of the media file, where a table or sidecar says it."""
+    repaired: bool = False
+    """Half a surrogate pair in its text was replaced by U+FFFD."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,34 +117,69 @@ class Matched:
         return len(self.captions) + len(self.uncaptioned)
 
 
+def stem(path: str) -> str:
+    """What a media file and its sidecars have in common: the path without suffix, composed (NFC)."""
+    return unicodedata.normalize("NFC", os.path.splitext(path)[0])
+
+
+@functools.lru_cache(64)
+def _sidecars_in(folder: str) -> dict[str, list[Path]]:
+    """The sidecars in a folder by their stems, text before JSON."""
+    names: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+        names = sorted(entry.name for entry in entries if entry.is_file())
+    beside: dict[str, list[Path]] = {}
+    for suffix in SIDECARS:
+        for name in names:
+            if os.path.splitext(name)[1].lower() == suffix:
+                beside.setdefault(stem(name), []).append(Path(folder, name))
+    return beside
+
+
 def read_sidecars(media: str | os.PathLike, whole_text: bool = False) -> tuple[Caption, ...]:
     """The captions beside a media file, in the order ``NAME.txt``, ``NAME.json``; equal ones once.
 
     A text file has a caption on each line that is not blank, or, with ``whole_text``, is one caption.
     A JSON file is a string, a list of strings, or an object with any of ``CAPTION_KEYS`` (and a
-    licence); their values are strings or lists of strings.
+    licence); their values are strings or lists of strings. Their suffixes may be in capitals.
 
     Raises:
         ValueError: where a sidecar cannot be read, or holds no caption.
     """
+    _sidecars_in.cache_clear()
+    return read_listed_sidecars(media, whole_text)
+
+
+def read_listed_sidecars(media: str | os.PathLike, whole_text: bool = False) -> tuple[Caption, ...]:
+    """``read_sidecars`` of file after file: a folder is listed once, as it was at the first of them."""
     path = Path(media)
     found: list[Caption] = []
-    text, stored = path.with_suffix(".txt"), path.with_suffix(".json")
-    if text.is_file() and text != path:
-        lines = [read_text(text)] if whole_text else [line for _, line in read_lines(text)]
-        found += [Caption(" ".join(line.split()), "sidecar") for line in lines if line.strip()]
-        if not found:
-            raise ValueError(f"{str(text)!r} holds no caption: write one, or remove the file")
-    if stored.is_file() and stored != path:
-        value = read_json(stored)
-        if isinstance(value, str | list):
-            value = {"caption": value}
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"{str(stored)!r} is neither a string nor an object: see docs/captions"
-            )
-        found += _captions(value, TableConfig(), "sidecar", f"{str(stored)!r}")
+    for file in _sidecars_in(os.path.dirname(path)).get(stem(path.name), ()):
+        if file != path:
+            found += _read_sidecar(file, whole_text)
     return tuple(dict.fromkeys(found))
+
+
+def _read_sidecar(path: Path, whole_text: bool) -> tuple[Caption, ...]:
+    if (size := os.stat(path).st_size) > LARGEST:
+        raise ValueError(f"{str(path)!r} has {size:,} bytes: captions have at most {LARGEST:,}")
+    if path.suffix.lower() == ".txt":
+        lines = [read_text(path)] if whole_text else [line for _, line in read_lines(path)]
+        found = [_caption(line, "sidecar") for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"{str(path)!r} holds no caption: write one, or remove the file")
+        return tuple(found)
+    value = read_json(path)
+    if isinstance(value, str | list):
+        value = {"caption": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} is neither a string nor an object: see docs/captions")
+    return _captions(value, TableConfig(), "sidecar", f"{str(path)!r}")
+
+
+def _caption(text: str, origin: str, kind: Kind = "given", licence: str | None = None) -> Caption:
+    repaired = SURROGATES.search(text) is not None
+    return Caption(encodable(" ".join(text.split())), origin, kind, licence, repaired)
 
 
 def _captions(
@@ -153,9 +199,9 @@ def _captions(
             f"{where} has no {wanted!r}, only {', '.join(columns) or 'nothing'}: name the column of "
             "the captions"
         )
-    licence = str(licence) if licence else None
+    licence = encodable(str(licence)) if licence else None
     found = [
-        Caption(text, origin, kind, licence)
+        _caption(text, origin, kind, licence)
         for column, kind in named
         for text in _texts(row[column], column, where)
     ]
@@ -175,7 +221,7 @@ def _texts(value: Any, column: str, where: str) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if any(text is not None and not isinstance(text, str) for text in values):
         raise ValueError(f"{where} has the {column} {value!r}: give a string, or a list of them")
-    return [" ".join(text.split()) for text in values if text and text.strip()]
+    return [text for text in values if text and text.strip()]
 
 
 def read_table(path: str | os.PathLike, config: TableConfig | None = None) -> tuple[TableRow, ...]:
@@ -215,34 +261,51 @@ def read_table(path: str | os.PathLike, config: TableConfig | None = None) -> tu
 
 
 def _normal(name: str) -> str:
+    # Bytes that are not UTF-8 as ``listing`` writes them.
+    if SURROGATES.search(name):
+        name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return str(PurePosixPath(name.replace("\\", "/")))
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def match_table(rows: Sequence[TableRow], media: Sequence[str | os.PathLike]) -> Matched:
     """Which row is of which media file.
 
     A row's file is sought as a path, then as the end of one (or the other way about: tables are moved,
-    and folders too), then so again without the media's extension. What could mean several files means
-    none, and so does a file that an earlier way has found.
+    and folders too), then so again without the media's extension. Accents are compared as composed
+    (NFC). What could mean several files means none, and so does a file that an earlier way, or an
+    earlier row, has found.
     """
-    given = {_normal(str(path)): str(path) for path in media}
-    found = {row.file: row for row in rows if row.file in given}
-    left = [row for row in rows if row.file not in given]
+    exact = {_normal(str(path)): str(path) for path in media}
+    times = Counter(map(_composed, exact))
+    given = {(_composed(f) if times[_composed(f)] == 1 else f): name for f, name in exact.items()}
+    found: dict[str, TableRow] = {}
+    left = []
+    for row in rows:
+        file = row.file if row.file in given else _composed(row.file)
+        if file in given and file not in found:
+            found[file] = row
+        else:
+            left.append(row)
     for extension in (True, False):
         named: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-        for file in given:
+        for file in given if left else ():
             path = PurePosixPath(file)
             parts = (path if extension else path.with_suffix("")).parts
             named.setdefault(parts[-1], []).append((file, parts))
         claims: dict[str, list[TableRow]] = {}
         for row in left:
-            parts = PurePosixPath(row.file).parts
-            ends = [f for f, other in named.get(parts[-1], ()) if _share_end(parts, other)]
+            parts = PurePosixPath(_composed(row.file)).parts
+            alike = named.get(parts[-1], ()) if parts else ()
+            ends = [f for f, other in alike if _share_end(parts, other)]
             if len(ends) == 1 and ends[0] not in found:
                 claims.setdefault(ends[0], []).append(row)
         found |= {file: of[0] for file, of in claims.items() if len(of) == 1}
-        taken = {row.file for row in found.values()}
-        left = [row for row in left if row.file not in taken]
+        taken = {id(row) for row in found.values()}
+        left = [row for row in left if id(row) not in taken]
     return Matched(
         {name: found[file].captions for file, name in given.items() if file in found},
         tuple(left),

@@ -16,14 +16,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dit_jax.files import write_json, write_whole
 from dit_jax.preparation.decoding import DecodingConfig
 from dit_jax.preparation.progress import Progress
-from dit_jax.preparation.stages import Kept, read_clips
-from dit_jax.preparation.work import digest, file_name, write_json, write_whole
+from dit_jax.preparation.refusals import MACHINE_REASONS
+from dit_jax.preparation.stages import TRIES, Kept, read_clips
+from dit_jax.preparation.work import digest, file_name
 from dit_jax.preparation.workers import Outcome, WorkersConfig
 
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -49,6 +51,20 @@ class BatchConfig:
                 raise ValueError(f"batch.{name} is {value}: it is at least 1.")
 
 
+class Failure(NamedTuple):
+    """Why a clip has no latents."""
+
+    reason: str
+    """Of ``REASONS``."""
+    detail: str
+    tries: int
+
+    @property
+    def again(self) -> bool:
+        """Whether another run may have better luck."""
+        return self.reason in MACHINE_REASONS and self.tries < TRIES
+
+
 class Latents:
     """The latents of clips under one codec, a file each."""
 
@@ -62,13 +78,15 @@ class Latents:
         key = digest(one.item.key, one.clip.start, dataclasses.asdict(one.clip)["geometry"])
         return self.folder / file_name(one.name, digest(key, one.clip.frames), ".npy")
 
-    def failure(self, one: Kept) -> tuple[str, str] | None:
+    def failure(self, one: Kept) -> Failure | None:
         """Why a clip has none, if it has none."""
-        place = self.place(one).with_suffix(".json")
-        if not place.exists():
+        place = self.place(one)
+        if place.exists():
             return None
-        reason, detail = json.loads(place.read_bytes())
-        return reason, detail
+        try:
+            return Failure(*json.loads(place.with_suffix(".json").read_bytes()))
+        except FileNotFoundError:
+            return Failure("failed", "it was not encoded", 0)
 
     def load(self, one: Kept) -> np.ndarray:
         """float16 ``[t, h, w, c]``."""
@@ -76,36 +94,45 @@ class Latents:
 
     def done(self, one: Kept) -> bool:
         """Whether nothing is left to be done for a clip."""
-        place = self.place(one)
-        return place.exists() or place.with_suffix(".json").exists()
+        failure = self.failure(one)
+        return failure is None or not failure.again
 
     def store(
         self,
         parts: Iterable[Sequence[Kept]],
+        total: int,
         encoders: Sequence[Encode],
         decoding: DecodingConfig,
         workers: WorkersConfig,
         progress: Progress,
     ) -> None:
-        """Encodes the clips that are missing; a batch of which one is missing is encoded whole.
+        """Encodes the clips, ``total`` in all, that are missing; a batch of which one is missing is
+        encoded whole.
 
         ``encoders``: one for each device. Each encodes whole batches, in a thread of its own, so that
         no bit depends on how many there are.
         """
-        batches = [batch for part in parts for batch in self._batches(part)]
-        wanted = [batch for batch in batches if not all(map(self.done, batch))]
-        frames = read_clips(itertools.chain.from_iterable(wanted), decoding, workers)
         running: collections.deque[tuple[list[Kept], Future[None]]] = collections.deque()
         with (
-            progress.stage("latents", sum(map(len, wanted)), "clips") as bar,
+            progress.stage("latents", total, "clips") as bar,
             ThreadPoolExecutor(len(encoders)) as pool,
         ):
+
+            def missing() -> Iterator[list[Kept]]:
+                for part in parts:
+                    for batch in self._batches(part):
+                        if all(map(self.done, batch)):
+                            bar.add(len(batch), 0, 0.0)
+                        else:
+                            yield batch
 
             def finish() -> None:
                 batch, done = running.popleft()
                 done.result()
-                bar.add(len(batch), len(batch), sum(one.clip.seconds for one in batch))
+                bar.add(len(batch), len(batch), sum(one.video_seconds for one in batch))
 
+            ahead, wanted = itertools.tee(missing())
+            frames = read_clips(itertools.chain.from_iterable(ahead), decoding, workers)
             for i, batch in enumerate(wanted):
                 found = self._read(batch, frames)
                 if len(running) == len(encoders):
@@ -132,8 +159,10 @@ class Latents:
         found: list[tuple[Kept, np.ndarray]] = []
         for one, read in zip(batch, frames, strict=False):
             if read.reason:
-                why = [read.reason, read.detail]
-                write_json(self.place(one).with_suffix(".json"), why)
+                before = self.failure(one)
+                tries = before.tries + 1 if before is not None else 1
+                place = self.place(one).with_suffix(".json")
+                write_json(place, [read.reason, read.detail, tries])
             else:
                 found.append((one, read.value))
         return found
@@ -159,16 +188,22 @@ class States:
 
     def place(self, captions: Sequence[str]) -> Path:
         """Where the states of a part's captions are, or will be."""
-        return self.folder / f"{digest(list(captions))}.npz"
+        key = digest(list(captions))
+        return self.folder / key[:2] / f"{key}.npz"
 
     def store(
-        self, parts: Iterable[Sequence[str]], encode: EncodeTexts, progress: Progress
+        self,
+        parts: Iterable[Sequence[str]],
+        total: int,
+        encode: EncodeTexts,
+        progress: Progress,
     ) -> None:
-        """Encodes the captions of every part that has no states yet."""
-        wanted = [_unlike(part) for part in parts]
-        wanted = [part for part in wanted if part and not self.place(part).exists()]
-        with progress.stage("states", sum(map(len, wanted)), "captions") as bar:
-            for part in wanted:
+        """Encodes the captions, ``total`` at most, of every part that has no states yet."""
+        with progress.stage("states", total, "captions") as bar:
+            for part in map(_unlike, parts):
+                if not part or self.place(part).exists():
+                    bar.add(len(part), 0, 0.0)
+                    continue
                 made = encode(part)
                 data = io.BytesIO()
                 np.savez(

@@ -47,12 +47,12 @@ class Bar:
         self._bar = tqdm(total=total, desc=name, unit=" " + unit, disable=not shown or not total)
 
     def add(self, count: int, clips: int, seconds: float) -> None:
-        """So many files or clips more are done, with so many clips that last ``seconds`` in all."""
+        """So many files or clips more are done, with so many clips of ``seconds`` of video in all."""
         self.clips += clips
         self._video += seconds
         passed = max(time.monotonic() - self._begun, 1e-6)
-        rate, hours = self.clips / passed, self._video / passed
-        self._bar.set_postfix_str(f"{rate:.2f} clips/s, {hours:.2f} h of video/h", refresh=False)
+        video = f", {self._video / passed:.2f} h of video/h" if self._video else ""
+        self._bar.set_postfix_str(f"{self.clips / passed:.2f} clips/s{video}", refresh=False)
         self._bar.update(count)
 
     def close(self) -> None:

@@ -16,18 +16,22 @@ from typing import Any
 import numpy as np
 
 from dit_jax.preparation.decoding import DecodingConfig
-from dit_jax.preparation.duplicates import near_duplicates
 from dit_jax.preparation.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.preparation.listing import Item
 from dit_jax.preparation.media import Probe
 from dit_jax.preparation.progress import Progress
-from dit_jax.preparation.refusals import check_installed
-from dit_jax.preparation.work import digest, file_name, read_report, write_report
+from dit_jax.preparation.refusals import MACHINE_REASONS, check_installed
+from dit_jax.preparation.work import Logs, digest, pack, unpack
 from dit_jax.preparation.workers import Outcome, WorkersConfig, run
 from dit_jax.video import EncodedVideo, encode_video
 
 AHEAD = 2
 """Clips that are read, for each process that reads, before they are asked for: they are large."""
+TRIES = 3
+"""Runs that try a file which time, memory, a disk or a crash kept them from reading. After these the
+refusal stays: nothing else tells a decoder that crashes every time from one that is short of memory."""
+THUMBNAILS = 400
+"""Of the first clips of a process, so many keep theirs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Kept:
         return f"{self.item.name}#{self.index}"
 
     @property
+    def video_seconds(self) -> float:
+        """How long it lasts; a picture has no duration."""
+        return video_seconds(self.probe, (self.clip,))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Frames, height and width."""
         assert self.clip.geometry is not None
@@ -54,9 +63,9 @@ class Kept:
         return self.clip.frames, crop.height, crop.width
 
 
-def share(items: Sequence[Item], size: int, index: int = 0, count: int = 1) -> list[list[Item]]:
-    """The parts, of ``size`` files, of the ``index``-th of ``count`` machines."""
-    parts = [list(items[start : start + size]) for start in range(0, len(items), size)]
+def share(total: int, size: int, index: int = 0, count: int = 1) -> list[range]:
+    """The parts, of ``size`` files in a row, of the ``index``-th of ``count`` machines."""
+    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
     return parts[index::count]
 
 
@@ -73,71 +82,114 @@ def fitting(config: ExamineConfig, strides: tuple[int, int, int]) -> ExamineConf
 
 
 class Examined:
-    """The reports of files under one way to examine them, in a folder."""
+    """The reports of files under one way to examine them, in a folder.
 
-    def __init__(self, work: Path, config: ExamineConfig):
-        self.config = config
-        self.folder = work / "examined" / digest(config)
+    A refusal that follows from the content is kept for ever. One for the machine's sake
+    (``MACHINE_REASONS``) is kept as a try: each run tries the file once more, up to ``TRIES`` runs
+    under the same limits of time and memory. After these it counts as if the content were the reason.
+    """
 
-    def place(self, item: Item) -> Path:
-        """Where a file's report is, or will be."""
-        return self.folder / file_name(item.name, item.key, ".json")
+    def __init__(self, work: Path, config: ExamineConfig, workers: WorkersConfig):
+        self.config, self.workers = config, workers
+        self.logs = Logs(work / "examined" / digest(config))
+        self.limits = int(digest(workers.time_limit, workers.memory_limit), 16)
 
-    def missing(self, items: Iterable[Item]) -> list[Item]:
-        """Those without a report."""
-        return [item for item in items if not self.place(item).exists()]
+    def missing(self, items: Sequence[Item], tried: bool = False) -> list[Item]:
+        """Those without a report; with ``tried`` also those that are worth another try."""
+        self.logs.refresh()
+        done = self.logs.count(_key(item) for item in items) > 0
+        tries = self.logs.count(_key(item) ^ self.limits for item in items)
+        done |= tries >= (TRIES if tried else 1)
+        return [items[int(i)] for i in np.flatnonzero(~done)]
 
-    def report(self, item: Item, thumbnails: bool = False) -> FileReport:
+    def report(self, item: Item) -> FileReport:
         """What was found."""
-        return read_report(self.place(item), thumbnails)
+        line = self.logs.latest(_key(item)) or self.logs.latest(_key(item) ^ self.limits)
+        if line is None:
+            raise KeyError(item.name)
+        return unpack(line)
 
-    def kept(self, items: Iterable[Item]) -> list[Kept]:
+    def tries_left(self, item: Item, report: FileReport) -> bool:
+        """Whether the next run tries a file again that this one could not read."""
+        if report.refusal is None or report.refusal[0] not in MACHINE_REASONS:
+            return False
+        return int(self.logs.count([_key(item) ^ self.limits])[0]) < TRIES
+
+    def kept(self, items: Iterable[Item]) -> Iterator[Kept]:
         """The clips of these files that no filter rejected, in order."""
-        found = []
         for item in items:
             report = self.report(item)
             for index, clip in enumerate(report.clips):
                 if clip.rejection is None and report.probe is not None:
-                    found.append(Kept(item, index, clip, report.probe, report.caption))
-        return found
+                    yield Kept(item, index, clip, report.probe, report.caption)
 
 
-def examine_one(job: tuple[Item, str], config: ExamineConfig) -> tuple[int, float]:
-    """Examines a file and stores its report: (item, place). Clips that are kept, and their seconds."""
-    item, place = job
-    report = dataclasses.replace(examine(item.path, config), path=item.name)
-    write_report(place, report)
+def _key(item: Item) -> int:
+    return int(item.key, 16)
+
+
+def video_seconds(probe: Probe | None, clips: Iterable[Clip]) -> float:
+    """How long clips of a file last; pictures have no duration."""
+    if probe is None or probe.kind == "image":
+        return 0.0
+    return sum(clip.seconds for clip in clips)
+
+
+def report_line(item: Item, report: FileReport, limits: int, thumbnails: bool) -> bytes:
+    """The line of a log that holds a report; one that is a try has a key of its own."""
+    try_ = report.refusal is not None and report.refusal[0] in MACHINE_REASONS
+    report = dataclasses.replace(report, path=item.name)
+    return pack(f"{_key(item) ^ limits if try_ else _key(item):016x}", report, thumbnails)
+
+
+def examine_one(
+    job: tuple[Item, bool], config: ExamineConfig, limits: int
+) -> tuple[bytes, int, int, float]:
+    """Examines a file: (item, whether thumbnails are kept). Its line, its clips, those that are kept,
+    and their seconds of video."""
+    item, thumbnails = job
+    report = examine(item.path, config)
     kept = [clip for clip in report.clips if clip.rejection is None]
-    return len(kept), sum(clip.seconds for clip in kept)
+    line = report_line(item, report, limits, thumbnails)
+    return line, len(report.clips), len(kept), video_seconds(report.probe, kept)
 
 
-def examine_files(
-    items: Sequence[Item], examined: Examined, workers: WorkersConfig, progress: Progress
-) -> None:
+def examine_into(
+    logs: Logs,
+    items: Sequence[Item],
+    config: ExamineConfig,
+    limits: int,
+    workers: WorkersConfig,
+) -> Iterator[tuple[int, float]]:
+    """Examines files in child processes, and adds a line of each to a log.
+
+    Yields the clips of each file that are kept, and their seconds of video.
+    """
+    clips = 0
+    # Thumbnails are for the report's page, which shows the first clips.
+    jobs = ((item, clips < THUMBNAILS) for item in items)
+    outcomes = run(partial(examine_one, config=config, limits=limits), jobs, workers)
+    for item, outcome in zip(items, outcomes, strict=True):
+        line, count, kept, seconds = outcome.value or (b"", 0, 0, 0.0)
+        if outcome.reason:
+            refusal = outcome.reason, outcome.detail
+            report = FileReport(item.name, refusal=refusal, cost=outcome.seconds)
+            line = report_line(item, report, limits, False)
+        logs.append(line)
+        clips += count
+        yield kept, seconds
+    logs.close()
+
+
+def examine_files(items: Sequence[Item], examined: Examined, progress: Progress) -> None:
     """Examines those of the files that have no report yet; every one has one afterwards."""
     check_installed()
-    wanted = examined.missing(items)
-    jobs = [(item, str(examined.place(item))) for item in wanted]
-    with progress.stage("examine", len(jobs), "files") as bar:
-        outcomes = run(partial(examine_one, config=examined.config), jobs, workers)
-        for item, outcome in zip(wanted, outcomes, strict=True):
-            if outcome.reason:
-                refusal = outcome.reason, outcome.detail
-                report = FileReport(item.name, refusal=refusal, cost=outcome.seconds)
-                write_report(examined.place(item), report)
-            clips, seconds = outcome.value or (0, 0.0)
+    wanted = examined.missing(items, tried=True)
+    parts = (examined.logs, wanted, examined.config, examined.limits, examined.workers)
+    with progress.stage("examine", len(wanted), "files") as bar:
+        for clips, seconds in examine_into(*parts):
             bar.add(1, clips, seconds)
-
-
-def without_duplicates(
-    kept: Sequence[Kept], distance: float | None
-) -> tuple[list[Kept], dict[str, str]]:
-    """The clips without those that show the same as an earlier one, and of these the earlier one."""
-    if distance is None:
-        return list(kept), {}
-    near = near_duplicates(((one.name, one.clip.hashes) for one in kept), distance)
-    left = [one for one in kept if one.name not in near]
-    return left, {str(name): str(earlier) for name, (earlier, _) in near.items()}
+    examined.logs.refresh()
 
 
 def _read(job: tuple[str, Clip], decoding: DecodingConfig) -> np.ndarray:

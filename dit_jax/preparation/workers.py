@@ -157,10 +157,10 @@ class _Child:
 
     def heard(self) -> Outcome | None:
         """What became of the item, once the child answered, died, or ran out of time; None: it has
-        only started. Errors: RuntimeError if it did not even start."""
+        only started. Errors: ChildProcessError if it did not even start."""
         if not self._started:
             if not self.pipe.poll() or not self._received():
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"a child process did not start ({self._death()}); what it said is on stderr"
                 )
             self._started = True

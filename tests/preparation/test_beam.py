@@ -16,11 +16,9 @@ CONFIG = ExamineConfig(clips=ClipConfig(area=32 * 32))
 
 
 def found(folder):
-    """Reports by their places, without what they took."""
-    return {
-        str(path.relative_to(folder)): {**json.loads(path.read_bytes()), "cost": 0}
-        for path in folder.rglob("*.json")
-    }
+    """Reports by their keys, without what they took."""
+    lines = [json.loads(line) for path in folder.rglob("*.jsonl") for line in path.open()]
+    return {one["key"]: {**one, "cost": 0} for one in lines}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -31,11 +29,11 @@ def test_direct_runner_makes_the_same_reports(written, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
     items = find_media(tmp_path).items
     progress = Progress(shown=False)
-    plain, beam = Examined(tmp_path / "plain", CONFIG), Examined(tmp_path / "beam", CONFIG)
-    examine_files(items, plain, ONE, progress)
-    examine_on_beam(items, beam, ONE, BeamConfig("DirectRunner"), progress)
+    plain, beam = (Examined(tmp_path / name, CONFIG, ONE) for name in ("plain", "beam"))
+    examine_files(items, plain, progress)
+    examine_on_beam(items, beam, BeamConfig("DirectRunner"), progress)
     assert len(found(tmp_path / "plain")) == 4
     assert found(tmp_path / "plain") == found(tmp_path / "beam")
     assert progress.clips["examine"] == 6
     # Everything is there: no pipeline runs.
-    examine_on_beam(items, beam, ONE, BeamConfig("NoSuchRunner"), progress)
+    examine_on_beam(items, beam, BeamConfig("NoSuchRunner"), progress)

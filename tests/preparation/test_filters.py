@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from made_media import moving
 
-from dit_jax.preparation import FilterConfig, NearDuplicates, Rejection, near_duplicates
+from dit_jax.preparation import FilterConfig, Rejection, near_duplicates
 from dit_jax.preparation import filters as f
 from dit_jax.preparation.clips import Rect
 from dit_jax.preparation.duplicates import hashed_frames, perceptual_hash
@@ -145,9 +145,13 @@ def test_near_duplicates_are_those_of_all_pairs():
 
 
 def test_images_and_clips_are_not_compared():
-    found = NearDuplicates(7)
-    assert found.add("image", [5]) is None
-    assert found.add("clip", [5, 5, 5, 5]) is None
-    assert found.add("again", [4]) == ("image", 1.0)
+    clips = [("image", [5]), ("clip", [5, 5, 5, 5]), ("again", [4])]
+    assert near_duplicates(clips, 7) == {"again": ("image", 1.0)}
     with pytest.raises(ValueError, match="below 8"):
-        NearDuplicates(8)
+        near_duplicates([], 8)
+
+
+def test_equal_clips_are_of_what_the_first_of_them_is():
+    clips = [("a", [0]), ("b", [0]), ("c", [7]), ("d", [1 << 63 | 0xFF << 20]), ("e", [7])]
+    expected = {"b": ("a", 0.0), "c": ("a", 3.0), "e": ("a", 3.0)}
+    assert near_duplicates(clips, 4.0) == expected

@@ -1,0 +1,303 @@
+"""Dirt and size: names that are no text, captions that meet no file, machines that fail, many files."""
+
+import errno
+import json
+import os
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dit_jax import files
+from dit_jax.preparation import ExamineConfig, FileReport, WorkersConfig
+from dit_jax.preparation.listing import Item, find_media
+from dit_jax.preparation.progress import Progress
+from dit_jax.preparation.report import LISTED, SAMPLE, write_reports
+from dit_jax.preparation.stages import TRIES, Examined, report_line
+from dit_jax.preparation.work import Logs, digest
+from dit_jax.prepare import CaptionsConfig, PrepareConfig, main, prepare
+
+Image = pytest.importorskip("PIL.Image", reason="needs the extra: pip install -e '.[prepare]'")
+pytest.importorskip("cv2", reason="needs the extra: pip install -e '.[prepare]'")
+
+FAULTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "faults"
+ONE = WorkersConfig(count=1, time_limit=60.0)
+
+
+def picture(path, seed=0):
+    """A PNG of 64 x 64 coloured squares; other seeds are no duplicates."""
+    squares = np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    with open(path, "wb") as file:
+        Image.fromarray(np.kron(squares, np.ones((8, 8, 1), np.uint8))).save(file, "PNG")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "media"
+    path.mkdir()
+    return path
+
+
+def config(folder, output, **changes):
+    return PrepareConfig(str(folder), str(output), **{"workers": ONE, **changes})
+
+
+def run(folder, output, **changes):
+    return prepare(config(folder, output, **changes), shown=False)
+
+
+def records(output):
+    found = tfds.data_source("clips", data_dir=output, split="train")
+    return {one["source"].decode(): one["caption"].decode() for one in found}
+
+
+def test_text_that_cannot_be_encoded_ends_nothing(folder, tmp_path, capsys):
+    raw = os.fsencode(folder)
+    for seed, name in enumerate([b"caf\xe9.png", b"good.png", b"half.png"]):
+        picture(raw + b"/" + name, seed)
+    (folder / "half.json").write_text('{"caption": "a \\ud83d cat", "licence": "CC\\udc00"}')
+    (folder / "good.txt").write_bytes(b"\xff not utf-8")
+    table = tmp_path / "table.json"
+    table.write_text('[{"file": "caf\\udce9.png", "caption": "coffee \\ud83d"}]')
+    captions = CaptionsConfig(table=str(table), licence="mine \udce9")
+    about = run(folder, tmp_path / "out", captions=captions)
+    assert records(tmp_path / "out") == {
+        "caf\\xe9.png": "coffee \ufffd",
+        "good.png": "",
+        "half.png": "a \ufffd cat",
+    }
+    assert about["notes"]["files whose captions were repaired"] == 2
+    assert about["notes"]["sidecars that cannot be read"] == 1
+    assert "good.txt" in about["problems"]["good.png"]
+    assert json.loads((tmp_path / "out" / "report.json").read_bytes()) == about
+    assert "\ufffd cat" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_names_that_are_not_utf8_are_told_apart(folder):
+    raws = [b"caf\xe9.png", b"caf\\xe9.png"]
+    for raw in raws[:1]:
+        picture(os.fsencode(folder) + b"/" + raw)
+    assert [item.name for item in find_media(folder).items] == ["caf\\xe9.png"]
+    picture(os.fsencode(folder) + b"/" + raws[1])
+    paths = {item.name: os.fsencode(item.path) for item in find_media(folder).items}
+    assert len(paths) == 2 and paths["caf\\xe9.png"].endswith(raws[1])
+
+
+def test_captions_and_files_that_do_not_meet_are_counted_and_named(folder, tmp_path, capsys):
+    decomposed = unicodedata.normalize("NFD", "caf\u00e9.png")
+    for seed, name in enumerate([decomposed, "cat.png", "dog.PNG"]):
+        picture(folder / name, seed)
+    (folder / "cat.TXT").write_text("a cat")
+    (folder / "dog.Json").write_text('"a dog"')
+    (folder / "bird.txt").write_text("a bird that is not there")
+    (folder / ".hidden.png").write_bytes(b"x")
+    (folder / ".git").mkdir()
+    table = tmp_path / "table.csv"
+    table.write_text("file,caption\ncaf\u00e9.png,coffee\ncta.png,a typo\n")
+    about = run(folder, tmp_path / "out", captions=CaptionsConfig(table=str(table)))
+    assert records(tmp_path / "out") == {
+        decomposed: "coffee",
+        "cat.png": "a cat",
+        "dog.PNG": "a dog",
+    }
+    assert about["sidecars"] == 2 and about["sidecars_without_media"] == ["bird.txt"]
+    assert about["table_rows_without_media"] == ["cta.png (line 3)"]
+    expected = {
+        "table rows that match no file": 1,
+        "files without a row in the table": 3,
+        "sidecars without a media file": 1,
+        "hidden files": 1,
+        "hidden folders": 1,
+    }
+    assert about["notes"] == expected
+    said = capsys.readouterr().out
+    assert "cta.png" in said and "bird.txt" in said
+
+
+def test_the_shared_table_of_two_rows(folder):
+    from dit_jax.preparation import match_table, read_table
+
+    table = FAULTS / "table_two_rows_unmatched.csv"
+    if not table.exists():
+        pytest.skip("no shared media")
+    rows = read_table(table)
+    names = [unicodedata.normalize("NFD", rows[0].file), "other.mp4"]
+    matched = match_table(rows, names)
+    assert list(matched.captions) == names[:1] and len(matched.unmatched) == len(rows) - 1
+    # Both forms are there: each row is of the file with exactly its name.
+    both = [unicodedata.normalize(form, "caf\u00e9.mp4") for form in ("NFC", "NFD")]
+    assert set(match_table(rows[:1], [*both, rows[0].file]).captions) <= {rows[0].file}
+
+
+def test_linked_folders_are_followed_and_loops_end(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    picture(elsewhere / "deep" / "a.png", 1)
+    (folder / "b").mkdir()
+    picture(folder / "b" / "b.png", 2)
+    (folder / "a link").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere / "deep")
+    (elsewhere / "loop").symlink_to(folder)
+    (folder / "b" / "self").symlink_to(folder / "b")
+    listed = find_media(folder)
+    assert [item.name for item in listed.items] == ["a link/deep/a.png", "b/b.png"]
+    assert +listed.notes == {"links to folders that are read already": 3}
+
+
+def test_what_the_machine_kept_from_being_read_is_tried_again(folder, tmp_path):
+    picture(folder / "a.png", 1)
+    (folder / "b.png").write_bytes(b"")
+    short = WorkersConfig(count=1, time_limit=1e-6)
+    said = [run(folder, tmp_path, workers=short) for _ in range(TRIES - 1)]
+    with pytest.raises(ValueError, match="no clip"):
+        run(folder, tmp_path, workers=short)
+    assert [one["files_tried_again"] for one in said] == [2] * (TRIES - 1)
+    for one in said:
+        assert one["files_by_reason"] == {"timed out": 2}
+        assert one["by_file"][0]["refusal"]["tried_again"]
+    about = json.loads((tmp_path / "report.json").read_bytes())
+    assert about["files_tried_again"] == 0 and about["files_by_reason"] == {"timed out": 2}
+    # Under another limit they are read, once; they are not looked at again.
+    run(folder, tmp_path)
+    about = run(folder, tmp_path)
+    assert about["files_by_reason"] == {"used": 1, "empty file": 1}
+    logs = tmp_path.glob("work/examined/*/*.jsonl")
+    assert sorted(path.read_bytes().count(b"\n") for path in logs) == [2] * (TRIES + 1)
+
+
+def test_exit_status_says_that_files_are_left(folder, tmp_path, capsys):
+    picture(folder / "a.png", 1)
+    line = ["--input", str(folder), "--output", str(tmp_path / "out"), "--workers.count", "1"]
+    assert main([*line, "--workers.time-limit", "1e-6"]) == 1
+    assert "1 files and 0 clips" in capsys.readouterr().err
+    assert main(line) == 0
+
+
+def test_a_full_disk_is_a_line_and_loses_nothing(folder, tmp_path, monkeypatch, capsys):
+    for seed in range(3):
+        picture(folder / f"{seed}.png", seed)
+    append = Logs.append
+
+    def full(self, line):
+        if b'"2.png"' in line:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.jsonl")
+        append(self, line)
+
+    line = ["--input", str(folder), "--output", str(tmp_path / "out"), "--workers.count", "1"]
+    monkeypatch.setattr(Logs, "append", full)
+    assert main(line) == 1
+    err = capsys.readouterr().err
+    assert os.strerror(errno.ENOSPC) in err and "Traceback" not in err
+    monkeypatch.setattr(Logs, "append", append)
+    assert main(line) == 0
+    assert len(records(tmp_path / "out")) == 3
+    logs = list(tmp_path.glob("out/work/examined/*/*.jsonl"))
+    assert sorted(path.read_bytes().count(b"\n") for path in logs) == [1, 2]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(folder, tmp_path, capsys):
+    picture(folder / "a.png")
+    (tmp_path / "file").touch()
+    line = ["--input", str(folder), "--output", str(tmp_path / "file" / "out")]
+    assert main(line) == 2
+    assert "file/out" in capsys.readouterr().err
+    assert main(["--input", "gs://clips/media", "--output", str(tmp_path / "out")]) == 2
+    assert "gcsfuse" in capsys.readouterr().err
+
+
+def test_a_share_that_runs_already_is_refused(folder, tmp_path):
+    picture(folder / "a.png")
+    holder = {"host": files.socket.gethostname(), "pid": os.getppid(), "time": 1e12}
+    files.write_json(tmp_path / "work" / "share-0-of-1" / "lock.json", holder)
+    with pytest.raises(files.InputError, match=str(os.getppid())):
+        run(folder, tmp_path)
+    assert run(folder, tmp_path, shard="0/2") is None
+
+
+def test_pictures_have_no_duration(folder, tmp_path, capsys):
+    for seed in range(3):
+        picture(folder / f"{seed}.png", seed)
+    line = ["--input", str(folder), "--output", str(tmp_path / "out"), "--workers.count", "1"]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert "3 pictures" in said.out and "minutes" not in said.out
+    assert "clips/s" in said.err and "h of video" not in said.err
+    about = json.loads((tmp_path / "out" / "report.json").read_bytes())
+    assert (about["pictures_kept"], about["hours_kept"]) == (3, 0.0)
+    assert about["by_file"][0]["clips"][0]["seconds"] == 0.0
+
+
+def test_an_output_on_cloud_storage_gets_what_is_finished(folder, tmp_path, bucket, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for seed in range(2):
+        picture(folder / f"{seed}.png", seed)
+    output = f"{bucket}/prepared"
+    run(folder, output)
+    out = files.as_path(output)
+    names = {path.name for path in (out / "clips" / "1.0.0").iterdir()}
+    assert {"prepared.json", "dataset_info.json", "features.json"} <= names
+    local = files.local_copy(out)
+    assert set(records(local)) == {"0.png", "1.png"}
+    assert json.loads((local / "report.json").read_bytes())["files"] == 2
+    assert not (out / "work").exists() and list(tmp_path.glob("cache/dit_jax/prepare/*/examined"))
+    picture(folder / "2.png", 2)
+    run(folder, output, work=str(tmp_path / "work"))
+    assert json.loads((out / "report.json").read_bytes())["files"] == 3
+    with pytest.raises(files.InputError, match="--work"):
+        run(folder, output, shard="0/2")
+
+
+def test_reports_of_many_files_are_some_files(tmp_path):
+    """Structure instead of gigabytes: few files, and a bound on what is listed and shown."""
+    count = LISTED + 500
+    items = [Item(f"{i:06d}.bin", f"/no/{i}", digest(i)) for i in range(count)]
+    examined = Examined(tmp_path / "work", ExamineConfig(), ONE)
+    assert len(examined.missing(items)) == count
+    for half in (items[::2], items[1::2]):  # Two processes.
+        logs = Logs(examined.logs.folder)
+        for item in half:
+            refusal = ("not media", "<b>" + "x" * 100)
+            report = FileReport(item.path, refusal=refusal)
+            logs.append(report_line(item, report, examined.limits, False))
+    logs.append(b'{"key": "torn')
+    assert not examined.missing(items)
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
+    assert examined.report(items[7]).path == items[7].name
+    given = (
+        lambda name: "",
+        lambda one: {},
+        {"a": "b"},
+        {},
+        Counter({"noted": 2}),
+        Progress(False),
+    )
+    about = write_reports(tmp_path, items, examined, *given)
+    assert about["files_by_reason"] == {"not media": count} and len(about["by_file"]) == LISTED
+    assert about["notes"] == {"noted": 2}
+    lines = (tmp_path / "files.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == [item.name for item in items]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<tr><td>0") == SAMPLE and "<b>xxx" not in page
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_pictures(folder, tmp_path):
+    """Listed, examined and written; what a file more takes of memory is told."""
+    import resource
+
+    for i in range(100_000):
+        if i % 1000 == 0:
+            (folder / f"{i:06d}").mkdir()
+        picture(folder / f"{i // 1000 * 1000:06d}" / f"{i:06d}.png", i)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    about = run(folder, tmp_path / "out", workers=WorkersConfig())
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert about["files"] == 100_000 and about["pictures_kept"] > 90_000
+    grown = (after.ru_maxrss - before.ru_maxrss) << 10
+    own = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{grown / 1e6:.0f} MB more, {own:.0f} s of CPU, {children.ru_utime:.0f} s in children")
+    assert grown < 100_000 * 4096
