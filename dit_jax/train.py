@@ -98,7 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + PROCESS_HELP,
         kind=Run,
     )
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Of a save that fails Orbax logs every trace, and TensorStore prints one for every array.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_closed_loops
     try:
         with joined(flags, PROG, InputError):
             stopped = train(config)
@@ -116,6 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return 128 + signal.Signals[stopped] if stopped else 0
+
+
+def without_closed_loops(unraisable: Any) -> None:
+    """``sys.unraisablehook``, but for arrays that are written after their save has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class DivergedError(RuntimeError):

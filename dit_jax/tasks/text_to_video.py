@@ -34,6 +34,7 @@ from dit_jax.data import (
 )
 from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, token_loss
 from dit_jax.models import (
+    ByteEncoderConfig,
     Codec,
     ModelConfig,
     TextStatesConfig,
@@ -149,6 +150,16 @@ def tokenize(
     return made
 
 
+def caption_length(model: ModelConfig, sample: Sample) -> tuple[int, int]:
+    """How long a sample's caption is, in bytes or text states, and how much of it is read."""
+    text = model.text
+    if isinstance(text, ByteEncoderConfig):
+        return len(sample["caption"].encode()), text.max_bytes
+    if isinstance(text, TextStatesConfig):
+        return len(sample.get("text_states", ())), text.max_tokens - 1
+    return 0, 0
+
+
 def check_record_size(config: Config, frames: int, height: int, width: int, pixels: bool) -> None:
     """Raises ``ValueError`` if a record of this stored size cannot be packed."""
     patch, codec = config.model.patch, config.codec
@@ -251,6 +262,13 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
     unfit = check_records(source, check_size, config.data.bad_records)
     limit = config.data.max_bad_records if config.data.bad_records == "skip" else 0
     reader = Reader(source, limit, unfit)
+
+    def to_tokens_counted(sample: Sample) -> Tokenized:
+        length, most = caption_length(config.model, sample)
+        if length > most:
+            reader.note_cut(sample["caption"], length, most)
+        return to_tokens(sample)
+
     model = make_model(config.model, mesh, config.attention)
     generator = Generator(model, config.diffusion, config.sampling)
     cases = Cases(config, codec)
@@ -276,7 +294,9 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
         name="text_to_video",
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
-        loader=lambda rows: Loader(reader, to_tokens, packing, config.seed, rows, augment, along),
+        loader=lambda rows: Loader(
+            reader, to_tokens_counted, packing, config.seed, rows, augment, along
+        ),
         rows=packing.rows,
         work=partial(batch_work, config.model),
         draw=draw,
