@@ -192,15 +192,14 @@ def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path
 
 def passes(error: BaseException) -> bool:
     """Whether an error of storage may be gone at the next try."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
     if isinstance(error, OSError) and error.errno in PASSING:
         return True
-    code = getattr(error, "code", None)
-    if isinstance(error, OSError | RuntimeError | ValueError) or code is not None:
-        words = str(error)
-        return str(code) in ("429", "500", "502", "503", "504") or any(
-            word in words for word in ("UNAVAILABLE", "503", "Service Unavailable", "ESTALE")
-        )
-    return isinstance(error, TimeoutError | ConnectionError)
+    # gcsfs says the status as ``code``; TensorStore raises ValueErrors that begin with gRPC's name of it.
+    code, words = str(getattr(error, "code", None)), str(error)
+    names = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Service Unavailable")
+    return code in ("429", "500", "502", "503", "504") or any(name in words for name in names)
 
 
 def is_storage_error(error: BaseException) -> bool:
