@@ -196,7 +196,7 @@ def passes(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in PASSING:
         return True
-    # gcsfs says the status as ``code``; TensorStore raises ValueErrors that begin with gRPC's name of it.
+    # gcsfs says the status as ``code``; TensorStore's ValueErrors begin with gRPC's name of it.
     code, words = str(getattr(error, "code", None)), str(error)
     names = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Service Unavailable")
     return code in ("429", "500", "502", "503", "504") or any(name in words for name in names)
