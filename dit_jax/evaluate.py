@@ -281,7 +281,7 @@ class Making:
         self.shape = image if made.frames == 1 else (made.frames, *image)
         prompts = "\n".join(self._wanted.prompts).encode()
         self.plan = {
-            "checkpoint": str(self._trained.path.parents[1].resolve()),
+            "checkpoint": str(self._trained.path.parents[1]),
             "step": self._trained.step,
             "seed": given.seed,
             "labels": None if self._wanted.labels is None else given.labels,

@@ -300,7 +300,7 @@ def _sample_long(
         heads=long.heads(space, len(clips)),
         kept=kept,
         progress=True,
-        weights=str(trained.path.resolve()),
+        weights=str(trained.path),
     )
     if jax.process_index() != 0:
         return

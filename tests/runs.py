@@ -19,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event
 
+from dit_jax.files import write_whole
+
 ROOT = Path(__file__).parents[1]
 CONFIG = Path(__file__).with_name("tiny_config.py")
 INTERRUPTED = """
@@ -129,6 +131,18 @@ def end(*started: Started) -> list[Ended]:
             one.process.wait()
             print(f"--- {one.log}, exit status {one.process.returncode}")
             print(one.log.read_text()[-3000:])
+
+
+def upload_checkpoint(directory: Path, step: int, target: str) -> str:
+    """Copies what sampling reads of a run's checkpoint to a run on Cloud Storage; returns that."""
+    source, place = directory / "checkpoints" / str(step), f"{target}/checkpoints/{step}"
+    for file in source.rglob("*"):
+        if file.is_file() and file.relative_to(source).parts[0] in ("ema", "config"):
+            write_whole(f"{place}/{file.relative_to(source)}", file.read_bytes())
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        data = (source / name).read_bytes() if (source / name).exists() else b""
+        write_whole(f"{place}/{name}", data)
+    return target
 
 
 def free_port() -> int:

@@ -32,6 +32,7 @@ from dit_jax.config import (
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluation import INCEPTION, VIDEO, write_npz
 from dit_jax.evaluation.weights import Network, key_of, parameter_shapes
+from dit_jax.files import as_path
 from dit_jax.interop import autoencoder_map, autoencoder_to_diffusers, write_folder
 from dit_jax.models import (
     AutoencoderKL,
@@ -44,7 +45,7 @@ from dit_jax.models import (
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, write_png, write_video
 from dit_jax.training import CheckpointConfig, Checkpointer, TrainState
-from tests.runs import Run, Verbs, end, free_port
+from tests.runs import Run, Verbs, end, free_port, upload_checkpoint
 
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
 
@@ -225,6 +226,19 @@ def test_samples_of_a_run_are_measured(
     # The file is what a measurement of the file reads.
     again = evaluated("--samples", report["samples"], *given, output="other")
     assert again["metrics"] == report["metrics"] and again["made"] is None
+
+
+def test_a_run_on_cloud_storage_is_measured_into_cloud_storage(
+    whole: Run, making: list[object], weights: dict[str, Path], sets: Path, bucket: str
+):
+    run, output = upload_checkpoint(whole.directory, 20, f"{bucket}/measured"), f"{bucket}/report"
+    given = [*flags(weights), "--metrics", "fid", "--reference", sets / "true", "--output", output]
+    arguments = [run if one == whole.directory else one for one in making]
+    assert evaluate.main([str(one) for one in [*arguments, *given]]) == 0
+    report = json.loads(as_path(f"{output}/report.json").read_bytes())
+    assert report["num"] == 10 and report["metrics"]["fid"] > 0
+    assert report["made"]["checkpoint"] == run
+    assert as_path(f"{output}/samples.npz").exists()
 
 
 # Bad input: refused at once, with the value, the constraint and the remedy.

@@ -19,14 +19,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dit_jax import sample
-from dit_jax.files import as_path, write_whole
+from dit_jax.files import write_whole
 from dit_jax.preparation import read_prompts
 from dit_jax.preparation.prompting import read_prompt
 from dit_jax.sampling import grid
 from dit_jax.sampling.media import read_video, write_video
 from tests.optional import optional
 from tests.preparation.chat_server import Response, serving, words
-from tests.runs import CONFIG, Run, Verbs, end, free_port, item_arrays
+from tests.runs import CONFIG, Run, Verbs, end, free_port, item_arrays, upload_checkpoint
 
 PROMPT = "a big red circle moves left"
 OTHER = "a small green cross moves up"
@@ -194,14 +194,7 @@ def test_eight_devices_make_what_one_makes(
 def test_run_prompts_and_output_lie_on_cloud_storage(
     whole: Run, sampled: Sampled, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    run = as_path(f"{bucket}/run")
-    (step,) = (whole.directory / "checkpoints").glob("20")
-    for file in step.rglob("*"):
-        if file.is_file() and file.relative_to(step).parts[0] in ("ema", "config"):
-            write_whole(run / "checkpoints" / "20" / file.relative_to(step), file.read_bytes())
-    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
-        data = (step / name).read_bytes() if (step / name).exists() else b""
-        write_whole(run / "checkpoints" / "20" / name, data)
+    run = upload_checkpoint(whole.directory, 20, f"{bucket}/run")
     write_whole(f"{bucket}/prompts.txt", f"{PROMPT}\n")
     out = f"{bucket}/clips/clip.png"
     given = ["--checkpoint", run, "--output", out, "--prompts-file", f"{bucket}/prompts.txt"]
