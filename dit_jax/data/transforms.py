@@ -99,7 +99,8 @@ def resize(config: TransformConfig, video: np.ndarray, multiple: Size) -> np.nda
     if video.dtype != np.uint8:
         return video
     size, kept = resized_size(config, video.shape[1], video.shape[2], multiple)
-    return centre(resized(video, *size), *kept)
+    video = resized(video, *size)
+    return video if size == kept else centre(video, *kept)
 
 
 def flip(sample: Sample, rng: np.random.Generator) -> Sample:

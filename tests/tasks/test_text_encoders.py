@@ -144,7 +144,7 @@ def test_a_run_records_whose_states_it_reads(recorded, captioned, encoder, folde
     made = r"the states of .* were made by the encoder 'tiny-umt5' \(\w{16}\), and the model reads"
     refused(recorded, rf"{made} states of 'tiny-umt5' \(other\): give the one", hash="other")
     refused(recorded, "text_encoder.path .* is the encoder 'tiny-umt5'", path=str(other))
-    refused(captioned, "config.json' cannot be read", path=str(folder.parent))
+    refused(captioned, "config.json' is not there", path=str(folder.parent))
     text = dataclasses.replace(recorded.model.text, encoder="umt5-xxl")
     named = dataclasses.replace(recorded, model=dataclasses.replace(recorded.model, text=text))
     refused(named, rf"{made} states of 'umt5-xxl' \(no hash\)")
@@ -225,7 +225,9 @@ def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, rec
         captioned, model=model, data=dataclasses.replace(captioned.data, packing=ROOMY)
     )
     assert tasks.prompt_length(whole)[1] == encoder.max_tokens == 512
-    assert tasks.prompt_length(recorded) is None is tasks.prompt_length(tiny_config.get_config())
+    assert tasks.prompt_length(recorded) is None
+    counted = tasks.prompt_length(tiny_config.get_config())
+    assert counted is not None and counted[0]("\u00e9a") == 3 and counted[1] == 47
     sentences = "A big red circle moves left. A small green cross moves up. A blue square moves."
     with serving(lambda body, turn: Response(sentences)) as server:
         client = ChatClient(ChatConfig(server.url, "seer"))
@@ -355,7 +357,7 @@ def test_other_encoders_are_refused_at_sampling(run, folder, other, tmp_path, ca
     assert f"text_encoder.path {str(other)!r} is the encoder 'tiny-umt5'" in said
     assert "give the one that it is trained on" in said
     assert made(run, output, *arguments, tmp_path) == 2
-    assert "config.json' cannot be read" in capsys.readouterr().err
+    assert "config.json' is not there" in capsys.readouterr().err
     assert not output.exists()
     config = dataclasses.replace(captioned, text_encoder=TextEncoderConfig())
     with pytest.raises(ValueError, match="reads prompts as states .* 'tiny-umt5': give --text-en"):
