@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -79,6 +80,8 @@ def _configure_storage() -> None:
             f"paths that begin with {REMOTE} need the package gcsfs ({error}): "
             "pip install -e '.[gcs]'."
         ) from error
+    # Each try that fails logs its trace; what failed in the end is raised, and told in a line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Listings are not cached: TensorStore and other processes write there, too.
     settings: dict[str, Any] = {"use_listings_cache": False}
     if os.environ.get("STORAGE_EMULATOR_HOST"):
