@@ -284,6 +284,7 @@ def test_reports_of_many_files_are_some_files(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_hundred_thousand_pictures(folder, tmp_path):
     """Listed, examined and written; what a file more takes of memory is told."""
     import resource
