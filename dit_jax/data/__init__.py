@@ -23,7 +23,7 @@ from dit_jax.data.packing import check_fits as check_fits
 from dit_jax.data.packing import pack_rows as pack_rows
 from dit_jax.data.reader import DataError as DataError
 from dit_jax.data.reader import Reader as Reader
-from dit_jax.data.reader import check_records as check_records
+from dit_jax.data.reader import checked_reader as checked_reader
 from dit_jax.data.reader import names_of as names_of
 from dit_jax.data.records import RecordsConfig as RecordsConfig
 from dit_jax.data.records import RecordsSource as RecordsSource

@@ -205,6 +205,14 @@ def check_records(
     return unfit
 
 
+def checked_reader(
+    source: Source, check: Callable[[int, int, int], None], policy: str, limit: int
+) -> Reader:
+    """A reader under ``data.bad_records`` and ``data.max_bad_records``; raises as ``check_records``."""
+    unfit = check_records(source, check, policy)
+    return Reader(source, limit if policy == "skip" else 0, unfit)
+
+
 def names_of(reader: Reader, limit: int) -> list[str]:
     """Names of the first ``limit`` records that were known not to fit before training began."""
     indices = [] if reader.unfit is None else np.flatnonzero(reader.unfit)[:limit].tolist()

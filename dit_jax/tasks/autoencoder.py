@@ -27,8 +27,8 @@ from dit_jax.data import (
     Reader,
     RecordsConfig,
     ShapesConfig,
-    check_records,
     check_window,
+    checked_reader,
     cut,
 )
 from dit_jax.evaluation import (
@@ -63,9 +63,10 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
         Reader(part).first(
             lambda sample, name: cut(crop, model.stride[0], sample, np.random.default_rng(0), name)
         )
-    unfit = check_records(source, partial(check_window, crop), config.data.bad_records)
-    limit = config.data.max_bad_records if config.data.bad_records == "skip" else 0
-    reader = Reader(source, limit, unfit)
+    check_size = partial(check_window, crop)
+    reader = checked_reader(
+        source, check_size, config.data.bad_records, config.data.max_bad_records
+    )
     loss = make_loss(config, mesh)
     windows = HeldOut(config, source, held)
 

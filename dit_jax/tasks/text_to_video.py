@@ -26,7 +26,7 @@ from dit_jax.data import (
     TransformConfig,
     check_finite,
     check_fits,
-    check_records,
+    checked_reader,
     draw_caption,
     flip,
     resize,
@@ -154,7 +154,7 @@ def caption_length(model: ModelConfig, sample: Sample) -> tuple[int, int]:
     """How long a sample's caption is, in bytes or text states, and how much of it is read."""
     text = model.text
     if isinstance(text, ByteEncoderConfig):
-        return len(sample["caption"].encode()), text.max_bytes
+        return text.length(sample["caption"]) - 1, text.max_bytes
     if isinstance(text, TextStatesConfig):
         return len(sample.get("text_states", ())), text.max_tokens - 1
     return 0, 0
@@ -259,9 +259,9 @@ def build_text_to_video(config: Config, mesh: Mesh) -> Task:
             "when they are made (scripts/images_to_latents.py --flip), and unset it."
         )
     check_size = partial(check_record_size, config, pixels=pixels)
-    unfit = check_records(source, check_size, config.data.bad_records)
-    limit = config.data.max_bad_records if config.data.bad_records == "skip" else 0
-    reader = Reader(source, limit, unfit)
+    reader = checked_reader(
+        source, check_size, config.data.bad_records, config.data.max_bad_records
+    )
 
     def to_tokens_counted(sample: Sample) -> Tokenized:
         length, most = caption_length(config.model, sample)
