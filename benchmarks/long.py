@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax import tasks
+from dit_jax.codec.opening import open_codec
 from dit_jax.data import ShapesConfig, caption, held_out_scenes
 from dit_jax.data.shapes import render
-from dit_jax.evaluation import prompt_following
+from dit_jax.evaluate import prompt_following
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Request,
@@ -36,6 +36,8 @@ from dit_jax.sampling import (
     window_requests,
     write_png,
 )
+from dit_jax.sampling.pipeline import SamplingOverrides, Trained
+from dit_jax.text.opening import open_text_encoder, with_states
 
 WORDS = ("color", "shape", "direction", "size", "all")
 
@@ -60,13 +62,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     asked |= {"steps": given.steps, "cache_threshold": given.cache_threshold}
     asked |= {"cfg_scale": given.cfg_scale}
     asked = {name: value for name, value in asked.items() if value is not None}
-    overrides = tasks.SamplingOverrides(**asked)
-    trained = tasks.Trained(given.checkpoint, None, overrides, given.codec)
+    overrides = SamplingOverrides(**asked)
+    trained = Trained(given.checkpoint, None, overrides, given.codec)
     config, mesh = trained.config, make_mesh(MeshConfig())
     source, made = config.data.source, config.sampling
     if not isinstance(source, ShapesConfig):
         raise SystemExit(f"{given.checkpoint!r} was not trained on moving shapes.")
-    codec = tasks.open_codec(config, mesh)
+    codec = open_codec(config, mesh)
     assert codec is not None
     space, trained_length = Space(codec, config.model.patch), max(source.frames)
     length, frames = space.latents(given.window or trained_length), given.times * trained_length
@@ -83,8 +85,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     for i, scene in enumerate(scenes):
         like = Request(caption(scene), *size, fps, given.seed + i)
         clips.append(window_requests(like, windows, Storyboard((0.0,), (caption(scene),))))
-    encoder = tasks.open_text_encoder(config, mesh)
-    clips = [tasks.with_states(requests, encoder) for requests in clips]
+    encoder = open_text_encoder(config, mesh)
+    clips = [with_states(requests, encoder) for requests in clips]
     heads = [space.encode(clip[: given.given]) for clip in true] if given.given else None
     generator, params = trained.load(mesh, False)
     model, noise = config.model, given.noise

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax import tasks
 from dit_jax.config import Config
 from dit_jax.sampling import (
     Edit,
@@ -24,6 +23,7 @@ from dit_jax.sampling import (
     write_png,
     write_video,
 )
+from dit_jax.training.video_task import make_model
 
 STRENGTH = 0.8
 """Of restyling."""
@@ -85,4 +85,4 @@ def maker_of(name: str, generator: Generator, config: Config, mesh: Mesh) -> Gen
     if name not in SETTINGS:
         return generator
     settings = dataclasses.replace(config.sampling, **SETTINGS[name])
-    return Generator(tasks.make_model(config.model, mesh), config.diffusion, settings)
+    return Generator(make_model(config.model, mesh), config.diffusion, settings)

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams, steps
 
-from dit_jax import tasks
+from dit_jax.codec.opening import open_codec
 from dit_jax.data import Scene, caption, held_out_scenes
 from dit_jax.data.shapes import COLORS, render
-from dit_jax.evaluation import centroids, mean_psnr, prompt_following, psnr
+from dit_jax.evaluate import centroids, mean_psnr, prompt_following, psnr
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Edit,
@@ -36,6 +36,7 @@ from dit_jax.sampling import (
     plain,
     restyle,
 )
+from dit_jax.sampling.pipeline import SamplingOverrides, Trained
 
 FRAMES, NEW = 9, 4
 Measure = Callable[[Sequence[np.ndarray]], Found]
@@ -199,10 +200,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--output", default="runs/modes_report")
     given = parser.parse_args()
-    overrides = tasks.SamplingOverrides(frames=FRAMES, steps=given.steps)
-    trained = tasks.Trained(given.checkpoint, None, overrides, given.codec)
+    overrides = SamplingOverrides(frames=FRAMES, steps=given.steps)
+    trained = Trained(given.checkpoint, None, overrides, given.codec)
     config, mesh = trained.config, make_mesh(MeshConfig())
-    made, codec = config.sampling, tasks.open_codec(config, mesh)
+    made, codec = config.sampling, open_codec(config, mesh)
     assert codec is not None
     generator, params = trained.load(mesh, False)
     scenes = held_out_scenes(given.cases, given.seed, FRAMES, made.height, made.width)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from plain_decoding import decode, decode_to_pixels
 
-from dit_jax.preparation import (
+from dit_jax.prepare import (
     ClipConfig,
     DecodingConfig,
     ExamineConfig,
@@ -32,11 +32,11 @@ from dit_jax.preparation import (
     WorkersConfig,
     run,
 )
-from dit_jax.preparation import examine as examine_one
-from dit_jax.preparation.examining import read_clip
-from dit_jax.preparation.listing import Item, find_media
-from dit_jax.preparation.progress import Progress
-from dit_jax.preparation.stages import Examined, Kept, examine_files, read_clips
+from dit_jax.prepare import examine as examine_one
+from dit_jax.prepare.examining import read_clip
+from dit_jax.prepare.listing import Item, find_media
+from dit_jax.prepare.progress import Progress
+from dit_jax.prepare.stages import Examined, Kept, examine_files, read_clips
 
 WAYS = ("plain decoding", "decoding to pixels", "examine", "read clips")
 FOLDER = tempfile.TemporaryDirectory()

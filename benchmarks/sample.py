@@ -129,12 +129,12 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
     import numpy as np
     from flax import linen as nn
 
-    from dit_jax import tasks
     from dit_jax.diffusion import DiffusionConfig
-    from dit_jax.models import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
+    from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
     from dit_jax.parallel import MeshConfig, make_mesh
     from dit_jax.sampling import Generator, Request, SamplingConfig
     from dit_jax.sampling.clips import make_rows
+    from dit_jax.training.video_task import init_params, make_model
 
     compiled = [0]
 
@@ -151,8 +151,8 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
         dtype="float32",
     )
     mesh = make_mesh(MeshConfig())
-    model = tasks.make_model(config, mesh)
-    params = nn.unbox(jax.jit(lambda key: tasks.init_params(model, key))(jax.random.key(0)))
+    model = make_model(config, mesh)
+    params = nn.unbox(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
     print(json.dumps({"parameters": sum(p.size for p in jax.tree.leaves(params))}), flush=True)
     sampling = SamplingConfig(steps=given.steps, cfg_scale=CFG_SCALE, shift=1.0)
     generator = Generator(model, DiffusionConfig(), sampling)
@@ -262,22 +262,25 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from dit_jax import tasks
-    from dit_jax.evaluation import mean_psnr
+    from dit_jax.codec.opening import open_codec
+    from dit_jax.evaluate import mean_psnr
     from dit_jax.parallel import MeshConfig, make_mesh
     from dit_jax.sampling import Generator, make_clips
-    from dit_jax.tasks.cases import Cases
+    from dit_jax.sampling.pipeline import SamplingOverrides, Trained
+    from dit_jax.text.opening import open_text_encoder, with_states
+    from dit_jax.training.cases import Cases
+    from dit_jax.training.video_task import make_model
 
-    trained = tasks.Trained(given.checkpoint, None, tasks.SamplingOverrides(), given.codec)
+    trained = Trained(given.checkpoint, None, SamplingOverrides(), given.codec)
     config, mesh = trained.config, make_mesh(MeshConfig())
     evaluation = dataclasses.replace(config.evaluation, prompts=given.clips)
     cases = Cases(dataclasses.replace(config, evaluation=evaluation))
-    requests = tasks.with_states(cases.requests, tasks.open_text_encoder(config, mesh))
+    requests = with_states(cases.requests, open_text_encoder(config, mesh))
     requests = requests[: given.clips]
-    codec = tasks.open_codec(config, mesh)
+    codec = open_codec(config, mesh)
     assert codec is not None
     _, params = trained.load(mesh, False)
-    model = tasks.make_model(config.model, mesh)
+    model = make_model(config.model, mesh)
     table: list[dict[str, Any]] = []
     for text in ("", *(given.settings or SETTINGS)):
         sampling = dataclasses.replace(config.sampling, **parse_setting(text))

@@ -17,7 +17,7 @@ from typing import Any
 from dit_jax.config import Config, load_config
 from dit_jax.parallel import MeshConfig
 from dit_jax.parallel.topologies import parse_topology, prepare_environment, topology_devices
-from dit_jax.planning import DoesNotFit, Plan, plan_step
+from dit_jax.plan import DoesNotFit, Plan, plan_step
 
 CONFIG = "configs/video_1b3.py"
 TOKENS = (2**15, 2**18, 2**20, 2**22)

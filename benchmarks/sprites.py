@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams
 
-from dit_jax import tasks
+from dit_jax.codec.opening import open_codec
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.evaluation import mean_psnr, psnr
+from dit_jax.evaluate import mean_psnr, psnr
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Edit,
@@ -43,6 +43,7 @@ from dit_jax.sampling import (
     restyle,
     window_requests,
 )
+from dit_jax.sampling.pipeline import SamplingOverrides, Trained
 
 FRAMES, NEW, GAP, TIMES = 8, 4, 2, 4
 Clips = Sequence[np.ndarray]
@@ -247,15 +248,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--output", default="runs/sprites_report")
     given = parser.parse_args()
-    overrides = tasks.SamplingOverrides(frames=FRAMES, steps=given.steps)
-    trained = tasks.Trained(given.checkpoint, None, overrides, None)
+    overrides = SamplingOverrides(frames=FRAMES, steps=given.steps)
+    trained = Trained(given.checkpoint, None, overrides, None)
     config, mesh = trained.config, make_mesh(MeshConfig())
     source, made = config.data.source, config.sampling
     assert isinstance(source, RecordsConfig)
     held = RecordsSource(dataclasses.replace(source, split="test"))
     truth = Truth([dict(held[i]) for i in range(len(held))])
     cases = [i * len(held) // given.cases for i in range(given.cases)]
-    codec = tasks.open_codec(config, mesh)
+    codec = open_codec(config, mesh)
     assert codec is not None
     generator, params = trained.load(mesh, False)
     space, size = Space(codec, config.model.patch), (FRAMES, made.height, made.width)

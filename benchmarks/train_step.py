@@ -69,7 +69,7 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from dit_jax.models import DiT, DiTConfig
+    from dit_jax.model import DiT, DiTConfig
     from dit_jax.parallel import MeshConfig, choose_attention, choose_dot_general, make_constrain
     from dit_jax.parallel import make_mesh as new_mesh
     from dit_jax.types import Totals

@@ -11,7 +11,7 @@ from cascade_64 import get_config as stage_64
 
 from dit_jax.config import Config
 from dit_jax.diffusion import CeilingConfig, TimeConfig
-from dit_jax.models import PRESETS
+from dit_jax.model import PRESETS
 
 
 def get_config() -> Config:

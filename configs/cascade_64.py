@@ -14,7 +14,7 @@ import dataclasses
 from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig, TimeConfig
-from dit_jax.models import PRESETS, ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import PRESETS, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig

@@ -12,7 +12,7 @@ import dataclasses
 from cascade_256 import get_config as stage_256
 
 from dit_jax.config import Config
-from dit_jax.models import PRESETS
+from dit_jax.model import PRESETS
 
 
 def get_config() -> Config:

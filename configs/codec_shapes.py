@@ -10,8 +10,10 @@ import dataclasses
 
 from codec_sprites import get_config as of_sprites
 
-from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig
-from dit_jax.data import CropConfig, ShapesConfig
+from dit_jax.codec.crops import CropConfig
+from dit_jax.codec.run import CodecDataConfig, CodecEvaluationConfig, CodecRun
+from dit_jax.config import LogConfig
+from dit_jax.data import ShapesConfig
 from dit_jax.training import CheckpointConfig
 
 

@@ -12,9 +12,12 @@ Measured on two shared cores, other programs running beside it: 31.9 dB PSNR, SS
 resizing to as many values gives 23.5 dB.
 """
 
-from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig
-from dit_jax.data import CropConfig, RecordsConfig
-from dit_jax.models import CausalAutoencoderConfig, ReconstructionLossConfig
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
+from dit_jax.codec.crops import CropConfig
+from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
+from dit_jax.codec.run import CodecDataConfig, CodecEvaluationConfig, CodecRun
+from dit_jax.config import LogConfig
+from dit_jax.data import RecordsConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 

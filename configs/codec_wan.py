@@ -10,9 +10,12 @@ Its published weights are read by ``codec.path`` (docs/codec.md); this trains it
 Not measured: compiled for TPUs (docs/codec.md), not run.
 """
 
-from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig
-from dit_jax.data import CropConfig, RecordsConfig
-from dit_jax.models import CausalAutoencoderConfig, ReconstructionLossConfig
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
+from dit_jax.codec.crops import CropConfig
+from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
+from dit_jax.codec.run import CodecDataConfig, CodecEvaluationConfig, CodecRun
+from dit_jax.config import LogConfig
+from dit_jax.data import RecordsConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 

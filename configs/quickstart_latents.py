@@ -15,7 +15,7 @@ import dataclasses
 from quickstart import get_config as in_pixels
 
 from dit_jax.config import CodecConfig, Config
-from dit_jax.models import PatchConfig
+from dit_jax.model import PatchConfig
 
 CHANNELS = 16
 

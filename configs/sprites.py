@@ -17,7 +17,7 @@ import dataclasses
 from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
-from dit_jax.models import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
+from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 

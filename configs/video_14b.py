@@ -11,7 +11,7 @@ import dataclasses
 from video_1b3 import get_config as video_1b3
 
 from dit_jax.config import Config
-from dit_jax.models import DiTConfig
+from dit_jax.model import DiTConfig
 
 
 def get_config() -> Config:

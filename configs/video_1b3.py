@@ -18,7 +18,7 @@ One guided denoising step over 64 chips (``--what sample --mesh.data 2 --mesh.fs
 from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, TimeConfig
-from dit_jax.models import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig

@@ -22,11 +22,12 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from dit_jax import interop, tasks
+from dit_jax import interop
 from dit_jax.checks import check_types
+from dit_jax.codec.converting import finished_codec, read_codec_folder, write_run
+from dit_jax.codec.run import CodecRun
 from dit_jax.config import (
     CodecConfig,
-    CodecRun,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -49,7 +50,9 @@ from dit_jax.files import (
 from dit_jax.interop import DiTFile, Map
 from dit_jax.parallel import MeshConfig, make_mesh, restart_with_huge_pages
 from dit_jax.sampling import SamplingConfig
+from dit_jax.sampling.pipeline import check_finite
 from dit_jax.training import abstract_params, open_run
+from dit_jax.training.video_task import init_params, make_model
 from dit_jax.types import Params
 
 PROG = "python -m dit_jax.convert"
@@ -251,7 +254,7 @@ def _to_run(given: ConvertArguments, published: Source, target: Path) -> str:
     published.table.check(published.table.named(published.arrays), published.where)
     shapes, shardings = _abstract(config, given.mesh)
     params = published.table.load(published.arrays, published.where, shapes, shardings)
-    _write(target, lambda path: tasks.write_run(path, config, params), run=True)
+    _write(target, lambda path: write_run(path, config, params), run=True)
     return f"{_said(published.file)}: a run in {target}/"
 
 
@@ -267,7 +270,7 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
                 f"--step is {given.step}, and the run is of a codec, which is whole at its end alone, "
                 "when its latents' shift and scale are measured: leave --step out."
             )
-        return _codec(given, tasks.finished_codec(source), target)
+        return _codec(given, finished_codec(source), target)
     assert isinstance(config, Config)
     _check_no_codec(given)
     family = _published_family(config, given.to)
@@ -282,7 +285,7 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
     shapes, shardings = _abstract(config, given.mesh)
     params = checkpointer.restore_ema(step, shapes, shardings)
     checkpointer.close()
-    tasks.check_finite(params, str(checkpointer.path(step)))
+    check_finite(params, str(checkpointer.path(step)))
     return _to_published(given, file, params, target)
 
 
@@ -314,8 +317,8 @@ def _published_family(config: Config, kind: str) -> interop.Family:
 def _abstract(config: Config, mesh_config: MeshConfig) -> tuple[Params, Params]:
     """Shapes and shardings of the parameters of a run's model."""
     mesh = make_mesh(mesh_config)
-    model = tasks.make_model(config.model, mesh)
-    return abstract_params(partial(tasks.init_params, model), mesh)
+    model = make_model(config.model, mesh)
+    return abstract_params(partial(init_params, model), mesh)
 
 
 def _to_published(given: ConvertArguments, file: DiTFile, params: Params, target: Path) -> str:
@@ -337,7 +340,7 @@ def _codec(given: ConvertArguments, folder: Path, target: Path) -> str:
             f"--input {given.input!r} is a codec, and --to pt is of transformers: --to diffusers "
             "writes it again."
         )
-    codec, dtype = tasks.read_codec_folder(folder), DTYPES[given.dtype]
+    codec, dtype = read_codec_folder(folder), DTYPES[given.dtype]
     if given.to == "run":
         _write(target, lambda path: codec.write_run(path, absolute(given.output)), run=True)
     elif given.to == "codec":

@@ -21,11 +21,11 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax import tasks
 from dit_jax.checks import check_types
+from dit_jax.codec.opening import open_codec
 from dit_jax.config import Config
 from dit_jax.files import as_path, local_copy, run_verb, write_json
-from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig
+from dit_jax.model import ByteEncoderConfig, ClassLabelsConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -35,7 +35,7 @@ from dit_jax.parallel import (
     take_process_flags,
     tell_all,
 )
-from dit_jax.preparation import (
+from dit_jax.prepare import (
     AnswerCache,
     ChatClient,
     ChatConfig,
@@ -46,8 +46,8 @@ from dit_jax.preparation import (
     read_prompts,
     upsample,
 )
-from dit_jax.preparation.prompting import probe_prompt, read_prompt
-from dit_jax.preparation.upsample import TOKENS_OF_WORD, changes, records, warnings
+from dit_jax.prepare.prompting import probe_prompt, read_prompt
+from dit_jax.prepare.upsample import TOKENS_OF_WORD, changes, records, warnings
 from dit_jax.sampling import (
     Request,
     Space,
@@ -60,6 +60,19 @@ from dit_jax.sampling import (
     upscale,
     write_parts,
     write_video,
+)
+from dit_jax.sampling.long_plan import LongArguments, make_long_plan
+from dit_jax.sampling.options import gathered
+from dit_jax.sampling.pipeline import SamplingOverrides, Trained, chosen
+from dit_jax.sampling.requested import ModeArguments, Plan, Shape, make_plan
+from dit_jax.text.opening import cut_note, open_text_encoder, prompt_length, with_states
+from dit_jax.upscale.super_resolution import (
+    check_enlarges,
+    check_given,
+    cut_again,
+    each_clip,
+    enlarging,
+    read_clips,
 )
 
 PROG = "python -m dit_jax.sample"
@@ -92,12 +105,12 @@ class SampleArguments:
     """Clips for each prompt."""
     seed: int = 0
     """Clip number i (from 0) is made from noise of seed + i; the same seed gives the same file."""
-    sampling: tyro.conf.OmitArgPrefixes[tasks.SamplingOverrides] = tasks.SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOverrides] = SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
     """What else the run's config says (``sampling``), size and solver among it; 1 frame is a still
     image."""
-    mode: tyro.conf.OmitArgPrefixes[tasks.ModeArguments] = tasks.ModeArguments()
+    mode: tyro.conf.OmitArgPrefixes[ModeArguments] = ModeArguments()
     """Pictures and clips as prompts, and loops (docs/modes.md)."""
-    long: tyro.conf.OmitArgPrefixes[tasks.LongArguments] = tasks.LongArguments()
+    long: tyro.conf.OmitArgPrefixes[LongArguments] = LongArguments()
     """Minutes (docs/long.md)."""
     codec: str | None = None
     """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
@@ -130,7 +143,7 @@ class SampleArguments:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Samples what the command line says; returns the exit status."""
     arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
-    arguments = tasks.gathered(arguments, SEVERAL)
+    arguments = gathered(arguments, SEVERAL)
     description = f"{SampleArguments.__doc__} {PROCESS_HELP}"
     given = tyro.cli(SampleArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -189,15 +202,15 @@ def _requests(given: SampleArguments, config: Config, prompts: list[str | int]) 
     ]
 
 
-def _plan(given: SampleArguments, config: Config) -> tasks.Plan:
+def _plan(given: SampleArguments, config: Config) -> Plan:
     """Of what size, rate and length; looks into the files that are given."""
     files = given.mode.files
     probes = [probe_prompt(local_copy(file)) for file in files]
-    shapes = [tasks.Shape(p.height, p.width, p.fps, p.kind == "image") for p in probes]
-    return tasks.make_plan(given.mode, tasks.chosen(given.sampling), config, shapes)
+    shapes = [Shape(p.height, p.width, p.fps, p.kind == "image") for p in probes]
+    return make_plan(given.mode, chosen(given.sampling), config, shapes)
 
 
-def _media(plan: tasks.Plan) -> dict[str, np.ndarray]:
+def _media(plan: Plan) -> dict[str, np.ndarray]:
     count = 1 if plan.given.source == "image" else None
     return {
         file: read_prompt(local_copy(file), plan.height, plan.width, plan.fps, count)
@@ -213,23 +226,21 @@ def _clip(file: Path) -> tuple[np.ndarray, float]:
 
 def sample(given: SampleArguments) -> None:
     """Makes the clips and writes them."""
-    asked = tasks.chosen(given.sampling)
+    asked = chosen(given.sampling)
     given.mode.check(asked, given.long.long is not None)
     if given.super_resolve:
-        tasks.check_enlarges(given.mode, given.long, asked)
+        check_enlarges(given.mode, given.long, asked)
     directory = as_path(given.output)
     single = bool(directory.suffix) and not directory.is_dir()
     check_output(directory if single else directory / f"0.{given.format}")
     prompts = _prompts(given)
-    trained = tasks.Trained(
-        given.checkpoint, given.step, given.sampling, given.codec, given.text_encoder
-    )
+    trained = Trained(given.checkpoint, given.step, given.sampling, given.codec, given.text_encoder)
     config = trained.config
     plan = _plan(given, config)
     rates = [plan.output_fps]
-    tasks.check_given(config, given.super_resolve)
-    if clips := tasks.read_clips(given.super_resolve, _clip):
-        prompts, clips = tasks.each_clip(prompts, clips, given.num)
+    check_given(config, given.super_resolve)
+    if clips := read_clips(given.super_resolve, _clip):
+        prompts, clips = each_clip(prompts, clips, given.num)
         rates = [fps for _, fps in clips]
         if single and len(set(rates)) > 1:
             raise ValueError(
@@ -240,7 +251,7 @@ def sample(given: SampleArguments) -> None:
     check_request(requests[0], config.model.patch)
     media = _media(plan)
     mesh = make_mesh(given.mesh)
-    codec = tasks.open_codec(config, mesh)
+    codec = open_codec(config, mesh)
     assert codec is not None  # `Trained` refuses models of latents without one
     space = Space(codec, config.model.patch)
     if given.upsample:
@@ -249,7 +260,7 @@ def sample(given: SampleArguments) -> None:
     board = given.long.board()
     texts = [*(board.prompts if board else ()), *(one.prompt for one in requests)]
     texts += [one.negative for one in requests]
-    if jax.process_index() == 0 and (note := tasks.cut_note(config, texts)):
+    if jax.process_index() == 0 and (note := cut_note(config, texts)):
         print(f"{PROG}: warning: {note}", file=sys.stderr, flush=True)
 
     if given.long.long is not None:
@@ -257,11 +268,9 @@ def sample(given: SampleArguments) -> None:
         return
 
     # Gone again before the model's own weights are read.
-    likes = (
-        tasks.enlarging(requests, clips, config, codec) if clips else plan.likes(requests, space)
-    )
-    likes = tasks.with_states(likes, tasks.open_text_encoder(config, mesh))
-    edits = tasks.cut_again(likes, clips) if clips else plan.edits(likes, space, media)
+    likes = enlarging(requests, clips, config, codec) if clips else plan.likes(requests, space)
+    likes = with_states(likes, open_text_encoder(config, mesh))
+    edits = cut_again(likes, clips) if clips else plan.edits(likes, space, media)
     generator, params = trained.load(mesh, given.spread_parameters)
     made = make_edits(generator, params, edits, config.model, mesh, True, codec.decode)
     if jax.process_index() == 0:
@@ -270,8 +279,8 @@ def sample(given: SampleArguments) -> None:
 
 def _sample_long(
     given: SampleArguments,
-    trained: tasks.Trained,
-    plan: tasks.Plan,
+    trained: Trained,
+    plan: Plan,
     likes: list[Request],
     space: Space,
     mesh: Mesh,
@@ -281,10 +290,10 @@ def _sample_long(
     the output until that is written: the same command goes on from there."""
     config, directory = trained.config, as_path(given.output)
     begun, context = plan.beginning(media), plan.context(space)
-    long = tasks.make_long_plan(given.long, config, space, plan.fps, begun, context)
+    long = make_long_plan(given.long, config, space, plan.fps, begun, context)
     clips = long.requests(likes, given.long.board(), plan.fps)
-    encoder = tasks.open_text_encoder(config, mesh)
-    clips = [tasks.with_states(requests, encoder) for requests in clips]
+    encoder = open_text_encoder(config, mesh)
+    clips = [with_states(requests, encoder) for requests in clips]
     del encoder
     single = bool(directory.suffix) and not directory.is_dir()
     kept = directory.with_suffix(".windows.npz") if single else directory / "windows.npz"
@@ -338,7 +347,7 @@ def _upsampled(
     texts = ""
     if jax.process_index() == 0:
         limits: dict[str, Any] = {}
-        if (counted := tasks.prompt_length(config)) is not None:
+        if (counted := prompt_length(config)) is not None:
             limits = {"length": counted[0], "limit": counted[1]}
             if not isinstance(config.model.text, ByteEncoderConfig):
                 limits["of_word"] = TOKENS_OF_WORD

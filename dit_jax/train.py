@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax import tasks
 from dit_jax.config import (
     Run,
     absolute_paths,
@@ -69,6 +68,8 @@ from dit_jax.training import (
     make_optimizer,
     make_step,
 )
+from dit_jax.training.inflating import Inflation, inflation
+from dit_jax.training.kinds import build, recorded
 
 PROG = "python -m dit_jax.train"
 FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
@@ -171,7 +172,7 @@ def changes(config: Run, stored: Run, step: int) -> str:
     return "resumed with changes:\n" + "\n".join(lines) if lines else ""
 
 
-def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> tasks.Inflation | None:
+def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> Inflation | None:
     """How a run under this config begins with the parameters of a run whose stored config is
     ``values``: as they are, or inflated, which is said.
 
@@ -179,7 +180,7 @@ def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> task
         ValueError: where they would mean something else.
     """
     stored = stored_config(values, where, Run)
-    inflated = tasks.inflation(config, stored)
+    inflated = inflation(config, stored)
     covered = inflated.fields if inflated else ()
     for name, now, before in differences(config, stored):
         meant = any(f"{name}.".startswith(f"{part}.") for part in MEANT)
@@ -217,14 +218,14 @@ def train(config: Run) -> str | None:
     with contextlib.ExitStack() as stack:
         with checking_input():
             # Relative paths would mean something else to whoever resumes or samples from elsewhere.
-            config = tasks.recorded(absolute_paths(config))
+            config = recorded(absolute_paths(config))
             directory, stored = prepare_directory(config)
             if jax.process_index() == 0:
                 stack.callback(Lock(directory).release)
                 write_json(directory / "config.json", to_dict(config))
             mesh = make_mesh(config.mesh)
             rows = local_rows(mesh, config.rows)
-            task = tasks.build(config, mesh)
+            task = build(config, mesh)
             optimizer = make_optimizer(config.optimizer, config.steps)
             shapes, shardings = abstract_state(task.init, optimizer, mesh)
             step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)

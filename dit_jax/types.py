@@ -72,7 +72,7 @@ class PackedBatch:
     """
 
     tokens: Float[Array, "b l p"]
-    """Clean patches (see ``models.patch``); zero where padded."""
+    """Clean patches (see ``model.patch``); zero where padded."""
     positions: Float[Array, "b l 3"]
     """(t, h, w) coordinates; t in latent frames at the reference frame rate."""
     segment_ids: Int[Array, "b l"]

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from dit_jax.data import RecordsConfig, RecordsSource, StatesOf, write_records
 from dit_jax.files import as_path
 from dit_jax.interop import load_text_encoder
-from dit_jax.models import TextEncoder
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.tasks import on_mesh
+from dit_jax.text.opening import on_mesh
+from dit_jax.text.text_encoder import TextEncoder
 
 CHUNK = 256
 """Records whose captions are encoded together."""

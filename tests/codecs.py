@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig, TileConfig, VideoCodec
+from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
+from dit_jax.codec.codec import TileConfig
+from dit_jax.codec.video_codec import VideoCodec
 from tests.training.conftest import QUICK
 
 SMALL = CausalAutoencoderConfig(

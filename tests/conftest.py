@@ -21,7 +21,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 # From here on the annotated shapes and dtypes of these rooms are checked at every call (once per
 # trace where a function is compiled); an int may stand for a float, as for type checkers.
 install_import_hook(
-    ["dit_jax.models", "dit_jax.diffusion"],
+    ["dit_jax.model", "dit_jax.diffusion", "dit_jax.text.t5"]
+    + [
+        f"dit_jax.codec.{name}"
+        for name in (
+            "adversarial autoencoder_kl causal_autoencoder causal_layers codec discriminator "
+            "reconstruction_loss tiling vgg video_codec"
+        ).split()
+    ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

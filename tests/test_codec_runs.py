@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import evaluate, plan, sample, train
+from dit_jax import sample, train
+from dit_jax.codec.run import CodecRun
 from dit_jax.config import load_config, to_dict
-from dit_jax.config.codec import CodecRun
+from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.interop import load_codec
+from dit_jax.plan import __main__ as plan
 from dit_jax.sampling.media import read_video
 from tests.codecs import SMALL
 from tests.runs import CONFIG, Ended, Verbs, arrays, data_state, end, item_arrays, scalars, steps

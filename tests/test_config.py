@@ -9,16 +9,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from dit_jax import tasks
+from dit_jax.checks import from_dict
+from dit_jax.codec.run import CodecRun
 from dit_jax.config import (
-    CodecRun,
     Config,
     DataConfig,
     EvaluationConfig,
     LogConfig,
     Run,
     differences,
-    from_dict,
     load_config,
     parse_config,
     read_config,
@@ -27,10 +26,11 @@ from dit_jax.config import (
 )
 from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import DiTConfig, PatchConfig
+from dit_jax.model import DiTConfig, PatchConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
+from dit_jax.training.video_task import init_params, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(ROOT.glob("configs/*.py"))
@@ -120,8 +120,8 @@ def test_video_configs_have_the_parameters_that_their_names_say(
     name, d, hidden, depth, heads, about
 ):
     config = load_config(str(ROOT / "configs" / f"{name}.py"))
-    model = tasks.make_model(config.model, make_mesh(MeshConfig(), jax.devices()[:1]))
-    shapes = jax.eval_shape(lambda key: tasks.init_params(model, key), jax.random.key(0))
+    model = make_model(config.model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     patch, text = 1 * 2 * 2 * 16, 4096

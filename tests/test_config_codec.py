@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
+from dit_jax.codec.run import SSIM_WINDOW, CodecEvaluationConfig, CodecRun
 from dit_jax.config import (
     CodecConfig,
-    CodecEvaluationConfig,
-    CodecRun,
     Config,
     Run,
     differences,
@@ -23,9 +22,8 @@ from dit_jax.config import (
     stored_config,
     to_dict,
 )
-from dit_jax.config.codec import SSIM_WINDOW
 from dit_jax.data import RecordsConfig
-from dit_jax.evaluation import reconstruction
+from dit_jax.evaluate import reconstruction
 from tests.tiny_codec_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]

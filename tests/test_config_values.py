@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from dit_jax import evaluate, plan, prepare, sample, tasks
+from dit_jax import sample
+from dit_jax.checks import check_types
+from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
+from dit_jax.codec.run import CodecRun
 from dit_jax.config import (
-    CodecRun,
     Config,
     DataConfig,
     absolute_paths,
-    check_types,
     load_config,
     parse_config,
     read_config,
@@ -23,11 +24,15 @@ from dit_jax.config import (
 )
 from dit_jax.data import MixedSetConfig, MixtureConfig, RecordsConfig, ShapesConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
+from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.files import InputError, as_path, write_whole
-from dit_jax.models import DiTConfig, PatchConfig, ReconstructionLossConfig
-from dit_jax.preparation import ChatOptions, WorkersConfig
-from dit_jax.preparation.shots import ShotConfig
+from dit_jax.model import DiTConfig, PatchConfig
+from dit_jax.plan import __main__ as plan
+from dit_jax.prepare import ChatOptions, WorkersConfig
+from dit_jax.prepare import __main__ as prepare
+from dit_jax.prepare.shots import ShotConfig
 from dit_jax.sampling import SamplingConfig
+from dit_jax.sampling.pipeline import SamplingOverrides
 from dit_jax.training import OptimizerConfig
 
 HEAD = "from dit_jax.config import *\nfrom dit_jax.training import *\nfrom dit_jax.data import *\n"
@@ -88,10 +93,10 @@ def test_what_may_stand_for_another_is_taken():
         ("data.source.sizes", ((32, 32),)),
     ):
         check_types(changed(Config(), name, value))
-    check_types(tasks.SamplingOverrides())
-    check_types(tasks.SamplingOverrides(last_step=0.5, solver="ddim"))
+    check_types(SamplingOverrides())
+    check_types(SamplingOverrides(last_step=0.5, solver="ddim"))
     with pytest.raises(InputError, match="^sampling.fps is nan"):
-        check_types(tasks.SamplingOverrides(fps=math.nan), "sampling")
+        check_types(SamplingOverrides(fps=math.nan), "sampling")
 
 
 @pytest.mark.parametrize(

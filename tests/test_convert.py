@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop, sample
+from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.config import CodecConfig, stored_config
 from dit_jax.files import as_path, write_whole
 from dit_jax.interop.autoencoder import OLD_ATTENTION
-from dit_jax.models import AutoencoderKLConfig
 from dit_jax.parallel import make_mesh
 from dit_jax.sampling.media import read_video
 from dit_jax.training import Checkpointer, open_run

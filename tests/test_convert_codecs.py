@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop
-from dit_jax.config import CodecConfig, CodecRun, stored_config, to_dict
-from dit_jax.models import WAN, AutoencoderKLConfig, CausalAutoencoderConfig
-from dit_jax.tasks.converting import run_of_codec
+from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
+from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
+from dit_jax.codec.converting import run_of_codec
+from dit_jax.codec.run import CodecRun
+from dit_jax.config import CodecConfig, stored_config, to_dict
 from dit_jax.training import CheckpointConfig, Checkpointer, open_run
 from tests.codecs import SMALL, random_params
 from tests.interop.published import authors_arrays

@@ -22,7 +22,7 @@ from tests.runs import Verbs, end, scalars, steps
 CONFIG = """
 from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 

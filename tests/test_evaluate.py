@@ -20,31 +20,19 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from dit_jax import evaluate, tasks
-from dit_jax.config import (
-    CodecConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LogConfig,
-    to_dict,
-)
+from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig, to_dict
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.evaluation import INCEPTION, VIDEO, write_npz
-from dit_jax.evaluation.weights import Network, key_of, parameter_shapes
+from dit_jax.evaluate import INCEPTION, VIDEO, write_npz
+from dit_jax.evaluate import __main__ as evaluate
+from dit_jax.evaluate.weights import Network, key_of, parameter_shapes
 from dit_jax.files import as_path
 from dit_jax.interop import autoencoder_map, autoencoder_to_diffusers, write_folder
-from dit_jax.models import (
-    AutoencoderKL,
-    AutoencoderKLConfig,
-    ClassLabelsConfig,
-    ModelConfig,
-    PatchConfig,
-    published,
-)
+from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, published
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, write_png, write_video
 from dit_jax.training import CheckpointConfig, Checkpointer, TrainState
+from dit_jax.training.video_task import init_params, make_model
 from tests.runs import Run, Verbs, end, free_port, upload_checkpoint
 
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
@@ -402,8 +390,8 @@ def classes_config(latents: bool) -> Config:
 
 def untrained(config: Config, directory: Path) -> Path:
     """A run with random parameters (fresh ones of a published DiT give zeros)."""
-    model = tasks.make_model(config.model, make_mesh(MeshConfig()))
-    params = nn.unbox(jax.jit(partial(tasks.init_params, model))(jax.random.key(0)))
+    model = make_model(config.model, make_mesh(MeshConfig()))
+    params = nn.unbox(jax.jit(partial(init_params, model))(jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
     zero = jnp.zeros((), jnp.int32)

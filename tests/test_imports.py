@@ -1,11 +1,11 @@
 """The shape of the code, read from its source: who imports whom.
 
-`ROOMS` is the table of docs/DESIGN section 4. Nothing here runs the package, but one subprocess.
+The core never imports a satellite; a satellite imports the core and, of the others, `interop` alone.
+Nothing here runs the package, but one subprocess.
 """
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,26 +18,10 @@ PACKAGE = "dit_jax"
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 FOREIGN = {"tensorflow", "torch"}
-
-VERBS = {"train", "sample", "prepare", "evaluate", "convert", "plan"}
-PARTS = {"models", "diffusion", "parallel", "data"}
-ROOMS = {
-    "types": set(),
-    **{part: {"types"} for part in PARTS},
-    "interop": {"types", "models"},
-    "config": {"types"},
-    "training": {"types", "config"} | PARTS,
-    "sampling": {"types", "config"} | PARTS,
-    "evaluation": {"types", "config", "interop", "training", "sampling"} | PARTS,
-    "tasks": {"types", "config", "interop", "training", "sampling", "evaluation"} | PARTS,
-    "preparation": {"types", "data"},
-    "planning": {"types", "config", "parallel", "models", "training", "sampling", "tasks"},
-}
-ANYWHERE = {"files", "video", "checks"}
-EVERYTHING = set(ROOMS) | ANYWHERE
-# From these rooms `config` may take names ending in Config and UPPERCASE presets, nothing else.
-CONFIGURED = PARTS | {"training", "sampling", "evaluation"}
-CONFIG_NAME = re.compile(r"[A-Z]\w*Config|[A-Z][A-Z0-9_]*")
+CORE = {"train", "sample", "config", "types", "files", "checks", "video"}
+CORE |= {"data", "model", "diffusion", "parallel", "training", "sampling"}
+SATELLITES = {"codec", "text", "interop", "convert", "evaluate", "prepare", "plan", "upscale"}
+VERBS = {"train", "sample", "convert"}
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
@@ -70,116 +54,81 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, s
                 yield node.lineno, str(first.value), None
 
 
-def refusal(room: str, module: str, name: str | None) -> str | None:
-    """Why `room` may not import `name` from `module` of ours; None if it may.
-
-    `room` is a room, a verb, or "" for the package's own `__init__`.
-    """
-    parts = module.split(".")
-    if len(parts) == 1 and name in EVERYTHING | VERBS:
-        parts, name = [PACKAGE, name], None  # from dit_jax import models
-    if len(parts) == 1:
-        return f"imports {name or PACKAGE} from the package itself; import it from its room"
-    target = parts[1]
-    if target in VERBS:
+def refusal(room: str, target: str) -> str | None:
+    """Why a module of `room` may not import one of `target`; None if it may."""
+    if target not in CORE | SATELLITES:
+        return f"imports {target}, which is neither core nor a satellite: add it to docs/DESIGN.md"
+    if target in VERBS and room != target:
         return f"imports the verb {target}; nothing may"
-    if target not in EVERYTHING:
-        return f"imports {target}, which is in no table; add it to ROOMS and DESIGN section 4"
-    allowed = ROOMS.get(room, EVERYTHING)
-    if target == room or target in allowed | ANYWHERE and room != "types":
-        return None
-    if room == "config" and target in CONFIGURED:
-        if name is not None and CONFIG_NAME.fullmatch(name):
-            return None
-        return f"imports {name or module} from {target}; only names ending in Config or UPPERCASE"
-    return f"imports {target}; {room} may import {sorted(allowed) or 'nothing of ours'}"
+    if room in CORE and target in SATELLITES:
+        return f"imports the satellite {target}; the core may not"
+    if room in SATELLITES and target in SATELLITES - {room, "interop"}:
+        return f"imports the satellite {target}; {room} may import the core and interop"
+    return None
 
 
-def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """One line for each forbidden import of ours in a module's source."""
+def violations(source: str, module: str, is_package: bool = False) -> set[str]:
+    """A line for each forbidden import of ours in a module's source."""
     room = (module.split(".") + [""])[1]
-    if room not in EVERYTHING | VERBS | {""}:
-        return [f"{module}: room {room} is in no table; add it to ROOMS and DESIGN section 4"]
-    found = []
-    for line, target, name in imports(source, module, is_package):
-        if target.split(".")[0] == PACKAGE and (why := refusal(room, target, name)):
-            found.append(f"{module}:{line} {why}")
-    return found
+    out = set()
+    for _, target, name in imports(source, module, is_package):
+        parts = target.split(".")
+        if parts[0] != PACKAGE:
+            continue
+        into = parts[1] if len(parts) > 1 else name or ""
+        if why := refusal(room, into):
+            out.add(f"{module} {why}")
+    return out
 
 
-def test_every_room_keeps_to_its_imports():
-    found = []
+def all_violations() -> set[str]:
+    out = set()
     for path in FILES:
-        found += violations(path.read_text(), module_name(path), path.name == "__init__.py")
-    assert not found, "\n" + "\n".join(found)
+        out |= violations(path.read_text(), module_name(path), path.name == "__init__.py")
+    return out
+
+
+NOT_YET = set(Path(__file__).with_name("imports_not_yet.txt").read_text().splitlines())
+"""Imports that are still to go: this list only shrinks."""
+
+
+def test_the_core_imports_no_satellite_and_satellites_no_other():
+    found = all_violations()
+    assert not found - NOT_YET, "\n" + "\n".join(sorted(found - NOT_YET))
+    assert not NOT_YET - found, "take these out of the list:\n" + "\n".join(sorted(NOT_YET - found))
 
 
 @pytest.mark.parametrize(
     "module, source",
     [
-        ("dit_jax.types", "import dit_jax.models"),
-        ("dit_jax.models.dit", "from dit_jax.diffusion import paths"),
-        ("dit_jax.models.dit", "from dit_jax import diffusion"),
-        ("dit_jax.models.dit", "from ..diffusion.paths import sigma"),
-        ("dit_jax.models.dit", "from .. import data"),
-        ("dit_jax.models.dit", "from dit_jax.config import Config"),
-        ("dit_jax.models.dit", "from dit_jax import DiT"),
-        ("dit_jax.models.dit", "import dit_jax"),
-        ("dit_jax.models.dit", "def f():\n    import dit_jax.parallel.mesh as m"),
-        ("dit_jax.models.dit", "import importlib\nimportlib.import_module('dit_jax.data')"),
-        ("dit_jax.models.dit", "if TYPE_CHECKING:\n    from dit_jax.data import Loader"),
-        ("dit_jax.data.loader", "from dit_jax.models import codec"),
-        ("dit_jax.interop.maps", "from dit_jax.training import state"),
-        ("dit_jax.config", "from dit_jax.models import DiT"),
-        ("dit_jax.config", "from dit_jax.models import *"),
-        ("dit_jax.config", "from dit_jax.models.dit import make_config, DiTConfig"),
-        ("dit_jax.config", "import dit_jax.models.dit"),
-        ("dit_jax.config", "from dit_jax.interop import MapConfig"),
-        ("dit_jax.training.step", "from dit_jax.sampling import media"),
-        ("dit_jax.sampling.modes", "import dit_jax.training.state"),
-        ("dit_jax.sampling.modes", "from dit_jax.interop import maps"),
-        ("dit_jax.evaluation.fid", "from dit_jax.tasks import codec"),
-        ("dit_jax.tasks.codec", "from dit_jax.train import main"),
+        ("dit_jax.model.dit", "import dit_jax.codec.vgg"),
+        ("dit_jax.model.dit", "from dit_jax import codec"),
+        ("dit_jax.model.dit", "from ..codec.vgg import x"),
+        ("dit_jax.model.dit", "from .. import text"),
+        ("dit_jax.train", "def f():\n    import dit_jax.prepare.chat as m"),
+        ("dit_jax.train", "import importlib\nimportlib.import_module('dit_jax.codec')"),
+        ("dit_jax.train", "if TYPE_CHECKING:\n    from dit_jax.evaluate import judge"),
+        ("dit_jax.codec.train", "from dit_jax.text import t5"),
+        ("dit_jax.codec.train", "from dit_jax.train import main"),
         ("dit_jax.sample", "from dit_jax import train"),
-        ("dit_jax.sample", "from .train import main"),
-        ("dit_jax.helpers.text", "import os"),
         ("dit_jax.sample", "from dit_jax.helpers import text"),
-        ("dit_jax", "from dit_jax.train import main"),
     ],
 )
 def test_a_forbidden_import_is_caught(module, source):
     assert len(violations(source, module)) == 1
 
 
-def test_a_forbidden_relative_import_of_a_package_is_caught():
-    assert violations("from ..diffusion import paths", "dit_jax.models", is_package=True)
-    assert not violations("from .diffusion import paths", "dit_jax.models", is_package=True)
-
-
 @pytest.mark.parametrize(
     "module, source",
     [
         ("dit_jax.types", "import numpy, jax.numpy as jnp"),
-        (
-            "dit_jax.models.dit",
-            "from dit_jax import types\nfrom .patch import Patch\nfrom . import a",
-        ),
-        ("dit_jax.models.text.t5", "from ..patch import Patch\nfrom ...types import Batch"),
-        ("dit_jax.interop.maps", "from dit_jax.models.dit import DiT"),
-        ("dit_jax.config", "from dit_jax.models import DiTConfig, DIT_XL_2\nimport dit_jax.types"),
-        ("dit_jax.config", "from .training.state import OptimizerConfig as Optimizer"),
-        (
-            "dit_jax.training.step",
-            "from dit_jax.config import Config\nimport dit_jax.parallel.mesh",
-        ),
-        ("dit_jax.evaluation.fid", "from dit_jax import sampling, training, interop"),
-        ("dit_jax.tasks.codec", "from ..evaluation import fid\nfrom ..models import codec"),
-        ("dit_jax.train", "from dit_jax.tasks import codec\nfrom dit_jax import data, config"),
-        ("dit_jax.models.dit", "import dit_jaxlike, train\nfrom sample import x"),
+        ("dit_jax.model.dit", "from dit_jax import types\nfrom .patch import Patch"),
+        ("dit_jax.codec.train", "from dit_jax.interop import maps\nfrom dit_jax.config import Run"),
+        ("dit_jax.model.dit", "import dit_jaxlike, train\nfrom sample import x"),
     ],
 )
 def test_an_allowed_import_is_left_alone(module, source):
-    assert violations(source, module) == []
+    assert violations(source, module) == set()
 
 
 def init_faults(source: str) -> list[str]:

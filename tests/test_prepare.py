@@ -19,14 +19,14 @@ import pytest
 import tensorflow_datasets as tfds
 from flax import linen as nn
 
-from dit_jax import tasks
+from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
+from dit_jax.codec.opening import codec_copies
 from dit_jax.data import RecordsConfig, RecordsSource, writing
 from dit_jax.interop import load_codec, load_text_encoder, write_codec
-from dit_jax.models import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.preparation import ClipConfig, ExamineConfig, WorkersConfig, assembling
-from dit_jax.prepare import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
-from tests.preparation.chat_server import Response, serving, words
+from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, assembling
+from dit_jax.prepare.__main__ import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
+from tests.prepare.chat_server import Response, serving, words
 from tests.runs import free_port
 from tests.text_files import needs_tokenizers, write_t5
 
@@ -269,8 +269,8 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     tokens = lambda text: 10_000 if text == "a red circle moves moves" else 1  # noqa: E731
     monkeypatch.setattr("dit_jax.prepare.text_length", lambda path: (tokens, 512))
     others = make_mesh(MeshConfig(), jax.devices()[1:3])
-    copies = tasks.codec_copies(codec, others)
-    monkeypatch.setattr("dit_jax.tasks.codec_copies", lambda *_: copies)
+    copies = codec_copies(codec, others)
+    monkeypatch.setattr("dit_jax.codec_copies", lambda *_: copies)
     given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
     given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
     given |= {"encoding": "zlib"}

@@ -20,12 +20,12 @@ import pytest
 
 from dit_jax import sample
 from dit_jax.files import write_whole
-from dit_jax.preparation import read_prompts
-from dit_jax.preparation.prompting import read_prompt
+from dit_jax.prepare import read_prompts
+from dit_jax.prepare.prompting import read_prompt
 from dit_jax.sampling import grid
 from dit_jax.sampling.media import read_video, write_video
 from tests.optional import optional
-from tests.preparation.chat_server import Response, serving, words
+from tests.prepare.chat_server import Response, serving, words
 from tests.runs import CONFIG, Run, Verbs, end, free_port, item_arrays, upload_checkpoint
 
 PROMPT = "a big red circle moves left"

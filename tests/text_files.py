@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from dit_jax import interop
-from dit_jax.models import T5Encoder, T5EncoderConfig
+from dit_jax.text.t5 import T5Encoder, T5EncoderConfig
 from tests.optional import optional
 
 sentencepiece: Any = optional("sentencepiece")

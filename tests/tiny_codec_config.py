@@ -1,8 +1,11 @@
 """The smallest run of a codec: windows of clips and images, drawn, measured, written as a folder."""
 
-from dit_jax.config import CodecDataConfig, CodecEvaluationConfig, CodecRun, LogConfig
-from dit_jax.data import CropConfig, ShapesConfig
-from dit_jax.models import CausalAutoencoderConfig, ReconstructionLossConfig
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
+from dit_jax.codec.crops import CropConfig
+from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
+from dit_jax.codec.run import CodecDataConfig, CodecEvaluationConfig, CodecRun
+from dit_jax.config import LogConfig
+from dit_jax.data import ShapesConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 

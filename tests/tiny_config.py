@@ -2,7 +2,7 @@
 
 from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, ShapesConfig
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 

@@ -1,10 +1,5 @@
 """The configuration of a run: frozen dataclasses that validate themselves."""
 
-from dit_jax.checks import check_types as check_types
-from dit_jax.checks import from_dict as from_dict
-from dit_jax.config.codec import CodecDataConfig as CodecDataConfig
-from dit_jax.config.codec import CodecEvaluationConfig as CodecEvaluationConfig
-from dit_jax.config.codec import CodecRun as CodecRun
 from dit_jax.config.files import CHOICES as CHOICES
 from dit_jax.config.files import absolute_paths as absolute_paths
 from dit_jax.config.files import differences as differences

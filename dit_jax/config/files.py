@@ -8,6 +8,7 @@ wrong types. A config is stored with every checkpoint as JSON and read back from
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import sys
@@ -21,12 +22,11 @@ from typing import Any, TypeVar
 import tyro
 
 from dit_jax.checks import check_types, culprits, from_dict
-from dit_jax.config.codec import CodecRun
 from dit_jax.config.run import Run
 from dit_jax.config.text_to_video import Config
 from dit_jax.data import MixtureConfig, RecordsConfig, ShapesConfig
 from dit_jax.files import InputError, absolute, as_path, local_copy, read_bytes
-from dit_jax.models import ByteEncoderConfig, ClassLabelsConfig, TextStatesConfig
+from dit_jax.model import ByteEncoderConfig, ClassLabelsConfig, TextStatesConfig
 
 CHOICES = (
     ShapesConfig,
@@ -35,20 +35,23 @@ CHOICES = (
     ByteEncoderConfig,
     TextStatesConfig,
     ClassLabelsConfig,
-    CodecRun,
 )
 """Dataclasses that stand where another may stand: stored with their name."""
-RUNS = (Config, CodecRun)
 MAX_BYTES = 2**20
 """Of a stored config, which has some kB."""
 Kind = TypeVar("Kind", bound=Run)
 
 
+def _codec_run() -> type[Run]:
+    """The config of a codec's run, which builds on the others: not imported before it is asked for."""
+    return importlib.import_module("dit_jax.codec.run").CodecRun
+
+
 def _check_kind(config: Run, kind: type[Kind], where: str) -> Kind:
     """Raises ``InputError`` if a config is of another kind of run than is wanted."""
     if not isinstance(config, kind):
-        said = "a codec (CodecRun)" if isinstance(config, CodecRun) else "a model (Config)"
-        wanted = "a codec (CodecRun)" if issubclass(kind, CodecRun) else "a model (Config)"
+        said = "a codec (CodecRun)" if isinstance(config, _codec_run()) else "a model (Config)"
+        wanted = "a codec (CodecRun)" if issubclass(kind, _codec_run()) else "a model (Config)"
         raise InputError(f"{where} is of a run of {said}: give one of {wanted}.")
     return config
 
@@ -105,7 +108,7 @@ def load_config(path: str, kind: type[Kind] = Config) -> Kind:
         line = f", line {lines[-1].lineno}" if lines else ""
         what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise InputError(f"--config {path!r}{line}: {what}{error}") from error
-    if not isinstance(config, RUNS):
+    if not isinstance(config, Run):
         raise InputError(f"get_config() of {path} returned {type(config).__name__}, not a Config.")
     return _check_kind(config, kind, f"--config {path!r}")
 
@@ -148,7 +151,9 @@ def to_dict(config: Any) -> Any:
     """A config as JSON values; a choice between dataclasses is named by ``type``."""
     if dataclasses.is_dataclass(config):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        tag = {"type": type(config).__name__} if isinstance(config, CHOICES) else {}
+        tag = (
+            {"type": type(config).__name__} if isinstance(config, (*CHOICES, _codec_run())) else {}
+        )
         return tag | fields
     if isinstance(config, tuple | list):
         return [to_dict(item) for item in config]
@@ -158,8 +163,8 @@ def to_dict(config: Any) -> Any:
 def stored_config(values: Any, where: str | Path, kind: type[Kind] = Config) -> Kind:
     """The config that was stored in the file ``where`` as these values, of a kind of run."""
     try:
-        of_codec = isinstance(values, dict) and values.get("type") == CodecRun.__name__
-        config = from_dict(CodecRun if of_codec else Config, values)
+        of_codec = isinstance(values, dict) and values.get("type") == "CodecRun"
+        config = from_dict(_codec_run() if of_codec else Config, values)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{str(where)!r} holds no config that this version of dit_jax can use "
@@ -206,7 +211,7 @@ def absolute_paths(config: Kind) -> Kind:
             return place(source, *names)
         return source
 
-    of_codec = isinstance(config, CodecRun)
+    of_codec = isinstance(config, _codec_run())
     run: Any = replace(place(config, "output"), checkpoint=place(config.checkpoint, "initial"))
     run = replace(run, data=replace(run.data, source=records(run.data.source)))
     if of_codec:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from dit_jax.codec.codec import TileConfig
 from dit_jax.config.run import Run
-from dit_jax.data import (
-    MixtureConfig,
-    PackingConfig,
-    RecordsConfig,
-    ShapesConfig,
-    TransformConfig,
-)
+from dit_jax.data import MixtureConfig, PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ClassLabelsConfig, ModelConfig, PatchConfig, TextStatesConfig, TileConfig
+from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig
 from dit_jax.sampling import SamplingConfig
 

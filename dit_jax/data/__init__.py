@@ -1,14 +1,8 @@
 """Data: sources of clips, and rows of packed segments."""
 
 from dit_jax.data.captions import draw_caption as draw_caption
-from dit_jax.data.crops import CropConfig as CropConfig
-from dit_jax.data.crops import CropLoader as CropLoader
-from dit_jax.data.crops import check_window as check_window
-from dit_jax.data.crops import cut as cut
 from dit_jax.data.lanes import Lanes as Lanes
 from dit_jax.data.lanes import merge_states as merge_states
-from dit_jax.data.low_resolution import enlarge as enlarge
-from dit_jax.data.low_resolution import shrink as shrink
 from dit_jax.data.mixing import MixedSetConfig as MixedSetConfig
 from dit_jax.data.mixing import MixedSource as MixedSource
 from dit_jax.data.mixing import MixtureConfig as MixtureConfig

@@ -2,7 +2,7 @@
 
 A scene is one filled shape (circle, square, triangle, cross) in a saturated colour that glides in a
 straight line over a dark grey background; its caption names size, colour, shape and direction, so
-text following can be judged exactly (`dit_jax.evaluation.judge`). Every example is a function of
+text following can be judged exactly (`dit_jax.evaluate.judge`). Every example is a function of
 (seed, index) alone. A fixed eighth of the (colour, shape, direction) triples is held out of
 training, so that composition, and not recall, can be measured.
 

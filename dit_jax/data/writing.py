@@ -49,15 +49,7 @@ from dit_jax.data.records import (
     as_video,
     storage_error,
 )
-from dit_jax.files import (
-    InputError,
-    Lock,
-    MiB,
-    check_writable,
-    encodable,
-    is_remote,
-    write_json,
-)
+from dit_jax.files import InputError, Lock, MiB, check_writable, encodable, is_remote, write_json
 from dit_jax.video import FORMAT, EncodedVideo, encode_video
 
 VERSION = "1.0.0"

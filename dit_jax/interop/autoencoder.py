@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.interop.folders import check_sizes
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Map
-from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
 
 CLASS = "AutoencoderKL"
 CONV = "o i h w -> h w i o"

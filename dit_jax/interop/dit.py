@@ -25,8 +25,8 @@ import numpy as np
 
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Fixed, Map
-from dit_jax.models import PRESETS, ClassLabelsConfig, ModelConfig, PatchConfig
-from dit_jax.models.dit import published
+from dit_jax.model import PRESETS, ClassLabelsConfig, ModelConfig, PatchConfig
+from dit_jax.model.dit import published
 
 Family = Literal["dit", "sit"]
 POSITIONS = "pos_embed"

@@ -35,10 +35,10 @@ from dit_jax.interop.tokenizer_files import (
     find_tokenizer,
     t5_tokenizer,
 )
-from dit_jax.models.blocks import Dtype
-from dit_jax.models.clip_text import CLIP_PRESETS, CLIPTextConfig, CLIPTextEncoder, CLIPTextStates
-from dit_jax.models.t5 import T5_PRESETS, T5Encoder
-from dit_jax.models.text_encoder import Apply, Placement, StatesEncoder, one_device
+from dit_jax.model.blocks import Dtype
+from dit_jax.text.clip_text import CLIP_PRESETS, CLIPTextConfig, CLIPTextEncoder, CLIPTextStates
+from dit_jax.text.t5 import T5_PRESETS, T5Encoder
+from dit_jax.text.text_encoder import Apply, Placement, StatesEncoder, one_device
 from dit_jax.types import Constrain, Params
 
 T5_MAX_TOKENS = 512

@@ -16,8 +16,8 @@ import numpy as np
 from dit_jax.interop.folders import check_sizes
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Fixed, Map
-from dit_jax.models.clip_text import ACTIVATIONS, CLIPTextConfig
-from dit_jax.models.t5 import T5EncoderConfig
+from dit_jax.text.clip_text import ACTIVATIONS, CLIPTextConfig
+from dit_jax.text.t5 import T5EncoderConfig
 
 LINEAR = "o i -> i o"
 TABLE = "v e -> v e"

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.codec.vgg import PerceptualNetwork, VGGConfig
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Map
 from dit_jax.interop.safetensors_files import read_safetensors
 from dit_jax.interop.torch_files import read_torch
-from dit_jax.models.vgg import PerceptualNetwork, VGGConfig
 
 CLASSIFIER = re.compile(r"classifier\.[036]\.(weight|bias)")
 """Keys of the linear layers behind the features, which nothing here needs."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
 from dit_jax.interop.folders import check_sizes
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Entry, Map
-from dit_jax.models import WAN, CausalAutoencoderConfig
 
 WAN_CLASS = "AutoencoderKLWan"
 CONV = "o i t h w -> t h w i o"

@@ -17,14 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dit_jax.parallel.attention import (
-    BLOCKS,
-    Band,
-    Blocks,
-    attend_whole,
-    masked_scores,
-    weighted,
-)
+from dit_jax.parallel.attention import BLOCKS, Band, Blocks, attend_whole, masked_scores, weighted
 
 LONG = 512
 """The fewest tokens, of queries and of keys, that are worth blocks."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dit_jax.models import DiTConfig, TextToVideo, denoise_and_keep, first_modulation
+from dit_jax.model import DiTConfig, TextToVideo, denoise_and_keep, first_modulation
 from dit_jax.types import Params
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from dit_jax.models import ModelConfig, PatchConfig, unpatchify
+from dit_jax.model import ModelConfig, PatchConfig, unpatchify
 from dit_jax.parallel import batch_shards, global_batch, token_multiple
 from dit_jax.sampling.condition import Request, check_request, make_condition
 from dit_jax.sampling.generate import Generator

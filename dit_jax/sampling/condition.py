@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_jax.models import ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.sampling.given import Given, given_tokens, places
 from dit_jax.sampling.loops import cycle
 from dit_jax.sampling.low_resolution import low_tokens

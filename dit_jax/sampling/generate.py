@@ -35,7 +35,7 @@ from dit_jax.diffusion import (
     start,
     token_noise,
 )
-from dit_jax.models import TextToVideo, as_computed
+from dit_jax.model import TextToVideo, as_computed
 from dit_jax.sampling.caching import CachedSteps
 from dit_jax.sampling.condition import Condition, Request, unconditioned
 from dit_jax.sampling.loops import closed

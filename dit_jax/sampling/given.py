@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dit_jax.models import PatchConfig, patchify, positions
+from dit_jax.model import PatchConfig, patchify, positions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,8 +26,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from dit_jax.codec.codec import Codec
 from dit_jax.files import InputError, atomic_path, explain
-from dit_jax.models import Codec, ModelConfig, PatchConfig, unpatchify
+from dit_jax.model import ModelConfig, PatchConfig, unpatchify
 from dit_jax.sampling.clips import clips_at_once, make_rows
 from dit_jax.sampling.condition import Request, check_request
 from dit_jax.sampling.generate import Generator

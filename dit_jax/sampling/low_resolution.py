@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dit_jax.diffusion import PathConfig, interpolate, per_segment, token_noise
-from dit_jax.models import ModelConfig, patchify
+from dit_jax.model import ModelConfig, patchify
 
 OF_LOW = 2**32 - 2
 """Sets the noise of what is given apart from that of tokens, whose indices are smaller."""

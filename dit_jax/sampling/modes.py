@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.models import ModelConfig
+from dit_jax.model import ModelConfig
 from dit_jax.sampling.clips import Decode, make_clips
 from dit_jax.sampling.condition import Request
 from dit_jax.sampling.generate import Generator

@@ -12,7 +12,8 @@ import dataclasses
 
 import numpy as np
 
-from dit_jax.models import Codec, PatchConfig
+from dit_jax.codec.codec import Codec
+from dit_jax.model import PatchConfig
 from dit_jax.sampling.media import to_float
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_jax.config import Config, DataConfig, from_dict, to_dict
+from dit_jax.checks import from_dict
+from dit_jax.config import Config, DataConfig, to_dict
 from dit_jax.data import (
     Loader,
     PackingConfig,
@@ -19,8 +20,8 @@ from dit_jax.data import (
     draw_caption,
     write_records,
 )
-from dit_jax.models import ByteEncoderConfig, ModelConfig, PatchConfig
-from dit_jax.tasks.text_to_video import make_augment, tokenize
+from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
+from dit_jax.training.video_task import make_augment, tokenize
 from dit_jax.types import Sample
 
 MIX = (("descriptive", 0.6), ("short", 0.3), ("caption", 0.1))

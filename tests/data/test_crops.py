@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dit_jax.data import CropConfig, CropLoader, cut
+from dit_jax.codec.crops import CropConfig, CropLoader, cut
 from dit_jax.types import ClipBatch, Sample
 
 # Frames, rows, columns: longer than a window, shorter, as short as an image, exactly as large.

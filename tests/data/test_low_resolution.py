@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from dit_jax.data import enlarge, shrink
-from dit_jax.data.low_resolution import cubic_matrix
+from dit_jax.upscale.resizing import cubic_matrix, enlarge, shrink
 from tests.optional import optional
 
 torch = optional("torch")

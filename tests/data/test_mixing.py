@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dit_jax.config import Config, DataConfig, differences, from_dict, parse_config, to_dict
+from dit_jax.checks import from_dict
+from dit_jax.codec.crops import CropConfig, CropLoader
+from dit_jax.config import Config, DataConfig, differences, parse_config, to_dict
 from dit_jax.data import (
-    CropConfig,
-    CropLoader,
     LatentsOf,
     Loader,
     MixedSetConfig,

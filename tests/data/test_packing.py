@@ -20,8 +20,8 @@ from dit_jax.data import (
     check_fits,
     pack_rows,
 )
-from dit_jax.models import ByteEncoderConfig, ModelConfig, PatchConfig
-from dit_jax.tasks.text_to_video import tokenize
+from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
+from dit_jax.training.video_task import tokenize
 from dit_jax.types import PAD, PackedBatch, Sample
 
 CONFIG = PackingConfig(rows=8, row_tokens=24, row_text=20, row_segments=4, bins=3)

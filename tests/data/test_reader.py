@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dit_jax import files
-from dit_jax.data import CropConfig, CropLoader, DataError, Loader, MixedSource, PackingConfig
+from dit_jax.codec.crops import CropConfig, CropLoader
+from dit_jax.data import DataError, Loader, MixedSource, PackingConfig
 from dit_jax.data.reader import Reader, check_records, find_unfit, names_of, record_name
 from dit_jax.files import InputError
 from tests.data.test_packing import CONFIG, Clips, assert_same, take, tokens_of

@@ -9,8 +9,9 @@ import pytest
 from einops import rearrange
 
 from dit_jax import interop
+from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
+from dit_jax.codec.codec import TileConfig
 from dit_jax.interop.autoencoder import OLD_ATTENTION
-from dit_jax.models import AutoencoderKLConfig, TileConfig
 from tests.interop.published import diffusers, needs_diffusers, relative, torch
 
 TOLERANCE = 1e-4

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
+from dit_jax.codec.codec import TileConfig
+from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.files import as_path, write_whole
-from dit_jax.models import CausalAutoencoderConfig, TileConfig, VideoCodec
 from tests.codecs import SMALL, noise, quick_compilation, random_params
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from dit_jax import interop
 from dit_jax.interop.dit import grid_table
-from dit_jax.models import PRESETS, ModelConfig, TextToVideo, patchify, positions, unpatchify
+from dit_jax.model import PRESETS, ModelConfig, TextToVideo, patchify, positions, unpatchify
 from dit_jax.parallel import MeshConfig, make_mesh, parameter_shardings, xla_attention
 from dit_jax.types import unconstrained
 from tests.interop.published import (

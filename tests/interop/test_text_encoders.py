@@ -12,7 +12,7 @@ import pytest
 
 from dit_jax import interop
 from dit_jax.interop.text_encoders import load_text_encoder
-from dit_jax.models import T5EncoderConfig
+from dit_jax.text.t5 import T5EncoderConfig
 from tests.interop.published import relative, torch
 from tests.interop.text_folders import (
     CAPTIONS,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
-from dit_jax.models import VGG, VGGConfig
+from dit_jax.codec.vgg import VGG, VGGConfig
 from tests.interop.published import optional, relative
 
 torch = optional("torch")

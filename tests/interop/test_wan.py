@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
-from dit_jax.models import WAN, CausalAutoencoderConfig, TileConfig, VideoCodec
+from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
+from dit_jax.codec.codec import TileConfig
+from dit_jax.codec.video_codec import VideoCodec
 
 TINY: dict[str, Any] = {
     "base_dim": 8,

@@ -13,27 +13,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax import tasks
 from dit_jax.data import PackingConfig, pack_rows
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
-from dit_jax.models.dit import layers
-from dit_jax.parallel import (
-    MeshConfig,
-    choose_dot_general,
-    global_batch,
-    make_mesh,
-    xla_attention,
-)
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.model.dit import layers
+from dit_jax.parallel import MeshConfig, choose_dot_general, global_batch, make_mesh, xla_attention
 from dit_jax.parallel.quantized import quantized_dot_general
-from dit_jax.tasks.text_to_video import batch_loss, tokenize
-from dit_jax.training import (
-    OptimizerConfig,
-    abstract_state,
-    init_state,
-    make_optimizer,
-    make_step,
-)
+from dit_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer, make_step
+from dit_jax.training.video_task import batch_loss, init_params, make_model, tokenize
 from dit_jax.types import unconstrained
 from tests.training.conftest import QUICK
 
@@ -187,8 +174,8 @@ def quick_compilation(monkeypatch):
 
 def build(matmul, *sizes):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
-    model = tasks.make_model(dataclasses.replace(MODEL, matmul=matmul), mesh)
-    init = functools.partial(tasks.init_params, model)
+    model = make_model(dataclasses.replace(MODEL, matmul=matmul), mesh)
+    init = functools.partial(init_params, model)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     return mesh, model, init, optimizer, abstract_state(init, optimizer, mesh)[1]
 
@@ -238,8 +225,8 @@ def test_only_blocks_multiply_in_8_bits(kind):
     mesh, given = make_mesh(MeshConfig(1, 2, 2, 2)), jax.tree.map(jnp.asarray, batch())
 
     def gradients(matmul):
-        model = tasks.make_model(dataclasses.replace(MODEL, matmul=matmul), mesh)
-        params = jax.eval_shape(functools.partial(tasks.init_params, model), jax.random.key(0))
+        model = make_model(dataclasses.replace(MODEL, matmul=matmul), mesh)
+        params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
         def value(params):
             return batch_loss(model, DiffusionConfig(), params, given, jax.random.key(0))[0]
@@ -270,5 +257,5 @@ def test_without_qwix_it_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"model.matmul is 'int8', .* pip install 'dit-jax\[quant\]'"
     ):
-        tasks.make_model(dataclasses.replace(MODEL, matmul="int8"), mesh)
+        make_model(dataclasses.replace(MODEL, matmul="int8"), mesh)
     assert choose_dot_general(mesh, "full") is choose_dot_general(mesh)

@@ -5,12 +5,7 @@ import sys
 
 import pytest
 
-from dit_jax.parallel.topologies import (
-    CHIPS,
-    parse_topology,
-    peak_flops,
-    topology_devices,
-)
+from dit_jax.parallel.topologies import CHIPS, parse_topology, peak_flops, topology_devices
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (dit-jax[tpu])"

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax import tasks
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import (
+from dit_jax.model import (
     ByteEncoderConfig,
     DiTConfig,
     ModelConfig,
@@ -23,10 +22,11 @@ from dit_jax.models import (
     denoise_and_keep,
     first_modulation,
 )
-from dit_jax.models.dit import time_features
+from dit_jax.model.dit import time_features
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_condition
 from dit_jax.sampling.caching import plan_steps, relative_changes
+from dit_jax.training.video_task import init_params, make_model
 
 MODEL = ModelConfig(
     dit=DiTConfig(width=32, depth=2, heads=2, pooled_text=True),
@@ -53,10 +53,8 @@ def model_on(fsdp: int = 1, **dit: Any) -> tuple[Any, TextToVideo, Any]:
     """A mesh, the model on it, and parameters none of which is zero."""
     mesh = make_mesh(MeshConfig(1, fsdp, 1, 1), jax.devices()[:fsdp])
     config = dataclasses.replace(MODEL, dit=dataclasses.replace(MODEL.dit, **dit))
-    model = tasks.make_model(config, mesh)
-    shapes = nn.unbox(
-        jax.eval_shape(functools.partial(tasks.init_params, model), jax.random.key(0))
-    )
+    model = make_model(config, mesh)
+    shapes = nn.unbox(jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)))
     rng = np.random.default_rng(0)
     return mesh, model, jax.tree.map(lambda x: np.float32(0.2 * rng.normal(size=x.shape)), shapes)
 

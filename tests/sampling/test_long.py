@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.codec.codec import PixelCodec
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ByteEncoderConfig, PatchConfig, PixelCodec
+from dit_jax.model import ByteEncoderConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Generator,

@@ -8,15 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.codec.codec import PixelCodec
 from dit_jax.diffusion import DiffusionConfig, TimeConfig
-from dit_jax.models import (
-    ByteEncoderConfig,
-    DiTConfig,
-    ModelConfig,
-    PatchConfig,
-    PixelCodec,
-    patchify,
-)
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, patchify
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Generator,
@@ -42,7 +36,7 @@ from dit_jax.sampling import (
     window_requests,
 )
 from dit_jax.sampling.clips import _decode_loop
-from dit_jax.tasks import init_params, make_model
+from dit_jax.training.video_task import init_params, make_model
 from tests.training.conftest import QUICK
 
 

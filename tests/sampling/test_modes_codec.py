@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Generator,
@@ -30,7 +30,7 @@ from dit_jax.sampling import (
     to_uint8,
     window_requests,
 )
-from dit_jax.tasks import init_params, make_model
+from dit_jax.training.video_task import init_params, make_model
 from tests.codecs import make_codec, quick_compilation
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.models import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import OptimizerConfig
 from tests.training.conftest import QUICK

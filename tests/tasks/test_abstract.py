@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax import tasks
 from dit_jax.config import Config, DataConfig, load_config
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.models import forward_flops
+from dit_jax.model import forward_flops
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
+from dit_jax.plan.abstract import abstract_denoise, abstract_task
 from dit_jax.sampling import Generator, Request, make_clips
 from dit_jax.training import abstract_params
+from dit_jax.training.kinds import build
+from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
 
 
@@ -51,8 +53,8 @@ def assert_alike(expected, found, but_for=()):
 
 
 def test_a_batch_is_as_the_loader_and_the_mesh_make_it(config, mesh):
-    abstract = tasks.abstract_task(config, mesh)
-    task = tasks.build(config, mesh)
+    abstract = abstract_task(config, mesh)
+    task = build(config, mesh)
     rows = tuple(range(task.rows))
     loader = task.loader(rows)
     batch = global_batch(mesh, next(loader), rows, task.rows)
@@ -65,13 +67,13 @@ def test_a_batch_is_as_the_loader_and_the_mesh_make_it(config, mesh):
 
 
 def test_parameters_are_those_of_the_task(config, mesh):
-    abstract, task = tasks.abstract_task(config, mesh), tasks.build(config, mesh)
+    abstract, task = abstract_task(config, mesh), build(config, mesh)
     ours, theirs = (abstract_params(one.init, mesh) for one in (abstract, task))
     assert ours == theirs
 
 
 def test_flops_are_three_forward_passes_of_full_rows(config, mesh):
-    abstract, packing = tasks.abstract_task(config, mesh), config.data.packing
+    abstract, packing = abstract_task(config, mesh), config.data.packing
     assert abstract.tokens == packing.rows * packing.row_tokens
     full = np.array([packing.row_tokens]), np.array([packing.row_text])
     # Exact: whole numbers below 2^53.
@@ -88,7 +90,7 @@ def test_flops_are_three_forward_passes_of_full_rows(config, mesh):
 def test_batches_that_do_not_divide_are_refused(latents, sizes, message):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     with pytest.raises(ValueError, match=message):
-        tasks.abstract_task(latents, mesh)
+        abstract_task(latents, mesh)
 
 
 class Seen(Exception):
@@ -101,11 +103,9 @@ def first_step(mesh):
 
     def run(config, clips=1):
         made, text = config.sampling, config.model.text
-        model = tasks.make_model(config.model, mesh, config.attention)
+        model = make_model(config.model, mesh, config.attention)
         generator = Generator(model, config.diffusion, made)
-        shapes, shardings = abstract_params(
-            partial(tasks.init_params, model), mesh, over_context=False
-        )
+        shapes, shardings = abstract_params(partial(init_params, model), mesh, over_context=False)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         states = np.ones((3, text.dim), np.float16) if hasattr(text, "dim") else None
         size = (made.frames, made.height, made.width, made.fps)
@@ -139,7 +139,7 @@ def test_a_step_of_the_solver_is_given_what_the_generator_gives(
     config = dataclasses.replace(config, sampling=sampling)
     given = first_step(config, clips)
     assert (given[1].x.shape[0], given[3].shape[0]) == (rows, texts)
-    abstract = tasks.abstract_denoise(config, mesh, rows)
+    abstract = abstract_denoise(config, mesh, rows)
     assert_alike(abstract.arguments, given, LEVELS)
     count = config.model.patch.num_tokens(sampling.frames, sampling.height, sampling.width)
     # The text is encoded once, before the first step.
@@ -153,7 +153,7 @@ def test_a_step_is_given_what_the_solver_remembers(latents, mesh, first_step):
     config = dataclasses.replace(latents, sampling=sampling)
     given = first_step(config)
     scalars = tuple(f"[1].history.{name}" for name in ("t", "t_earlier"))
-    assert_alike(tasks.abstract_denoise(config, mesh).arguments, given, (*LEVELS, *scalars))
+    assert_alike(abstract_denoise(config, mesh).arguments, given, (*LEVELS, *scalars))
 
 
 def test_parameters_of_a_step_are_in_the_dtype_that_layers_compute_in(latents, mesh, first_step):
@@ -161,7 +161,7 @@ def test_parameters_of_a_step_are_in_the_dtype_that_layers_compute_in(latents, m
         latents, model=dataclasses.replace(latents.model, dtype="bfloat16")
     )
     given = first_step(config)
-    abstract = tasks.abstract_denoise(config, mesh, rows=1)
+    abstract = abstract_denoise(config, mesh, rows=1)
     assert_alike(abstract.arguments, given, LEVELS)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(abstract.arguments[0])}
     assert dtypes == {"bfloat16", "float32"} and given[3].dtype == "bfloat16"
@@ -179,7 +179,7 @@ def test_parameters_of_a_step_are_in_the_dtype_that_layers_compute_in(latents, m
 def test_batches_that_cannot_be_laid_out_are_refused(changes, message):
     config = tiny(**changes)
     with pytest.raises(ValueError, match=message):
-        tasks.abstract_task(config, make_mesh(config.mesh))
+        abstract_task(config, make_mesh(config.mesh))
 
 
 def tiny(rows=8, row_tokens=32, accumulate=1, ulysses=None):
@@ -202,15 +202,15 @@ def test_every_config_traces_with_the_kernel_of_tpus(name):
     config = load_config(f"configs/{name}.py")
     config = dataclasses.replace(config, attention=AttentionConfig(kernel="splash"))
     mesh = make_mesh(MeshConfig(1), jax.devices()[:1])
-    task = tasks.abstract_task(config, mesh)
+    task = abstract_task(config, mesh)
     params = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
     total, _ = jax.eval_shape(task.loss, params, task.batch, jax.random.key(0))
     assert total.shape == ()
-    step = tasks.abstract_denoise(config, mesh)
+    step = abstract_denoise(config, mesh)
     made = jax.eval_shape(step.function, *step.arguments)
     assert made.x.shape == step.arguments[1].x.shape
     # And the text, which is encoded apart.
-    model = tasks.make_model(config.model, mesh, config.attention)
+    model = make_model(config.model, mesh, config.attention)
     condition = step.arguments[2]
     given = (condition.text, condition.text_segment_ids)
     states = jax.eval_shape(partial(model.apply, method="encode_text"), params, *given)

@@ -10,33 +10,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax import tasks
+from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.codec.opening import check_codec
 from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
-from dit_jax.data import (
-    PackingConfig,
-    RecordsConfig,
-    RecordsSource,
-    TransformConfig,
-    write_records,
-)
-from dit_jax.evaluation import judge_classes
-from dit_jax.interop import (
-    autoencoder_map,
-    autoencoder_to_diffusers,
-    load_codec,
-    write_folder,
-)
-from dit_jax.models import (
-    ClassLabelsConfig,
-    DiTConfig,
-    ModelConfig,
-    PatchConfig,
-    patchify,
-)
-from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig, write_records
+from dit_jax.evaluate import judge_classes
+from dit_jax.interop import autoencoder_map, autoencoder_to_diffusers, load_codec, write_folder
+from dit_jax.model import ClassLabelsConfig, DiTConfig, ModelConfig, PatchConfig, patchify
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
+from dit_jax.training.kinds import build
 from tests.scripts import load_script
 
 CLASSES = 3
@@ -107,7 +91,7 @@ def mesh():
 
 
 def first_batch(config):
-    task = tasks.build(config, mesh())
+    task = build(config, mesh())
     loader = task.loader((0, 1))
     try:
         return task, next(loader)
@@ -165,7 +149,7 @@ def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
 
 def test_a_codec_that_does_not_fit_is_refused(records, codec_path):
     with pytest.raises(ValueError, match="4 channels with strides"):
-        tasks.build(config_of(records, codec=CodecConfig(str(codec_path))), mesh())
+        build(config_of(records, codec=CodecConfig(str(codec_path))), mesh())
 
 
 def script():
@@ -208,7 +192,7 @@ def test_latents_are_written_once_and_trained_on(
     assert batch.tokens.shape == (2, 32, 16)
     foreign = load_codec(codec_path)
     with pytest.raises(ValueError, match="were made by the codec"):
-        tasks.codecs.check_codec(dataclasses.replace(foreign, hash="other"), made)
+        check_codec(dataclasses.replace(foreign, hash="other"), made)
 
 
 def test_the_judge_knows_right_from_wrong():

@@ -10,17 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import interop, tasks
+from dit_jax import interop
+from dit_jax.codec.opening import open_codec
 from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource
+from dit_jax.data.sources import make_source
 from dit_jax.data.writing import write_records
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.sampling.media import read_video
-from dit_jax.tasks.sources import make_source
-from dit_jax.tasks.text_to_video import tokenize
 from dit_jax.training import abstract_state, init_state, make_optimizer
+from dit_jax.training.kinds import build
+from dit_jax.training.video_task import tokenize
 from tests.codecs import SMALL, quick_compilation, random_params
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
@@ -77,7 +79,7 @@ def one_device() -> Any:
 
 
 def test_clips_are_encoded_as_they_are_read(config: Config, folder: Path):
-    task = tasks.build(config, one_device())
+    task = build(config, one_device())
     loader = task.loader((0, 1))
     batch = next(loader)
     loader.close()
@@ -98,7 +100,7 @@ def test_clips_are_encoded_as_they_are_read(config: Config, folder: Path):
 
 def test_what_is_drawn_is_decoded(config: Config, tmp_path: Path):
     mesh = one_device()
-    task = tasks.build(config, mesh)
+    task = build(config, mesh)
     optimizer = make_optimizer(config.optimizer, 1)
     _, shardings = abstract_state(task.init, optimizer, mesh)
     state = init_state(task.init, optimizer, shardings, jax.random.key(0))
@@ -112,12 +114,12 @@ def test_clips_that_have_no_whole_latents_are_refused_by_name(config: Config):
     source = dataclasses.replace(config.data.source, split="odd")
     data = dataclasses.replace(config.data, source=source, bad_records="refuse")
     with pytest.raises(ValueError, match="1 of 2 records cannot be packed") as error:
-        tasks.build(dataclasses.replace(config, data=data), one_device())
+        build(dataclasses.replace(config, data=data), one_device())
     assert "record 1 of" in str(error.value) and "6 frames of 16 x 8" in str(error.value)
     # Of a set without sizes in its metadata it is told when the clip is read.
     said = r"the clip 'clip 1' cannot be encoded: a clip of 6 frames of 16 x 8: small takes 1 \+ 4n"
     with pytest.raises(ValueError, match=said) as error:
-        tokenize(config.model, RecordsSource(source)[1], codec=tasks.open_codec(config))
+        tokenize(config.model, RecordsSource(source)[1], codec=open_codec(config))
     assert "Cut it to 5 of 16 x 8" in str(error.value)
 
 
@@ -136,20 +138,20 @@ def test_other_strides_are_refused(config: Config, wrong: dict[str, int]):
     with pytest.raises(
         ValueError, match=r"4 channels with strides \(4, 2, 2\).* make them the same"
     ):
-        tasks.open_codec(odd)
+        open_codec(odd)
 
 
 def test_other_channels_are_refused(config: Config):
     patch = dataclasses.replace(config.model.patch, channels=8)
     model = dataclasses.replace(config.model, patch=patch)
     with pytest.raises(ValueError, match=r"latents of 4 channels .* model.patch.channels 8"):
-        tasks.open_codec(dataclasses.replace(config, model=model))
+        open_codec(dataclasses.replace(config, model=model))
 
 
 def test_folders_that_hold_no_codec_are_refused(config: Config, tmp_path: Path):
     codec = dataclasses.replace(config.codec, path=str(tmp_path))
     with pytest.raises(ValueError, match="config.json' is not there"):
-        tasks.open_codec(dataclasses.replace(config, codec=codec))
+        open_codec(dataclasses.replace(config, codec=codec))
 
 
 def test_latents_that_another_codec_made_are_refused(config: Config, folder: Path, tmp_path: Path):
@@ -164,10 +166,10 @@ def test_latents_that_another_codec_made_are_refused(config: Config, folder: Pat
         source = RecordsConfig(str(path))
         recorded = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
         if made_by == mine.hash:
-            assert tasks.build(recorded, one_device()).rows == 2
+            assert build(recorded, one_device()).rows == 2
             continue
         said = (
             "made by the codec '0123456789abcdef', and codec.path is .* give the one that made them"
         )
         with pytest.raises(ValueError, match=said):
-            tasks.build(recorded, one_device())
+            build(recorded, one_device())

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax import tasks
 from dit_jax.config import Config, DataConfig, to_dict
 from dit_jax.data import PackingConfig, ShapesConfig
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
-from dit_jax.models.positions import grid_features, grid_time_features
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.model.positions import grid_features, grid_time_features
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips
 from dit_jax.train import begin
 from dit_jax.training import (
@@ -22,6 +22,8 @@ from dit_jax.training import (
     init_state,
     make_optimizer,
 )
+from dit_jax.training.inflating import inflation
+from dit_jax.training.video_task import make_model
 
 IMAGE = Config(
     data=DataConfig(
@@ -62,7 +64,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def image(mesh, tmp_path_factory):
     """An image model with random weights everywhere, stored as a run; the run and the weights."""
-    abstract = tasks.abstract_task(IMAGE, mesh)
+    abstract = abstract_task(IMAGE, mesh)
     shapes, shardings = abstract_state(abstract.init, make_optimizer(IMAGE.optimizer, 1), mesh)
     rng = np.random.default_rng(0)
     host = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), shapes.ema)
@@ -76,7 +78,7 @@ def image(mesh, tmp_path_factory):
 
 def begun(config, mesh):
     """The averaged parameters that a new run of the config begins with."""
-    task, optimizer = tasks.abstract_task(config, mesh), make_optimizer(config.optimizer, 1)
+    task, optimizer = abstract_task(config, mesh), make_optimizer(config.optimizer, 1)
     shapes, shardings = abstract_state(task.init, optimizer, mesh)
     fresh = init_state(task.init, optimizer, shardings, jax.random.key(1))
     state = begin(config, fresh, shapes, shardings)
@@ -91,7 +93,7 @@ def one_frame(config, params, tokens, t):
     """The output for tokens of one frame ``[1, l, q]``, repeated to fill its patches, at level t."""
     frames, count = config.model.patch.t, tokens.shape[1]
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-    model = tasks.make_model(config.model, mesh)
+    model = make_model(config.model, mesh)
     places = np.meshgrid(np.arange(3), np.arange(2), indexing="ij")
     positions = np.stack([0 * places[0], *places], -1).reshape(1, count, 3).astype(np.float32)
     ids, text = np.ones((1, count), np.int32), np.array([[5, 6, 7]], np.int32)
@@ -139,9 +141,7 @@ def test_images_are_sampled_as_the_image_model_samples_them(image, mesh):
     made = []
     inflated = video(2, initial=run)
     for config, params in ((IMAGE, weights), (inflated, begun(inflated, mesh))):
-        generator = Generator(
-            tasks.make_model(config.model, alone), config.diffusion, config.sampling
-        )
+        generator = Generator(make_model(config.model, alone), config.diffusion, config.sampling)
         request = Request("a circle", 1, 24, 16, 8.0, 3)
         made += make_clips(generator, params, [request], config.model, alone)
     assert made[0].std() > 5
@@ -182,10 +182,10 @@ def test_what_would_not_be_the_image_is_refused(image, mesh, config, message):
 
 def test_models_of_clips_keep_their_clock_and_patches():
     clips = video(1, absolute="wh", fps=24.0)
-    assert tasks.inflation(video(1, absolute="wh", fps=8.0), clips) is None
-    assert tasks.inflation(video(4), video(2)) is None
-    assert tasks.inflation(video(2), video(2)) is None
-    found = tasks.inflation(video(2), IMAGE)
+    assert inflation(video(1, absolute="wh", fps=8.0), clips) is None
+    assert inflation(video(4), video(2)) is None
+    assert inflation(video(2), video(2)) is None
+    found = inflation(video(2), IMAGE)
     assert found is not None and (found.frames, found.outputs) == (2, 1)
     assert set(found.fields) == {
         "model.patch.t",

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import tasks
-from dit_jax.config import Config, EvaluationConfig, LogConfig, from_dict, stored_config, to_dict
-from dit_jax.models import ByteEncoderConfig, TextStatesConfig, unpatchify
+from dit_jax.checks import from_dict
+from dit_jax.config import Config, EvaluationConfig, LogConfig, stored_config, to_dict
+from dit_jax.data.sources import make_source
+from dit_jax.model import ByteEncoderConfig, TextStatesConfig, unpatchify
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
+from dit_jax.training.kinds import build
 
 STEPS = 20
 
@@ -24,7 +26,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def trained(latents, mesh):
     """Two batches from the loader, and the losses of a step on each and of many on the first."""
-    task = tasks.build(latents, mesh)
+    task = build(latents, mesh)
     rows = tuple(range(task.rows))
     loader = task.loader(rows)
     batches = [next(loader) for _ in range(2)]
@@ -44,7 +46,7 @@ def trained(latents, mesh):
 
 def test_batches_hold_what_was_recorded(trained, latents, records):
     _, batches, _ = trained
-    source = tasks.sources.make_source(latents.data.source)
+    source = make_source(latents.data.source)
     clips = [source[i] for i in range(len(source))]
     found = 0
     for batch in batches:
@@ -102,18 +104,18 @@ def test_records_without_states_are_refused_before_training(latents, mesh):
     source = dataclasses.replace(latents.data.source, text_states_key=None)
     config = dataclasses.replace(latents, data=dataclasses.replace(latents.data, source=source))
     with pytest.raises(ValueError, match=r"states \[s, 8\] .*, and none came with 'colour"):
-        tasks.build(config, mesh)
+        build(config, mesh)
     text = dataclasses.replace(latents.model.text, dim=7)
     config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, text=text))
     with pytest.raises(ValueError, match=r"states \[s, 7\] .*, and an array of shape \(\d, 8\)"):
-        tasks.build(config, mesh)
+        build(config, mesh)
 
 
 def test_latents_of_another_codec_are_refused(latents, mesh):
     patch = dataclasses.replace(latents.model.patch, channels=16)
     config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, patch=patch))
     with pytest.raises(ValueError, match="the clip has 4 channels and the model's patches 16"):
-        tasks.build(config, mesh)
+        build(config, mesh)
 
 
 def test_text_states_survive_json(latents):

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dit_jax.models import PatchConfig, PixelCodec
+from dit_jax.codec.codec import PixelCodec
+from dit_jax.model import PatchConfig
 from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard
-from dit_jax.tasks import LongArguments, ModeArguments, make_long_plan
+from dit_jax.sampling.long_plan import LongArguments, make_long_plan
+from dit_jax.sampling.requested import ModeArguments
 
 
 def plan(frames: int = 9, fps: float = 8.0, stride: int = 1, **given: Any) -> Any:

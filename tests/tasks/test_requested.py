@@ -7,20 +7,14 @@ import numpy as np
 import pytest
 import tyro
 
+from dit_jax.codec.codec import PixelCodec
 from dit_jax.config import CodecConfig
-from dit_jax.models import PatchConfig, PixelCodec
+from dit_jax.model import PatchConfig
 from dit_jax.sampling import Request, SamplingConfig, Space
-from dit_jax.tasks import (
-    ModeArguments,
-    Plan,
-    SamplingOverrides,
-    Shape,
-    chosen,
-    cut_note,
-    gathered,
-    make_plan,
-)
-from dit_jax.tasks.requested import _check_latents
+from dit_jax.sampling.options import gathered
+from dit_jax.sampling.pipeline import SamplingOverrides, chosen
+from dit_jax.sampling.requested import ModeArguments, Plan, Shape, _check_latents, make_plan
+from dit_jax.text.opening import cut_note
 from tests.tiny_config import get_config
 
 UNSET = {}

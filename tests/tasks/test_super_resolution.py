@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax import tasks
+from dit_jax.codec.codec import PixelCodec
 from dit_jax.config import load_config
-from dit_jax.data import enlarge, shrink
-from dit_jax.models import PixelCodec, forward_flops, patchify, unpatchify
+from dit_jax.model import forward_flops, patchify, unpatchify
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
+from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import (
     Generator,
     Request,
@@ -22,10 +22,21 @@ from dit_jax.sampling import (
     to_uint8,
     write_video,
 )
-from dit_jax.tasks.cases import Cases
-from dit_jax.tasks.super_resolution import fidelity, low_of, seen_low
-from dit_jax.tasks.text_to_video import tokenize
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
+from dit_jax.training.cases import Cases
+from dit_jax.training.kinds import build
+from dit_jax.training.video_task import make_model, tokenize
+from dit_jax.upscale.resizing import enlarge, shrink
+from dit_jax.upscale.super_resolution import (
+    check_given,
+    cut_again,
+    each_clip,
+    enlarging,
+    fidelity,
+    low_of,
+    read_clips,
+    seen_low,
+)
 from tests import tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -49,7 +60,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def built(mesh):
-    return tasks.build(CONFIG, mesh)
+    return build(CONFIG, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +109,9 @@ def test_every_segment_has_its_own_clip_at_low_resolution(batch):
 def test_a_model_that_does_not_enlarge_has_none_of_it(mesh):
     sample = {"video": clip(), "caption": "a", "fps": 8.0}
     assert "low" not in tokenize(PLAIN.model, sample)
-    assert tasks.abstract_task(PLAIN, mesh).batch.low is None
+    assert abstract_task(PLAIN, mesh).batch.low is None
     plain, other = (
-        jax.eval_shape(tasks.abstract_task(c, mesh).init, jax.random.key(0))["params"]["dit"]
+        jax.eval_shape(abstract_task(c, mesh).init, jax.random.key(0))["params"]["dit"]
         for c in (PLAIN, CONFIG)
     )
     assert set(other) - set(plain) == {"low_embedding", "low_time"}
@@ -116,7 +127,7 @@ def test_latents_are_refused():
 
 
 def test_the_abstract_batch_is_as_the_loader_makes_it(built, batch, mesh):
-    abstract = tasks.abstract_task(CONFIG, mesh).batch
+    abstract = abstract_task(CONFIG, mesh).batch
     placed = global_batch(mesh, batch, tuple(range(built.rows)), built.rows)
     assert jax.tree.map(jnp.shape, placed) == jax.tree.map(jnp.shape, abstract)
     assert placed.low.dtype == abstract.low.dtype
@@ -148,7 +159,7 @@ def requests(mesh, sizes=((5, 24, 24), (1, 24, 32))):
 def test_a_clip_does_not_depend_on_what_is_made_beside_it(trained, mesh):
     state, _ = trained
     config = dataclasses.replace(CONFIG.sampling, augmentation=0.1)
-    model = tasks.make_model(CONFIG.model, mesh)
+    model = make_model(CONFIG.model, mesh)
     generator = Generator(model, CONFIG.diffusion, config)
     both = make_clips(generator, state.params, requests(mesh), CONFIG.model, mesh)
     assert [one.shape for one in both] == [(5, 24, 24, 3), (1, 24, 32, 3)]
@@ -165,7 +176,7 @@ def test_eight_devices_enlarge_as_one_does(trained, mesh):
     many = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     made = []
     for devices in (mesh, many):
-        model = tasks.make_model(CONFIG.model, devices)
+        model = make_model(CONFIG.model, devices)
         generator = Generator(model, CONFIG.diffusion, CONFIG.sampling)
         params = jax.device_get(state.params)
         made.append(make_clips(generator, params, requests(mesh), CONFIG.model, devices))
@@ -220,11 +231,11 @@ def test_clips_of_files_become_requests(tmp_path):
     small = [clip(3, 3, 12, 16), clip(4, 5, 8, 8)]
     for i, one in enumerate(small):
         write_video(tmp_path / f"{i}.mp4", one, 12.0)
-    clips = tasks.read_clips([str(tmp_path)])
+    clips = read_clips([str(tmp_path)])
     assert [c.shape for c, _ in clips] == [(3, 12, 16, 3), (5, 8, 8, 3)]
-    prompts, clips = tasks.each_clip(["a"], clips, 1)
+    prompts, clips = each_clip(["a"], clips, 1)
     assert prompts == ["a", "a"]
-    made = tasks.enlarging(
+    made = enlarging(
         [Request(p, 1, 8, 8, 8.0, i, negative="b") for i, p in enumerate(prompts)],
         clips,
         CONFIG,
@@ -243,40 +254,38 @@ def test_clips_that_do_not_fill_their_last_token_keep_their_length():
     """As loops do not: the model is shown the last frame again."""
     clips = [(clip(0, 4, 12, 12), 8.0), (clip(1, 3, 12, 12), 8.0)]
     asked = [Request("", 1, 8, 8, 8.0, i) for i in range(2)]
-    made = tasks.enlarging(asked, clips, CONFIG, PixelCodec())
+    made = enlarging(asked, clips, CONFIG, PixelCodec())
     assert [r.frames for r in made] == [5, 3]
     assert np.array_equal(made[0].low[:4], seen_low(clips[0][0], 2, None))
     assert np.array_equal(made[0].low[4], made[0].low[3])
-    for edit, request, (video, _) in zip(tasks.cut_again(made, clips), made, clips, strict=True):
+    for edit, request, (video, _) in zip(cut_again(made, clips), made, clips, strict=True):
         shown = edit.finish([np.zeros((request.frames, 24, 24, 3), np.uint8)])
         assert edit.requests == (request,) and len(shown) == len(video)
 
 
 def test_every_clip_has_a_prompt():
     clips = [(clip(), 8.0), (clip(1), 4.0)]
-    assert tasks.each_clip([], clips, 1)[0] == ["", ""]
-    assert tasks.each_clip(["a", "a"], clips, 2)[0] == ["a"] * 4
-    prompts, repeated = tasks.each_clip(["a", "a", "b", "b"], clips, 2)
+    assert each_clip([], clips, 1)[0] == ["", ""]
+    assert each_clip(["a", "a"], clips, 2)[0] == ["a"] * 4
+    prompts, repeated = each_clip(["a", "a", "b", "b"], clips, 2)
     assert prompts == ["a", "a", "b", "b"]
     assert [fps for _, fps in repeated] == [8.0, 8.0, 4.0, 4.0]
     with pytest.raises(ValueError, match="3 prompts for 2 clips"):
-        tasks.each_clip(["a", "b", "c"], clips, 1)
+        each_clip(["a", "b", "c"], clips, 1)
 
 
 def test_what_cannot_be_enlarged_is_refused(tmp_path):
     with pytest.raises(ValueError, match="enlarges clips 2 times: give some with --super-resolve"):
-        tasks.check_given(CONFIG, ())
+        check_given(CONFIG, ())
     with pytest.raises(ValueError, match="does not enlarge clips"):
-        tasks.check_given(PLAIN, ("a.mp4",))
+        check_given(PLAIN, ("a.mp4",))
     noised = dataclasses.replace(PLAIN.sampling, augmentation=0.1)
     with pytest.raises(ValueError, match="--augmentation 0.1: the model does not enlarge"):
-        tasks.check_given(dataclasses.replace(PLAIN, sampling=noised), ())
+        check_given(dataclasses.replace(PLAIN, sampling=noised), ())
     with pytest.raises(ValueError, match="holds no files ending in"):
-        tasks.read_clips([str(tmp_path)])
+        read_clips([str(tmp_path)])
     with pytest.raises(ValueError, match="height 28"):
-        tasks.enlarging(
-            [Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 3, 14, 12), 8.0)], CONFIG, PixelCodec()
-        )
+        enlarging([Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 3, 14, 12), 8.0)], CONFIG, PixelCodec())
     with pytest.raises(ValueError, match="not multiples of model.upscale 5"):
         dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, upscale=5))
 
@@ -290,7 +299,7 @@ def test_the_cascade_fits_together(mesh):
     assert made == [(17, 64, 64), (17, 256, 256), (17, 768, 768)]
     assert [s.model.upscale for s in stages] == [1, 4, 3]
     for config in stages:
-        task = tasks.abstract_task(config, mesh)
+        task = abstract_task(config, mesh)
         tokens = config.model.patch.num_tokens(
             config.sampling.frames, config.sampling.height, config.sampling.width
         )

@@ -9,8 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 from flax import linen as nn
 
-from dit_jax import evaluate, sample, tasks, train
-from dit_jax.config import Config, TextEncoderConfig, from_dict, to_dict
+from dit_jax import sample, train
+from dit_jax.checks import from_dict
+from dit_jax.config import Config, TextEncoderConfig, to_dict
 from dit_jax.data import (
     MixedSetConfig,
     MixtureConfig,
@@ -21,16 +22,23 @@ from dit_jax.data import (
     StatesOf,
     write_records,
 )
+from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.interop import load_text_encoder, text_encoder_identity
-from dit_jax.models import StatesEncoder, T5EncoderConfig, TextStatesConfig
+from dit_jax.model import TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.preparation import ChatClient, ChatConfig, upsample
+from dit_jax.prepare import ChatClient, ChatConfig, upsample
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
-from dit_jax.tasks.cases import Cases
+from dit_jax.text.opening import check_reads, on_mesh, prompt_length, with_states
+from dit_jax.text.t5 import T5EncoderConfig
+from dit_jax.text.text_encoder import StatesEncoder
 from dit_jax.training import CheckpointConfig, Checkpointer
+from dit_jax.training.cases import Cases
+from dit_jax.training.kinds import build
+from dit_jax.training.kinds import recorded as with_hashes
+from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
-from tests.preparation.chat_server import Response, serving
+from tests.prepare.chat_server import Response, serving
 from tests.scripts import load_script
 from tests.text_files import TINY, needs_tokenizers, write_t5
 
@@ -130,16 +138,16 @@ def test_states_that_do_not_fit_are_refused(tmp_path, encoder, value, said):
 def test_a_run_records_whose_states_it_reads(recorded, captioned, encoder, folder, other):
     assert text_encoder_identity(folder) == ("tiny-umt5", encoder.hash)
     for config in (recorded, captioned):
-        known = tasks.recorded(config)
+        known = with_hashes(config)
         assert known.text_encoder.hash == encoder.hash
-        assert tasks.recorded(known) == known
+        assert with_hashes(known) == known
         assert from_dict(Config, json.loads(json.dumps(to_dict(known)))) == known
-    assert tasks.recorded(tiny_config.get_config()) == tiny_config.get_config()
+    assert with_hashes(tiny_config.get_config()) == tiny_config.get_config()
 
     def refused(config, message, **changed):
         given = dataclasses.replace(config.text_encoder, **changed)
         with pytest.raises(ValueError, match=message):
-            tasks.recorded(dataclasses.replace(config, text_encoder=given))
+            with_hashes(dataclasses.replace(config, text_encoder=given))
 
     made = r"the states of .* were made by the encoder 'tiny-umt5' \(\w{16}\), and the model reads"
     refused(recorded, rf"{made} states of 'tiny-umt5' \(other\): give the one", hash="other")
@@ -151,7 +159,7 @@ def test_a_run_records_whose_states_it_reads(recorded, captioned, encoder, folde
 
 
 def test_a_resumed_run_keeps_its_encoder(captioned, tmp_path):
-    known = tasks.recorded(captioned)
+    known = recorded(captioned)
     again = dataclasses.replace(known.text_encoder, path="elsewhere")
     train.check_same_run(dataclasses.replace(known, text_encoder=again), known, tmp_path)
     changed = dataclasses.replace(known.text_encoder, hash="other")
@@ -165,7 +173,7 @@ def test_a_path_without_a_model_that_reads_states_is_refused(folder):
 
 
 def first_batch(config, mesh):
-    task = tasks.build(config, mesh)
+    task = build(config, mesh)
     loader = task.loader(tuple(range(task.rows)))
     batch = next(loader)
     loader.close()
@@ -198,21 +206,21 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     none = np.zeros((0, 8), np.float32)
     batch = first_batch(of(captioned, 0, 1, 2), mesh)
     assert matches(batch, [*known, none]) > 4
-    assert tasks.recorded(of(captioned, 1, 0)).text_encoder.hash == encoder.hash
+    assert recorded(of(captioned, 1, 0)).text_encoder.hash == encoder.hash
     with pytest.raises(ValueError, match="has none: name their feature"):
-        tasks.build(of(recorded, 0, 1), mesh)
+        build(of(recorded, 0, 1), mesh)
     bare = first_batch(of(recorded, 2), mesh)
     assert matches(bare, [none]) > 2
     mixed = of(recorded, 2, 0)
-    assert tasks.recorded(mixed).text_encoder.hash == encoder.hash
+    assert recorded(mixed).text_encoder.hash == encoder.hash
     assert [request.prompt for request in Cases(mixed).requests] == PROMPTS
     other = dataclasses.replace(mixed, text_encoder=TextEncoderConfig(hash="other"))
     with pytest.raises(ValueError, match="were made by the encoder"):
-        tasks.build(other, mesh)
+        build(other, mesh)
 
 
 def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, recorded, encoder):
-    counted = tasks.prompt_length(captioned)
+    counted = prompt_length(captioned)
     assert counted is not None
     length, limit = counted
     text = " ".join(["a big red circle moves left."] * 30)
@@ -224,9 +232,9 @@ def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, rec
     whole = dataclasses.replace(
         captioned, model=model, data=dataclasses.replace(captioned.data, packing=ROOMY)
     )
-    assert tasks.prompt_length(whole)[1] == encoder.max_tokens == 512
-    assert tasks.prompt_length(recorded) is None
-    counted = tasks.prompt_length(tiny_config.get_config())
+    assert prompt_length(whole)[1] == encoder.max_tokens == 512
+    assert prompt_length(recorded) is None
+    counted = prompt_length(tiny_config.get_config())
     assert counted is not None and counted[0]("\u00e9a") == 3 and counted[1] == 47
     sentences = "A big red circle moves left. A small green cross moves up. A blue square moves."
     with serving(lambda body, turn: Response(sentences)) as server:
@@ -260,10 +268,10 @@ def test_states_of_another_width_or_encoder_are_refused(captioned, recorded, mes
     text = dataclasses.replace(captioned.model.text, dim=7)
     wide = dataclasses.replace(captioned, model=dataclasses.replace(captioned.model, text=text))
     with pytest.raises(ValueError, match="makes states of 8 numbers, and the model reads 7"):
-        tasks.build(wide, mesh)
+        build(wide, mesh)
     given = TextEncoderConfig(hash="other")
     with pytest.raises(ValueError, match="were made by the encoder 'tiny-umt5'"):
-        tasks.build(dataclasses.replace(recorded, text_encoder=given), mesh)
+        build(dataclasses.replace(recorded, text_encoder=given), mesh)
 
 
 @pytest.mark.parametrize("axes", [(2, 2, 1, 2), (1, 4, 2, 1)])
@@ -274,7 +282,7 @@ def test_spread_over_eight_devices_is_one_device(tmp_path, axes, bias):
     )
     folder = write_t5(tmp_path / "t5", config)
     spread = load_text_encoder(
-        folder, placement=tasks.on_mesh(make_mesh(MeshConfig(*axes), jax.devices()))
+        folder, placement=on_mesh(make_mesh(MeshConfig(*axes), jax.devices()))
     )
     kernel = spread.params["params"]["blocks"]["gate"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (
@@ -295,20 +303,20 @@ def test_requests_get_states_once_and_keep_those_they_have(encoder):
     given = np.ones((2, 8), np.float32)
     requests = [Request(prompt, 1, 8, 8, 8.0, 0) for prompt in [*PROMPTS, PROMPTS[0]]]
     requests.append(Request("kept", 1, 8, 8, 8.0, 0, given))
-    found = tasks.with_states(requests, encoder)
+    found = with_states(requests, encoder)
     for request, wanted in zip(found, encoder.encode([*PROMPTS, PROMPTS[0]]), strict=False):
         np.testing.assert_array_equal(request.text_states, wanted)
     assert found[-1].text_states is given
-    assert tasks.with_states(requests, None) == requests
+    assert with_states(requests, None) == requests
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, captioned, mesh):
     """A run's directory, with fresh weights."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    config = tasks.recorded(captioned)
-    model = tasks.make_model(config.model, mesh)
-    params = nn.unbox(jax.jit(lambda key: tasks.init_params(model, key))(jax.random.key(0)))
+    config = recorded(captioned)
+    model = make_model(config.model, mesh)
+    params = nn.unbox(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
     # Fresh, the model would say zero whatever it reads.
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
@@ -361,7 +369,7 @@ def test_other_encoders_are_refused_at_sampling(run, folder, other, tmp_path, ca
     assert not output.exists()
     config = dataclasses.replace(captioned, text_encoder=TextEncoderConfig())
     with pytest.raises(ValueError, match="reads prompts as states .* 'tiny-umt5': give --text-en"):
-        tasks.check_reads(config, "run")
+        check_reads(config, "run")
 
 
 def test_the_script_adds_states_to_records(tmp_path, encoder, folder, monkeypatch, capsys):

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import tasks
 from dit_jax.data import PackingConfig, pack_rows
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
-from dit_jax.tasks.text_to_video import batch_loss, tokenize
 from dit_jax.training import OptimizerConfig, abstract_state, make_optimizer, make_step
+from dit_jax.training.video_task import batch_loss, init_params, make_model, tokenize
 
 # Eight heads, so that every axis of the mesh can have all eight devices; layers are scanned, as on
 # accelerators, so that their parameters are stacked.
@@ -126,8 +125,8 @@ def rig():
     def build(data, fsdp, context, tensor, accumulate=1):
         sizes = MeshConfig(data, fsdp, context, tensor)
         mesh = make_mesh(sizes, jax.devices()[: data * fsdp * context * tensor])
-        model = tasks.make_model(MODEL, mesh)
-        init = functools.partial(tasks.init_params, model)
+        model = make_model(MODEL, mesh)
+        init = functools.partial(init_params, model)
         config = dataclasses.replace(OPTIMIZER, accumulate=accumulate)
         optimizer = make_optimizer(config, STEPS)
         shapes, shardings = abstract_state(init, optimizer, mesh)

@@ -10,7 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dit_jax.config import Config, from_dict, to_dict
+from dit_jax.checks import from_dict
+from dit_jax.config import Config, to_dict
 from dit_jax.train import begin, check_same_meaning
 from dit_jax.training import (
     CheckpointConfig,

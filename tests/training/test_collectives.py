@@ -9,11 +9,11 @@ import jax
 import pytest
 from flax import linen as nn
 
-from dit_jax import tasks
 from dit_jax.config import Config, DataConfig
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.models import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.plan.abstract import abstract_task
 from dit_jax.training import abstract_state, make_optimizer, make_step
 
 ROWS, TOKENS, TEXT, WIDTH, HIDDEN, LETTER, HEADS = 8, 256, 16, 64, 96, 40, 4
@@ -69,7 +69,7 @@ def compiled(sizes):
     """Everything that the step sends on a mesh, and the step as text."""
     given = config(MeshConfig(*sizes))
     mesh = make_mesh(given.mesh)
-    task = tasks.abstract_task(given, mesh)
+    task = abstract_task(given, mesh)
     optimizer = make_optimizer(given.optimizer, 10)
     shapes, shardings = abstract_state(task.init, optimizer, mesh)
     state = jax.tree.map(
@@ -115,7 +115,7 @@ def parts_of_kernels(tensor):
 def whole_parameters(tensor):
     """Shapes of all parameters, one layer's of those that are stacked, on one device of ``tensor``."""
     given = config(MeshConfig(-1))
-    init = tasks.abstract_task(given, make_mesh(given.mesh)).init
+    init = abstract_task(given, make_mesh(given.mesh)).init
     leaves = jax.tree.leaves(nn.unbox(jax.eval_shape(init, jax.random.key(0))))
     shapes = {squeezed(leaf.shape) for leaf in leaves} | {
         squeezed(leaf.shape[1:]) for leaf in leaves
@@ -200,4 +200,4 @@ def test_heads_that_tensor_does_not_divide_are_refused():
     with pytest.raises(
         ValueError, match=r"mesh.tensor 8 does not divide the transformer's 4 heads"
     ):
-        tasks.abstract_task(given, make_mesh(given.mesh))
+        abstract_task(given, make_mesh(given.mesh))

@@ -13,12 +13,12 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_jax import tasks
-from dit_jax.models import DiTConfig, ModelConfig, TextStatesConfig
+from dit_jax.model import DiTConfig, ModelConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.parallel.rules import OPTIONAL, PARAMETER_RULES, ROWS
 from dit_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer
 from dit_jax.training.state import make_init
+from dit_jax.training.video_task import init_params, make_model
 
 MESHES = [
     (8, 1, 1, 1),
@@ -189,7 +189,7 @@ def test_no_device_makes_the_whole_model(sizes):
     largest of those."""
     config = DiTConfig(width=256, depth=4, heads=8, scan=True, pooled_text=True)
     mesh = make_mesh(MeshConfig(*sizes))
-    init = functools.partial(tasks.init_params, tasks.make_model(ModelConfig(dit=config), mesh))
+    init = functools.partial(init_params, make_model(ModelConfig(dit=config), mesh))
     optimizer = make_optimizer(OptimizerConfig(), 10)
     shapes, shardings = abstract_state(init, optimizer, mesh)
     compiled = make_init(init, optimizer, shardings).lower(jax.random.key(0)).compile()
@@ -211,7 +211,7 @@ def test_no_device_makes_the_whole_model(sizes):
 
 
 def axes_of(model):
-    boxed = jax.eval_shape(functools.partial(tasks.init_params, model), jax.random.key(0))
+    boxed = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     return {name for leaf in leaves for name in leaf.names if name is not None}
 
@@ -222,7 +222,7 @@ def test_every_rule_is_of_some_model():
     plain = ModelConfig(dit=DiTConfig(width=64, depth=2, heads=2))
     shared = dataclasses.replace(plain.dit, modulation="shared")
     states = dataclasses.replace(plain, text=TextStatesConfig(dim=8), dit=shared)
-    found = [axes_of(tasks.make_model(config, mesh)) for config in (plain, states)]
+    found = [axes_of(make_model(config, mesh)) for config in (plain, states)]
     assert found[0] | found[1] == PARAMETER_RULES.keys()
     assert found[0] ^ found[1] <= OPTIONAL < PARAMETER_RULES.keys()
 

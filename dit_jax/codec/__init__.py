@@ -1,0 +1,1 @@
+"""The causal autoencoder of video: model, streaming, tiles, losses and its training."""

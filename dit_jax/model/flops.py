@@ -1,0 +1,54 @@
+"""How many floating-point operations the model takes, counted from its shapes.
+
+A multiplication and an addition count as two. Only what the mathematics asks for is counted:
+attention within segments (and bands), one noise level a segment, no recomputation, no padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dit_jax.model.dit import TIME_FREQUENCIES
+from dit_jax.model.text import ByteEncoderConfig, ClassLabelsConfig
+from dit_jax.model.text_to_video import ModelConfig
+
+
+def forward_flops(
+    config: ModelConfig,
+    num_tokens: Int[np.ndarray, "*b"],
+    num_text: Int[np.ndarray, "*b"],
+    encode_text: bool = True,
+) -> Float[np.ndarray, "*b"]:
+    """Of one forward pass over segments of so many tokens, each with so many text tokens; without
+    ``encode_text``, of the transformer alone, as a solver runs it."""
+    dit, text = config.dit, config.text
+    tokens, letters = num_tokens.astype(np.float64), num_text.astype(np.float64)
+    d, hidden = dit.width, dit.hidden
+    per_token = 2 * d * (3 * d + d) + 4 * d * hidden
+    block = per_token * tokens + 4 * d * tokens * tokens
+    if dit.cross_attention:
+        block += 2 * d * 2 * d * tokens + 2 * config.text_width * 2 * d * letters
+        block += 4 * d * tokens * letters
+    enlarges = config.upscale > 1
+    ends = 2 * (config.patch.dim * (1 + enlarges) + config.output_dim) * d * tokens
+    # Once a segment: its noise level's embedding, the pooled text's, and the modulation.
+    layers = dit.depth if dit.modulation == "layer" else 1
+    pooled = dit.pooled_text and not isinstance(text, ClassLabelsConfig)
+    condition = (1 + enlarges) * (TIME_FREQUENCIES + d) * d + pooled * config.text_width * d
+    ends = ends + 2 * (condition + (6 * layers + 2) * d * d) * (tokens > 0)
+    unseen = 0.0
+    if dit.band is not None:
+        reach = np.minimum(dit.band, np.maximum(tokens - 1, 0))
+        seen = tokens * (2 * reach + 1) - reach * (reach + 1)
+        banded = dit.depth - dit.depth // dit.dense_every
+        unseen = banded * 4 * d * (tokens * tokens - seen)
+    if isinstance(text, ByteEncoderConfig):
+        e = text.width
+        encoder = text.depth * (24 * e * e * letters + 4 * e * letters * letters)
+        encoder += 2 * e * e * letters
+    elif isinstance(text, ClassLabelsConfig):
+        encoder = 0.0
+    else:
+        encoder = 2 * (text.dim + d) * d * letters
+    return dit.depth * block - unseen + ends + (encoder if encode_text else 0.0)

@@ -1,0 +1,238 @@
+"""How text enters: a small encoder over bytes learned with the model, or an encoder's stored states;
+and class labels, which are captions of one word.
+
+Prompts in any language work with nothing downloaded. UTF-8 bytes (after a first token that
+stands for the beginning) are embedded and pass through a few bidirectional transformer layers
+within their own segment. An empty caption is the beginning token alone; that is also what a
+dropped caption becomes, so classifier-free guidance's "unconditional" is the empty prompt.
+
+States that a large encoder made beforehand come with the data. A zero state is put before them and
+stands for the beginning in the same way. So does the null class before a label (the "class" of
+Ho & Salimans 2022 that labels are dropped to; Peebles & Xie 2022, section 3.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dit_jax.model.blocks import MLP, Dtype, SelfAttention, dense, gelu, layer_norm
+from dit_jax.types import Attention, Constrain, DotGeneral
+
+BEGIN = 1
+FIRST_BYTE = 2
+VOCABULARY = FIRST_BYTE + 256
+EMBEDDING_STD = 0.02
+"""Of fresh class embeddings, as DiT's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteEncoderConfig:
+    """Size of the byte encoder."""
+
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    max_bytes: int = 63
+    """Longer captions are cut there; one more token stands for the beginning."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.depth < 0 or self.heads < 1 or self.max_bytes < 1:
+            raise ValueError(
+                f"text encoder width {self.width}, depth {self.depth}, heads {self.heads}, max_bytes "
+                f"{self.max_bytes}: depth is at least 0 and the others at least 1."
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"text.width {self.width} does not divide into {self.heads} heads; make it a multiple."
+            )
+
+    @property
+    def max_tokens(self) -> int:
+        return self.max_bytes + 1
+
+    def length(self, caption: str) -> int:
+        """Tokens that a caption is before it is cut to ``max_tokens``."""
+        return 1 + len(caption.encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class TextStatesConfig:
+    """Captions that come as the states of a text encoder, made when the data was prepared."""
+
+    encoder: str = "umt5-xxl"
+    """The encoder's name: its states cannot stand in for another's, which are refused (by the hash of
+    its weights, ``text_encoder.hash``, where that is known, and else by this)."""
+    dim: int = 4096
+    """Numbers of a state."""
+    max_tokens: int = 512
+    """The beginning and the states of a caption; longer captions are cut there."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.max_tokens < 2:
+            raise ValueError(
+                f"text.dim {self.dim} is at least 1 and max_tokens {self.max_tokens} at least 2."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabelsConfig:
+    """Classes in place of captions: a table of embeddings, added to those of the noise levels."""
+
+    classes: int = 1000
+
+    max_tokens: ClassVar[int] = 2
+    """The null class and the label."""
+
+    def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise ValueError(f"text.classes is {self.classes}: a model of classes has at least 1.")
+
+
+TextConfig = ByteEncoderConfig | TextStatesConfig | ClassLabelsConfig
+
+
+def label_tokens(label: int | None, classes: int) -> np.ndarray:
+    """A label as int32 tokens: the null class, whose number is ``classes``, then the label (if any)."""
+    if label is not None and not 0 <= label < classes:
+        raise ValueError(
+            f"class {label}: the model has the classes 0 to {classes - 1} (model.text.classes)."
+        )
+    return np.array([classes] if label is None else [classes, label], np.int32)
+
+
+def with_beginning(states: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Text states ``[s, e]`` after a zero state, cut to ``max_tokens``; float32."""
+    cut = states[: max_tokens - 1].astype(np.float32)
+    return np.concatenate([np.zeros((1, states.shape[1]), np.float32), cut])
+
+
+def byte_tokens(caption: str, max_bytes: int) -> np.ndarray:
+    """A caption as int32 tokens ``[s]``: the beginning, then its UTF-8 bytes, cut to ``max_bytes``.
+
+    A character is never cut in two.
+    """
+    encoded = caption.encode("utf-8")[:max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
+    body = np.frombuffer(encoded, np.uint8).astype(np.int32) + FIRST_BYTE
+    return np.concatenate([np.array([BEGIN], np.int32), body])
+
+
+class TextBlock(nn.Module):
+    """A pre-norm transformer layer over text tokens."""
+
+    config: ByteEncoderConfig
+    dtype: Dtype
+    attention: Attention
+    constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b s e"], segment_ids: Int[Array, "b s"]
+    ) -> Float[Array, "b s e"]:
+        def lay(y: jax.Array) -> jax.Array:
+            # Left free, the compiler spreads the states by their width, as their kernels are.
+            return self.constrain(y, "batch", "text_tokens", "width")
+
+        given = (self.dtype, self.attention, self.constrain, self.dot_general)
+        attention = SelfAttention(
+            self.config.heads, *given, axis="text_tokens", name="self_attention"
+        )
+        x = lay(x + lay(attention(lay(layer_norm(x).astype(self.dtype)), segment_ids, None)))
+        given = (4 * self.config.width, self.dtype, self.constrain, self.dot_general)
+        mlp = MLP(*given, axis="text_tokens", name="mlp")
+        return lay(x + lay(mlp(lay(layer_norm(x).astype(self.dtype)))))
+
+
+class ByteEncoder(nn.Module):
+    """Byte tokens ``[b, s]`` to text states ``[b, s, e]``."""
+
+    config: ByteEncoderConfig
+    attention: Attention
+    constrain: Constrain
+    dtype: Dtype = jnp.float32
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"]
+    ) -> Float[Array, "b s e"]:
+        width = self.config.width
+        normal = nn.initializers.normal(1.0)
+        table = nn.with_logical_partitioning(normal, ("vocab", "embed_out"))
+        x = nn.Embed(VOCABULARY, width, embedding_init=table, name="bytes")(tokens)
+        # A learned place for every byte of its own caption: words are told apart by order.
+        starts = jnp.argmax(segment_ids[:, :, None] == segment_ids[:, None, :], axis=-1)
+        place = jnp.minimum(jnp.arange(tokens.shape[1]) - starts, self.config.max_bytes)
+        places = nn.Embed(
+            self.config.max_tokens,
+            width,
+            embedding_init=nn.with_logical_partitioning(normal, ("text_place", "embed_out")),
+            name="places",
+        )(place)
+        # Said here, or the compiler may spread the states by their width, as the tables are.
+        x = self.constrain((x + places).astype(self.dtype), "batch", "text_tokens", "width")
+        for i in range(self.config.depth):
+            block = TextBlock(
+                self.config,
+                self.dtype,
+                self.attention,
+                self.constrain,
+                self.dot_general,
+                name=f"block_{i}",
+            )
+            x = block(x, segment_ids)
+        x = self.constrain(layer_norm(x).astype(self.dtype), "batch", "text_tokens", "width")
+        x = dense(width, ("embed", "text_out"), self.dtype, "out")(x)
+        return self.constrain(x, "batch", "text_tokens", "width")
+
+
+class StatesProjection(nn.Module):
+    """An encoder's states ``[b, s, e]`` to text states of the model's width, token by token.
+
+    The zero state of the beginning becomes what the biases say: a learned "no caption".
+    """
+
+    width: int
+    dtype: Dtype
+    constrain: Constrain
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, states: Float[Array, "b s e"]) -> Float[Array, "b s d"]:
+        given = {"dtype": self.dtype, "dot_general": self.dot_general}
+        hidden = dense(self.width, ("text_states", "embed"), name="up", **given)(states)
+        x = dense(self.width, ("embed", "text_out"), name="out", **given)(gelu(hidden))
+        return self.constrain(x, "batch", "text_tokens", "width")
+
+
+class ClassEmbedding(nn.Module):
+    """Label tokens ``[b, s]`` to class embeddings ``[b, s, d]``, float32.
+
+    The null class before a label has that label's embedding too, as long as the label is seen: what
+    the tokens of a segment have in common is its class.
+    """
+
+    config: ClassLabelsConfig
+    width: int
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"]
+    ) -> Float[Array, "b s d"]:
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed_out")
+        )
+        # Flax types the boxed initial value; `param` returns it unboxed.
+        table: Any = self.param("embedding", init, (self.config.classes + 1, self.width))
+        after = ((0, 0), (0, 1))
+        followed = jnp.pad(segment_ids[:, 1:], after) == segment_ids
+        labels = jnp.where(followed, jnp.pad(tokens[:, 1:], after), tokens)
+        return self.constrain(table[labels], "batch", "text_tokens", "width")

@@ -1,0 +1,556 @@
+"""``python -m dit_jax.prepare --input DIR --output DIR``: raw media to captioned clips to train on.
+
+Every file is examined once (shots, clips, filters), captioned, and written as records that
+``data.source.path`` takes: pixels, or the latents of a codec, and the states of a text encoder. Nothing
+is done twice: what is in ``OUTPUT/work`` is used again, by this process or another.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+import tyro
+
+from dit_jax.checks import check_types
+from dit_jax.codec.codec import Codec
+from dit_jax.codec.opening import codec_copies
+from dit_jax.data import LatentsOf, StatesOf
+from dit_jax.data.writing import VERSION
+from dit_jax.files import (
+    InputError,
+    Lock,
+    as_path,
+    check_writable,
+    copy_file,
+    encodable,
+    is_remote,
+    run_verb,
+    write_json,
+)
+from dit_jax.interop import load_codec, load_text_encoder, text_length
+from dit_jax.parallel import (
+    PROCESS_HELP,
+    MeshConfig,
+    joined,
+    make_mesh,
+    take_process_flags,
+    wait_for_all,
+)
+from dit_jax.prepare import (
+    MACHINE_REASONS,
+    AnswerCache,
+    Caption,
+    ChatClient,
+    ChatConfig,
+    ChatOptions,
+    ExamineConfig,
+    RecaptionConfig,
+    WorkersConfig,
+    failures,
+    near_duplicates,
+)
+from dit_jax.prepare.assembling import (
+    MARK,
+    Failed,
+    Videos,
+    pixels,
+    samples,
+    up_to_date,
+    write_builder,
+)
+from dit_jax.prepare.beam import BeamConfig, examine_on_beam
+from dit_jax.prepare.captioning import (
+    CaptionsConfig,
+    Models,
+    clip_features,
+    clip_texts,
+    given_captions,
+)
+from dit_jax.prepare.encoding import BatchConfig, Latents, States
+from dit_jax.prepare.listing import find_media
+from dit_jax.prepare.progress import Progress
+from dit_jax.prepare.report import LISTED, render, write_reports
+from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting, share
+from dit_jax.prepare.work import digest
+from dit_jax.sampling import to_float
+from dit_jax.text.opening import on_mesh
+from dit_jax.text.text_encoder import TextEncoder
+
+PROG = "python -m dit_jax.prepare"
+TOLD = 20
+"""Names on the terminal, at most, of each kind of what does not meet."""
+VISIBLE = 120.0
+"""Seconds until a file that another machine wrote is surely seen."""
+STAGES = ("examine", "captions", "states", "latents", "records")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Turns a folder of media into records to train on (docs/prepare.md)."""
+
+    input: str
+    """A folder, a list of files (.txt, a path on each line), or the videos of a TFDS builder,
+    tfds:NAME_OR_DIRECTORY[:SPLIT]."""
+    output: str
+    """Gets NAME/1.0.0 (the records), report.json, report.html, files.jsonl, and work/, what the stages
+    left. On Cloud Storage (gs://) it gets copies of all but work/, when they are finished."""
+    work: str | None = None
+    """A local folder, or one on a disk that the machines share, in place of OUTPUT/work. Of an output
+    on Cloud Storage, one in the user's cache directory."""
+    name: str = "clips"
+    """Of the records: lower case letters, digits and _."""
+    codec: str | None = None
+    """The folder of an autoencoder: its latents are stored, instead of pixels."""
+    text_encoder: str | None = None
+    """The folder of a text encoder: the states of captions are stored (docs/text.md)."""
+    caption_server: str | None = None
+    """A server of a model that sees (OpenAI's chat protocol), which describes every clip."""
+    caption_model: str | None = None
+    until: Literal["examine", "captions", "states", "latents", "records"] = "records"
+    """The last stage that is done."""
+    encoding: Literal["video", "zlib", "bytes"] = "video"
+    """Of pixels: H.264 of high quality; lossless compression, some 30 times as large; or raw."""
+    shard: str = "0/1"
+    """i/n: this is the i-th of n machines, from 0, which share the output. Each does its part of
+    all stages but the last; the same command without it finishes."""
+    wait: float = 0.0
+    """Seconds that a share waits for the others to be examined: near-duplicates are found among all
+    files, and are not captioned and encoded. After that it ends, and the same command goes on."""
+    duplicates: float | None = 4.0
+    """Clips whose hashes differ by up to so many bits of 64 from an earlier one's are left out."""
+    examine: ExamineConfig = ExamineConfig()
+    captions: CaptionsConfig = CaptionsConfig()
+    recaption: RecaptionConfig = RecaptionConfig()
+    chat: ChatOptions = ChatOptions()
+    batch: BatchConfig = BatchConfig()
+    mesh: MeshConfig = MeshConfig()
+    """Of this process's devices: each has a copy of the codec and takes whole batches, and the text
+    encoder is spread over them."""
+    workers: WorkersConfig = WorkersConfig()
+    beam: BeamConfig = BeamConfig()
+
+    def __post_init__(self) -> None:
+        if bool(self.caption_server) != bool(self.caption_model):
+            raise ValueError(
+                "--caption-server URL and --caption-model NAME go together: give both, or neither."
+            )
+        index, _, count = self.shard.partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise ValueError(f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1.")
+
+    def reaches(self, stage: str) -> bool:
+        """Whether a stage is done."""
+        return STAGES.index(stage) <= STAGES.index(self.until)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which share of the files this process takes, and of how many."""
+        if jax.process_count() > 1:
+            return jax.process_index(), jax.process_count()
+        index, _, count = self.shard.partition("/")
+        return int(index), int(count)
+
+
+class Preparation:
+    """The parts of one preparation, opened; nothing is done yet.
+
+    Raises ``ValueError`` for a codec, input, output or table that is absent or foreign.
+    """
+
+    def __init__(self, config: PrepareConfig, shown: bool = True):
+        self.config = config
+        self.output, self.work = places(config)
+        mesh = make_mesh(config.mesh, jax.local_devices())
+        self.codec: Codec | None = load_codec(config.codec) if config.codec else None
+        copies = codec_copies(self.codec, mesh) if self.codec else []
+        self.encode = [partial(_encode, copy) for copy in copies]
+        self.encoder: TextEncoder | None = None
+        self.too_long: Callable[[str], bool] = lambda caption: False
+        if config.text_encoder and config.reaches("states"):
+            placement = on_mesh(mesh) if mesh.size > 1 else None
+            self.encoder = load_text_encoder(config.text_encoder, placement=placement)
+            length, _ = text_length(config.text_encoder)
+            limit = self.encoder.max_tokens
+            self.too_long = lambda caption: length(caption) > limit
+        table = config.captions.table
+        self.listed = find_media(
+            config.input, [self.output, self.work, *([table] if table else [])]
+        )
+        self.items = self.listed.items
+        strides = self.codec.strides if self.codec else (1, 1, 1)
+        self.given = given_captions(self.items, config.captions)
+        examine = fitting(config.examine, strides)
+        self.examined = Examined(self.work, examine, config.workers)
+        self.models = Models(self.work, config.caption_model or "", config.recaption)
+        self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
+        self.states = States(self.work, self.encoder.hash if self.encoder else "")
+        index, count = config.place
+        self.lock = Lock(self.work / f"share-{index}-of-{count}", "preparation")
+        self.progress = Progress(shown)
+        self.problems = dict(self.given.problems)
+        self.notes = self.listed.notes + self.given.notes
+        self.notes["sidecars without a media file"] = len(self.listed.orphans)
+
+    def texts(self, one: Kept) -> dict[str, str]:
+        """The captions and licence of a clip."""
+        captions = self.given.captions.get(one.item.name, ())
+        if one.caption:
+            captions += (Caption(encodable(one.caption), "record"),)
+        if self.config.caption_model:
+            captions += self.models.captions(one)
+        return clip_texts(captions, self.config.captions)
+
+    @cached_property
+    def survey(self) -> tuple[np.ndarray, dict[str, str]]:
+        """How many clips of each file are kept, and which are near-duplicates, with the earlier one."""
+        counts = np.zeros(len(self.items), np.int64)
+
+        def hashes() -> Iterator[tuple[int, tuple[int, ...]]]:
+            for i, item in enumerate(self.items):
+                for one in self.examined.kept([item]):
+                    counts[i] += 1
+                    yield i << 32 | one.index, one.clip.hashes
+
+        def name(key: int) -> str:
+            return f"{self.items[key >> 32].name}#{key & 0xFFFFFFFF}"
+
+        if self.config.duplicates is None:
+            collections.deque(hashes(), 0)
+            return counts, {}
+        near = near_duplicates(hashes(), self.config.duplicates)
+        for key in near:
+            counts[key >> 32] -= 1
+        return counts, {name(key): name(earlier) for key, (earlier, _) in near.items()}
+
+    def kept(self, part: range) -> Iterator[Kept]:
+        """The clips of some files, in order, without near-duplicates."""
+        counts, duplicates = self.survey
+        chosen = (self.items[i] for i in part if counts[i])
+        return (one for one in self.examined.kept(chosen) if one.name not in duplicates)
+
+    def captions_of(self, part: range) -> list[str]:
+        """Those of the clips of a part, whose states are made together."""
+        return [self.texts(one)["caption"] for one in self.kept(part)]
+
+    def examine(self, index: int, count: int) -> None:
+        """The first stage, for this machine's share of the files."""
+        config = self.config
+        parts = share(len(self.items), config.batch.files, index, count)
+        mine = [self.items[i] for part in parts for i in part]
+        if config.beam.runner:
+            examine_on_beam(mine, self.examined, config.beam, self.progress)
+        else:
+            examine_files(mine, self.examined, self.progress)
+
+    @property
+    def more(self) -> bool:
+        """Whether anything is done between examining and the records."""
+        config = self.config
+        served = bool(config.caption_server) and config.reaches("captions")
+        coded = self.codec is not None and config.reaches("latents")
+        return served or coded or self.encoder is not None
+
+    def not_examined(self, wait: float) -> int:
+        """Files that have no report, after waiting for those of others so many seconds."""
+        deadline = time.monotonic() + wait
+        while missing := self.examined.missing(self.items):
+            if time.monotonic() >= deadline:
+                return len(missing)
+            time.sleep(1.0)
+        return 0
+
+    def run_stages(self, index: int, count: int) -> None:
+        """All stages between examining, which all files are, and the last, for this machine's share."""
+        config, decoding = self.config, self.examined.config.decoding
+        parts = share(len(self.items), config.batch.files, index, count)
+        total = sum(int(self.survey[0][part.start : part.stop].sum()) for part in parts)
+        if config.caption_server and config.reaches("captions"):
+            self._recaption((one for part in parts for one in self.kept(part)), total)
+        if self.encoder is not None:
+            captions = map(self.captions_of, parts)
+            self.states.store(captions, total, self.encoder.encode, self.progress)
+        if self.codec is not None and config.reaches("latents"):
+            kept = (list(self.kept(part)) for part in parts)
+            given = (self.encode, decoding, config.workers, self.progress)
+            self.latents.store(kept, total, *given)
+
+    def _recaption(self, kept: Iterable[Kept], total: int) -> None:
+        config = self.config
+        assert config.caption_server and config.caption_model
+        chat = ChatConfig(config.caption_server, config.caption_model, config.chat)
+        index, count = config.place
+        answers = self.work / f"answers-{index}-of-{count}.sqlite"
+        with contextlib.closing(AnswerCache(answers)) as cache:
+            client = ChatClient(chat, cache)
+            decoding = self.examined.config.decoding
+            failed = self.models.ask(kept, total, client, decoding, config.workers, self.progress)
+            print(client.summary.render())
+        if failed:
+            print(f"clips without captions of the model:\n{failures(failed)}", file=sys.stderr)
+        self.problems |= {one.name: one.error for one in failed}
+        self.notes["clips without captions of the model"] += len(failed)
+
+    def finish(self) -> dict[str, Any]:
+        """Writes records and reports, and returns what ``report.json`` says.
+
+        Raises:
+            ValueError: where no clip is left, or the records cannot be written.
+        """
+        config, failed, again = self.config, Failed(), 0
+        every = range(len(self.items))
+        if self.codec is not None and config.reaches("latents"):
+            for one in self.kept(every):
+                if (failure := self.latents.failure(one)) is not None:
+                    failed[one.name] = failure.reason, failure.detail
+                    again += failure.again
+        total = int(self.survey[0].sum()) - len(failed)
+        if total and config.reaches("records"):
+            again += self._records(total, failed)
+
+        def why(name: str) -> str:
+            if name in self.survey[1]:
+                return f"near-duplicate: of {self.survey[1][name]}"
+            return ": ".join(failed[name]) if name in failed else ""
+
+        def texts(one: Kept) -> dict[str, str]:
+            captions = self.texts(one)
+            if self.too_long(captions["caption"]):
+                self.notes["captions longer than the text encoder reads"] += 1
+                self.problems.setdefault(one.name, "caption: longer than the text encoder reads")
+            return captions
+
+        about = {
+            "clips_tried_again": again,
+            "sidecars": self.listed.sidecars,
+            "sidecars_without_media": list(self.listed.orphans[:LISTED]),
+            "table_rows_without_media": list(self.given.unmatched[:LISTED]),
+        }
+        given = (why, texts, self.problems, about, self.notes, self.progress)
+        about = write_reports(self.output, self.items, self.examined, *given)
+        if not total and not (about["files_tried_again"] or again):
+            raise ValueError(
+                f"no clip of {config.input!r} was kept ({render(about)}): see "
+                f"{str(self.output / 'report.html')!r}, and --examine.filters and --examine.clips."
+            )
+        self._publish()
+        return about
+
+    def _records(self, total: int, failed: Failed) -> int:
+        """Writes the records, unless they are there. How many clips the next run tries again.
+
+        Clips that cannot be read any more are noted in ``failed``.
+        """
+        config, codec, encoder = self.config, self.codec, self.encoder
+        latents = LatentsOf(codec.channels, codec.hash, codec.name) if codec else None
+        states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
+        parts = share(len(self.items), config.batch.files)
+        unfit = frozenset(failed)
+
+        def kept() -> Iterator[Kept]:
+            return (one for part in parts for one in self.kept(part) if one.name not in unfit)
+
+        made_of = hashlib.sha256(
+            digest(self.examined.config, config.encoding, latents, states).encode()
+        )
+        for one in kept():
+            made_of.update(digest(one.name, one.item.key, self.texts(one)).encode())
+        key = made_of.hexdigest()[:16]
+        target = self.output / config.name / VERSION
+        before = {"tries": 0, "failed": {}}
+        if up_to_date(target, key):
+            before |= json.loads((target / MARK).read_bytes())
+            lost = sum(reason in MACHINE_REASONS for reason, _ in before["failed"].values())
+            if not lost or before["tries"] >= TRIES:
+                failed |= {name: tuple(why) for name, why in before["failed"].items()}
+                return 0
+        decoding = self.examined.config.decoding
+        unread = Failed()
+        states_of = self._states_of(parts) if states else None
+
+        def records(clips: Iterable[Kept]) -> Iterator[dict[str, Any]]:
+            if codec is None:
+                encoded = config.encoding == "video"
+                videos = pixels(clips, decoding, config.workers, unread, encoded)
+            else:
+                videos = self._encoded(clips, codec)
+            return samples(videos, self.texts, states_of, unread)
+
+        where = (self.output, config.name, key, total, kept(), records, unread)
+        fields = (clip_features(config.captions), config.encoding, latents, states)
+        write_builder(*where, *fields, self.progress)
+        failed |= unread
+        lost = sum(reason in MACHINE_REASONS for reason, _ in unread.values())
+        if not lost:
+            return 0
+        tries = before["tries"] + 1
+        write_json(target / MARK, {"made_of": key, "tries": tries, "failed": unread})
+        return lost if tries < TRIES else 0
+
+    def _encoded(self, kept: Iterable[Kept], codec: Codec) -> Videos:
+        """Latents, with their own frames a second."""
+        for one in kept:
+            yield one, self.latents.load(one), one.clip.fps / codec.strides[0]
+
+    def _states_of(self, parts: Sequence[range]) -> Callable[[Kept], np.ndarray]:
+        """The states of a clip's caption, found with those of its part; clips come in order."""
+        waiting = iter(parts)
+        names: set[str] = set()
+        captions: list[str] = []
+
+        def states(one: Kept) -> np.ndarray:
+            while one.name not in names:
+                part = next(waiting)
+                names.clear()
+                names.update(other.name for other in self.kept(part))
+                captions[:] = self.captions_of(part)
+            return self.states.load(captions, self.texts(one)["caption"], ml_dtypes.bfloat16)
+
+        return states
+
+    def _publish(self) -> None:
+        """Copies what is finished to Cloud Storage, if the output is there."""
+        if not is_remote(self.config.output):
+            return
+        out, records = as_path(self.config.output), Path(self.config.name, VERSION)
+        mark = records / MARK
+        names = [Path(name) for name in ("files.jsonl", "report.html", "report.json")]
+        if (self.output / mark).exists():
+            there = (out / mark).read_bytes() if (out / mark).exists() else b""
+            if there != (self.output / mark).read_bytes():
+                # The mark is last: where it stands, all is there.
+                files = sorted(one.name for one in (self.output / records).iterdir())
+                names += [records / name for name in files if name != MARK] + [mark]
+        for name in names:
+            copy_file(self.output / name, out / name)
+
+
+def places(config: PrepareConfig) -> tuple[Path, Path]:
+    """The local folders of what is made and of the work; Cloud Storage gets a copy at the end.
+
+    Raises:
+        InputError: where one of them, or the output on Cloud Storage, cannot be written.
+    """
+    output = check_writable(config.output)
+    if not is_remote(config.output):
+        work = check_writable(config.work, "--work") if config.work else output / "work"
+        return output, work
+    if config.work is None and config.place[1] > 1:
+        raise InputError(
+            f"--output {config.output!r} is on Cloud Storage, and the machines that share the work "
+            "need a folder that all of them see: give --work DIR on a shared disk."
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dit_jax" / "prepare"
+    work = check_writable(config.work or cache / digest(str(output)), "--work")
+    print(
+        f"{config.output}: made in {os.fspath(work)!r} (--work), which stays to go on from; the "
+        "records and reports are copied when they are finished."
+    )
+    return work / "output", work
+
+
+def _encode(codec: Codec, videos: np.ndarray) -> np.ndarray:
+    return codec.encode_many(to_float(videos))
+
+
+def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
+    """Does what is left to be done; what was made is returned by the process that finishes.
+
+    Raises:
+        ValueError: where an input, codec, encoder, table or output does not serve.
+    """
+    preparation = Preparation(config, shown)
+    try:
+        return _run(preparation, config)
+    finally:
+        preparation.lock.release()
+
+
+def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | None:
+    if preparation.given.table:
+        print(preparation.given.table)
+        for row in preparation.given.unmatched[:TOLD]:
+            print(f"  no such file: {row}")
+    for name in preparation.listed.orphans[:TOLD]:
+        print(f"a caption without a media file: {name}")
+    index, count = config.place
+    alone = jax.process_count() == 1
+    preparation.examine(index, count)
+    if not alone:
+        wait_for_all("examined")
+        # What other machines wrote may take a while to be seen on a network disk.
+        if left := preparation.not_examined(max(config.wait, VISIBLE)):
+            raise OSError(f"{left} files that other processes examined have no report here")
+    elif count > 1 and preparation.more and (left := preparation.not_examined(config.wait)):
+        print(
+            f"share {config.shard} is examined, and {left} files of other shares are not: run the same "
+            "command again when they are (or give --wait SECONDS)."
+        )
+        return None
+    if preparation.more:
+        preparation.run_stages(index, count)
+    if not alone:
+        wait_for_all("prepared")
+    elif count > 1:
+        print(f"share {config.shard} is done: when all are, run the same command without --shard.")
+        return None
+    return preparation.finish() if index == 0 else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 2 if something given is wrong, 1 if something failed by
+    itself, also a file that the next run tries again."""
+    given, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    left = []
+
+    def work() -> None:
+        config = tyro.cli(
+            PrepareConfig,
+            args=given,
+            prog=PROG,
+            description=f"Turns a folder of media into records to train on. {PROCESS_HELP}",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
+        check_types(config)
+        try:
+            with joined(flags, PROG):
+                about = prepare(config)
+        except ImportError as error:
+            raise InputError(str(error)) from error
+        if about is None:
+            return
+        print(render(about))
+        print(f"{config.output}: {config.name}/{VERSION}, report.html")
+        left.extend((about["files_tried_again"], about["clips_tried_again"]))
+
+    status = run_verb(PROG, work)
+    if not any(left):
+        return status
+    print(
+        f"{PROG}: {left[0]} files and {left[1]} clips could not be read for want of time, memory or a "
+        "disk that answers, or crashed a decoder (report.html): the same command tries them again, in "
+        f"up to {TRIES} runs.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

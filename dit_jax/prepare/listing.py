@@ -1,0 +1,156 @@
+"""Which files are prepared: those of a folder, or of a list, in one order whatever the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter, deque
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from dit_jax.files import InputError, is_remote
+from dit_jax.prepare.captions import SIDECARS, stem
+from dit_jax.prepare.recorded import find_records, is_record
+from dit_jax.prepare.tables import read_lines
+from dit_jax.prepare.work import digest
+
+LISTS = (".txt", ".lst")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
+    """A file to be prepared."""
+
+    name: str
+    """Its path relative to the folder, or as it stands in the list: what records say of it. Bytes
+    that are not UTF-8 are written as ``\\xe9``."""
+    path: str
+    key: str
+    """Of its name, size and time of last change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """What is prepared, sorted by name, and what is not taken for media."""
+
+    items: tuple[Item, ...]
+    sidecars: int = 0
+    """Captions beside media."""
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
+    """What was passed over, counted by what it is."""
+    orphans: tuple[str, ...] = ()
+    """Names of what would be captions, if there were media of that name."""
+
+
+def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLike] = ()) -> Listed:
+    """The files of a folder and of those in it, of a list (a path on each line), or the one file; or
+    the records of a TFDS builder, ``tfds:NAME_OR_BUILDER_DIR[:split]``.
+
+    Links to folders are followed, and every folder is read once. Hidden files and folders are passed
+    over and counted; what ``leave_out`` names (tables of captions, the output) is passed over.
+    Nothing is told by a file's name but that ``cat.txt`` and ``cat.json`` beside ``cat.mp4`` are its
+    captions, whatever the case of their suffixes.
+
+    Raises:
+        ValueError: where there is nothing, or what is listed is there twice.
+    """
+    if is_record(source):
+        records = find_records(str(source))
+        return Listed(tuple(Item(name, path, digest(path, key)) for name, path, key in records))
+    if is_remote(source):
+        raise InputError(
+            f"--input {str(source)!r}: media are read as local files, many times over. Mount the "
+            "bucket (gcsfuse BUCKET /mnt/media) and give a path there, or copy it to a disk."
+        )
+    root = Path(source).expanduser()
+    out = {os.path.realpath(Path(path).expanduser()) for path in leave_out}
+    notes: Counter[str] = Counter()
+    sidecars, orphans = 0, []
+    if root.is_dir():
+        names = sorted(_walk(root, out, notes))
+        media = {stem(name) for name in names if not _may_caption(name)}
+        paths = {}
+        for name, raw in _escaped(names).items():
+            beside = _may_caption(raw)
+            if beside and stem(raw) in media:
+                sidecars += 1
+                continue
+            if beside:
+                orphans.append(name)
+            paths[name] = str(root / raw)
+    elif root.is_file() and root.suffix.lower() in LISTS:
+        lines = [line.strip() for _, line in read_lines(root)]
+        listed = [line for line in lines if line and not line.startswith("#")]
+        name, times = Counter(listed).most_common(1)[0] if listed else ("", 0)
+        if times > 1:
+            raise ValueError(f"{str(source)!r} lists {name!r} twice: remove one of the lines.")
+        paths = {name: str(root.parent / name) for name in sorted(listed)}
+    elif root.is_file():
+        paths = {next(iter(_escaped([root.name]))): str(root)}
+    else:
+        raise ValueError(
+            f"--input {str(source)!r} is not there: give a folder of media, a list of them "
+            "(.txt), or tfds:NAME_OR_BUILDER_DIR[:split]."
+        )
+    if not paths:
+        raise ValueError(f"--input {str(source)!r} holds no files: give a folder or list of media.")
+    items = tuple(Item(name, path, _key(name, path)) for name, path in paths.items())
+    return Listed(items, sidecars, notes, tuple(orphans))
+
+
+def _walk(root: Path, out: set[str], notes: Counter[str]) -> Iterator[str]:
+    """The files in a folder and below, relative to it."""
+
+    def unreadable(error: OSError) -> None:
+        notes["folders that cannot be read"] += 1
+
+    seen: set[tuple[int, int]] = set()
+    waiting = deque([str(root)])
+    # Linked folders come after all others: what can be reached without a link has that name.
+    while waiting:
+        for folder, folders, files in os.walk(waiting.popleft(), onerror=unreadable):
+            about = os.stat(folder)
+            if (about.st_dev, about.st_ino) in seen:
+                notes["links to folders that are read already"] += 1
+                folders.clear()
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            shown = [one for one in folders if not one.startswith(".")]
+            notes["hidden folders"] += len(folders) - len(shown)
+            folders.clear()
+            for one in sorted(shown):
+                path = os.path.join(folder, one)
+                if os.path.realpath(path) in out:
+                    continue
+                if os.path.islink(path):
+                    waiting.append(path)
+                else:
+                    folders.append(one)
+            for one in files:
+                path = os.path.join(folder, one)
+                if one.startswith("."):
+                    notes["hidden files"] += 1
+                elif os.path.realpath(path) not in out:
+                    yield os.path.relpath(path, root).replace(os.sep, "/")
+
+
+def _may_caption(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SIDECARS
+
+
+def _escaped(names: list[str]) -> dict[str, str]:
+    """Names as text that can be stored, and as the file system has them; no two become one."""
+    taken, escaped = set(names), {}
+    for raw in names:
+        name = os.fsencode(raw).decode(errors="backslashreplace")
+        escaped[name if name == raw or name not in taken else f"{name}~{digest(raw)}"] = raw
+    return escaped
+
+
+def _key(name: str, path: str) -> str:
+    """A file that is not there, or cannot be read, has a key as well: it is refused later."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return digest(name, None)
+    return digest(name, stat.st_size, stat.st_mtime_ns)

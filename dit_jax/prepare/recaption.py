@@ -1,0 +1,193 @@
+"""Recaptioning: a vision model on a server describes sampled frames of every clip.
+
+After Betker et al. 2023, "Improving Image Generation with Better Captions" (DALL-E 3), section 2,
+and as Sora does for clips: each gets a *descriptive* caption, of everything that is seen, and a *short*
+one, of its main subject. Training draws among them and the caption that was given
+(``RecordsConfig.caption_mix``); DALL-E 3 had 95 % synthetic to 5 % given (section 3). Theirs is a
+captioner fine-tuned for the purpose; here it is any model that sees, told what to write.
+
+The descriptive caption is asked for with the frames, the short one with the descriptive alone, which
+spares sending the frames twice and keeps both to the same facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Literal
+
+import av
+import numpy as np
+from av.error import FFmpegError
+
+from dit_jax.prepare.answers import tell
+from dit_jax.prepare.captions import Caption, Kind
+from dit_jax.prepare.chat import ChatClient, message
+from dit_jax.prepare.ordered import ordered
+
+DESCRIPTIVE = """\
+You see {what}. Describe what is seen in one paragraph of up to {words} words, for somebody who will \
+draw it without having seen it. Begin with the main subject and what it does; then its look, the \
+surroundings, the background, light and colours, the style of the picture{motion}. Write out text that \
+is legible. State only what is visible, in plain present tense; do not mention frames, the viewer or \
+that this is a video or an image, do not guess at names, and do not judge."""
+SHORT = """\
+Here is a description of {medium}:
+
+{caption}
+
+Say in one sentence of at most {words} words what its main subject is and does. Answer with that \
+sentence alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecaptionConfig:
+    """What is shown, and what is asked."""
+
+    frames: int = 8
+    """Of a clip, evenly spaced."""
+    max_side: int = 512
+    """Pixels of the longer side; larger frames are shrunk."""
+    encoding: Literal["jpeg", "png"] = "jpeg"
+    descriptive_words: int = 120
+    short_words: int = 15
+    descriptive: str = DESCRIPTIVE
+    """``{what}`` becomes "an image" or "8 frames, in order, of one video clip", ``{motion}`` a few
+    words about motion where there is any, ``{words}`` the limit."""
+    short: str = SHORT
+    """``{caption}`` becomes the descriptive caption, ``{medium}`` "an image" or "a video clip"."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "descriptive_words", "short_words"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recaption.{name} is {getattr(self, name)}: it is at least 1.")
+        if self.max_side < 16:
+            raise ValueError(f"recaption.max_side is {self.max_side}: it is at least 16 pixels.")
+        if "{caption}" not in self.short:
+            raise ValueError("recaption.short has no {caption}: say where the description stands.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipFrames:
+    """What is to be described."""
+
+    name: str
+    given: str
+    """The caption it has; empty where there is none."""
+    frames: Callable[[], Sequence[np.ndarray] | np.ndarray]
+    """Reads its frames, each uint8 ``[h, w, 3]``: called once, in a thread, when its turn comes. Frames
+    that ``evenly_spaced`` does not name need not be among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recaptioned:
+    """The captions of a clip; those that could not be had are empty, and ``error`` says why."""
+
+    name: str
+    given: str
+    short: str
+    descriptive: str
+    origin: str
+    """``model:NAME``, of the short and the descriptive one."""
+    error: str = ""
+
+    def captions(self) -> tuple[Caption, ...]:
+        """Those that were made; ``record_texts`` puts them beside those that were given."""
+        made: tuple[tuple[str, Kind], ...] = (
+            (self.short, "short"),
+            (self.descriptive, "descriptive"),
+        )
+        return tuple(Caption(text, self.origin, kind) for text, kind in made if text)
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """The middles of ``wanted`` equal parts of ``count`` frames; where there are no more, all."""
+    if count <= wanted:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "png"]) -> bytes:
+    """A frame uint8 ``[h, w, 3]`` as a JPEG or PNG file, shrunk to ``max_side`` where it is larger.
+
+    The same pixels give the same bytes. Raises ``ValueError`` for another array.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise ValueError(
+            f"a frame is {image.dtype} {list(image.shape)}: frames are uint8 [h, w, 3], not empty"
+        )
+    h, w = image.shape[:2]
+    if max(h, w) > max_side:
+        # Here, because that room imports JAX, and processes that only decode do without.
+        from dit_jax.data.transforms import resized
+
+        size = (max(round(side * max_side / max(h, w)), 1) for side in (h, w))
+        image = resized(image[None], *size)[0]
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+    if encoding == "jpeg":
+        frame = frame.reformat(format="yuvj420p", dst_color_range="JPEG", threads=1)
+    encoder = av.VideoCodecContext.create("mjpeg" if encoding == "jpeg" else "png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
+    encoder.time_base, encoder.thread_count = Fraction(1), 1
+    if encoding == "jpeg":
+        encoder.color_range = 2
+        encoder.qmin = encoder.qmax = 3  # of 2..31: near a quality of 90 of 100
+    return b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode(None)))
+
+
+def recaption(
+    clips: Iterable[ClipFrames], client: ChatClient, config: RecaptionConfig | None = None
+) -> Iterator[Recaptioned]:
+    """Yields the captions of every clip, in order, as they come; a failure is told and goes on.
+
+    As many clips as ``client.options.concurrency`` are in memory. Begun again, it asks for what it has
+    no answer to yet. ``client.summary`` tells what it took.
+
+    Raises:
+        ChatError: where the server refuses the key or does not know the model.
+    """
+    one = partial(_recaption, client=client, config=config or RecaptionConfig())
+    return ordered(one, clips, client.options.concurrency, client.close)
+
+
+def _recaption(clip: ClipFrames, client: ChatClient, config: RecaptionConfig) -> Recaptioned:
+    result = Recaptioned(clip.name, clip.given, "", "", f"model:{client.config.model}")
+    try:
+        frames = clip.frames()
+        chosen = [np.asarray(frames[i]) for i in evenly_spaced(len(frames), config.frames)]
+        images = [encode_image(frame, config.max_side, config.encoding) for frame in chosen]
+        if not images:
+            raise ValueError("there are none")
+    except (ValueError, OSError, FFmpegError) as error:
+        return dataclasses.replace(result, error=f"its frames cannot be read: {error}")
+    del frames, chosen
+    many = len(images) > 1
+    what = f"{len(images)} frames, in order, of one video clip" if many else "an image"
+    asked = _filled(
+        config.descriptive,
+        what=what,
+        words=config.descriptive_words,
+        motion=", and how things and the camera move" if many else "",
+    )
+    descriptive, why = tell(client, [message("user", asked, images)])
+    if why:
+        return dataclasses.replace(result, error=f"no descriptive caption: {why}")
+    medium = "a video clip" if many else "an image"
+    asked = _filled(config.short, words=config.short_words, medium=medium, caption=descriptive)
+    short, why = tell(client, [message("user", asked)])
+    error = f"no short caption: {why}" if why else ""
+    return dataclasses.replace(result, short=short, descriptive=descriptive, error=error)
+
+
+def _filled(template: str, **values: object) -> str:
+    # Not str.format: what stands in braces otherwise is the user's. The caption comes last.
+    for name, value in values.items():
+        template = template.replace(f"{{{name}}}", str(value))
+    return template
+
+
+def failures(results: Iterable[Recaptioned]) -> str:
+    """A line for every clip that keeps its given caption alone, or lacks one of the others."""
+    return "\n".join(f"  {one.name}: {one.error}" for one in results if one.error)

@@ -1,0 +1,218 @@
+"""Where one shot ends and the next begins, from the lightness I_i of small frames.
+
+    c_i = mean |I_i - I_{i-1}|                          (1) the change from one frame to the next
+    o_i = correlation of the outlines of I_{i-1}, I_i   (2) about 1 within a shot, 0 between two scenes
+    s_i = c_i (1 - o_i)                                 (3) the change of structure
+
+A cut stands out from the frames around it, as motion, shaking and dissolves do not, which change all of
+them alike: by c, many times over, for two takes before one wall have the same outlines; or else by s
+and less, with outlines that differ. There frames are shifted against each other by phase correlation,
+if that makes them alike, so that a camera that pans changes little, and the greatest neighbour is left
+out, which may be another cut or a flash. Where the frames around do not change at all (held drawings,
+slides), everything stands out, and the outlines must be others. What comes back within `FLASH` frames
+is no cut.
+
+Black between shots is cut off on both sides, and so are fades to and from it. No shot is too short to
+be found here; what is too short to be used is for the clips to say.
+
+Of PySceneDetect's detectors none is used: `benchmarks/cuts.py` measures them beside this.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+
+from dit_jax.prepare.refusals import extra
+
+FLASH = 2
+"""Frames that a flash lasts, at most."""
+SURE = 0.4
+"""Response of the phase correlation, 0 to 1, from which on one frame is the other, shifted: it is above
+0.47 in 99 % of the frames of fast pans, and under 0.32 in 95 % of cuts."""
+BLACK = 3
+"""Frames in a row that black lasts, at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShotConfig:
+    """What counts as a cut. Levels are of pixels, 0 to 255.
+
+    The defaults were chosen on real clips joined at random points, in all pairs
+    (`benchmarks/cuts.py`).
+    """
+
+    ratio: float = 5.0
+    """A cut changes so many times as much as the frames around it, on average."""
+    change: float = 3.0
+    """And at least so much."""
+    window: int = 4
+    """So many frames on either side are around it."""
+    structure: float = 2.5
+    """Or its structure changes so many times as much as on either side."""
+    likeness: float = 0.69
+    """And its outlines correlate so much, at most."""
+    held: float = 0.2
+    """Frames that change less than this, at the median of a side, are held drawings."""
+    outlines: float = 0.4
+    """Between held drawings, a correlation of outlines above this is no cut."""
+    black: float | None = 16.0
+    """Frames with 98 % of their pixels under this are black, and so are shots of their own, from
+    three in a row; None: they are as others."""
+
+    def __post_init__(self) -> None:
+        if not (self.ratio > 1 and self.structure > 1 and self.change >= 0 and self.window >= 1):
+            raise ValueError(
+                f"shots: ratio {self.ratio}, structure {self.structure}, change {self.change}, window "
+                f"{self.window}: the first two are above 1, the others at least 0 and 1"
+            )
+        if not (-1 <= self.likeness <= 1 and -1 <= self.outlines <= 1 and self.held >= 0):
+            raise ValueError(
+                f"shots: likeness {self.likeness}, outlines {self.outlines}, held {self.held}: the "
+                "first two are correlations, -1 to 1, the last is at least 0"
+            )
+
+
+class ShotFinder:
+    """Finds the cuts of frames that are fed in order; one for each run without gaps."""
+
+    def __init__(self, config: ShotConfig):
+        self.config, self._cv2 = config, extra("cv2")
+        self._recent = collections.deque[np.ndarray](maxlen=2 * config.window + 2)
+        self._changes: list[float] = []
+        self._black: list[bool] = []
+        self._structure: dict[int, tuple[float, float]] = {}
+        self._found: set[int] = set()
+
+    def feed(self, light: np.ndarray) -> float:
+        """The next frame's lightness, uint8 [h, w] of one size throughout; its mean change, 0..255."""
+        change = self._difference(self._recent[-1], light) if self._changes else 0.0
+        self._changes.append(change)
+        self._recent.append(light)
+        if self.config.black is not None:
+            bright = np.count_nonzero(light >= self.config.black)
+            self._black.append(bool(bright <= 0.02 * light.size))
+        self._check(len(self._changes) - 1 - self.config.window)
+        return change
+
+    def cuts(self) -> list[int]:
+        """The first frames of all shots but the first, counted from the first frame fed."""
+        count = len(self._changes)
+        for at in range(count - self.config.window, count):
+            self._check(at)
+        edges = np.flatnonzero(np.diff([False, *self._black, False]))
+        black = [edge for edge in edges.reshape(-1, 2) if edge[1] - edge[0] >= BLACK]
+        found = self._found.union(*(map(int, pair) for pair in black))
+        return sorted(cut for cut in found if 0 < cut < count)
+
+    def _check(self, at: int) -> None:
+        """Adds frame `at` to the cuts if it is one; up to `window` frames after it are known."""
+        config, changes = self.config, self._changes
+        if at < 1 or changes[at] < config.change:
+            return
+        before = range(max(at - config.window, 1), at)
+        after = range(at + 1, min(at + config.window + 1, len(changes)))
+        around = [changes[i] for i in (*before, *after)]
+        stands_out = not around or changes[at] >= config.ratio * np.mean(around)
+        held = any(
+            side and np.median([changes[i] for i in side]) < config.held for side in (before, after)
+        )
+        if held or not stands_out:
+            if not self._breaks(at, before, after, config.outlines if held else config.likeness):
+                return
+        if not self._comes_back(at):
+            self._found.add(at)
+
+    def _breaks(self, at: int, before: range, after: range, likeness: float) -> bool:
+        """Whether outlines are unlike, and structure changes more than on either side."""
+        for old in [i for i in self._structure if i < before.start]:
+            del self._structure[old]
+        structure, outlines = self._structure_of(at)
+        if outlines > likeness:
+            return False
+        changes, held = self._changes, self.config.held
+        if any(side and changes[at] < min(changes[i] for i in side) for side in (before, after)):
+            return False  # The frame at an end of a fade, where there are no outlines.
+        moving = [[i for i in side if changes[i] >= held] for side in (before, after)]
+        greatest = max((i for side in moving for i in side), key=self._structure_of, default=at)
+        for side in moving:
+            # Another cut, or a flash, which changes twice.
+            rest = [i for i in side if greatest not in side or abs(i - greatest) > FLASH]
+            around = [self._structure_of(i)[0] for i in rest]
+            if around and structure < self.config.structure * np.mean(around):
+                return False
+        return True
+
+    def _comes_back(self, at: int) -> bool:
+        """Whether the picture before, or this one, is seen again beyond a flash."""
+        last = len(self._changes) - 1
+        pairs = [(at - 1, i) for i in range(at + 1, min(at + FLASH, last) + 1)]
+        pairs += [(i, at) for i in range(max(at - 1 - FLASH, 0), at - 1)]
+        limit = 0.4 * self._changes[at]
+        return any(self._difference(self._frame(i), self._frame(j)) < limit for i, j in pairs)
+
+    def _frame(self, index: int) -> np.ndarray:
+        return self._recent[index - len(self._changes)]
+
+    def _difference(self, one: np.ndarray, other: np.ndarray) -> float:
+        """Equation 1."""
+        return self._cv2.mean(self._cv2.absdiff(one, other))[0]
+
+    def _structure_of(self, at: int) -> tuple[float, float]:
+        """Equations 3 and 2 of a frame."""
+        if at not in self._structure:
+            pair = self._frame(at - 1), self._frame(at)
+            change, outlines = self._changes[at], _likeness(self._cv2, *pair)
+            self._structure[at] = change * (1 - outlines), outlines
+            shifted = _aligned(self._cv2, *pair) if outlines <= self.config.likeness else None
+            if shifted is not None:
+                change, outlines = self._difference(*shifted), _likeness(self._cv2, *shifted)
+                self._structure[at] = min(self._structure[at], (change * (1 - outlines), outlines))
+        return self._structure[at]
+
+
+def _aligned(cv2, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """What two frames both show, if one is the other shifted, as far as phase correlation tells."""
+    height, width = one.shape
+    window = _window(height, width)
+    (x, y), sure = cv2.phaseCorrelate(one.astype(np.float32), other.astype(np.float32), window)
+    x, y = round(x), round(y)
+    if sure < SURE or not (x or y):
+        return None
+    first = one[max(-y, 0) : height - max(y, 0), max(-x, 0) : width - max(x, 0)]
+    second = other[max(y, 0) : height + min(y, 0), max(x, 0) : width + min(x, 0)]
+    return np.ascontiguousarray(first), np.ascontiguousarray(second)
+
+
+@functools.cache
+def _window(height: int, width: int) -> np.ndarray:
+    return extra("cv2").createHanningWindow((width, height), extra("cv2").CV_32F)
+
+
+def _likeness(cv2, one: np.ndarray, other: np.ndarray) -> float:
+    """Equation 2, -1..1; flat pictures are unlike all others."""
+    first, second = _outlines(cv2, one), _outlines(cv2, other)
+    scale = float(np.sqrt((first**2).mean() * (second**2).mean()))
+    return float((first * second).mean()) / scale if scale else 0.0
+
+
+def _outlines(cv2, light: np.ndarray) -> np.ndarray:
+    """Where lightness changes: float32 [h, w], its mean subtracted; flat areas give zeros."""
+    x, y = (cv2.Sobel(light, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1)))
+    edges = np.minimum(cv2.magnitude(x, y), 128.0)  # The outline, and not how strong it is.
+    return edges - edges.mean()
+
+
+def shot_cuts(frames: Iterable[np.ndarray], config: ShotConfig | None = None) -> list[int]:
+    """The indices at which shots begin, 0 not among them.
+
+    `frames`: lightness, uint8 [h, w] of one size, best about 128 pixels wide.
+    """
+    finder = ShotFinder(config or ShotConfig())
+    for frame in frames:
+        finder.feed(frame)
+    return finder.cuts()

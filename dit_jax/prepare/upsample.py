@@ -1,0 +1,141 @@
+"""Prompt upsampling: a language model writes short prompts out, as captions of training data are.
+
+Betker et al. 2023 (DALL-E 3), section 3.5 and appendix C; Sora does the same. A model trained on
+descriptive captions makes better clips of descriptive prompts. What was asked for is never dropped
+silently: every prompt comes back with the text that is used, and the reason where it is unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from dit_jax.prepare.answers import tell, whole_sentences
+from dit_jax.prepare.chat import ChatClient, Unreachable, message
+from dit_jax.prepare.ordered import ordered
+
+SYSTEM = """\
+You write prompts for a model that makes videos and images of them. You are given a short prompt, and \
+answer with a longer one of the same scene: keep every thing, number, colour, place, motion and text \
+that it names and how they relate, and the language that it is in; add how the subject looks, what it \
+does, the surroundings, the background, the light and the style, wherever the prompt leaves them open. \
+Add no new subject. Write one paragraph of at most {words} words in plain present tense, as one \
+describes something that is seen. A prompt that is long enough already comes back as it is. Answer \
+with the prompt alone."""
+BYTES_OF_WORD, TOKENS_OF_WORD = 6, 2
+"""With the blank behind it; and of a tokenizer, most of whose words are one token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UpsampleConfig:
+    """What is asked of the model."""
+
+    words: int = 100
+    """Of an upsampled prompt at most; fewer where the text encoder reads less."""
+    system: str = SYSTEM
+    """The instruction; ``{words}`` becomes the limit."""
+
+    def __post_init__(self) -> None:
+        if self.words < 1:
+            raise ValueError(f"upsampling.words is {self.words}: it is at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Upsampled:
+    """A prompt, and what is used in its place."""
+
+    original: str
+    text: str
+    """The upsampled prompt, or the original."""
+    error: str = ""
+    """Why it is the original, where that was not the model's choice."""
+
+    @property
+    def changed(self) -> bool:
+        return self.text != self.original
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of a text: what a byte encoder reads."""
+    return len(text.encode())
+
+
+def upsample(
+    prompts: Sequence[str],
+    client: ChatClient,
+    config: UpsampleConfig | None = None,
+    limit: int | None = None,
+    length: Callable[[str], int] = utf8_length,
+    of_word: int = BYTES_OF_WORD,
+) -> list[Upsampled]:
+    """Every prompt and what is used in its place, in order; equal prompts are asked for once.
+
+    ``limit`` is what the text encoder reads of a prompt, as ``length`` counts it (a word is about
+    ``of_word``): longer texts lose sentences at their end until they fit, and are not used where the
+    first is too long already.
+
+    Raises:
+        ChatError: where the server refuses the key or does not know the model. Where nobody answers at
+            all, prompts that no kept answer is of come back as they are, each with that error.
+    """
+    config = config or UpsampleConfig()
+    absent = ""
+    try:
+        client.probe()
+    except Unreachable as error:
+        absent = str(error)
+        client.close()  # what was answered once is there still
+    words = config.words if limit is None else min(config.words, max(limit // of_word, 3))
+    system = message("system", config.system.replace("{words}", str(words)))
+    one = partial(_upsample, client=client, system=system, limit=limit, length=length)
+    unique = list(dict.fromkeys(prompts))
+    found = ordered(one, unique, client.options.concurrency, client.close)
+    made = dict(zip(unique, found, strict=True))
+    if absent:
+        for prompt, one in made.items():
+            if one.error.startswith("not sent"):
+                made[prompt] = dataclasses.replace(one, error=absent)
+    return [made[prompt] for prompt in prompts]
+
+
+def _upsample(
+    prompt: str,
+    client: ChatClient,
+    system: Any,
+    limit: int | None,
+    length: Callable[[str], int],
+) -> Upsampled:
+    text, why = tell(client, [system, message("user", prompt)])
+    if why:
+        return Upsampled(prompt, prompt, why)
+    whole = text
+    while text and limit is not None and length(text) > limit:
+        shorter = whole_sentences(text[:-1])
+        text = shorter if shorter != text else ""
+    if not text:
+        why = f"too long: {length(whole)} where the text encoder reads {limit}, in one sentence"
+        return Upsampled(prompt, prompt, f"{why}: {whole[:60]!r}...")
+    return Upsampled(prompt, text)
+
+
+def changes(results: Sequence[Upsampled]) -> str:
+    """What upsampling changed: two lines for every prompt that it did, once for equal ones."""
+    lines = [f"{one.original!r}\n  -> {one.text!r}" for one in results if one.changed]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def warnings(results: Sequence[Upsampled]) -> str:
+    """A line for every prompt that is used as given against what was asked for, and why."""
+    lines = [f"used as given: {one.original!r}: {one.error}" for one in results if one.error]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def records(results: Sequence[Upsampled], model: str) -> list[dict[str, Any]]:
+    """JSON values that ``read_prompts`` reads as the texts that are used, to make the same again."""
+    return [
+        {"prompt": one.text, "original": one.original}
+        | ({"upsampled_by": model} if not one.error else {"error": one.error})
+        for one in results
+    ]

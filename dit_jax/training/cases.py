@@ -1,0 +1,173 @@
+"""What a run shows and is measured on: prompts or classes, and the truth where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.codec.codec import Codec
+from dit_jax.config import Config
+from dit_jax.data import (
+    RecordsConfig,
+    RecordsSource,
+    ShapesConfig,
+    caption,
+    held_out_scenes,
+    render,
+    resize,
+)
+from dit_jax.data.sources import shown_source
+from dit_jax.evaluate import judge_classes, mean_psnr, prompt_following
+from dit_jax.model import ClassLabelsConfig
+from dit_jax.sampling import Request, contact_sheet, grid, write_png
+from dit_jax.upscale.super_resolution import fidelity, low_of
+
+FRAMES_SHOWN = 5
+CLIPS_SHOWN = 24
+IMAGES_SHOWN = 100
+SHEET_SCALE = 3
+
+
+class Cases:
+    """Requests for a run's samples, and how well the clips made for them do."""
+
+    def __init__(self, config: Config, codec: Codec | None = None) -> None:
+        self._config, self._codec = config, codec
+        source, count = shown_source(config.data.source), config.evaluation.prompts
+        self._scenes: list[Any] = []
+        self._true: list[np.ndarray] = []
+        shown = max(count, config.log.draw_count)
+        if isinstance(source, ShapesConfig):
+            self.requests = self._of_shapes(source, shown)
+        elif isinstance(config.model.text, ClassLabelsConfig) and config.model.upscale == 1:
+            self.requests = self._of_classes(config.model.text.classes, shown)
+        else:
+            self.requests = self._of_records(source, shown)
+        if config.evaluation.classifier_split is not None and count:
+            assert isinstance(source, RecordsConfig)
+            self._check_judged(source, config.evaluation.classifier_split)
+
+    def _check_judged(self, source: RecordsConfig, split: str) -> None:
+        """Raises ``ValueError`` where what is made could not be compared with the real images."""
+        made = self._config.sampling
+        for name in (split, source.split):
+            video = RecordsSource(dataclasses.replace(source, split=name))[0]["video"]
+            if video.dtype == np.uint8:
+                video = self._resized(video)
+            if video.shape != (1, made.height, made.width, 3) or made.frames != 1:
+                raise ValueError(
+                    f"evaluation.classifier_split: made images are [{made.frames}, {made.height}, "
+                    f"{made.width}, 3], and those of split {name!r} {list(video.shape)}. Give pixels "
+                    "of one size (sampling.height, width; data.transform.crop), or unset it."
+                )
+
+    def _resized(self, video: np.ndarray) -> np.ndarray:
+        """A recorded clip of pixels, as training transforms it."""
+        patch, codec = self._config.model.patch, self._config.codec
+        return resize(self._config.data.transform, video, (patch.h * codec.h, patch.w * codec.w))
+
+    def _of_shapes(self, source: ShapesConfig, count: int) -> list[Request]:
+        config, made = self._config, self._config.sampling
+        self._scenes = held_out_scenes(count, config.seed, made.frames, made.height, made.width)
+        codec = config.codec
+        if config.model.upscale > 1:
+            self._true = [render(scene) for scene in self._scenes]
+        return [
+            Request(
+                caption(s),
+                *codec.latent_size(s.frames, s.height, s.width),
+                codec.latent_fps(source.fps),
+                seed=i,
+                low=self._low(self._true[i]) if self._true else None,
+            )
+            for i, s in enumerate(self._scenes)
+        ]
+
+    def _low(self, video: np.ndarray) -> np.ndarray | None:
+        """What a model of super-resolution is given of a clip; None for another."""
+        factor = self._config.model.upscale
+        return low_of(video, factor, self._codec) if factor > 1 else None
+
+    def _of_classes(self, classes: int, count: int) -> list[Request]:
+        made = self._config.sampling
+        size = self._config.codec.latent_size(made.frames, made.height, made.width)
+        fps = self._config.codec.latent_fps(made.fps)
+        return [Request("", *size, fps, i, label=i % classes) for i in range(count)]
+
+    def _of_records(self, source: RecordsConfig, count: int) -> list[Request]:
+        split = self._config.evaluation.records_split
+        held = RecordsSource(dataclasses.replace(source, split=split or source.split))
+        samples = [held[i] for i in range(min(len(held), count))]
+        requests = []
+        for i, sample in enumerate(samples):
+            video, fps = sample["video"], sample["fps"]
+            if video.dtype == np.uint8:
+                fps = self._config.codec.latent_fps(fps)
+                video = self._resized(video)
+                t, h, w = self._config.codec.latent_size(*video.shape[:3])
+            elif split:
+                raise ValueError(
+                    f"evaluation.records_split is {split!r}, whose clips are latents: pixels cannot be "
+                    "compared with them. Unset it."
+                )
+            else:
+                t, h, w = video.shape[:3]
+            states = sample.get("text_states")
+            label, low = sample.get("label"), self._low(video)
+            requests.append(Request(sample["caption"], t, h, w, fps, i, states, label, low=low))
+            if split:
+                self._true.append(video)
+        return requests
+
+    def measure(self, clips: list[np.ndarray]) -> dict[str, float]:
+        """The judge's verdict on moving shapes; the classifier's on images of classes; the distance to
+        the truth of recorded clips, and of what is enlarged."""
+        if self._config.model.upscale > 1:
+            return fidelity(clips, self._true[: len(clips)], self._config.model.upscale)
+        if self._scenes:
+            return prompt_following(clips, self._scenes[: len(clips)])
+        if self._config.evaluation.classifier_split is not None:
+            return self._classify(clips)
+        return {"psnr": mean_psnr(clips, self._true[: len(clips)]), "count": len(clips)}
+
+    def _classify(self, clips: list[np.ndarray]) -> dict[str, float]:
+        source = shown_source(self._config.data.source)
+        split = self._config.evaluation.classifier_split
+        assert isinstance(source, RecordsConfig) and split is not None
+        held, trained = (
+            self._images(dataclasses.replace(source, split=name), limit)
+            for name, limit in ((split, None), (source.split, len(clips)))
+        )
+        labels = np.array([request.label for request in self.requests[: len(clips)]])
+        return judge_classes(np.concatenate(clips), labels, *held, trained[0])
+
+    def _images(self, source: RecordsConfig, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures and labels of a split, transformed as training transforms them; evenly spaced
+        ones, where there are more than ``limit``."""
+        records = RecordsSource(source)
+        count = len(records) if limit is None else min(limit, len(records))
+        samples = [records[i * len(records) // count] for i in range(count)]
+        pictures = [self._resized(s["video"])[0] for s in samples]
+        return np.stack(pictures), np.array([s.get("label", 0) for s in samples])
+
+    @property
+    def measurable(self) -> bool:
+        judged = self._scenes or self._true or self._config.evaluation.classifier_split is not None
+        return bool(judged) and self._config.evaluation.prompts > 0
+
+
+def write_sheet(clips: Sequence[np.ndarray], path: Path) -> None:
+    """Writes a picture of the first clips, once: rows of frames, or a square of still images."""
+    if jax.process_index() != 0:
+        return
+    if all(len(clip) == 1 for clip in clips):
+        columns = 10 if len(clips) >= 30 else None
+        picture = grid(list(clips[:IMAGES_SHOWN]), columns)[0]
+    else:
+        picture = contact_sheet(clips[:CLIPS_SHOWN], FRAMES_SHOWN, SHEET_SCALE)
+    write_png(path, picture)

@@ -1,0 +1,304 @@
+"""Text to video: captioned clips, packed, and a transformer that learns to make them.
+
+This is where the rooms meet: a sample becomes patches, positions and text tokens; a batch becomes
+noise levels, a prediction and a loss; the averaged parameters become clips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dit_jax.codec.codec import Codec
+from dit_jax.codec.opening import check_codec, open_codec
+from dit_jax.config import Config, DataConfig
+from dit_jax.data import (
+    Augment,
+    Loader,
+    Reader,
+    Tokenized,
+    TransformConfig,
+    check_finite,
+    check_fits,
+    checked_reader,
+    draw_caption,
+    flip,
+    resize,
+    resized_size,
+)
+from dit_jax.data.sources import make_source, records_of
+from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, token_loss
+from dit_jax.model import (
+    ByteEncoderConfig,
+    ModelConfig,
+    TextStatesConfig,
+    TextToVideo,
+    forward_flops,
+    patchify,
+    positions,
+)
+from dit_jax.parallel import (
+    DEFAULT_ATTENTION,
+    AttentionConfig,
+    batch_shards,
+    choose_attention,
+    choose_dot_general,
+    make_constrain,
+    platform,
+    token_multiple,
+    ulysses_size,
+)
+from dit_jax.sampling import Generator, make_clips, to_float
+from dit_jax.text.opening import encoded, open_for_data, with_states
+from dit_jax.training import Task, Work
+from dit_jax.training.cases import Cases, write_sheet
+from dit_jax.types import PAD, PackedBatch, Params, Sample, Totals
+from dit_jax.upscale.super_resolution import low_of
+
+AS_THEY_ARE = TransformConfig()
+
+
+def make_augment(config: DataConfig) -> Augment | None:
+    """What is drawn anew for a sample in every epoch: its caption, its mirror image."""
+    mixes = [one.caption_mix for one in records_of(config.source)]
+    if not any(mixes):
+        return flip if config.transform.flip else None
+
+    def augment(sample: Sample, rng: np.random.Generator) -> Sample:
+        sample = draw_caption(sample, rng, mixes[sample.get("part", 0)])
+        return flip(sample, rng) if config.transform.flip else sample
+
+    return augment
+
+
+def make_model(
+    config: ModelConfig, mesh: Mesh, attention: AttentionConfig = DEFAULT_ATTENTION
+) -> TextToVideo:
+    """The model, told how to attend and how to lie on the mesh."""
+    heads, tensor = config.dit.heads, mesh.shape["tensor"]
+    if heads % tensor:
+        raise ValueError(
+            f"mesh.tensor {tensor} does not divide the transformer's {heads} heads, each lying "
+            f"on one device: make it {math.gcd(heads, tensor)}, or spread tokens (mesh.context)."
+        )
+    return TextToVideo(
+        config.on(platform(mesh)),
+        choose_attention(mesh, attention),
+        make_constrain(mesh),
+        choose_dot_general(mesh),
+        choose_dot_general(mesh, config.matmul),
+    )
+
+
+def check_layout(config: Config, mesh: Mesh) -> None:
+    """Raises ``ValueError`` where batches of the config cannot be laid out over the mesh."""
+    packing, parts, context = config.data.packing, batch_shards(mesh), mesh.shape["context"]
+    accumulate = config.optimizer.accumulate
+    if packing.rows // accumulate % parts:
+        each = f" in each of optimizer.accumulate {accumulate} parts" if accumulate > 1 else ""
+        raise ValueError(
+            f"data.packing.rows {packing.rows}: {packing.rows // accumulate} rows{each} do not divide "
+            f"over mesh.data x mesh.fsdp = {parts}. Make rows a multiple of {accumulate * parts}, or "
+            "spread tokens (mesh.context) instead."
+        )
+    multiple = token_multiple(mesh, config.attention)
+    if packing.row_tokens % multiple:
+        raise ValueError(
+            f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: "
+            f"make them a multiple of {multiple}."
+        )
+    if context > 1:
+        ulysses_size(config.attention, context, config.model.dit.heads // mesh.shape["tensor"])
+
+
+def tokenize(
+    model: ModelConfig,
+    sample: Sample,
+    transform: TransformConfig = AS_THEY_ARE,
+    codec: Codec | None = None,
+) -> Tokenized:
+    """A sample as clean patches, positions and text tokens; pixels pass through ``codec`` if given."""
+    strides = (1, 1, 1) if codec is None else codec.strides
+    whole = (model.patch.h * strides[1], model.patch.w * strides[2])
+    video, fps = resize(transform, sample["video"], whole), sample["fps"]
+    low = None
+    if model.upscale > 1:
+        low = patchify(model.patch, low_of(video, model.upscale, codec))
+    if video.dtype == np.uint8:
+        video = to_float(video)
+        if codec is not None:
+            video, fps = _encoded(codec, video, sample["caption"]), fps / strides[0]
+    places, frame_ids = positions(model.patch, *video.shape[:3], fps=fps)
+    made: Tokenized = {
+        "tokens": patchify(model.patch, video),
+        "positions": places,
+        "frame_ids": frame_ids,
+        "text": model.text_tokens(
+            sample["caption"], sample.get("text_states"), sample.get("label")
+        ),
+    }
+    if low is not None:
+        made["low"] = low
+    return made
+
+
+def caption_length(model: ModelConfig, sample: Sample) -> tuple[int, int]:
+    """How long a sample's caption is, in bytes or text states, and how much of it is read."""
+    text = model.text
+    if isinstance(text, ByteEncoderConfig):
+        return text.length(sample["caption"]) - 1, text.max_bytes
+    if isinstance(text, TextStatesConfig):
+        return len(sample.get("text_states", ())), text.max_tokens - 1
+    return 0, 0
+
+
+def check_record_size(config: Config, frames: int, height: int, width: int, pixels: bool) -> None:
+    """Raises ``ValueError`` if a record of this stored size cannot be packed."""
+    patch, codec = config.model.patch, config.codec
+    size = (frames, height, width)
+    if pixels:
+        multiple = (patch.h * codec.h, patch.w * codec.w)
+        _, (height, width) = resized_size(config.data.transform, height, width, multiple)
+        size = codec.latent_size(frames, height, width)
+    packing = config.data.packing
+    check_fits(packing, patch.num_tokens(*size), 0, " x ".join(map(str, (frames, height, width))))
+
+
+def _encoded(codec: Codec, video: np.ndarray, caption: str) -> np.ndarray:
+    """A clip's latents; raises ``ValueError`` with its caption where it has none."""
+    try:
+        return np.asarray(codec.encode(video), np.float32)
+    except ValueError as error:
+        raise ValueError(
+            f"the clip {caption[:60]!r} cannot be encoded: {error} Or leave such clips out "
+            "(data.transform crops pictures, not lengths)."
+        ) from error
+
+
+def _no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    return q
+
+
+def init_params(model: TextToVideo, key: jax.Array) -> Params:
+    """Fresh parameters that carry their logical axes (the shapes do not depend on the batch)."""
+    # Attention has no parameters, and its kernels do not take the single token given here.
+    model = model.clone(attention=_no_attention)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    tokens = jnp.zeros((1, 1, model.config.patch.dim))
+    of_text, level = model.config.text, jnp.zeros((1, 1))
+    text = jnp.zeros((1, 1, of_text.dim)) if isinstance(of_text, TextStatesConfig) else ids
+    low = (tokens, level) if model.config.upscale > 1 else ()
+    return model.init(key, tokens, jnp.zeros((1, 1, 3)), ids, ids, level, text, ids, *low)
+
+
+def batch_loss(
+    model: TextToVideo,
+    config: DiffusionConfig,
+    params: Params,
+    batch: PackedBatch,
+    key: jax.Array,
+    step: jax.Array | None = None,
+) -> tuple[jax.Array, Totals]:
+    """Sum of the tokens' losses, and the sum of their weights; the step does not matter."""
+    del step
+    noised = noise_batch(config, key, batch)
+    output: Any = model.apply(
+        params,
+        noised.tokens,
+        batch.positions,
+        batch.segment_ids,
+        noised.group_ids,
+        noised.group_t,
+        batch.text,
+        drop_captions(batch.text_segment_ids, noised.dropped),
+        noised.low,
+        noised.group_low_t,
+    )
+    error, weight = token_loss(config, output, noised, batch)
+    loss = error.sum()
+    return loss, Totals(loss, weight.sum(), {})
+
+
+def batch_work(model: ModelConfig, batch: PackedBatch) -> Work:
+    """What training on a (local, NumPy) batch takes."""
+    segments = np.arange(batch.num_tokens.shape[1]) + 1
+    letters = (np.asarray(batch.text_segment_ids)[:, None] == segments[:, None]).sum(-1)
+    flops = 3 * forward_flops(model, np.asarray(batch.num_tokens), letters).sum()
+    return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
+
+
+def build_text_to_video(config: Config, mesh: Mesh) -> Task:
+    """The task of a config on a mesh; opens the data, and makes nothing else yet."""
+    check_layout(config, mesh)
+    source = make_source(config.data.source)
+    packing = config.data.packing
+    codec = open_codec(config, mesh)
+    check_codec(codec, source)
+    if (encoder := open_for_data(config, source)) is not None:
+        source = encoded(source, encoder)
+    to_tokens = partial(tokenize, config.model, transform=config.data.transform, codec=codec)
+
+    def check_first(sample: Sample, name: str) -> bool:
+        first = to_tokens(sample)
+        check_fits(packing, len(first["tokens"]), len(first["text"]), name)
+        check_finite(first, name)
+        return sample["video"].dtype == np.uint8
+
+    pixels = Reader(source).first(check_first)
+    if config.data.transform.flip and not pixels:
+        raise ValueError(
+            "data.transform.flip is set and the data are latents, which cannot be mirrored: write both "
+            "when they are made (scripts/images_to_latents.py --flip), and unset it."
+        )
+    check_size = partial(check_record_size, config, pixels=pixels)
+    reader = checked_reader(
+        source, check_size, config.data.bad_records, config.data.max_bad_records
+    )
+
+    def to_tokens_counted(sample: Sample) -> Tokenized:
+        length, most = caption_length(config.model, sample)
+        if length > most:
+            reader.note_cut(sample["caption"], length, most)
+        return to_tokens(sample)
+
+    model = make_model(config.model, mesh, config.attention)
+    generator = Generator(model, config.diffusion, config.sampling)
+    cases = Cases(config, codec)
+    wanted = with_states(cases.requests, encoder)
+    augment = make_augment(config.data)
+    decode = None if codec is None else codec.decode
+    along = ("low",) if config.model.upscale > 1 else ()
+
+    def draw(params: Params, path: Path) -> None:
+        requests = wanted[: config.log.draw_count]
+        clips = make_clips(generator, params, requests, config.model, mesh, decode=decode)
+        write_sheet(clips, path)
+
+    def report(params: Params, directory: Path) -> Mapping[str, float]:
+        if not cases.measurable:
+            return {}
+        requests = wanted[: config.evaluation.prompts]
+        clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
+        write_sheet(clips, directory / "samples.png")
+        return cases.measure(clips)
+
+    return Task(
+        name="text_to_video",
+        init=partial(init_params, model),
+        loss=partial(batch_loss, model, config.diffusion),
+        loader=lambda rows: Loader(
+            reader, to_tokens_counted, packing, config.seed, rows, augment, along
+        ),
+        rows=packing.rows,
+        work=partial(batch_work, config.model),
+        draw=draw,
+        report=report,
+    )

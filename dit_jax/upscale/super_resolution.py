@@ -1,0 +1,176 @@
+"""Super-resolution: what the model is given at low resolution, in training, measuring and sampling.
+
+A model with ``model.upscale`` above 1 sees, beside the noise, the clip that it makes with fewer rows
+and columns: enlarged to the clip's own size, and encoded by the codec where the model makes latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax.codec.codec import Codec
+from dit_jax.config import Config
+from dit_jax.evaluate import mean_psnr
+from dit_jax.files import local_copy
+from dit_jax.sampling import Edit, Request, check_request, to_float
+from dit_jax.sampling.long_plan import LongArguments
+from dit_jax.sampling.media import EXTENSIONS, read_video
+from dit_jax.sampling.requested import ModeArguments
+from dit_jax.sampling.space import filled
+from dit_jax.upscale.resizing import enlarge, shrink
+
+Clip = tuple[np.ndarray, float]
+"""uint8 ``[t, h, w, 3]``, and its frames a second."""
+
+
+def seen_low(video: np.ndarray, factor: int, codec: Codec | None) -> np.ndarray:
+    """A clip uint8 ``[t, h, w, 3]`` of low resolution as the model is given it: float pixels or latents
+    of a clip with ``factor`` times as many rows and columns."""
+    large = to_float(enlarge(video, factor))
+    return large if codec is None else np.asarray(codec.encode(large), np.float32)
+
+
+def low_of(video: np.ndarray, factor: int, codec: Codec | None) -> np.ndarray:
+    """What the model is given of a clip uint8 ``[t, h, w, 3]`` that it shall make.
+
+    Raises:
+        ValueError: for latents, and where its size does not divide by ``factor``.
+    """
+    if video.dtype != np.uint8:
+        raise ValueError(
+            f"model.upscale is {factor} and the data are latents: what they are at low resolution is "
+            "made of pixels. Give records of these, and the codec for both (codec.path)."
+        )
+    return seen_low(shrink(video, factor), factor, codec)
+
+
+def fidelity(clips: Sequence[np.ndarray], true: Sequence[np.ndarray], factor: int) -> dict:
+    """PSNR in dB (means over clips) of what was made, of bicubic enlargement, and what is gained."""
+    bicubic = [enlarge(shrink(video, factor), factor) for video in true]
+    made, plain = mean_psnr(clips, true), mean_psnr(bicubic, true)
+    return {"psnr": made, "bicubic_psnr": plain, "gain": made - plain, "count": len(true)}
+
+
+def read_clips(names: Sequence[str], read: Callable[[Path], Clip] = read_video) -> list[Clip]:
+    """Clips of files, and of those in folders in the order of their names.
+
+    Args:
+        read: a file.
+
+    Raises:
+        ValueError: where there are none, or one cannot be read.
+    """
+    found = []
+    for name in names:
+        path = local_copy(name)
+        if not path.is_dir():
+            found.append(read(path))
+            continue
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
+        if not files:
+            raise ValueError(
+                f"{name!r} holds no files ending in {', '.join(EXTENSIONS)}: give the directory that "
+                "samples were written to, or files."
+            )
+        found += map(read, files)
+    return found
+
+
+def check_given(config: Config, files: Sequence[str]) -> None:
+    """Raises ``ValueError`` where a model that enlarges has no clips to, or another has some."""
+    if config.model.upscale > 1 and not files:
+        raise ValueError(
+            f"the model enlarges clips {config.model.upscale} times: give some with --super-resolve."
+        )
+    if config.model.upscale == 1 and files:
+        raise ValueError(
+            "the model does not enlarge clips (model.upscale is 1): leave --super-resolve out, or give "
+            "--checkpoint a run of super-resolution."
+        )
+    if config.model.upscale == 1 and config.sampling.augmentation:
+        raise ValueError(
+            f"--augmentation {config.sampling.augmentation}: the model does not enlarge clips "
+            "(model.upscale is 1). Leave it out."
+        )
+
+
+def check_enlarges(mode: ModeArguments, long: LongArguments, sampling: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` where clips are to be enlarged and something else besides; ``sampling`` are
+    the options of that name that are given."""
+    if mode.source or mode.loop or long.long:
+        raise ValueError(
+            "--super-resolve enlarges clips and does nothing else to them: make the clip first, and "
+            "enlarge what comes out."
+        )
+    sizes = {name: sampling.get(name) for name in ("height", "width", "frames", "fps")}
+    for name, value in {**sizes, "duration": mode.duration}.items():
+        if value is not None:
+            raise ValueError(
+                f"--{name} {value} and --super-resolve: size, length and rate are those of the clips. "
+                "Leave it out."
+            )
+
+
+def each_clip(
+    prompts: Sequence[str | int], clips: Sequence[Clip], num: int
+) -> tuple[list[str | int], list[Clip]]:
+    """Every clip ``num`` times, and a prompt for each of these.
+
+    ``prompts`` are one for each clip or one for all, each ``num`` times, or none: the empty one.
+
+    Raises:
+        ValueError: for another number of them.
+    """
+    repeated = [clip for clip in clips for _ in range(num)]
+    given = list(prompts) or [""] * num
+    if len(given) == num:
+        given = given * len(clips)
+    if len(given) != len(repeated):
+        raise ValueError(
+            f"{len(given) // num} prompts for {len(clips)} clips of --super-resolve: give one for "
+            "each, one for all, or none."
+        )
+    return given, repeated
+
+
+def enlarging(
+    requests: Sequence[Request],
+    clips: Sequence[Clip],
+    config: Config,
+    codec: Codec | None,
+) -> list[Request]:
+    """Requests for the clips at ``config.model.upscale`` times their size, with their frames and rates.
+
+    Where the last frames do not fill a token, the model is shown the last one again until they do
+    (``cut_again`` takes these off).
+
+    Raises:
+        ValueError: where the model cannot make clips of such sizes.
+    """
+    made, factor = [], config.model.upscale
+    stride = config.codec.t * config.model.patch.t
+    for request, (video, fps) in zip(requests, clips, strict=True):
+        video = filled(video, stride)
+        frames, height, width = video.shape[:3]
+        size = config.codec.latent_size(frames, height * factor, width * factor)
+        rate = config.codec.latent_fps(fps if frames > 1 else config.sampling.fps)
+        sized = dataclasses.replace(
+            request, frames=size[0], height=size[1], width=size[2], fps=rate
+        )
+        check_request(sized, config.model.patch)
+        made.append(dataclasses.replace(sized, low=seen_low(video, factor, codec)))
+    return made
+
+
+def cut_again(requests: Sequence[Request], clips: Sequence[Clip]) -> list[Edit]:
+    """What makes the requests of ``enlarging``, and leaves them the clips' own lengths."""
+
+    def one(request: Request, count: int) -> Edit:
+        return Edit((request,), lambda made: made[0][:count])
+
+    return [one(made, len(video)) for made, (video, _) in zip(requests, clips, strict=True)]

@@ -1,0 +1,174 @@
+"""The layers of the transformer: identity at initialisation, modulation by group, norms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jaxtyping import TypeCheckError
+
+from dit_jax.model.blocks import DiTBlock, Modulation, RMSNorm, gather_groups, gelu, layer_norm
+from dit_jax.model.positions import frequencies
+from dit_jax.parallel import xla_attention
+from dit_jax.types import unconstrained
+
+
+def no_attention(q, k, v, q_segment_ids, k_segment_ids, *, band=None):
+    """Attention that mixes nothing: tokens go their way alone."""
+    return jnp.zeros_like(q)
+
+
+def block_inputs(inputs, seed=0):
+    """Random arguments of a block for the test rows, by name."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    b, l = inputs["segment_ids"].shape
+    angles = inputs["positions"] @ frequencies(16, 1e4)
+    return {
+        "x": normal(b, l, 32),
+        "condition": normal(b, inputs["group_t"].shape[1], 32),
+        "group_ids": inputs["group_ids"],
+        "segment_ids": inputs["segment_ids"],
+        "rotary": (np.cos(angles), np.sin(angles)),
+        "text": normal(*inputs["text"].shape, 16),
+        "text_segment_ids": inputs["text_segment_ids"],
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(jit):
+    """``compiled(attention)(parameters of the first layer, arguments)``."""
+
+    @functools.cache
+    def block(attention):
+        layer = DiTBlock(2, 128, jnp.float32, attention, unconstrained)
+        return jit(lambda params, kwargs: layer.apply({"params": params}, **kwargs)[0])
+
+    return block
+
+
+def first_layer(params):
+    return jax.tree.map(lambda leaf: leaf[0], params["params"]["dit"]["blocks"])
+
+
+def test_a_fresh_block_is_the_identity(compiled, fresh, inputs):
+    given = block_inputs(inputs)
+    out = compiled(xla_attention)(first_layer(fresh), given)
+    # Bit for bit: every branch is an exact zero.
+    assert np.array_equal(out, given["x"])
+
+
+def test_a_block_with_random_parameters_is_not(compiled, params, inputs):
+    given = block_inputs(inputs)
+    out = compiled(xla_attention)(first_layer(params), given)
+    assert np.abs(out - given["x"]).mean() > 0.1
+
+
+@pytest.mark.parametrize("group", range(6))
+def test_a_group_modulates_its_own_tokens_alone(compiled, params, inputs, group):
+    given, layer = block_inputs(inputs), first_layer(params)
+    condition = given["condition"].copy()
+    condition[:, group] += 1.0
+    base = np.asarray(compiled(no_attention)(layer, given))
+    out = np.asarray(compiled(no_attention)(layer, {**given, "condition": condition}))
+    # Bit for bit: with attention silent nothing joins one token to another.
+    assert np.array_equal((out != base).any(-1), given["group_ids"] == group)
+
+
+def test_both_groups_of_a_segment_are_there(inputs):
+    first = inputs["group_ids"][0][inputs["segment_ids"][0] == 1]
+    assert sorted(set(first.tolist())) == [0, 1]
+
+
+def test_groups_are_gathered_to_tokens():
+    per_group = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    ids = np.array([[2, 0, 0, 1], [1, 1, 2, 0]], np.int32)
+    out = gather_groups(jnp.asarray(per_group), jnp.asarray(ids))
+    expected = [[per_group[b, ids[b, l]].tolist() for l in range(4)] for b in range(2)]
+    assert out.tolist() == expected
+
+
+def test_a_single_group_is_of_all_tokens():
+    per_group = jnp.arange(4.0).reshape(2, 1, 2)
+    out = gather_groups(per_group, jnp.zeros((2, 5), jnp.int32))
+    assert np.broadcast_to(out, (2, 5, 2)).tolist() == np.repeat(per_group, 5, 1).tolist()
+
+
+def test_modulation_starts_at_zero_for_every_group(jit):
+    layer = Modulation(8, branches=2)
+    out = jit(layer.init_with_output)(jax.random.key(0), np.ones((1, 3, 8), np.float32))[0]
+    assert out.shape == (1, 3, 48) and not out.any()
+
+
+def plain_layer_norm(x):
+    x = x.astype(jnp.float32)
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("ours", "plain"), [(layer_norm, plain_layer_norm), (gelu, nn.gelu)], ids=["norm", "gelu"]
+)
+def test_written_out_gradients_are_those_of_the_formula(ours, plain, dtype, jit):
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.5, 2, (4, 64)).astype(dtype)
+    weights = rng.normal(size=(4, 64)).astype(np.float32)
+
+    def both(function, x):
+        return jax.value_and_grad(lambda x: (function(x) * weights).sum())(x)
+
+    (value, slope), (expected, expected_slope) = jit(lambda x: (both(ours, x), both(plain, x)))(x)
+    assert slope.dtype == dtype
+    # float32 in another order; or a few roundings of bfloat16 (2^-9 each) of values up to 6, one
+    # with another over 256 terms.
+    rtol, atol = (1e-5, 2e-5) if dtype == jnp.float32 else (2e-2, 3e-2)
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=256**0.5 * atol)
+    slope, expected_slope = (np.asarray(g, np.float32) for g in (slope, expected_slope))
+    np.testing.assert_allclose(slope, expected_slope, rtol=rtol, atol=atol)
+
+
+def test_layer_norm_has_mean_zero_and_variance_one(jit):
+    x = np.random.default_rng(0).normal(3, 5, (4, 64)).astype(np.float32)
+    y = np.asarray(jit(layer_norm)(x))
+    # The epsilon of 1e-6 in a variance of 25, and float32.
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
+    np.testing.assert_allclose(y.std(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rms_norm_has_mean_square_one_and_keeps_the_dtype(dtype, jit):
+    x = np.random.default_rng(0).normal(0, 5, (4, 64)).astype(dtype)
+    y, variables = jit(RMSNorm().init_with_output)(jax.random.key(0), x)
+    assert y.dtype == dtype
+    assert jax.tree.leaves(variables)[0].dtype == jnp.float32
+    # float32; or the rounding of bfloat16 (2^-9), averaged over 64 numbers.
+    atol = 1e-5 if dtype == jnp.float32 else 2e-3
+    np.testing.assert_allclose(np.square(np.asarray(y, np.float64)).mean(-1), 1, atol=atol)
+
+
+def test_norms_of_low_precision_are_computed_in_float32(jit):
+    # 1000 + small: the mean of squares in bfloat16 would lose the spread altogether.
+    x = (1000 + 8 * np.arange(8)).astype(jnp.bfloat16)
+    y = jit(layer_norm)(x)
+    assert y.dtype == jnp.float32
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-6)
+    np.testing.assert_allclose(y, exact, rtol=1e-5)  # float32
+
+
+def test_a_wrong_shape_is_caught(inputs):
+    layer = DiTBlock(2, 128, jnp.float32, xla_attention, unconstrained)
+    given = block_inputs(inputs)
+
+    def trace(**changes):
+        jax.eval_shape(lambda x: layer.init(jax.random.key(0), **x), {**given, **changes})
+
+    trace()
+    for name, shape in (("condition", (2, 31)), ("segment_ids", (2, 31)), ("text", (2, 3))):
+        with pytest.raises(TypeCheckError, match=f"parameter '{name}'"):
+            trace(**{name: jax.ShapeDtypeStruct(shape, given[name].dtype)})

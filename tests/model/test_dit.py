@@ -1,0 +1,308 @@
+"""The transformer as a whole: zero at initialisation, its parameters, and how it is executed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from dit_jax.model import PRESETS, DiT, DiTConfig, TextToVideo
+from dit_jax.model.dit import pool_text, time_features
+from dit_jax.parallel import host_attention, xla_attention
+from dit_jax.parallel.kernels import flat_dot_general
+from dit_jax.parallel.rules import ACTIVATION_RULES, PARAMETER_RULES
+from dit_jax.types import unconstrained
+
+
+def leaves_with_names(boxed):
+    """(path, boxed parameter) of every leaf."""
+    return jax.tree_util.tree_flatten_with_path(
+        boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )[0]
+
+
+# --- initialisation and parameters ---
+
+
+def test_a_fresh_model_says_zero(forward, fresh, inputs):
+    out = forward(fresh, **inputs)
+    assert out.shape == inputs["tokens"].shape and not out.any()
+
+
+def test_fresh_branches_are_zero_and_nothing_else_is(fresh):
+    zero = set()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(fresh["params"])[0]:
+        names = [key.key for key in path]
+        if names[-1] == "kernel" and not np.asarray(leaf).any():
+            zero.add("/".join(names[:-1]))
+    assert zero == {
+        "dit/blocks/modulation/linear",
+        "dit/blocks/cross_attention/out",
+        "dit/final_modulation/linear",
+        "dit/final",
+    }
+
+
+def test_layers_are_drawn_apart(fresh):
+    kernel = np.asarray(fresh["params"]["dit"]["blocks"]["mlp"]["up"]["kernel"])
+    assert kernel.shape == (2, 32, 128) and not np.array_equal(kernel[0], kernel[1])
+    # Xavier's bound for each layer: sqrt(6 / (in + out)), not that of the stacked array.
+    bound = np.sqrt(6 / (32 + 128))
+    assert 0.95 * bound < np.abs(kernel).max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads"),
+    [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)],
+)
+def test_presets_have_the_parameters_that_their_shapes_say(name, width, depth, heads):
+    d, e, p = width, 128, 16
+    self_attention = (d * 3 * d + 3 * d) + (d * d + d) + 2 * d // heads
+    cross_attention = (d * d + d) + (e * 2 * d + 2 * d) + (d * d + d) + 2 * d // heads
+    mlp = (d * 4 * d + 4 * d) + (4 * d * d + d)
+    block = (d * 6 * d + 6 * d) + self_attention + cross_attention + mlp
+    time = (256 * d + d) + (d * d + d)
+    ends = (p * d + d) + (d * 2 * d + 2 * d) + (d * p + p)
+
+    model = DiT(PRESETS[name], p, xla_attention, unconstrained)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(
+        lambda key, x, text: model.init(key, x, x[..., :3], ids, ids, x[..., 0], text, ids),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, 1, p), jnp.float32),
+        jax.ShapeDtypeStruct((1, 1, e), jnp.float32),
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == depth * block + time + ends
+
+
+def test_other_ways_have_parameters_of_their_own(tiny, boxed, other_ways):
+    def count(**changes):
+        return sum(leaf.size for leaf in jax.tree.leaves(boxed(tiny(**changes))["params"]["dit"]))
+
+    d, e, heads, depth = 32, 16, 2, 2
+    cross_attention = (d * d + d) + (e * 2 * d + 2 * d) + (d * d + d) + 2 * d // heads
+    plain = count()
+    assert count(absolute_positions="thw") == plain
+    assert count(pooled_text=True) == plain + e * d + d
+    assert count(cross_attention=False) == plain - depth * cross_attention
+
+
+def test_text_may_be_absent_where_none_is_used(model):
+    config = dataclasses.replace(model.config.dit, cross_attention=False)
+    network = DiT(config, 12, xla_attention, unconstrained)
+    ids = jnp.zeros((1, 4), jnp.int32)
+
+    def run(key, x):
+        given = (x, x[..., :3], ids, ids, x[:, :1, 0], None, None)
+        return network.init_with_output(key, *given)[0]
+
+    out = jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((1, 4, 12), jnp.float32))
+    assert out.shape == (1, 4, 12)
+
+
+def test_pooled_text_is_the_mean_of_each_groups_segment(jit):
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    text_ids = np.array([[1, 1, 2, 2, 2, 0], [2, 1, 1, 1, 0, 0]], np.int32)
+    ids = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 0, 0]], np.int32)
+    groups = np.array([[0, 1, 2, 2, 0], [0, 3, 2, 0, 0]], np.int32)
+    pooled = np.asarray(jit(pool_text, static_argnums=4)(text, text_ids, ids, groups, 4))
+    one, two = text[0, :2].mean(0), text[0, 2:5].mean(0)
+    np.testing.assert_allclose(pooled[0, :3], [one, one, two], rtol=1e-6, atol=1e-6)  # float32
+    one, two = text[1, 1:4].mean(0), text[1, 0]
+    np.testing.assert_allclose(pooled[1, [0, 2, 3]], [one, two, two], rtol=1e-6, atol=1e-6)
+
+
+def test_presets_are_about_the_fields_sizes():
+    # Peebles & Xie 2022, table 1, in millions; ours have cross-attention (about 2 d^2 a layer) more.
+    for name, millions in (("S", 33), ("B", 130), ("L", 458), ("XL", 675)):
+        config = PRESETS[name]
+        ours = config.depth * (18 + 2) * config.width**2 / 1e6
+        assert millions < ours < 1.15 * millions + 2
+
+
+def test_every_parameter_has_axes_that_the_rules_know(tiny, boxed, other_ways):
+    leaves = leaves_with_names(boxed(tiny()))
+    assert len(leaves) == 30 + 14  # the transformer's and the text encoder's
+    for path, leaf in leaves + leaves_with_names(boxed(tiny(**other_ways))):
+        where = jax.tree_util.keystr(path)
+        assert isinstance(leaf, nn.LogicallyPartitioned), where
+        assert len(leaf.names) == leaf.value.ndim, where
+        assert {name for name in leaf.names if name} <= set(PARAMETER_RULES), where
+        assert (leaf.names[0] == "layers") == ("blocks" in where), where
+
+
+def test_activations_are_laid_out_by_axes_that_the_rules_know(model, params, inputs):
+    seen = set()
+
+    def constrain(x, *axes):
+        assert len(axes) == x.ndim
+        seen.update(axes)
+        return x
+
+    jax.eval_shape(TextToVideo(model.config, xla_attention, constrain).apply, params, **inputs)
+    assert seen - {None} == set(ACTIVATION_RULES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 0}, "dit.width is 0"),
+        ({"depth": 0}, "dit.depth is 0"),
+        ({"heads": 0}, "dit.heads is 0"),
+        ({"width": 100, "heads": 3}, "does not divide into 3 heads.*such as 99"),
+        ({"width": 2, "heads": 4}, "does not divide into 4 heads.*such as 4"),
+        ({"width": 32, "heads": 8}, "head dimension 4"),
+        ({"mlp_dim": 0}, "dit.mlp_dim is 0"),
+    ],
+)
+def test_nonsense_sizes_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig(**fields)
+
+
+def test_time_features_are_sinusoids_of_thousandths(jit):
+    t = np.array([[0.0, 0.25, 1.0]], np.float32)
+    features = np.asarray(jit(time_features)(t))
+    angles = 1000 * t[..., None].astype(np.float64) * 1e4 ** (-np.arange(128) / 128)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], -1)
+    # Angles reach 1000 in float32: 2^-14.
+    np.testing.assert_allclose(features, expected, atol=2e-4)
+    assert features[0, 0].tolist() == [1.0] * 128 + [0.0] * 128
+
+
+# --- execution: other ways to compute the same ---
+
+
+@pytest.fixture(scope="module")
+def projections(inputs):
+    return np.random.default_rng(5).normal(size=inputs["tokens"].shape).astype(np.float32)
+
+
+def loss_of(model, projections):
+    """A loss that every output counts in, and its gradient, to be compiled."""
+
+    def loss(params, inputs):
+        return (model.apply(params, **inputs) * projections).mean()
+
+    return jax.value_and_grad(loss)
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradients(tiny, params, inputs, projections, jit):
+    """``loss_and_gradients(**changes of the config)``, each compiled once."""
+    done = {}
+
+    def compute(**changes):
+        key = tuple(changes.items())
+        if key not in done:
+            done[key] = jit(loss_of(tiny(**changes), projections))(params, inputs)
+        return done[key]
+
+    return compute
+
+
+def assert_same(a, b):
+    (loss_a, gradients_a), (loss_b, gradients_b) = a, b
+    # float32 sums in another order, through two blocks.
+    np.testing.assert_allclose(loss_a, loss_b, rtol=1e-5)
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(gradients_a)[0],
+        jax.tree.leaves(gradients_b),
+        strict=True,
+    ):
+        scale = np.abs(y).max()
+        assert scale > 0, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(
+            x, y, rtol=1e-4, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def test_scanned_equals_unrolled(loss_and_gradients, forward, tiny, params, inputs, jit):
+    assert_same(loss_and_gradients(scan=True), loss_and_gradients(scan=False))
+    scanned = jit(tiny(scan=True).apply)(params, **inputs)
+    # As above; outputs reach 10.
+    np.testing.assert_allclose(scanned, forward(params, **inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_of_cpus_change_nothing(loss_and_gradients):
+    ours = loss_and_gradients(scan=True, attention=host_attention, dot_general=flat_dot_general)
+    assert_same(ours, loss_and_gradients(scan=True))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(loss_and_gradients, remat):
+    assert_same(loss_and_gradients(scan=True, remat=remat), loss_and_gradients(scan=True))
+
+
+def count_products(jaxpr):
+    """Matrix products in a program, its inner programs included."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "dot_general"
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, (ClosedJaxpr, Jaxpr)):
+                    count += count_products(getattr(inner, "jaxpr", inner))
+    return count
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_computes_again_what_it_does_not_keep(tiny, params, inputs, projections, scan):
+    products = {}
+    for remat in ("none", "dots", "full"):
+        gradient = loss_of(tiny(scan=scan, remat=remat), projections)
+        products[remat] = count_products(jax.make_jaxpr(gradient)(params, inputs).jaxpr)
+    # "dots" keeps what linear layers give and repeats attention, in which two products are batched.
+    assert products["none"] < products["dots"] < products["full"]
+
+
+def test_unset_scan_unrolls_on_a_cpu(tiny, params, inputs):
+    programs = {
+        scan: str(jax.make_jaxpr(tiny(scan=scan).apply)(params, **inputs))
+        for scan in (None, False, True)
+    }
+    assert "unroll=2" in programs[False] and "unroll=1" in programs[True]
+    assert programs[None].count("unroll=2") == programs[False].count("unroll=2")
+
+
+# --- precision ---
+
+
+def test_bfloat16_is_close_to_float32(tiny, forward, params, inputs, jit):
+    out = jit(tiny(dtype="bfloat16").apply)(params, **inputs)
+    exact = forward(params, **inputs)
+    assert out.dtype == jnp.float32
+    real = inputs["segment_ids"] > 0
+    error = np.sqrt(np.square(np.asarray(out) - exact)[real].mean() / np.square(exact)[real].mean())
+    # Roundings of 2^-9 in some twenty places one after another, added at random: about 1%; and
+    # above what float32 could leave.
+    assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_are_float32(tiny, boxed, dtype):
+    leaves = jax.tree.leaves(boxed(tiny(dtype=dtype)))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_dtype_is_promoted_silently(tiny, boxed, inputs, dtype):
+    model = tiny(dtype=dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        shapes = nn.unbox(boxed(model))
+        out = jax.eval_shape(model.apply, shapes, **inputs)
+    assert out.dtype == jnp.float32
+
+
+def test_replace_keeps_the_parameters(tiny, boxed):
+    """Execution is no part of the parameters: every way takes those of every other."""
+    plain = jax.tree.structure(nn.unbox(boxed(tiny())))
+    for changes in ({"scan": True}, {"remat": "full"}, {"scan": True, "remat": "dots"}):
+        assert jax.tree.structure(nn.unbox(boxed(tiny(**changes)))) == plain
+    assert (
+        dataclasses.replace(PRESETS["S"], mlp_dim=100).hidden == 100 and PRESETS["S"].hidden == 1536
+    )

@@ -1,0 +1,163 @@
+"""Segments of a row do not see each other: neither tokens, nor text, nor noise levels.
+
+Comparisons within one compiled function are bit for bit: a key of another segment has a weight of
+exactly zero, and each row of a matrix product is computed from its own inputs alone.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax.model import byte_tokens
+from dit_jax.parallel import host_attention
+from dit_jax.types import PAD
+
+
+@pytest.fixture(scope="module", params=["reference", "host_attention", "other_ways"])
+def way(request, tiny, other_ways):
+    """The model with the reference attention, with that of CPUs, and with the text pooled."""
+    changes = {
+        "reference": {},
+        "host_attention": {"attention": host_attention},
+        "other_ways": other_ways,
+    }
+    return tiny(**changes[request.param])
+
+
+@pytest.fixture(scope="module")
+def params(way, params_of):
+    return params_of(way)
+
+
+@pytest.fixture(scope="module")
+def forward(way, jit):
+    apply = jit(way.apply)
+    return lambda params, **inputs: np.asarray(apply(params, **inputs))
+
+
+@pytest.fixture(scope="module")
+def base(forward, params, inputs):
+    return forward(params, **inputs)
+
+
+def altered(inputs, name, where, value):
+    """The inputs with other values at some places of one field."""
+    field = inputs[name].copy()
+    field[where] = value
+    return {**inputs, name: field}
+
+
+def changed(inputs, base, other):
+    """Which tokens differ, ``[b, l]``; what is at padding does not count."""
+    return (base != other).any(-1) & (inputs["segment_ids"] != PAD)
+
+
+def tokens_of(inputs, j):
+    """Which tokens are of segment ``j`` of the first row, ``[b, l]``."""
+    mine = inputs["segment_ids"] == j
+    mine[1] = False
+    return mine
+
+
+def test_the_test_rows_are_what_they_should_be(inputs, base):
+    assert [inputs["segment_ids"][0].tolist().count(i) for i in range(4)] == [10, 12, 4, 6]
+    assert np.isfinite(base).all() and base.std() > 0.1
+
+
+@pytest.mark.parametrize("j", [1, 2, 3])
+def test_tokens_of_a_segment_reach_that_segment_alone(forward, params, inputs, base, j):
+    mine = tokens_of(inputs, j)
+    at = tuple(np.argwhere(mine)[0])
+    other = forward(params, **altered(inputs, "tokens", at, 3.0))
+    assert np.array_equal(changed(inputs, base, other), mine)
+
+
+@pytest.mark.parametrize("j", [1, 2, 3])
+def test_positions_of_a_segment_reach_that_segment_alone(forward, params, inputs, base, j):
+    mine = tokens_of(inputs, j)
+    at = tuple(np.argwhere(mine)[0])
+    other = forward(params, **altered(inputs, "positions", at, 5.0))
+    assert np.array_equal(changed(inputs, base, other), mine)
+
+
+@pytest.mark.parametrize("j", [1, 2, 3])
+def test_text_of_a_segment_reaches_that_segment_alone(forward, params, inputs, base, j):
+    at = (0, np.flatnonzero(inputs["text_segment_ids"][0] == j)[-1])
+    other = forward(params, **altered(inputs, "text", at, 99))
+    assert np.array_equal(changed(inputs, base, other), tokens_of(inputs, j))
+
+
+@pytest.mark.parametrize(("j", "group"), [(1, 0), (1, 1), (2, 1), (3, 0)])
+def test_a_noise_level_reaches_its_segment_alone(forward, params, inputs, base, j, group):
+    other = forward(params, **altered(inputs, "group_t", (0, 2 * (j - 1) + group), 0.33))
+    assert np.array_equal(changed(inputs, base, other), tokens_of(inputs, j))
+
+
+def test_no_gradient_crosses_segments(way, params, inputs, jit):
+    """What one segment says has no slope at all along what the others are given."""
+    fields = ("tokens", "positions", "group_t")
+    given = {name: inputs[name] for name in fields}
+    others = {name: field for name, field in inputs.items() if name not in fields}
+
+    def said(given, others, mine):
+        return (way.apply(params, **given, **others) * mine[..., None]).sum()
+
+    slopes = jit(jax.grad(said))
+    for j in (1, 2, 3):
+        mine = tokens_of(inputs, j)
+        slope = slopes(given, others, mine.astype(np.float32))
+        for name in ("tokens", "positions"):
+            reached = np.asarray(slope[name] != 0).any(-1)
+            assert np.array_equal(reached, mine), name
+        groups = np.unique(inputs["group_ids"][mine])
+        assert np.argwhere(np.asarray(slope["group_t"])).tolist() == [[0, g] for g in groups]
+
+
+def test_padding_is_seen_by_none(forward, params, inputs, base):
+    padding = inputs["segment_ids"] == PAD
+    other = altered(inputs, "tokens", padding, 1e4)
+    other = altered(other, "positions", padding, 77.0)
+    other = altered(other, "text", inputs["text_segment_ids"] == PAD, byte_tokens("x", 1)[1])
+    out = forward(params, **other)
+    assert np.array_equal(out[~padding], base[~padding])
+    assert np.isfinite(out).all()
+
+
+def test_a_row_of_nothing_is_finite(forward, params, inputs):
+    empty = {name: np.zeros_like(field) for name, field in inputs.items()}
+    assert np.isfinite(forward(params, **empty)).all()
+
+
+def test_packed_equals_alone(forward, params, segment, packed, inputs, base):
+    alone = [
+        segment(1, (2, 4, 6)),
+        segment(2, (1, 4, 4), levels=(0.9, 0.9), caption="sky"),
+        segment(3, (3, 2, 4), levels=(0.4, 0.0), caption="é"),
+    ]
+    nobody = segment(9, (1, 2, 2))
+    for j, one in enumerate(alone):
+        out = forward(params, **packed([[nobody], [one]]))[1, : len(one.tokens)]
+        # Sums of a few dozen terms in another order in float32, through two blocks: the largest
+        # output is about 10.
+        np.testing.assert_allclose(
+            out, base[0][inputs["segment_ids"][0] == j + 1], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_order_of_segments_and_rows_does_not_matter(forward, params, segment, packed):
+    a, b = segment(5, (2, 4, 4)), segment(6, (2, 2, 4), levels=(0.5, 0.3), caption="b")
+    one, two = (forward(params, **packed(rows)) for rows in ([[a, b], [b]], [[b, a], [a]]))
+    la, lb = len(a.tokens), len(b.tokens)
+    np.testing.assert_allclose(one[0, :la], two[0, lb : la + lb], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(one[0, la : la + lb], two[0, :lb], rtol=1e-4, atol=1e-5)
+    # In the same place of another row: bit for bit.
+    assert np.array_equal(one[1, :lb], two[0, :lb])
+
+
+def test_twins_with_different_text_differ(forward, params, segment, packed):
+    twin = segment(5, (2, 4, 4))
+    other = dataclasses.replace(twin, caption="a blue square")
+    out = forward(params, **packed([[twin], [other]]))[:, : len(twin.tokens)]
+    assert (out[0] != out[1]).any(-1).all()

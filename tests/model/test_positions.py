@@ -1,0 +1,149 @@
+"""Rotary positions: queries and keys meet through differences of coordinates, axis by axis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from dit_jax.model.positions import axis_dims, frequencies, rotary_angles, rotate, sincos_features
+
+THETA = 1e4
+
+
+@jax.jit
+def turn(x: jax.Array, places: jax.Array) -> jax.Array:
+    return rotate(x, *rotary_angles(places, x.shape[-1], THETA))
+
+
+def turned(x: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Heads ``[l, d]`` at coordinates ``[l, 3]``, as one row of one head."""
+    return np.asarray(turn(x[None, :, None], places.astype(np.float32)[None]))[0, :, 0]
+
+
+def vectors(count: int, head_dim: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, head_dim)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dims"),
+    [
+        (128, (44, 42, 42)),
+        (72, (24, 24, 24)),
+        (64, (24, 20, 20)),
+        (32, (12, 10, 10)),
+        (8, (4, 2, 2)),
+        (6, (2, 2, 2)),
+    ],
+)
+def test_dimensions_are_shared_out_evenly(head_dim, dims):
+    assert axis_dims(head_dim) == dims
+    rows = frequencies(head_dim, THETA)
+    assert rows.shape == (3, head_dim // 2) and rows.dtype == np.float32
+    # Every pair belongs to one axis, and each axis to its share of pairs.
+    assert ((rows > 0).sum(0) == 1).all()
+    assert tuple(2 * (rows > 0).sum(1)) == dims
+
+
+@pytest.mark.parametrize("head_dim", [-2, 0, 2, 4, 7, 33])
+def test_odd_or_small_heads_are_refused(head_dim):
+    with pytest.raises(ValueError, match=f"head dimension {head_dim}: .*Change width or heads"):
+        axis_dims(head_dim)
+
+
+def test_frequencies_fall_geometrically_from_one():
+    time = frequencies(128, THETA)[0][:22]
+    assert time[0] == 1.0
+    # Rounding of float32.
+    np.testing.assert_allclose(time, 10000.0 ** (-np.arange(22) / 22), rtol=1e-6)
+
+
+def test_rotation_is_that_of_complex_numbers():
+    x, places = vectors(5, 32), np.random.default_rng(1).uniform(-20, 20, (5, 3))
+    angles = places @ frequencies(32, THETA).astype(np.float64)
+    z = (x[:, :16] + 1j * x[:, 16:]) * np.exp(1j * angles)
+    # Angles reach 60 in float32: 60 * 2^-24 radians of a vector of length up to 3.
+    np.testing.assert_allclose(turned(x, places), np.hstack([z.real, z.imag]), atol=2e-5)
+
+
+def test_rotation_keeps_the_length_and_rests_at_the_origin():
+    x, places = vectors(64, 64), np.random.default_rng(1).uniform(0, 200, (64, 3))
+    # Rounding of float32 in cos^2 + sin^2 = 1.
+    lengths = np.linalg.norm(turned(x, places), axis=-1)
+    np.testing.assert_allclose(lengths, np.linalg.norm(x, axis=-1), rtol=1e-6)
+    assert np.array_equal(turned(x, np.zeros((64, 3))), x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_scores_depend_on_differences_alone(axis):
+    q, k = vectors(2, 64)
+    places = np.random.default_rng(1).integers(0, 16, (2, 3)).astype(float)
+    scores = []
+    for shift in (0.0, 1.0, 37.5, -11.0):
+        moved = places + shift * np.eye(3)[axis]
+        a, b = turned(np.stack([q, k]), moved)
+        scores.append(a @ b)
+    # Angles of up to 53 radians in float32 (2^-19 each) in a sum of 64 products of size 1.
+    np.testing.assert_allclose(scores, scores[0], atol=1e-4)
+    # A difference that changes does change the score.
+    a, b = turned(np.stack([q, k]), places + [[0, 0, 0], np.eye(3)[axis]])
+    assert abs(a @ b - scores[0]) > 0.01
+
+
+def test_an_axis_turns_its_own_pairs_only():
+    x = vectors(1, 64)
+    for axis, (first, last) in enumerate([(0, 12), (12, 22), (22, 32)]):
+        moved = turned(x, np.eye(3)[axis : axis + 1]) != x
+        pairs = moved[0, :32] | moved[0, 32:]
+        assert pairs[first:last].all() and pairs.sum() == last - first
+
+
+def test_absolute_features_are_sines_and_cosines(jit):
+    places = np.random.default_rng(1).uniform(0, 20, (1, 4, 3)).astype(np.float32)
+    features = np.asarray(jit(sincos_features, static_argnums=(1, 2))(places, 20, THETA))
+    assert features.shape == (1, 4, 20) and features.dtype == np.float32
+    rates = [1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
+    angles = np.array([[[x * rate for x in token for rate in rates] for token in places[0]]])
+    # Angles reach 20 in float32.
+    np.testing.assert_allclose(features[..., :9], np.sin(angles), atol=5e-6)
+    np.testing.assert_allclose(features[..., 9:18], np.cos(angles), atol=5e-6)
+    # 20 is 3 x 6 and 2 more.
+    assert not features[..., 18:].any()
+
+
+def test_low_precision_heads_are_turned_in_float32():
+    x = vectors(4, 16).astype(jnp.bfloat16)[None, :, None]
+    places = np.random.default_rng(1).uniform(0, 9, (1, 4, 3)).astype(np.float32)
+    low, exact = np.asarray(turn(x, places)), np.asarray(turn(x.astype(np.float32), places))
+    assert low.dtype == jnp.bfloat16
+    assert np.array_equal(low, exact.astype(jnp.bfloat16))
+
+
+def test_a_wrong_shape_is_caught():
+    def trace(heads: tuple[int, ...], places: tuple[int, ...], dtype=jnp.float32):
+        return jax.eval_shape(
+            turn, jax.ShapeDtypeStruct(heads, dtype), jax.ShapeDtypeStruct(places, jnp.float32)
+        )
+
+    assert trace((1, 5, 2, 32), (1, 5, 3)).shape == (1, 5, 2, 32)
+    with pytest.raises(TypeCheckError, match="parameter 'positions'"):
+        trace((1, 5, 2, 32), (1, 5, 2))
+    with pytest.raises(TypeCheckError, match="parameter 'cos'"):
+        trace((1, 4, 2, 32), (1, 5, 3))
+    with pytest.raises(TypeCheckError, match="parameter 'x'"):
+        trace((1, 5, 2, 32), (1, 5, 3), jnp.int32)
+
+
+def test_angles_are_made_once_for_all_layers():
+    """Not again wherever they are used, as XLA for CPUs likes to."""
+
+    def layers(x: jax.Array, places: jax.Array) -> jax.Array:
+        rotary = rotary_angles(places, x.shape[-1], THETA)
+        for _ in range(3):
+            x = jnp.einsum("blad,de->blae", rotate(x, *rotary), jnp.full((16, 16), 0.1))
+        return x
+
+    given = jnp.ones((2, 64, 4, 16)), jnp.ones((2, 64, 3))
+    program = jax.jit(layers).lower(*given).compile().as_text()
+    assert program is not None
+    assert program.count(" cosine(") == program.count(" sine(") == 1

@@ -1,0 +1,95 @@
+"""T5's buckets and masks in closed form; parity with other code is in tests/interop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dit_jax.text.t5 import (
+    T5_PRESETS,
+    T5Encoder,
+    T5EncoderConfig,
+    masked_attention,
+    relative_buckets,
+)
+
+TINY = T5EncoderConfig(
+    vocabulary=20, width=8, depth=2, heads=2, head_dim=4, hidden=12, bias="layers"
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+    return T5Encoder(TINY).init(jax.random.key(0), *given)
+
+
+def test_buckets_are_single_steps_then_a_logarithm():
+    found = relative_buckets(300, 32, 128)
+    assert found.shape == (300, 300) and (np.diag(found) == 0).all()
+    # Before the query: 0 to 7 one each; then 8 buckets, of ratio 2^(1/2), up to 128.
+    before = found[299, ::-1]
+    np.testing.assert_array_equal(before[:8], np.arange(8))
+    firsts = [int(np.argmax(before == bucket)) for bucket in range(8, 16)]
+    edges = [8 * 2 ** (i / 2) for i in range(8)]
+    assert firsts == [int(np.ceil(edge)) for edge in edges]
+    assert (before[91:] == 15).all()
+    # After it: the same, in the other half.
+    np.testing.assert_array_equal(found[0, 1:], before[1:] + 16)
+
+
+def test_attention_is_not_scaled_and_padding_is_not_seen():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 3, 2, 4))
+    bias = jnp.broadcast_to(jnp.array([0.0, 1.0, -1e9]), (1, 1, 3, 3))
+    found = masked_attention(q, k, v, bias)
+    logits = np.einsum("sad,tad->ast", q[0], k[0])[..., :2] + np.array([0.0, 1.0])
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    wanted = np.einsum("ast,tad->sad", weights, v[0, :2])
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_states_do_not_depend_on_padding(params):
+    tokens = jnp.array([[5, 6, 7, 1]])
+    alone = T5Encoder(TINY).apply(params, tokens, jnp.ones((1, 4), bool))
+    padded = jnp.pad(tokens, ((0, 1), (0, 5)), constant_values=9)
+    mask = jnp.zeros((2, 9), bool).at[0, :4].set(True)
+    found = T5Encoder(TINY).apply(params, padded, mask)
+    assert found.dtype == jnp.float32 and np.isfinite(found).all()
+    np.testing.assert_allclose(found[0, :4], alone[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", ["shared", "layers"])
+def test_parameters_are_counted_and_carry_axes(bias):
+    config = dataclasses.replace(TINY, bias=bias)
+    given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+    boxed = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), *given)
+    leaves = jax.tree.leaves(nn.unbox(boxed))
+    assert sum(leaf.size for leaf in leaves) == config.parameters
+    kernel = boxed["params"]["blocks"]["down"]["kernel"]
+    assert kernel.names == ("layers", "mlp", "embed") and kernel.value.shape == (2, 12, 8)
+    table = boxed["params"] if bias == "shared" else boxed["params"]["blocks"]
+    assert table["relative_bias"]["table"].names[-2:] == (None, "heads")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("t5-v1.1-small", 0.035), ("t5-v1.1-xl", 1.22), ("t5-v1.1-xxl", 4.76), ("umt5-xxl", 5.68)],
+)
+def test_presets_have_the_published_sizes(name, billions):
+    assert T5_PRESETS[name].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"depth": 0}, "depth is 0: it is at least 1"),
+        ({"buckets": 6}, "buckets 6 are a multiple of 4"),
+        ({"max_distance": 8}, "max_distance 8 is above a quarter"),
+    ],
+)
+def test_odd_sizes_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        T5EncoderConfig(**fields)

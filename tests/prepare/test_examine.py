@@ -1,0 +1,220 @@
+"""A file examined, and its clips read again: the same frames, in the shape that was promised."""
+
+import itertools
+import pickle
+
+import av.logging
+import cv2
+import numpy as np
+import pytest
+from made_media import moving
+from PIL import Image
+
+from dit_jax.prepare import (
+    REASONS,
+    ClipConfig,
+    ExamineConfig,
+    FilterConfig,
+    WorkersConfig,
+    examine,
+    examine_all,
+    near_duplicates,
+    read_clip,
+)
+from dit_jax.prepare.decoding import sampled
+
+SHORT = ClipConfig(min_seconds=0.4, max_seconds=1.0, stride=4, multiple=8)
+
+
+def expected_frames(path, clip):
+    """The clip by decoding the whole file and cutting afterwards."""
+    wanted = range(clip.start, clip.start + clip.frames)
+    crop = clip.geometry.crop
+    size = clip.geometry.scaled_height, clip.geometry.scaled_width
+    found = [p.pixels(*size) for k, p in sampled(path, clip.fps) if k in wanted]
+    return np.stack(found)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+
+
+def test_a_file_of_three_shots(written):
+    parts = [moving(n, seed=n, speed=1) for n in (30, 5, 40)]
+    path = written("three.mp4", [frame for part in parts for frame in part], 25)
+    report = examine(path, ExamineConfig(clips=SHORT))
+    assert pickle.loads(pickle.dumps(report)) == report
+    assert report.refusal is None and report.frames == 75 and report.notes == ()
+    assert report.shots == ((0, 30), (30, 35), (35, 75))
+    assert report.probe is not None and report.probe.fps == 25
+    kept = [clip for clip in report.clips if clip.rejection is None]
+    assert [(c.shot, c.start, c.frames) for c in kept] == [
+        (0, 1, 13),
+        (0, 16, 13),
+        (2, 36, 17),
+        (2, 56, 17),
+    ]
+    (short,) = [clip for clip in report.clips if clip.rejection]
+    assert short.shot == 1 and str(short.rejection) == "duration: 0.2, bound 0.4"
+    for clip in kept:
+        assert clip.begin == pytest.approx(clip.start / 25) and clip.seconds == clip.frames / 25
+        assert set(clip.scores) == {
+            "black",
+            "sharpness",
+            "change",
+            "motion",
+            "side",
+            "aspect",
+            "bars",
+        }
+        thumbnail = cv2.imdecode(np.frombuffer(clip.thumbnail, np.uint8), cv2.IMREAD_COLOR)
+        assert thumbnail.shape == (96, 128, 3)
+        pixels = read_clip(path, clip)
+        assert pixels.shape == (clip.frames, 96, 128, 3) and pixels.dtype == np.uint8
+        assert np.array_equal(pixels, expected_frames(path, clip))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.mkv", {}),
+        ("a.webm", {"codec": "libvpx-vp9"}),
+        ("a.avi", {"codec": "mpeg4"}),
+        ("a.gif", {"codec": "gif"}),
+        ("vfr.mkv", {"times": np.cumsum(np.random.default_rng(0).uniform(0.02, 0.06, 60))}),
+    ],
+)
+def test_clips_are_read_as_they_were_examined(written, name, options):
+    made = [av.VideoFrame.from_ndarray(f, "rgb24") for f in moving(60, seed=4)]
+    kind = "rgb8" if name == "a.gif" else "yuv420p"
+    path = written(name, [f.reformat(format=kind) for f in made], 25, **options)
+    config = ExamineConfig(clips=ClipConfig(0.4, 0.6, area=80 * 80, multiple=8))
+    report = examine(path, config)
+    assert len(report.clips) >= 3
+    for clip in report.clips[:2] + report.clips[-1:]:
+        assert clip.geometry is not None and clip.geometry.crop.height == 64
+        assert np.array_equal(read_clip(path, clip), expected_frames(path, clip))
+
+
+def test_a_lower_rate_takes_every_second_frame(written):
+    path = written("a.mp4", list(moving(50, seed=2)), 50)
+    report = examine(path, ExamineConfig(clips=ClipConfig(0.4, 5, fps=25.0, multiple=8)))
+    (clip,) = report.clips
+    assert report.frames == 25 and clip.fps == 25 and clip.frames == 25
+    whole = [p.pixels() for _, p in sampled(path)]
+    assert np.array_equal(read_clip(path, clip), np.stack(whole[::2]))
+    # A lower rate than that is kept.
+    slow = examine(path, ExamineConfig(clips=ClipConfig(0.4, 5, fps=60.0)))
+    assert slow.clips[0].fps == 50
+
+
+def framed(clip):
+    out = np.zeros((len(clip), 160, 128, 3), np.uint8)
+    out[:, 32:128] = clip
+    return out
+
+
+@pytest.mark.parametrize(
+    "frames, reason",
+    [
+        (np.zeros((30, 96, 128, 3), np.uint8), "black"),
+        (moving(1, seed=3).repeat(30, 0), "static"),
+        (np.stack([cv2.GaussianBlur(f, (0, 0), 9) for f in moving(30)]), "blur"),
+        (moving(30, 40, 56), "resolution"),
+        (moving(30, 64, 400), "aspect ratio"),
+    ],
+)
+def test_bad_clips_are_rejected_with_their_reason(written, frames, reason):
+    report = examine(written("a.mp4", list(frames), 25))
+    (clip,) = report.clips
+    assert clip.rejection is not None and clip.rejection.reason == reason
+    loose = FilterConfig(None, None, None, None, None, None, None)
+    config = ExamineConfig(filters=loose, clips=ClipConfig(multiple=8))
+    assert examine(written("a.mp4", list(frames), 25), config).clips[0].rejection is None
+
+
+def test_bars_are_cropped(written):
+    path = written("bars.mp4", list(framed(moving(30, seed=5))), 25)
+    (clip,) = examine(path).clips
+    assert clip.rejection is None and clip.scores["bars"] == pytest.approx(0.4, abs=0.02)
+    assert clip.geometry is not None and clip.geometry.source.height == 96
+    assert read_clip(path, clip).min(axis=(0, 2, 3)).mean() > 20
+    (whole,) = examine(path, ExamineConfig(filters=FilterConfig(crop_bars=False))).clips
+    assert whole.geometry is not None and whole.geometry.crop.height == 160
+
+
+def test_copies_are_found(written):
+    clip = moving(40, seed=6)
+    small = np.stack([cv2.resize(f, (96, 72), interpolation=cv2.INTER_AREA) for f in clip])
+    files = [written("a.mp4", list(clip)), written("b.webm", list(small), codec="libvpx-vp9")]
+    files.append(written("c.mp4", list(moving(40, seed=7))))
+    clips = [(path.name, examine(path).clips[0].hashes) for path in files]
+    found = near_duplicates(clips)
+    assert set(found) == {"b.webm"} and found["b.webm"][0] == "a.mp4"
+
+
+def test_another_file_in_its_place_is_not_read(written):
+    (clip,) = examine(written("a.mp4", list(moving(30, seed=1)))).clips
+    with pytest.raises(Exception, match="not as examined"):
+        read_clip(written("a.mp4", list(moving(30, seed=2))), clip)
+
+
+def test_every_shared_file_is_accounted_for(shared):
+    av.logging.set_level(av.logging.PANIC)
+    paths = sorted(
+        p for d in ("clips", "odd_media") for p in shared(d).iterdir() if p.suffix != ".json"
+    )
+    paths = [str(p) for p in paths if "long_180p" not in p.name]
+    reports = list(examine_all(paths, workers=WorkersConfig(count=2, time_limit=60)))
+    assert [r.path for r in reports] == paths
+    assert all(bool(r.refusal) != bool(r.clips) for r in reports)
+    kept = {r.path: [c for c in r.clips if not c.rejection] for r in reports}
+    rejected = {str(c.rejection).partition(":")[0] for r in reports for c in r.clips if c.rejection}
+    assert {"duration", "black", "resolution"} <= rejected
+    assert sum(map(len, kept.values())) >= 35
+    # Of the same second in many containers one is kept.
+    hashes = [((r.path, c.start), c.hashes) for r in reports for c in r.clips]
+    found = near_duplicates(hashes)
+    names = {
+        key[0].rpartition("/")[2]: other[0].rpartition("/")[2] for key, (other, _) in found.items()
+    }
+    assert names["androidx__sample_mdat_too_long.mp4"] == "androidx__bt601.mov"
+    assert not any("/clips/" in key[0] for key in found)
+
+
+def test_random_damage_is_never_a_fault_of_ours(written, tmp_path):
+    rng, clip = np.random.default_rng(0), list(moving(12, 48, 64))
+    whole = [written("a.mp4", clip), written("a.mkv", clip)]
+    whole.append(written("a.webm", clip, codec="libvpx-vp9"))
+    for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.tif"):
+        whole.append(tmp_path / name)
+        first, *others = [Image.fromarray(frame) for frame in clip]
+        moves = {"append_images": others, "save_all": True} if name in ("a.gif", "a.webp") else {}
+        first.save(whole[-1], **moves)
+    damaged = []
+    for path, n in itertools.product(whole, range(8)):
+        data = bytearray(path.read_bytes())
+        data = data[: rng.integers(1, len(data) + 1)] if n % 2 else data
+        for _ in range(rng.integers(1, 30)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        damaged.append(tmp_path / f"{n}{path.name}")
+        damaged[-1].write_bytes(data)
+    reports = list(examine_all(damaged, workers=WorkersConfig(count=2, time_limit=30)))
+    assert [r.path for r in reports] == [str(path) for path in damaged]
+    for report in reports:
+        reason = report.refusal[0] if report.refusal else ""
+        assert bool(reason) != bool(report.clips)
+        assert not reason or reason in REASONS and reason != "failed", report
+
+
+def test_what_becomes_of_the_process_is_a_reason(written):
+    path = written("a.mp4", list(moving(30)))
+    strict = WorkersConfig(count=1, time_limit=1e-3)
+    (report,) = examine_all([path], workers=strict)
+    assert report.refusal == ("timed out", "killed after 0.001 s")
+    assert report.path == str(path) and report.clips == ()
+
+
+@pytest.mark.parametrize("name", ["clips/sam2__02_cups.mp4", "clips/torchcodec__nasa_13013.mp4"])
+def test_shared_clips_are_read_as_they_were_examined(shared, name):
+    config = ExamineConfig(clips=ClipConfig(max_seconds=3.0, area=160 * 160))
+    clip = examine(shared(name), config).clips[-1]
+    assert clip.start > 100 and np.array_equal(
+        read_clip(shared(name), clip), expected_frames(shared(name), clip)
+    )

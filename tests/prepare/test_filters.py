@@ -1,0 +1,157 @@
+"""Measures of made pictures against closed forms, their bounds, and near-duplicates."""
+
+import cv2
+import numpy as np
+import pytest
+from made_media import moving
+
+from dit_jax.prepare import FilterConfig, Rejection, near_duplicates
+from dit_jax.prepare import filters as f
+from dit_jax.prepare.clips import Rect
+from dit_jax.prepare.duplicates import hashed_frames, perceptual_hash
+
+RNG = np.random.default_rng(0)
+
+
+def grey(seed=0, height=96, width=128):
+    return cv2.cvtColor(moving(1, height, width, seed=seed)[0], cv2.COLOR_RGB2GRAY)
+
+
+def test_black_is_counted():
+    image = np.full((10, 10), 17, np.uint8)
+    image[:3] = 16
+    assert f.black_part(image) == pytest.approx(0.3)
+
+
+def test_sharpness_is_the_laplacians_variance_at_the_clips_size():
+    # A checkerboard of +-a: the Laplacian is 8a at every inner pixel, and its sign alternates.
+    board = (np.indices((64, 64)).sum(0) % 2 * 20 + 100).astype(np.uint8)
+    assert f.sharpness(board, None) == pytest.approx((4 * 20) ** 2, rel=0.02)
+    assert f.sharpness(board, 32 * 32) < 5  # Gone at half the size.
+    image = grey(1, 240, 320)
+    blurred = cv2.GaussianBlur(image, (0, 0), 4)
+    assert f.sharpness(image, None) > 50 * f.sharpness(blurred, None)
+    enlarged = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+    ratio = f.sharpness(enlarged, 240 * 320) / f.sharpness(image, 240 * 320)
+    assert 0.5 < ratio < 1.5
+
+
+def test_motion_is_in_diagonals_a_second():
+    texture = cv2.GaussianBlur(RNG.integers(0, 256, (160, 200)).astype(np.uint8), (0, 0), 3)
+    texture = cv2.normalize(texture, None, 0, 255, cv2.NORM_MINMAX)
+    before, after = texture[20:92, 20:148], texture[18:90, 20:148]  # Two pixels down.
+    assert f.motion(before, after, 25.0) == pytest.approx(2 * 25 / np.hypot(72, 128), rel=0.15)
+    assert f.motion(before, before, 25.0) < 1e-3
+    assert f.motion(before[:8], after[:8], 25.0) == 0.0
+
+
+def test_bars_are_found_exactly():
+    picture = np.full((180, 320), 120, np.uint8)
+    picture[::7] = 200
+    framed = np.zeros((240, 320), np.uint8)
+    framed[31:211] = picture
+    assert f.picture_within(*f.profiles(framed)) == Rect(31, 0, 180, 320)
+    pillars = np.full((180, 400), 10, np.uint8)
+    pillars[:, 40:360] = picture
+    assert f.picture_within(*f.profiles(pillars)) == Rect(0, 40, 180, 320)
+
+
+def test_what_is_dark_and_no_bar_is_kept():
+    night = np.zeros((120, 160), np.uint8)
+    night[:, :] = np.clip(np.arange(160) - 30, 0, 255)  # Grows bright slowly from the left.
+    assert f.picture_within(*f.profiles(night)) == Rect(0, 0, 120, 160)
+    assert f.picture_within(*f.profiles(np.zeros((40, 50), np.uint8))) == Rect(0, 0, 40, 50)
+    line = np.full((120, 160), 100, np.uint8)
+    line[0] = 0
+    assert f.picture_within(*f.profiles(line)) == Rect(0, 0, 120, 160)
+
+
+def test_text_is_told_from_textures():
+    page = np.full((240, 320), 230, np.uint8)
+    for y in (60, 110, 160, 210):
+        cv2.putText(page, "the quick brown fox jumps", (10, y), cv2.FONT_HERSHEY_SIMPLEX, 0.7, 0, 2)
+    found = f.text_part(page)
+    assert found > 0.12
+    assert f.text_part(cv2.resize(page, None, fx=1.5, fy=1.5)) > found / 3
+    assert f.text_part(grey(2, 240, 320)) < 0.02
+    assert f.text_part(RNG.integers(0, 256, (240, 320)).astype(np.uint8)) < 0.02
+
+
+@pytest.mark.parametrize(
+    "scores, reason",
+    [
+        ({"side": 63.0}, "resolution"),
+        ({"aspect": 4.5}, "aspect ratio"),
+        ({"bars": 0.6}, "letterbox"),
+        ({"black": 0.99}, "black"),
+        ({"change": 0.01}, "static"),
+        ({"motion": 0.0}, "no motion"),
+        ({"motion": 9.0}, "too much motion"),
+        ({"sharpness": 1.0}, "blur"),
+    ],
+)
+def test_every_bound_rejects_with_its_score_and_can_be_off(scores, reason):
+    found = f.verdict(scores, FilterConfig())
+    (name, bound) = f.REJECTIONS[reason]
+    assert found == Rejection(reason, scores[name], float(getattr(FilterConfig(), bound)))
+    assert str(found).startswith(f"{reason}: ")
+    assert f.verdict(scores, FilterConfig(**{bound: None})) is None
+
+
+def test_good_scores_are_kept():
+    scores = {"side": 480.0, "aspect": 1.5, "bars": 0.0, "black": 0.1, "change": 2.0}
+    assert f.verdict(scores | {"motion": 0.03, "sharpness": 100.0}, FilterConfig()) is None
+    assert f.verdict({"text": 0.9}, FilterConfig()) is None
+    assert f.verdict({"text": 0.9}, FilterConfig(max_text=0.2)) == Rejection("text", 0.9, 0.2)
+
+
+def altered(image):
+    """The same picture smaller, noisier, brighter and compressed."""
+    small = cv2.resize(image, (90, 70), interpolation=cv2.INTER_AREA)
+    small = np.clip(small * 0.9 + 12 + RNG.normal(0, 4, small.shape), 0, 255).astype(np.uint8)
+    jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 40])[1]
+    return cv2.imdecode(jpeg, cv2.IMREAD_GRAYSCALE)
+
+
+def test_hashes_survive_copying_and_tell_pictures_apart():
+    images = [grey(seed) for seed in range(30)]
+    hashes = [perceptual_hash(image) for image in images]
+    copies = [perceptual_hash(altered(image)) for image in images]
+    assert max((a ^ b).bit_count() for a, b in zip(hashes, copies, strict=True)) <= 6
+    apart = [(a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]]
+    assert min(apart) > 12 and all(0 <= value < 1 << 64 for value in hashes)
+    assert hashed_frames(1) == [0] and hashed_frames(81) == [10, 30, 50, 70]
+
+
+def test_near_duplicates_are_those_of_all_pairs():
+    base = RNG.integers(0, 1 << 63, (60, 4))
+    clips = []
+    for i in range(300):
+        row = [int(x) for x in base[RNG.integers(60)]]
+        for _ in range(RNG.integers(0, 40)):  # So many bits of the 256.
+            row[RNG.integers(4)] ^= 1 << int(RNG.integers(64))
+        clips.append((i, row))
+    kept, expected = [], {}
+    for key, row in clips:
+        pairs = [
+            (sum((a ^ b).bit_count() for a, b in zip(row, r, strict=True)) / 4, k) for k, r in kept
+        ]
+        near = [(k, d) for d, k in pairs if d <= 6]
+        if near:
+            expected[key] = near[0]
+        else:
+            kept.append((key, row))
+    assert near_duplicates(clips, 6.0) == expected and len(expected) > 50
+
+
+def test_images_and_clips_are_not_compared():
+    clips = [("image", [5]), ("clip", [5, 5, 5, 5]), ("again", [4])]
+    assert near_duplicates(clips, 7) == {"again": ("image", 1.0)}
+    with pytest.raises(ValueError, match="below 8"):
+        near_duplicates([], 8)
+
+
+def test_equal_clips_are_of_what_the_first_of_them_is():
+    clips = [("a", [0]), ("b", [0]), ("c", [7]), ("d", [1 << 63 | 0xFF << 20]), ("e", [7])]
+    expected = {"b": ("a", 0.0), "c": ("a", 3.0), "e": ("a", 3.0)}
+    assert near_duplicates(clips, 4.0) == expected

@@ -1,0 +1,130 @@
+"""Prompt upsampling: what is changed is told, what is not is told louder, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dit_jax.prepare import AnswerCache, UpsampleConfig, Upsampled, read_prompts, upsample
+from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatError, ChatOptions
+from dit_jax.prepare.upsample import changes, records, warnings
+from tests.prepare.chat_server import FakeTime, Response, serving, words
+from tests.runs import free_port
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def client_of(url: str, cache: AnswerCache | None = None, **options) -> ChatClient:
+    clock = FakeTime()
+    given = ChatOptions(**{"timeout": 0.5, **options})
+    return ChatClient(ChatConfig(url, "seer", given), cache, sleep=clock.sleep, clock=clock.clock)
+
+
+ANSWERS = {
+    "a cat": Response('"A grey cat sleeps. The sun shines."'),
+    "a dog": Response("I'm sorry, I can't help with that."),
+    "a cow": Response(status=500),
+    "a fox": Response("a fox"),
+    "雪": Response("雪が降る夜の町。"),
+}
+
+
+def respond(body, turn):
+    return ANSWERS[words(body)]
+
+
+def test_every_prompt_comes_back_in_order_with_its_reason():
+    prompts = ["a cat", "a dog", "a cow", "a fox", "雪", "a cat"]
+    with serving(respond) as server:
+        client = client_of(server.url, retries=1)
+        found = upsample(prompts, client)
+        assert upsample(prompts, client)[0] == found[0]
+    assert [one.original for one in found] == prompts
+    cat = "A grey cat sleeps. The sun shines."
+    texts = [cat, "a dog", "a cow", "a fox", "雪が降る夜の町。", cat]
+    assert [one.text for one in found] == texts
+    assert [one.changed for one in found] == [True, False, False, False, True, True]
+    assert [bool(one.error) for one in found] == [False, True, True, False, False, False]
+    # Equal prompts are asked for once, and what failed again.
+    assert server.bill == 4 and server.seen.total() == 4 + 2 * 2
+    assert changes(found) == f"'a cat'\n  -> {cat!r}\n'雪'\n  -> '雪が降る夜の町。'"
+    assert warnings(found).splitlines() == [
+        "used as given: 'a dog': refused by the model: \"I'm sorry, I can't help with that.\"",
+        "used as given: 'a cow': status 500: no, 500",
+    ]
+    system = server.bodies[0]["messages"][0]
+    assert system["role"] == "system" and "at most 100 words" in system["content"]
+
+
+def test_no_server_is_told_for_every_prompt_and_not_tried_for_minutes():
+    client = client_of(f"http://127.0.0.1:{free_port()}")
+    found = upsample(["a cat", "a dog"], client)
+    assert [one.text for one in found] == ["a cat", "a dog"]
+    assert all("no server answers at http://127.0.0.1" in one.error for one in found)
+    assert warnings(found).count("used as given") == 2
+    assert client.summary.failed == {"not sent": 2} and not client.summary.retried
+
+
+def test_what_was_answered_once_needs_no_server():
+    with serving(respond) as server:
+        client = client_of(server.url)
+        (before,) = upsample(["a cat"], client)
+    cat, fox = upsample(["a cat", "a fox"], client_of(server.url, client.cache))
+    assert cat == before and not cat.error
+    assert fox.text == "a fox" and "no server answers at" in fox.error
+
+
+def test_wrong_models_and_keys_are_refused():
+    with serving(lambda *_: Response(status=401)) as server:
+        with pytest.raises(ChatError, match="is not set"):
+            upsample(["a cat"], client_of(server.url))
+        config = ChatConfig(server.url, "sear")
+        with pytest.raises(ChatError, match="has no model 'sear'; it has seer"):
+            upsample(["a cat"], ChatClient(config))
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"),
+    [
+        (34, "A grey cat sleeps. The sun shines."),
+        (33, "A grey cat sleeps."),
+        (18, "A grey cat sleeps."),
+    ],
+)
+def test_what_the_text_encoder_cannot_read_is_cut_at_sentences(limit: int, text: str):
+    with serving(respond) as server:
+        (found,) = upsample(["a cat"], client_of(server.url), limit=limit)
+    assert found == Upsampled("a cat", text)
+
+
+def test_what_cannot_be_cut_is_not_used_and_told():
+    with serving(respond) as server:
+        client = client_of(server.url)
+        cat, snow = upsample(["a cat", "雪"], client, limit=17)
+        asked = server.bodies[0]["messages"][0]["content"]
+        assert "at most 3 words" in asked
+        (short,) = upsample(["雪"], client, UpsampleConfig(words=9), limit=8, length=len)
+    for one, length in ((cat, 34), (snow, 24)):
+        assert one.text == one.original
+        assert one.error.startswith(f"too long: {length} where the text encoder reads 17, in one")
+    assert short.text == "雪が降る夜の町。"
+
+
+def test_records_are_prompts_again(tmp_path: Path):
+    found = [Upsampled("a cat", "A grey cat."), Upsampled("a dog", "a dog", "refused")]
+    (tmp_path / "p.json").write_text(json.dumps(records(found, "seer")))
+    assert read_prompts(tmp_path / "p.json") == ["A grey cat.", "a dog"]
+    assert records(found, "seer") == [
+        {"prompt": "A grey cat.", "original": "a cat", "upsampled_by": "seer"},
+        {"prompt": "a dog", "original": "a dog", "error": "refused"},
+    ]
+
+
+def test_a_limit_of_no_words_is_refused():
+    with pytest.raises(ValueError, match="upsampling.words is 0"):
+        UpsampleConfig(words=0)
