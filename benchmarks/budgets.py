@@ -1,0 +1,142 @@
+"""The sizes that docs/DESIGN.md promises (section 4), as they are, each beside its bound.
+
+    python benchmarks/budgets.py
+
+Counted from the source; the frames between the train step and a matrix product are read from the
+traceback of a product while a small step is traced. Exit status 1 if a bound of the core is passed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {"data", "model", "diffusion", "parallel", "training", "sampling"}
+SATELLITES = {
+    "codec": 1500,
+    "text": 450,
+    "interop": 1500,
+    "evaluate": 1200,
+    "prepare": 2200,
+    "plan": 1400,
+    "upscale": 250,
+}
+"""Satellites, and how many lines each may have. ``convert.py`` is interop's verb."""
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    value: float
+    bound: str
+    within: bool
+    core: bool = True
+    """If the bound is one of the core's; the satellites' come later."""
+
+
+def sources(folder: str) -> dict[Path, str]:
+    """Every Python file below a folder of the repository, by its path, with its text."""
+    return {p.relative_to(ROOT): p.read_text() for p in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def room(path: Path) -> str:
+    """The room or the module directly below the package that a file belongs to."""
+    return path.parts[1].removesuffix(".py")
+
+
+def is_core(path: Path) -> bool:
+    """Everything in the package but the satellites and their verbs."""
+    return room(path) not in SATELLITES.keys() | {"convert"}
+
+
+def lines(files: dict[Path, str]) -> int:
+    """Lines of all files together."""
+    return sum(text.count("\n") for text in files.values())
+
+
+def raises(files: dict[Path, str]) -> float:
+    """``raise`` statements per 1,000 lines."""
+    count = sum(len(re.findall(r"^\s*raise\b", text, re.M)) for text in files.values())
+    return 1000 * count / max(lines(files), 1)
+
+
+def comments(files: dict[Path, str]) -> float:
+    """Comment lines per other line that is not blank."""
+    stripped = [line.strip() for text in files.values() for line in text.split("\n")]
+    written = [line for line in stripped if line]
+    count = sum(line.startswith("#") for line in written)
+    return count / max(len(written) - count, 1)
+
+
+def modules_loaded(package: dict[Path, str], verb: str = "dit_jax.train") -> set[str]:
+    """Our modules that importing the verb loads: those imported at the top of each, in turn."""
+    names = {".".join(p.with_suffix("").parts).removesuffix(".__init__"): p for p in package}
+    loaded: set[str] = set()
+
+    def visit(name: str) -> None:
+        while name and name not in names:
+            name = name.rpartition(".")[0]
+        if not name or name in loaded:
+            return
+        loaded.add(name)
+        for i in range(1, name.count(".") + 1):
+            visit(".".join(name.split(".")[:i]))
+        for node in ast.parse(package[names[name]]).body:
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    visit(alias.name if alias.name.startswith("dit_jax") else "")
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dit_jax"):
+                visit(node.module or "")
+                for alias in node.names:
+                    one = f"{node.module}.{alias.name}"
+                    visit(one if one in names else "")
+
+    visit(verb)
+    return loaded
+
+
+def rows() -> list[Row]:
+    """The table of docs/DESIGN.md, section 4, counted."""
+    package, tests = sources("dit_jax"), sources("tests")
+    core = {path: text for path, text in package.items() if is_core(path)}
+    loaded = len(modules_loaded(package))
+    total, core_lines = lines(package), lines(core)
+    share, ratio = comments(core), lines(tests) / total
+    table = [
+        Row("core, lines", core_lines, "6,500", core_lines <= 6500),
+        Row("core, files", len(core), "40", len(core) <= 40),
+        Row("modules that `import dit_jax.train` loads", loaded, "45", loaded <= 45),
+        Row("core, raises per 1,000 lines", raises(core), "8", raises(core) <= 8),
+        Row("core, comment lines per code line", share, "0.05-0.10", 0.05 <= share <= 0.10),
+        Row("package, lines", total, "16,000", total <= 16000, core=False),
+        Row("package, raises per 1,000 lines", raises(package), "8", raises(package) <= 8, False),
+        Row("tests, lines per package line", ratio, "0.8", ratio <= 0.8, core=False),
+    ]
+    for name, bound in SATELLITES.items():
+        count = lines({path: text for path, text in package.items() if room(path) == name})
+        table.append(Row(f"{name}, lines", count, f"{bound:,}", count <= bound, core=False))
+    return table
+
+
+def main() -> int:
+    """Prints the table; 1 if a bound of the core is passed."""
+    table = rows()
+    for row in table:
+        value = f"{row.value:,.0f}" if row.value >= 30 else f"{row.value:.3g}"
+        print(f"{row.name:45} {value:>8}  bound {row.bound:>9}  {'ok' if row.within else 'ABOVE'}")
+    package = sources("dit_jax")
+    for name in sorted({room(path) for path in package if is_core(path)}):
+        part = {path: text for path, text in package.items() if room(path) == name}
+        print(
+            f"  {name:12} {len(part):3} files {lines(part):6,} lines {raises(part):5.1f} raises/1,000"
+        )
+    return int(any(row.core and not row.within for row in table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
