@@ -1,8 +1,12 @@
-"""Guidance: how what is predicted with the condition and without it becomes one prediction.
+"""Guidance: combines the predictions with and without the condition into one.
 
-Classifier-free guidance (Ho & Salimans 2022), of all channels or of the first few (as the code of
-DiT and SiT guides three of four), in an interval of noise levels (Kynkäänniemi et al. 2024), rescaled
-against overexposure (Lin et al. 2023, section 3.4), and CFG-Zero* for flows (Fan et al. 2025).
+With the conditional prediction c and the unconditional one u::
+
+    g = u + scale (c - u)                               (1)  Ho & Salimans 2022
+    g <- (phi std(c) / std(g) + 1 - phi) g              (2)  Lin et al. 2023, section 3.4
+
+(1) may be limited to the first channels (DiT and SiT guide three of four) and to an interval of noise
+levels (Kynkäänniemi et al. 2024). The deviations of (2) are those of each segment's generated tokens.
 """
 
 from __future__ import annotations
@@ -18,54 +22,34 @@ from dit_jax.types import PAD
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig:
-    """How strong guidance is, and where.
-
-    Raises:
-        ValueError: for values out of range, named as the fields of ``SamplingConfig``.
-    """
+    """How strong guidance is, and where it applies; errors name the fields of ``SamplingConfig``."""
 
     scale: float = 4.0
     channels: int | None = None
-    """Only the first so many channels are guided; all if unset."""
+    """Guide this many channels, the first ones; None guides all."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Guided at noise levels low < t <= high."""
+    """Guide at noise levels low < t <= high."""
     rescale: float = 0.0
-    """Share phi of the guided prediction that has its deviation set back to the conditional's."""
-    zero_star: bool = False
-    """Scale the unconditional velocity by its projection on the conditional (CFG-Zero*)."""
-    zero_init: int = 0
-    """First steps in which nothing moves (CFG-Zero*)."""
+    """phi of (2): 0 is off, 1 restores the deviation of the conditional prediction."""
 
     def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ValueError(f"sampling.cfg_scale is {self.scale}: it is at least 0.")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(
-                f"sampling.cfg_channels is {self.channels}: guide at least 1, or None for all."
-            )
         low, high = self.interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"sampling.cfg_interval is {(low, high)}: noise levels 0 <= low < high <= 1."
-            )
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(
-                f"sampling.cfg_rescale is {self.rescale}: it is in [0, 1] (0.7 is usual)."
-            )
-        if self.zero_init < 0:
-            raise ValueError(
-                f"sampling.cfg_zero_init is {self.zero_init}: a number of steps, at least 0."
-            )
+        for name, valid, rule in (
+            ("scale", self.scale >= 0, "it is at least 0"),
+            ("channels", self.channels is None or self.channels >= 1, "guide at least 1, or None"),
+            ("interval", 0 <= low < high <= 1, "noise levels 0 <= low < high <= 1"),
+            ("rescale", 0 <= self.rescale <= 1, "it is in [0, 1] (0.7 is usual)"),
+        ):
+            if not valid:
+                raise ValueError(f"sampling.cfg_{name} is {getattr(self, name)}: {rule}.")
 
     @property
     def active(self) -> bool:
         return self.scale != 1
 
     def guided_at(self, t: float) -> bool:
-        """Whether the level is within the interval (and guidance does anything).
-
-        Compared as float32, as the compiled step compares.
-        """
+        """Whether guidance changes anything at this noise level."""
+        # Compared as float32, as the compiled step compares: both must agree on every level.
         low, high = (np.float32(bound) for bound in self.interval)
         return self.active and bool(low < np.float32(t) <= high)
 
@@ -73,32 +57,10 @@ class GuidanceConfig:
 def classifier_free(
     conditional: Float[Array, "b l p"],
     unconditional: Float[Array, "b l p"],
-    cfg_scale: Float[Array, ""] | float,
+    scale: Float[Array, ""] | float,
 ) -> Float[Array, "b l p"]:
-    """Extrapolates from the unconditional to the conditional prediction; scale 1 is unguided."""
-    return unconditional + cfg_scale * (conditional - unconditional)
-
-
-def segment_sum(
-    values: Float[Array, "b l"], segment_ids: Int[Array, "b l"], segments: int
-) -> Float[Array, "b l"]:
-    """The sum over each token's own segment, at that token; 0 at padding."""
-    member = (segment_ids[..., None] == jnp.arange(1, segments + 1)).astype(values.dtype)
-    return jnp.einsum("bln,bn->bl", member, jnp.einsum("bln,bl->bn", member, values))
-
-
-def optimised_scale(
-    conditional: Float[Array, "b l p"],
-    unconditional: Float[Array, "b l p"],
-    counted: Bool[Array, "b l"],
-    segment_ids: Int[Array, "b l"],
-    segments: int,
-) -> Float[Array, "b l"]:
-    """s* = <v_c, v_u> / |v_u|^2 over each segment's counted tokens (Fan et al. 2025, eq. 12)."""
-    along = jnp.where(counted, (conditional * unconditional).sum(-1), 0)
-    norm = jnp.where(counted, jnp.square(unconditional).sum(-1), 0)
-    total = segment_sum(norm, segment_ids, segments)
-    return segment_sum(along, segment_ids, segments) / jnp.where(total > 0, total, 1)
+    """Extrapolates from the unconditional to the conditional prediction (1)."""
+    return unconditional + scale * (conditional - unconditional)
 
 
 def deviation(
@@ -107,12 +69,16 @@ def deviation(
     segment_ids: Int[Array, "b l"],
     segments: int,
 ) -> Float[Array, "b l"]:
-    """The standard deviation over all numbers of each segment's counted tokens."""
-    count = segment_sum(counted.astype(x.dtype), segment_ids, segments)
-    count = jnp.maximum(count, 1)
-    mean = segment_sum(jnp.where(counted, x.mean(-1), 0), segment_ids, segments) / count
-    square = jnp.square(x - mean[..., None]).mean(-1)
-    return jnp.sqrt(segment_sum(jnp.where(counted, square, 0), segment_ids, segments) / count)
+    """The standard deviation of each token's segment, over all numbers of its counted tokens."""
+    member = (segment_ids[..., None] == jnp.arange(1, segments + 1)).astype(x.dtype)  # [b, l, n]
+
+    def segment_sum(values: Float[Array, "b l"]) -> Float[Array, "b l"]:
+        values = jnp.where(counted, values, 0)
+        return jnp.einsum("bln,bn->bl", member, jnp.einsum("bln,bl->bn", member, values))
+
+    count = jnp.maximum(segment_sum(jnp.ones_like(x[..., 0])), 1)
+    mean = segment_sum(x.mean(-1)) / count
+    return jnp.sqrt(segment_sum(jnp.square(x - mean[..., None]).mean(-1)) / count)
 
 
 def guide(
@@ -125,34 +91,22 @@ def guide(
     segments: int,
     channels: int,
 ) -> Float[Array, "b l p"]:
-    """The guided prediction.
+    """Returns the guided prediction.
 
     Args:
         t: the noise level of the schedule, for the interval.
-        tau: that of each token: given tokens (0) count in no segment's statistics.
+        tau: that of each token: conditioning tokens (0) count in no segment's statistics.
         segments: the most segments of a row.
-        channels: of the data; a token's numbers are ordered (t, h, w, c).
-
-    Raises:
-        ValueError: where more channels are to be guided than there are.
+        channels: of the data; the numbers of a token are ordered (t, h, w, c).
     """
-    counted = (segment_ids != PAD) & (tau > 0)
-    base = unconditional
-    if config.zero_star:
-        scale = optimised_scale(conditional, unconditional, counted, segment_ids, segments)
-        base = scale[..., None] * unconditional
-    guided = classifier_free(conditional, base, config.scale)
+    guided = classifier_free(conditional, unconditional, config.scale)
     if config.rescale:
-        wanted = deviation(conditional, counted, segment_ids, segments)
-        found = deviation(guided, counted, segment_ids, segments)
-        ratio = wanted / jnp.where(found > 0, found, 1)
+        counted = (segment_ids != PAD) & (tau > 0)
+        expected = deviation(conditional, counted, segment_ids, segments)
+        actual = deviation(guided, counted, segment_ids, segments)
+        ratio = expected / jnp.where(actual > 0, actual, 1)
         guided = guided * (config.rescale * ratio + (1 - config.rescale))[..., None]
     if config.channels is not None:
-        if config.channels > channels:
-            raise ValueError(
-                f"sampling.cfg_channels is {config.channels}, and the model's patches have "
-                f"{channels} channels: guide at most so many, or None for all."
-            )
         first = np.arange(conditional.shape[-1]) % channels < config.channels
         guided = jnp.where(first, guided, conditional)
     if config.interval != (0.0, 1.0):

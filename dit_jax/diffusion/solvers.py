@@ -1,258 +1,348 @@
-"""Solvers of the reverse process under noise ceilings.
+"""Solvers of the reverse process under noise caps, and the noise levels that they visit.
 
-The schedule falls from t_0 to t_K = 0; where each token stands is told by ``problem``. A step is a
-function of arrays, the same compiled one for all steps::
+A schedule t_0 > ... > t_K = 0 of noise levels is shared by all tokens. A token with noise cap s stands
+at level ``min(t_k, s)``: a conditioning token (s = 0) never moves, and one with some noise keeps its
+value bit for bit until the schedule has come down to its cap. With alpha, sigma and
+lambda = log(alpha / sigma) at a token's level, the same primed at its next level, and
+h = lambda' - lambda::
 
-    x, history = SOLVERS[name].step(problem, denoiser, x, history, t, t_next, noise)
+    x' = x + (t' - t) v,    v = dx/dt                                                  (1)
+    x' = alpha' x0 + sigma' eps                                                        (2)
+    x' = sigma' / sigma e^-h x + alpha' (1 - e^-2h) x0 + noise,                        (3)
+         of a variance between sigma'^2 (1 - e^-2h) and sigma^2 (1 - e^-2h)            (4)
+    x' = x + (t' - t) (v + w eps) + noise of variance 2 w sigma (t - t')               (5)
+    x' = sigma' / sigma x + alpha' int_0^h e^(s - h) x0(lambda + s) ds                 (6)
 
-============ ======================================================================================
-euler        order 1, dx/dt in t; on the discrete path in sigma / alpha (Karras et al. 2022)
-heun         order 2, the improved Euler method (Karras et al. 2022, algorithm 1) in the same variables
-ddim         order 1, Song et al. 2021, eq. 12 and 16; takes noise where eta is above 0
-ddpm         ancestral, takes noise (Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, eq. 15), between
-             any two levels of any path (Kingma et al. 2021, appendix A)
-sde          Euler-Maruyama of SiT's reverse equation, takes noise (Ma et al. 2024, eq. 6)
-dpmpp_2m     order 2, DPM-Solver++ (see ``multistep``)
-unipc        order 2, and 3 with its corrector, UniPC (see ``multistep``)
-============ ======================================================================================
+========= ======================================================================================
+euler     order 1: (1), and (2) on the discrete chain, where it is Euler in sigma / alpha
+heun      order 2, the improved Euler method (Karras et al. 2022, algorithm 1), same variables
+ddim      order 1: (2) (Song et al. 2021, eq. 12); eta > 0 renews a share of eps (eq. 16)
+ddpm      ancestral sampling (Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, eq. 15): (3), between
+          any two levels of any path (Kingma et al. 2021, appendix A)
+sde       Euler-Maruyama of SiT's reverse equation (Ma et al. 2024, eq. 6): (5), w = strength
+dpmpp_2m  order 2, DPM-Solver++ (Lu et al. 2022b, algorithm 2): (6), x0 on a line through the
+          predictions at this level and the one before
+unipc     order 3, UniPC-2 with B_2(h) (Zhao et al. 2023, algorithms 5 and 6): predicts like
+          dpmpp_2m, then corrects the point by the prediction that is made at it
+========= ======================================================================================
 
-Multistep solvers remember one interval or two; a token whose own history does not cover them, because
-it only just began to move, takes a step of the order that it does cover.
+The steps to data and from no signal at all have an infinite h; multistep solvers take them at order 1.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from dit_jax.diffusion.multistep import begin_dpmpp, begin_unipc, dpmpp_2m_step, unipc_step
-from dit_jax.diffusion.paths import PathConfig, level
+from dit_jax.diffusion.paths import Level, PathConfig, level
 from dit_jax.diffusion.predictions import Estimate
-from dit_jax.diffusion.problem import Denoiser, History, Interval, Noise, Problem, interval
+from dit_jax.diffusion.problem import Variance
+from dit_jax.diffusion.times import shift_time
 
-Stepped = tuple[Float[Array, "b l p"], History]
+Spacing = Literal["linear", "trailing", "linspace"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig:
+    """The constants of solvers; errors name the fields of ``SamplingConfig``."""
+
+    variance: Variance = "fixed_small"
+    """Of ddpm, in (4): the smallest (the posterior's if x0 is known), the largest (the forward
+    step's), or between them as the network predicts."""
+    eta: float = 0.0
+    """Of ddim: 0 takes no noise, 1 as much as ddpm."""
+    strength: float = 1.0
+    """w of sde, in (5)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"sampling.eta is {self.eta}: it is in [0, 1] (0 takes no noise).")
+        if not self.strength >= 0:
+            raise ValueError(f"sampling.sde_strength is {self.strength}: it is at least 0.")
+
+
+# ------------------------------------------------------------------------------------------------
+# What a step works on
+# ------------------------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """One step of the schedule, as each token takes it; all ``[b, l, 1]``."""
+
+    now: Level
+    next: Level
+    moves: Bool[Array, "..."]
+    """False for tokens whose cap is below both levels."""
+    h: Float[Array, "..."]
+    """The rise of log(alpha / sigma); 1 for tokens that do not move, so that all stays finite."""
+
+    def update(
+        self, x: Float[Array, "b l p"], x_next: Float[Array, "b l p"]
+    ) -> Float[Array, "b l p"]:
+        """The new value of tokens that move, the old value of the others."""
+        return jnp.where(self.moves, x_next, x)
+
+
+class SolverContext(NamedTuple):
+    """What stays the same over all steps of a solver."""
+
+    path: PathConfig
+    caps: Float[Array, "b l"]
+    """Noise cap of each token."""
+    config: SolverConfig = SolverConfig()
+
+    def tau(self, t: Float[Array, ""]) -> Float[Array, "b l"]:
+        """The noise level of each token when the schedule stands at t."""
+        return jnp.minimum(t, self.caps)
+
+    def interval(self, t: Float[Array, ""], t_next: Float[Array, ""]) -> Interval:
+        """The step between two levels of the schedule."""
+        now, after = (level(self.path, self.tau(at)).each() for at in (t, t_next))
+        moves = after.t < now.t
+        return Interval(now, after, moves, jnp.where(moves, after.logsnr - now.logsnr, 1))
+
+
+class Evaluation(NamedTuple):
+    """An earlier evaluation of the denoiser, as multistep solvers remember it."""
+
+    t: Float[Array, ""]
+    x: Float[Array, "b l p"]
+    x0: Float[Array, "b l p"]
+
+
+History = tuple[Evaluation, ...]
+"""The last evaluations, the newest first; as many as the solver remembers."""
+
+
+class StepInput(NamedTuple):
+    """The input of one step of a solver."""
+
+    context: SolverContext
+    denoiser: Callable[[Float[Array, "b l p"], Float[Array, ""]], Estimate]
+    """``denoiser(x, t)``: the network's prediction for every token at level t of the schedule."""
+    x: Float[Array, "b l p"]
+    history: History
+    t: Float[Array, ""]
+    t_next: Float[Array, ""]
+    noise: Callable[[], Float[Array, "b l p"]]
+    """Standard normal noise of this step; called by solvers that take noise."""
+
+    @property
+    def interval(self) -> Interval:
+        return self.context.interval(self.t, self.t_next)
+
+
+StepOutput = tuple[Float[Array, "b l p"], History]
+"""x at the next level, and the history for the next step."""
 
 
 def start(
     path: PathConfig,
     clean: Float[Array, "b l p"],
     eps: Float[Array, "b l p"],
-    ceilings: Float[Array, "b l"],
+    caps: Float[Array, "b l"],
     t: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "b l p"]:
-    """Where a solver begins at level ``t``: every token at its own ceiling, free ones at pure noise
-    (though paths that preserve variance, and leading levels, leave some signal there)."""
-    at = level(path, jnp.minimum(t, ceilings)).each()
-    return jnp.where(ceilings[..., None] < 1, at.alpha * clean + at.sigma * eps, eps)
+    """The point from which a solver starts at level ``t``: every token is noised up to its cap."""
+    at = level(path, jnp.minimum(t, caps)).each()
+    # Generated tokens are pure noise even on a chain that leaves some signal at t = 1.
+    return jnp.where(caps[..., None] < 1, at.alpha * clean + at.sigma * eps, eps)
 
 
-def move(
-    x: Float[Array, "b l p"], velocity: Float[Array, "b l p"], step: Interval
-) -> Float[Array, "b l p"]:
-    """Follows a velocity, each token as far as its ceiling lets it."""
-    return step.take(x + (step.next.t - step.now.t) * velocity, x)
+# ------------------------------------------------------------------------------------------------
+# One-step solvers
+# ------------------------------------------------------------------------------------------------
 
 
-def _velocity(estimate: Estimate) -> Float[Array, "b l p"]:
-    assert estimate.velocity is not None
-    return estimate.velocity
+def _euler_point(s: StepInput, step: Interval, now: Estimate) -> Float[Array, "b l p"]:
+    if s.context.path.discrete:
+        return step.next.alpha * now.x0 + step.next.sigma * now.eps  # (2)
+    assert now.velocity is not None
+    return s.x + (step.next.t - step.now.t) * now.velocity  # (1)
 
 
-def euler_step(
-    problem: Problem,
-    denoiser: Denoiser,
-    x: Float[Array, "b l p"],
-    history: History,
-    t: Float[Array, ""],
-    t_next: Float[Array, ""],
-    noise: Noise,
-) -> Stepped:
-    """One evaluation, order 1. On the discrete path it is ddim with eta 0, by algebra."""
-    step = interval(problem, t, t_next)
-    now = denoiser(x, t)
-    if problem.path.discrete:
-        return step.take(_mix(step, now), x), history
-    return move(x, _velocity(now), step), history
+def euler(s: StepInput) -> StepOutput:
+    """Euler's method, one evaluation."""
+    step, now = s.interval, s.denoiser(s.x, s.t)
+    return step.update(s.x, _euler_point(s, step, now)), s.history
 
 
-def _mix(step: Interval, estimate: Estimate) -> Float[Array, "b l p"]:
-    return step.next.alpha * estimate.x0 + step.next.sigma * estimate.eps
-
-
-def heun_step(
-    problem: Problem,
-    denoiser: Denoiser,
-    x: Float[Array, "b l p"],
-    history: History,
-    t: Float[Array, ""],
-    t_next: Float[Array, ""],
-    noise: Noise,
-) -> Stepped:
-    """Two evaluations, order 2. The last step (to 0) is an Euler step: the derivative may not be
-    defined there. So is one from no signal at all on the discrete path: sigma / alpha is infinite."""
-    step = interval(problem, t, t_next)
-    now = denoiser(x, t)
-    discrete = problem.path.discrete
-    ahead = step.take(_mix(step, now), x) if discrete else move(x, _velocity(now), step)
+def heun(s: StepInput) -> StepOutput:
+    """Heun's method, two evaluations; one in the last step, where dx/dt may be undefined at 0."""
+    step, now = s.interval, s.denoiser(s.x, s.t)
+    ahead = step.update(s.x, _euler_point(s, step, now))
 
     def correct(_: None) -> Float[Array, "b l p"]:
-        then = denoiser(ahead, t_next)
-        if not discrete:
-            return move(x, 0.5 * (_velocity(now) + _velocity(then)), step)
-        noisy = step.now.alpha > 0
-        ratio = step.now.sigma / jnp.where(noisy, step.now.alpha, 1)
+        then = s.denoiser(ahead, s.t_next)
+        if not s.context.path.discrete:
+            assert now.velocity is not None and then.velocity is not None
+            mean = 0.5 * (now.velocity + then.velocity)
+            return step.update(s.x, s.x + (step.next.t - step.now.t) * mean)
+        # In x / alpha, whose derivative by sigma / alpha is eps. From no signal at all sigma / alpha
+        # is infinite: that step stays Euler's.
+        signal = step.now.alpha > 0
+        ratio = step.now.sigma / jnp.where(signal, step.now.alpha, 1)
         by = step.next.sigma - step.next.alpha * ratio
         corrected = ahead + 0.5 * by * (then.eps - now.eps)
-        return step.take(jnp.where(noisy, corrected, ahead), x)
+        return step.update(s.x, jnp.where(signal, corrected, ahead))
 
-    return jax.lax.cond(t_next > 0, correct, lambda _: ahead, None), history
-
-
-def ddim_step(
-    problem: Problem,
-    denoiser: Denoiser,
-    x: Float[Array, "b l p"],
-    history: History,
-    t: Float[Array, ""],
-    t_next: Float[Array, ""],
-    noise: Noise,
-) -> Stepped:
-    """One evaluation, order 1 where eta is 0."""
-    step = interval(problem, t, t_next)
-    now = denoiser(x, t)
-    if not problem.config.eta:
-        return step.take(_mix(step, now), x), history
-    # Of the noise that is left, the share that is drawn anew (eq. 16).
-    share = problem.config.eta**2 * -jnp.expm1(-2 * step.h)
-    fresh = jnp.sqrt(1 - share) * now.eps + jnp.sqrt(share) * noise()
-    return step.take(step.next.alpha * now.x0 + step.next.sigma * fresh, x), history
+    return jax.lax.cond(s.t_next > 0, correct, lambda _: ahead, None), s.history
 
 
-def log_variances(step: Interval) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Logarithms of the smallest and the largest variance of p(x_next | x), ``[b, l, 1]``.
+def ddim(s: StepInput) -> StepOutput:
+    """DDIM, one evaluation."""
+    step, now = s.interval, s.denoiser(s.x, s.t)
+    eps, eta = now.eps, s.context.config.eta
+    if eta:
+        renewed = eta**2 * -jnp.expm1(-2 * step.h)
+        eps = jnp.sqrt(1 - renewed) * eps + jnp.sqrt(renewed) * s.noise()
+    return step.update(s.x, step.next.alpha * now.x0 + step.next.sigma * eps), s.history  # (2)
 
-    The posterior's where x0 is known, and the forward step's; -inf where the step ends at data.
-    """
-    fresh = jnp.log(-jnp.expm1(-2 * step.h))
-    return 2 * jnp.log(step.next.sigma) + fresh, 2 * jnp.log(step.now.sigma) + fresh
 
-
-def ddpm_step(
-    problem: Problem,
-    denoiser: Denoiser,
-    x: Float[Array, "b l p"],
-    history: History,
-    t: Float[Array, ""],
-    t_next: Float[Array, ""],
-    noise: Noise,
-) -> Stepped:
-    """One evaluation; the last step (to 0) takes no noise.
-
-    Raises:
-        ValueError: for a learned variance that the network does not give.
-    """
-    step = interval(problem, t, t_next)
-    now = denoiser(x, t)
+def ddpm(s: StepInput) -> StepOutput:
+    """Ancestral sampling, one evaluation; the last step takes no noise."""
+    step, now = s.interval, s.denoiser(s.x, s.t)
+    variance, last = s.context.config.variance, s.t_next <= 0
     ratio = step.next.sigma / jnp.where(step.moves, step.now.sigma, 1)
-    mean = ratio * jnp.exp(-step.h) * x - step.next.alpha * jnp.expm1(-2 * step.h) * now.x0
-    small, large = log_variances(step)
-    variance = problem.config.variance
+    gained = -jnp.expm1(-2 * step.h)
+    mean = ratio * jnp.exp(-step.h) * s.x + step.next.alpha * gained * now.x0  # (3)
+    # Logarithms of (4): the network predicts the variance between them geometrically.
+    small, large = (2 * jnp.log(at.sigma) + jnp.log(gained) for at in (step.next, step.now))
     if variance == "learned_range":
-        if now.fraction is None:
-            raise ValueError(
-                "diffusion.variance 'learned_range' needs a network of two outputs for each number: "
-                "learn it in model.dit, or set diffusion.variance to 'fixed_small'."
-            )
+        assert now.fraction is not None, "a learned variance needs a second output"
         part = (now.fraction + 1) / 2
-        log_variance = part * large + (1 - part) * jnp.where(t_next > 0, small, large)
+        # In the last step small is -inf, and 0 times it would be nan.
+        log_variance = part * large + (1 - part) * jnp.where(last, large, small)
     else:
         log_variance = small if variance == "fixed_small" else large
-    noisy = jnp.where(t_next > 0, jnp.exp(0.5 * log_variance), 0)
-    return step.take(mean + noisy * noise(), x), history
+    deviation = jnp.where(last, 0, jnp.exp(0.5 * log_variance))
+    return step.update(s.x, mean + deviation * s.noise()), s.history
 
 
-def sde_step(
-    problem: Problem,
-    denoiser: Denoiser,
-    x: Float[Array, "b l p"],
-    history: History,
-    t: Float[Array, ""],
-    t_next: Float[Array, ""],
-    noise: Noise,
-) -> Stepped:
-    """One evaluation: dx = velocity dt - w score dt + sqrt(2 w) dW, backwards in time, with the
-    diffusion w = strength sigma(t), for which w score = -strength eps. The last step takes no noise."""
-    step = interval(problem, t, t_next)
-    now = denoiser(x, t)
-    by = step.now.t - step.next.t
-    mean = x - by * (_velocity(now) + problem.config.strength * now.eps)
-    spread = jnp.sqrt(jnp.maximum(2 * problem.config.strength * step.now.sigma * by, 0))
-    return step.take(mean + jnp.where(t_next > 0, spread, 0) * noise(), x), history
+def sde(s: StepInput) -> StepOutput:
+    """Euler-Maruyama, one evaluation, on continuous paths (5); the last step takes no noise."""
+    step, now = s.interval, s.denoiser(s.x, s.t)
+    assert now.velocity is not None
+    strength, by = s.context.config.strength, step.now.t - step.next.t
+    # The diffusion w(t) = strength sigma(t) times the score -eps / sigma is -strength eps.
+    mean = s.x - by * (now.velocity + strength * now.eps)
+    deviation = jnp.sqrt(jnp.maximum(2 * strength * step.now.sigma * by, 0))
+    x = mean + jnp.where(s.t_next > 0, deviation, 0) * s.noise()
+    return step.update(s.x, x), s.history
 
 
-def begin_plain(x: Float[Array, "b l p"], t: Float[Array, ""]) -> History:
-    """Nothing is remembered."""
-    del x, t
-    return ()
+# ------------------------------------------------------------------------------------------------
+# Multistep solvers: (6), with x0 as a polynomial through the last predictions. A token whose history
+# does not reach back that far, because it only just began to move, takes a step of lower order.
+# ------------------------------------------------------------------------------------------------
+
+
+def _constant_x0(
+    step: Interval, x: Float[Array, "b l p"], x0: Float[Array, "b l p"]
+) -> Float[Array, "b l p"]:
+    ratio = step.next.sigma / jnp.where(step.moves, step.now.sigma, 1)
+    return ratio * x - step.next.alpha * jnp.expm1(-step.h) * x0
+
+
+def _linear_x0(
+    s: StepInput, x0: Float[Array, "b l p"], before: Evaluation
+) -> Float[Array, "b l p"]:
+    """(6) with x0 on the line through this prediction and the one before."""
+    step, last = s.interval, s.context.interval(before.t, s.t)
+    known = last.moves & jnp.isfinite(step.h)
+    slope = (x0 - before.x0) * jnp.where(known, step.h / last.h, 0)
+    middle = x0 + 0.5 * slope
+    return step.update(s.x, _constant_x0(step, s.x, middle))
+
+
+def dpmpp_2m(s: StepInput) -> StepOutput:
+    """DPM-Solver++(2M), one evaluation."""
+    (before,) = s.history
+    x0 = s.denoiser(s.x, s.t).x0
+    return _linear_x0(s, x0, before), (Evaluation(s.t, s.x, x0),)
+
+
+def unipc(s: StepInput) -> StepOutput:
+    """UniPC, one evaluation, which first corrects the point at which it was made."""
+    before, earlier = s.history
+    x0 = s.denoiser(s.x, s.t).x0
+    last = s.context.interval(before.t, s.t)
+    first = s.context.interval(earlier.t, before.t)
+    known = first.moves & jnp.isfinite(last.h)
+    # UniC-2: weights of the two differences of x0 that make a parabola through three predictions.
+    # They solve [[1, 1], [ratio, 1]] weights = moments, with B_2(h) = e^-h - 1 as the unit.
+    h = jnp.where(known, last.h, 1)
+    unit = jnp.expm1(-h)
+    moments = -unit / h - 1, 2 * ((unit / h + 1) / h - 0.5)
+    ratio = jnp.where(known, -first.h / h, -1)
+    weight = (moments[0] - moments[1]) / (1 - ratio) / unit
+    change = x0 - before.x0
+    parabola = weight * (earlier.x0 - before.x0) / ratio + (moments[0] / unit - weight) * change
+    # UniC-1, half the change, is for tokens with two predictions.
+    bend = jnp.where(known, parabola, 0.5 * change)
+    base = _constant_x0(last, before.x, before.x0)
+    x = last.update(s.x, base - last.next.alpha * jnp.expm1(-last.h) * bend)
+    s = s._replace(x=x)
+    return _linear_x0(s, x0, before), (Evaluation(s.t, x, x0), before)
 
 
 class Solver(NamedTuple):
-    """A step, what it remembers, and what it costs."""
+    """A step function, how much it remembers, and what it costs."""
 
-    step: Callable[..., Stepped]
-    begin: Callable[[Float[Array, "b l p"], Float[Array, ""]], History] = begin_plain
+    step: Callable[[StepInput], StepOutput]
+    memory: int = 0
+    """How many evaluations it remembers."""
     evaluations: int = 1
+    """Of the denoiser, in a step."""
     continuous: bool = False
-    """Whether it needs a velocity, which the discrete path does not have."""
+    """Whether it needs dx/dt, which the discrete chain does not have."""
+
+    def begin(self, x: Float[Array, "b l p"], t: Float[Array, ""]) -> History:
+        """The history before the first step: no token has moved yet."""
+        # 0 * x and not zeros: a constant would not be sharded as x is.
+        return (Evaluation(t, 0 * x, 0 * x),) * self.memory
 
 
 SOLVERS: dict[str, Solver] = {
-    "euler": Solver(euler_step),
-    "heun": Solver(heun_step, evaluations=2),
-    "ddim": Solver(ddim_step),
-    "ddpm": Solver(ddpm_step),
-    "sde": Solver(sde_step, continuous=True),
-    "dpmpp_2m": Solver(dpmpp_2m_step, begin_dpmpp),
-    "unipc": Solver(unipc_step, begin_unipc),
+    "euler": Solver(euler),
+    "heun": Solver(heun, evaluations=2),
+    "ddim": Solver(ddim),
+    "ddpm": Solver(ddpm),
+    "sde": Solver(sde, continuous=True),
+    "dpmpp_2m": Solver(dpmpp_2m, memory=1),
+    "unipc": Solver(unipc, memory=2),
 }
-EVALUATIONS = {name: solver.evaluations for name, solver in SOLVERS.items()}
-"""Model evaluations of one step."""
 
 
-def check_solver(name: str, path: PathConfig) -> None:
-    """Raises ``ValueError`` where the solver cannot follow the path, with what can."""
-    if SOLVERS[name].continuous and path.discrete:
-        raise ValueError(
-            f"sampling.solver {name!r} follows a velocity, and path.kind 'ddpm' has none: use 'ddpm' "
-            "or 'ddim' with eta for noise, or another solver for none."
-        )
+# ------------------------------------------------------------------------------------------------
+# Noise levels
+# ------------------------------------------------------------------------------------------------
 
 
-def no_noise() -> Float[Array, "b l p"]:
-    """For solvers that take none; raises ``ValueError`` for the others."""
-    raise ValueError("this solver takes noise in every step: give solve() a noise(step) function.")
+def noise_levels(
+    path: PathConfig, spacing: Spacing, steps: int, shift: float = 1.0, last: float | None = None
+) -> Float[np.ndarray, "k"]:
+    """``steps + 1`` noise levels from 1 to 0, float32.
 
-
-def solve(
-    name: str,
-    problem: Problem,
-    denoiser: Denoiser,
-    x: Float[Array, "b l p"],
-    levels: Float[Array | np.ndarray, "k"],
-    noise: Callable[[int], Float[Array, "b l p"]] | None = None,
-) -> Float[Array, "b l p"]:
-    """Runs a solver over a whole schedule; ``noise(i)`` is that of step i."""
-    solver = SOLVERS[name]
-    check_solver(name, problem.path)
-    levels = jnp.asarray(levels)
-    history = solver.begin(x, levels[0])
-    for i, (t, t_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-        draw = no_noise if noise is None else functools.partial(noise, i)
-        x, history = solver.step(problem, denoiser, x, history, t, t_next, draw)
-    return x
+    Linear ones are evenly spaced, then shifted towards noise (Esser et al. 2024, eq. 23); with
+    ``last``, evenly from 1 to it, and the last step goes from there to 0 (SiT's sampler: 0.04). The
+    others pick indices of the discrete chain (Lin et al. 2023, table 2); linspace is how the code of
+    DiT respaces its chain.
+    """
+    if spacing == "linear":
+        levels = np.linspace(1.0, 0.0, steps + 1)
+        if last is not None:
+            levels = np.append(np.linspace(1.0, last, steps), 0.0)
+        return np.asarray(shift_time(levels, shift), np.float32)
+    count = path.timesteps
+    if spacing == "trailing":
+        indices = np.round(np.arange(steps) * -(count / steps) + count) - 1
+    else:
+        indices = np.round(np.linspace(count - 1, 0, steps))
+    return np.append((indices + 1) / count, 0.0).astype(np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
-from dit_jax.diffusion import EVALUATIONS
+from dit_jax.diffusion import SOLVERS
 from dit_jax.model import ClassLabelsConfig, TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
 from dit_jax.sampling import Generator, Request, make_condition
@@ -150,7 +150,7 @@ def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
         jax.eval_shape(generator.begin, condition, level),
     )
     flops = forward_flops(model_config, np.array([count]), np.array([letters]), encode_text=False)
-    flops = EVALUATIONS[made.solver] * flops.sum()
+    flops = SOLVERS[made.solver].evaluations * flops.sum()
     arguments = (
         params,
         carry,

@@ -22,13 +22,14 @@ from dit_jax.diffusion import (
     SOLVERS,
     DiffusionConfig,
     Estimate,
-    Problem,
     SolverConfig,
+    SolverContext,
+    StepInput,
     estimate,
     guide,
     guided_kind,
     interpolate,
-    levels_of,
+    noise_levels,
     predicted_velocity,
     resolution_shift,
     split_output,
@@ -52,7 +53,7 @@ class Carry(NamedTuple):
 
     x: Float[Array, "b l p"]
     history: Any
-    """Of the solver (see ``diffusion.multistep``)."""
+    """The earlier evaluations that a multistep solver remembers."""
 
 
 class Generator:
@@ -95,7 +96,7 @@ class Generator:
         shift = config.shift or 1.0
         if config.spacing == "linear" and config.shift is None:
             shift = float(resolution_shift(self._diffusion.time, np.int64(tokens)))
-        return levels_of(path, config.spacing, config.steps, shift, config.last_step)
+        return noise_levels(path, config.spacing, config.steps, shift, config.last_step)
 
     def steps_of(self, request: Request) -> tuple[float, ...]:
         """What of a request decides which steps are made, and how: requests that differ in it share no
@@ -135,7 +136,6 @@ class Generator:
         x: Float[Array, "b l p"],
         condition: Condition,
         t: Float[Array, ""],
-        index: Int[Array, ""],
     ) -> Estimate:
         """What the network says, guided where its output has twice the rows (with text first)."""
         diffusion, guidance = self._diffusion, self.config.guidance
@@ -161,8 +161,6 @@ class Generator:
                 self._model.config.patch.channels,
             )
             fraction = None if fraction is None else fraction[: x.shape[0]]
-        if guidance.zero_init:
-            prediction = jnp.where(index < guidance.zero_init, 0, prediction)
         return estimate(diffusion, prediction, x, tau, fraction)
 
     def _make_step(self, params: Params, carry: Carry, *given: Any) -> Carry:
@@ -213,14 +211,16 @@ class Generator:
                 text_segment_ids,
                 *low,
             )
-            return self._estimate(output, x, condition, t, index)
+            return self._estimate(output, x, condition, t)
 
-        problem = Problem(self._diffusion.path, condition.ceilings, self._constants)
+        context = SolverContext(self._diffusion.path, condition.ceilings, self._constants)
         noise = partial(self._noise, condition, index)
-        x, history = self._solver.step(problem, denoiser, carry.x, carry.history, t, t_next, noise)
+        x, history = self._solver.step(
+            StepInput(context, denoiser, carry.x, carry.history, t, t_next, noise)
+        )
         if condition.known is not None:
             eps = self._token_noise(condition)
-            at = problem.tau(t_next)
+            at = context.tau(t_next)
             given = interpolate(self._diffusion.path, condition.clean, eps, at)
             x = jnp.where(condition.known, given, x)
         return Carry(x, history)

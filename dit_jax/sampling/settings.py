@@ -11,8 +11,7 @@ from dit_jax.diffusion import (
     DiffusionConfig,
     GuidanceConfig,
     SolverConfig,
-    check_solver,
-    levels_of,
+    Spacing,
 )
 
 
@@ -31,8 +30,8 @@ class SamplingConfig:
     """Noise of ddim: 0 is none, 1 as much as ddpm."""
     sde_strength: float = 1.0
     """Noise of sde: its diffusion is this times sigma."""
-    spacing: Literal["linear", "karras", "trailing", "leading", "linspace"] = "linear"
-    """Of the noise levels: the last three choose indices of the discrete path (linspace as DiT)."""
+    spacing: Spacing = "linear"
+    """Of the noise levels: trailing and linspace (DiT) pick indices of the discrete path."""
     last_step: float | None = None
     """Level from which the last step of a linear spacing goes to 0 (0.04 for SiT's sde, before the
     shift). None: all steps are alike."""
@@ -46,10 +45,6 @@ class SamplingConfig:
     """Guide only at noise levels low < t <= high; outside, steps have half the work."""
     cfg_rescale: float = 0.0
     """Share in which the guided prediction keeps the deviation of the conditional (0.7 is usual)."""
-    cfg_zero_star: bool = False
-    """CFG-Zero*: the unconditional velocity is scaled by its projection on the conditional one."""
-    cfg_zero_init: int = 0
-    """CFG-Zero*: first steps in which nothing moves (euler and heun)."""
     cache_threshold: float = 0.0
     """Feature caching: steps reuse what the transformer's blocks added, until the noise level's part
     of the first block's input has changed by this share in all (docs/long.md). 0 is off, as loops
@@ -90,8 +85,6 @@ class SamplingConfig:
             channels=self.cfg_channels,
             interval=self.cfg_interval,
             rescale=self.cfg_rescale,
-            zero_star=self.cfg_zero_star,
-            zero_init=self.cfg_zero_init,
         )
 
     def check(self, diffusion: DiffusionConfig, channels: int) -> None:
@@ -102,18 +95,22 @@ class SamplingConfig:
                 f"model was trained on, diffusion.augmentation {diffusion.augmentation}."
             )
         path = diffusion.path
-        check_solver(self.solver, path)
-        levels_of(path, self.spacing, self.steps, self.shift or 1.0, self.last_step)
-        if path.discrete and (self.cfg_zero_star or self.cfg_zero_init):
+        if SOLVERS[self.solver].continuous and path.discrete:
             raise ValueError(
-                "sampling.cfg_zero_star and cfg_zero_init are of velocities, and path.kind 'ddpm' has "
-                "none: set them to False and 0."
+                f"sampling.solver {self.solver!r} follows a velocity, and path.kind 'ddpm' has none: "
+                "use 'ddpm' or 'ddim' with eta for noise, or another solver for none."
             )
-        if self.cfg_zero_init and self.solver not in ("euler", "heun"):
-            raise ValueError(
-                f"sampling.cfg_zero_init is {self.cfg_zero_init} and the solver {self.solver!r}, whose "
-                "steps move where the velocity is 0, or look back at it: take 'euler' or 'heun', or 0."
-            )
+        if self.spacing != "linear":
+            if self.shift not in (None, 1) or self.last_step is not None:
+                raise ValueError(
+                    f"sampling.spacing {self.spacing!r} takes no shift ({self.shift}) and no last_step "
+                    f"({self.last_step}): set both to None, or spacing to 'linear'."
+                )
+            if not path.discrete or self.steps > path.timesteps:
+                raise ValueError(
+                    f"sampling.spacing {self.spacing!r} picks {self.steps} indices of path.kind 'ddpm',"
+                    f" and the path is {path.kind!r} of {path.timesteps}: use 'linear', or fewer steps."
+                )
         if self.cache_threshold and SOLVERS[self.solver].evaluations > 1:
             raise ValueError(
                 f"sampling.cache_threshold is {self.cache_threshold} and the solver {self.solver!r}, "
