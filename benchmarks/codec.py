@@ -34,7 +34,7 @@ def frames(path: str, count: int, height: int, width: int) -> np.ndarray:
 def one(given: argparse.Namespace, tile: int, out: str) -> None:
     """Measures in this process, and stores what was decoded."""
     from dit_jax.codec.codec import TileConfig
-    from dit_jax.interop import load_codec
+    from dit_jax.codec.folders import load_codec
 
     codec = load_codec(given.codec, TileConfig(tile, given.overlap, given.part))
     video = frames(given.video, given.frames, given.height, given.width)
@@ -64,8 +64,8 @@ def one(given: argparse.Namespace, tile: int, out: str) -> None:
 
 def seams(given: argparse.Namespace, out: str) -> None:
     """Compares what tiles gave with the whole."""
+    from dit_jax.codec.folders import load_codec
     from dit_jax.codec.tiling import tile_starts
-    from dit_jax.interop import load_codec
 
     stride = load_codec(given.codec).strides[1]
     large = max(given.height, given.width)

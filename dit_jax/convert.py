@@ -24,8 +24,6 @@ import tyro
 
 from dit_jax import interop
 from dit_jax.checks import check_types
-from dit_jax.codec.converting import finished_codec, read_codec_folder, write_run
-from dit_jax.codec.run import CodecRun
 from dit_jax.config import (
     CodecConfig,
     Config,
@@ -34,6 +32,7 @@ from dit_jax.config import (
     LogConfig,
     Run,
     stored_config,
+    to_dict,
 )
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
@@ -46,12 +45,13 @@ from dit_jax.files import (
     is_remote,
     local_copy,
     run_verb,
+    write_json,
 )
 from dit_jax.interop import DiTFile, Map
 from dit_jax.parallel import MeshConfig, make_mesh, restart_with_huge_pages
 from dit_jax.sampling import SamplingConfig
 from dit_jax.sampling.pipeline import check_finite
-from dit_jax.training import abstract_params, open_run
+from dit_jax.training import CheckpointConfig, Checkpointer, abstract_params, open_run
 from dit_jax.training.video_task import init_params, make_model
 from dit_jax.types import Params
 
@@ -69,10 +69,11 @@ class ConvertArguments:
     config.json, the folder of a codec, or the directory of a run."""
     output: str
     """What to write; it must not be there yet."""
-    to: Literal["run", "pt", "diffusers", "codec"]
+    to: Literal["run", "safetensors", "diffusers", "codec"]
     """run: a directory that ``python -m dit_jax.sample`` opens, or of a codec one that
-    ``checkpoint.initial`` names, to fine-tune it. pt: the authors' layout. diffusers: a folder with
-    config.json and safetensors. codec: our own folder of an autoencoder of video."""
+    ``checkpoint.initial`` names, to fine-tune it. safetensors: a file with the authors'
+    keys. diffusers: a folder with config.json and safetensors. codec: our own folder of an
+    autoencoder of video."""
     family: Literal["dit", "sit"] = "dit"
     """Whose file it is, where the file does not say: SiT's look like DiT's."""
     heads: int | None = None
@@ -147,9 +148,9 @@ def check_target(target: Path, kind: str) -> None:
     check_writable(target.parent)
     if target.exists():
         raise ValueError(f"--output {str(target)!r} exists: move it away, or name another.")
-    if kind == "pt" and target.suffix not in (".pt", ".pth"):
-        raise ValueError(f"--output {str(target)!r} is to be a file that ends in .pt.")
-    if kind != "pt" and target.suffix in FILES:
+    if kind == "safetensors" and target.suffix != ".safetensors":
+        raise ValueError(f"--output {str(target)!r} is to be a file that ends in .safetensors.")
+    if kind != "safetensors" and target.suffix in FILES:
         raise ValueError(f"--output {str(target)!r} is to be a folder, and looks like a file.")
 
 
@@ -189,7 +190,7 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
     if path is None:
         side = 1 if channels == 3 else 8
         return CodecConfig(h=side, w=side)
-    found, _ = interop.codec_config(local_copy(path))
+    found, _ = interop.codec_tools().codec_config(local_copy(path))
     if found.latent_channels != channels:
         raise ValueError(
             f"--codec {path!r} has latents of {found.latent_channels} channels, and the model makes "
@@ -264,14 +265,13 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
     checkpointer, step = open_run(source, given.step)
     where = checkpointer.path(step) / "config"
     config = stored_config(checkpointer.config(step), where, Run)
-    if isinstance(config, CodecRun):
+    if not isinstance(config, Config):  # The other kind of run is a codec's.
         if given.step is not None:
             raise ValueError(
                 f"--step is {given.step}, and the run is of a codec, which is whole at its end alone, "
                 "when its latents' shift and scale are measured: leave --step out."
             )
-        return _codec(given, finished_codec(source), target)
-    assert isinstance(config, Config)
+        return _codec(given, interop.codec_tools().finished_codec(source), target)
     _check_no_codec(given)
     family = _published_family(config, given.to)
     drawn = config.sampling
@@ -323,9 +323,9 @@ def _abstract(config: Config, mesh_config: MeshConfig) -> tuple[Params, Params]:
 
 def _to_published(given: ConvertArguments, file: DiTFile, params: Params, target: Path) -> str:
     dtype = DTYPES[given.dtype]
-    if given.to == "pt":
+    if given.to == "safetensors":
         written = interop.dit_map(file).export(params, dtype)
-        _write(target, lambda path: interop.write_torch(path, written))
+        _write(target, lambda path: interop.write_safetensors(path, written))
     else:
         config = interop.to_diffusers(file)
         written = interop.diffusers_map(file).export(params, dtype)
@@ -335,14 +335,16 @@ def _to_published(given: ConvertArguments, file: DiTFile, params: Params, target
 
 def _codec(given: ConvertArguments, folder: Path, target: Path) -> str:
     """A folder of a codec, read and written again."""
-    if given.to == "pt":
+    if given.to == "safetensors":
         raise ValueError(
-            f"--input {given.input!r} is a codec, and --to pt is of transformers: --to diffusers "
-            "writes it again."
+            f"--input {given.input!r} is a codec, and --to safetensors is of transformers: --to "
+            "diffusers writes it again."
         )
-    codec, dtype = read_codec_folder(folder), DTYPES[given.dtype]
+    codec = interop.codec_tools(_class(folder)).read_codec_folder(folder)
+    dtype = DTYPES[given.dtype]
     if given.to == "run":
-        _write(target, lambda path: codec.write_run(path, absolute(given.output)), run=True)
+        config, params = codec.as_run(absolute(given.output))
+        _write(target, lambda path: write_run(path, config, params), run=True)
     elif given.to == "codec":
         _write(target, lambda path: codec.write_codec(path, dtype))
     else:
@@ -355,8 +357,18 @@ def _check_no_codec(given: ConvertArguments) -> None:
     if given.to == "codec":
         raise ValueError(
             f"--input {given.input!r} is no codec, and --to is 'codec': give the folder of one, or "
-            "--to run, pt or diffusers."
+            "--to run, safetensors or diffusers."
         )
+
+
+def write_run(target: Path, config: Run, params: Params) -> None:
+    """A run of no steps that has these averaged parameters."""
+    values = to_dict(config)
+    checkpointer = Checkpointer(target, CheckpointConfig())
+    checkpointer.save_weights(params, values)
+    checkpointer.wait()
+    checkpointer.close()
+    write_json(target / "config.json", values)
 
 
 def _class(folder: Path) -> Any:

@@ -3,7 +3,7 @@
     python scripts/captions_to_states.py --input data/sprites/1.0.0 --encoder umt5-xxl --output data
 
 writes data/sprites_states/1.0.0 with the same splits, clips and captions, and with the feature
-text_states: bfloat16 [s, e], without padding. ENCODER is a folder of T5 v1.1, UMT5 or CLIP as
+text_states: bfloat16 [s, e], without padding. ENCODER is a folder of T5 v1.1 or UMT5 as
 `transformers` stores them (docs/text.md). It is spread over all devices that there are. Latents pass
 through as they are, if the builder says which codec made them.
 """
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from dit_jax.data import RecordsConfig, RecordsSource, StatesOf, write_records
 from dit_jax.files import as_path
-from dit_jax.interop import load_text_encoder
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.text.folders import load_text_encoder
 from dit_jax.text.opening import on_mesh
 from dit_jax.text.text_encoder import TextEncoder
 
@@ -62,9 +62,7 @@ def convert(args: argparse.Namespace) -> Path:
     }
     latents = latents_of(sources[args.splits[0]], args.input)
     placement = on_mesh(make_mesh(MeshConfig(data=1, fsdp=-1)))
-    encoder = load_text_encoder(
-        args.encoder, layer=args.layer, max_tokens=args.max_tokens, placement=placement
-    )
+    encoder = load_text_encoder(args.encoder, max_tokens=args.max_tokens, placement=placement)
     # A builder's directory is that of a version, such as data/flowers/1.0.0.
     parts = [part for part in Path(args.input).parts if not re.fullmatch(r"\d+\.\d+\.\d+", part)]
     name = re.sub(r"[^a-z0-9_]+", "_", (args.name or parts[-1]).lower()) + "_states"
@@ -100,8 +98,7 @@ def main() -> None:
     parser.add_argument("--caption-template", help="as data.source.caption_template")
     parser.add_argument("--label-key", help="class to keep, as label")
     parser.add_argument("--data-dir", help="where TFDS keeps the builder, if not in its own place")
-    parser.add_argument("--layer", choices=["last", "penultimate"], default="last", help="of CLIP")
-    parser.add_argument("--max-tokens", type=int, help="where captions are cut")
+    parser.add_argument("--max-tokens", type=int, default=512, help="where captions are cut")
     args = parser.parse_args()
     try:
         print(convert(args))

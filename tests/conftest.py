@@ -31,6 +31,8 @@ install_import_hook(
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+# Imported below the hook, which checks only what is imported after it.
+from tests.latents import latent_records, latents  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")

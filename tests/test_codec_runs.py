@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dit_jax import sample, train
+from dit_jax.codec.folders import load_codec
 from dit_jax.codec.run import CodecRun
 from dit_jax.config import load_config, to_dict
 from dit_jax.evaluate import __main__ as evaluate
-from dit_jax.interop import load_codec
 from dit_jax.plan import __main__ as plan
 from dit_jax.sampling.media import read_video
 from tests.codecs import SMALL

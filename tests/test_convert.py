@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop, sample
+from dit_jax.codec import kl_weights
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
+from dit_jax.codec.kl_weights import OLD_ATTENTION
 from dit_jax.config import CodecConfig, stored_config
 from dit_jax.files import as_path, write_whole
-from dit_jax.interop.autoencoder import OLD_ATTENTION
 from dit_jax.parallel import make_mesh
 from dit_jax.sampling.media import read_video
 from dit_jax.training import Checkpointer, open_run
@@ -38,8 +39,8 @@ def published(tmp_path: Path) -> Path:
     """A small file in the authors' layout."""
     _, table, arrays = authors_arrays()
     params = table.read(arrays, "made")
-    interop.write_torch(tmp_path / "DiT.pt", table.export(params))
-    return tmp_path / "DiT.pt"
+    interop.write_safetensors(tmp_path / "DiT.safetensors", table.export(params))
+    return tmp_path / "DiT.safetensors"
 
 
 @pytest.fixture
@@ -49,10 +50,10 @@ def autoencoder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     arrays = {
         key: 0.1 * rng.normal(size=entry.layout.their_shape).astype(np.float32)
-        for entry in interop.autoencoder_map(config).entries
+        for entry in kl_weights.autoencoder_map(config).entries
         for key in entry.keys
     }
-    interop.write_folder(tmp_path / "vae", interop.autoencoder_to_diffusers(config), arrays)
+    interop.write_folder(tmp_path / "vae", kl_weights.autoencoder_to_diffusers(config), arrays)
     return tmp_path / "vae"
 
 
@@ -63,7 +64,7 @@ def test_a_file_becomes_a_run_and_comes_back_byte_for_byte(published, tmp_path, 
     made = converted(published, tmp_path / "run", "run", *HEADS)
     said = capsys.readouterr().out
     assert said == f"DiT of width 48, depth 2, patch 2, 8 x 8 latents: a run in {made}/\n"
-    back = converted(made, tmp_path / "back.pt", "pt")
+    back = converted(made, tmp_path / "back.safetensors", "safetensors")
     assert back.read_bytes() == published.read_bytes()
 
 
@@ -73,14 +74,14 @@ def test_a_folder_becomes_a_run_and_comes_back_byte_for_byte(published, tmp_path
     again = converted(made, tmp_path / "again", "diffusers")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
-    back = converted(again, tmp_path / "back.pt", "pt")
+    back = converted(again, tmp_path / "back.safetensors", "safetensors")
     assert back.read_bytes() == published.read_bytes()
 
 
 def test_the_transformer_of_a_pipeline_is_found(published, tmp_path):
     (tmp_path / "pipeline").mkdir()
     converted(published, tmp_path / "pipeline" / "transformer", "diffusers", *HEADS)
-    back = converted(tmp_path / "pipeline", tmp_path / "back.pt", "pt")
+    back = converted(tmp_path / "pipeline", tmp_path / "back.safetensors", "safetensors")
     assert back.read_bytes() == published.read_bytes()
 
 
@@ -89,10 +90,10 @@ def test_rates_of_time_are_whose_they_are_asked_for(published, tmp_path, capsys)
     stored = json.loads((made / "config.json").read_text())
     assert stored["model"]["dit"]["time_divisor"] == 127
     # The authors' code has 128 and their files do not say: only Diffusers' class has 127.
-    said = refused(capsys, made, tmp_path / "wrong.pt", "pt")
+    said = refused(capsys, made, tmp_path / "wrong.safetensors", "safetensors")
     assert "dit.time_divisor is 127, not 128" in said
     folder = converted(made, tmp_path / "folder", "diffusers")
-    back = converted(folder, tmp_path / "back.pt", "pt")
+    back = converted(folder, tmp_path / "back.safetensors", "safetensors")
     assert back.read_bytes() == published.read_bytes()
 
 
@@ -106,7 +107,7 @@ def test_a_run_is_one_that_verbs_open(published, tmp_path):
     assert json.loads((made / "config.json").read_text()) == checkpointer.config(step)
     shapes, shardings = convert._abstract(config, config.mesh)
     params = checkpointer.restore_ema(step, shapes, shardings)
-    arrays = interop.read_torch(published)
+    arrays = interop.read_safetensors(published)
     jax.tree.map(np.testing.assert_array_equal, params, authors_arrays()[1].read(arrays, "a"))
     assert make_mesh(config.mesh).shape["data"] == 8
 
@@ -119,9 +120,11 @@ def test_sit_is_a_flow_and_its_last_layer_turned(published, tmp_path):
     assert (config.model.dit.time_scale, config.model.dit.time_offset) == (-1, 1)
     shapes, shardings = convert._abstract(config, config.mesh)
     final = checkpointer.restore_ema(step, shapes, shardings)["params"]["dit"]["final"]
-    plain = authors_arrays()[1].read(interop.read_torch(published), "a")["params"]["dit"]["final"]
+    plain = authors_arrays()[1].read(interop.read_safetensors(published), "a")["params"]["dit"][
+        "final"
+    ]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, -b), final, plain)
-    back = converted(made, tmp_path / "back.pt", "pt")
+    back = converted(made, tmp_path / "back.safetensors", "safetensors")
     assert back.read_bytes() == published.read_bytes()
 
 
@@ -139,15 +142,19 @@ def test_the_config_is_the_papers(family):
 
 
 def test_a_training_checkpoint_gives_its_average_or_what_is_asked_for(published, tmp_path):
-    arrays = interop.read_torch(published)
+    arrays = interop.read_safetensors(published)
     both = {f"ema.{key}": array for key, array in arrays.items()}
     bias = "final_layer.linear.bias"
     both |= {f"model.{key}": array + (key == bias) for key, array in arrays.items()}
-    interop.write_torch(tmp_path / "state.pt", both)
-    average = converted(tmp_path / "state.pt", tmp_path / "a.pt", "pt", *HEADS)
+    interop.write_safetensors(tmp_path / "state.safetensors", both)
+    average = converted(
+        tmp_path / "state.safetensors", tmp_path / "a.safetensors", "safetensors", *HEADS
+    )
     assert average.read_bytes() == published.read_bytes()
     more = (*HEADS, "--part", "model")
-    found = interop.read_torch(converted(tmp_path / "state.pt", tmp_path / "b.pt", "pt", *more))
+    found = interop.read_safetensors(
+        converted(tmp_path / "state.safetensors", tmp_path / "b.safetensors", "safetensors", *more)
+    )
     np.testing.assert_array_equal(found[bias], arrays[bias] + 1)
 
 
@@ -164,9 +171,11 @@ def test_half_precision_is_written_where_asked_for(published, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_file_is_read_back(published, tmp_path, dtype):
-    half = converted(published, tmp_path / "half.pt", "pt", *HEADS, "--dtype", dtype)
+    half = converted(
+        published, tmp_path / "half.safetensors", "safetensors", *HEADS, "--dtype", dtype
+    )
     made = converted(half, tmp_path / "run", "run", *HEADS)
-    back = converted(made, tmp_path / "back.pt", "pt", "--dtype", dtype)
+    back = converted(made, tmp_path / "back.safetensors", "safetensors", "--dtype", dtype)
     assert back.read_bytes() == half.read_bytes()
 
 
@@ -190,8 +199,11 @@ def test_a_run_is_sampled_through_its_codec(published, autoencoder, tmp_path, fa
     given = ["--checkpoint", made, "--label", 3, 9, "--output", tmp_path / "two.png", "--steps", 2]
     assert sample.main([str(one) for one in given]) == 0
     assert read_video(tmp_path / "two.png")[0].std() > 0
-    other = converted(published, tmp_path / "other.pt", "pt", *HEADS)
-    assert converted(made, tmp_path / "back.pt", "pt").read_bytes() == other.read_bytes()
+    other = converted(published, tmp_path / "other.safetensors", "safetensors", *HEADS)
+    assert (
+        converted(made, tmp_path / "back.safetensors", "safetensors").read_bytes()
+        == other.read_bytes()
+    )
 
 
 class Hostile:
@@ -220,13 +232,15 @@ def test_a_malicious_file_does_not_run(tmp_path, capsys):
 
 def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, capsys):
     target = tmp_path / "out"
-    assert "none.pt' is not there" in refused(capsys, tmp_path / "none.pt", target, "run")
-    assert "exists: move it away" in refused(capsys, published, published, "pt")
-    assert "ends in .pt" in refused(capsys, published, target, "pt")
-    assert "looks like a file" in refused(capsys, published, tmp_path / "a.pt", "run")
+    assert "none.safetensors' is not there" in refused(
+        capsys, tmp_path / "none.safetensors", target, "run"
+    )
+    assert "exists: move it away" in refused(capsys, published, published, "safetensors")
+    assert "ends in .safetensors" in refused(capsys, published, target, "safetensors")
+    assert "looks like a file" in refused(capsys, published, tmp_path / "a.safetensors", "run")
     vae = tmp_path / "vae"
     interop.write_folder(
-        vae, interop.autoencoder_to_diffusers(AutoencoderKLConfig(latent_channels=8)), {}
+        vae, kl_weights.autoencoder_to_diffusers(AutoencoderKLConfig(latent_channels=8)), {}
     )
     said = refused(capsys, published, target, "run", *HEADS, "--codec", vae)
     assert "latents of 8 channels, and the model makes 4" in said
@@ -236,18 +250,18 @@ def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, c
     assert "is not a file of weights" in refused(capsys, tmp_path / "text.txt", target, "run")
     (tmp_path / "empty").mkdir()
     assert "config.json' is not there" in refused(capsys, tmp_path / "empty", target, "run")
-    cut = tmp_path / "cut.pt"
+    cut = tmp_path / "cut.safetensors"
     cut.write_bytes(published.read_bytes()[:10000])
     assert "truncated" in refused(capsys, cut, target, "run", *HEADS)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(published, tmp_path, capsys):
-    arrays = {key: np.array(array) for key, array in interop.read_torch(published).items()}
+    arrays = {key: np.array(array) for key, array in interop.read_safetensors(published).items()}
     arrays["blocks.1.attn.proj.bias"][3] = np.inf
-    interop.write_torch(tmp_path / "bad.pt", arrays)
+    interop.write_safetensors(tmp_path / "bad.safetensors", arrays)
     for kind, target in (("run", "run"), ("diffusers", "folder")):
-        said = refused(capsys, tmp_path / "bad.pt", tmp_path / target, kind, *HEADS)
-        assert "bad.pt' holds NaN or infinite values in blocks.1.attn.proj.bias:" in said
+        said = refused(capsys, tmp_path / "bad.safetensors", tmp_path / target, kind, *HEADS)
+        assert "bad.safetensors' holds NaN or infinite values in blocks.1.attn.proj.bias:" in said
 
 
 def test_a_run_that_is_not_finite_is_not_published(published, tmp_path, capsys, monkeypatch):
@@ -261,16 +275,16 @@ def test_a_run_that_is_not_finite_is_not_published(published, tmp_path, capsys, 
         return params
 
     monkeypatch.setattr(Checkpointer, "restore_ema", broken)
-    said = refused(capsys, made, tmp_path / "a.pt", "pt")
+    said = refused(capsys, made, tmp_path / "a.safetensors", "safetensors")
     assert "NaN or infinite" in said and "'params/dit/final/bias'" in said
 
 
 def test_storage_that_fails_is_not_told_as_wrong_input(published, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    target = tmp_path / "new" / "a.pt"
+    target = tmp_path / "new" / "a.safetensors"
     try:
-        status = run("--input", published, "--output", target, "--to", "pt", *HEADS)
+        status = run("--input", published, "--output", target, "--to", "safetensors", *HEADS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
@@ -280,18 +294,21 @@ def test_storage_that_fails_is_not_told_as_wrong_input(published, tmp_path, caps
 
 def test_files_and_folders_lie_on_cloud_storage(published, tmp_path, bucket, capsys):
     place = f"{bucket}/converted"
-    write_whole(f"{place}/DiT.pt", published.read_bytes())
-    for name, kind, more in (("folder", "diffusers", HEADS), ("back.pt", "pt", ())):
-        source = f"{place}/folder" if name == "back.pt" else f"{place}/DiT.pt"
+    write_whole(f"{place}/DiT.safetensors", published.read_bytes())
+    for name, kind, more in (
+        ("folder", "diffusers", HEADS),
+        ("back.safetensors", "safetensors", ()),
+    ):
+        source = f"{place}/folder" if name == "back.safetensors" else f"{place}/DiT.safetensors"
         assert run("--input", source, "--output", f"{place}/{name}", "--to", kind, *more) == 0
-    assert as_path(f"{place}/back.pt").read_bytes() == published.read_bytes()
+    assert as_path(f"{place}/back.safetensors").read_bytes() == published.read_bytes()
     local = converted(published, tmp_path / "folder", "diffusers", *HEADS)
     for file in local.iterdir():
         assert as_path(f"{place}/folder/{file.name}").read_bytes() == file.read_bytes()
     capsys.readouterr()
-    existing = ("--output", f"{place}/back.pt", "--to", "pt", *HEADS)
+    existing = ("--output", f"{place}/back.safetensors", "--to", "safetensors", *HEADS)
     assert run("--input", published, *existing) == 2 and "exists" in capsys.readouterr().err
-    missing = ("--output", "gs://nobody-has-this/a.pt", "--to", "pt", *HEADS)
+    missing = ("--output", "gs://nobody-has-this/a.safetensors", "--to", "safetensors", *HEADS)
     assert run("--input", published, *missing) == 2
     said = capsys.readouterr().err
     assert "gs://nobody-has-this" in said and said.count("\n") == 1
@@ -300,7 +317,7 @@ def test_files_and_folders_lie_on_cloud_storage(published, tmp_path, bucket, cap
 def test_paths_in_a_stored_config_are_absolute(published, tmp_path, monkeypatch):
     config = AutoencoderKLConfig(widths=(4,) * 4, layers=1, norm_groups=2)
     vae = tmp_path / "vae"
-    interop.write_folder(vae, interop.autoencoder_to_diffusers(config), {})
+    interop.write_folder(vae, kl_weights.autoencoder_to_diffusers(config), {})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     given = ("--output", "~/run", "--to", "run", "--codec", vae.name, *HEADS)
@@ -311,11 +328,11 @@ def test_paths_in_a_stored_config_are_absolute(published, tmp_path, monkeypatch)
 
 
 def test_every_mismatch_of_a_file_is_listed(published, tmp_path, capsys):
-    arrays = interop.read_torch(published)
+    arrays = interop.read_safetensors(published)
     del arrays["blocks.0.attn.proj.bias"]
     arrays["final_layer.linear.bias"] = np.zeros(3, np.float32)
-    interop.write_torch(tmp_path / "other.pt", arrays)
-    said = refused(capsys, tmp_path / "other.pt", tmp_path / "run", "run", *HEADS)
+    interop.write_safetensors(tmp_path / "other.safetensors", arrays)
+    said = refused(capsys, tmp_path / "other.safetensors", tmp_path / "run", "run", *HEADS)
     assert "  blocks.0.attn.proj.bias: absent\n" in said
     assert "  final_layer.linear.bias: shape (3,), wanted (32,)\n" in said
 
@@ -329,7 +346,9 @@ def test_a_model_that_is_not_as_published_stays_a_run(published, tmp_path, capsy
     plain = convert.run_config
     monkeypatch.setattr(convert, "run_config", other)
     made = converted(published, tmp_path / "run", "run", *HEADS)
-    assert "keep this model as a run" in refused(capsys, made, tmp_path / "a.pt", "pt")
+    assert "keep this model as a run" in refused(
+        capsys, made, tmp_path / "a.safetensors", "safetensors"
+    )
     assert "is a run already" in refused(capsys, made, tmp_path / "b", "run")
 
 
@@ -344,6 +363,6 @@ def test_a_run_of_another_objective_stays_a_run(published, tmp_path, capsys, mon
 
     monkeypatch.setattr(convert, "run_config", swapped)
     made = converted(published, tmp_path / "run", "run", *HEADS, "--family", family)
-    for target, kind in (("a.pt", "pt"), ("folder", "diffusers")):
+    for target, kind in (("a.safetensors", "safetensors"), ("folder", "diffusers")):
         said = refused(capsys, made, tmp_path / target, kind)
         assert f"has the clock of {family.upper()}" in said and "keep this model as a run" in said

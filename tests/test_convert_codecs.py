@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop
+from dit_jax.codec import folders, kl_weights
+from dit_jax.codec import wan as wan_files
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
 from dit_jax.codec.converting import run_of_codec
@@ -30,8 +32,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def wan(tmp_path: Path) -> Path:
     """A small folder of AutoencoderKLWan."""
-    values = interop.autoencoder_to_wan(LIKE_WAN) | {"_diffusers_version": "0.35.1"}
-    arrays = interop.wan_map(LIKE_WAN).export(random_params(LIKE_WAN))
+    values = wan_files.autoencoder_to_wan(LIKE_WAN) | {"_diffusers_version": "0.35.1"}
+    arrays = wan_files.wan_map(LIKE_WAN).export(random_params(LIKE_WAN))
     interop.write_folder(tmp_path / "wan", values, arrays)
     return tmp_path / "wan"
 
@@ -47,7 +49,7 @@ def run_with(config: CausalAutoencoderConfig, run: Path, finished: bool = True) 
     checkpointer.wait()
     checkpointer.close()
     if finished:
-        interop.write_codec(run / "codec", config, params)
+        folders.write_codec(run / "codec", config, params)
     return run
 
 
@@ -66,7 +68,7 @@ def test_folders_become_each_other_and_stay_one_codec(wan: Path, tmp_path: Path)
     assert json.loads((ours / "config.json").read_text())["_class_name"] == "CausalAutoencoder"
     back = converted(ours, tmp_path / "back", "diffusers")
     assert (back / WEIGHTS).read_bytes() == (wan / WEIGHTS).read_bytes()
-    digests = {interop.load_codec(folder).hash for folder in (wan, ours, back)}
+    digests = {folders.load_codec(folder).hash for folder in (wan, ours, back)}
     assert len(digests) == 1
 
 
@@ -76,7 +78,7 @@ def test_a_run_gives_the_codec_it_ended_with(tmp_path: Path):
     theirs = converted(run, tmp_path / "theirs", "diffusers")
     again = converted(run / "codec", tmp_path / "again", "diffusers")
     same_folders(theirs, again)
-    codec, mine = interop.load_codec(theirs), interop.load_codec(run / "codec")
+    codec, mine = folders.load_codec(theirs), folders.load_codec(run / "codec")
     assert codec.hash == mine.hash
     np.testing.assert_allclose(codec.scale, LIKE_WAN.scale, rtol=1e-6)
 
@@ -109,19 +111,21 @@ def test_codecs_that_a_layout_cannot_hold_are_refused(wan: Path, tmp_path: Path,
     run = run_with(SMALL, tmp_path / "run")
     said = refused(capsys, run, target, "diffusers")
     assert "has strides ((2, 2), (2, 1)), for which AutoencoderKLWan has no setting" in said
-    assert "is a codec, and --to pt is of transformers" in refused(
-        capsys, wan, tmp_path / "out.pt", "pt"
+    assert "is a codec, and --to safetensors is of transformers" in refused(
+        capsys, wan, tmp_path / "out.safetensors", "safetensors"
     )
-    assert "is a codec, and --to pt" in refused(capsys, run, tmp_path / "out.pt", "pt")
+    assert "is a codec, and --to safetensors" in refused(
+        capsys, run, tmp_path / "out.safetensors", "safetensors"
+    )
     images = tmp_path / "images"
     config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
-    table = interop.autoencoder_map(config)
+    table = kl_weights.autoencoder_map(config)
     arrays = {
         key: np.zeros(entry.layout.their_shape, np.float32)
         for entry in table.entries
         for key in entry.keys
     }
-    interop.write_folder(images, interop.autoencoder_to_diffusers(config), arrays)
+    interop.write_folder(images, kl_weights.autoencoder_to_diffusers(config), arrays)
     for kind in ("codec", "run"):
         said = refused(capsys, images, target, kind)
         assert "is an autoencoder of images" in said and "--to diffusers writes it again" in said
@@ -136,8 +140,10 @@ def test_runs_that_have_no_codec_are_refused(tmp_path: Path, capsys):
     said = refused(capsys, run, target, "codec", "--step", 0)
     assert "--step is 0, and the run is of a codec" in said
     _, table, arrays = authors_arrays()
-    interop.write_torch(tmp_path / "DiT.pt", table.export(table.read(arrays, "made")))
-    said = refused(capsys, tmp_path / "DiT.pt", target, "codec", *HEADS)
+    interop.write_safetensors(
+        tmp_path / "DiT.safetensors", table.export(table.read(arrays, "made"))
+    )
+    said = refused(capsys, tmp_path / "DiT.safetensors", target, "codec", *HEADS)
     assert "is no codec, and --to is 'codec'" in said
 
 

@@ -21,13 +21,14 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
 from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig, to_dict
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluate import INCEPTION, VIDEO, write_npz
 from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.evaluate.weights import Network, key_of, parameter_shapes
 from dit_jax.files import as_path
-from dit_jax.interop import autoencoder_map, autoencoder_to_diffusers, write_folder
+from dit_jax.interop import write_folder
 from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, published
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, write_png, write_video

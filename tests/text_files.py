@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from dit_jax import interop
+from dit_jax.text import folders
 from dit_jax.text.t5 import T5Encoder, T5EncoderConfig
 from tests.optional import optional
 
@@ -52,32 +53,12 @@ def write_sentencepiece(folder: Path) -> Path:
     return folder / "spiece.model"
 
 
-def write_pairs(folder: Path) -> dict[str, int]:
-    """A small ``vocab.json`` and ``merges.txt`` as CLIP's; returns the vocabulary."""
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=90, end_of_word_suffix="</w>", show_progress=False
-    )
-    trained.train_from_iterator(CORPUS, trainer)
-    merges = [" ".join(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    joined = [merge.replace(" ", "") for merge in merges]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *joined]
-    words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
-    numbers = {word: i for i, word in enumerate(words)}
-    (folder / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return numbers
-
-
 def write_t5(folder: Path, config: T5EncoderConfig = TINY, seed: int = 0) -> Path:
     """A folder of a T5 or UMT5 with random weights and a tokenizer."""
     write_sentencepiece(folder)
     given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
     params = nn.unbox(T5Encoder(config).init(jax.random.key(seed), *given))
-    arrays = interop.t5_map(config).export(params)
+    arrays = folders.t5_map(config).export(params)
     interop.write_safetensors(folder / "model.safetensors", arrays)
     values = {
         "model_type": "umt5" if config.bias == "layers" else "t5",

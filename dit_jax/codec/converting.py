@@ -15,29 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import interop
+from dit_jax.codec import kl_weights, wan
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.crops import CropConfig
+from dit_jax.codec.folders import codec_config, write_codec
 from dit_jax.codec.run import CodecDataConfig, CodecRun
 from dit_jax.codec.train import FOLDER
-from dit_jax.config import Run, to_dict
 from dit_jax.data import RecordsConfig
-from dit_jax.files import local_copy, write_json
-from dit_jax.training import CheckpointConfig, Checkpointer
+from dit_jax.files import local_copy
 from dit_jax.types import Params
 
 SIDE = 256
 """Pixels of the windows, about, that a converted codec's run is to be trained on."""
-
-
-def write_run(target: Path, config: Run, params: Params) -> None:
-    """A run of no steps that has these averaged parameters."""
-    values = to_dict(config)
-    checkpointer = Checkpointer(target, CheckpointConfig())
-    checkpointer.save_weights(params, values)
-    checkpointer.wait()
-    checkpointer.close()
-    write_json(target / "config.json", values)
 
 
 def finished_codec(run: Path) -> Path:
@@ -78,11 +68,11 @@ class CodecFolder:
         """
         config, values = self.config, self.values
         if isinstance(config, AutoencoderKLConfig):
-            table = interop.autoencoder_map(config, old_names)
+            table = kl_weights.autoencoder_map(config, old_names)
         else:
-            theirs = self.name == interop.WAN_CLASS
-            values = values if theirs else interop.autoencoder_to_wan(config)
-            table = interop.wan_map(config)
+            theirs = self.name == wan.WAN_CLASS
+            values = values if theirs else wan.autoencoder_to_wan(config)
+            table = wan.wan_map(config)
         interop.write_folder(target, values, table.export(self.params, dtype))
 
     def video(self, kind: str) -> CausalAutoencoderConfig:
@@ -97,13 +87,13 @@ class CodecFolder:
 
     def write_codec(self, target: Path, dtype: Any) -> None:
         """Our own folder. Raises ``ValueError`` for an autoencoder of images."""
-        interop.write_codec(target, self.video("codec"), self.params, dtype)
+        write_codec(target, self.video("codec"), self.params, dtype)
 
-    def write_run(self, target: Path, output: str) -> None:
-        """A run of no steps, for ``checkpoint.initial``. Raises ``ValueError`` where none could be."""
+    def as_run(self, output: str) -> tuple[CodecRun, Params]:
+        """The config and parameters of a run that fine-tunes it."""
         config = run_of_codec(self.video("run"), output)
         autoencoder = jax.tree.map(jnp.asarray, self.params["params"])
-        write_run(target, config, {"params": {"autoencoder": autoencoder}})
+        return config, {"params": {"autoencoder": autoencoder}}
 
 
 def read_codec_folder(folder: Path) -> CodecFolder:
@@ -113,7 +103,7 @@ def read_codec_folder(folder: Path) -> CodecFolder:
         ValueError: where the folder is of no codec, or is damaged.
     """
     folder = local_copy(folder)
-    config, table = interop.codec_config(folder)
+    config, table = codec_config(folder)
     arrays, path = interop.read_weights(folder)
     params = table.read(arrays, repr(str(path)))
     return CodecFolder(folder, config, interop.read_config(folder), params)

@@ -8,11 +8,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.codec.codec import Codec, ImageCodec, PixelCodec
+from dit_jax.codec.folders import load_codec
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.config import Config
 from dit_jax.data import RecordsSource
 from dit_jax.data.sources import opened_records, records_of
-from dit_jax.interop import load_codec
 from dit_jax.parallel import make_lay
 from dit_jax.types import Source
 

@@ -3,7 +3,7 @@
 Simonyan & Zisserman 2015, "Very deep convolutional networks for large-scale image recognition",
 configuration D, without its linear layers; Zhang et al. 2018, "The unreasonable effectiveness of deep
 features as a perceptual metric" (LPIPS), equation 1. The network is frozen: it measures what an
-autoencoder learns. Its weights are read by ``interop.load_vgg``; fitting LPIPS is not here.
+autoencoder learns. Its weights are read by ``vgg_files.load_vgg``; fitting LPIPS is not here.
 
 Axis letters: b frames, h w pixels or places of a feature map, c channels.
 """

@@ -75,10 +75,8 @@ class TextEncoderConfig:
     """What makes states of captions, for a model that reads those (``model.text``)."""
 
     path: str | None = None
-    """Its folder, as ``transformers`` stores T5 v1.1, UMT5 or CLIP (docs/text.md). Captions that come
+    """Its folder, as ``transformers`` stores T5 v1.1 or UMT5 (docs/text.md). Captions that come
     without states are encoded by it as they are read, and so are prompts."""
-    layer: Literal["last", "penultimate"] = "last"
-    """Of CLIP, whose states are read."""
     hash: str | None = None
     """Of its weights. Filled in when a run begins, from the data or the folder; states of another
     encoder are refused from then on."""

@@ -21,7 +21,7 @@ from dit_jax.evaluate.i3d import I3D
 from dit_jax.evaluate.images import npz_keys, read_arrays
 from dit_jax.evaluate.inception import InceptionV3
 from dit_jax.files import as_path, local_copy
-from dit_jax.interop import read_torch
+from dit_jax.interop import read_safetensors, read_torch
 from dit_jax.types import Params
 
 LIMIT = 2**30
@@ -152,9 +152,10 @@ def convert(network: Network, arrays: Mapping[str, np.ndarray], where: object) -
 
 
 def read_weights(network: Network, path: Path) -> Params:
-    """The parameters in a PyTorch file (no code in it is run), or an .npz of the same keys."""
+    """The parameters in a PyTorch file (no code in it is run), or in safetensors or an .npz of the same
+    keys."""
     if path.suffix == ".npz":
         arrays = read_arrays(path, npz_keys(path), LIMIT)
     else:
-        arrays = read_torch(path)
+        arrays = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
     return convert(network, arrays, path)

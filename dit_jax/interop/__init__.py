@@ -1,12 +1,8 @@
-"""Published weights in and out."""
+"""Published weights in and out: files and folders of them, tables of keys, and DiT's and SiT's tables.
 
-from dit_jax.interop.autoencoder import autoencoder_from_diffusers as autoencoder_from_diffusers
-from dit_jax.interop.autoencoder import autoencoder_map as autoencoder_map
-from dit_jax.interop.autoencoder import autoencoder_to_diffusers as autoencoder_to_diffusers
-from dit_jax.interop.codecs import CODECS as CODECS
-from dit_jax.interop.codecs import codec_config as codec_config
-from dit_jax.interop.codecs import load_codec as load_codec
-from dit_jax.interop.codecs import write_codec as write_codec
+Tables of other models are in their satellites; ``CODECS`` names those that ``convert`` knows.
+"""
+
 from dit_jax.interop.diffusers_dit import DIVISORS as DIVISORS
 from dit_jax.interop.diffusers_dit import diffusers_map as diffusers_map
 from dit_jax.interop.diffusers_dit import from_diffusers as from_diffusers
@@ -20,26 +16,13 @@ from dit_jax.interop.dit import infer_dit as infer_dit
 from dit_jax.interop.dit import pick_weights as pick_weights
 from dit_jax.interop.dit import preset_name as preset_name
 from dit_jax.interop.dit import with_clock as with_clock
+from dit_jax.interop.folders import CODECS as CODECS
+from dit_jax.interop.folders import codec_tools as codec_tools
 from dit_jax.interop.folders import read_config as read_config
 from dit_jax.interop.folders import read_weights as read_weights
+from dit_jax.interop.folders import weights_hash as weights_hash
 from dit_jax.interop.folders import write_folder as write_folder
 from dit_jax.interop.maps import Map as Map
 from dit_jax.interop.safetensors_files import read_safetensors as read_safetensors
 from dit_jax.interop.safetensors_files import write_safetensors as write_safetensors
-from dit_jax.interop.text_encoders import load_text_encoder as load_text_encoder
-from dit_jax.interop.text_encoders import text_encoder_identity as text_encoder_identity
-from dit_jax.interop.text_encoders import text_length as text_length
-from dit_jax.interop.text_maps import clip_from_transformers as clip_from_transformers
-from dit_jax.interop.text_maps import clip_map as clip_map
-from dit_jax.interop.text_maps import t5_from_transformers as t5_from_transformers
-from dit_jax.interop.text_maps import t5_map as t5_map
 from dit_jax.interop.torch_files import read_torch as read_torch
-from dit_jax.interop.torch_files import read_torch_tree as read_torch_tree
-from dit_jax.interop.torch_writer import write_torch as write_torch
-from dit_jax.interop.vgg import load_vgg as load_vgg
-from dit_jax.interop.vgg import lpips_map as lpips_map
-from dit_jax.interop.vgg import vgg_map as vgg_map
-from dit_jax.interop.wan import WAN_CLASS as WAN_CLASS
-from dit_jax.interop.wan import autoencoder_from_wan as autoencoder_from_wan
-from dit_jax.interop.wan import autoencoder_to_wan as autoencoder_to_wan
-from dit_jax.interop.wan import wan_map as wan_map

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +32,18 @@ TRANSFORMERS = (
     "pytorch_model.bin.index.json",
 )
 """The same in folders of ``transformers``."""
+CODECS = {
+    "AutoencoderKL": "dit_jax.codec.converting",
+    "AutoencoderKLWan": "dit_jax.codec.converting",
+    "CausalAutoencoder": "dit_jax.codec.converting",
+}
+"""Classes of ``config.json`` that are codecs, and the modules that read and write them. They are named,
+and not imported: a converter of transformers needs none of them."""
+
+
+def codec_tools(name: str = "CausalAutoencoder") -> Any:
+    """The module that reads and writes folders of a class of codecs."""
+    return importlib.import_module(CODECS[name])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -99,3 +113,16 @@ def write_folder(folder: Path, config: dict[str, Any], arrays: Mapping[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / f"{WEIGHTS}.safetensors", arrays)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def weights_hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of all names, dtypes, sizes and bytes.
+
+    Axes of size 1 do not count: a 1x1 convolution of old files is a linear layer of new ones.
+    """
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        sizes = [size for size in array.shape if size > 1]
+        digest.update(f"{name} {array.dtype} {sizes}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]

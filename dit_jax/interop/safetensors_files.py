@@ -17,7 +17,7 @@ import safetensors
 from safetensors import numpy as st
 
 from dit_jax.files import InputError, as_path, local_copy, read_json
-from dit_jax.interop.pickles import DTYPES
+from dit_jax.interop.torch_files import DTYPES
 
 METADATA = {"format": "pt"}
 """What files of PyTorch's libraries carry."""

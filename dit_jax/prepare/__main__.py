@@ -29,6 +29,7 @@ import tyro
 
 from dit_jax.checks import check_types
 from dit_jax.codec.codec import Codec
+from dit_jax.codec.folders import load_codec
 from dit_jax.codec.opening import codec_copies
 from dit_jax.data import LatentsOf, StatesOf
 from dit_jax.data.writing import VERSION
@@ -43,7 +44,6 @@ from dit_jax.files import (
     run_verb,
     write_json,
 )
-from dit_jax.interop import load_codec, load_text_encoder, text_length
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -89,6 +89,7 @@ from dit_jax.prepare.report import LISTED, render, write_reports
 from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting, share
 from dit_jax.prepare.work import digest
 from dit_jax.sampling import to_float
+from dit_jax.text.folders import load_text_encoder, text_length
 from dit_jax.text.opening import on_mesh
 from dit_jax.text.text_encoder import TextEncoder
 

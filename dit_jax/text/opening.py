@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config
 from dit_jax.data import MixedSource, MixtureConfig, RecordsSource
 from dit_jax.data.sources import opened_records, records_of
-from dit_jax.interop import load_text_encoder, text_encoder_identity, text_length
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
 from dit_jax.parallel import batch_sharding, batch_shards, make_constrain, parameter_shardings
 from dit_jax.sampling import Request
+from dit_jax.text.folders import load_text_encoder, text_encoder_identity, text_length
 from dit_jax.text.text_encoder import Placement, TextEncoder
 from dit_jax.types import Sample, Source
 
@@ -43,7 +43,7 @@ def with_text_hash(config: Config) -> Config:
             known = (name, digest) if digest or known[1] is None else known
     if told.path is not None:
         config = _with_hash(config, known[1])
-        found = text_encoder_identity(told.path, told.layer)
+        found = text_encoder_identity(told.path)
         _check(config, *found, f"text_encoder.path {told.path!r} is")
         known = found
     return _with_hash(config, known[1])
@@ -111,7 +111,7 @@ def open_text_encoder(config: Config, mesh: Mesh | None = None) -> TextEncoder |
         _check(config, name, digest, f"text_encoder.path {given.path!r} is")
 
     placement = None if mesh is None else on_mesh(mesh)
-    return load_text_encoder(given.path, layer=given.layer, placement=placement, check=check)
+    return load_text_encoder(given.path, placement=placement, check=check)
 
 
 def open_for_data(config: Config, source: Source) -> TextEncoder | None:
@@ -200,7 +200,7 @@ def prompt_length(config: Config) -> tuple[Callable[[str], int], int] | None:
         return lambda prompt: text.length(prompt) - 1, text.max_bytes
     if given.path is None or not isinstance(text, TextStatesConfig):
         return None
-    length, most = text_length(given.path, given.layer)
+    length, most = text_length(given.path)
     return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
 
 

@@ -26,9 +26,9 @@ STORED = np.dtype(ml_dtypes.bfloat16)
 
 Apply = Callable[
     [Params, Int[Array, "b s"], Bool[Array, "b s"]],
-    tuple[Float[Array, "b s e"], Float[Array, "b j"] | None],
+    Float[Array, "b s e"],
 ]
-"""Parameters, tokens and where there are any, to states and summaries (None where there are none)."""
+"""Parameters, tokens and a mask of those that are no padding, to states."""
 
 
 class TextEncoder(Protocol):
@@ -54,14 +54,6 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
         """The states ``[s, e]`` of each caption, bfloat16, without padding."""
-        ...
-
-    def pooled(self, captions: Sequence[str]) -> np.ndarray:
-        """A vector of each caption, float32 ``[b, j]``.
-
-        Raises:
-            ValueError: where the encoder has none.
-        """
         ...
 
 
@@ -110,43 +102,25 @@ class StatesEncoder:
 
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
         """See ``TextEncoder.encode``."""
-        return [states for states, _ in self._encoded(captions)]
-
-    def pooled(self, captions: Sequence[str]) -> np.ndarray:
-        """See ``TextEncoder.pooled``."""
-        found = [vector for _, vector in self._encoded(captions)]
-        if not found:
-            raise ValueError(f"no captions: {self.name} makes a vector of each.")
-        if found[0] is None:
-            raise ValueError(
-                f"{self.name} has states of tokens and no vector of the whole caption: use encode, or "
-                "an encoder of CLIP's."
-            )
-        return np.stack(found)
-
-    def _encoded(self, captions: Sequence[str]) -> list[Any]:
-        """The trimmed states and the summary of each caption."""
-        read = [self.tokenize(caption) for caption in captions]
+        tokens = [self.tokenize(caption) for caption in captions]
         # Captions of about one length go together, so that little of a batch is padding.
-        order = sorted(range(len(read)), key=lambda i: len(read[i]))
-        rows = min(self.batch, _power(len(read), 1))
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        rows = min(self.batch, _power(len(tokens), 1))
         rows = -(-rows // self.placement.rows) * self.placement.rows
-        found: list[Any] = [None] * len(read)
-        for start in range(0, len(read), rows):
+        out: list[Any] = [None] * len(tokens)
+        for start in range(0, len(tokens), rows):
             part = order[start : start + rows]
-            length = min(_power(len(read[part[-1]]), SHORTEST), self.max_tokens)
-            tokens = np.zeros((rows, length), np.int32)
+            length = min(_power(len(tokens[part[-1]]), SHORTEST), self.max_tokens)
+            batch = np.zeros((rows, length), np.int32)
             mask = np.zeros((rows, length), bool)
             # A short last batch is filled up with its first caption.
             for row, i in enumerate(part + part[:1] * (rows - len(part))):
-                tokens[row, : len(read[i])], mask[row, : len(read[i])] = read[i], True
-            states, pooled = jax.device_get(
-                self._run(self.params, self.placement.place(tokens), self.placement.place(mask))
-            )
+                batch[row, : len(tokens[i])], mask[row, : len(tokens[i])] = tokens[i], True
+            place = self.placement.place
+            states = jax.device_get(self._run(self.params, place(batch), place(mask)))
             for row, i in enumerate(part):
-                vector = None if pooled is None else np.asarray(pooled[row], np.float32)
-                found[i] = states[row, : len(read[i])].astype(STORED), vector
-        return found
+                out[i] = states[row, : len(tokens[i])].astype(STORED)
+        return out
 
     @cached_property
     def _run(self) -> Callable[..., Any]:

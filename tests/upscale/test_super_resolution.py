@@ -38,7 +38,9 @@ from dit_jax.upscale.super_resolution import (
     seen_low,
 )
 from tests import tiny_config
+from tests.codecs import quick_compilation
 
+pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLAIN = tiny_config.get_config()
 CONFIG = dataclasses.replace(

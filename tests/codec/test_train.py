@@ -15,13 +15,13 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec.discriminator import DiscriminatorConfig
+from dit_jax.codec.folders import load_codec
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.train import HeldOut, _held_out
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.data.shapes import held_out_combinations
 from dit_jax.data.sources import make_source
 from dit_jax.evaluate import reconstruction
-from dit_jax.interop import load_codec
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.sampling import to_float
 from dit_jax.sampling.media import read_video

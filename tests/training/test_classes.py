@@ -11,11 +11,13 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.codec.folders import load_codec
+from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
 from dit_jax.codec.opening import check_codec
 from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig, write_records
 from dit_jax.evaluate import judge_classes
-from dit_jax.interop import autoencoder_map, autoencoder_to_diffusers, load_codec, write_folder
+from dit_jax.interop import write_folder
 from dit_jax.model import ClassLabelsConfig, DiTConfig, ModelConfig, PatchConfig, patchify
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, to_float

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
+from dit_jax.codec import folders, wan
 from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.video_codec import VideoCodec
@@ -60,7 +61,7 @@ def test_encodes_and_decodes_as_diffusers_does(written: Any):
     torch = pytest.importorskip("torch")
     theirs, folder = written
     # A part of two latents: theirs streams one at a time.
-    codec = interop.load_codec(folder, TileConfig(frames=2))
+    codec = folders.load_codec(folder, TileConfig(frames=2))
     assert isinstance(codec, VideoCodec)
     video = clip(codec)
     given = torch.from_numpy(np.moveaxis(video, -1, 0)[None].copy())
@@ -76,23 +77,23 @@ def test_encodes_and_decodes_as_diffusers_does(written: Any):
 
 def test_the_folder_comes_back_byte_for_byte(written: Any, tmp_path: Path):
     theirs, folder = written
-    config, table = interop.codec_config(folder)
+    config, table = folders.codec_config(folder)
     assert isinstance(config, CausalAutoencoderConfig)
     arrays, _ = interop.read_weights(folder)
     back = table.export(table.read(arrays, "the folder"))
-    interop.write_folder(tmp_path / "vae", interop.autoencoder_to_wan(config), back)
+    interop.write_folder(tmp_path / "vae", wan.autoencoder_to_wan(config), back)
     again, _ = interop.read_weights(tmp_path / "vae")
     assert again.keys() == arrays.keys()
     for key, array in arrays.items():
         np.testing.assert_array_equal(array, again[key], err_msg=key, strict=True)
-    assert interop.codec_config(tmp_path / "vae")[0] == pytest.approx(config)
+    assert folders.codec_config(tmp_path / "vae")[0] == pytest.approx(config)
     stored = json.loads((tmp_path / "vae" / "config.json").read_text())
     fresh = type(theirs).from_config(stored).state_dict()
     assert {k: tuple(v.shape) for k, v in fresh.items()} == {k: v.shape for k, v in again.items()}
 
 
 def test_the_published_settings_are_the_defaults():
-    config = interop.autoencoder_from_wan({"_class_name": "AutoencoderKLWan"}, "config.json")
+    config = wan.autoencoder_from_wan({"_class_name": "AutoencoderKLWan"}, "config.json")
     assert dataclasses.replace(config, scale=WAN.scale) == WAN
     np.testing.assert_allclose(config.scale, WAN.scale, rtol=1e-12)
     assert config.stride == (4, 8, 8)
@@ -111,7 +112,7 @@ def test_the_published_settings_are_the_defaults():
 )
 def test_refuses_settings_that_are_not_built(values: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):
-        interop.autoencoder_from_wan({"_class_name": "AutoencoderKLWan"} | values, "config.json")
+        wan.autoencoder_from_wan({"_class_name": "AutoencoderKLWan"} | values, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -125,4 +126,4 @@ def test_refuses_settings_that_are_not_built(values: dict[str, Any], said: str):
 )
 def test_writes_only_what_the_class_can_say(values: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=f"has {said}"):
-        interop.autoencoder_to_wan(dataclasses.replace(WAN, **values))
+        wan.autoencoder_to_wan(dataclasses.replace(WAN, **values))

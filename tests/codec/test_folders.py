@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
+from dit_jax.codec import folders, wan
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.video_codec import VideoCodec
@@ -26,12 +27,12 @@ PARAMS = random_params(SMALL)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    interop.write_codec(tmp_path / "codec", SMALL, PARAMS)
+    folders.write_codec(tmp_path / "codec", SMALL, PARAMS)
     return tmp_path / "codec"
 
 
 def opened(folder: Path) -> VideoCodec:
-    codec = interop.load_codec(folder)
+    codec = folders.load_codec(folder)
     assert isinstance(codec, VideoCodec)
     return codec
 
@@ -46,7 +47,7 @@ def rewritten(folder: Path, **values: Any) -> None:
 
 def refused(folder: Path) -> str:
     with pytest.raises(ValueError) as error:
-        interop.load_codec(folder)
+        folders.load_codec(folder)
     return str(error.value)
 
 
@@ -64,8 +65,8 @@ VARIANTS = {
 def test_what_is_written_is_read_back(name: str, tmp_path: Path):
     config = VARIANTS[name]
     params = random_params(config, seed=1)
-    interop.write_codec(tmp_path / "codec", config, params)
-    codec = interop.load_codec(tmp_path / "codec", TileConfig(frames=3))
+    folders.write_codec(tmp_path / "codec", config, params)
+    codec = folders.load_codec(tmp_path / "codec", TileConfig(frames=3))
     assert isinstance(codec, VideoCodec)
     assert (codec.config, codec.name, codec.tiles.frames) == (config, "codec", 3)
     jax.tree.map(np.testing.assert_array_equal, codec.params, params)
@@ -84,7 +85,7 @@ def test_a_codec_read_back_computes_the_same(folder: Path):
 
 
 def digest(tmp_path: Path, config: CausalAutoencoderConfig, params: Any = PARAMS) -> str:
-    interop.write_codec(tmp_path / "hashed", config, params)
+    folders.write_codec(tmp_path / "hashed", config, params)
     return opened(tmp_path / "hashed").hash
 
 
@@ -107,14 +108,14 @@ def test_the_hash_is_of_what_latents_mean(folder: Path, tmp_path: Path):
 def test_diffusers_folder_of_the_same_codec_has_the_same_hash(tmp_path: Path):
     config = dataclasses.replace(SMALL, strides=((2, 2), (2, 2)), scale=(0.3, 1.7, 1.1))
     params = random_params(config)
-    interop.write_codec(tmp_path / "ours", config, params)
-    values, arrays = interop.autoencoder_to_wan(config), interop.wan_map(config).export(params)
+    folders.write_codec(tmp_path / "ours", config, params)
+    values, arrays = wan.autoencoder_to_wan(config), wan.wan_map(config).export(params)
     interop.write_folder(tmp_path / "theirs", values, arrays)
     assert opened(tmp_path / "theirs").hash == opened(tmp_path / "ours").hash
 
 
 def test_half_precision_is_read(folder: Path, tmp_path: Path):
-    interop.write_codec(tmp_path / "half", SMALL, PARAMS, ml_dtypes.bfloat16)
+    folders.write_codec(tmp_path / "half", SMALL, PARAMS, ml_dtypes.bfloat16)
     sizes = [(path / WEIGHTS).stat().st_size for path in (tmp_path / "half", folder)]
     assert sizes[0] < 0.8 * sizes[1]
     for half, full in zip(
@@ -198,7 +199,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path):
     params = jax.tree.map(np.array, PARAMS)
     leaf = params["params"]["decoder"]["conv_out"]["bias"]
     leaf[0] = np.nan
-    interop.write_codec(tmp_path / "codec", SMALL, params)
+    folders.write_codec(tmp_path / "codec", SMALL, params)
     assert "NaN or infinite values in decoder/conv_out/bias:" in refused(tmp_path / "codec")
 
 
@@ -206,5 +207,5 @@ def test_a_codec_lies_on_cloud_storage(folder: Path, bucket: str):
     target = as_path(f"{bucket}/codecs/codec")
     for file in folder.iterdir():
         write_whole(target / file.name, file.read_bytes())
-    remote, local = interop.load_codec(str(target)), opened(folder)
+    remote, local = folders.load_codec(str(target)), opened(folder)
     assert (remote.name, remote.hash) == (local.name, local.hash)

@@ -7,16 +7,13 @@ The attention layer has two sets of names: ``to_q`` and its kin, and in files fr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.interop.folders import check_sizes
 from dit_jax.interop.layouts import Layout
-from dit_jax.interop.maps import Arrays, Entry, Map
+from dit_jax.interop.maps import Entry, Map
 
 CLASS = "AutoencoderKL"
 CONV = "o i h w -> h w i o"
@@ -209,16 +206,3 @@ def autoencoder_map(config: AutoencoderKLConfig, old_names: bool = False) -> Map
     aliases = dict(pair for half in ("encoder", "decoder") for pair in _aliases(half))
     written = {new: old for old, new in aliases.items()} if old_names else {}
     return Map(f"an {CLASS} of its config.json", tuple(table.entries), (), aliases, written)
-
-
-def weights_hash(arrays: Arrays) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of all names, dtypes, sizes and bytes.
-
-    Axes of size 1 do not count: a 1x1 convolution of old files is a linear layer of new ones.
-    """
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        sizes = [size for size in array.shape if size > 1]
-        digest.update(f"{name} {array.dtype} {sizes}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]

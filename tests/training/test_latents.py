@@ -44,7 +44,7 @@ def trained(latents, mesh):
     return task, batches, losses
 
 
-def test_batches_hold_what_was_recorded(trained, latents, records):
+def test_batches_hold_what_was_recorded(trained, latents, latent_records):
     _, batches, _ = trained
     source = make_source(latents.data.source)
     clips = [source[i] for i in range(len(source))]

@@ -9,9 +9,10 @@ import pytest
 from einops import rearrange
 
 from dit_jax import interop
+from dit_jax.codec import folders, kl_weights
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.codec import TileConfig
-from dit_jax.interop.autoencoder import OLD_ATTENTION
+from dit_jax.codec.kl_weights import OLD_ATTENTION
 from tests.interop.published import diffusers, needs_diffusers, relative, torch
 
 TOLERANCE = 1e-4
@@ -62,7 +63,7 @@ def channels_last(tensor):
 @needs_diffusers
 def test_encode_and_decode_are_diffusers(saved):
     folder, model = saved
-    codec = interop.load_codec(folder)
+    codec = folders.load_codec(folder)
     clip = pixels()
     with torch.no_grad():
         drawn_from = model.encode(channels_first(clip)).latent_dist
@@ -90,7 +91,7 @@ VARIANTS = {
 def test_variants_are_diffusers_too(tmp_path, variant):
     model = random_autoencoder(**VARIANTS[variant])
     model.save_pretrained(tmp_path)
-    codec = interop.load_codec(tmp_path)
+    codec = folders.load_codec(tmp_path)
     clip = pixels(1, 16, 16)
     with torch.no_grad():
         mean = model.encode(channels_first(clip)).latent_dist.mean
@@ -107,9 +108,9 @@ def test_variants_are_diffusers_too(tmp_path, variant):
 @needs_diffusers
 def test_the_folder_comes_back_byte_for_byte(saved, tmp_path):
     folder, _ = saved
-    codec = interop.load_codec(folder)
-    config = interop.autoencoder_to_diffusers(codec.config, 32)
-    table = interop.autoencoder_map(codec.config)
+    codec = folders.load_codec(folder)
+    config = kl_weights.autoencoder_to_diffusers(codec.config, 32)
+    table = kl_weights.autoencoder_map(codec.config)
     interop.write_folder(tmp_path / "out", config, table.export(codec.params))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out")
@@ -143,11 +144,11 @@ def test_old_names_of_attention_are_read_and_written(saved, tmp_path, kind):
     else:
         arrays = {key: tensor.numpy() for key, tensor in state.items()}
         interop.write_safetensors(tmp_path / WEIGHTS, arrays)
-    codec = interop.load_codec(tmp_path)
-    new = interop.load_codec(folder)
+    codec = folders.load_codec(tmp_path)
+    new = folders.load_codec(folder)
     jax.tree.map(np.testing.assert_array_equal, codec.params, new.params)
     assert codec.hash == new.hash and len(codec.hash) == 16
-    written = interop.autoencoder_map(codec.config, old_names=True).export(codec.params)
+    written = kl_weights.autoencoder_map(codec.config, old_names=True).export(codec.params)
     assert set(written) == set(state)
 
 
@@ -162,12 +163,12 @@ def seam(image, columns):
 @needs_diffusers
 def test_tiles_show_no_seams(saved):
     folder, _ = saved
-    whole = interop.load_codec(folder)
+    whole = folders.load_codec(folder)
     # Smooth, as the latents of images are: on noise there would be no seam to see.
     coarse = np.random.default_rng(0).normal(size=(1, 2, 3, 4)).astype(np.float32)
     latents = np.asarray(jax.image.resize(coarse, (1, 8, 20, 4), "cubic"))
-    cut = interop.load_codec(folder, TileConfig(size=8, overlap=0)).decode(latents)
-    blended = interop.load_codec(folder, TileConfig(size=8, overlap=4)).decode(latents)
+    cut = folders.load_codec(folder, TileConfig(size=8, overlap=0)).decode(latents)
+    blended = folders.load_codec(folder, TileConfig(size=8, overlap=4)).decode(latents)
     hard, soft = seam(cut, [64, 96]), seam(blended, range(32, 128))
     off = relative(blended, whole.decode(latents))
     print(f"steps at seams: {hard:.2f} cut, {soft:.2f} blended; {off:.3f} off the whole at most")
@@ -177,23 +178,23 @@ def test_tiles_show_no_seams(saved):
 
 def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     with pytest.raises(ValueError, match="config.json' is not there"):
-        interop.load_codec(tmp_path)
-    config = interop.autoencoder_to_diffusers(AutoencoderKLConfig())
+        folders.load_codec(tmp_path)
+    config = kl_weights.autoencoder_to_diffusers(AutoencoderKLConfig())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no weights: none of"):
-        interop.load_codec(tmp_path)
+        folders.load_codec(tmp_path)
     interop.write_safetensors(tmp_path / WEIGHTS, {"a": np.zeros(2)})
     with pytest.raises(
         ValueError, match="is not an AutoencoderKL .*:\n  decoder.conv_in.bias: abs"
     ):
-        interop.load_codec(tmp_path)
+        folders.load_codec(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "VQModel"}))
     with pytest.raises(ValueError, match="is of 'VQModel'"):
-        interop.load_codec(tmp_path)
+        folders.load_codec(tmp_path)
     other = config | {"act_fn": "relu", "latents_mean": [0.0]}
     (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="act_fn is 'relu'; latents_mean is"):
-        interop.load_codec(tmp_path)
+        folders.load_codec(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,6 @@ def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     ],
 )
 def test_a_config_with_odd_values_is_refused(name, value, said):
-    config = interop.autoencoder_to_diffusers(AutoencoderKLConfig())
+    config = kl_weights.autoencoder_to_diffusers(AutoencoderKLConfig())
     with pytest.raises(ValueError, match=f"in has .*{said}"):
-        interop.autoencoder_from_diffusers(config | {name: value}, "in")
+        kl_weights.autoencoder_from_diffusers(config | {name: value}, "in")

@@ -23,12 +23,12 @@ from dit_jax.data import (
     write_records,
 )
 from dit_jax.evaluate import __main__ as evaluate
-from dit_jax.interop import load_text_encoder, text_encoder_identity
 from dit_jax.model import TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare import ChatClient, ChatConfig, upsample
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
+from dit_jax.text.folders import load_text_encoder, text_encoder_identity
 from dit_jax.text.opening import check_reads, on_mesh, prompt_length, with_states
 from dit_jax.text.t5 import T5EncoderConfig
 from dit_jax.text.text_encoder import StatesEncoder
@@ -38,11 +38,12 @@ from dit_jax.training.kinds import build
 from dit_jax.training.kinds import recorded as with_hashes
 from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
+from tests.codecs import quick_compilation
 from tests.prepare.chat_server import Response, serving
 from tests.scripts import load_script
 from tests.text_files import TINY, needs_tokenizers, write_t5
 
-pytestmark = needs_tokenizers
+pytestmark = [needs_tokenizers, pytest.mark.usefixtures(quick_compilation.__name__)]
 
 ROOMY = PackingConfig(row_text=10_000)
 PROMPTS = ["a big red circle moves left", "a small green cross moves up", ""]
@@ -159,7 +160,7 @@ def test_a_run_records_whose_states_it_reads(recorded, captioned, encoder, folde
 
 
 def test_a_resumed_run_keeps_its_encoder(captioned, tmp_path):
-    known = recorded(captioned)
+    known = with_hashes(captioned)
     again = dataclasses.replace(known.text_encoder, path="elsewhere")
     train.check_same_run(dataclasses.replace(known, text_encoder=again), known, tmp_path)
     changed = dataclasses.replace(known.text_encoder, hash="other")
@@ -206,13 +207,13 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     none = np.zeros((0, 8), np.float32)
     batch = first_batch(of(captioned, 0, 1, 2), mesh)
     assert matches(batch, [*known, none]) > 4
-    assert recorded(of(captioned, 1, 0)).text_encoder.hash == encoder.hash
+    assert with_hashes(of(captioned, 1, 0)).text_encoder.hash == encoder.hash
     with pytest.raises(ValueError, match="has none: name their feature"):
         build(of(recorded, 0, 1), mesh)
     bare = first_batch(of(recorded, 2), mesh)
     assert matches(bare, [none]) > 2
     mixed = of(recorded, 2, 0)
-    assert recorded(mixed).text_encoder.hash == encoder.hash
+    assert with_hashes(mixed).text_encoder.hash == encoder.hash
     assert [request.prompt for request in Cases(mixed).requests] == PROMPTS
     other = dataclasses.replace(mixed, text_encoder=TextEncoderConfig(hash="other"))
     with pytest.raises(ValueError, match="were made by the encoder"):
@@ -314,7 +315,7 @@ def test_requests_get_states_once_and_keep_those_they_have(encoder):
 def run(tmp_path_factory, captioned, mesh):
     """A run's directory, with fresh weights."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    config = recorded(captioned)
+    config = with_hashes(captioned)
     model = make_model(config.model, mesh)
     params = nn.unbox(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
     # Fresh, the model would say zero whatever it reads.

@@ -29,14 +29,6 @@ T5_SIZES = {
     "num_layers": 3,
     "num_heads": 2,
 }
-CLIP_SIZES = {
-    "vocab_size": 700,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "projection_dim": 16,
-}
 
 
 def random_model(name: str, config: Any) -> Any:

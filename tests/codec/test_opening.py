@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import interop
+from dit_jax.codec import folders
 from dit_jax.codec.opening import open_codec
 from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource
@@ -44,7 +44,7 @@ def clips(frames: tuple[int, ...]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("codecs") / "small"
-    interop.write_codec(path, ENCODER, random_params(ENCODER))
+    folders.write_codec(path, ENCODER, random_params(ENCODER))
     return path
 
 
@@ -83,7 +83,7 @@ def test_clips_are_encoded_as_they_are_read(config: Config, folder: Path):
     loader = task.loader((0, 1))
     batch = next(loader)
     loader.close()
-    codec, source = interop.load_codec(folder), make_source(config.data.source)
+    codec, source = folders.load_codec(folder), make_source(config.data.source)
     wanted = [codec.encode(to_float(source[i]["video"])) for i in range(len(FRAMES))]
     assert [len(latents) for latents in wanted] == [2, 1, 3]
     found = 0
@@ -155,7 +155,7 @@ def test_folders_that_hold_no_codec_are_refused(config: Config, tmp_path: Path):
 
 
 def test_latents_that_another_codec_made_are_refused(config: Config, folder: Path, tmp_path: Path):
-    mine = interop.load_codec(folder)
+    mine = folders.load_codec(folder)
     for name, made_by in (("same", mine.hash), ("other", "0123456789abcdef")):
         samples = [
             {"video": np.zeros((2, 8, 4, 4), np.float32), "caption": "latents", "fps": 8.0}

@@ -1,8 +1,5 @@
 """A task on latents: records of them with text states, and the smallest config that trains on those."""
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -12,21 +9,13 @@ from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import OptimizerConfig
-from tests.training.conftest import QUICK
 
 SIZES = [(2, 4, 4), (1, 4, 4), (3, 4, 2)]
 COLOURS = np.array([[1.5, -1.0, 0.5, 0.0], [-1.0, 0.5, 1.0, -1.5]], np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        yield
-
-
-@pytest.fixture(scope="package")
-def records(tmp_path_factory):
+@pytest.fixture(scope="session")
+def latent_records(tmp_path_factory):
     """The directory of a builder whose latents are one of two colours, as their text states say."""
     rng = np.random.default_rng(0)
 
@@ -67,12 +56,12 @@ def records(tmp_path_factory):
     return str(root / "latents" / "1.0.0")
 
 
-@pytest.fixture(scope="package")
-def latents(records):
+@pytest.fixture(scope="session")
+def latents(latent_records):
     """The config."""
     return Config(
         data=DataConfig(
-            source=RecordsConfig(records, text_states_key="text_states", fps=24.0),
+            source=RecordsConfig(latent_records, text_states_key="text_states", fps=24.0),
             packing=PackingConfig(rows=4, row_tokens=16, row_text=18, row_segments=3, bins=2),
         ),
         model=ModelConfig(
