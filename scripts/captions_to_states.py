@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dit_jax.data import RecordsConfig, RecordsSource, StatesOf, write_records
+from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.files import as_path
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.text.folders import load_text_encoder
 from dit_jax.text.opening import on_mesh
 from dit_jax.text.text_encoder import TextEncoder
@@ -46,7 +47,7 @@ def latents_of(source: RecordsSource, path: str) -> tuple[int, str] | None:
     if source.codec is None:
         raise ValueError(
             f"{path!r} has latents and does not say which codec made them: write it again by "
-            "dit_jax.data.write_records (latents), which says so"
+            "dit_jax.prepare.writing.write_records (latents), which says so"
         )
     return video.shape[-1], source.codec
 

@@ -16,8 +16,8 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from dit_jax.data.writing import write_records
 from dit_jax.files import as_path
+from dit_jax.prepare.writing import write_records
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.writing import write_records
 from dit_jax.files import as_path
+from dit_jax.prepare.writing import write_records
 
 FILES = {"train": "extra10k", "test": "t10k"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

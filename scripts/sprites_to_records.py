@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.writing import write_records
 from dit_jax.files import as_path
+from dit_jax.prepare.writing import write_records
 
 HELD_OUT = 270
 FPS = 8.0

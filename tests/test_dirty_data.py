@@ -16,7 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.data.writing import write_records
+from dit_jax.prepare.writing import write_records
 from tests.runs import Verbs, end, scalars, steps
 
 CONFIG = """

@@ -22,9 +22,9 @@ from flax import linen as nn
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.codec.opening import codec_copies
-from dit_jax.data import RecordsConfig, RecordsSource, writing
+from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, assembling
+from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, assembling, writing
 from dit_jax.prepare.__main__ import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
 from dit_jax.text.folders import load_text_encoder
 from tests.prepare.chat_server import Response, serving, words

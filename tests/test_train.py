@@ -16,7 +16,7 @@ import pytest
 
 from dit_jax import train
 from dit_jax.config import load_config, to_dict
-from dit_jax.data.writing import write_records
+from dit_jax.prepare.writing import write_records
 from dit_jax.sampling.media import read_video
 from tests.runs import CONFIG, Run, Verbs, arrays, data_state, end, scalars, steps
 

@@ -33,6 +33,3 @@ from dit_jax.data.transforms import flip as flip
 from dit_jax.data.transforms import resize as resize
 from dit_jax.data.transforms import resized as resized
 from dit_jax.data.transforms import resized_size as resized_size
-from dit_jax.data.writing import LatentsOf as LatentsOf
-from dit_jax.data.writing import StatesOf as StatesOf
-from dit_jax.data.writing import write_records as write_records

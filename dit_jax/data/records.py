@@ -2,8 +2,8 @@
 
 `RecordsSource` is the random-access source over one split of a builder that `write_records` made, or of
 any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded videos
-(`dit_jax/video.py`) and encoded image features (png, jpeg) are decoded with PyAV, because TFDS itself
-asks for TensorFlow, OpenCV or Pillow.
+and encoded image features (png, jpeg) are decoded with PyAV, because TFDS itself asks for TensorFlow,
+OpenCV or Pillow.
 
 Opening reads the metadata and one record, however many shards there are: the number of records in each
 is in dataset_info.json, and a shard is opened when one of its records is read. What is wrong with a
@@ -41,7 +41,6 @@ from tensorflow_datasets.core.utils import file_utils
 from dit_jax.data.captions import take_caption
 from dit_jax.files import InputError, MiB, explain, is_remote, read_bytes
 from dit_jax.types import Sample
-from dit_jax.video import decode_video
 
 CODEC, CODEC_NAME = "codec", "codec_name"
 """Where a builder's metadata say which codec made its latents: its hash, and its name."""
@@ -57,6 +56,8 @@ FIRST_TRIES = 16
 """Records, spread over the split, of which one must be readable for a source to be opened."""
 OURS = "tensorflow_datasets."
 """TFDS imports the classes of features by their names: no other module is imported for a data set."""
+FRAMES_TAG = "FRAMES"
+"""The tag of encoded videos that says how many frames they have; Matroska keeps tags in upper case."""
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
 _MODULE = re.compile(re.escape(OURS) + r"[\w.]+")
 _ERRNO = {os.strerror(number): number for number in errno.errorcode}
@@ -386,7 +387,7 @@ class RecordsSource:
         except (ImportError, AttributeError) as error:
             raise InputError(
                 f"record {index} of {self.config.path!r} has features that cannot be decoded without "
-                f"TensorFlow ({error}): store them again, see dit_jax.data.records.write_records"
+                f"TensorFlow ({error}): store them again, see dit_jax.prepare.writing.write_records"
             ) from error
         except (OSError, MemoryError):
             raise
@@ -501,7 +502,7 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
         except ImportError as error:
             raise InputError(
                 f"{name!r} has features that need TensorFlow ({error}): store it again, see "
-                "dit_jax.data.records.write_records"
+                "dit_jax.prepare.writing.write_records"
             ) from error
         except OSError:
             raise
@@ -628,6 +629,33 @@ def _decode_image(data: bytes) -> np.ndarray:
         raise ValueError(
             f"an image of {len(data)} bytes could not be decoded ({error}): the record is damaged"
         ) from error
+
+
+def decode_video(data: bytes) -> np.ndarray:
+    """uint8 RGB ``[t, h, w, 3]`` of the bytes that ``prepare.encoded.encode_video`` makes.
+
+    Raises:
+        ValueError: if they are damaged: FFmpeg would fill the gaps with what it guesses.
+    """
+    frames: list[np.ndarray] = []
+    expected = None
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            expected = container.metadata.get(FRAMES_TAG)
+            stream = container.streams.video[0]
+            # The loader reads several clips at once: more threads for each only take turns.
+            stream.thread_type = "NONE"
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {len(frames)} of an encoded video is damaged")
+                frames.append(frame.to_ndarray())
+    except (FFmpegError, IndexError) as error:
+        raise ValueError(
+            f"an encoded video of {len(data)} bytes could not be decoded ({error})"
+        ) from error
+    if str(len(frames)) != expected:
+        raise ValueError(f"an encoded video has {len(frames)} frames of {expected}")
+    return np.stack(frames)
 
 
 def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:

@@ -31,8 +31,6 @@ from dit_jax.checks import check_types
 from dit_jax.codec.codec import Codec
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.opening import codec_copies
-from dit_jax.data import LatentsOf, StatesOf
-from dit_jax.data.writing import VERSION
 from dit_jax.files import (
     InputError,
     Lock,
@@ -88,6 +86,7 @@ from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.report import LISTED, render, write_reports
 from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting, share
 from dit_jax.prepare.work import digest
+from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.text.folders import load_text_encoder, text_length
 from dit_jax.text.opening import on_mesh

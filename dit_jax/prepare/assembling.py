@@ -12,13 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.writing import SHARD_BYTES, VERSION, Encoding, LatentsOf, StatesOf, write_records
 from dit_jax.files import write_json
 from dit_jax.prepare.decoding import DecodingConfig
+from dit_jax.prepare.encoded import EncodedVideo
 from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.stages import Kept, read_clips
 from dit_jax.prepare.workers import WorkersConfig
-from dit_jax.video import EncodedVideo
+from dit_jax.prepare.writing import (
+    SHARD_BYTES,
+    VERSION,
+    Encoding,
+    LatentsOf,
+    StatesOf,
+    write_records,
+)
 
 MARK = "prepared.json"
 """Beside the records: what they were made of, and that they were made here."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.prepare.decoding import DecodingConfig
+from dit_jax.prepare.encoded import EncodedVideo, encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
 from dit_jax.prepare.media import Probe
@@ -23,7 +24,6 @@ from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.refusals import MACHINE_REASONS, check_installed
 from dit_jax.prepare.work import Logs, digest, pack, unpack
 from dit_jax.prepare.workers import Outcome, WorkersConfig, run
-from dit_jax.video import EncodedVideo, encode_video
 
 AHEAD = 2
 """Clips that are read, for each process that reads, before they are asked for: they are large."""

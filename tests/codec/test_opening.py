@@ -15,9 +15,9 @@ from dit_jax.codec.opening import open_codec
 from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource
 from dit_jax.data.sources import make_source
-from dit_jax.data.writing import write_records
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer

@@ -18,9 +18,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dit_jax.data import records
 from dit_jax.data.records import BadRecord, RecordsConfig, RecordsSource, find_builder
-from dit_jax.data.writing import LatentsOf, StatesOf, write_records
 from dit_jax.files import InputError
 from dit_jax.prepare.recorded import find_records
+from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
 
 COUNT = 9
 

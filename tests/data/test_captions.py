@@ -18,9 +18,9 @@ from dit_jax.data import (
     RecordsSource,
     TransformConfig,
     draw_caption,
-    write_records,
 )
 from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
+from dit_jax.prepare.writing import write_records
 from dit_jax.training.video_task import make_augment, tokenize
 from dit_jax.types import Sample
 

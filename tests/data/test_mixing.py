@@ -11,17 +11,15 @@ from dit_jax.checks import from_dict
 from dit_jax.codec.crops import CropConfig, CropLoader
 from dit_jax.config import Config, DataConfig, differences, parse_config, to_dict
 from dit_jax.data import (
-    LatentsOf,
     Loader,
     MixedSetConfig,
     MixedSource,
     MixtureConfig,
     PackingConfig,
-    StatesOf,
     open_mixture,
     order,
-    write_records,
 )
+from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
 from dit_jax.types import Sample
 
 CONFIG = PackingConfig(rows=8, row_tokens=12, row_text=8, row_segments=6, bins=3)

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dit_jax.data.records import RecordsConfig, RecordsSource
-from dit_jax.data.writing import write_records
+from dit_jax.prepare.writing import write_records
 
 SHAPES = [(5, 24, 40, 3), (1, 16, 8, 3), (3, 9, 7, 3), (2, 32, 32, 3)]
 

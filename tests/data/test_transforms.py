@@ -11,9 +11,9 @@ from dit_jax.data import (
     TransformConfig,
     flip,
     resize,
-    write_records,
 )
 from dit_jax.data.transforms import centre, resized
+from dit_jax.prepare.writing import write_records
 
 RNG = np.random.default_rng(0)
 

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from dit_jax.data import RecordsConfig, RecordsSource, write_records
+from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.prepare import (
     AnswerCache,
     Caption,
@@ -25,6 +25,7 @@ from dit_jax.prepare import (
 )
 from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatError, ChatOptions
 from dit_jax.prepare.recaption import encode_image, failures
+from dit_jax.prepare.writing import write_records
 from tests.prepare.chat_server import FakeTime, Response, serving, words
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"

@@ -19,13 +19,12 @@ from dit_jax.data import (
     PackingConfig,
     RecordsConfig,
     RecordsSource,
-    StatesOf,
-    write_records,
 )
 from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.model import TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare import ChatClient, ChatConfig, upsample
+from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
 from dit_jax.text.folders import load_text_encoder, text_encoder_identity

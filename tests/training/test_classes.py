@@ -15,11 +15,12 @@ from dit_jax.codec.folders import load_codec
 from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
 from dit_jax.codec.opening import check_codec
 from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
-from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig, write_records
+from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import judge_classes
 from dit_jax.interop import write_folder
 from dit_jax.model import ClassLabelsConfig, DiTConfig, ModelConfig, PatchConfig, patchify
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
 from dit_jax.training.kinds import build

@@ -1,8 +1,8 @@
 """Writes samples as a TFDS builder in ArrayRecord format, without TensorFlow.
 
 `tfds.data_source`, `tfds.builder_from_directory` and `RecordsSource` read it. Pixels are stored as
-uint8 or as encoded video (`dit_jax/video.py`); latents as float16, states of captions as bfloat16, each
-with what made them (codec, text encoder) in the metadata.
+uint8 or as encoded video (`encoded.py`); latents as float16, states of captions as bfloat16, each with
+what made them (codec, text encoder) in the metadata.
 
 TFDS's own writer shuffles by way of temporary files and asks for TensorFlow from 1 GB on. This one
 streams: a shard is closed when it is full, and what is in memory is one sample.
@@ -50,7 +50,7 @@ from dit_jax.data.records import (
     storage_error,
 )
 from dit_jax.files import InputError, Lock, MiB, check_writable, encodable, is_remote, write_json
-from dit_jax.video import FORMAT, EncodedVideo, encode_video
+from dit_jax.prepare.encoded import FORMAT, EncodedVideo, encode_video
 
 VERSION = "1.0.0"
 SHARD_BYTES = 256 * MiB
@@ -362,7 +362,7 @@ def write_records(
     empty, and where they are from) and the floats named in `numbers`; sizes and lengths may differ,
     order is kept, and equal samples give equal files. Half a surrogate pair in a text becomes U+FFFD.
 
-    `encoding` of the videos: "video" is H.264 of high quality, small and quick (dit_jax/video.py; a
+    `encoding` of the videos: "video" is H.264 of high quality, small and quick (`encoded.py`; a
     sample's video may be an `EncodedVideo` then), "zlib" is lossless compression, "bytes" is raw.
     `latents` says that the videos are latents (stored as float16, with "video" as with "zlib"): their
     channels, the codec's hash and its name. `text_states` says that samples have their captions'

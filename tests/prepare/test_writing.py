@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_jax.data.records import RecordsConfig, RecordsSource
-from dit_jax.data.writing import LatentsOf, StatesOf, write_records
+from dit_jax.data.records import RecordsConfig, RecordsSource, decode_video
 from dit_jax.files import InputError
-from dit_jax.video import decode_video, encode_video
+from dit_jax.prepare.encoded import encode_video
+from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = 40_000
@@ -184,7 +184,7 @@ def test_encoding_depends_on_no_memory_of_others():
     code = """
 import hashlib
 import numpy as np
-from dit_jax.video import encode_video
+from dit_jax.prepare.encoded import encode_video
 rng = np.random.default_rng(0)
 wide = np.cumsum(np.cumsum(rng.normal(size=(144, 268, 3)), 0), 1)
 wide = (wide - wide.min()) / np.ptp(wide) * 255
@@ -290,7 +290,7 @@ def test_three_gigabytes_are_written_in_little_memory(tmp_path):
     code = """
 import resource, sys
 import numpy as np
-from dit_jax.data.writing import write_records
+from dit_jax.prepare.writing import write_records
 def samples(start):
     for i in range(start, 320):
         print(i, flush=True)

@@ -4,7 +4,8 @@ H.264 of the R'G'B' planes themselves, in Matroska: Y'CbCr in eight bits shifts 
 to one level, and halved colour planes blur small clips. docs/prepare.md has what it takes beside zlib.
 
 Encoding is in one thread and depends on nothing but the pixels and the version of x264: equal clips
-give equal bytes. This module imports no other of ours, so that a worker process starts quickly.
+give equal bytes. `data.records` decodes it. This module imports no other of ours, so that a worker
+process starts quickly.
 """
 
 from __future__ import annotations
@@ -65,30 +66,3 @@ def encode_video(frames: np.ndarray, fps: float) -> EncodedVideo:
     except FFmpegError as error:
         raise ValueError(f"frames of {height} x {width} cannot be encoded ({error})") from error
     return EncodedVideo(target.getvalue(), (count, height, width))
-
-
-def decode_video(data: bytes) -> np.ndarray:
-    """uint8 RGB ``[t, h, w, 3]`` of ``encode_video``'s bytes.
-
-    Raises:
-        ValueError: if they are damaged: FFmpeg would fill the gaps with what it guesses.
-    """
-    frames: list[np.ndarray] = []
-    expected = None
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            expected = container.metadata.get(_FRAMES)
-            stream = container.streams.video[0]
-            # The loader reads several clips at once: more threads for each only take turns.
-            stream.thread_type = "NONE"
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise ValueError(f"frame {len(frames)} of an encoded video is damaged")
-                frames.append(frame.to_ndarray())
-    except (FFmpegError, IndexError) as error:
-        raise ValueError(
-            f"an encoded video of {len(data)} bytes could not be decoded ({error})"
-        ) from error
-    if str(len(frames)) != expected:
-        raise ValueError(f"an encoded video has {len(frames)} frames of {expected}")
-    return np.stack(frames)
