@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.sampling import (
     Edit,
     Generator,
@@ -80,7 +80,7 @@ class Report:
         (self._directory / "modes.json").write_text(text + "\n")
 
 
-def maker_of(name: str, generator: Generator, config: Config, mesh: Mesh) -> Generator:
+def maker_of(name: str, generator: Generator, config: VideoRun, mesh: Mesh) -> Generator:
     """The run's own generator, or one with the settings of a mode that has others."""
     if name not in SETTINGS:
         return generator

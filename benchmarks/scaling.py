@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from dit_jax.config import Config, load_config
+from dit_jax.config import VideoRun, load_config
 from dit_jax.parallel import MeshConfig
 from dit_jax.parallel.topologies import parse_topology, prepare_environment, topology_devices
 from dit_jax.plan import DoesNotFit, Plan, plan_step
@@ -26,7 +26,7 @@ TOKENS_A_CHIP = 2**15
 POLICIES = ("projections", "attention", "full")
 
 
-def variant(config: Config, tokens: int, chips: int, remat: Any) -> Config:
+def variant(config: VideoRun, tokens: int, chips: int, remat: Any) -> VideoRun:
     """The config with rows of so many tokens, spread over so many chips."""
     context = min(chips, max(1, tokens // TOKENS_A_CHIP))
     rows = chips // context
@@ -40,7 +40,7 @@ def variant(config: Config, tokens: int, chips: int, remat: Any) -> Config:
     )
 
 
-def entry(config: Config, tokens: int, name: str) -> Plan | None:
+def entry(config: VideoRun, tokens: int, name: str) -> Plan | None:
     """The plan with the first policy that fits; None if none does."""
     topology = parse_topology(name, 1)
     devices = topology_devices(topology)

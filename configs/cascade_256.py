@@ -9,12 +9,12 @@ import dataclasses
 
 from cascade_64 import get_config as stage_64
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.diffusion import CeilingConfig, TimeConfig
 from dit_jax.model import PRESETS
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     base = stage_64()
     data, patch = base.data, base.model.patch
     return dataclasses.replace(

@@ -11,17 +11,18 @@ Not measured: built and checked without data, and not trained.
 
 import dataclasses
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig, TimeConfig
 from dit_jax.model import PRESETS, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import SamplingConfig
+from dit_jax.text.config import TextEncoderConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/cascade_64",
         steps=400_000,
         data=DataConfig(
@@ -35,6 +36,7 @@ def get_config() -> Config:
             patch=PatchConfig(t=2, h=4, w=4, channels=3, reference_fps=8.0),
             text=TextStatesConfig(encoder="t5-v1_1-xxl", dim=4096, max_tokens=128),
         ),
+        text_encoder=TextEncoderConfig(),
         diffusion=DiffusionConfig(prediction="x0", time=TimeConfig(shift=2.0)),
         optimizer=OptimizerConfig(
             learning_rate=1e-4, schedule="constant", warmup_steps=1000, ema_decay=0.9999

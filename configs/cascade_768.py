@@ -11,11 +11,11 @@ import dataclasses
 
 from cascade_256 import get_config as stage_256
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.model import PRESETS
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     base = stage_256()
     data, patch = base.data, base.model.patch
     return dataclasses.replace(

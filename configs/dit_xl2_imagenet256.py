@@ -18,7 +18,8 @@ Not trained here. Compiled for v5e:4x8 (32 chips) with a batch of 1024 (``python
 
 import dataclasses
 
-from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.codec.config import LatentCodecConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, published
@@ -27,8 +28,8 @@ from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/dit_xl2_imagenet256",
         steps=400_000,
         data=DataConfig(
@@ -61,7 +62,7 @@ def get_config() -> Config:
             ema_decay=0.9999,
         ),
         mesh=MeshConfig(data=-1, fsdp=4),
-        codec=CodecConfig(h=8, w=8),
+        codec=LatentCodecConfig(h=8, w=8),
         checkpoint=CheckpointConfig(every=5000),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(

@@ -12,7 +12,7 @@ Not measured: no number is made of its clips.
 
 import dataclasses
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
@@ -20,8 +20,8 @@ from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/folder",
         steps=300,
         data=DataConfig(

@@ -16,11 +16,11 @@ import dataclasses
 
 from folder import get_config as of_folder
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.data import MixedSetConfig, MixtureConfig
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     config = of_folder()
     source = MixtureConfig(
         (

@@ -15,13 +15,13 @@ import dataclasses
 
 from video_1b3 import get_config as video_1b3
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.parallel import MeshConfig
 
 FRAME_TOKENS = 68 * 120
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     base = video_1b3()
     packing = dataclasses.replace(base.data.packing, rows=1, row_tokens=45 * 65_536)
     dit = dataclasses.replace(base.model.dit, band=4 * FRAME_TOKENS, dense_every=2)

@@ -11,7 +11,7 @@ read as the right one by eye.
 
 import dataclasses
 
-from dit_jax.config import Config, DataConfig, LogConfig
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
@@ -19,8 +19,8 @@ from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/mnist",
         steps=1000,
         data=DataConfig(

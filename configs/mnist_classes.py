@@ -15,7 +15,7 @@ Without guidance (``--sampling.cfg-scale 1``) it is 93 % and 1.1; with a scale o
 
 import dataclasses
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
 from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, published
@@ -23,8 +23,8 @@ from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/mnist_classes",
         steps=2000,
         data=DataConfig(

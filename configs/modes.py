@@ -18,12 +18,12 @@ import dataclasses
 
 from quickstart import get_config as quickstart
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.data import ShapesConfig
 from dit_jax.diffusion import CeilingConfig
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     config = quickstart()
     ceilings = CeilingConfig.only(
         free=0.4,

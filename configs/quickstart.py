@@ -13,7 +13,7 @@ size right in 100 %, shape in 96.9 %, colour, shape and direction together in 96
 
 import dataclasses
 
-from dit_jax.config import Config, DataConfig, LogConfig
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, ShapesConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
@@ -21,8 +21,8 @@ from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/quickstart",
         steps=2100,
         data=DataConfig(

@@ -14,18 +14,19 @@ import dataclasses
 
 from quickstart import get_config as in_pixels
 
-from dit_jax.config import CodecConfig, Config
+from dit_jax.codec.config import LatentCodecConfig
+from dit_jax.config import VideoRun
 from dit_jax.model import PatchConfig
 
 CHANNELS = 16
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     config = in_pixels()
     patch = PatchConfig(t=1, h=2, w=2, channels=CHANNELS, reference_fps=2.0)
     return dataclasses.replace(
         config,
         output="runs/quickstart_latents",
         model=dataclasses.replace(config.model, patch=patch),
-        codec=CodecConfig(path="runs/codec_shapes/codec", t=4, h=4, w=4),
+        codec=LatentCodecConfig(path="runs/codec_shapes/codec", t=4, h=4, w=4),
     )

@@ -14,7 +14,7 @@ shared cores; the mean clip of each action scores 20.1.
 
 import dataclasses
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
@@ -22,8 +22,8 @@ from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/sprites",
         steps=1000,
         data=DataConfig(

@@ -19,12 +19,12 @@ import dataclasses
 
 from sprites import get_config as sprites
 
-from dit_jax.config import Config, EvaluationConfig
+from dit_jax.config import EvaluationConfig, VideoRun
 from dit_jax.data import RecordsConfig
 from dit_jax.diffusion import CeilingConfig
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     base = sprites()
     ceilings = CeilingConfig.only(
         free=0.5,

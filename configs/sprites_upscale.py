@@ -15,11 +15,11 @@ import dataclasses
 
 from sprites import get_config as sprites
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.diffusion import CeilingConfig
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     base = sprites()
     return dataclasses.replace(
         base,

@@ -10,11 +10,11 @@ import dataclasses
 
 from video_1b3 import get_config as video_1b3
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.model import DiTConfig
 
 
-def get_config() -> Config:
+def get_config() -> VideoRun:
     base = video_1b3()
     dit = DiTConfig(
         width=5120, depth=40, heads=40, mlp_dim=13_824, modulation="shared", remat="attention"

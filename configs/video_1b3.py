@@ -15,17 +15,18 @@ One guided denoising step over 64 chips (``--what sample --mesh.data 2 --mesh.fs
 32``) takes 24.4 ms at least on v5p:4x4x4 and 17.0 ms on v6e:8x8.
 """
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, TimeConfig
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import SamplingConfig
+from dit_jax.text.config import TextEncoderConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         output="runs/video_1b3",
         steps=100_000,
         data=DataConfig(
@@ -46,6 +47,7 @@ def get_config() -> Config:
             patch=PatchConfig(t=1, h=2, w=2, channels=16, reference_fps=4.0),
             text=TextStatesConfig(encoder="umt5-xxl", dim=4096, max_tokens=512),
         ),
+        text_encoder=TextEncoderConfig(),
         diffusion=DiffusionConfig(time=TimeConfig(shift=5.0)),
         optimizer=OptimizerConfig(
             learning_rate=1e-4, schedule="constant", warmup_steps=1000, ema_decay=0.9999

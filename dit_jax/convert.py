@@ -23,14 +23,14 @@ import numpy as np
 import tyro
 
 from dit_jax import interop
-from dit_jax.checks import check_types
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.config import (
-    CodecConfig,
-    Config,
     DataConfig,
     EvaluationConfig,
     LogConfig,
     Run,
+    VideoRun,
+    check_types,
     stored_config,
     to_dict,
 )
@@ -181,7 +181,7 @@ def open_published(given: ConvertArguments, source: Path) -> Source:
     return Source(file, interop.dit_map(file), arrays, repr(str(source)))
 
 
-def find_codec(path: str | None, channels: int) -> CodecConfig:
+def find_codec(path: str | None, channels: int) -> LatentCodecConfig:
     """The strides of the latents, and the folder where they are known from.
 
     Raises:
@@ -189,7 +189,7 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
     """
     if path is None:
         side = 1 if channels == 3 else 8
-        return CodecConfig(h=side, w=side)
+        return LatentCodecConfig(h=side, w=side)
     found, _ = interop.codec_tools().codec_config(local_copy(path))
     if found.latent_channels != channels:
         raise ValueError(
@@ -198,10 +198,10 @@ def find_codec(path: str | None, channels: int) -> CodecConfig:
         )
     stride = found.stride
     t, h, w = (1, stride, stride) if isinstance(stride, int) else stride
-    return CodecConfig(path=absolute(path), t=t, h=h, w=w)
+    return LatentCodecConfig(path=absolute(path), t=t, h=h, w=w)
 
 
-def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
+def run_config(file: DiTFile, output: str, codec: LatentCodecConfig) -> VideoRun:
     """The config of a run with the published model: how it was trained, and how it is sampled.
 
     DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling (Peebles
@@ -231,7 +231,7 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> Config:
         diffusion = DiffusionConfig(time=uniform, ceilings=free)
         sampling = dataclasses.replace(drawn, solver="sde", last_step=0.04)
     tokens = file.model.patch.num_tokens(1, file.size, file.size)
-    return Config(
+    return VideoRun(
         output=output,
         data=DataConfig(
             source=RecordsConfig(path="latents", video_key="image", label_key="label"),
@@ -265,13 +265,14 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
     checkpointer, step = open_run(source, given.step)
     where = checkpointer.path(step) / "config"
     config = stored_config(checkpointer.config(step), where, Run)
-    if not isinstance(config, Config):  # The other kind of run is a codec's.
+    if not isinstance(config, VideoRun):  # The other kind of run is a codec's.
         if given.step is not None:
             raise ValueError(
                 f"--step is {given.step}, and the run is of a codec, which is whole at its end alone, "
                 "when its latents' shift and scale are measured: leave --step out."
             )
         return _codec(given, interop.codec_tools().finished_codec(source), target)
+    assert isinstance(config, VideoRun)
     _check_no_codec(given)
     family = _published_family(config, given.to)
     drawn = config.sampling
@@ -289,7 +290,7 @@ def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
     return _to_published(given, file, params, target)
 
 
-def _published_family(config: Config, kind: str) -> interop.Family:
+def _published_family(config: VideoRun, kind: str) -> interop.Family:
     """Whose model a run is, DiT's or SiT's.
 
     Raises:
@@ -314,7 +315,7 @@ def _published_family(config: Config, kind: str) -> interop.Family:
     return family
 
 
-def _abstract(config: Config, mesh_config: MeshConfig) -> tuple[Params, Params]:
+def _abstract(config: VideoRun, mesh_config: MeshConfig) -> tuple[Params, Params]:
     """Shapes and shardings of the parameters of a run's model."""
     mesh = make_mesh(mesh_config)
     model = make_model(config.model, mesh)

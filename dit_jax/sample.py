@@ -21,9 +21,8 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax.checks import check_types
 from dit_jax.codec.opening import open_codec
-from dit_jax.config import Config
+from dit_jax.config import VideoRun, check_types
 from dit_jax.files import as_path, local_copy, run_verb, write_json
 from dit_jax.model import ByteEncoderConfig, ClassLabelsConfig
 from dit_jax.parallel import (
@@ -175,7 +174,7 @@ def _prompts(given: SampleArguments) -> list[str | int]:
     return [prompt for prompt in prompts for _ in range(given.num)]
 
 
-def _requests(given: SampleArguments, config: Config, prompts: list[str | int]) -> list[Request]:
+def _requests(given: SampleArguments, config: VideoRun, prompts: list[str | int]) -> list[Request]:
     """One clip for each prompt; raises ``ValueError`` where the model reads no such prompts."""
     seed, negative = given.seed, given.mode.negative_prompt or ""
     made, text = config.sampling, config.model.text
@@ -202,7 +201,7 @@ def _requests(given: SampleArguments, config: Config, prompts: list[str | int]) 
     ]
 
 
-def _plan(given: SampleArguments, config: Config) -> Plan:
+def _plan(given: SampleArguments, config: VideoRun) -> Plan:
     """Of what size, rate and length; looks into the files that are given."""
     files = given.mode.files
     probes = [probe_prompt(local_copy(file)) for file in files]
@@ -339,7 +338,7 @@ def _chat_config(given: SampleArguments, prompts: list[str | int]) -> ChatConfig
 
 
 def _upsampled(
-    given: SampleArguments, config: Config, prompts: list[str | int], file: Path
+    given: SampleArguments, config: VideoRun, prompts: list[str | int], file: Path
 ) -> list[str | int]:
     """The texts that are used in place of prompts; process 0 asks for them, says and writes what they
     are, and tells the others."""

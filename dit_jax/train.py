@@ -69,7 +69,6 @@ from dit_jax.training import (
     make_step,
 )
 from dit_jax.training.inflating import Inflation, inflation
-from dit_jax.training.kinds import build, recorded
 
 PROG = "python -m dit_jax.train"
 FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
@@ -218,14 +217,14 @@ def train(config: Run) -> str | None:
     with contextlib.ExitStack() as stack:
         with checking_input():
             # Relative paths would mean something else to whoever resumes or samples from elsewhere.
-            config = recorded(absolute_paths(config))
+            config = absolute_paths(config).with_hashes()
             directory, stored = prepare_directory(config)
             if jax.process_index() == 0:
                 stack.callback(Lock(directory).release)
                 write_json(directory / "config.json", to_dict(config))
             mesh = make_mesh(config.mesh)
             rows = local_rows(mesh, config.rows)
-            task = build(config, mesh)
+            task = config.build(mesh)
             optimizer = make_optimizer(config.optimizer, config.steps)
             shapes, shardings = abstract_state(task.init, optimizer, mesh)
             step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)

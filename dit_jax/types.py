@@ -16,8 +16,9 @@ This module holds names only: no computation, and no import of ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import jax
 import numpy as np
@@ -185,3 +186,32 @@ def unconstrained(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """The layout function of a single device: ``x`` as it is."""
     del logical_axes
     return x
+
+
+class Range(NamedTuple):
+    """Bounds of a config's number, as an annotation of its type; ``config.check_types`` holds them."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        """False for NaN, which compares to nothing."""
+        assert isinstance(value, int | float)
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        start, end = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {start}{self.low:g}, {self.high:.12g}{end}"
+
+
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+PositiveFloat = Annotated[float, Range(0, open_low=True)]
+NonNegativeFloat = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1, open_high=True)]
+"""In [0, 1): a decay, a probability of dropping."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.sampling import SamplingConfig
@@ -59,7 +59,7 @@ def latent_records(tmp_path_factory):
 @pytest.fixture(scope="session")
 def latents(latent_records):
     """The config."""
-    return Config(
+    return VideoRun(
         data=DataConfig(
             source=RecordsConfig(latent_records, text_states_key="text_states", fps=24.0),
             packing=PackingConfig(rows=4, row_tokens=16, row_text=18, row_segments=3, bins=2),

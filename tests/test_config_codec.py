@@ -13,8 +13,8 @@ import pytest
 from dit_jax.codec.run import SSIM_WINDOW, CodecEvaluationConfig, CodecRun
 from dit_jax.config import (
     CodecConfig,
-    Config,
     Run,
+    VideoRun,
     differences,
     load_config,
     parse_config,
@@ -118,8 +118,8 @@ def test_runs_that_cannot_be_are_refused(change: dict[str, Any], said: str):
 @pytest.mark.parametrize("name", ["clips", "statistics", "frames"])
 def test_evaluations_that_cannot_be_are_refused(name: str):
     change: Any = {name: -1}
-    with pytest.raises(ValueError, match=f"evaluation.clips .*{-1}"):
-        CodecEvaluationConfig(**change)
+    with pytest.raises(ValueError, match=f"evaluation.{name} is -1"):
+        dataclasses.replace(CONFIG, evaluation=CodecEvaluationConfig(**change))
 
 
 def test_small_windows_are_trained_on_where_nothing_is_measured():
@@ -137,31 +137,26 @@ def test_a_run_survives_json(tmp_path: Path):
     )
     for config in (CONFIG, recorded):
         values = json.loads(json.dumps(to_dict(config)))
-        assert values["type"] == "CodecRun"
+        assert values["type"] == "dit_jax.codec.run:CodecRun"
         assert stored_config(values, "here", CodecRun) == config
         (tmp_path / "config.json").write_text(json.dumps(values))
         again = read_config(tmp_path / "config.json", Run)
         assert again == config and hash(again) == hash(config)
-    del values["type"]
-    with pytest.raises(ValueError, match="holds no config that this version of dit_jax can use"):
-        stored_config(values, "here", Run)
     with pytest.raises(ValueError, match="'groups', which CodecRun does not"):
         stored_config(to_dict(CONFIG) | {"groups": 1}, "here", Run)
 
 
 def test_a_run_of_the_other_kind_is_refused(capsys: Any):
-    of_codec, of_model = to_dict(CONFIG), to_dict(Config())
-    with pytest.raises(ValueError, match=r"'here' is of a run of a codec .* give one of a model"):
+    of_codec, of_model = to_dict(CONFIG), to_dict(VideoRun())
+    with pytest.raises(ValueError, match="'here' is a CodecRun: give a VideoRun"):
         stored_config(of_codec, "here")
-    with pytest.raises(ValueError, match=r"'here' is of a run of a model .* give one of a codec"):
+    with pytest.raises(ValueError, match="'here' is a VideoRun: give a CodecRun"):
         stored_config(of_model, "here", CodecRun)
-    with pytest.raises(
-        ValueError, match=r"is of a run of a codec \(CodecRun\): give one of a model"
-    ):
+    with pytest.raises(ValueError, match="is a CodecRun: give a VideoRun"):
         load_config(str(TINY))
     with pytest.raises(SystemExit):
         parse("--config", MODEL, kind=CodecRun)
-    assert "is of a run of a model (Config)" in capsys.readouterr().err
+    assert "is a VideoRun: give a CodecRun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/codec_*.py")), ids=lambda p: p.stem)
@@ -171,5 +166,5 @@ def test_every_config_of_a_codec_is_one(path: Path):
 
 
 def test_strides_below_one_are_refused():
-    with pytest.raises(ValueError, match="codec.t, h, w = 0, 8, 8: strides are at least 1"):
-        CodecConfig(t=0, h=8, w=8)
+    with pytest.raises(ValueError, match="codec.t is 0: it is at least 1"):
+        VideoRun(codec=CodecConfig(t=0, h=8, w=8))

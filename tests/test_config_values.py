@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from dit_jax import sample
-from dit_jax.checks import check_types
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
 from dit_jax.codec.run import CodecRun
 from dit_jax.config import (
-    Config,
     DataConfig,
+    VideoRun,
     absolute_paths,
+    check_types,
     load_config,
     parse_config,
     read_config,
@@ -56,10 +57,9 @@ WRONG = [
     ("data.source.frames", [3, 5]),
     ("data.source.sizes", ((32, 32, 32),)),
     ("data.source.sizes", (32, 32)),
-    ("data.source", None),
     ("diffusion.time.mean", -math.inf),
     ("sampling.cfg_interval", (0.0, 0.5, 1.0)),
-    ("codec.path", Path("codec")),
+    ("codec.hash", Path("codec")),
 ]
 
 
@@ -77,12 +77,12 @@ def changed(config: Any, name: str, value: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda one: repr(one)[:30])
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(name: str, value: Any):
-    config = changed(Config(), name, value)
+    config = changed(VideoRun(), name, value)
     with pytest.raises(InputError, match=f"^{name}"):
         check_types(config)
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     with pytest.raises(InputError, match=f"^{name}"):
-        Config(**values)
+        VideoRun(**values)
 
 
 def test_what_may_stand_for_another_is_taken():
@@ -92,7 +92,7 @@ def test_what_may_stand_for_another_is_taken():
         ("checkpoint.keep_period", 5),
         ("data.source.sizes", ((32, 32),)),
     ):
-        check_types(changed(Config(), name, value))
+        check_types(changed(VideoRun(), name, value))
     check_types(SamplingOverrides())
     check_types(SamplingOverrides(last_step=0.5, solver="ddim"))
     with pytest.raises(InputError, match="^sampling.fps is nan"):
@@ -102,16 +102,16 @@ def test_what_may_stand_for_another_is_taken():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Config(steps=1e1)", "steps is 10.0"),
-        ("Config(optimizer=OptimizerConfig(learning_rate='1e-3'))", "learning_rate is '1e-3'"),
-        ("Config(optimizer=OptimizerConfig(learning_rate=float('nan')))", "learning_rate is nan"),
-        ("Config(data=DataConfig(ShapesConfig(frames=[3])))", r"data.source.frames is \[3\]"),
-        ("Config(output=__import__('pathlib').Path('x'))", r"output is PosixPath\('x'\)"),
-        ("Config(stepz=3)", "line 5.*'stepz'"),
+        ("VideoRun(steps=1e1)", "steps is 10.0"),
+        ("VideoRun(optimizer=OptimizerConfig(learning_rate='1e-3'))", "learning_rate is '1e-3'"),
+        ("VideoRun(optimizer=OptimizerConfig(learning_rate=float('nan')))", "learning_rate is nan"),
+        ("VideoRun(data=DataConfig(ShapesConfig(frames=[3])))", r"data.source.frames is \[3\]"),
+        ("VideoRun(output=__import__('pathlib').Path('x'))", r"output is PosixPath\('x'\)"),
+        ("VideoRun(stepz=3)", "line 5.*'stepz'"),
         ("1 / 0", "line 5: ZeroDivisionError"),
         ("f()", "line 5: NameError"),
         ("(lambda f: f(f))(lambda f: f(f))", "line 5: RecursionError"),
-        ("Config(log=LogConfig(every=0))", "line 5: log.every 0"),
+        ("VideoRun(log=LogConfig(every=0))", "log.every is 0"),
     ],
 )
 def test_a_config_file_that_fails_is_told_in_one_line(
@@ -137,7 +137,7 @@ def test_a_config_file_that_is_no_text_is_refused(tmp_path: Path):
 
 def test_infinite_numbers_of_the_command_line_are_refused(tmp_path: Path, capsys: Any):
     file = tmp_path / "mine.py"
-    file.write_text("from dit_jax.config import Config as get_config\n")
+    file.write_text("from dit_jax.config import VideoRun as get_config\n")
     for value in ("nan", "inf", "-inf"):
         with pytest.raises(SystemExit):
             parse_config(
@@ -158,12 +158,12 @@ def test_infinite_numbers_of_the_command_line_are_refused(tmp_path: Path, capsys
         ("data.packing.rows", None),
         ("data.source.sizes", [[32, 32, 32]]),
         ("data.source.frames", {"a": 1}),
-        ("data.source.type", "FolderConfig"),
+        ("data.source.type", "dit_jax.data:FolderConfig"),
         ("data.source.type", ["ShapesConfig"]),
     ],
 )
 def test_a_stored_config_with_a_wrong_value_names_its_field(name: str, value: Any):
-    values = json.loads(json.dumps(to_dict(Config())))
+    values = json.loads(json.dumps(to_dict(VideoRun())))
     *way, last = name.split(".")
     inner = values
     for part in way:
@@ -185,7 +185,7 @@ def test_a_hostile_stored_config_is_refused_in_one_line(tmp_path: Path, text: st
         read_config(file)
     assert len(str(error.value)) < 1000
     # Just deep enough that parsing succeeds.
-    values = to_dict(Config())
+    values = to_dict(VideoRun())
     deep: Any = 0
     for _ in range(900):
         deep = [deep]
@@ -203,10 +203,10 @@ def test_stored_configs_are_read_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = json.dumps(to_dict(Config(steps=3)))
+    text = json.dumps(to_dict(VideoRun(steps=3)))
     (tmp_path / "config.json").write_text(text)
     assert read_config("~/config.json").steps == 3
-    source = "from dit_jax.config import Config\ndef get_config(): return Config(steps=7)\n"
+    source = "from dit_jax.config import VideoRun\ndef get_config(): return VideoRun(steps=7)\n"
     (tmp_path / "mine.py").write_text(source)
     assert load_config("~/mine.py").steps == 7
     write_whole(f"{bucket}/run/config.json", text)
@@ -220,14 +220,14 @@ def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "records/1.0.0").mkdir(parents=True)
     one = RecordsConfig("records/1.0.0", data_dir="~/tfds")
-    here = absolute_paths(dataclasses.replace(Config(output="~/run"), data=DataConfig(one)))
+    here = absolute_paths(dataclasses.replace(VideoRun(output="~/run"), data=DataConfig(one)))
     assert here.output == "/home/me/run"
     assert here.data.source == RecordsConfig(
         str(tmp_path / "records/1.0.0"), data_dir="/home/me/tfds"
     )
     assert here.checkpoint.initial is here.codec.path is here.text_encoder.path is None
     sets = (MixedSetConfig("mnist"), MixedSetConfig("./records/1.0.0", weight=2.0))
-    mixed = absolute_paths(Config(output="x", data=DataConfig(MixtureConfig(sets))))
+    mixed = absolute_paths(VideoRun(output="x", data=DataConfig(MixtureConfig(sets))))
     assert isinstance(mixed.data.source, MixtureConfig)
     assert [one.path for one in mixed.data.source.sets] == [
         "mnist",
@@ -240,12 +240,12 @@ def test_paths_of_codecs_and_encoders_become_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    base = Config(data=DataConfig(RecordsConfig("mnist")))
+    base = VideoRun(data=DataConfig(RecordsConfig("mnist")))
     config = dataclasses.replace(
         base,
         output="gs://bucket/run",
         checkpoint=dataclasses.replace(base.checkpoint, initial="runs/first"),
-        codec=dataclasses.replace(base.codec, path="codec"),
+        codec=LatentCodecConfig(path="codec"),
     )
     here = absolute_paths(config)
     assert here.output == "gs://bucket/run"

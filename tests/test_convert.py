@@ -15,8 +15,9 @@ import pytest
 from dit_jax import convert, interop, sample
 from dit_jax.codec import kl_weights
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.kl_weights import OLD_ATTENTION
-from dit_jax.config import CodecConfig, stored_config
+from dit_jax.config import stored_config
 from dit_jax.files import as_path, write_whole
 from dit_jax.parallel import make_mesh
 from dit_jax.sampling.media import read_video
@@ -102,7 +103,7 @@ def test_a_run_is_one_that_verbs_open(published, tmp_path):
     checkpointer, step = open_run(made)
     config = stored_config(checkpointer.config(step), made)
     assert step == 0 and config == convert.run_config(
-        authors_arrays()[0], str(made), CodecConfig(h=8, w=8)
+        authors_arrays()[0], str(made), LatentCodecConfig(h=8, w=8)
     )
     assert json.loads((made / "config.json").read_text()) == checkpointer.config(step)
     shapes, shardings = convert._abstract(config, config.mesh)
@@ -130,7 +131,7 @@ def test_sit_is_a_flow_and_its_last_layer_turned(published, tmp_path):
 
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_the_config_is_the_papers(family):
-    config = convert.run_config(authors_arrays(family)[0], "run", CodecConfig(h=8, w=8))
+    config = convert.run_config(authors_arrays(family)[0], "run", LatentCodecConfig(h=8, w=8))
     assert config.sampling.steps == 250 and config.sampling.height == 64
     assert config.sampling.cfg_channels == 3  # so the code of both samples
     diffusion = config.diffusion

@@ -15,9 +15,10 @@ from dit_jax.codec import folders, kl_weights
 from dit_jax.codec import wan as wan_files
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.converting import run_of_codec
 from dit_jax.codec.run import CodecRun
-from dit_jax.config import CodecConfig, stored_config, to_dict
+from dit_jax.config import stored_config, to_dict
 from dit_jax.training import CheckpointConfig, Checkpointer, open_run
 from tests.codecs import SMALL, random_params
 from tests.interop.published import authors_arrays
@@ -160,7 +161,7 @@ def test_damaged_folders_are_refused(wan: Path, tmp_path: Path, capsys):
 def test_models_name_codecs_of_video(wan: Path, tmp_path: Path, name: str):
     folder = wan if name == "wan" else converted(wan, tmp_path / "ours", "codec")
     found = convert.find_codec(str(folder), 3)
-    assert found == CodecConfig(path=str(folder), t=4, h=4, w=4)
+    assert found == LatentCodecConfig(path=str(folder), t=4, h=4, w=4)
     with pytest.raises(ValueError, match="latents of 3 channels, and the model makes 4"):
         convert.find_codec(str(folder), 4)
 

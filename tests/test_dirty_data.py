@@ -20,14 +20,14 @@ from dit_jax.prepare.writing import write_records
 from tests.runs import Verbs, end, scalars, steps
 
 CONFIG = """
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import VideoRun, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 def get_config():
-    return Config(
+    return VideoRun(
         steps=200,
         data=DataConfig(
             source=RecordsConfig({path!r}),

@@ -21,8 +21,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
-from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig, to_dict
+from dit_jax.config import CodecConfig, DataConfig, EvaluationConfig, LogConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluate import INCEPTION, VIDEO, write_npz
 from dit_jax.evaluate import __main__ as evaluate
@@ -370,9 +371,9 @@ def test_what_cannot_be_measured_is_refused_before_samples_are_made(
     assert "few.npz' are 3: give more" in message
 
 
-def classes_config(latents: bool) -> Config:
+def classes_config(latents: bool) -> VideoRun:
     channels, side = (4, 2) if latents else (3, 8)
-    return Config(
+    return VideoRun(
         data=DataConfig(
             source=RecordsConfig(path="nowhere", label_key="label"),
             packing=PackingConfig(rows=8, row_tokens=32, row_text=4, row_segments=2),
@@ -382,14 +383,14 @@ def classes_config(latents: bool) -> Config:
             patch=PatchConfig(t=1, h=side, w=side, channels=channels),
             text=ClassLabelsConfig(classes=3),
         ),
-        codec=CodecConfig(path="elsewhere", h=4, w=4) if latents else CodecConfig(),
+        codec=LatentCodecConfig(path="elsewhere", h=4, w=4) if latents else CodecConfig(),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(frames=1, height=24, width=24, steps=2, batch=8),
         evaluation=EvaluationConfig(prompts=0),
     )
 
 
-def untrained(config: Config, directory: Path) -> Path:
+def untrained(config: VideoRun, directory: Path) -> Path:
     """A run with random parameters (fresh ones of a published DiT give zeros)."""
     model = make_model(config.model, make_mesh(MeshConfig()))
     params = nn.unbox(jax.jit(partial(init_params, model))(jax.random.key(0)))

@@ -18,7 +18,7 @@ PACKAGE = "dit_jax"
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 FOREIGN = {"tensorflow", "torch"}
-CORE = {"train", "sample", "config", "types", "files", "checks", "video"}
+CORE = {"train", "sample", "config", "types", "files", "video"}
 CORE |= {"data", "model", "diffusion", "parallel", "training", "sampling"}
 SATELLITES = {"codec", "text", "interop", "convert", "evaluate", "prepare", "plan", "upscale"}
 VERBS = {"train", "sample", "convert"}

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dit_jax.config import Config, parse_config
+from dit_jax.config import VideoRun, parse_config
 from dit_jax.data import RecordsConfig
 from dit_jax.parallel import topologies
 from tests.runs import CONFIG, ROOT, scalars, steps
@@ -106,7 +106,7 @@ def in_heads() -> list[str]:
     return [line for script in scripts for line in written(run(script, "--help").stdout)]
 
 
-def configured(command: str) -> tuple[Config, str, dict[str, str]]:
+def configured(command: str) -> tuple[VideoRun, str, dict[str, str]]:
     """The config that a command trains, where it seeks records, and its variables."""
     words = shlex.split(command.partition(" | ")[0])
     variables = dict(word.split("=", 1) for word in words if re.match("[A-Z_]+=", word))

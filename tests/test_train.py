@@ -246,7 +246,7 @@ def test_bad_config_file_is_refused(refused: Refused, tmp_path: Path):
     assert "is not a file. In configs/" in refused(config=tmp_path / "none.py")
     file = tmp_path / "config.py"
     file.write_text("def get_config():\n    return 3\n")
-    assert "returned int, not a Config" in refused(config=file)
+    assert "returned int, not a VideoRun" in refused(config=file)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """The smallest run that has everything: clips of two lengths and images, packed, drawn, reported."""
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, ShapesConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         steps=20,
         data=DataConfig(
             source=ShapesConfig(

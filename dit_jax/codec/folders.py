@@ -17,13 +17,13 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from dit_jax.checks import from_dict
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.codec.codec import ImageCodec, TileConfig
 from dit_jax.codec.kl_weights import autoencoder_from_diffusers, autoencoder_map
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.codec.wan import WAN_CLASS, autoencoder_from_wan, wan_map
+from dit_jax.config import from_dict
 from dit_jax.files import InputError, local_copy
 from dit_jax.interop.folders import read_config, read_weights, weights_hash, write_folder
 from dit_jax.interop.layouts import Layout

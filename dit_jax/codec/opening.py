@@ -8,16 +8,17 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.codec.codec import Codec, ImageCodec, PixelCodec
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.video_codec import VideoCodec
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.data import RecordsSource
 from dit_jax.data.sources import opened_records, records_of
 from dit_jax.parallel import make_lay
 from dit_jax.types import Source
 
 
-def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
+def open_codec(config: VideoRun, mesh: Mesh | None = None) -> Codec | None:
     """The codec at ``codec.run.path``; without one pixels are their own, and latents have none.
 
     A codec of video spreads clips over a mesh, where one is given that is this process's alone.
@@ -27,6 +28,7 @@ def open_codec(config: Config, mesh: Mesh | None = None) -> Codec | None:
     """
     if config.codec.path is None:
         return PixelCodec() if config.model.patch.channels == PixelCodec.channels else None
+    assert isinstance(config.codec, LatentCodecConfig)
     codec = load_codec(config.codec.path, config.codec.tiles)
     wanted = (config.codec.t, config.codec.h, config.codec.w)
     if codec.strides != wanted or codec.channels != config.model.patch.channels:
@@ -57,7 +59,7 @@ def codec_copies(codec: Codec, mesh: Mesh) -> list[Codec]:
     ]
 
 
-def with_codec_hash(config: Config) -> Config:
+def with_codec_hash(config: VideoRun) -> VideoRun:
     """The config with the hash of the codec whose latents are trained on, as far as that is known: the
     data's, or else the folder's.
 

@@ -10,7 +10,7 @@ Axis letters: b clips, t h w frames and pixels.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from dit_jax.types import Params, Totals
 @dataclasses.dataclass(frozen=True)
 class ReconstructionLossConfig:
     """Terms of the loss, each with its weight; pixels are in [-1, 1]."""
+
+    paths: ClassVar[tuple[str, ...]] = ("vgg", "lpips")
 
     l1: float = 1.0
     l2: float = 0.0

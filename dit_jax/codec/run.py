@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from jax.sharding import Mesh
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.crops import CropConfig
 from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
-from dit_jax.config.run import Run
-from dit_jax.data import MixtureConfig, RecordsConfig, ShapesConfig
+from dit_jax.config import Run
+from dit_jax.data import ShapesConfig
+from dit_jax.training import Task
+from dit_jax.types import NonNegativeInt, PositiveInt
 
 SSIM_WINDOW = 11
 """Pixels of each side of the window that SSIM looks at: smaller frames have none."""
@@ -20,11 +25,11 @@ SSIM_WINDOW = 11
 class CodecDataConfig:
     """What is trained on, and the windows cut out of it."""
 
-    source: ShapesConfig | RecordsConfig | MixtureConfig = ShapesConfig()
+    source: Any = ShapesConfig()
     crop: CropConfig = CropConfig(height=16, width=16)
     bad_records: Literal["skip", "refuse"] = "skip"
     """As in a model's run: clips smaller than a window, or that cannot be read, are left out."""
-    max_bad_records: int = 1000
+    max_bad_records: NonNegativeInt = 1000
     """Records that may be left out in the middle of a run, besides those known before it."""
 
 
@@ -32,22 +37,15 @@ class CodecDataConfig:
 class CodecEvaluationConfig:
     """What a run measures when it is done: windows of held-out clips, and what comes back of them."""
 
-    clips: int = 96
+    clips: NonNegativeInt = 96
     """Windows; 0 measures nothing."""
     records_split: str | None = None
     """For recorded data: the split they are cut out of; unset, that of the training data. Of moving
     shapes they are of those combinations that training never draws."""
-    frames: int | None = None
+    frames: PositiveInt | None = None
     """Frames of these windows, where they are others than in training."""
-    statistics: int = 256
+    statistics: PositiveInt = 256
     """Training windows over which the latents' mean and deviation are taken."""
-
-    def __post_init__(self) -> None:
-        if self.clips < 0 or self.statistics < 1 or (self.frames is not None and self.frames < 1):
-            raise ValueError(
-                f"evaluation.clips {self.clips} is at least 0, statistics {self.statistics} and frames "
-                f"{self.frames} at least 1."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,37 +64,44 @@ class CodecRun(Run):
     tiles: TileConfig = TileConfig()
     """In what parts the finished codec takes clips."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def build(self, mesh: Mesh) -> Task:
+        """See ``Run.build``."""
+        from dit_jax.codec.train import build_codec  # It imports this module.
+
+        return build_codec(self, mesh)
+
+    def constraints(self) -> Iterator[tuple[bool, str]]:
+        """See ``Run.constraints``."""
+        yield from super().constraints()
         crop, (time, space, _) = self.data.crop, self.model.stride
-        if crop.height % space or crop.width % space:
-            raise ValueError(
-                f"data.crop.height, width = {crop.height}, {crop.width}: give multiples of the model's "
-                f"stride in space, {space}."
-            )
+        yield (
+            crop.height % space + crop.width % space > 0,
+            f"data.crop.height, width = {crop.height}, {crop.width}: give multiples of the model's "
+            f"stride in space, {space}.",
+        )
         for name, frames in (
             ("data.crop.frames", crop.frames),
             ("evaluation.frames", self.evaluation.frames),
         ):
-            if frames is not None and (frames - 1) % time:
-                raise ValueError(
-                    f"{name} is {frames}: the model's stride in time is {time}, so give 1 + {time}n."
-                )
+            yield (
+                frames is not None and (frames - 1) % time > 0,
+                f"{name} is {frames}: the model's stride in time is {time}, so give 1 + {time}n.",
+            )
         smallest = min(crop.height, crop.width)
-        if self.evaluation.clips and smallest < SSIM_WINDOW:
-            raise ValueError(
-                f"data.crop.height, width = {crop.height}, {crop.width}: SSIM, which is measured when "
-                f"training ends, looks at windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels. Make them "
-                "larger, or set evaluation.clips to 0."
-            )
-        if self.evaluation.records_split is not None and isinstance(self.data.source, ShapesConfig):
-            raise ValueError(
-                f"evaluation.records_split is {self.evaluation.records_split!r}, and the data are "
-                "moving shapes, which have none: leave it unset."
-            )
-        if self.model.shift or self.model.scale:
-            raise ValueError(
-                "model.shift and model.scale are measured when training ends: leave them empty."
-            )
-        if self.model.channels != 3:
-            raise ValueError(f"model.channels is {self.model.channels}: clips have 3.")
+        yield (
+            self.evaluation.clips > 0 and smallest < SSIM_WINDOW,
+            f"data.crop.height, width = {crop.height}, {crop.width}: SSIM, which is measured when "
+            f"training ends, looks at windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels. Make them "
+            "larger, or set evaluation.clips to 0.",
+        )
+        yield (
+            self.evaluation.records_split is not None
+            and isinstance(self.data.source, ShapesConfig),
+            f"evaluation.records_split is {self.evaluation.records_split!r}, and the data are "
+            "moving shapes, which have none: leave it unset.",
+        )
+        yield (
+            bool(self.model.shift or self.model.scale),
+            "model.shift and model.scale are measured when training ends: leave them empty.",
+        )
+        yield (self.model.channels != 3, f"model.channels is {self.model.channels}: clips have 3.")

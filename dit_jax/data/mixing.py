@@ -58,6 +58,10 @@ class MixtureConfig:
         if self.shown is not None and not 0 <= self.shown < len(self.sets):
             raise ValueError(f"shown={self.shown}: the sets are 0 to {len(self.sets) - 1}")
 
+    def open(self) -> MixedSource:
+        """See ``open_mixture``."""
+        return open_mixture(self)
+
     @property
     def shown_set(self) -> MixedSetConfig:
         """The set that pictures and reports are about."""

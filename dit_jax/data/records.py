@@ -39,7 +39,7 @@ from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
 from dit_jax.data.captions import take_caption
-from dit_jax.files import InputError, MiB, explain, is_remote, read_bytes
+from dit_jax.files import InputError, MiB, as_path, explain, is_remote, read_bytes
 from dit_jax.types import Sample
 
 CODEC, CODEC_NAME = "codec", "codec_name"
@@ -147,6 +147,15 @@ class RecordsConfig:
                 "features in braces, and write a brace itself twice"
             ) from error
         return tuple(dict.fromkeys(field for field in fields if field is not None))
+
+    def open(self) -> "RecordsSource":
+        """The records. Raises ``ValueError`` if they are absent, foreign or empty."""
+        return RecordsSource(self)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Fields that hold paths: ``path`` is the name of a TFDS data set unless it is a directory."""
+        return ("path", "data_dir") if as_path(self.path).is_dir() else ("data_dir",)
 
 
 def _check_mix(config: RecordsConfig) -> None:

@@ -328,6 +328,10 @@ class ShapesConfig:
         for height, width in self.image_sizes:
             _check_room(height, width, 1)
 
+    def open(self) -> "MovingShapes":
+        """The clips."""
+        return MovingShapes(self)
+
 
 class MovingShapes:
     """The random-access source of moving shapes: `len`, and samples by index.

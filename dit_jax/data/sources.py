@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dit_jax.data import (
     MixedSource,
     MixtureConfig,
-    MovingShapes,
     RecordsConfig,
     RecordsSource,
-    ShapesConfig,
-    open_mixture,
 )
 from dit_jax.types import Source
 
 
-def make_source(config: ShapesConfig | RecordsConfig | MixtureConfig) -> Source:
+def make_source(config: Any) -> Source:
     """Opens the data; raises ``ValueError`` where it is absent, foreign or empty, or its sets cannot be
     mixed."""
-    if isinstance(config, ShapesConfig):
-        return MovingShapes(config)
-    if isinstance(config, MixtureConfig):
-        return open_mixture(config)
-    return RecordsSource(config)
+    return config.open() if hasattr(config, "open") else config
 
 
-def records_of(config: ShapesConfig | RecordsConfig | MixtureConfig) -> tuple[RecordsConfig, ...]:
+def records_of(config: Any) -> tuple[RecordsConfig, ...]:
     """The sets of records that are trained on: none, one or several."""
-    if isinstance(config, ShapesConfig):
-        return ()
-    return config.sets if isinstance(config, MixtureConfig) else (config,)
+    if isinstance(config, MixtureConfig):
+        return config.sets
+    return (config,) if isinstance(config, RecordsConfig) else ()
 
 
-def shown_source(
-    config: ShapesConfig | RecordsConfig | MixtureConfig,
-) -> ShapesConfig | RecordsConfig:
+def shown_source(config: Any) -> Any:
     """What pictures and reports are about: of a mixture, one of its sets."""
     return config.shown_set if isinstance(config, MixtureConfig) else config
 

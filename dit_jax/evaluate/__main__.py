@@ -17,9 +17,8 @@ from typing import Literal
 import jax
 import tyro
 
-from dit_jax.checks import check_types
 from dit_jax.codec.opening import open_codec
-from dit_jax.config import Config, to_dict
+from dit_jax.config import VideoRun, check_types, to_dict
 from dit_jax.evaluate import (
     I3D_FRAMES,
     I3D_MIN_FRAMES,
@@ -312,7 +311,7 @@ class Making:
         )
 
 
-def _wanted(given: EvaluateArguments, config: Config) -> Wanted:
+def _wanted(given: EvaluateArguments, config: VideoRun) -> Wanted:
     """What the model is asked for; raises ``ValueError`` where it reads something else."""
     text, made, run = config.model.text, config.sampling, given.checkpoint
     size = config.codec.latent_size(made.frames, made.height, made.width)

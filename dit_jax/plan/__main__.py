@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dit_jax.checks import check_types
-from dit_jax.config import Config, Run, parse_config
+from dit_jax.config import Run, VideoRun, check_types, parse_config
 from dit_jax.files import check_file, run_verb, write_whole
 from dit_jax.parallel.topologies import (
     Topology,
@@ -118,7 +117,7 @@ def _one(
 def _sweep(
     given: PlanArguments, config: Run, name: str, topology: Topology, devices: list[Any]
 ) -> int:
-    if not isinstance(config, Config):
+    if not isinstance(config, VideoRun):
         raise ValueError(
             "--sweep is over meshes of models, and the config is a codec's: leave it out."
         )

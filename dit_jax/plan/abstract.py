@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.diffusion import SOLVERS
 from dit_jax.model import ClassLabelsConfig, TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
@@ -55,7 +55,7 @@ def abstract_array(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> PackedBatch:
+def abstract_batch(config: VideoRun, mesh: Mesh) -> PackedBatch:
     """The shapes of a global batch, and how it lies on the mesh."""
     packing, model = config.data.packing, config.model
     b, l, s, n = packing.rows, packing.row_tokens, packing.row_text, packing.row_segments
@@ -84,7 +84,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> PackedBatch:
     )
 
 
-def abstract_task(config: Config, mesh: Mesh) -> AbstractTask:
+def abstract_task(config: VideoRun, mesh: Mesh) -> AbstractTask:
     """The task of a config on a mesh; opens no data."""
     packing = config.data.packing
     check_layout(config, mesh)
@@ -103,7 +103,7 @@ def abstract_task(config: Config, mesh: Mesh) -> AbstractTask:
     )
 
 
-def abstract_denoise(config: Config, mesh: Mesh, rows: int = 1) -> AbstractStep:
+def abstract_denoise(config: VideoRun, mesh: Mesh, rows: int = 1) -> AbstractStep:
     """One step of the solver for ``rows`` clips of the size in ``config.sampling``, guided if it is."""
     made, model_config = config.sampling, config.model
     model = make_model(model_config, mesh, config.attention)

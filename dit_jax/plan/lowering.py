@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dit_jax.codec.abstract import abstract_codec_part, abstract_codec_task
 from dit_jax.codec.run import CodecRun
-from dit_jax.config import Config, Run
+from dit_jax.config import Run, VideoRun
 from dit_jax.plan.abstract import abstract_denoise, abstract_task
 from dit_jax.plan.kernels import Kernel, find_kernels, traced_flops
 from dit_jax.training import abstract_state, make_optimizer, make_step
@@ -186,8 +186,8 @@ def _sampling_step(config: Run, mesh: Mesh) -> _Step:
     return _Step(step.function, step.arguments, params, None, float(tokens), step.flops)
 
 
-def _of_model(config: Run, what: str) -> Config:
-    if not isinstance(config, Config):
+def _of_model(config: Run, what: str) -> VideoRun:
+    if not isinstance(config, VideoRun):
         raise ValueError(
             f"--what {what} is of models, and the config is a codec's: plan its --what train, encode "
             "or decode."

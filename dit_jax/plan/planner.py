@@ -6,7 +6,7 @@ from typing import Any
 
 from dit_jax.codec.abstract import parts_of_clip
 from dit_jax.codec.run import CodecRun
-from dit_jax.config import Config, Run
+from dit_jax.config import Run, VideoRun
 from dit_jax.parallel import make_mesh
 from dit_jax.parallel.topologies import Topology
 from dit_jax.plan.analysis import analyse
@@ -39,7 +39,7 @@ def plan_step(
         "what": what,
         "config": name,
         "mesh": dict(mesh.shape),
-        "remat": config.model.dit.remat if isinstance(config, Config) else "none",
+        "remat": config.model.dit.remat if isinstance(config, VideoRun) else "none",
         "parts": parts_of_clip(config) if isinstance(config, CodecRun) and coding else 1,
     }
     plan = make_plan(program, tally, topology, labels, tokens, price)

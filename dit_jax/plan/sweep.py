@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.model import DiTConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.parallel.topologies import Topology
@@ -54,7 +54,7 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def meshes(config: Config, what: str, topology: Topology) -> list[MeshConfig]:
+def meshes(config: VideoRun, what: str, topology: Topology) -> list[MeshConfig]:
     """The sensible meshes, those first that talk least: few tokens and heads spread, then ``fsdp``
     before ``data``, which keeps more state on a chip."""
     devices, slices = topology.num_devices, topology.slices
@@ -80,8 +80,8 @@ def remat_policies() -> tuple[str, ...]:
 
 
 def candidates(
-    config: Config, what: str, topology: Topology
-) -> Iterator[tuple[MeshConfig, str, Config]]:
+    config: VideoRun, what: str, topology: Topology
+) -> Iterator[tuple[MeshConfig, str, VideoRun]]:
     """Every combination, the same meshes together."""
     policies = remat_policies() if what == "train" else (config.model.dit.remat,)
     for mesh in meshes(config, what, topology):
@@ -91,7 +91,7 @@ def candidates(
             yield mesh, remat, dataclasses.replace(config, mesh=mesh, model=model)
 
 
-def state_alone(config: Config, topology: Topology, devices: list[Any]) -> str | None:
+def state_alone(config: VideoRun, topology: Topology, devices: list[Any]) -> str | None:
     """Why a mesh cannot hold even what a run keeps from step to step, if it cannot: then nothing needs
     to be compiled."""
     held = state_bytes(config, make_mesh(config.mesh, devices))
@@ -103,7 +103,7 @@ def state_alone(config: Config, topology: Topology, devices: list[Any]) -> str |
 
 def run_sweep(
     what: str,
-    config: Config,
+    config: VideoRun,
     name: str,
     topology: Topology,
     devices: list[Any],

@@ -27,10 +27,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tyro
 
-from dit_jax.checks import check_types
 from dit_jax.codec.codec import Codec
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.opening import codec_copies
+from dit_jax.config import check_types
 from dit_jax.files import (
     InputError,
     Lock,

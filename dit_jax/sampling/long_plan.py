@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.sampling import (
     Request,
     Space,
@@ -172,7 +172,7 @@ class LongPlan:
 
 def make_long_plan(
     given: LongArguments,
-    config: Config,
+    config: VideoRun,
     space: Space,
     fps: float,
     begun: np.ndarray | None = None,

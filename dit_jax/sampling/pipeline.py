@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax.config import Config, stored_config
+from dit_jax.config import VideoRun, stored_config
 from dit_jax.files import InputError, absolute, as_path
 from dit_jax.sampling import Generator, SamplingConfig
 from dit_jax.text.opening import check_reads
@@ -81,16 +81,11 @@ class Trained:
         self._checkpointer, self.step = open_run(as_path(run), step)
         self.path = self._checkpointer.path(self.step)
         stored = stored_config(self._checkpointer.config(self.step), self.path / "config")
-        encoder = stored.text_encoder
         self.config = dataclasses.replace(
             stored,
             sampling=dataclasses.replace(stored.sampling, **chosen(sampling)),
-            codec=dataclasses.replace(
-                stored.codec, path=stored.codec.path if codec is None else absolute(codec)
-            ),
-            text_encoder=dataclasses.replace(
-                encoder, path=encoder.path if text_encoder is None else absolute(text_encoder)
-            ),
+            codec=_with_path(stored.codec, codec, "--codec"),
+            text_encoder=_with_path(stored.text_encoder, text_encoder, "--text-encoder"),
         )
         check_reads(self.config, run)
         _check_pixels(self.config, run)
@@ -115,7 +110,16 @@ class Trained:
         return generator, params
 
 
-def _check_pixels(config: Config, run: str) -> None:
+def _with_path(part: Any, path: str | None, option: str) -> Any:
+    """The config of a codec or text encoder with another folder, if one is given."""
+    if path is None:
+        return part
+    if "path" not in vars(part):
+        raise InputError(f"{option} {path!r}: the run's model uses none. Leave it out.")
+    return dataclasses.replace(part, path=absolute(path))
+
+
+def _check_pixels(config: VideoRun, run: str) -> None:
     channels = config.model.patch.channels
     if channels != 3 and config.codec.path is None:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.model import ClassLabelsConfig
 from dit_jax.sampling import (
     Edit,
@@ -316,7 +316,7 @@ class Plan:
 
 
 def make_plan(
-    given: ModeArguments, asked: Mapping[str, Any], config: Config, shapes: Sequence[Shape]
+    given: ModeArguments, asked: Mapping[str, Any], config: VideoRun, shapes: Sequence[Shape]
 ) -> Plan:
     """The size and rate that are asked for, or the first file's, or the config's.
 
@@ -359,7 +359,7 @@ def make_plan(
     return Plan(given, height, width, fps, asked.get("frames"), made.frames)
 
 
-def _check_latents(config: Config, frames: int, height: int, width: int) -> None:
+def _check_latents(config: VideoRun, frames: int, height: int, width: int) -> None:
     """Raises ``ValueError``, in pixels, where the patches of latents do not divide a clip; of pixels
     the patch itself says so."""
     codec, patch = config.codec, config.model.patch

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.data import MixedSource, MixtureConfig, RecordsSource
 from dit_jax.data.sources import opened_records, records_of
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
@@ -24,7 +24,7 @@ CAPTIONS_KEPT = 1024
 """States that are kept while data are read whose captions are encoded on the way."""
 
 
-def with_text_hash(config: Config) -> Config:
+def with_text_hash(config: VideoRun) -> VideoRun:
     """The config with the hash of the encoder whose states it is trained on, as far as that is known:
     the data's, or else the folder's. Configs of models that read no states come back as they are.
 
@@ -49,7 +49,7 @@ def with_text_hash(config: Config) -> Config:
     return _with_hash(config, known[1])
 
 
-def _with_hash(config: Config, digest: str | None) -> Config:
+def _with_hash(config: VideoRun, digest: str | None) -> VideoRun:
     if digest is None:
         return config
     return dataclasses.replace(
@@ -57,7 +57,7 @@ def _with_hash(config: Config, digest: str | None) -> Config:
     )
 
 
-def _check(config: Config, name: str | None, digest: str | None, what: str) -> None:
+def _check(config: VideoRun, name: str | None, digest: str | None, what: str) -> None:
     """Raises ``ValueError`` where an encoder is another than the config's: by the hashes, or where one
     is unknown by the names."""
     text, wanted = config.model.text, config.text_encoder.hash
@@ -91,7 +91,7 @@ def on_mesh(mesh: Mesh) -> Placement:
     )
 
 
-def open_text_encoder(config: Config, mesh: Mesh | None = None) -> TextEncoder | None:
+def open_text_encoder(config: VideoRun, mesh: Mesh | None = None) -> TextEncoder | None:
     """The encoder at ``config.text_encoder.path``, if there is one: spread over a mesh, for all
     processes together, or on a device of this process.
 
@@ -101,6 +101,7 @@ def open_text_encoder(config: Config, mesh: Mesh | None = None) -> TextEncoder |
     given, text = config.text_encoder, config.model.text
     if given.path is None or not isinstance(text, TextStatesConfig):
         return None
+    assert isinstance(given, TextEncoderConfig)
 
     def check(name: str, digest: str, dim: int) -> None:
         if dim != text.dim:
@@ -114,7 +115,7 @@ def open_text_encoder(config: Config, mesh: Mesh | None = None) -> TextEncoder |
     return load_text_encoder(given.path, placement=placement, check=check)
 
 
-def open_for_data(config: Config, source: Source) -> TextEncoder | None:
+def open_for_data(config: VideoRun, source: Source) -> TextEncoder | None:
     """The encoder where the data have captions and no states: for each process alone, as it reads.
 
     Raises:
@@ -188,7 +189,7 @@ def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> lis
     return [told(request) for request in requests]
 
 
-def prompt_length(config: Config) -> tuple[Callable[[str], int], int] | None:
+def prompt_length(config: VideoRun) -> tuple[Callable[[str], int], int] | None:
     """How the model counts a prompt, and how much of one it reads, in tokens; None for a model of
     classes, and for one of states without their encoder.
 
@@ -204,7 +205,7 @@ def prompt_length(config: Config) -> tuple[Callable[[str], int], int] | None:
     return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
 
 
-def cut_note(config: Config, texts: Sequence[str]) -> str | None:
+def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:
     """What is to be said of texts of which the model does not read all: how many, and the first.
 
     Raises:
@@ -224,7 +225,7 @@ def cut_note(config: Config, texts: Sequence[str]) -> str | None:
     )
 
 
-def check_reads(config: Config, run: str) -> None:
+def check_reads(config: VideoRun, run: str) -> None:
     """Raises ``ValueError`` where the model of a run reads states, and no encoder makes them."""
     text = config.model.text
     if isinstance(text, TextStatesConfig) and config.text_encoder.path is None:

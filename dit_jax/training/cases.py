@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dit_jax.codec.codec import Codec
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.data import (
     RecordsConfig,
     RecordsSource,
@@ -36,7 +36,7 @@ SHEET_SCALE = 3
 class Cases:
     """Requests for a run's samples, and how well the clips made for them do."""
 
-    def __init__(self, config: Config, codec: Codec | None = None) -> None:
+    def __init__(self, config: VideoRun, codec: Codec | None = None) -> None:
         self._config, self._codec = config, codec
         source, count = shown_source(config.data.source), config.evaluation.prompts
         self._scenes: list[Any] = []

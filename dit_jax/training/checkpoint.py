@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from dit_jax.types import Params
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When a run is saved and how much of it is kept."""
+
+    paths: ClassVar[tuple[str, ...]] = ("initial",)
 
     every: int = 1000
     """Steps from one save to the next; the last step is always saved."""

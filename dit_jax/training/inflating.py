@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_jax.config import Config, Run
+from dit_jax.config import Run, VideoRun
 from dit_jax.types import Params
 
 PATCH_FRAMES, CLOCK = "model.patch.t", "model.patch.reference_fps"
@@ -99,7 +99,7 @@ def inflation(config: Run, stored: Run) -> Inflation | None:
     Raises:
         ValueError: where the first frame would not be what the image was.
     """
-    if not isinstance(config, Config) or not isinstance(stored, Config):
+    if not isinstance(config, VideoRun) or not isinstance(stored, VideoRun):
         return None
     now, before, fields = config.model, stored.model, []
     if before.patch.t == 1 and now.patch.t > 1:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dit_jax.codec.codec import Codec
 from dit_jax.codec.opening import check_codec, open_codec
-from dit_jax.config import Config, DataConfig
+from dit_jax.config import DataConfig, VideoRun
 from dit_jax.data import (
     Augment,
     Loader,
@@ -98,7 +98,7 @@ def make_model(
     )
 
 
-def check_layout(config: Config, mesh: Mesh) -> None:
+def check_layout(config: VideoRun, mesh: Mesh) -> None:
     """Raises ``ValueError`` where batches of the config cannot be laid out over the mesh."""
     packing, parts, context = config.data.packing, batch_shards(mesh), mesh.shape["context"]
     accumulate = config.optimizer.accumulate
@@ -160,7 +160,7 @@ def caption_length(model: ModelConfig, sample: Sample) -> tuple[int, int]:
     return 0, 0
 
 
-def check_record_size(config: Config, frames: int, height: int, width: int, pixels: bool) -> None:
+def check_record_size(config: VideoRun, frames: int, height: int, width: int, pixels: bool) -> None:
     """Raises ``ValueError`` if a record of this stored size cannot be packed."""
     patch, codec = config.model.patch, config.codec
     size = (frames, height, width)
@@ -235,7 +235,7 @@ def batch_work(model: ModelConfig, batch: PackedBatch) -> Work:
     return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
 
 
-def build_text_to_video(config: Config, mesh: Mesh) -> Task:
+def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
     source = make_source(config.data.source)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.codec.codec import Codec
-from dit_jax.config import Config
+from dit_jax.config import VideoRun
 from dit_jax.evaluate import mean_psnr
 from dit_jax.files import local_copy
 from dit_jax.sampling import Edit, Request, check_request, to_float
@@ -81,7 +81,7 @@ def read_clips(names: Sequence[str], read: Callable[[Path], Clip] = read_video) 
     return found
 
 
-def check_given(config: Config, files: Sequence[str]) -> None:
+def check_given(config: VideoRun, files: Sequence[str]) -> None:
     """Raises ``ValueError`` where a model that enlarges has no clips to, or another has some."""
     if config.model.upscale > 1 and not files:
         raise ValueError(
@@ -141,7 +141,7 @@ def each_clip(
 def enlarging(
     requests: Sequence[Request],
     clips: Sequence[Clip],
-    config: Config,
+    config: VideoRun,
     codec: Codec | None,
 ) -> list[Request]:
     """Requests for the clips at ``config.model.upscale`` times their size, with their frames and rates.

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dit_jax.codec import folders
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.opening import open_codec
-from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource
 from dit_jax.data.sources import make_source
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
@@ -21,7 +22,6 @@ from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer
-from dit_jax.training.kinds import build
 from dit_jax.training.video_task import tokenize
 from tests.codecs import SMALL, quick_compilation, random_params
 
@@ -56,8 +56,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(records: Path, folder: Path) -> Config:
-    return Config(
+def config(records: Path, folder: Path) -> VideoRun:
+    return VideoRun(
         data=DataConfig(
             source=RecordsConfig(str(records)),
             packing=PackingConfig(rows=2, row_tokens=32, row_text=24, row_segments=3, bins=2),
@@ -67,7 +67,7 @@ def config(records: Path, folder: Path) -> Config:
             patch=PatchConfig(t=1, h=2, w=2, channels=4),
             text=ByteEncoderConfig(width=8, depth=1, heads=2, max_bytes=7),
         ),
-        codec=CodecConfig(path=str(folder), t=4, h=2, w=2),
+        codec=LatentCodecConfig(path=str(folder), t=4, h=2, w=2),
         log=LogConfig(draw_every=5, draw_count=1),
         sampling=SamplingConfig(frames=9, height=16, width=8, fps=8.0, steps=2, batch=1),
         evaluation=EvaluationConfig(prompts=1),
@@ -78,8 +78,8 @@ def one_device() -> Any:
     return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
 
-def test_clips_are_encoded_as_they_are_read(config: Config, folder: Path):
-    task = build(config, one_device())
+def test_clips_are_encoded_as_they_are_read(config: VideoRun, folder: Path):
+    task = config.build(one_device())
     loader = task.loader((0, 1))
     batch = next(loader)
     loader.close()
@@ -98,9 +98,9 @@ def test_clips_are_encoded_as_they_are_read(config: Config, folder: Path):
     assert found >= 4
 
 
-def test_what_is_drawn_is_decoded(config: Config, tmp_path: Path):
+def test_what_is_drawn_is_decoded(config: VideoRun, tmp_path: Path):
     mesh = one_device()
-    task = build(config, mesh)
+    task = config.build(mesh)
     optimizer = make_optimizer(config.optimizer, 1)
     _, shardings = abstract_state(task.init, optimizer, mesh)
     state = init_state(task.init, optimizer, shardings, jax.random.key(0))
@@ -110,11 +110,11 @@ def test_what_is_drawn_is_decoded(config: Config, tmp_path: Path):
     assert picture.std() > 0 and picture.shape[1] >= 16
 
 
-def test_clips_that_have_no_whole_latents_are_refused_by_name(config: Config):
+def test_clips_that_have_no_whole_latents_are_refused_by_name(config: VideoRun):
     source = dataclasses.replace(config.data.source, split="odd")
     data = dataclasses.replace(config.data, source=source, bad_records="refuse")
     with pytest.raises(ValueError, match="1 of 2 records cannot be packed") as error:
-        build(dataclasses.replace(config, data=data), one_device())
+        dataclasses.replace(config, data=data).build(one_device())
     assert "record 1 of" in str(error.value) and "6 frames of 16 x 8" in str(error.value)
     # Of a set without sizes in its metadata it is told when the clip is read.
     said = r"the clip 'clip 1' cannot be encoded: a clip of 6 frames of 16 x 8: small takes 1 \+ 4n"
@@ -123,14 +123,14 @@ def test_clips_that_have_no_whole_latents_are_refused_by_name(config: Config):
     assert "Cut it to 5 of 16 x 8" in str(error.value)
 
 
-def test_sampling_sizes_that_have_no_whole_latents_are_refused(config: Config):
+def test_sampling_sizes_that_have_no_whole_latents_are_refused(config: VideoRun):
     made = dataclasses.replace(config.sampling, frames=8)
     with pytest.raises(ValueError, match=r"8 frames of 16 x 8 .* give 1 \+ 4n frames"):
         dataclasses.replace(config, sampling=made)
 
 
 @pytest.mark.parametrize("wrong", [{"t": 1}, {"h": 4, "w": 4}])
-def test_other_strides_are_refused(config: Config, wrong: dict[str, int]):
+def test_other_strides_are_refused(config: VideoRun, wrong: dict[str, int]):
     codec = dataclasses.replace(config.codec, **wrong)
     odd = dataclasses.replace(
         config, codec=codec, sampling=dataclasses.replace(config.sampling, frames=1)
@@ -141,20 +141,22 @@ def test_other_strides_are_refused(config: Config, wrong: dict[str, int]):
         open_codec(odd)
 
 
-def test_other_channels_are_refused(config: Config):
+def test_other_channels_are_refused(config: VideoRun):
     patch = dataclasses.replace(config.model.patch, channels=8)
     model = dataclasses.replace(config.model, patch=patch)
     with pytest.raises(ValueError, match=r"latents of 4 channels .* model.patch.channels 8"):
         open_codec(dataclasses.replace(config, model=model))
 
 
-def test_folders_that_hold_no_codec_are_refused(config: Config, tmp_path: Path):
+def test_folders_that_hold_no_codec_are_refused(config: VideoRun, tmp_path: Path):
     codec = dataclasses.replace(config.codec, path=str(tmp_path))
     with pytest.raises(ValueError, match="config.json' is not there"):
         open_codec(dataclasses.replace(config, codec=codec))
 
 
-def test_latents_that_another_codec_made_are_refused(config: Config, folder: Path, tmp_path: Path):
+def test_latents_that_another_codec_made_are_refused(
+    config: VideoRun, folder: Path, tmp_path: Path
+):
     mine = folders.load_codec(folder)
     for name, made_by in (("same", mine.hash), ("other", "0123456789abcdef")):
         samples = [
@@ -166,10 +168,10 @@ def test_latents_that_another_codec_made_are_refused(config: Config, folder: Pat
         source = RecordsConfig(str(path))
         recorded = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
         if made_by == mine.hash:
-            assert build(recorded, one_device()).rows == 2
+            assert recorded.build(one_device()).rows == 2
             continue
         said = (
             "made by the codec '0123456789abcdef', and codec.path is .* give the one that made them"
         )
         with pytest.raises(ValueError, match=said):
-            build(recorded, one_device())
+            recorded.build(one_device())

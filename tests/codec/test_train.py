@@ -26,7 +26,6 @@ from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.sampling import to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
-from dit_jax.training.kinds import build
 from dit_jax.training.step import loss_and_gradients
 from tests.codecs import quick_compilation
 from tests.tiny_codec_config import get_config
@@ -55,7 +54,7 @@ def first_batch(task: Any) -> Any:
 def trained() -> tuple[Any, list[float], Any]:
     """The task, the losses of steps on different batches, and the averaged parameters after them."""
     mesh = one_device()
-    task = build(CONFIG, mesh)
+    task = CONFIG.build(mesh)
     optimizer = make_optimizer(CONFIG.optimizer, STEPS)
     _, shardings = abstract_state(task.init, optimizer, mesh)
     state = init_state(task.init, optimizer, shardings, jax.random.key(0))
@@ -144,7 +143,7 @@ def test_pictures_are_drawn_of_what_is_learned(trained: Any, tmp_path: Path):
 
 def test_a_run_that_measures_nothing_leaves_its_codec(trained: Any, tmp_path: Path):
     evaluation = dataclasses.replace(CONFIG.evaluation, clips=0)
-    task = build(dataclasses.replace(CONFIG, evaluation=evaluation), one_device())
+    task = dataclasses.replace(CONFIG, evaluation=evaluation).build(one_device())
     assert task.report(trained[2], tmp_path) == {}
     assert load_codec(tmp_path / "codec").channels == 3
     assert not (tmp_path / "codec.json").exists()
@@ -161,7 +160,7 @@ def gradients(sizes: tuple[int, int, int, int]) -> Any:
     """The loss, its terms and the gradients of one batch on a mesh, on the host."""
     count = int(np.prod(sizes))
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:count])
-    task = build(JUDGED, mesh)
+    task = JUDGED.build(mesh)
     optimizer = make_optimizer(JUDGED.optimizer, 10)
     shapes, shardings = abstract_state(task.init, optimizer, mesh)
     rng = np.random.default_rng(0)
@@ -210,10 +209,10 @@ def test_windows_that_do_not_divide_over_the_mesh_are_refused():
     with pytest.raises(
         ValueError, match="data.crop.rows 12: 12 windows do not divide over mesh.data"
     ):
-        build(dataclasses.replace(CONFIG, data=data), mesh)
+        dataclasses.replace(CONFIG, data=data).build(mesh)
     optimizer = dataclasses.replace(CONFIG.optimizer, accumulate=2)
     with pytest.raises(ValueError, match="4 windows in each of .* Make rows a multiple of 16"):
-        build(dataclasses.replace(CONFIG, optimizer=optimizer), mesh)
+        dataclasses.replace(CONFIG, optimizer=optimizer).build(mesh)
 
 
 def test_clips_smaller_than_a_window_are_refused_before_training():
@@ -221,4 +220,4 @@ def test_clips_smaller_than_a_window_are_refused_before_training():
     data = dataclasses.replace(CONFIG.data, crop=crop)
     said = "is of 24 x 24 pixels, and data.crop takes 32 x 32"
     with pytest.raises(ValueError, match=said):
-        build(dataclasses.replace(CONFIG, data=data), one_device())
+        dataclasses.replace(CONFIG, data=data).build(one_device())

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_jax.checks import from_dict
-from dit_jax.config import Config, DataConfig, to_dict
+from dit_jax.config import DataConfig, VideoRun, from_dict, to_dict
 from dit_jax.data import (
     Loader,
     PackingConfig,
@@ -219,5 +218,5 @@ def test_mixes_of_what_is_not_there_are_refused(builder: Path, tmp_path: Path):
 
 
 def test_mixes_are_stored_with_the_run():
-    config = Config(data=DataConfig(RecordsConfig("x", caption_mix=MIX)))
-    assert from_dict(Config, to_dict(config)) == config
+    config = VideoRun(data=DataConfig(RecordsConfig("x", caption_mix=MIX)))
+    assert from_dict(VideoRun, to_dict(config)) == config

@@ -7,9 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dit_jax.checks import from_dict
 from dit_jax.codec.crops import CropConfig, CropLoader
-from dit_jax.config import Config, DataConfig, differences, parse_config, to_dict
+from dit_jax.config import DataConfig, VideoRun, differences, from_dict, parse_config, to_dict
 from dit_jax.data import (
     Loader,
     MixedSetConfig,
@@ -210,17 +209,17 @@ def test_text_of_sets_without_captions_is_not_read(tmp_path):
 
 def test_configs_of_mixtures_are_stored_and_overridden(tmp_path):
     sets = (MixedSetConfig("a"), MixedSetConfig("b", weight=3.0, captioned=False))
-    config = Config(data=DataConfig(source=MixtureConfig(sets)))
-    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+    config = VideoRun(data=DataConfig(source=MixtureConfig(sets)))
+    assert from_dict(VideoRun, json.loads(json.dumps(to_dict(config)))) == config
     assert MixtureConfig(sets[::-1]).shown_set.path == "a"
     assert MixtureConfig(sets, shown=1).shown_set.path == "b"
     file = tmp_path / "mixed.py"
     file.write_text(
-        "from dit_jax.config import Config, DataConfig\n"
+        "from dit_jax.config import VideoRun, DataConfig\n"
         "from dit_jax.data import MixedSetConfig, MixtureConfig\n"
         "def get_config():\n"
         "    sets = (MixedSetConfig('a'), MixedSetConfig('b', weight=3.0, captioned=False))\n"
-        "    return Config(data=DataConfig(source=MixtureConfig(sets)))\n"
+        "    return VideoRun(data=DataConfig(source=MixtureConfig(sets)))\n"
     )
     line = ["--config", str(file), "--data.source.sets.1.path", "c"]
     line += ["--data.source.sets.0.weight", "2", "--data.source.shown", "0"]

@@ -1,14 +1,14 @@
 """A small transformer on latents whose attention is the TPU's kernel: quick to compile."""
 
-from dit_jax.config import Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import SamplingConfig
 
 
-def get_config() -> Config:
-    return Config(
+def get_config() -> VideoRun:
+    return VideoRun(
         data=DataConfig(
             source=RecordsConfig(path="none", text_states_key="text_states"),
             packing=PackingConfig(rows=8, row_tokens=1024, row_text=128, row_segments=1, bins=2),

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax.config import Config, DataConfig, load_config
+from dit_jax.config import DataConfig, VideoRun, load_config
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import forward_flops
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
 from dit_jax.plan.abstract import abstract_denoise, abstract_task
 from dit_jax.sampling import Generator, Request, make_clips
 from dit_jax.training import abstract_params
-from dit_jax.training.kinds import build
 from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
 from tests.codecs import quick_compilation
@@ -57,7 +56,7 @@ def assert_alike(expected, found, but_for=()):
 
 def test_a_batch_is_as_the_loader_and_the_mesh_make_it(config, mesh):
     abstract = abstract_task(config, mesh)
-    task = build(config, mesh)
+    task = config.build(mesh)
     rows = tuple(range(task.rows))
     loader = task.loader(rows)
     batch = global_batch(mesh, next(loader), rows, task.rows)
@@ -70,7 +69,7 @@ def test_a_batch_is_as_the_loader_and_the_mesh_make_it(config, mesh):
 
 
 def test_parameters_are_those_of_the_task(config, mesh):
-    abstract, task = abstract_task(config, mesh), build(config, mesh)
+    abstract, task = abstract_task(config, mesh), config.build(mesh)
     ours, theirs = (abstract_params(one.init, mesh) for one in (abstract, task))
     assert ours == theirs
 
@@ -186,7 +185,7 @@ def test_batches_that_cannot_be_laid_out_are_refused(changes, message):
 
 
 def tiny(rows=8, row_tokens=32, accumulate=1, ulysses=None):
-    base = Config()
+    base = VideoRun()
     sizes = {"rows": rows, "row_tokens": row_tokens, "row_text": 64, "row_segments": 1}
     return dataclasses.replace(
         base,

@@ -10,8 +10,7 @@ import tensorflow_datasets as tfds
 from flax import linen as nn
 
 from dit_jax import sample, train
-from dit_jax.checks import from_dict
-from dit_jax.config import Config, TextEncoderConfig, to_dict
+from dit_jax.config import VideoRun, from_dict, to_dict
 from dit_jax.data import (
     MixedSetConfig,
     MixtureConfig,
@@ -27,14 +26,13 @@ from dit_jax.prepare import ChatClient, ChatConfig, upsample
 from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
+from dit_jax.text.config import TextEncoderConfig
 from dit_jax.text.folders import load_text_encoder, text_encoder_identity
 from dit_jax.text.opening import check_reads, on_mesh, prompt_length, with_states
 from dit_jax.text.t5 import T5EncoderConfig
 from dit_jax.text.text_encoder import StatesEncoder
 from dit_jax.training import CheckpointConfig, Checkpointer
 from dit_jax.training.cases import Cases
-from dit_jax.training.kinds import build
-from dit_jax.training.kinds import recorded as with_hashes
 from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
 from tests.codecs import quick_compilation
@@ -70,7 +68,7 @@ def mesh():
 
 
 @pytest.fixture(scope="module")
-def captioned(folder) -> Config:
+def captioned(folder) -> VideoRun:
     """Moving shapes, whose captions are encoded as they are read."""
     tiny = tiny_config.get_config()
     text = TextStatesConfig(encoder="tiny-umt5", dim=TINY.width, max_tokens=24)
@@ -98,7 +96,7 @@ def states(tmp_path_factory, encoder):
 
 
 @pytest.fixture(scope="module")
-def recorded(captioned, states) -> Config:
+def recorded(captioned, states) -> VideoRun:
     """The config of a run on records with states."""
     source = RecordsConfig(states, text_states_key="text_states")
     data = dataclasses.replace(captioned.data, source=source)
@@ -138,16 +136,16 @@ def test_states_that_do_not_fit_are_refused(tmp_path, encoder, value, said):
 def test_a_run_records_whose_states_it_reads(recorded, captioned, encoder, folder, other):
     assert text_encoder_identity(folder) == ("tiny-umt5", encoder.hash)
     for config in (recorded, captioned):
-        known = with_hashes(config)
+        known = config.with_hashes()
         assert known.text_encoder.hash == encoder.hash
-        assert with_hashes(known) == known
-        assert from_dict(Config, json.loads(json.dumps(to_dict(known)))) == known
-    assert with_hashes(tiny_config.get_config()) == tiny_config.get_config()
+        assert known.with_hashes() == known
+        assert from_dict(VideoRun, json.loads(json.dumps(to_dict(known)))) == known
+    assert tiny_config.get_config().with_hashes() == tiny_config.get_config()
 
     def refused(config, message, **changed):
         given = dataclasses.replace(config.text_encoder, **changed)
         with pytest.raises(ValueError, match=message):
-            with_hashes(dataclasses.replace(config, text_encoder=given))
+            dataclasses.replace(config, text_encoder=given).with_hashes()
 
     made = r"the states of .* were made by the encoder 'tiny-umt5' \(\w{16}\), and the model reads"
     refused(recorded, rf"{made} states of 'tiny-umt5' \(other\): give the one", hash="other")
@@ -159,7 +157,7 @@ def test_a_run_records_whose_states_it_reads(recorded, captioned, encoder, folde
 
 
 def test_a_resumed_run_keeps_its_encoder(captioned, tmp_path):
-    known = with_hashes(captioned)
+    known = captioned.with_hashes()
     again = dataclasses.replace(known.text_encoder, path="elsewhere")
     train.check_same_run(dataclasses.replace(known, text_encoder=again), known, tmp_path)
     changed = dataclasses.replace(known.text_encoder, hash="other")
@@ -169,11 +167,11 @@ def test_a_resumed_run_keeps_its_encoder(captioned, tmp_path):
 
 def test_a_path_without_a_model_that_reads_states_is_refused(folder):
     with pytest.raises(ValueError, match="text_encoder.path is .* the model reads no states"):
-        dataclasses.replace(Config(), text_encoder=TextEncoderConfig(str(folder)))
+        dataclasses.replace(VideoRun(), text_encoder=TextEncoderConfig(str(folder)))
 
 
 def first_batch(config, mesh):
-    task = build(config, mesh)
+    task = config.build(mesh)
     loader = task.loader(tuple(range(task.rows)))
     batch = next(loader)
     loader.close()
@@ -206,17 +204,17 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     none = np.zeros((0, 8), np.float32)
     batch = first_batch(of(captioned, 0, 1, 2), mesh)
     assert matches(batch, [*known, none]) > 4
-    assert with_hashes(of(captioned, 1, 0)).text_encoder.hash == encoder.hash
+    assert of(captioned, 1, 0).with_hashes().text_encoder.hash == encoder.hash
     with pytest.raises(ValueError, match="has none: name their feature"):
-        build(of(recorded, 0, 1), mesh)
+        of(recorded, 0, 1).build(mesh)
     bare = first_batch(of(recorded, 2), mesh)
     assert matches(bare, [none]) > 2
     mixed = of(recorded, 2, 0)
-    assert with_hashes(mixed).text_encoder.hash == encoder.hash
+    assert mixed.with_hashes().text_encoder.hash == encoder.hash
     assert [request.prompt for request in Cases(mixed).requests] == PROMPTS
     other = dataclasses.replace(mixed, text_encoder=TextEncoderConfig(hash="other"))
     with pytest.raises(ValueError, match="were made by the encoder"):
-        build(other, mesh)
+        other.build(mesh)
 
 
 def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, recorded, encoder):
@@ -268,10 +266,10 @@ def test_states_of_another_width_or_encoder_are_refused(captioned, recorded, mes
     text = dataclasses.replace(captioned.model.text, dim=7)
     wide = dataclasses.replace(captioned, model=dataclasses.replace(captioned.model, text=text))
     with pytest.raises(ValueError, match="makes states of 8 numbers, and the model reads 7"):
-        build(wide, mesh)
+        wide.build(mesh)
     given = TextEncoderConfig(hash="other")
     with pytest.raises(ValueError, match="were made by the encoder 'tiny-umt5'"):
-        build(dataclasses.replace(recorded, text_encoder=given), mesh)
+        dataclasses.replace(recorded, text_encoder=given).build(mesh)
 
 
 @pytest.mark.parametrize("axes", [(2, 2, 1, 2), (1, 4, 2, 1)])
@@ -314,7 +312,7 @@ def test_requests_get_states_once_and_keep_those_they_have(encoder):
 def run(tmp_path_factory, captioned, mesh):
     """A run's directory, with fresh weights."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    config = with_hashes(captioned)
+    config = captioned.with_hashes()
     model = make_model(config.model, mesh)
     params = nn.unbox(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
     # Fresh, the model would say zero whatever it reads.

@@ -10,8 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dit_jax.checks import from_dict
-from dit_jax.config import Config, to_dict
+from dit_jax.config import VideoRun, from_dict, to_dict
 from dit_jax.train import begin, check_same_meaning
 from dit_jax.training import (
     CheckpointConfig,
@@ -24,7 +23,7 @@ from dit_jax.training import (
 
 SPREAD = (1, 2, 2, 2)
 DATA = {"0": {"next": 3, "parent": {"counter": 12}}, "1": {"next": 4, "parent": {"counter": 13}}}
-CONFIG = dataclasses.replace(Config(), seed=5, steps=77)
+CONFIG = dataclasses.replace(VideoRun(), seed=5, steps=77)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_a_run_begins_with_the_average_of_another(saved, rig, batches, tmp_path)
         assert np.isfinite(float(metrics["loss"]))
 
 
-def changed(config: Config, name: str, value: object) -> Config:
+def changed(config: VideoRun, name: str, value: object) -> VideoRun:
     """The config with a field, by its dotted name, set."""
     first, *rest = name.split(".")
     inner = changed(getattr(config, first), ".".join(rest), value) if rest else value
@@ -195,7 +194,7 @@ def test_config_comes_back(saved):
     stored = checkpointer.config(step)
     checkpointer.close()
     assert stored == to_dict(CONFIG) == json.loads(json.dumps(stored))
-    assert from_dict(Config, stored) == CONFIG
+    assert from_dict(VideoRun, stored) == CONFIG
 
 
 # What is kept.

@@ -11,10 +11,11 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
 from dit_jax.codec.opening import check_codec
-from dit_jax.config import CodecConfig, Config, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import CodecConfig, VideoRun, DataConfig, EvaluationConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import judge_classes
 from dit_jax.interop import write_folder
@@ -23,7 +24,6 @@ from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
-from dit_jax.training.kinds import build
 from tests.scripts import load_script
 
 CLASSES = 3
@@ -71,7 +71,7 @@ def codec_path(tmp_path_factory):
 
 
 def config_of(records, **changes):
-    config = Config(
+    config = VideoRun(
         data=DataConfig(
             source=RecordsConfig(str(records), label_key="label"),
             packing=PackingConfig(rows=2, row_tokens=32, row_text=4, row_segments=2, bins=1),
@@ -94,7 +94,7 @@ def mesh():
 
 
 def first_batch(config):
-    task = build(config, mesh())
+    task = config.build(mesh())
     loader = task.loader((0, 1))
     try:
         return task, next(loader)
@@ -138,7 +138,7 @@ def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
 
 def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
     model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
-    config = config_of(records, model=model, codec=CodecConfig(str(codec_path), h=2, w=2))
+    config = config_of(records, model=model, codec=LatentCodecConfig(str(codec_path), h=2, w=2))
     task, batch = first_batch(config)
     codec, source = load_codec(codec_path), RecordsSource(config.data.source)
     latents = [patchify(model.patch, codec.encode(to_float(source[i]["video"]))) for i in range(90)]
@@ -152,7 +152,7 @@ def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
 
 def test_a_codec_that_does_not_fit_is_refused(records, codec_path):
     with pytest.raises(ValueError, match="4 channels with strides"):
-        build(config_of(records, codec=CodecConfig(str(codec_path))), mesh())
+        config_of(records, codec=LatentCodecConfig(str(codec_path))).build(mesh())
 
 
 def script():
@@ -188,7 +188,7 @@ def test_latents_are_written_once_and_trained_on(
             transform=TransformConfig(crop=8),
         ),
         model=model,
-        codec=CodecConfig(str(codec_path), h=2, w=2),
+        codec=LatentCodecConfig(str(codec_path), h=2, w=2),
         evaluation=EvaluationConfig(prompts=0),
     )
     _, batch = first_batch(config)

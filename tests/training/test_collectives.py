@@ -9,7 +9,7 @@ import jax
 import pytest
 from flax import linen as nn
 
-from dit_jax.config import Config, DataConfig
+from dit_jax.config import DataConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
@@ -51,7 +51,7 @@ def config(mesh):
     dit = DiTConfig(
         width=WIDTH, depth=3, heads=HEADS, mlp_dim=HIDDEN, scan=True, modulation="shared"
     )
-    return Config(
+    return VideoRun(
         model=ModelConfig(
             dit=dit,
             patch=PatchConfig(t=1, h=2, w=2, channels=3),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.config import Config, DataConfig, to_dict
+from dit_jax.config import DataConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, ShapesConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.model.positions import grid_features, grid_time_features
@@ -25,7 +25,7 @@ from dit_jax.training import (
 from dit_jax.training.inflating import inflation
 from dit_jax.training.video_task import make_model
 
-IMAGE = Config(
+IMAGE = VideoRun(
     data=DataConfig(
         source=ShapesConfig(num_examples=8, sizes=((24, 24),), frames=(5,), image_fraction=0.0),
         packing=PackingConfig(rows=2, row_tokens=64, row_text=48, row_segments=1),

@@ -7,13 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.checks import from_dict
-from dit_jax.config import Config, EvaluationConfig, LogConfig, stored_config, to_dict
+from dit_jax.config import EvaluationConfig, LogConfig, VideoRun, from_dict, stored_config, to_dict
 from dit_jax.data.sources import make_source
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig, unpatchify
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
-from dit_jax.training.kinds import build
 
 STEPS = 20
 
@@ -26,7 +24,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def trained(latents, mesh):
     """Two batches from the loader, and the losses of a step on each and of many on the first."""
-    task = build(latents, mesh)
+    task = latents.build(mesh)
     rows = tuple(range(task.rows))
     loader = task.loader(rows)
     batches = [next(loader) for _ in range(2)]
@@ -104,18 +102,18 @@ def test_records_without_states_are_refused_before_training(latents, mesh):
     source = dataclasses.replace(latents.data.source, text_states_key=None)
     config = dataclasses.replace(latents, data=dataclasses.replace(latents.data, source=source))
     with pytest.raises(ValueError, match=r"states \[s, 8\] .*, and none came with 'colour"):
-        build(config, mesh)
+        config.build(mesh)
     text = dataclasses.replace(latents.model.text, dim=7)
     config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, text=text))
     with pytest.raises(ValueError, match=r"states \[s, 7\] .*, and an array of shape \(\d, 8\)"):
-        build(config, mesh)
+        config.build(mesh)
 
 
 def test_latents_of_another_codec_are_refused(latents, mesh):
     patch = dataclasses.replace(latents.model.patch, channels=16)
     config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, patch=patch))
     with pytest.raises(ValueError, match="the clip has 4 channels and the model's patches 16"):
-        build(config, mesh)
+        config.build(mesh)
 
 
 def test_text_states_survive_json(latents):
@@ -126,15 +124,15 @@ def test_text_states_survive_json(latents):
         "dim": 8,
         "max_tokens": 6,
     }
-    again = from_dict(Config, values)
+    again = from_dict(VideoRun, values)
     assert again == latents and hash(again) == hash(latents)
     assert isinstance(again.model.text, TextStatesConfig)
 
 
 def test_configs_stored_before_there_were_states_still_load():
     """The text encoder had no ``type``, and attention, bands and modulation were not chosen."""
-    model = dataclasses.replace(Config().model, text=ByteEncoderConfig(width=16, heads=2))
-    config = dataclasses.replace(Config(), model=model)
+    model = dataclasses.replace(VideoRun().model, text=ByteEncoderConfig(width=16, heads=2))
+    config = dataclasses.replace(VideoRun(), model=model)
     values = json.loads(json.dumps(to_dict(config)))
     assert values["model"]["text"].pop("type") == "ByteEncoderConfig"
     del values["attention"]

@@ -24,7 +24,6 @@ from dit_jax.sampling import (
 )
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
 from dit_jax.training.cases import Cases
-from dit_jax.training.kinds import build
 from dit_jax.training.video_task import make_model, tokenize
 from dit_jax.upscale.resizing import enlarge, shrink
 from dit_jax.upscale.super_resolution import (
@@ -62,7 +61,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def built(mesh):
-    return build(CONFIG, mesh)
+    return CONFIG.build(mesh)
 
 
 @pytest.fixture(scope="module")
