@@ -405,7 +405,7 @@ def absolute_paths(config: Any) -> Any:
     paths, changes = getattr(config, "paths", ()), {}
     for field in dataclasses.fields(config):
         value: Any = getattr(config, field.name)
-        is_path = field.name in paths and value is not None
+        is_path = field.name in paths and isinstance(value, str)
         new = absolute(value) if is_path else absolute_paths(value)
         if new != value:
             changes[field.name] = new
