@@ -23,8 +23,8 @@ import numpy as np
 import tyro
 
 from dit_jax import interop
-from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.config import (
+    CodecConfig,
     DataConfig,
     EvaluationConfig,
     LogConfig,
@@ -181,7 +181,7 @@ def open_published(given: ConvertArguments, source: Path) -> Source:
     return Source(file, interop.dit_map(file), arrays, repr(str(source)))
 
 
-def find_codec(path: str | None, channels: int) -> LatentCodecConfig:
+def find_codec(path: str | None, channels: int) -> CodecConfig:
     """The strides of the latents, and the folder where they are known from.
 
     Raises:
@@ -189,7 +189,7 @@ def find_codec(path: str | None, channels: int) -> LatentCodecConfig:
     """
     if path is None:
         side = 1 if channels == 3 else 8
-        return LatentCodecConfig(h=side, w=side)
+        return interop.codec_tools().LatentCodecConfig(h=side, w=side)
     found, _ = interop.codec_tools().codec_config(local_copy(path))
     if found.latent_channels != channels:
         raise ValueError(
@@ -198,10 +198,10 @@ def find_codec(path: str | None, channels: int) -> LatentCodecConfig:
         )
     stride = found.stride
     t, h, w = (1, stride, stride) if isinstance(stride, int) else stride
-    return LatentCodecConfig(path=absolute(path), t=t, h=h, w=w)
+    return interop.codec_tools().LatentCodecConfig(path=absolute(path), t=t, h=h, w=w)
 
 
-def run_config(file: DiTFile, output: str, codec: LatentCodecConfig) -> VideoRun:
+def run_config(file: DiTFile, output: str, codec: CodecConfig) -> VideoRun:
     """The config of a run with the published model: how it was trained, and how it is sampled.
 
     DiT: 1000 linear betas, predicted noise, learned variance; 250 steps of ancestral sampling (Peebles
