@@ -18,6 +18,7 @@ from dit_jax import interop
 from dit_jax.codec import kl_weights, wan
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
+from dit_jax.codec.config import LatentCodecConfig as LatentCodecConfig
 from dit_jax.codec.crops import CropConfig
 from dit_jax.codec.folders import codec_config, write_codec
 from dit_jax.codec.run import CodecDataConfig, CodecRun

@@ -20,7 +20,6 @@ from flax import traverse_util
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.codec.codec import ImageCodec, TileConfig
-from dit_jax.codec.config import LatentCodecConfig as LatentCodecConfig
 from dit_jax.codec.kl_weights import autoencoder_from_diffusers, autoencoder_map
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.codec.wan import WAN_CLASS, autoencoder_from_wan, wan_map

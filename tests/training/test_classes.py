@@ -15,7 +15,7 @@ from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
 from dit_jax.codec.opening import check_codec
-from dit_jax.config import CodecConfig, VideoRun, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import judge_classes
 from dit_jax.interop import write_folder
