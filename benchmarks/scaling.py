@@ -16,8 +16,8 @@ from typing import Any
 
 from dit_jax.config import VideoRun, load_config
 from dit_jax.parallel import MeshConfig
-from dit_jax.parallel.topologies import parse_topology, prepare_environment, topology_devices
 from dit_jax.plan import DoesNotFit, Plan, plan_step
+from dit_jax.plan.topologies import parse_topology, prepare_environment, topology_devices
 
 CONFIG = "configs/video_1b3.py"
 TOKENS = (2**15, 2**18, 2**20, 2**22)

@@ -48,7 +48,7 @@ from dit_jax.files import (
     write_json,
 )
 from dit_jax.interop import DiTFile, Map
-from dit_jax.parallel import MeshConfig, make_mesh, restart_with_huge_pages
+from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig
 from dit_jax.sampling.pipeline import check_finite
 from dit_jax.training import CheckpointConfig, Checkpointer, abstract_params, open_run
@@ -396,5 +396,4 @@ def _said(file: DiTFile) -> str:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
     raise SystemExit(main())

@@ -28,11 +28,10 @@ from dit_jax.model import ByteEncoderConfig, ClassLabelsConfig
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
+    broadcast,
     joined,
     make_mesh,
-    restart_with_huge_pages,
     take_process_flags,
-    tell_all,
 )
 from dit_jax.prepare import (
     AnswerCache,
@@ -356,7 +355,7 @@ def _upsampled(
             found = upsample(words, client, given.upsampling, **limits)
         _tell_changes(found, client, file)
         texts = json.dumps({one.original: one.text for one in found})
-    used = json.loads(tell_all("prompts", texts))
+    used = json.loads(broadcast("prompts", texts))
     return [used[prompt] for prompt in prompts]
 
 
@@ -402,5 +401,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
     raise SystemExit(main())

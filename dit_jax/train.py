@@ -7,8 +7,9 @@ have without the interruption.
 Exit status: 0, the run is complete; 2, something that the user gave is wrong, and the message says
 what (only before the loop begins: starting again would not help); 143 or 130 (128 + the signal, as
 shells count), SIGTERM or SIGINT stopped it after it saved its step; 1, something failed by itself (a
-full disk, storage that does not answer, another process of the run). What did not end in 0 or 2 goes on
-when all its processes are started again.
+full disk, storage that does not answer, an error in another process of the run); 134, JAX aborted this
+process because another died. What did not end in 0 or 2 goes on when all its processes are started
+again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ from dit_jax.parallel import (
     joined,
     local_rows,
     make_mesh,
-    restart_with_huge_pages,
     take_process_flags,
 )
 from dit_jax.training import (
@@ -355,5 +355,4 @@ def data_report(loader: Lanes[Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
     raise SystemExit(main())

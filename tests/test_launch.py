@@ -21,7 +21,7 @@ import yaml
 
 from dit_jax.config import VideoRun, parse_config
 from dit_jax.data import RecordsConfig
-from dit_jax.parallel import topologies
+from dit_jax.plan import topologies
 from tests.runs import CONFIG, ROOT, scalars, steps
 
 LAUNCH = ROOT / "launch"

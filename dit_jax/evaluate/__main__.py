@@ -53,7 +53,6 @@ from dit_jax.parallel import (
     MeshConfig,
     joined,
     make_mesh,
-    restart_with_huge_pages,
     take_process_flags,
 )
 from dit_jax.prepare import read_prompts
@@ -333,5 +332,4 @@ def _wanted(given: EvaluateArguments, config: VideoRun) -> Wanted:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
     raise SystemExit(main())

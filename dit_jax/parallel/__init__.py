@@ -2,11 +2,8 @@
 
 from dit_jax.parallel.attention import host_attention as host_attention
 from dit_jax.parallel.attention import xla_attention as xla_attention
-from dit_jax.parallel.cluster import PROCESS_HELP as PROCESS_HELP
-from dit_jax.parallel.cluster import take_process_flags as take_process_flags
 from dit_jax.parallel.gpu import gpu_attention as gpu_attention
 from dit_jax.parallel.gpu import gpu_blocks as gpu_blocks
-from dit_jax.parallel.host import restart_with_huge_pages as restart_with_huge_pages
 from dit_jax.parallel.kernels import choose_attention as choose_attention
 from dit_jax.parallel.kernels import choose_dot_general as choose_dot_general
 from dit_jax.parallel.kernels import platform as platform
@@ -15,12 +12,15 @@ from dit_jax.parallel.mesh import AXES as AXES
 from dit_jax.parallel.mesh import MeshConfig as MeshConfig
 from dit_jax.parallel.mesh import batch_shards as batch_shards
 from dit_jax.parallel.mesh import make_mesh as make_mesh
+from dit_jax.parallel.mesh import peak_flops as peak_flops
+from dit_jax.parallel.multihost import PROCESS_HELP as PROCESS_HELP
+from dit_jax.parallel.multihost import barrier as barrier
+from dit_jax.parallel.multihost import broadcast as broadcast
 from dit_jax.parallel.multihost import global_batch as global_batch
 from dit_jax.parallel.multihost import initialize as initialize
 from dit_jax.parallel.multihost import joined as joined
 from dit_jax.parallel.multihost import local_rows as local_rows
-from dit_jax.parallel.multihost import tell_all as tell_all
-from dit_jax.parallel.multihost import wait_for_all as wait_for_all
+from dit_jax.parallel.multihost import take_process_flags as take_process_flags
 from dit_jax.parallel.rules import batch_sharding as batch_sharding
 from dit_jax.parallel.rules import check_rules as check_rules
 from dit_jax.parallel.rules import clip_sharding as clip_sharding

@@ -19,13 +19,13 @@ import tyro
 
 from dit_jax.config import Run, VideoRun, check_types, parse_config
 from dit_jax.files import check_file, run_verb, write_whole
-from dit_jax.parallel.topologies import (
+from dit_jax.plan import DoesNotFit, plan_step, render, render_sweep, render_trial, run_sweep
+from dit_jax.plan.topologies import (
     Topology,
     parse_topology,
     prepare_environment,
     topology_devices,
 )
-from dit_jax.plan import DoesNotFit, plan_step, render, render_sweep, render_trial, run_sweep
 
 PROG = "python -m dit_jax.plan"
 

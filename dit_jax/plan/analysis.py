@@ -10,7 +10,6 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
-from dit_jax.parallel.topologies import Topology
 from dit_jax.plan.collectives import Collective, Wiring, dcn_collective, ici_collective, wiring
 from dit_jax.plan.costs import (
     COPIES,
@@ -24,6 +23,7 @@ from dit_jax.plan.costs import (
 from dit_jax.plan.hlo import HBM, Computation, Instruction, Module
 from dit_jax.plan.kernels import Kernel, match
 from dit_jax.plan.loops import trip_count
+from dit_jax.plan.topologies import Topology
 
 
 class Use(NamedTuple):

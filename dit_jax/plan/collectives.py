@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_jax.parallel.topologies import Topology
 from dit_jax.plan.hlo import Array, Computation, Instruction
+from dit_jax.plan.topologies import Topology
 
 ICI, DCN = "ici", "dcn"
 

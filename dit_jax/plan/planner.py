@@ -8,11 +8,11 @@ from dit_jax.codec.abstract import parts_of_clip
 from dit_jax.codec.run import CodecRun
 from dit_jax.config import Run, VideoRun
 from dit_jax.parallel import make_mesh
-from dit_jax.parallel.topologies import Topology
 from dit_jax.plan.analysis import analyse
 from dit_jax.plan.hlo import parse
 from dit_jax.plan.lowering import DoesNotFit, compile_step
 from dit_jax.plan.report import Plan, make_plan
+from dit_jax.plan.topologies import Topology
 
 
 def plan_step(

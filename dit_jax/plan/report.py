@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dit_jax.parallel.topologies import Topology
 from dit_jax.plan.analysis import Tally
 from dit_jax.plan.collectives import DCN, ICI
 from dit_jax.plan.lowering import Memory, Program, State
+from dit_jax.plan.topologies import Topology
 
 PERMUTE = "collective-permute"
 

@@ -15,10 +15,10 @@ from typing import Any
 from dit_jax.config import VideoRun
 from dit_jax.model import DiTConfig
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.parallel.topologies import Topology
 from dit_jax.plan.lowering import DoesNotFit, state_bytes
 from dit_jax.plan.planner import plan_step
 from dit_jax.plan.report import Plan
+from dit_jax.plan.topologies import Topology
 
 MAX_TENSOR = 8
 """Wider, every layer's activations cross too many links to be worth trying."""

@@ -45,10 +45,10 @@ from dit_jax.files import (
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
+    barrier,
     joined,
     make_mesh,
     take_process_flags,
-    wait_for_all,
 )
 from dit_jax.prepare import (
     MACHINE_REASONS,
@@ -492,7 +492,7 @@ def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | No
     alone = jax.process_count() == 1
     preparation.examine(index, count)
     if not alone:
-        wait_for_all("examined")
+        barrier("examined")
         # What other machines wrote may take a while to be seen on a network disk.
         if left := preparation.not_examined(max(config.wait, VISIBLE)):
             raise OSError(f"{left} files that other processes examined have no report here")
@@ -505,7 +505,7 @@ def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | No
     if preparation.more:
         preparation.run_stages(index, count)
     if not alone:
-        wait_for_all("prepared")
+        barrier("prepared")
     elif count > 1:
         print(f"share {config.shard} is done: when all are, run the same command without --shard.")
         return None

@@ -18,7 +18,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tqdm import tqdm
 
 from dit_jax.files import explain, is_remote, write_whole
-from dit_jax.parallel.topologies import peak_flops
+from dit_jax.parallel import peak_flops
 from dit_jax.training.task import Work
 
 

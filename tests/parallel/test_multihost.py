@@ -1,12 +1,17 @@
-"""Batches put together from rows. (Several real processes are in tests/test_multiprocess.py.)"""
+"""Batches put together from rows, and places of processes.
+
+Several real processes are in tests/test_multiprocess.py.)"""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
 import pytest
 from flax import struct
+from jax._src.distributed import State
 
+from dit_jax import sample, train
 from dit_jax.files import InputError
 from dit_jax.parallel import (
     MeshConfig,
@@ -17,7 +22,7 @@ from dit_jax.parallel import (
     make_mesh,
     multihost,
 )
-from dit_jax.parallel.cluster import FLAGS, VARIABLES
+from dit_jax.parallel.multihost import FLAGS, VARIABLES, take_process_flags
 from dit_jax.types import PackedBatch
 
 MESHES = [
@@ -112,25 +117,181 @@ def test_rows_of_other_devices_are_not_local():
     assert local_rows(mesh, 6) == (0, 1, 2, 3, 4, 5)
 
 
-def test_alone_nothing_is_joined(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    assert initialize() is None and jax.process_count() == 1
+# Which process of a run this is. JAX's own detection of clusters is taken as it is: here its caller.
+
+STEP = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_NODELIST": "gpu[007-010],gpu12",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+"""What srun sets for the third of four tasks, one on each node."""
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
+@pytest.fixture
+def joining(monkeypatch):
+    """A machine without a cluster; `jax.distributed.initialize` notes how it is called."""
+    prefixes = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_COORD", "JAX_NUM_PROC", "JAX_PROC")
+    for name in os.environ:
+        if name.startswith((*prefixes, "JOB_COMPLETION", "KUBERNETES_", "CUDA_VISIBLE")):
+            monkeypatch.delenv(name)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    return calls
+
+
+def set_all(monkeypatch, values):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def place(call):
+    return tuple(call.get(n) for n in ("coordinator_address", "num_processes", "process_id"))
+
+
+def test_alone_nothing_is_joined(joining):
+    assert not initialize() and not initialize(dict.fromkeys(FLAGS)) and not joining
     # Errors pass: the verb prints them.
     with pytest.raises(ValueError, match="no rows"), joined(None, "prog"):
         raise ValueError("no rows")
 
 
-def test_others_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="--process-id=2 is not in 0..1"):
-        initialize(dict(zip(FLAGS, ("host:1", "2", "2"), strict=True)))
+def test_flags_win_over_variables_and_these_over_the_cluster(joining, monkeypatch):
+    set_all(monkeypatch, STEP)
+    assert initialize() and place(joining[-1]) == (None, None, None)  # JAX reads the cluster
+    set_all(monkeypatch, dict(zip(VARIABLES, ("host:1", "3", "1"), strict=True)))
+    assert initialize() and place(joining[-1]) == ("host:1", 3, 1)
+    _, flags = take_process_flags(["--coordinator", "[::1]:8476", "--process-id", "2"])
+    assert initialize(flags) and place(joining[-1]) == ("[::1]:8476", 3, 2)
+    assert joining[-1]["cluster_detection_method"] == "deactivate"
+    # One process by itself, wherever it is.
+    assert not initialize(take_process_flags(["--num-processes", "1"])[1])
+    monkeypatch.setenv(VARIABLES[1], "1")
+    assert not initialize() and len(joining) == 3
 
 
-class FailsWith:
-    """In place of a lifeline: notes with which status the process would have ended."""
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("host:1", None, None),
+        (None, 2, 0),
+        ("host:1", 2, 2),
+        ("host:1", 2, -1),
+        ("host", 2, 0),
+        (":8476", 2, 0),
+        ("host:port", 2, 0),
+    ],
+    ids=str,
+)
+def test_incomplete_or_wrong_places_are_refused(joining, values):
+    with pytest.raises(InputError) as error:
+        initialize(dict(zip(FLAGS, values, strict=True)))
+    assert all(
+        f"{flag} {value}" in str(error.value) for flag, value in zip(FLAGS, values, strict=True)
+    )
 
-    def fail(self, error, prog, user_error):
-        raise SystemExit(2 if user_error else 1)
+
+def test_flags_are_taken_from_the_command_line(joining):
+    line = ["--config", "c.py", "--coordinator", "h:1", "--steps", "3", "--num_processes=2"]
+    rest, flags = take_process_flags([*line, "--process-id", "1"])
+    assert rest == ["--config", "c.py", "--steps", "3"]
+    assert flags == {"--coordinator": "h:1", "--num-processes": 2, "--process-id": 1}
+    # No abbreviations: what is not whole belongs to the config.
+    assert take_process_flags(["--process", "1"]) == (["--process", "1"], dict.fromkeys(FLAGS))
+    with pytest.raises(SystemExit) as ended:
+        take_process_flags(["--num-processes", "two"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("verb", [train, sample])
+def test_help_tells_of_the_flags(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        verb.main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        (STEP, True),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc's shell, or `srun --ntasks=1`
+        ({"SLURM_JOB_ID": "1234", "SLURM_NTASKS": "4"}, False),  # the script of sbatch
+        ({"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}, True),
+        (POD, False),
+        (POD | {"JOB_COMPLETION_INDEX": "1"}, True),
+        (POD | {"JAX_PLATFORMS": "tpu,cpu", "TPU_WORKER_HOSTNAMES": "a-0,a-1"}, True),
+        (POD | {"TPU_WORKER_HOSTNAMES": "a-0,a-1"}, False),  # it prepares data, by itself
+    ],
+)
+def test_clusters_that_jax_is_asked_about(joining, monkeypatch, variables, asked):
+    set_all(monkeypatch, {"JAX_PLATFORMS": "cpu"} | variables)
+    assert initialize() == asked == len(joining)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "visible", "devices"),
+    [
+        ("8", "0,1,2,3", [0, 1, 2, 3]),  # alone on its node: all GPUs
+        ("1", "0,1,2,3,4,5,6,7", None),  # one of eight on its node: JAX takes its own
+        ("1", "5", [0]),  # Slurm has bound it to one, the first that it sees
+    ],
+)
+def test_gpus_of_a_slurm_task(joining, monkeypatch, nodes, visible, devices):
+    tasks = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "5"}
+    set_all(monkeypatch, STEP | tasks | {"SLURM_STEP_NUM_NODES": nodes})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert initialize() and joining[-1]["local_device_ids"] == devices
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "3")  # set by the user: JAX reads it
+    assert initialize() and joining[-1]["local_device_ids"] is None
+
+
+def test_gpus_that_slurm_counts(joining, monkeypatch):
+    set_all(monkeypatch, STEP | {"SLURM_GPUS_ON_NODE": "2"})
+    assert initialize() and joining[-1]["local_device_ids"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "error", "outcome"),
+    [
+        ({}, ValueError("coordinator_address should be defined."), False),
+        (STEP, ValueError("invalid literal for int(): 'three'"), InputError),
+        # Without the package kubernetes a pod cannot know the others, and must not train alone.
+        (
+            POD | {"JOB_COMPLETION_INDEX": "1"},
+            ValueError("coordinator_address should be defined."),
+            InputError,
+        ),
+        # What launchers start again: a server or processes that may be there the next time.
+        (STEP, OSError("metadata.google.internal: timed out"), ConnectionError),
+        (STEP, RuntimeError("DEADLINE_EXCEEDED"), ConnectionError),
+    ],
+)
+def test_what_jax_cannot_do(joining, monkeypatch, variables, error, outcome):
+    def refuse(**options):
+        raise error
+
+    set_all(monkeypatch, {"JAX_PLATFORMS": "tpu"} | variables)
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setattr(multihost.glob, "glob", lambda pattern: [pattern])  # a TPU's devices
+    if outcome is False:
+        assert not initialize()
+        return
+    with pytest.raises(outcome, match=str(error).split(":")[0]):
+        initialize()
+
+
+def test_jax_says_so_where_there_is_no_cluster():
+    """The message that `initialize` compares is that of this version of JAX."""
+    with pytest.raises(ValueError) as error:
+        State().initialize(cluster_detection_method="deactivate")
+    assert str(error.value) == "coordinator_address should be defined."
 
 
 @pytest.mark.parametrize(
@@ -144,19 +305,26 @@ class FailsWith:
     ],
 )
 def test_only_errors_of_the_user_end_with_2(monkeypatch, user_errors, error, status):
-    monkeypatch.setattr(multihost, "initialize", lambda flags: FailsWith())
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(multihost, "initialize", lambda flags: True)
+    monkeypatch.setattr(multihost, "_watch_for_failure", lambda done: None)
+    monkeypatch.setattr(multihost.os, "_exit", leave)
     with pytest.raises(SystemExit) as ended, joined(None, "prog", *user_errors):
         raise error
     assert ended.value.code == status
 
 
-def test_others_that_are_not_there_may_be_there_next_time(monkeypatch):
-    def refuse(*args, **kwargs):
+def test_others_that_are_not_there_may_be_there_next_time(joining, monkeypatch):
+    def refuse(**options):
         raise RuntimeError("DEADLINE_EXCEEDED")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    flags = dict(zip(FLAGS, ("host:1", "2", "1"), strict=True))
-    with pytest.raises(SystemExit) as ended, joined(flags, "prog"):
+    with (
+        pytest.raises(SystemExit) as ended,
+        joined(dict(zip(FLAGS, ("host:1", 2, 1), strict=True)), "prog"),
+    ):
         pass
     # Python prints a text and ends with status 1.
-    assert "prog: error: process 1 of 2 could not join the others at host:1" in ended.value.code
+    assert "prog: error: process 1 of 2 at host:1 could not join" in ended.value.code

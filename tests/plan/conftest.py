@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dit_jax.parallel.topologies import Topology, parse_topology
 from dit_jax.plan.hlo import Module, parse
+from dit_jax.plan.topologies import Topology, parse_topology
 
 PROGRAMS = Path(__file__).parent / "programs"
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dit_jax.parallel.topologies import parse_topology
 from dit_jax.plan.analysis import Use, analyse
 from dit_jax.plan.collectives import links, replica_groups, wiring
 from dit_jax.plan.hlo import parse
+from dit_jax.plan.topologies import parse_topology
 
 LINK, DCN = 50e9, 3.125e9  # Of v5e.
 

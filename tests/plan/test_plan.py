@@ -13,11 +13,11 @@ import pytest
 
 from dit_jax.config import load_config
 from dit_jax.parallel import MeshConfig
-from dit_jax.parallel.topologies import parse_topology
 from dit_jax.plan import CompilerFailed, DoesNotFit, render_sweep, run_sweep
 from dit_jax.plan import __main__ as verb
 from dit_jax.plan.lowering import STEPS, compile_step
 from dit_jax.plan.sweep import candidates, meshes, remat_policies, state_alone
+from dit_jax.plan.topologies import parse_topology
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(Path(__file__).with_name("small_config.py"))

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from dit_jax.parallel.topologies import parse_topology
 from dit_jax.plan import DoesNotFit, render
 from dit_jax.plan.analysis import KernelUse, Tally, Use
 from dit_jax.plan.lowering import Memory, Program, State
 from dit_jax.plan.report import budget, make_plan, times
+from dit_jax.plan.topologies import parse_topology
 
 TOPOLOGY = parse_topology("v5p:2x2x2")
 CHIP = TOPOLOGY.chip

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from dit_jax.parallel.topologies import CHIPS, parse_topology, peak_flops, topology_devices
+from dit_jax.parallel import peak_flops
+from dit_jax.plan.topologies import CHIPS, parse_topology, topology_devices
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (dit-jax[tpu])"

@@ -2,7 +2,7 @@
 
 ``v5p:4x4x8`` is 4 x 4 x 8 chips of a v5p. With libtpu installed, XLA compiles for such a name on any
 host; nothing here runs a program, and ``parallel.make_mesh`` lays a mesh over such devices as over
-others. Also the one table of peaks by device kind that utilisation is computed with.
+others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+
+from dit_jax.parallel.mesh import PEAK_FLOPS
 
 Shape = tuple[int, ...]
 
@@ -38,8 +40,6 @@ class Chip:
     name: str
     kinds: tuple[str, ...]
     """What ``device.device_kind`` begins with."""
-    flops: float
-    """Dense bfloat16."""
     hbm_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float
@@ -60,6 +60,11 @@ class Chip:
     """What libtpu must be told besides."""
 
     @property
+    def flops(self) -> float:
+        """Dense bfloat16."""
+        return PEAK_FLOPS[self.kinds[0]] * self.devices
+
+    @property
     def dimensions(self) -> int:
         """Of the torus."""
         return self.ports // 2
@@ -73,38 +78,19 @@ _GIB = 2.0**30
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", ("TPU v4",), 275e12, 32 * _GIB, 1200e9, 50e9, 6, 6.25e9, 15e9, wraps_cubes,
+        Chip("v4", ("TPU v4",), 32 * _GIB, 1200e9, 50e9, 6, 6.25e9, 15e9, wraps_cubes,
              _DOCS + "v4", "v4:2x2x1", options=(("chip_config_name", "megacore"),)),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 819e9, 50e9, 4, 3.125e9, 15e9,
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 16e9, 819e9, 50e9, 4, 3.125e9, 15e9,
              wraps_sixteen, _DOCS + "v5e", "v5e:2x4"),
-        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95e9, 2765e9, 100e9, 6, 6.25e9, 15e9, wraps_cubes,
+        Chip("v5p", ("TPU v5", "TPU v5p"), 95e9, 2765e9, 100e9, 6, 6.25e9, 15e9, wraps_cubes,
              _DOCS + "v5p", "v5p:2x2x2"),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, 100e9, 4, 12.5e9, 32e9,
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 32e9, 1638e9, 100e9, 4, 12.5e9, 32e9,
              wraps_sixteen, _DOCS + "v6e", "v6e:2x4"),
-        Chip("tpu7x", ("TPU7x",), 2307e12, 192 * _GIB, 7380e9, 100e9, 6, 12.5e9, 32e9, wraps_cubes,
+        Chip("tpu7x", ("TPU7x",), 192 * _GIB, 7380e9, 100e9, 6, 12.5e9, 32e9, wraps_cubes,
              _DOCS + "tpu7x", "tpu7x:2x2x1", devices=2),
     )
 }  # fmt: skip
 """Chips that XLA can compile for. Without ``chip_config_name`` a v4 chip is two devices."""
-
-OTHER_PEAKS = {
-    "TPU v3": 61.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bfloat16 flops a second of devices that nothing is planned for (of a v3, one core)."""
-
-
-def peak_flops(kind: str) -> float | None:
-    """Peak of one device of this kind, or None where it is not known (CPUs among them).
-
-    The longest name that the kind begins with holds.
-    """
-    peaks = {name: chip.flops / chip.devices for chip in CHIPS.values() for name in chip.kinds}
-    peaks |= OTHER_PEAKS
-    names = [name for name in peaks if kind.startswith(name)]
-    return peaks[max(names, key=len)] if names else None
 
 
 @dataclasses.dataclass(frozen=True)
