@@ -62,6 +62,11 @@ def checking_input() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
+# ---------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path lies on Cloud Storage."""
     return os.fspath(path).startswith(REMOTE)
@@ -69,7 +74,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 @functools.cache
 def _configure_storage() -> None:
-    """Imports the client of Cloud Storage, once; raises ``InputError`` if it is not installed."""
+    """Imports the client of Cloud Storage, once."""
     # Its probe of the bucket's kind asks another server, and warns for every bucket without one.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
@@ -80,7 +85,7 @@ def _configure_storage() -> None:
             f"paths that begin with {REMOTE} need the package gcsfs ({error}): "
             "pip install -e '.[gcs]'."
         ) from error
-    # Each try that fails logs its trace; what failed in the end is raised, and told in a line.
+    # Each try that fails logs its trace; what failed in the end is raised, and printed in a line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Listings are not cached: TensorStore and other processes write there, too.
     settings: dict[str, Any] = {"use_listings_cache": False}
@@ -94,18 +99,14 @@ def as_path(path: str | os.PathLike) -> Path:
     """The absolute path of what a user wrote: ``~`` is expanded, ``gs://`` is kept.
 
     On Cloud Storage the result is an ``etils.epath.Path``: it has the methods of ``pathlib.Path`` that
-    make sense there.
-
-    Raises:
-        InputError: if the path is empty, names no bucket, or needs a package that is not installed.
+    make sense there. Raises ``InputError`` if the path is empty or names no bucket.
     """
     text = os.fspath(path)
-    if not text:
-        raise InputError("a path is empty: give a directory or file, local or gs://BUCKET/...")
+    if not text or not text.removeprefix(REMOTE).strip("/") and is_remote(text):
+        what = f"{text!r} names no bucket" if text else "a path is empty"
+        raise InputError(f"{what}: give a directory or file, local or {REMOTE}BUCKET/PATH.")
     if not is_remote(text):
         return Path(os.path.abspath(os.path.expanduser(text)))
-    if not text.removeprefix(REMOTE).strip("/"):
-        raise InputError(f"{text!r} names no bucket: give {REMOTE}BUCKET/PATH.")
     _configure_storage()
     from etils import epath
 
@@ -115,13 +116,6 @@ def as_path(path: str | os.PathLike) -> Path:
 def absolute(path: str | os.PathLike) -> str:
     """``as_path`` as a string, as configs store it."""
     return os.fspath(as_path(path))
-
-
-def explain(error: BaseException) -> str:
-    """An error of storage in one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = next((line.strip() for line in str(text).splitlines() if line.strip()), "")
-    return line[:300] or type(error).__name__
 
 
 def _remedy(path: str | os.PathLike) -> str:
@@ -136,12 +130,10 @@ def _remedy(path: str | os.PathLike) -> str:
 
 
 def check_writable(directory: str | os.PathLike, name: str = "--output") -> Path:
-    """Makes a directory and proves by writing that files can be written there.
+    """Makes a directory and proves by writing that files can be written there; ``name`` is the option
+    that gave it.
 
     Permission bits say nothing to root or about a read-only mount, so a file is written and removed.
-
-    Raises:
-        InputError: if it cannot be written; ``name`` is the option that gave it.
     """
     path = as_path(directory)
     probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
@@ -158,39 +150,42 @@ def check_writable(directory: str | os.PathLike, name: str = "--output") -> Path
 
 
 def check_file(path: str | os.PathLike, name: str = "--output") -> Path:
-    """The path of a file that can be written, in a directory that is made.
-
-    Raises:
-        InputError: if it cannot, or is a directory; ``name`` is the option that gave it.
-    """
+    """The path of a file that can be written, in a directory that is made."""
     place = as_path(path)
     check_writable(place.parent, name)
     try:
-        directory = place.is_dir()
+        why = "is a directory: give a file in it" if place.is_dir() else None
     except OSError as error:  # Of a name that is too long, say.
-        raise InputError(f"{name} {os.fspath(path)!r} cannot be ({explain(error)}).") from error
-    if directory:
-        raise InputError(f"{name} {os.fspath(path)!r} is a directory: give a file in it.")
+        why = f"cannot be ({explain(error)})"
+    if why:
+        raise InputError(f"{name} {os.fspath(path)!r} {why}.")
     return place
 
 
 def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path") -> Path:
-    """The path of something that must be there already.
-
-    Raises:
-        InputError: if it is not there or storage does not answer; ``name`` is the option that gave it.
-    """
+    """The path of something that must be there already."""
     place = as_path(path)
     try:
-        exists = place.exists()
+        why = None if place.exists() else "is not there"
     except Exception as error:
-        raise InputError(
-            f"{name} {os.fspath(path)!r} cannot be read ({explain(error)}): {_remedy(path)}."
-        ) from error
-    if not exists:
-        remedy = _remedy(path) if is_remote(path) else hint
-        raise InputError(f"{name} {os.fspath(path)!r} is not there: {remedy}.")
+        why = f"cannot be read ({explain(error)})"
+    if why:
+        plain = why == "is not there" and not is_remote(path)
+        remedy = hint if plain else _remedy(path)
+        raise InputError(f"{name} {os.fspath(path)!r} {why}: {remedy}.")
     return place
+
+
+# ---------------------------------------------------------------------------------------------------
+# Errors of storage
+# ---------------------------------------------------------------------------------------------------
+
+
+def explain(error: BaseException) -> str:
+    """An error of storage in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    line = next((line.strip() for line in str(text).splitlines() if line.strip()), "")
+    return line[:300] or type(error).__name__
 
 
 def passes(error: BaseException) -> bool:
@@ -214,32 +209,64 @@ def is_storage_error(error: BaseException) -> bool:
 def retry(function: Callable[[], T], what: str) -> T:
     """What ``function`` returns; errors of storage that pass by themselves are tried again.
 
-    Says each failed try on stderr, where ``what`` names the work. Raises the last error.
+    Each failed try is printed on stderr, where ``what`` names the work. Raises the last error.
     """
-    for attempt in range(1, TRIES + 1):
+    for attempt in range(1, TRIES):
         try:
             return function()
         except Exception as error:
-            if attempt == TRIES or not passes(error):
+            if not passes(error):
                 raise
             wait = WAIT_SECONDS * 2 ** (attempt - 1)
-            _say(f"{what} failed ({explain(error)}): try {attempt + 1} of {TRIES} in {wait:.0f} s")
+            _print(
+                f"{what} failed ({explain(error)}): try {attempt + 1} of {TRIES} in {wait:.0f} s"
+            )
             time.sleep(wait)
-    raise AssertionError
+    return function()
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_verb(prog: str, work: Callable[[], Any]) -> int:
+    """Does the work of a command; returns its exit status, after an error was printed in a line.
+
+    0: done. 2: something given is wrong. 1: storage failed, and the same command may succeed later.
+    """
+    with contextlib.suppress(AttributeError):
+        # A file's name may be no UTF-8: printing it must not end what is done already.
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        work()
+    except ValueError as error:
+        _print(f"{prog}: error: {error}")
+        return 2
+    except Exception as error:
+        # Clients of Cloud Storage have their own exceptions.
+        client = type(error).__module__.startswith(CLIENTS)
+        if not client and not is_storage_error(error):
+            raise
+        name = getattr(error, "filename", None)
+        where = f"{os.fsdecode(name)!r}: " if isinstance(name, str | bytes) else ""
+        _print(f"{prog}: failed: {where}{explain(error)}")
+        return 1
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading and writing
+# ---------------------------------------------------------------------------------------------------
 
 
 def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> bytes:
-    """The bytes of a file of at most ``limit`` bytes.
-
-    The limit is held while reading: a pipe or a device that never ends does not fill the memory.
-
-    Raises:
-        InputError: if the file is absent, unreadable or larger.
-    """
-    place = as_path(path)
+    """The bytes of a file of at most ``limit`` bytes; ``InputError`` if it is absent or larger."""
     try:
-        with place.open("rb") as file:
+        with as_path(path).open("rb") as file:
+            # Not by its size: a pipe or a device that never ends must not fill the memory.
             data = file.read(limit + 1)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"cannot read {name} {os.fspath(path)!r} ({explain(error)}): check the path."
@@ -253,28 +280,21 @@ def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> b
 
 
 def read_json(path: str | os.PathLike, name: str = "the file", limit: int = 64 * MiB) -> Any:
-    """The value of a JSON file of at most ``limit`` bytes.
-
-    Raises:
-        InputError: as ``read_bytes`` does, or if it is not JSON or nests too deep.
-    """
+    """The value of a JSON file of at most ``limit`` bytes; ``InputError`` as ``read_bytes``."""
+    data = read_bytes(path, limit, name)
     try:
-        return json.loads(read_bytes(path, limit, name))
-    except RecursionError as error:
-        raise InputError(f"{name} {os.fspath(path)!r} nests too deep: restore it.") from error
+        return json.loads(data)
+    except RecursionError:
+        why = "nests too deep"
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} {os.fspath(path)!r} is not UTF-8 text ({error}): restore it."
-        ) from error
+        why = f"is not UTF-8 text ({error})"
     except json.JSONDecodeError as error:
-        raise InputError(f"{name} {os.fspath(path)!r} is no JSON ({error}): restore it.") from error
+        why = f"is no JSON ({error})"
+    raise InputError(f"{name} {os.fspath(path)!r} {why}: restore it.")
 
 
 def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
-    """Writes a file that is there whole or not at all, also for other processes that look.
-
-    An object of Cloud Storage appears when its upload is complete; a local file is moved to its place.
-    """
+    """Writes a file that is there whole or not at all, also for other processes that look."""
     with atomic_path(path) as fresh:
         fresh.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -297,17 +317,18 @@ def encodable(text: str) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a local path to write, which becomes ``path`` if the block ends without an error.
+    """A local path to write, which becomes ``path`` if the block ends without an error.
 
     The block makes a file there, or a folder if there is none yet at ``path``. The local path has the
-    same name. Directories above ``path`` are made.
+    same name. Directories above ``path`` are made. An object of Cloud Storage appears when its upload
+    is complete; a local file is moved to its place.
     """
     target = as_path(path)
     if is_remote(target):
         with tempfile.TemporaryDirectory(prefix="dit_jax-") as scratch:
             fresh = Path(scratch) / target.name
             yield fresh
-            retry(lambda: _upload(fresh, target), f"writing {os.fspath(target)!r}")
+            retry(lambda: _copy(fresh, target), f"writing {os.fspath(target)!r}")
         return
     target = Path(os.path.realpath(target))  # A link stays a link.
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -319,46 +340,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 def copy_file(source: Path, target: str | os.PathLike) -> None:
     """Copies a local file to a path, where it appears whole."""
-    path = as_path(target)
-    if is_remote(path):
-        retry(lambda: _upload(source, path), f"writing {os.fspath(path)!r}")
-        return
-    with atomic_path(path) as fresh:
+    with atomic_path(target) as fresh:
         shutil.copyfile(source, fresh)
 
 
-def _upload(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file or folder, either side of which may lie on Cloud Storage."""
     if source.is_dir():
+        if not is_remote(target):
+            target.mkdir(exist_ok=True)
         for inner in sorted(source.iterdir()):
-            _upload(inner, target / inner.name)
+            if inner.name:
+                _copy(inner, target / inner.name)
         return
     with source.open("rb") as file, target.open("wb") as out:
         shutil.copyfileobj(file, out, 16 * MiB)
-
-
-def run_verb(prog: str, work: Callable[[], Any]) -> int:
-    """Does the work of a command; returns its exit status, after an error has been told in a line.
-
-    0: done. 2: something given is wrong. 1: storage failed, and the same command may succeed later.
-    """
-    with contextlib.suppress(AttributeError):
-        # A file's name may be no UTF-8: telling it must not end what is done already.
-        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        work()
-    except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        # Clients of Cloud Storage have their own exceptions.
-        client = type(error).__module__.startswith(CLIENTS)
-        if not client and not is_storage_error(error):
-            raise
-        name = getattr(error, "filename", None)
-        where = f"{os.fsdecode(name)!r}: " if isinstance(name, str | bytes) else ""
-        print(f"{prog}: failed: {where}{explain(error)}", file=sys.stderr)
-        return 1
-    return 0
 
 
 _copies: dict[str, Path] = {}
@@ -369,9 +365,6 @@ def local_copy(path: str | os.PathLike) -> Path:
 
     A file or folder of Cloud Storage is copied once per process to the machine's temporary directory,
     and removed when the process ends.
-
-    Raises:
-        InputError: if it is on Cloud Storage and is not there.
     """
     source = as_path(path)
     if not is_remote(source):
@@ -382,20 +375,14 @@ def local_copy(path: str | os.PathLike) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="dit_jax-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         target = folder / source.name
-        retry(lambda: _download(source, target), f"reading {key!r}")
+        retry(lambda: _copy(source, target), f"reading {key!r}")
         _copies[key] = target
     return _copies[key]
 
 
-def _download(source: Path, target: Path) -> None:
-    if source.is_dir():
-        target.mkdir(exist_ok=True)
-        for inner in source.iterdir():
-            if inner.name:
-                _download(inner, target / inner.name)
-        return
-    with source.open("rb") as file, target.open("wb") as out:
-        shutil.copyfileobj(file, out, 16 * MiB)
+# ---------------------------------------------------------------------------------------------------
+# Locks
+# ---------------------------------------------------------------------------------------------------
 
 
 class Lock:
@@ -406,22 +393,21 @@ class Lock:
     with a message (a pod that a launcher starts again comes up on another host). Local and network
     disks share no compare-and-swap, so two starts within the same second may both succeed.
 
-    Raises:
-        InputError: if another living process holds it.
+    Raises ``InputError`` if another living process holds it.
     """
 
     def __init__(self, directory: Path, what: str = "run") -> None:
         self.path = directory / "lock.json"
         self._me = {"host": socket.gethostname(), "pid": os.getpid()}
         holder = self._holder()
-        if holder is not None and not self._mine(holder):
+        if holder is not None and any(holder.get(k) != v for k, v in self._me.items()):
             name = f"process {holder.get('pid')} on {holder.get('host')}"
             if self._lives(holder, name):
                 raise InputError(
                     f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
                     f"--output, or remove {os.fspath(self.path)!r} if no such process runs this {what}."
                 )
-            _say(f"the lock of {name} is stale: taken over.")
+            _print(f"the lock of {name} is stale: taken over.")
         self._ended = threading.Event()
         self._beat()
         # A thread, since a step or a compilation may take longer than a lock stays fresh.
@@ -434,29 +420,20 @@ class Lock:
             return None
         return value if isinstance(value, dict) else None
 
-    def _mine(self, holder: dict[str, Any]) -> bool:
-        return all(holder.get(name) == value for name, value in self._me.items())
-
     def _lives(self, holder: dict[str, Any], name: str) -> bool:
         if holder.get("host") == self._me["host"]:
             try:
                 os.kill(int(holder.get("pid", -1)), 0)
-            except PermissionError:
-                return True
-            except (OSError, ValueError):
-                return False
+            except (OSError, ValueError) as error:
+                return isinstance(error, PermissionError)  # It lives, and is another user's.
             return True
-        _say(
-            f"the lock of {name} is there: waiting up to {STALE_SECONDS:.0f} s for a sign of life."
-        )
+        _print(f"the lock of {name} is there: waiting {STALE_SECONDS:.0f} s for a sign of life.")
         deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(STALE_SECONDS / 10, 5.0))
             now = self._holder()
-            if now is None:
-                return False
-            if now.get("time") != holder.get("time"):
-                return True
+            if now is None or now.get("time") != holder.get("time"):
+                return now is not None
         return False
 
     def _beat(self) -> None:
@@ -472,7 +449,3 @@ class Lock:
         self._ended.set()
         with contextlib.suppress(Exception):
             self.path.unlink()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
