@@ -16,6 +16,7 @@ from dit_jax.data.sources import opened_records, records_of
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
 from dit_jax.parallel import batch_sharding, batch_shards, make_constrain, parameter_shardings
 from dit_jax.sampling import Request
+from dit_jax.text.config import TextEncoderConfig
 from dit_jax.text.folders import load_text_encoder, text_encoder_identity, text_length
 from dit_jax.text.text_encoder import Placement, TextEncoder
 from dit_jax.types import Sample, Source
