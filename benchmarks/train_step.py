@@ -101,9 +101,9 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
         return model.apply(params, b["x"], b["positions"], b["ids"], zero, b["t"], None, None)
 
     def loss(
-        params: object, b: dict[str, jax.Array], key: jax.Array, step: jax.Array
+        params: object, frozen: object, b: dict[str, jax.Array], key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Totals]:
-        del key, step
+        del frozen, key, step
         mean = jnp.square(forward(params, b) - b["target"]).mean()
         return mean, Totals(mean, jnp.ones(()), {})
 

@@ -63,6 +63,7 @@ from dit_jax.training import (
     abstract_state,
     begin_from,
     gather_data_state,
+    init_frozen,
     init_state,
     learning_rate,
     make_optimizer,
@@ -226,17 +227,17 @@ def train(config: Run) -> str | None:
             rows = local_rows(mesh, config.rows)
             task = config.build(mesh)
             optimizer = make_optimizer(config.optimizer, config.steps)
-            shapes, shardings = abstract_state(task.init, optimizer, mesh)
+            shapes, shardings = abstract_state(task.init, optimizer, mesh, task.trainable)
             step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)
             checkpointer = Checkpointer(directory, config.checkpoint)
             loader = task.loader(rows)
             stack.callback(loader.close)
             latest, repacked = checkpointer.latest(), False
+            key = jax.random.key(config.seed)
+            frozen = init_frozen(task.init, mesh, key, task.trainable, task.load_frozen)
             if latest is None:
-                key = jax.random.key(config.seed)
-                state = begin(
-                    config, init_state(task.init, optimizer, shardings, key), shapes, shardings
-                )
+                fresh = init_state(task.init, optimizer, shardings, key, task.trainable)
+                state = begin(config, fresh, shapes, shardings)
             else:
                 state, data_state = checkpointer.restore(latest, shapes, shardings)
                 repacked = not loader.set_state(data_state)
@@ -266,7 +267,7 @@ def train(config: Run) -> str | None:
         for step in range(start, config.steps):
             local = next(loader)
             data_state = loader.save()
-            state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows))
+            state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows), frozen)
             done = step + 1
             progress.advance(task.work(local))
             if done % config.log.every == 0 or done in (start + 1, config.steps):

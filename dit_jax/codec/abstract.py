@@ -35,6 +35,7 @@ def abstract_codec_task(config: CodecRun, mesh: Mesh) -> AbstractTask:
         batch=ClipBatch(video, counts),
         tokens=float(crop.rows * latents),
         flops=3 * crop.rows * flops,
+        trainable=loss.trainable,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dit_jax.codec.adversarial import (
@@ -25,8 +26,11 @@ from dit_jax.codec.adversarial import (
 )
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder
 from dit_jax.codec.discriminator import Discriminator, DiscriminatorConfig
-from dit_jax.codec.vgg import PerceptualNetwork
+from dit_jax.codec.vgg import VGG, PerceptualNetwork
+from dit_jax.training import place
 from dit_jax.types import Params, Totals
+
+FROZEN = ("params/vgg/", "params/lpips/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +75,9 @@ class ReconstructionLossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionLoss:
-    """The loss of a batch of clips; ``params`` are those of the autoencoder, under "autoencoder", and
-    of the discriminator, if there is one, under "discriminator"."""
+    """The loss of a batch of clips. Trained are the parameters of the autoencoder, under "autoencoder",
+    and of the discriminator, if there is one, under "discriminator"; those of the perceptual loss's
+    network are frozen, under "vgg" and "lpips"."""
 
     model: CausalAutoencoder
     config: ReconstructionLossConfig
@@ -87,11 +92,41 @@ class ReconstructionLoss:
         if self.config.adversarial:
             made: Any = self._discriminator.init(keys[1], frame)
             params["discriminator"] = made["params"]
+        if self.network is not None:
+            frame = jnp.zeros((1, *[self.network.config.smallest] * 2, 3))
+            # The values are the file's (load_frozen); these say the shapes and logical axes.
+            vgg: Any = VGG(self.network.config).init(keys[0], frame)
+            params["vgg"] = vgg["params"]
+            weights = self.network.weights or ()
+            params["lpips"] = {str(i): jnp.zeros(one.shape) for i, one in enumerate(weights)}
         return {"params": params}
+
+    @staticmethod
+    def trainable(path: str) -> bool:
+        """Whether the parameter at a path is trained."""
+        return not path.startswith(FROZEN)
+
+    def load_frozen(self, shapes: Params, shardings: Params) -> Params:
+        """The network's weights, as they were read, laid out over the mesh."""
+        del shapes
+        assert self.network is not None
+        params = {"vgg": self.network.params["params"]}
+        if self.network.weights:
+            params["lpips"] = {str(i): one for i, one in enumerate(self.network.weights)}
+        return place(jax.tree.map(np.asarray, {"params": params}), shardings)
+
+    def _network(self, frozen: Params) -> PerceptualNetwork | None:
+        """The perceptual network with the step's arguments for its weights."""
+        if self.network is None:
+            return None
+        frozen = jax.tree.map(self.model.compute.gather, frozen["params"])
+        weights = [frozen["lpips"][str(i)] for i in range(len(self.network.weights or ()))]
+        return self.network.replace(params={"params": frozen["vgg"]}, weights=weights or None)
 
     def __call__(
         self,
         params: Params,
+        frozen: Params,
         video: Float[Array, "b t h w c"],
         mask: Bool[Array, "b t"],
         key: jax.Array,
@@ -99,6 +134,7 @@ class ReconstructionLoss:
     ) -> Totals:
         """``mask`` tells the frames that count; the noise of latents is drawn from ``key``."""
         of_model = {"params": params["params"]["autoencoder"]}
+        network = self._network(frozen)
         encoded: Any = self.model.apply(of_model, video, method="encode")
         mean, logvar = encoded
         z, parts = mean, {}
@@ -115,7 +151,7 @@ class ReconstructionLoss:
 
         weights = of_model["params"]["decoder"]["conv_out"]
         back = last(weights)
-        reconstruction, named = self._reconstruction(video, back, mask)
+        reconstruction, named = self._reconstruction(network, video, back, mask)
         parts |= named
         total = reconstruction + self.config.kl * parts.get("kl", 0.0)
         if self.config.adversarial:
@@ -128,7 +164,10 @@ class ReconstructionLoss:
                 return hinge_generator_loss(logits, keep)
 
             gradients = last_layer_gradients(
-                lambda clips: self._reconstruction(video, clips, mask)[0], judged, last, weights
+                lambda clips: self._reconstruction(network, video, clips, mask)[0],
+                judged,
+                last,
+                weights,
             )
             parts["adaptive"] = adaptive_weight(*gradients, self.config.adversarial_bound)
             parts["generator"] = judged(back)
@@ -148,13 +187,17 @@ class ReconstructionLoss:
         return masked_mean(of_latent, mask[:, ::time])
 
     def _reconstruction(
-        self, video: jax.Array, back: jax.Array, mask: jax.Array
+        self,
+        network: PerceptualNetwork | None,
+        video: jax.Array,
+        back: jax.Array,
+        mask: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         parts = {"l1": masked_mean(jnp.abs(back - video), mask)}
         parts["l2"] = masked_mean((back - video) ** 2, mask)
         total = self.config.l1 * parts["l1"] + self.config.l2 * parts["l2"]
-        if self.network is not None and self.config.perceptual:
-            parts["perceptual"] = masked_mean(self.network(video, back), mask)
+        if network is not None:
+            parts["perceptual"] = masked_mean(network(video, back), mask)
             total += self.config.perceptual * parts["perceptual"]
         return total, parts
 

@@ -32,7 +32,7 @@ from dit_jax.data.sources import make_source, shown_source
 from dit_jax.evaluate import reconstruction_report, resize_baseline, side_by_side
 from dit_jax.parallel import batch_shards, make_gather, make_lay, platform
 from dit_jax.sampling import to_float, to_uint8
-from dit_jax.training import Task, Work
+from dit_jax.training import Task, Work, everything
 from dit_jax.types import ClipBatch, Params, Source, Totals
 
 FOLDER = "codec"
@@ -72,6 +72,8 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
         work=partial(batch_work, model),
         draw=draw,
         report=partial(conclude, loss.model, windows),
+        trainable=loss.trainable if loss.network else everything,
+        load_frozen=loss.load_frozen,
     )
 
 
@@ -106,12 +108,17 @@ def make_loss(config: CodecRun, mesh: Mesh) -> ReconstructionLoss:
 
 
 def batch_loss(
-    loss: ReconstructionLoss, params: Params, batch: ClipBatch, key: jax.Array, step: jax.Array
+    loss: ReconstructionLoss,
+    params: Params,
+    frozen: Params,
+    batch: ClipBatch,
+    key: jax.Array,
+    step: jax.Array,
 ) -> tuple[jax.Array, Totals]:
     """The loss of all clips together, and what it is made of."""
     video = batch.video.astype(jnp.float32) / 127.5 - 1
     mask = jnp.arange(video.shape[1]) < batch.num_frames[:, None]
-    totals = loss(params, video, mask, key, step)
+    totals = loss(params, frozen, video, mask, key, step)
     return totals.loss, totals
 
 

@@ -21,7 +21,7 @@ from dit_jax.model import ClassLabelsConfig, TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
 from dit_jax.sampling import Generator, Request, make_condition
 from dit_jax.training import abstract_params
-from dit_jax.training.state import InitParams
+from dit_jax.training.state import Filter, InitParams, everything
 from dit_jax.training.step import LossFn
 from dit_jax.training.video_task import batch_loss, check_layout, init_params, make_model
 from dit_jax.types import ALONG_TOKENS, PackedBatch
@@ -38,6 +38,7 @@ class AbstractTask(NamedTuple):
     """Tokens of the global batch, no padding assumed."""
     flops: float
     """Model flops of a step on it: three times the forward pass, every row one segment."""
+    trainable: Filter = everything
 
 
 class AbstractStep(NamedTuple):

@@ -22,7 +22,13 @@ from dit_jax.codec.run import CodecRun
 from dit_jax.config import Run, VideoRun
 from dit_jax.plan.abstract import abstract_denoise, abstract_task
 from dit_jax.plan.kernels import Kernel, find_kernels, traced_flops
-from dit_jax.training import abstract_state, make_optimizer, make_step
+from dit_jax.training import (
+    abstract_params,
+    abstract_state,
+    make_optimizer,
+    make_step,
+    split,
+)
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
@@ -165,15 +171,20 @@ def _train_step(config: Run, mesh: Mesh) -> _Step:
     else:
         task = abstract_task(_of_model(config, "train"), mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shapes, shardings = abstract_state(task.init, optimizer, mesh)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
+    shapes, shardings = abstract_state(task.init, optimizer, mesh, task.trainable)
+    every = abstract_params(task.init, mesh)
+    of_frozen = [split(one, task.trainable)[1] for one in every]
+    state, frozen = (
+        jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), *pair
+        )
+        for pair in ((shapes, shardings), of_frozen)
     )
     step = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)
     kept = State(size(state.params), size(state.ema), size(state.opt_state))
-    return _Step(step, (state, task.batch), _count(state.params), kept, task.tokens, task.flops)
+    return _Step(
+        step, (state, task.batch, frozen), _count(state.params), kept, task.tokens, task.flops
+    )
 
 
 def _sampling_step(config: Run, mesh: Mesh) -> _Step:

@@ -13,7 +13,11 @@ from dit_jax.training.signals import StopSignal as StopSignal
 from dit_jax.training.state import TrainState as TrainState
 from dit_jax.training.state import abstract_params as abstract_params
 from dit_jax.training.state import abstract_state as abstract_state
+from dit_jax.training.state import everything as everything
+from dit_jax.training.state import init_frozen as init_frozen
 from dit_jax.training.state import init_state as init_state
+from dit_jax.training.state import place as place
+from dit_jax.training.state import split as split
 from dit_jax.training.step import make_step as make_step
 from dit_jax.training.task import Task as Task
 from dit_jax.training.task import Work as Work

@@ -1,4 +1,4 @@
-"""The train step: one compiled, sharded, donated function of (state, batch)."""
+"""The train step: one compiled, sharded, donated function of (state, batch, frozen parameters)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from dit_jax.training.optimizer import OptimizerConfig, ema_rate
 from dit_jax.training.state import TrainState
 from dit_jax.types import Params, Totals
 
-LossFn = Callable[[Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
-"""``loss(params, batch, key, step) -> (sum, totals)``: the batch's loss is the quotient of the sum and
-the totals' weight, and of several parts of a batch the quotient of what these add up to."""
+LossFn = Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
+"""``loss(trainable, frozen, batch, key, step) -> (sum, totals)``: the batch's loss is the quotient of
+the sum and the totals' weight, and of several parts of a batch the quotient of what these add up to."""
 
 Metrics = dict[str, jax.Array]
-StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+StepFn = Callable[..., tuple[TrainState, Metrics]]
+"""``step(state, batch, frozen) -> (state, metrics)``; without ``frozen`` there are none."""
 
 
 def _parts(batch: Any, count: int) -> Any:
     """Splits every field's rows ``[b, ...]`` into ``[count, b / count, ...]``.
 
-    A part takes every so-many-th row, so that each device has rows of every part.
+    A part takes every ``count``-th row, so that each device has rows of every part.
     """
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
@@ -32,13 +33,19 @@ def _parts(batch: Any, count: int) -> Any:
 
 
 def loss_and_gradients(
-    loss_fn: LossFn, params: Params, batch: Any, key: jax.Array, step: jax.Array, accumulate: int
+    loss_fn: LossFn,
+    params: Params,
+    frozen: Params,
+    batch: Any,
+    key: jax.Array,
+    step: jax.Array,
+    accumulate: int,
 ) -> tuple[Totals, Params]:
     """The mean loss of a batch and its terms, and the gradients; the rows in ``accumulate`` parts."""
 
     def part(params: Params, rows: Any) -> tuple[Totals, Params]:
         def loss(p: Params) -> tuple[jax.Array, Totals]:
-            return loss_fn(p, rows, key, step)
+            return loss_fn(p, frozen, rows, key, step)
 
         (_, totals), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return totals, gradients
@@ -68,19 +75,20 @@ def make_step(
     seed: int,
     shardings: Any,
 ) -> StepFn:
-    """Compiles ``step(state, batch) -> (state, metrics)``; the old state's memory is reused.
+    """Compiles ``step(state, batch, frozen)``; the old state's memory is reused.
 
     A step whose loss or gradients are not finite changes only the counters. The randomness of
     step i is ``fold_in(key(seed), i)``.
     """
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any, frozen: Params = None) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mean, gradients = loss_and_gradients(
-            loss_fn, state.params, batch, key, state.step, config.accumulate
+            loss_fn, state.params, frozen, batch, key, state.step, config.accumulate
         )
         loss = mean.loss
         norm = optax.tree.norm(gradients)
+        # Of a NaN anywhere the norm is NaN: one flag on the device, and no wait for it on the host.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

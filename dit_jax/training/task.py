@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_jax.data import Lanes
-from dit_jax.training.state import InitParams
+from dit_jax.training.state import Filter, InitParams, LoadFrozen, everything
 from dit_jax.training.step import LossFn
 from dit_jax.types import Params
 
@@ -38,3 +38,7 @@ class Task(NamedTuple):
     """``draw(ema, path)`` writes a picture of what the model makes now; every process calls it."""
     report: Callable[[Params, Path], Mapping[str, float]]
     """``report(ema, directory)`` measures the finished model; empty where it cannot be measured."""
+    trainable: Filter = everything
+    """Which parameters of ``init`` are trained; the others are the loss's ``frozen``."""
+    load_frozen: LoadFrozen | None = None
+    """Where the frozen ones come from; None: they are what ``init`` draws."""

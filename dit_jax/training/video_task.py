@@ -203,12 +203,13 @@ def batch_loss(
     model: TextToVideo,
     config: DiffusionConfig,
     params: Params,
+    frozen: Params,
     batch: PackedBatch,
     key: jax.Array,
     step: jax.Array | None = None,
 ) -> tuple[jax.Array, Totals]:
     """Sum of the tokens' losses, and the sum of their weights; the step does not matter."""
-    del step
+    del frozen, step
     noised = noise_batch(config, key, batch)
     output: Any = model.apply(
         params,

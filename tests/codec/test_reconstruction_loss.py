@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -11,10 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.codec.discriminator import Discriminator, DiscriminatorConfig
 from dit_jax.codec.reconstruction_loss import ReconstructionLoss, ReconstructionLossConfig
+from dit_jax.codec.vgg import VGG, PerceptualNetwork, VGGConfig
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.training import (
+    OptimizerConfig,
+    abstract_state,
+    init_frozen,
+    init_state,
+    make_optimizer,
+    make_step,
+)
 from tests.codecs import noise, quick_compilation, random_params
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
@@ -33,6 +46,9 @@ JUDGED = ReconstructionLossConfig(
 )
 MASK = np.array([[True] * 5, [True] * 3 + [False] * 2])
 VIDEO = noise(2, 5, 8, 8, 3)
+
+CONSTANT = re.compile(r"\w+\[([\d,]*)\][^=\n]*constant\(")
+"""The sizes of constants in optimized HLO."""
 
 
 def params_of(config: ReconstructionLossConfig) -> Any:
@@ -53,7 +69,7 @@ def compiled(config: ReconstructionLossConfig) -> Any:
     loss = ReconstructionLoss(MODEL, config)
 
     def mean(params: Any, video: jax.Array, mask: jax.Array, step: jax.Array) -> Any:
-        totals = loss(params, video, mask, jax.random.key(0), step)
+        totals = loss(params, {}, video, mask, jax.random.key(0), step)
         return totals.loss / totals.weight, totals
 
     return jax.jit(jax.value_and_grad(mean, has_aux=True))
@@ -93,7 +109,7 @@ def test_differences_are_means_over_the_frames_that_count():
     video = jnp.zeros((2, 5, 4, 4, 3))
     frames = jnp.array([[1, 1, 1, 1, 1], [2, 2, 4, 100, np.nan]], jnp.float32)
     back = jnp.broadcast_to(frames[:, :, None, None, None], video.shape)
-    total, parts = loss._reconstruction(video, back, jnp.asarray(MASK))
+    total, parts = loss._reconstruction(None, video, back, jnp.asarray(MASK))
     assert float(parts["l1"]) == pytest.approx((5 * 1 + 2 + 2 + 4) / 8)
     assert float(parts["l2"]) == pytest.approx((5 * 1 + 4 + 4 + 16) / 8)
     assert float(total) == pytest.approx(2 * 13 / 8 + 3 * 29 / 8)
@@ -223,3 +239,39 @@ def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients():
 def test_weights_that_cannot_be_are_refused(given: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):
         ReconstructionLossConfig(**given)
+
+
+def test_the_networks_weights_are_arguments_of_the_compiled_step():
+    """Constants would be in the program, in every checkpoint of the compiler, and on every device."""
+    vgg = VGGConfig(widths=(32, 64), layers=(1, 2))
+    params = VGG(vgg).init(jax.random.key(3), jnp.zeros((1, 8, 8, 3)))
+    weights = (jnp.ones(32), jnp.ones(64))
+    network = PerceptualNetwork(nn.unbox(params), weights, vgg)
+    loss = ReconstructionLoss(MODEL, ReconstructionLossConfig(perceptual=1, vgg="x"), network)
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    settings = OptimizerConfig()
+    optimizer = make_optimizer(settings, 2)
+    shapes, shardings = abstract_state(loss.init, optimizer, mesh, loss.trainable)
+    assert set(shapes.params["params"]) == {"autoencoder"}
+    key = jax.random.key(0)
+    frozen = init_frozen(loss.init, mesh, key, loss.trainable, loss.load_frozen)
+    kernel = frozen["params"]["vgg"]["block_1_conv_1"]["kernel"]
+    np.testing.assert_array_equal(kernel, network.params["params"]["block_1_conv_1"]["kernel"])
+    assert not kernel.sharding.is_fully_replicated
+
+    def of_batch(params: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        totals = loss(params, frozen, *batch, key, step)
+        return totals.loss, totals
+
+    state = init_state(loss.init, optimizer, shardings, key, loss.trainable)
+    batch = jax.device_put((VIDEO, MASK), NamedSharding(mesh, PartitionSpec()))
+    step = make_step(of_batch, optimizer, settings, 0, shardings)
+    compiled = step.lower(state, batch, frozen).compile()
+    sizes = CONSTANT.findall(compiled.as_text())
+    assert sizes and max(math.prod(int(n) for n in one.split(",") if n) for one in sizes) < 1000
+    copy = jax.tree.map(jnp.copy, state)
+    losses = [
+        float(compiled(copied, batch, one)[1]["perceptual"])
+        for copied, one in ((state, frozen), (copy, jax.tree.map(lambda x: 2 * x, frozen)))
+    ]
+    assert losses[0] != losses[1]

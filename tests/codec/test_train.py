@@ -176,7 +176,7 @@ def gradients(sizes: tuple[int, int, int, int]) -> Any:
     rows = tuple(range(task.rows))
     batch = global_batch(mesh, first_batch(task), rows, task.rows)
     function = jax.jit(partial(loss_and_gradients, task.loss, accumulate=1))
-    totals, found = function(placed, batch, jax.random.key(0), jnp.int32(5))
+    totals, found = function(placed, {}, batch, jax.random.key(0), jnp.int32(5))
     spread = [len(leaf.sharding.device_set) for leaf in jax.tree.leaves(placed)]
     assert set(spread) == {count}
     return jax.device_get((totals, nn.unbox(found)))

@@ -229,7 +229,7 @@ def test_only_blocks_multiply_in_8_bits(kind):
         params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
         def value(params):
-            return batch_loss(model, DiffusionConfig(), params, given, jax.random.key(0))[0]
+            return batch_loss(model, DiffusionConfig(), params, {}, given, jax.random.key(0))[0]
 
         return dots(jax.grad(value), nn.unbox(params))
 

@@ -206,7 +206,7 @@ def test_every_config_traces_with_the_kernel_of_tpus(name):
     mesh = make_mesh(MeshConfig(1), jax.devices()[:1])
     task = abstract_task(config, mesh)
     params = nn.unbox(jax.eval_shape(task.init, jax.random.key(0)))
-    total, _ = jax.eval_shape(task.loss, params, task.batch, jax.random.key(0))
+    total, _ = jax.eval_shape(task.loss, params, {}, task.batch, jax.random.key(0))
     assert total.shape == ()
     step = abstract_denoise(config, mesh)
     made = jax.eval_shape(step.function, *step.arguments)

@@ -124,7 +124,7 @@ def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
     params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
     loss, gradients = jax.jit(
         jax.value_and_grad(
-            lambda p: (lambda s, t: s / t.weight)(*task.loss(p, batch, jax.random.key(1)))
+            lambda p: (lambda s, t: s / t.weight)(*task.loss(p, {}, batch, jax.random.key(1), 0))
         )
     )(params)
     assert 1 < loss < 4  # noise and images of about unit variance, and a model that says zero

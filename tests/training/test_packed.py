@@ -27,7 +27,7 @@ def loss(rig):
     compiled = jax.jit(jax.value_and_grad(one.loss, has_aux=True))
 
     def run(batch):
-        (total, totals), gradients = compiled(params, one.put(batch), key)
+        (total, totals), gradients = compiled(params, {}, one.put(batch), key, 0)
         return float(total), float(totals.weight), jax.device_get(gradients)
 
     return run

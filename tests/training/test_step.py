@@ -59,8 +59,8 @@ def test_accumulation_changes_nothing(rig, one, batches, parts):
 def test_parts_take_interleaved_rows():
     """Every device has rows of every part; weights add up over parts."""
 
-    def loss(params, rows, key, step):
-        del key
+    def loss(params, frozen, rows, key, step):
+        del key, frozen
         total = (params["w"] * rows["x"] ** 2).sum()
         # A row of x has weight x; an order that showed would show in `seen`.
         return total, Totals(total, rows["x"].sum(), {"steps": step * rows["x"].sum()})
@@ -68,7 +68,7 @@ def test_parts_take_interleaved_rows():
     x = np.arange(8, dtype=np.float32)
     for parts in (1, 2, 4, 8):
         totals, gradients = loss_and_gradients(
-            loss, {"w": np.float32(3)}, {"x": x}, jax.random.key(0), jnp.float32(7), parts
+            loss, {"w": np.float32(3)}, {}, {"x": x}, jax.random.key(0), jnp.float32(7), parts
         )
         assert float(totals.parts["steps"]) == 7
         assert float(totals.loss) == 3 * (x**2).sum() / x.sum()

@@ -308,7 +308,7 @@ def test_the_cascade_fits_together(mesh):
         assert config.data.transform.crop == config.sampling.height
         assert (task.batch.low is None) == (config.model.upscale == 1)
         params = jax.eval_shape(task.init, jax.random.key(0))
-        loss, totals = jax.eval_shape(task.loss, params, task.batch, jax.random.key(0))
+        loss, totals = jax.eval_shape(task.loss, params, {}, task.batch, jax.random.key(0))
         assert loss.shape == totals.weight.shape == ()
 
 
