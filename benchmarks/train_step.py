@@ -72,7 +72,7 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
     from dit_jax.model import DiT, DiTConfig
     from dit_jax.parallel import MeshConfig, choose_attention, choose_dot_general, make_constrain
     from dit_jax.parallel import make_mesh as new_mesh
-    from dit_jax.types import Totals
+    from dit_jax.types import DenoiserInputs, Totals
 
     width, depth, heads, patch = SIZES[size]
     mesh = new_mesh(MeshConfig())
@@ -97,8 +97,17 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
     }
 
     def forward(params: object, b: dict[str, jax.Array]) -> jax.Array:
-        zero = jnp.zeros_like(b["ids"])
-        return model.apply(params, b["x"], b["positions"], b["ids"], zero, b["t"], None, None)
+        inputs = DenoiserInputs(
+            tokens=b["x"],
+            positions=b["positions"],
+            segment_ids=b["ids"],
+            group_ids=jnp.zeros_like(b["ids"]),
+            group_t=b["t"],
+            text=None,
+            text_segment_ids=b["ids"][:, :1],
+            dropped=jnp.zeros_like(b["t"]),
+        )
+        return model.apply(params, inputs)
 
     def loss(
         params: object, frozen: object, b: dict[str, jax.Array], key: jax.Array, step: jax.Array

@@ -12,6 +12,7 @@ from cascade_64 import get_config as stage_64
 from dit_jax.config import VideoRun
 from dit_jax.diffusion import CeilingConfig, TimeConfig
 from dit_jax.model import PRESETS
+from dit_jax.upscale import LowRes
 
 
 def get_config() -> VideoRun:
@@ -26,15 +27,12 @@ def get_config() -> VideoRun:
             dit=dataclasses.replace(PRESETS["L"], modulation="shared"),
             # 9 x 16 x 16 tokens, as many as the stage before has.
             patch=dataclasses.replace(patch, h=16, w=16),
-            upscale=4,
+            conditioners={"low_res": LowRes(factor=4, augmentation=0.3)},
         ),
         diffusion=dataclasses.replace(
             base.diffusion,
             time=TimeConfig(shift=4.0),
             ceilings=CeilingConfig.only(free=1),
-            augmentation=0.3,
         ),
-        sampling=dataclasses.replace(
-            base.sampling, height=256, width=256, steps=20, cfg_scale=2.0, augmentation=0.1
-        ),
+        sampling=dataclasses.replace(base.sampling, height=256, width=256, steps=20, cfg_scale=2.0),
     )

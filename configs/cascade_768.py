@@ -13,6 +13,7 @@ from cascade_256 import get_config as stage_256
 
 from dit_jax.config import VideoRun
 from dit_jax.model import PRESETS
+from dit_jax.upscale import LowRes
 
 
 def get_config() -> VideoRun:
@@ -31,7 +32,7 @@ def get_config() -> VideoRun:
             base.model,
             dit=dataclasses.replace(PRESETS["B"], modulation="shared", remat="projections"),
             patch=dataclasses.replace(patch, t=1, h=32, w=32),
-            upscale=3,
+            conditioners={"low_res": LowRes(factor=3, augmentation=0.3)},
         ),
         sampling=dataclasses.replace(base.sampling, height=768, width=768, steps=10),
     )

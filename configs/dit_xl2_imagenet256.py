@@ -22,7 +22,7 @@ from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
-from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, published
+from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
@@ -36,12 +36,13 @@ def get_config() -> VideoRun:
             source=RecordsConfig(
                 path="data/imagenet2012_latents/1.0.0", label_key="label", fps_key=None
             ),
-            packing=PackingConfig(rows=256, row_tokens=256, row_text=2, row_segments=1, bins=1),
+            packing=PackingConfig(rows=256, row_tokens=256, row_text=1, row_segments=1, bins=1),
         ),
         model=ModelConfig(
             dit=dataclasses.replace(published("XL"), remat="dots"),
             patch=PatchConfig(t=1, h=2, w=2, channels=4),
-            text=ClassLabelsConfig(1000),
+            text=NoTextConfig(),
+            conditioners={"label": ClassLabels(1000)},
             learned_variance=True,
         ),
         diffusion=DiffusionConfig(

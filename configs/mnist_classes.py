@@ -18,7 +18,7 @@ import dataclasses
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
-from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, published
+from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
@@ -29,12 +29,13 @@ def get_config() -> VideoRun:
         steps=2000,
         data=DataConfig(
             source=RecordsConfig(path="data/mnist_frames/1.0.0", label_key="label"),
-            packing=PackingConfig(rows=16, row_tokens=128, row_text=4, row_segments=2, bins=2),
+            packing=PackingConfig(rows=16, row_tokens=128, row_text=2, row_segments=2, bins=2),
         ),
         model=ModelConfig(
             dit=dataclasses.replace(published("Ti"), time_offset=0.0),
             patch=PatchConfig(t=1, h=4, w=4, channels=3),
-            text=ClassLabelsConfig(classes=10),
+            text=NoTextConfig(),
+            conditioners={"label": ClassLabels(classes=10)},
         ),
         diffusion=DiffusionConfig(
             time=TimeConfig(shift=2.0),

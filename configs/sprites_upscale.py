@@ -17,6 +17,7 @@ from sprites import get_config as sprites
 
 from dit_jax.config import VideoRun
 from dit_jax.diffusion import CeilingConfig
+from dit_jax.upscale import LowRes
 
 
 def get_config() -> VideoRun:
@@ -30,10 +31,10 @@ def get_config() -> VideoRun:
             packing=dataclasses.replace(base.data.packing, row_text=64, row_segments=1),
         ),
         model=dataclasses.replace(
-            base.model, patch=dataclasses.replace(base.model.patch, h=4, w=4), upscale=2
+            base.model,
+            patch=dataclasses.replace(base.model.patch, h=4, w=4),
+            conditioners={"low_res": LowRes(factor=2, augmentation=0.1)},
         ),
-        diffusion=dataclasses.replace(
-            base.diffusion, ceilings=CeilingConfig.only(free=1), augmentation=0.1
-        ),
+        diffusion=dataclasses.replace(base.diffusion, ceilings=CeilingConfig.only(free=1)),
         sampling=dataclasses.replace(base.sampling, steps=2, cfg_scale=1.0),
     )

@@ -38,7 +38,7 @@ from jax.sharding import Mesh
 from dit_jax.data import MixtureConfig, PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.files import InputError, absolute, local_copy, read_bytes
-from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig, Task
@@ -236,11 +236,6 @@ class VideoRun(Run):
                 f"sampling.frames, height, width = {', '.join(map(str, size))} do not fit the model's "
                 f"patches: {error}",
             )
-        yield (
-            sampling.height % model.upscale + sampling.width % model.upscale > 0,
-            f"sampling.height, width = {sampling.height}, {sampling.width} are not multiples of "
-            f"model.upscale {model.upscale}: what is enlarged has whole rows and columns.",
-        )
         source, latents = self.data.source, model.patch.channels != 3 and self.codec.path is None
         if isinstance(source, ShapesConfig):
             yield (
@@ -277,11 +272,6 @@ class VideoRun(Run):
         shown = source.shown_set if isinstance(source, MixtureConfig) else source
         unlabelled = isinstance(shown, ShapesConfig) or (
             isinstance(shown, RecordsConfig) and shown.label_key is None
-        )
-        yield (
-            isinstance(model.text, ClassLabelsConfig) and unlabelled,
-            "model.text are classes, and the data have no labels: give data.source.label_key, the "
-            "feature of the records that holds the class.",
         )
         yield (
             self.evaluation.classifier_split is not None and unlabelled,
@@ -426,12 +416,15 @@ TYPES = {
     "MixtureConfig": "dit_jax.data.mixing:MixtureConfig",
     "ByteEncoderConfig": "dit_jax.model.text:ByteEncoderConfig",
     "TextStatesConfig": "dit_jax.model.text:TextStatesConfig",
-    "ClassLabelsConfig": "dit_jax.model.text:ClassLabelsConfig",
 }
 """Format 1 named these classes by their bare names."""
 RENAMED: dict[str, str] = {}
 """Dotted names of fields in format 1, and what they are called now."""
-REMOVED: dict[str, tuple[Any, ...]] = {}
+REMOVED: dict[str, tuple[Any, ...]] = {
+    "model.upscale": (1,),
+    "diffusion.augmentation": (0.3,),
+    "sampling.augmentation": (0.0,),
+}
 """Dotted names of fields in format 1 that are gone, and the values of which nothing is lost."""
 FIRST_EDITION = "dit_jax 0.1 (commit 57ee8cf)"
 

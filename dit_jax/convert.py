@@ -235,7 +235,7 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> VideoRun:
         output=output,
         data=DataConfig(
             source=RecordsConfig(path="latents", video_key="image", label_key="label"),
-            packing=PackingConfig(rows=8, row_tokens=tokens, row_text=2, row_segments=1),
+            packing=PackingConfig(rows=8, row_tokens=tokens, row_text=1, row_segments=1),
         ),
         model=file.model,
         diffusion=diffusion,

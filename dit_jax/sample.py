@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from dit_jax.codec.opening import open_codec
 from dit_jax.config import VideoRun, check_types
 from dit_jax.files import as_path, local_copy, run_verb, write_json
-from dit_jax.model import ByteEncoderConfig, ClassLabelsConfig
+from dit_jax.model import ByteEncoderConfig, ClassLabels
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -94,6 +94,9 @@ class SampleArguments:
     super_resolve: tuple[str, ...] = ()
     """Clips to enlarge, for a model of super-resolution: files, or a directory that samples were
     written to. A prompt for each of them, one for all, or none."""
+    augmentation: float = 0.0
+    """Noise level of clips to enlarge, up to what training did: 0 for clips as they were filmed, about
+    0.1 for what a model generated."""
     output: str = "samples.mp4"
     """A file ending in .mp4, .gif or .png (several clips share it, as a grid), or a directory that
     gets a file for each clip."""
@@ -176,24 +179,21 @@ def _prompts(given: SampleArguments) -> list[str | int]:
 def _requests(given: SampleArguments, config: VideoRun, prompts: list[str | int]) -> list[Request]:
     """One clip for each prompt; raises ``ValueError`` where the model reads no such prompts."""
     seed, negative = given.seed, given.mode.negative_prompt or ""
-    made, text = config.sampling, config.model.text
-    classes = isinstance(text, ClassLabelsConfig)
+    made, labels = config.sampling, config.model.conditioners.get("label")
     for prompt in prompts:
-        if classes and not isinstance(prompt, int):
-            raise ValueError(
-                f"the model knows classes and reads no prompts: in place of {prompt[:60]!r} give "
-                f"--label with numbers of 0 to {text.classes - 1}."
-            )
-        if not classes and isinstance(prompt, int):
-            raise ValueError(
-                f"--label {prompt}: the model reads prompts and knows no classes. Give --prompt."
-            )
-        if classes:
-            config.model.text_tokens("", label=int(prompt))
+        if isinstance(labels, ClassLabels):
+            if not isinstance(prompt, int):
+                raise ValueError(
+                    f"the model knows classes: in place of {prompt[:60]!r} give --label with numbers "
+                    f"of 0 to {labels.classes - 1}."
+                )
+            labels.check("label", np.int64(prompt))
+        elif isinstance(prompt, int):
+            raise ValueError(f"--label {prompt}: the model knows no classes. Give --prompt.")
     size = config.codec.latent_size(made.frames, made.height, made.width)
     fps = config.codec.latent_fps(made.fps)
     return [
-        Request("", *size, fps, seed + i, label=prompt)
+        Request("", *size, fps, seed + i, segment_fields={"label": prompt})
         if isinstance(prompt, int)
         else Request(prompt, *size, fps, seed + i, negative=negative)
         for i, prompt in enumerate(prompts)
@@ -236,7 +236,7 @@ def sample(given: SampleArguments) -> None:
     config = trained.config
     plan = _plan(given, config)
     rates = [plan.output_fps]
-    check_given(config, given.super_resolve)
+    check_given(config, given.super_resolve, given.augmentation)
     if clips := read_clips(given.super_resolve, _clip):
         prompts, clips = each_clip(prompts, clips, given.num)
         rates = [fps for _, fps in clips]
@@ -266,7 +266,11 @@ def sample(given: SampleArguments) -> None:
         return
 
     # Gone again before the model's own weights are read.
-    likes = enlarging(requests, clips, config, codec) if clips else plan.likes(requests, space)
+    likes = (
+        enlarging(requests, clips, config, codec, given.augmentation)
+        if clips
+        else plan.likes(requests, space)
+    )
     likes = with_states(likes, open_text_encoder(config, mesh))
     edits = cut_again(likes, clips) if clips else plan.edits(likes, space, media)
     generator, params = trained.load(mesh, given.spread_parameters)
@@ -317,7 +321,7 @@ def _sample_long(
         together = (grid(list(frames)) for frames in zip(*large, strict=True))
         write_parts(directory, large[0] if len(large) == 1 else together, plan.fps)
     else:
-        names = _names([like.prompt if like.label is None else like.label for like in likes])
+        names = _names([like.segment_fields.get("label", like.prompt) for like in likes])
         for name, one in zip(names, large, strict=True):
             write_parts(directory / f"{name}.{given.format}", one, plan.fps)
     kept.unlink(missing_ok=True)

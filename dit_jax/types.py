@@ -1,29 +1,31 @@
-"""Axis letters, the packed batch and the functions that rooms hand to each other.
+"""The data that the parts of this project hand to each other, and the letters of its axes.
 
-Axis letters, used in every shape of this project (DESIGN section 7)::
+Axis letters, used in every shape of this project::
 
     b rows          l tokens of a row     s text tokens of a row
-    n segments      k conditioning groups p patch dimension
+    n segments      k modulation groups   p patch dimension
     t h w grid      c channels            e text width
     d width or head dimension             a attention heads
 
 A *row* holds several *segments* (clips, images) side by side, as NaViT packs images
-(Dehghani et al. 2023, "Patch n' Pack"). A *group* is a set of tokens of one segment that
-share a noise level.
-
-This module holds names only: no computation, and no import of ours.
+(Dehghani et al. 2023, "Patch n' Pack"). A *modulation group* is a set of tokens of one segment
+that share a noise level. What a clip carries besides its video and its caption (a class, a camera,
+a clip of low resolution) travels by name, as a *field*: of tokens ``[b, l, ...]`` or of segments
+``[b, n, ...]``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt, UInt8
 
 Params = Any
 """A nested dict of parameters, as Flax Linen makes it."""
@@ -37,23 +39,32 @@ the product that its inputs are made from, and what enters the block."""
 
 
 class Sample(TypedDict):
-    """One training example as a source gives it."""
+    """One training example, as a source yields it.
+
+    Besides the clip and its caption it may carry fields of any name; the model reads those that its
+    conditioners are named after (``model.conditioners``).
+    """
 
     video: np.ndarray
     """uint8 [t, h, w, c], or float latents."""
     caption: str
-    """The one that is used where none is drawn."""
+    """The caption that is used if none is chosen at random."""
     fps: float
     text_states: NotRequired[np.ndarray]
-    """float [s, e]: the caption as the states of a text encoder, where the data has them."""
+    """float [s, e]: the caption as the states of a text encoder."""
     captions: NotRequired[Mapping[str, str]]
-    """All that it may be trained on, by feature, where the data has several."""
+    """All captions that the clip may be trained on, by feature."""
     captions_states: NotRequired[Mapping[str, np.ndarray]]
-    """Of each, float [s, e], where the data has states."""
-    label: NotRequired[int]
-    """The class, where the data has classes."""
+    """The states [s, e] of each."""
     part: NotRequired[int]
-    """Which set it is of, from 0, where the data is a mixture."""
+    """Which data set of a mixture the sample is of, from 0."""
+    segment_fields: NotRequired[Mapping[str, Any]]
+    """One value for the whole clip, of any shape: ``{"label": 3}``."""
+    frame_fields: NotRequired[Mapping[str, np.ndarray]]
+    """One value for every frame of pixels: ``[t, ...]``."""
+    pixel_fields: NotRequired[Mapping[str, np.ndarray]]
+    """Clips beside the clip: uint8 of its size in pixels, which is encoded as the clip is, or float
+    ``[t, h, w, c]`` on the grid of what the model generates."""
 
 
 class Source(Protocol):
@@ -64,23 +75,41 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+def token_field(**options: Any) -> Any:
+    """Declares a field of a struct that has values for every token, ``[b, l, ...]``, or a dict of such.
+
+    Those are laid out over the mesh's ``context`` axis too; all other fields over rows alone.
+    """
+    return struct.field(metadata={"tokens": True}, **options)
+
+
+def is_token_field(values: Any) -> Any:
+    """A struct like ``values`` that has True in place of every array of a token field, else False."""
+
+    def flags(field: dataclasses.Field[Any]) -> Any:
+        flag = bool(field.metadata.get("tokens"))
+        return jax.tree.map(lambda _: flag, getattr(values, field.name))
+
+    return type(values)(**{field.name: flags(field) for field in dataclasses.fields(values)})
+
+
 @struct.dataclass
-class PackedBatch:
+class Batch:
     """Rows of packed clean tokens, and what is known of each segment.
 
     Segment slot ``j`` of the ``[b, n]`` fields describes the tokens whose segment id is
     ``j + 1``; an empty slot has ``num_tokens == 0``.
     """
 
-    tokens: Float[Array, "b l p"]
+    tokens: Float[Array, "b l p"] = token_field()
     """Clean patches (see ``model.patch``); zero where padded."""
-    positions: Float[Array, "b l 3"]
+    positions: Float[Array, "b l 3"] = token_field()
     """(t, h, w) coordinates; t in latent frames at the reference frame rate."""
-    segment_ids: Int[Array, "b l"]
+    segment_ids: Int[Array, "b l"] = token_field()
     """0 is padding; attention never crosses segments."""
-    frame_ids: Int[Array, "b l"]
+    frame_ids: Int[Array, "b l"] = token_field()
     """Latent frame of each token within its segment, from 0."""
-    token_ids: Int[Array, "b l"]
+    token_ids: Int[Array, "b l"] = token_field()
     """Index of each token within its segment, from 0."""
     text: Int[Array, "b s"] | Float[Array, "b s e"]
     """Text tokens of the captions, or states of a text encoder, packed the same way."""
@@ -90,8 +119,41 @@ class PackedBatch:
     num_tokens: Int[Array, "b n"]
     num_frames: Int[Array, "b n"]
     """Latent frames of each segment."""
-    low: Float[Array, "b l q"] | None = None
-    """For super-resolution: patches of the clip as it is at low resolution, enlarged to this size."""
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = token_field(default_factory=dict)
+    segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
+    """Always has "fps", the latent frames a second."""
+
+
+@struct.dataclass
+class DenoiserInputs:
+    """All that the denoiser sees: one struct from the objective and the sampler to every layer."""
+
+    tokens: Float[Array, "b l p"] = token_field()
+    """Noised patches x_tau."""
+    positions: Float[Array, "b l 3"] = token_field()
+    segment_ids: Int[Array, "b l"] = token_field()
+    group_ids: Int[Array, "b l"] = token_field()
+    group_t: Float[Array, "b k"]
+    """Noise level of each modulation group."""
+    text: Any
+    """Text tokens [b, s] or states [b, s, e], or after ``TextToVideo.encode_text`` what that made."""
+    text_segment_ids: Int[Array, "b s"]
+    """Of a dropped caption, PAD behind its first token."""
+    dropped: Float[Array, "b n"]
+    """1 if the segment is unconditional: conditioners then leave their field out."""
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = token_field(default_factory=dict)
+    segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Target:
+    """What the output of the denoiser is measured against."""
+
+    eps: Float[Array, "b l p"] = token_field()
+    tau: Float[Array, "b l"] = token_field()
+    """Noise level of each token: min(t of its segment, its noise cap). 0 is data, 1 is noise."""
+    generated: Bool[Array, "b l"] = token_field()
+    """Whether the token is generated, and no conditioning token."""
 
 
 @struct.dataclass
@@ -114,47 +176,8 @@ class Totals:
     """Terms to log, each times ``weight``."""
 
 
-ALONG_TOKENS = frozenset(
-    {
-        "tokens",
-        "positions",
-        "segment_ids",
-        "frame_ids",
-        "token_ids",
-        "clean",
-        "ceilings",
-        "group_ids",
-        "known",
-        "low",
-    }
-)
-"""Fields of batches (and of what is sampled) with a value for every token: ``[b, l, ...]``."""
-
-
-@struct.dataclass
-class Noised:
-    """What the denoiser sees of a batch, and what it is measured against."""
-
-    tokens: Float[Array, "b l p"]
-    """Noised patches x_tau."""
-    eps: Float[Array, "b l p"]
-    tau: Float[Array, "b l"]
-    """Noise level of each token: min(t of its segment, its ceiling). 0 is data, 1 is noise."""
-    group_ids: Int[Array, "b l"]
-    group_t: Float[Array, "b k"]
-    """Noise level of each conditioning group."""
-    free: Bool[Array, "b l"]
-    """Whether the token is to be made, and not given."""
-    dropped: Float[Array, "b n"]
-    """1 where the segment's caption was dropped, else 0."""
-    low: Float[Array, "b l q"] | None = None
-    """For super-resolution: what is given at low resolution, noised."""
-    group_low_t: Float[Array, "b k"] | None = None
-    """Its noise level, as each conditioning group is told it."""
-
-
 class Attention(Protocol):
-    """Scaled dot-product attention within segments, made in ``parallel`` and given to models.
+    """Scaled dot-product attention within segments, chosen in ``parallel`` and handed to models.
 
     Queries see the keys of their own segment id only; the output at padding is finite and
     otherwise unspecified. Without ``k_segment_ids`` the keys are of the queries' own tokens
@@ -215,3 +238,72 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1, open_high=True)]
 """In [0, 1): a decay, a probability of dropping."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a model computes: what depends on the machine, and not on the mathematics."""
+
+    attention: Attention
+    constrain: Constrain = unconstrained
+    dtype: Any = jnp.float32
+    """Of activations and matrix products; the float32 islands are named where they are."""
+    dot_general: DotGeneral = jax.lax.dot_general
+    block_dot_general: DotGeneral = jax.lax.dot_general
+    """That of the transformer's blocks, which may multiply in 8 bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameGrid:
+    """The one place that knows which frames share a latent frame, and which latent frames a token.
+
+    The first frame of a clip stands alone, in a latent frame and a token of its own; every other
+    latent frame holds ``stride`` frames, and every other token ``multiple`` latent frames::
+
+        frames = 1 + n stride multiple,  latent frames = 1 + n multiple,  tokens = 1 + n
+    """
+
+    stride: int = 1
+    """Of the codec in time."""
+    multiple: int = 1
+    """Latent frames of a patch."""
+
+    @property
+    def token_frames(self) -> int:
+        """Frames of every token but the first, which holds one."""
+        return self.stride * self.multiple
+
+    def check(self, frames: int, what: str = "") -> None:
+        """Raises ``ValueError`` with the nearest numbers unless a clip of so many frames has whole
+        tokens."""
+        if frames < 1 or (frames - 1) % self.token_frames:
+            low = 1 + max(frames - 1, 0) // self.token_frames * self.token_frames
+            raise ValueError(
+                f"{what}{frames} frames: the first frame has a token of its own and the others share "
+                f"one by {self.token_frames}, so give 1 + {self.token_frames}n. The nearest are {low} "
+                f"and {low + self.token_frames}."
+            )
+
+    def latents(self, frames: int) -> int:
+        """Latent frames of so many frames; raises ``ValueError`` as ``check`` does."""
+        self.check(frames)
+        return 1 + (frames - 1) // self.stride
+
+    def frames(self, latents: int) -> int:
+        """Frames of so many latent frames."""
+        return 1 + (latents - 1) * self.stride
+
+    def nearest(self, seconds: float, fps: float) -> int:
+        """Frames of whole tokens that last about so long."""
+        return 1 + round(max(seconds * fps - 1, 0) / self.token_frames) * self.token_frames
+
+    def per_token(self, values: np.ndarray, loop: bool = False) -> np.ndarray:
+        """The values ``[t, ...]`` of frames, token by token along time: ``[n, token_frames, ...]``.
+
+        The first frame is repeated to fill its token, as its pixels are. In a ``loop`` no frame is a
+        first one.
+        """
+        if not loop:
+            self.check(len(values))
+            values = np.concatenate([np.repeat(values[:1], self.token_frames - 1, 0), values])
+        return values.reshape(-1, self.token_frames, *values.shape[1:])

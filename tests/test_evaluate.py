@@ -30,7 +30,7 @@ from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.evaluate.weights import Network, key_of, parameter_shapes
 from dit_jax.files import as_path
 from dit_jax.interop import write_folder
-from dit_jax.model import ClassLabelsConfig, ModelConfig, PatchConfig, published
+from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, write_png, write_video
 from dit_jax.training import CheckpointConfig, Checkpointer, TrainState
@@ -381,7 +381,8 @@ def classes_config(latents: bool) -> VideoRun:
         model=ModelConfig(
             dit=dataclasses.replace(published("S"), width=32, depth=2, heads=2),
             patch=PatchConfig(t=1, h=side, w=side, channels=channels),
-            text=ClassLabelsConfig(classes=3),
+            text=NoTextConfig(),
+            conditioners={"label": ClassLabels(3)},
         ),
         codec=LatentCodecConfig(path="elsewhere", h=4, w=4) if latents else CodecConfig(),
         log=LogConfig(draw_every=0),

@@ -14,6 +14,8 @@ from tests.optional import optional
 from tests.runs import CONFIG, Run, Verbs, end, free_port
 from tests.test_sample import ACROSS, OTHER, PROMPT
 
+UPSCALE = str(Path(CONFIG).with_name("tiny_upscale_config.py"))
+
 pytestmark = pytest.mark.usefixtures("cached")
 
 
@@ -48,7 +50,7 @@ def test_files_are_enlarged_on_every_mesh(verbs: Verbs, tmp_path: Path):
     run, file = tmp_path / "run", tmp_path / "small.gif"
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 3), np.uint8)
     write_video(file, pixels.repeat(4, 1).repeat(4, 2), 8)
-    training = ["--config", CONFIG, "--output", run, "--model.upscale", 2, "--steps", 2]
+    training = ["--config", UPSCALE, "--output", run, "--steps", 2]
     training += ["--evaluation.prompts", 0, "--log.draw-every", 50]
     (ended,) = end(verbs.start("train", training))
     assert ended.status == 0, ended.text

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
 import grain
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from dit_jax.data.lanes import Lanes, as_reader
 from dit_jax.data.mixing import order
 from dit_jax.data.reader import Reader
-from dit_jax.types import PackedBatch, Sample, Source
+from dit_jax.types import Batch, Sample, Source
 
 
 class Tokenized(TypedDict):
@@ -36,8 +36,10 @@ class Tokenized(TypedDict):
     """int32 [l]"""
     text: np.ndarray
     """int32 [s], or float32 [s, e]"""
-    low: NotRequired[np.ndarray]
-    """float32 [l, q]: for super-resolution."""
+    token_fields: dict[str, np.ndarray]
+    """[l, ...] by name"""
+    segment_fields: dict[str, np.ndarray]
+    """[...] by name"""
 
 
 Tokenize = Callable[[Sample], Tokenized]
@@ -48,6 +50,8 @@ PACKERS = {
 }
 
 
+TOKEN, SEGMENT = "token_fields/", "segment_fields/"
+"""What Grain's flat elements put before the names of fields."""
 LAYOUT = ("rows", "row_tokens", "row_text", "row_segments", "bins", "packer")
 """Fields of ``PackingConfig`` that decide which samples share a row."""
 
@@ -96,8 +100,9 @@ def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None
 
 def check_finite(tokenized: Tokenized, what: str) -> None:
     """Raises ``ValueError`` if the tokens or text states of a sample are not finite."""
-    for name in ("tokens", "text"):
-        values = tokenized[name]
+    named = {"tokens": tokenized["tokens"], "text": tokenized["text"]}
+    named |= tokenized["token_fields"] | tokenized["segment_fields"]
+    for name, values in named.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             count = int(values.size - np.isfinite(values).sum())
             raise ValueError(
@@ -126,7 +131,9 @@ def _element(
         check_fits(config, count, len(tokenized["text"]), what)
         check_finite(tokenized, what)
         return {
-            **tokenized,
+            **{name: tokenized[name] for name in ("tokens", "positions", "frame_ids", "text")},
+            **{TOKEN + name: values for name, values in tokenized["token_fields"].items()},
+            **{SEGMENT + name: v[None] for name, v in tokenized["segment_fields"].items()},
             # The place in the endless shuffled order names the sample: the same clip seen again in a
             # later epoch has noise of its own even within one batch.
             "sample_ids": np.array([place % 2**32], np.uint32),
@@ -144,13 +151,14 @@ def lane(
     seed: int,
     row: int,
     augment: Augment | None = None,
-    along: tuple[str, ...] = (),
+    token_fields: Sequence[str] = (),
+    segment_fields: Sequence[str] = (),
     start: int = 0,
 ) -> grain.IterDataset:
     """The endless stream of packed rows that fills row ``row`` of every global batch, from the place
     ``start`` of the endless order of samples on.
 
-    ``along`` names what else samples have for every token.
+    ``token_fields`` and ``segment_fields`` name the fields that every sample has.
     ``augment`` changes samples at random; what it draws depends on the seed and the sample's place in
     the endless order, and on nothing else.
     """
@@ -159,6 +167,10 @@ def lane(
     read = grain.ReadOptions(
         num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
     )
+    extra = {
+        **dict.fromkeys([TOKEN + name for name in token_fields], config.row_tokens),
+        **dict.fromkeys([SEGMENT + name for name in segment_fields], config.row_segments),
+    }
     return PACKERS[config.packer](
         mine[start + row :: config.rows].to_iter_dataset(read),
         length_struct={
@@ -169,17 +181,21 @@ def lane(
             "sample_ids": config.row_segments,
             "num_tokens": config.row_segments,
             "num_frames": config.row_segments,
-            **dict.fromkeys(along, config.row_tokens),
+            **extra,
         },
         num_packing_bins=config.bins,
         seed=seed,
-        meta_features=("positions", "frame_ids", "sample_ids", "num_tokens", "num_frames", *along),
+        meta_features=("positions", "frame_ids", "sample_ids", "num_tokens", "num_frames", *extra),
     )
 
 
-def _stack(rows: Sequence[dict[str, np.ndarray]]) -> PackedBatch:
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    return PackedBatch(
+
+    def fields(prefix: str) -> dict[str, np.ndarray]:
+        return {k.removeprefix(prefix): v for k, v in stacked.items() if k.startswith(prefix)}
+
+    return Batch(
         tokens=stacked["tokens"],
         positions=stacked["positions"],
         segment_ids=stacked["tokens_segment_ids"],
@@ -190,20 +206,20 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> PackedBatch:
         sample_ids=stacked["sample_ids"],
         num_tokens=stacked["num_tokens"],
         num_frames=stacked["num_frames"],
-        low=stacked.get("low"),
+        token_fields=fields(TOKEN),
+        segment_fields=fields(SEGMENT),
     )
 
 
-def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> PackedBatch:
+def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Batch:
     """Packs given samples into given rows, without Grain; sample ids count the samples.
 
     Used where the caller decides who shares a row: sampling and tests.
     """
     b, l, s, n = len(rows), config.row_tokens, config.row_text, config.row_segments
     patch, letter = rows[0][0]["tokens"].shape[-1], rows[0][0]["text"]
-    along = tuple(name for name in ("low",) if name in rows[0][0])
+    token_fields, segment_fields = rows[0][0]["token_fields"], rows[0][0]["segment_fields"]
     batch: dict[str, Any] = {
-        **{name: np.zeros((b, l, rows[0][0][name].shape[-1]), np.float32) for name in along},
         "tokens": np.zeros((b, l, patch), np.float32),
         "positions": np.zeros((b, l, 3), np.float32),
         **{name: np.zeros((b, l), np.int32) for name in ("segment_ids", "frame_ids", "token_ids")},
@@ -211,6 +227,12 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
         "text_segment_ids": np.zeros((b, s), np.int32),
         "sample_ids": np.zeros((b, n), np.uint32),
         **{name: np.zeros((b, n), np.int32) for name in ("num_tokens", "num_frames")},
+        "token_fields": {
+            k: np.zeros((b, l, *v.shape[1:]), v.dtype) for k, v in token_fields.items()
+        },
+        "segment_fields": {
+            k: np.zeros((b, n, *v.shape), v.dtype) for k, v in segment_fields.items()
+        },
     }
     number = 0
     for r, row in enumerate(rows):
@@ -219,24 +241,28 @@ def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Pac
             count, letters = len(sample["tokens"]), len(sample["text"])
             check_fits(config, start + count, text_start + letters, f"row {r}")
             span, letter_span = slice(start, start + count), slice(text_start, text_start + letters)
-            for name in ("tokens", "positions", "frame_ids", *along):
+            for name in ("tokens", "positions", "frame_ids"):
                 batch[name][r, span] = sample[name]
+            for name, values in sample["token_fields"].items():
+                batch["token_fields"][name][r, span] = values
+            for name, value in sample["segment_fields"].items():
+                batch["segment_fields"][name][r, j] = value
             batch["segment_ids"][r, span], batch["token_ids"][r, span] = j + 1, np.arange(count)
             batch["text"][r, letter_span] = sample["text"]
             batch["text_segment_ids"][r, letter_span] = j + 1
             batch["sample_ids"][r, j], batch["num_tokens"][r, j] = number, count
             batch["num_frames"][r, j] = sample["frame_ids"][-1] + 1
             start, text_start, number = start + count, text_start + letters, number + 1
-    return PackedBatch(**batch)
+    return Batch(**batch)
 
 
-def _place_after(batch: PackedBatch) -> int:
+def _place_after(batch: Batch) -> int:
     """The place behind the last sample of a batch in the endless order."""
     ids = np.asarray(batch.sample_ids)[np.asarray(batch.num_tokens) > 0]
     return int(ids.max()) + 1 if ids.size else 0
 
 
-class Loader(Lanes[PackedBatch]):
+class Loader(Lanes[Batch]):
     """Packed rows: this process's of the global batches."""
 
     def __init__(
@@ -247,12 +273,14 @@ class Loader(Lanes[PackedBatch]):
         seed: int,
         rows: Sequence[int] | None = None,
         augment: Augment | None = None,
-        along: tuple[str, ...] = (),
+        token_fields: Sequence[str] = (),
+        segment_fields: Sequence[str] = (),
     ) -> None:
         reader = as_reader(source)
 
         def row(number: int, start: int) -> grain.IterDataset:
-            return lane(reader, tokenize, config, seed, number, augment, along, start)
+            fields = token_fields, segment_fields
+            return lane(reader, tokenize, config, seed, number, augment, *fields, start)
 
         rows = tuple(range(config.rows) if rows is None else rows)
         layout = {name: getattr(config, name) for name in LAYOUT}

@@ -263,9 +263,9 @@ class RecordsSource:
     """The random-access source over one split of a builder.
 
     A sample is {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}, the video float32
-    [t, h, w, c] if it holds latents, with "text_states": float32 [s, e] and "label": int if those
-    are asked for; IndexError outside 0..len-1. Deterministic, picklable (files are opened again),
-    usable from threads. Text that is not UTF-8 is read with U+FFFD, and said once.
+    [t, h, w, c] if it holds latents, with "text_states": float32 [s, e] and the segment field "label"
+    if those are asked for; IndexError outside 0..len-1. Deterministic, picklable (files are opened
+    again), usable from threads. Text that is not UTF-8 is read with U+FFFD, and said once.
 
     Raises InputError at construction, where a record is read, too: for an absent or foreign
     directory, an absent or empty split, a missing feature, and records that are no clips. Reading
@@ -433,7 +433,7 @@ class RecordsSource:
         if self.config.caption_mix:
             self._add_captions(sample, record)
         if self.config.label_key is not None:
-            sample["label"] = int(record[self.config.label_key])
+            sample["segment_fields"] = {"label": int(record[self.config.label_key])}
         return sample
 
     def _text_keys(self) -> list[str]:

@@ -110,4 +110,6 @@ def flip(sample: Sample, rng: np.random.Generator) -> Sample:
         return sample
     mirrored = sample.copy()
     mirrored["video"] = sample["video"][:, :, ::-1]
+    if "pixel_fields" in sample:
+        mirrored["pixel_fields"] = {k: v[:, :, ::-1] for k, v in sample["pixel_fields"].items()}
     return mirrored

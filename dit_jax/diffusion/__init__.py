@@ -11,6 +11,7 @@ from dit_jax.diffusion.objective import guided_kind as guided_kind
 from dit_jax.diffusion.objective import noise_batch as noise_batch
 from dit_jax.diffusion.objective import per_segment as per_segment
 from dit_jax.diffusion.objective import predicted_velocity as predicted_velocity
+from dit_jax.diffusion.objective import sample_keys as sample_keys
 from dit_jax.diffusion.objective import split_output as split_output
 from dit_jax.diffusion.objective import token_loss as token_loss
 from dit_jax.diffusion.objective import token_noise as token_noise

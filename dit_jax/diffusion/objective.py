@@ -31,9 +31,9 @@ from dit_jax.diffusion.predictions import (
 )
 from dit_jax.diffusion.problem import Variance
 from dit_jax.diffusion.times import TimeConfig, draw_time
-from dit_jax.types import PAD, Noised, PackedBatch
+from dit_jax.types import PAD, Batch, DenoiserInputs, Target
 
-OF_FRAMES, OF_LEVELS, OF_LOW, OF_LOW_NOISE = 4, 5, 6, 7
+OF_FRAMES, OF_LEVELS = 4, 5
 """Set a segment's random numbers for these apart from its others."""
 
 
@@ -51,7 +51,7 @@ class DiffusionConfig:
     time: TimeConfig = TimeConfig()
     ceilings: CeilingConfig = CeilingConfig()
     caption_dropout: float = 0.1
-    """Probability that a segment is trained without its caption, for guidance."""
+    """Probability that a segment is trained without its caption and its fields, for guidance."""
     min_t: float = 0.05
     """Floor of sigma (t, for rectified flow) in the velocity loss of predicted x0, whose error is
     divided by it: a higher one tells a young model to mind the whole picture before the last of the
@@ -66,10 +66,6 @@ class DiffusionConfig:
     variance: Variance = "fixed_small"
     """Of ancestral sampling. learned_range: the network has two outputs for each number, and the
     second is trained by the variational bound (Nichol & Dhariwal 2021)."""
-    augmentation: float = 0.3
-    """Of super-resolution (``model.upscale``): what is given at low resolution is noised to a level
-    that is drawn uniformly up to this for each clip, and that the network is told (conditioning
-    augmentation: Ho et al. 2021, "Cascaded Diffusion Models")."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
@@ -82,8 +78,6 @@ class DiffusionConfig:
             raise ValueError(
                 f"diffusion.min_snr_gamma is {self.min_snr_gamma}: it is above 0 (5 is usual)."
             )
-        if not 0 <= self.augmentation <= 1:
-            raise ValueError(f"diffusion.augmentation is {self.augmentation}: it is in [0, 1].")
         if self.path.discrete:
             self._check_discrete()
         elif self.variance == "learned_range":
@@ -138,8 +132,10 @@ def token_noise(
     return jax.vmap(jax.vmap(draw))(per_segment(keys, segment_ids), token_ids)
 
 
-def noise_batch(config: DiffusionConfig, key: jax.Array, batch: PackedBatch) -> Noised:
-    """Draws times, ceilings, noise and caption dropout for every segment of a batch.
+def noise_batch(
+    config: DiffusionConfig, key: jax.Array, batch: Batch
+) -> tuple[DenoiserInputs, Target]:
+    """Draws times, ceilings, noise and dropout for every segment of a batch.
 
     On a discrete path all levels are on its grid: indices are uniform where times are.
     """
@@ -163,24 +159,25 @@ def noise_batch(config: DiffusionConfig, key: jax.Array, batch: PackedBatch) -> 
     group_ids = config.ceilings.groups * slots + group
     tau = jnp.take_along_axis(group_t, group_ids, 1)
     eps = token_noise(noise_keys, batch.segment_ids, batch.token_ids, batch.tokens.shape[-1])
-    low, group_low_t = _augmented(config, keys, batch)
-    return Noised(
+    dropout = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, config.caption_dropout)))
+    dropped = dropout(drop_keys).astype(jnp.float32)
+    inputs = DenoiserInputs(
         tokens=interpolate(config.path, batch.tokens, eps, tau),
-        eps=eps,
-        tau=tau,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
         group_ids=group_ids,
         group_t=group_t,
-        free=~held,
-        dropped=jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, config.caption_dropout)))(
-            drop_keys
-        ).astype(jnp.float32),
-        low=low,
-        group_low_t=group_low_t,
+        text=batch.text,
+        text_segment_ids=drop_captions(batch.text_segment_ids, dropped),
+        dropped=dropped,
+        token_fields=batch.token_fields,
+        segment_fields=batch.segment_fields,
     )
+    return inputs, Target(eps=eps, tau=tau, generated=~held)
 
 
 def _held(
-    config: CeilingConfig, keys: jax.Array, patterns: Pattern, batch: PackedBatch
+    config: CeilingConfig, keys: jax.Array, patterns: Pattern, batch: Batch
 ) -> Bool[Array, "b l"]:
     """Whether each token is given; a number of its own is drawn for a frame where key frames are."""
 
@@ -199,7 +196,7 @@ def _independent(
     config: DiffusionConfig,
     keys: jax.Array,
     patterns: Pattern,
-    batch: PackedBatch,
+    batch: Batch,
     groups: Float[Array, "b n 2"],
     group: Int[Array, "b l"],
 ) -> tuple[Float[Array, "b n g"], Int[Array, "b l"]]:
@@ -216,21 +213,6 @@ def _independent(
     levels = jnp.where(patterns.independent[..., None], own, shared)
     mine = per_segment(patterns.independent, batch.segment_ids)
     return levels, jnp.where(mine, batch.frame_ids % count, group)
-
-
-def _augmented(
-    config: DiffusionConfig, keys: jax.Array, batch: PackedBatch
-) -> tuple[Float[Array, "b l q"] | None, Float[Array, "b k"] | None]:
-    """What is given at low resolution, noised, and its level as every group is told it."""
-    if batch.low is None:
-        return None, None
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-    uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, maxval=config.augmentation)))
-    levels = on_grid(config.path, uniform(fold(keys, OF_LOW)), up=False)
-    ids, dim = batch.segment_ids, batch.low.shape[-1]
-    eps = token_noise(fold(keys, OF_LOW_NOISE), ids, batch.token_ids, dim)
-    low = interpolate(config.path, batch.low, eps, per_segment(levels, ids))
-    return low, jnp.repeat(levels, config.ceilings.groups, 1)
 
 
 def drop_captions(
@@ -325,8 +307,9 @@ def token_weight(config: DiffusionConfig, tau: Float[Array, "b l"]) -> Float[Arr
 def token_loss(
     config: DiffusionConfig,
     output: Float[Array, "b l _"],
-    noised: Noised,
-    batch: PackedBatch,
+    inputs: DenoiserInputs,
+    target: Target,
+    batch: Batch,
 ) -> tuple[Float[Array, "b l"], Float[Array, "b l"]]:
     """The loss of every token, and the weight (0 or 1) it has in that of the batch.
 
@@ -337,18 +320,18 @@ def token_loss(
     Raises:
         ValueError: where the network has not as many outputs as are asked for.
     """
-    x0, xt, tau = batch.tokens, noised.tokens, noised.tau
+    x0, xt, tau = batch.tokens, inputs.tokens, target.tau
     predicted, fraction = split_output(config, output, x0.shape[-1])
-    target = prediction_of(config.path, config.prediction, x0, noised.eps, tau)
+    truth = prediction_of(config.path, config.prediction, x0, target.eps, tau)
     if config.loss == "velocity":
-        wanted = predicted_velocity(config, target, xt, tau, config.min_t)
+        wanted = predicted_velocity(config, truth, xt, tau, config.min_t)
         found = predicted_velocity(config, predicted, xt, tau, config.min_t)
     else:
-        wanted, found = target, predicted
+        wanted, found = truth, predicted
     error = token_weight(config, tau) * jnp.square(found - wanted).mean(-1)
     if fraction is not None:
         frozen = jax.lax.stop_gradient(predicted)
         guess, _ = clean_and_noise(config.path, config.prediction, frozen, xt, tau)
         error = error + bound(config.path, x0, xt, guess, fraction, tau).mean(-1)
-    weight = (batch.segment_ids != PAD) & noised.free
+    weight = (batch.segment_ids != PAD) & target.generated
     return jnp.where(weight, error, 0.0), weight.astype(jnp.float32)

@@ -47,7 +47,7 @@ from dit_jax.evaluate import (
     save_statistics,
 )
 from dit_jax.files import as_path, check_file, check_writable, run_verb, write_json
-from dit_jax.model import ClassLabelsConfig
+from dit_jax.model import ClassLabels
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -312,16 +312,17 @@ class Making:
 
 def _wanted(given: EvaluateArguments, config: VideoRun) -> Wanted:
     """What the model is asked for; raises ``ValueError`` where it reads something else."""
-    text, made, run = config.model.text, config.sampling, given.checkpoint
+    made, run = config.sampling, given.checkpoint
+    classes = config.model.conditioners.get("label")
     size = config.codec.latent_size(made.frames, made.height, made.width)
     fps = config.codec.latent_fps(made.fps)
-    if isinstance(text, ClassLabelsConfig):
+    if isinstance(classes, ClassLabels):
         if given.prompts_file:
             raise ValueError(
-                f"the model of {run!r} knows {text.classes} classes and no text: leave out "
+                f"the model of {run!r} knows {classes.classes} classes and no text: leave out "
                 "--prompts-file (--labels says how classes are drawn)."
             )
-        labels = class_labels(given.labels, text.classes, given.num, given.seed)
+        labels = class_labels(given.labels, classes.classes, given.num, given.seed)
         return Wanted(size, fps, given.seed, labels=labels)
     if not given.prompts_file:
         raise ValueError(

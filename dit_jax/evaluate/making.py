@@ -52,8 +52,8 @@ class Wanted:
     def request(self, i: int) -> Request:
         """Sample number i."""
         prompt = self.prompts[i % len(self.prompts)] if self.prompts else ""
-        label = None if self.labels is None else int(self.labels[i])
-        return Request(prompt, *self.size, self.fps, self.seed + i, label=label)
+        fields = {} if self.labels is None else {"label": int(self.labels[i])}
+        return Request(prompt, *self.size, self.fps, self.seed + i, segment_fields=fields)
 
 
 def fill(

@@ -38,7 +38,7 @@ KEYS: dict[str, str] = {
     "dit/time/up/bias": EMBEDDERS + "timestep_embedder.linear_1.bias",
     "dit/time/out/kernel": EMBEDDERS + "timestep_embedder.linear_2.weight",
     "dit/time/out/bias": EMBEDDERS + "timestep_embedder.linear_2.bias",
-    "text/embedding": EMBEDDERS + "class_embedder.embedding_table.weight",
+    "conditioners_label/embedding": EMBEDDERS + "class_embedder.embedding_table.weight",
     "dit/blocks/self_attention/out/kernel": "transformer_blocks.{}.attn1.to_out.0.weight",
     "dit/blocks/self_attention/out/bias": "transformer_blocks.{}.attn1.to_out.0.bias",
     "dit/blocks/mlp/up/kernel": "transformer_blocks.{}.ff.net.0.proj.weight",

@@ -25,7 +25,7 @@ import numpy as np
 
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Fixed, Map
-from dit_jax.model import PRESETS, ClassLabelsConfig, ModelConfig, PatchConfig
+from dit_jax.model import PRESETS, ClassLabels, ModelConfig, NoTextConfig, PatchConfig
 from dit_jax.model.dit import published
 
 Family = Literal["dit", "sit"]
@@ -39,7 +39,7 @@ DIT_KEYS: dict[str, tuple[str, str]] = {
     "dit/time/up/bias": ("t_embedder.mlp.0.bias", "d -> d"),
     "dit/time/out/kernel": ("t_embedder.mlp.2.weight", "d i -> i d"),
     "dit/time/out/bias": ("t_embedder.mlp.2.bias", "d -> d"),
-    "text/embedding": ("y_embedder.embedding_table.weight", "y d -> y d"),
+    "conditioners_label/embedding": ("y_embedder.embedding_table.weight", "y d -> y d"),
     "dit/blocks/self_attention/qkv/kernel": (
         "blocks.{}.attn.qkv.weight",
         "(x n e) i -> i (n x e)",
@@ -130,7 +130,7 @@ def with_clock(model: ModelConfig, family: Family) -> ModelConfig:
 
 def axis_sizes(model: ModelConfig) -> dict[str, int]:
     """Sizes of the axes in ``DIT_KEYS``."""
-    dit, patch = model.dit, model.patch
+    dit, patch, labels = model.dit, model.patch, model.conditioners.get("label")
     return {
         "d": dit.width,
         "i": dit.width,
@@ -139,7 +139,7 @@ def axis_sizes(model: ModelConfig) -> dict[str, int]:
         "x": 3,
         "m": dit.hidden,
         "f": 256,
-        "y": model.text.classes + 1 if isinstance(model.text, ClassLabelsConfig) else 0,
+        "y": 1 + (labels.classes if isinstance(labels, ClassLabels) else 0),
         "o": 1 + model.learned_variance,
         "c": patch.channels,
         "ph": patch.h,
@@ -162,11 +162,15 @@ def check_published(model: ModelConfig, divisors: Sequence[int] = (128,)) -> Non
         "dit.absolute_positions": (dit.absolute_positions, "wh"),
         "dit.rope_theta": (dit.rope_theta, 1e4),
         "dit.cross_attention": (dit.cross_attention, False),
-        "dit.pooled_text": (dit.pooled_text, True),
+        "dit.pooled_text": (dit.pooled_text, False),
         "dit.modulation": (dit.modulation, "layer"),
         "dit.band": (dit.band, None),
         "patch.t": (model.patch.t, 1),
-        "text": (type(model.text).__name__, "ClassLabelsConfig"),
+        "text": (type(model.text).__name__, "NoTextConfig"),
+        "conditioners": (
+            {name: type(one).__name__ for name, one in model.conditioners.items()},
+            {"label": "ClassLabels"},
+        ),
     }
     other = [
         f"{name} is {has!r}, not {want!r}" for name, (has, want) in wanted.items() if has != want
@@ -287,7 +291,8 @@ def made_file(
     model = ModelConfig(
         dit=dit,
         patch=PatchConfig(t=1, h=patch, w=patch, channels=channels),
-        text=ClassLabelsConfig(classes=classes),
+        text=NoTextConfig(),
+        conditioners={"label": ClassLabels(classes)},
         learned_variance=outputs == 2,
     )
     return DiTFile(with_clock(model, family), size, family)

@@ -1,12 +1,25 @@
 """Models: patches, positions, the diffusion transformer and the text encoder."""
 
 from dit_jax.model.blocks import as_computed as as_computed
+from dit_jax.model.blocks import dense as dense
+from dit_jax.model.conditioners import ClassLabels as ClassLabels
+from dit_jax.model.conditioners import Conditioner as Conditioner
+from dit_jax.model.conditioners import Conditioning as Conditioning
+from dit_jax.model.conditioners import Field as Field
+from dit_jax.model.conditioners import Fields as Fields
+from dit_jax.model.conditioners import Signal as Signal
+from dit_jax.model.conditioners import check_fields as check_fields
+from dit_jax.model.conditioners import per_group as per_group
+from dit_jax.model.conditioners import per_token as per_token
+from dit_jax.model.conditioners import prepare_fields as prepare_fields
 from dit_jax.model.dit import PRESETS as PRESETS
 from dit_jax.model.dit import DiT as DiT
 from dit_jax.model.dit import DiTConfig as DiTConfig
+from dit_jax.model.dit import TimeEmbedding as TimeEmbedding
 from dit_jax.model.dit import published as published
 from dit_jax.model.flops import forward_flops as forward_flops
 from dit_jax.model.patch import PatchConfig as PatchConfig
+from dit_jax.model.patch import field_tokens as field_tokens
 from dit_jax.model.patch import patchify as patchify
 from dit_jax.model.patch import positions as positions
 from dit_jax.model.patch import unpatchify as unpatchify
@@ -14,7 +27,7 @@ from dit_jax.model.reuse import denoise_and_keep as denoise_and_keep
 from dit_jax.model.reuse import first_modulation as first_modulation
 from dit_jax.model.text import ByteEncoder as ByteEncoder
 from dit_jax.model.text import ByteEncoderConfig as ByteEncoderConfig
-from dit_jax.model.text import ClassLabelsConfig as ClassLabelsConfig
+from dit_jax.model.text import NoTextConfig as NoTextConfig
 from dit_jax.model.text import TextStatesConfig as TextStatesConfig
 from dit_jax.model.text import byte_tokens as byte_tokens
 from dit_jax.model.text_to_video import ModelConfig as ModelConfig

@@ -142,13 +142,15 @@ def gather_groups(
     return jnp.einsum("blk,bkd->bld", chosen, per_group, precision="highest")
 
 
-FLOAT32_LAYERS = {"time", "low_time", "pooled", "modulation", "final_modulation"}
+FLOAT32_LAYERS = {"time", "pooled", "modulation", "final_modulation"}
 """Linear layers that compute in float32 whatever the dtype of activations."""
 
 
 def as_computed(path: Sequence[str], leaf: jax.Array, dtype: Dtype) -> jax.Array:
-    """A parameter in the dtype that its layer computes with (see ``dense``); the others as they are."""
+    """A parameter in the dtype that its layer computes with (see ``dense``); the others, and those of
+    conditioners, which compute in what they please, as they are."""
     linear = path[-1] in ("kernel", "bias") and not FLOAT32_LAYERS.intersection(path)
+    linear = linear and not any(part.startswith("conditioners_") for part in path)
     return leaf.astype(dtype) if linear else leaf
 
 

@@ -12,7 +12,7 @@ Sources: Peebles & Xie 2022 (adaLN-Zero blocks), Dehghani et al. 2023 (packing; 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from dit_jax.model.blocks import (
     layer_norm,
     through,
 )
+from dit_jax.model.conditioners import Conditioning
 from dit_jax.model.positions import (
     axis_dims,
     grid_features,
@@ -39,7 +40,15 @@ from dit_jax.model.positions import (
     rotary_angles,
     sincos_features,
 )
-from dit_jax.types import ATTENTION, QKV, RESIDUAL, Attention, Constrain, DotGeneral
+from dit_jax.types import (
+    ATTENTION,
+    QKV,
+    RESIDUAL,
+    Attention,
+    Constrain,
+    DenoiserInputs,
+    DotGeneral,
+)
 
 policies = jax.checkpoint_policies
 REMAT_POLICIES = {
@@ -92,7 +101,7 @@ class DiTConfig:
     time_std: float | None = None
     """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
     cross_attention: bool = True
-    """Attend to the text in every block; without it only ``pooled_text`` tells of the text."""
+    """Attend to the text in every block; without it only ``pooled_text`` reads the text."""
     pooled_text: bool = False
     """Also condition the modulation on the mean of the text states, and not by attention alone."""
     modulation: Literal["layer", "shared"] = "layer"
@@ -170,10 +179,10 @@ PRESETS = {
 
 
 def published(preset: str) -> DiTConfig:
-    """A preset as in Peebles & Xie 2022: fixed positions, no QK-norm, a class for a condition.
+    """A preset as in Peebles & Xie 2022: fixed positions, no QK-norm, no text.
 
-    To be used with ``ClassLabelsConfig`` and patches of one frame; ``ModelConfig.learned_variance``
-    is theirs too.
+    To be used with ``NoTextConfig``, the conditioner ``ClassLabels`` and patches of one frame;
+    ``ModelConfig.learned_variance`` is theirs too.
     """
     return dataclasses.replace(
         PRESETS[preset],
@@ -181,7 +190,6 @@ def published(preset: str) -> DiTConfig:
         qk_norm=False,
         absolute_positions="wh",
         cross_attention=False,
-        pooled_text=True,
         time_offset=-1.0,
         time_std=0.02,
     )
@@ -273,24 +281,18 @@ def layers(
     return stacked(name=name, **given)
 
 
-def embed_patches(
-    config: DiTConfig,
-    linear: Callable[..., nn.Module],
-    dtype: Dtype,
-    tokens: Float[Array, "b l p"],
-    positions: Float[Array, "b l 3"],
-    low: Float[Array, "b l p"] | None,
-) -> Float[Array, "b l d"]:
-    """Tokens in the transformer's width: a linear layer of each patch, and of what is given beside it,
-    and the fixed features of its place."""
-    embed = partial(linear, config.width, ("patch", "embed"))
-    x = embed(name="patch_embedding")(tokens.astype(dtype))
-    if low is not None:
-        x = x + embed(name="low_embedding")(low.astype(dtype))
-    if config.absolute_positions != "none":
-        features = ABSOLUTE[config.absolute_positions]
-        x = x + features(positions, config.width, config.rope_theta).astype(dtype)
-    return x
+def with_text(
+    text: Float[Array, "b s e"] | None,
+    text_segment_ids: Int[Array, "b s"],
+    added: Sequence[Conditioning],
+) -> tuple[Float[Array, "b s e"] | None, Int[Array, "b s"]]:
+    """Text states and their segments, with those of conditioners behind them."""
+    more = [one.text for one in added if one.text is not None]
+    if not more:
+        return text, text_segment_ids
+    states = [x for x, _ in more] if text is None else [text, *(x for x, _ in more)]
+    ids = [i for _, i in more] if text is None else [text_segment_ids, *(i for _, i in more)]
+    return jnp.concatenate(states, 1), jnp.concatenate(ids, 1)
 
 
 class DiT(nn.Module):
@@ -304,46 +306,44 @@ class DiT(nn.Module):
     dot_general: DotGeneral = jax.lax.dot_general
     layer_dot_general: DotGeneral | None = None
     """That of the blocks, where it is another one (in low precision)."""
-    project_pooled: bool = True
-    """Whether pooled text passes through a linear layer on its way to the condition."""
 
     @nn.compact
     def __call__(
         self,
-        tokens: Float[Array, "b l p"],
-        positions: Float[Array, "b l 3"],
-        segment_ids: Int[Array, "b l"],
-        group_ids: Int[Array, "b l"],
-        group_t: Float[Array, "b k"],
-        text: Float[Array, "b s e"] | None,
-        text_segment_ids: Int[Array, "b s"] | None,
-        low: Float[Array, "b l p"] | None = None,
-        group_low_t: Float[Array, "b k"] | None = None,
+        inputs: DenoiserInputs,
+        added: Sequence[Conditioning] = (),
         residual: Float[Array, "b l d"] | None = None,
     ) -> Float[Array, "b l o"]:
         """Returns float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
 
-        Text may be None where the config uses none. Where ``low`` is given it is another patch of each
-        token (one linear layer of both, in two parts), and ``group_low_t`` its noise level. A
-        ``residual`` takes the place of the blocks (see ``model.reuse``).
+        ``inputs.text`` are text states, or None if the config uses none; ``added`` is what conditioners
+        add. A ``residual`` takes the place of the blocks (see ``model.reuse``).
         """
-        config = self.config
+        config, positions = self.config, inputs.positions
+        segment_ids, group_ids = inputs.segment_ids, inputs.group_ids
+        text, text_segment_ids = inputs.text, inputs.text_segment_ids
         linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
-        x = embed_patches(config, linear, self.dtype, tokens, positions, low)
+        embed = linear(config.width, ("patch", "embed"), name="patch_embedding")
+        x = embed(inputs.tokens.astype(self.dtype))
+        for one in added:
+            x = x if one.tokens is None else x + one.tokens.astype(self.dtype)
+        if config.absolute_positions != "none":
+            features = ABSOLUTE[config.absolute_positions]
+            x = x + features(positions, config.width, config.rope_theta).astype(self.dtype)
         x = self.constrain(x, "batch", "tokens", "width")
-        condition = TimeEmbedding(config, self.constrain, name="time")(group_t)
-        if group_low_t is not None:
-            condition += TimeEmbedding(config, self.constrain, name="low_time")(group_low_t)
+        condition = TimeEmbedding(config, self.constrain, name="time")(inputs.group_t)
+        for one in added:
+            condition = condition if one.modulation is None else condition + one.modulation
         rotary = None
         if config.rotary:
             rotary = rotary_angles(positions, config.width // config.heads, config.rope_theta)
         if config.pooled_text:
             assert text is not None and text_segment_ids is not None
-            pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, group_t.shape[1])
-            if self.project_pooled:
-                exact = partial(dense, dtype=jnp.float32, precision="highest")
-                pooled = exact(config.width, ("embed", "embed_out"), name="pooled")(pooled)
-            condition += pooled
+            groups = inputs.group_t.shape[1]
+            pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, groups)
+            exact = partial(dense, dtype=jnp.float32, precision="highest")
+            condition += exact(config.width, ("embed", "embed_out"), name="pooled")(pooled)
+        text, text_segment_ids = with_text(text, text_segment_ids, added)
         if text is not None:
             text = text.astype(self.dtype)
 

@@ -6,11 +6,13 @@ attention within segments (and bands), one noise level a segment, no recomputati
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Float, Int
 
 from dit_jax.model.dit import TIME_FREQUENCIES
-from dit_jax.model.text import ByteEncoderConfig, ClassLabelsConfig
+from dit_jax.model.text import ByteEncoderConfig, TextStatesConfig
 from dit_jax.model.text_to_video import ModelConfig
 
 
@@ -30,12 +32,12 @@ def forward_flops(
     if dit.cross_attention:
         block += 2 * d * 2 * d * tokens + 2 * config.text_width * 2 * d * letters
         block += 4 * d * tokens * letters
-    enlarges = config.upscale > 1
-    ends = 2 * (config.patch.dim * (1 + enlarges) + config.output_dim) * d * tokens
+    fields = [one.field(config) for one in config.conditioners.values()]
+    beside = sum(math.prod(field.shape) for field in fields if field.of == "token")
+    ends = 2 * (config.patch.dim + beside + config.output_dim) * d * tokens
     # Once a segment: its noise level's embedding, the pooled text's, and the modulation.
     layers = dit.depth if dit.modulation == "layer" else 1
-    pooled = dit.pooled_text and not isinstance(text, ClassLabelsConfig)
-    condition = (1 + enlarges) * (TIME_FREQUENCIES + d) * d + pooled * config.text_width * d
+    condition = (TIME_FREQUENCIES + d) * d + dit.pooled_text * config.text_width * d
     ends = ends + 2 * (condition + (6 * layers + 2) * d * d) * (tokens > 0)
     unseen = 0.0
     if dit.band is not None:
@@ -47,8 +49,8 @@ def forward_flops(
         e = text.width
         encoder = text.depth * (24 * e * e * letters + 4 * e * letters * letters)
         encoder += 2 * e * e * letters
-    elif isinstance(text, ClassLabelsConfig):
-        encoder = 0.0
-    else:
+    elif isinstance(text, TextStatesConfig):
         encoder = 2 * (text.dim + d) * d * letters
+    else:
+        encoder = 0.0
     return dit.depth * block - unseen + ends + (encoder if encode_text else 0.0)

@@ -10,9 +10,12 @@ of one frame. Embedding the patches is the model's business, not this module's.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from einops import rearrange, repeat
+
+from dit_jax.types import FrameGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +52,7 @@ class PatchConfig:
         Raises:
             ValueError: where the patch does not divide the clip, with the nearest sizes that do.
         """
-        if frames < 1 or (frames - 1) % self.t:
-            low = 1 + max(frames - 1, 0) // self.t * self.t
-            raise ValueError(
-                f"{frames} frames: with temporal patches of {self.t} the first frame stands alone, so "
-                f"the number of frames is 1 + {self.t}n. The nearest are {low} and {low + self.t}."
-            )
+        FrameGrid(multiple=self.t).check(frames)
         for name, size, patch in (("height", height, self.h), ("width", width, self.w)):
             if size < 1 or size % patch:
                 low = max(size // patch * patch, patch)
@@ -129,3 +127,47 @@ def positions(
     axes = np.meshgrid(clock, np.arange(h), np.arange(w), indexing="ij")
     coordinates = np.stack(axes, -1).reshape(-1, 3).astype(np.float32)
     return coordinates, np.repeat(np.arange(t, dtype=np.int32), h * w)
+
+
+def field_tokens(
+    config: PatchConfig,
+    stride: int,
+    size: tuple[int, int, int],
+    frame_fields: Mapping[str, np.ndarray],
+    pixel_fields: Mapping[str, np.ndarray],
+    loop: bool = False,
+) -> dict[str, np.ndarray]:
+    """The fields of a clip's frames and pixels, token by token: ``[l, ...]``.
+
+    A token gets the values ``[frames, ...]`` of its patch's frames, and the numbers ``[q]`` of its
+    patch in clips beside the clip.
+
+    Args:
+        stride: of the codec in time.
+        size: latent frames, rows and columns of the clip.
+        frame_fields: ``[t, ...]``, a value for every frame of pixels.
+        pixel_fields: float ``[t, h, w, c]`` on the grid of the latents.
+        loop: no frame is a first one (see ``sampling.loops``).
+    """
+    frames, height, width = size
+    _, h, w = config.grid(1, height, width)
+    grid, fields = FrameGrid(stride, config.t), {}
+    for name, values in frame_fields.items():
+        expected = frames * stride if loop else grid.frames(frames)
+        if len(values) != expected:
+            raise ValueError(
+                f"the field {name!r} has values of {len(values)} frames, and the clip {expected} "
+                "frames of pixels: give one for each."
+            )
+        fields[name] = np.repeat(grid.per_token(np.asarray(values), loop), h * w, 0)
+    for name, values in pixel_fields.items():
+        if values.shape[:3] != size:
+            raise ValueError(
+                f"the field {name!r} is of {values.shape[:3]} latent frames, rows and columns, and the "
+                f"clip of {size}: give as many."
+            )
+        patch = dataclasses.replace(config, channels=values.shape[3])
+        if loop:  # A first frame is put before, and its tokens taken away again.
+            values = np.concatenate([values[:1], values])
+        fields[name] = patchify(patch, values.astype(np.float32))[h * w if loop else 0 :]
+    return fields

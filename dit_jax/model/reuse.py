@@ -17,14 +17,14 @@ from jaxtyping import Array, Float
 from dit_jax.model.blocks import RESIDUALS, Modulation
 from dit_jax.model.dit import DiTConfig, TimeEmbedding
 from dit_jax.model.text_to_video import TextToVideo
-from dit_jax.types import Params, unconstrained
+from dit_jax.types import DenoiserInputs, Params, unconstrained
 
 
 def denoise_and_keep(
-    model: TextToVideo, params: Params, *given: Any
+    model: TextToVideo, params: Params, inputs: DenoiserInputs
 ) -> tuple[Float[Array, "b l o"], Float[Array, "b l d"]]:
     """``TextToVideo.denoise``, and what the blocks added, in the dtype of activations."""
-    made: Any = model.apply(params, *given, method="denoise", mutable=[RESIDUALS])
+    made: Any = model.apply(params, inputs, method="denoise", mutable=[RESIDUALS])
     output, left = made
     return output, left[RESIDUALS]["dit"]["blocks"]
 

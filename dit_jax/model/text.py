@@ -1,5 +1,4 @@
-"""How text enters: a small encoder over bytes learned with the model, or an encoder's stored states;
-and class labels, which are captions of one word.
+"""How text enters: a small encoder over bytes learned with the model, or an encoder's stored states.
 
 Prompts in any language work with nothing downloaded. UTF-8 bytes (after a first token that
 stands for the beginning) are embedded and pass through a few bidirectional transformer layers
@@ -7,14 +6,13 @@ within their own segment. An empty caption is the beginning token alone; that is
 dropped caption becomes, so classifier-free guidance's "unconditional" is the empty prompt.
 
 States that a large encoder made beforehand come with the data. A zero state is put before them and
-stands for the beginning in the same way. So does the null class before a label (the "class" of
-Ho & Salimans 2022 that labels are dropped to; Peebles & Xie 2022, section 3.2).
+stands for the beginning in the same way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +26,6 @@ from dit_jax.types import Attention, Constrain, DotGeneral
 BEGIN = 1
 FIRST_BYTE = 2
 VOCABULARY = FIRST_BYTE + 256
-EMBEDDING_STD = 0.02
-"""Of fresh class embeddings, as DiT's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,29 +78,14 @@ class TextStatesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassLabelsConfig:
-    """Classes in place of captions: a table of embeddings, added to those of the noise levels."""
+class NoTextConfig:
+    """No text: a model of classes, or of other fields, alone (``ModelConfig.conditioners``)."""
 
-    classes: int = 1000
-
-    max_tokens: ClassVar[int] = 2
-    """The null class and the label."""
-
-    def __post_init__(self) -> None:
-        if self.classes < 1:
-            raise ValueError(f"text.classes is {self.classes}: a model of classes has at least 1.")
+    max_tokens: ClassVar[int] = 1
+    """The beginning, which nothing reads."""
 
 
-TextConfig = ByteEncoderConfig | TextStatesConfig | ClassLabelsConfig
-
-
-def label_tokens(label: int | None, classes: int) -> np.ndarray:
-    """A label as int32 tokens: the null class, whose number is ``classes``, then the label (if any)."""
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(
-            f"class {label}: the model has the classes 0 to {classes - 1} (model.text.classes)."
-        )
-    return np.array([classes] if label is None else [classes, label], np.int32)
+TextConfig = ByteEncoderConfig | TextStatesConfig | NoTextConfig
 
 
 def with_beginning(states: np.ndarray, max_tokens: int) -> np.ndarray:
@@ -210,29 +191,3 @@ class StatesProjection(nn.Module):
         hidden = dense(self.width, ("text_states", "embed"), name="up", **given)(states)
         x = dense(self.width, ("embed", "text_out"), name="out", **given)(gelu(hidden))
         return self.constrain(x, "batch", "text_tokens", "width")
-
-
-class ClassEmbedding(nn.Module):
-    """Label tokens ``[b, s]`` to class embeddings ``[b, s, d]``, float32.
-
-    The null class before a label has that label's embedding too, as long as the label is seen: what
-    the tokens of a segment have in common is its class.
-    """
-
-    config: ClassLabelsConfig
-    width: int
-    constrain: Constrain
-
-    @nn.compact
-    def __call__(
-        self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"]
-    ) -> Float[Array, "b s d"]:
-        init = nn.with_logical_partitioning(
-            nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed_out")
-        )
-        # Flax types the boxed initial value; `param` returns it unboxed.
-        table: Any = self.param("embedding", init, (self.config.classes + 1, self.width))
-        after = ((0, 0), (0, 1))
-        followed = jnp.pad(segment_ids[:, 1:], after) == segment_ids
-        labels = jnp.where(followed, jnp.pad(tokens[:, 1:], after), tokens)
-        return self.constrain(table[labels], "batch", "text_tokens", "width")

@@ -1,6 +1,6 @@
-"""The text-to-video model: a text encoder and the diffusion transformer it conditions.
+"""The text-to-video model: a text encoder, conditioners, and the diffusion transformer.
 
-With class labels for text, no cross-attention and one frame it is DiT as published.
+With class labels and no text, no cross-attention and one frame it is DiT as published.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dit_jax.model.blocks import Dtype
+from dit_jax.model.conditioners import Conditioner
 from dit_jax.model.dit import DiT, DiTConfig
 from dit_jax.model.patch import PatchConfig
 from dit_jax.model.text import (
+    BEGIN,
     ByteEncoder,
     ByteEncoderConfig,
-    ClassEmbedding,
-    ClassLabelsConfig,
+    NoTextConfig,
     StatesProjection,
     TextStatesConfig,
     byte_tokens,
-    label_tokens,
     with_beginning,
 )
-from dit_jax.types import Attention, Constrain, DotGeneral
+from dit_jax.types import Attention, Constrain, DenoiserInputs, DotGeneral, Runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ModelConfig:
 
     dit: DiTConfig = DiTConfig()
     patch: PatchConfig = PatchConfig()
-    text: ByteEncoderConfig | TextStatesConfig | ClassLabelsConfig = ByteEncoderConfig()
+    text: ByteEncoderConfig | TextStatesConfig | NoTextConfig = ByteEncoderConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
     matmul: Literal["full", "int8", "fp8"] = "full"
@@ -46,20 +46,15 @@ class ModelConfig:
     learned_variance: bool = False
     """Whether the network's output has a second half: the variance of the reverse step, for every
     number of the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
-
-    upscale: int = 1
-    """For super-resolution: the model is given the clip that it makes with so many times fewer rows and
-    columns, enlarged again, as channels beside the noise (Ho et al. 2021, "Cascaded Diffusion Models").
-    1 gives it nothing."""
+    conditioners: dict[str, Conditioner] = dataclasses.field(default_factory=dict)
+    """What else the model is conditioned on: a conditioner for each field, under the field's name."""
 
     def __post_init__(self) -> None:
-        if self.upscale < 1:
-            raise ValueError(f"model.upscale is {self.upscale}: it is at least 1, which is none.")
-        told = self.dit.pooled_text or self.dit.cross_attention
-        if isinstance(self.text, ClassLabelsConfig) and not told:
+        reads = self.dit.pooled_text or self.dit.cross_attention
+        if isinstance(self.text, NoTextConfig) and reads:
             raise ValueError(
-                "model.text are classes, and neither dit.pooled_text nor dit.cross_attention is set: "
-                "the model would not learn of them. Set pooled_text, as DiT does."
+                "model.text is NoTextConfig, and dit.pooled_text or dit.cross_attention is set: there "
+                "is nothing to read. Unset both."
             )
 
     @property
@@ -78,22 +73,13 @@ class ModelConfig:
         dtype: Any = jnp.dtype(self.compute_dtype(platform)).name
         return dataclasses.replace(self, dtype=dtype, dit=dataclasses.replace(self.dit, scan=scan))
 
-    def text_tokens(
-        self, caption: str, states: np.ndarray | None = None, label: int | None = None
-    ) -> np.ndarray:
-        """What the model reads: int32 bytes ``[s]`` of the caption, its states float32 ``[s, e]``, or
-        the label as int32 ``[s]``. An empty caption is one that was dropped, whatever its
-        states."""
+    def text_tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
+        """What the model reads: int32 bytes ``[s]`` of the caption, or its states float32 ``[s, e]``.
+        An empty caption is one that was dropped, whatever its states."""
         if isinstance(self.text, ByteEncoderConfig):
             return byte_tokens(caption, self.text.max_bytes)
-        if isinstance(self.text, ClassLabelsConfig):
-            if label is None and caption:
-                raise ValueError(
-                    f"the model knows classes, 0 to {self.text.classes - 1}, and no captions, and no "
-                    f"class came with {caption[:60]!r}: give records that have one "
-                    "(data.source.label_key), or the number of a class."
-                )
-            return label_tokens(label, self.text.classes)
+        if isinstance(self.text, NoTextConfig):
+            return np.array([BEGIN], np.int32)
         if states is not None and not caption:
             states = np.zeros((0, self.text.dim), np.float32)
         if states is None or states.ndim != 2 or states.shape[1] != self.text.dim:
@@ -125,66 +111,40 @@ class TextToVideo(nn.Module):
     """That of the transformer's blocks, where it is another one (in low precision)."""
 
     def setup(self) -> None:
-        dtype = self.config.compute_dtype()
+        config, dtype = self.config, self.config.compute_dtype()
         given = (self.attention, self.constrain, dtype, self.dot_general)
-        text = self.config.text
-        width = self.config.dit.width
-        if isinstance(text, ByteEncoderConfig):
-            self.text = ByteEncoder(text, *given)
-        elif isinstance(text, ClassLabelsConfig):
-            self.text = ClassEmbedding(text, width, self.constrain)
-        else:
-            self.text = StatesProjection(width, dtype, self.constrain, self.dot_general)
-        self.dit = DiT(
-            self.config.dit,
-            self.config.output_dim,
-            *given,
-            self.layer_dot_general,
-            # A class has an embedding of the transformer's own width.
-            project_pooled=not isinstance(text, ClassLabelsConfig),
-        )
+        blocks = self.layer_dot_general or self.dot_general
+        runtime = Runtime(*given[:2], dtype, self.dot_general, blocks)
+        if isinstance(config.text, ByteEncoderConfig):
+            self.text = ByteEncoder(config.text, *given)
+        elif isinstance(config.text, TextStatesConfig):
+            self.text = StatesProjection(config.dit.width, dtype, self.constrain, self.dot_general)
+        self.conditioners = {
+            name: one.build(name, config, runtime) for name, one in config.conditioners.items()
+        }
+        self.dit = DiT(config.dit, config.output_dim, *given, self.layer_dot_general)
 
     def encode_text(
         self,
         text: Int[Array, "b s"] | Float[Array, "b s x"],
         text_segment_ids: Int[Array, "b s"],
-    ) -> Float[Array, "b s e"]:
-        """Text states, needed once for all steps of a solver."""
-        if isinstance(self.text, StatesProjection):
+    ) -> Float[Array, "b s e"] | Int[Array, "b s"]:
+        """Text states, needed once for all steps of a solver; without text, the tokens as they are."""
+        if isinstance(self.config.text, NoTextConfig):
+            return text
+        if isinstance(self.config.text, TextStatesConfig):
             return self.text(text)
         return self.text(text, text_segment_ids)
 
     def denoise(
-        self,
-        tokens: Float[Array, "b l p"],
-        positions: Float[Array, "b l 3"],
-        segment_ids: Int[Array, "b l"],
-        group_ids: Int[Array, "b l"],
-        group_t: Float[Array, "b k"],
-        text_states: Float[Array, "b s e"],
-        text_segment_ids: Int[Array, "b s"],
-        low: Float[Array, "b l p"] | None = None,
-        group_low_t: Float[Array, "b k"] | None = None,
-        residual: Float[Array, "b l d"] | None = None,
+        self, inputs: DenoiserInputs, residual: Float[Array, "b l d"] | None = None
     ) -> Float[Array, "b l o"]:
-        """The transformer alone, on encoded text; with what is given at low resolution, and its noise
-        level, where ``config.upscale`` is above 1. See ``DiT`` of a ``residual``."""
-        groups = group_ids, group_t
-        text = text_states, text_segment_ids
-        return self.dit(tokens, positions, segment_ids, *groups, *text, low, group_low_t, residual)
+        """Conditioners and the transformer, on encoded text. See ``DiT`` of a ``residual``."""
+        if isinstance(self.config.text, NoTextConfig):
+            inputs = inputs.replace(text=None)  # pyright: ignore[reportAttributeAccessIssue]
+        added = [conditioner(inputs) for conditioner in self.conditioners.values()]
+        return self.dit(inputs, added, residual)
 
-    def __call__(
-        self,
-        tokens: Float[Array, "b l p"],
-        positions: Float[Array, "b l 3"],
-        segment_ids: Int[Array, "b l"],
-        group_ids: Int[Array, "b l"],
-        group_t: Float[Array, "b k"],
-        text: Int[Array, "b s"] | Float[Array, "b s x"],
-        text_segment_ids: Int[Array, "b s"],
-        low: Float[Array, "b l p"] | None = None,
-        group_low_t: Float[Array, "b k"] | None = None,
-    ) -> Float[Array, "b l o"]:
-        read = self.encode_text(text, text_segment_ids), text_segment_ids
-        groups = group_ids, group_t
-        return self.denoise(tokens, positions, segment_ids, *groups, *read, low, group_low_t)
+    def __call__(self, inputs: DenoiserInputs) -> Float[Array, "b l o"]:
+        text = self.encode_text(inputs.text, inputs.text_segment_ids)
+        return self.denoise(inputs.replace(text=text))  # pyright: ignore[reportAttributeAccessIssue]

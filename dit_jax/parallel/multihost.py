@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from dit_jax.files import InputError
 from dit_jax.parallel.rules import batch_sharding
-from dit_jax.types import ALONG_TOKENS
+from dit_jax.types import is_token_field
 
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -271,12 +271,11 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
 def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> Any:
     """Global arrays of a batch, of which this process holds the rows ``rows`` as NumPy arrays.
 
-    Fields of tokens (``types.ALONG_TOKENS``) are sharded over ``context`` too, if it divides them.
+    Token fields (``types.token_field``) are sharded over ``context`` too, if it divides them.
     """
     local_index = {row: i for i, row in enumerate(rows)}
 
-    def put(path: Any, field: np.ndarray) -> jax.Array:
-        of_tokens = path[-1].name in ALONG_TOKENS
+    def put(of_tokens: bool, field: np.ndarray) -> jax.Array:
         along_tokens = of_tokens and field.shape[1] % mesh.shape["context"] == 0
         sharding = batch_sharding(mesh, field.ndim, along_tokens, rows=total)
 
@@ -288,4 +287,4 @@ def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> A
 
         return jax.make_array_from_callback((total, *field.shape[1:]), sharding, shard)
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    return jax.tree.map(put, is_token_field(batch), batch)

@@ -17,14 +17,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import VideoRun
 from dit_jax.diffusion import SOLVERS
-from dit_jax.model import ClassLabelsConfig, TextStatesConfig, forward_flops
+from dit_jax.model import TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
-from dit_jax.sampling import Generator, Request, make_condition
+from dit_jax.sampling import Generator, Request, make_inputs
 from dit_jax.training import abstract_params
 from dit_jax.training.state import Filter, InitParams, everything
 from dit_jax.training.step import LossFn
 from dit_jax.training.video_task import batch_loss, check_layout, init_params, make_model
-from dit_jax.types import ALONG_TOKENS, PackedBatch
+from dit_jax.types import Batch, is_token_field
 
 
 class AbstractTask(NamedTuple):
@@ -56,7 +56,7 @@ def abstract_array(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def abstract_batch(config: VideoRun, mesh: Mesh) -> PackedBatch:
+def abstract_batch(config: VideoRun, mesh: Mesh) -> Batch:
     """The shapes of a global batch, and how it lies on the mesh."""
     packing, model = config.data.packing, config.model
     b, l, s, n = packing.rows, packing.row_tokens, packing.row_text, packing.row_segments
@@ -64,11 +64,12 @@ def abstract_batch(config: VideoRun, mesh: Mesh) -> PackedBatch:
     def field(*shape: int, dtype: Any = jnp.int32, tokens: bool = False) -> Any:
         return abstract_array((b, *shape), dtype, batch_sharding(mesh, 1 + len(shape), tokens))
 
+    fields = {name: one.field(model) for name, one in model.conditioners.items()}
     if isinstance(model.text, TextStatesConfig):
         text = field(s, model.text.dim, dtype=jnp.float32)
     else:
         text = field(s)
-    return PackedBatch(
+    return Batch(
         tokens=field(l, model.patch.dim, dtype=jnp.float32, tokens=True),
         positions=field(l, 3, dtype=jnp.float32, tokens=True),
         segment_ids=field(l, tokens=True),
@@ -79,9 +80,19 @@ def abstract_batch(config: VideoRun, mesh: Mesh) -> PackedBatch:
         sample_ids=field(n, dtype=jnp.uint32),
         num_tokens=field(n),
         num_frames=field(n),
-        low=field(l, model.patch.dim, dtype=jnp.float32, tokens=True)
-        if model.upscale > 1
-        else None,
+        token_fields={
+            name: field(l, *one.shape, dtype=one.dtype, tokens=True)
+            for name, one in fields.items()
+            if one.of == "token"
+        },
+        segment_fields={
+            "fps": field(n, dtype=jnp.float32),
+            **{
+                name: field(n, *one.shape, dtype=one.dtype)
+                for name, one in fields.items()
+                if one.of == "segment"
+            },
+        },
     )
 
 
@@ -113,13 +124,18 @@ def abstract_denoise(config: VideoRun, mesh: Mesh, rows: int = 1) -> AbstractSte
     if isinstance(model_config.text, TextStatesConfig):
         states = np.zeros((model_config.text.max_tokens - 1, model_config.text.dim), np.float32)
     size = config.codec.latent_size(made.frames, made.height, made.width)
-    low = np.zeros((*size, model_config.patch.channels), np.float32)
     fps = config.codec.latent_fps(made.fps)
-    prompt = "" if isinstance(model_config.text, ClassLabelsConfig) else "any"
-    request = Request(prompt, *size, fps, 0, states, low=low if model_config.upscale > 1 else None)
+    request = Request("any", *size, fps, 0, states)
     count = model_config.patch.num_tokens(*size)
     multiple = token_multiple(mesh, config.attention)
-    condition = make_condition([request] * rows, model_config, -(-count // multiple) * multiple)
+    length = -(-count // multiple) * multiple
+    condition = make_inputs([request] * rows, model_config, length)
+    tokens, segments = condition.token_fields, condition.segment_fields
+    for name, one in model_config.conditioners.items():
+        kind = one.field(model_config)
+        here, middle = (tokens, length) if kind.of == "token" else (segments, 1)
+        here[name] = np.zeros((rows, middle, *kind.shape), kind.dtype)
+    condition = jax.eval_shape(generator.prepare_fields, condition)
 
     def field(value: Any, along_tokens: bool, times: int = 1) -> jax.ShapeDtypeStruct:
         shape = (value.shape[0] * times, *value.shape[1:])
@@ -127,23 +143,18 @@ def abstract_denoise(config: VideoRun, mesh: Mesh, rows: int = 1) -> AbstractSte
         sharding = batch_sharding(mesh, value.ndim, along_tokens, rows=rows)
         return abstract_array(shape, value.dtype, sharding)
 
-    placed = jax.tree_util.tree_map_with_path(
-        lambda path, x: field(x, path[-1].name in ALONG_TOKENS), condition
-    )
+    placed = jax.tree.map(lambda flag, x: field(x, flag), is_token_field(condition), condition)
     guided = 2 if made.cfg_scale != 1 else 1
     letters = condition.text_segment_ids.shape[1]
-    text_shape = (rows * guided, letters, model_config.text_width)
-    text = abstract_array(
-        text_shape,
-        model_config.compute_dtype(mesh.devices.flat[0].platform),
-        batch_sharding(mesh, 3, False, rows=rows),
-    )
     shapes, shardings = abstract_params(partial(init_params, model), mesh, over_context=False)
     params = jax.tree.map(
         lambda x, s: abstract_array(x.shape, x.dtype, s),
         jax.eval_shape(generator.prepared, shapes),
         shardings,
     )
+    encode = partial(model.apply, method="encode_text")
+    read = jax.eval_shape(encode, shapes, condition.text, condition.text_segment_ids)
+    text = field(read, False, guided)
     whole = NamedSharding(mesh, PartitionSpec())
     level, index = abstract_array((), jnp.float32, whole), abstract_array((), jnp.int32, whole)
     carry = jax.tree.map(

@@ -127,6 +127,7 @@ class _Schema(NamedTuple):
 
     def record(self, sample: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[int]]:
         """A sample as TFDS encodes it, and its sizes (`records.SIZES`)."""
+        sample = {**sample.get("segment_fields", {}), **sample}
         wanted = ("video", "caption", "fps", *self.labels, *self.texts, *self.numbers)
         if missing := [key for key in wanted if key not in sample]:
             raise InputError(

@@ -1,10 +1,10 @@
 """Sampling: requests to clips, and clips to files."""
 
 from dit_jax.sampling.clips import make_clips as make_clips
-from dit_jax.sampling.condition import Condition as Condition
 from dit_jax.sampling.condition import Request as Request
+from dit_jax.sampling.condition import SamplerInputs as SamplerInputs
 from dit_jax.sampling.condition import check_request as check_request
-from dit_jax.sampling.condition import make_condition as make_condition
+from dit_jax.sampling.condition import make_inputs as make_inputs
 from dit_jax.sampling.generate import Generator as Generator
 from dit_jax.sampling.given import Given as Given
 from dit_jax.sampling.long import Window as Window

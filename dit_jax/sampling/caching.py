@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_jax.model import DiTConfig, TextToVideo, denoise_and_keep, first_modulation
-from dit_jax.types import Params
+from dit_jax.types import DenoiserInputs, Params
 
 
 def relative_changes(
@@ -90,8 +90,8 @@ class CachedSteps:
     ) -> tuple[Any, Float[Array, "c l d"]]:
         kept: list[jax.Array] = []
 
-        def evaluate(*inputs: Any) -> jax.Array:
-            output, residual = denoise_and_keep(self._model, params, *inputs)
+        def evaluate(inputs: DenoiserInputs) -> jax.Array:
+            output, residual = denoise_and_keep(self._model, params, inputs)
             kept.append(residual)
             return output
 

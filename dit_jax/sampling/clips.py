@@ -14,7 +14,12 @@ from tqdm import tqdm
 
 from dit_jax.model import ModelConfig, PatchConfig, unpatchify
 from dit_jax.parallel import batch_shards, global_batch, token_multiple
-from dit_jax.sampling.condition import Request, check_request, make_condition
+from dit_jax.sampling.condition import (
+    Request,
+    check_request,
+    check_request_fields,
+    make_inputs,
+)
 from dit_jax.sampling.generate import Generator
 from dit_jax.sampling.media import to_uint8
 from dit_jax.types import Params
@@ -96,6 +101,8 @@ def make_rows(
         on_step: called after each step of the solver.
         together: requests of other calls that are to be made by the same compiled step.
     """
+    for request in requests:
+        check_request_fields(request, model)
     kinds = [generator.steps_of(request) for request in requests]
     if len(set(kinds)) > 1:
         found: dict[int, np.ndarray] = {}
@@ -115,7 +122,7 @@ def make_rows(
         part = list(requests[first : first + rows])
         # A short last batch is filled up, so that all batches run the same compiled step.
         full = part + [dataclasses.replace(part[-1])] * (rows - len(part))
-        condition = make_condition(full, model, length, every)
+        condition = make_inputs(full, model, length, every)
         placed = global_batch(mesh, condition, tuple(range(rows)), rows)
         yield from np.asarray(gather(generator(params, placed, on_step)))[: len(part)]
 

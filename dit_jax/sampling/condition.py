@@ -1,26 +1,25 @@
-"""Requests, and the conditions that solvers are given for them: rows of tokens with noise ceilings.
+"""Requests, and the inputs of the sampler that are made of them: rows of tokens with noise caps.
 
-What is held and what is free makes the mode (DESIGN section 3), and this module does not ask which it
-is: ``modes`` knows.
+Which tokens are conditioning tokens and which are generated makes the mode (docs/DESIGN.md, section 3),
+and this module does not ask which it is: ``modes`` knows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig, check_fields, field_tokens
 from dit_jax.sampling.given import Given, given_tokens, places
 from dit_jax.sampling.loops import cycle
-from dit_jax.sampling.low_resolution import low_tokens
-from dit_jax.types import PAD
+from dit_jax.types import PAD, token_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +34,18 @@ class Request:
     seed: int
     text_states: np.ndarray | None = None
     """The prompt as the states ``[s, e]`` of a text encoder, for a model that reads those."""
-    label: int | None = None
-    """The class, for a model of classes."""
+    segment_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """One value for the whole clip: ``{"label": 3}``. Names are those of ``model.conditioners``."""
+    frame_fields: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """One value for every frame of pixels: ``[t, ...]``."""
+    pixel_fields: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Clips beside the clip, float ``[t, h, w, c]`` of the request's size."""
+    time_stride: int = 1
+    """Frames of pixels to a latent frame but the first: the codec's stride in time, which
+    ``frame_fields`` are grouped by."""
     negative: str = ""
     """What guidance leads away from, in place of the empty prompt."""
     negative_states: np.ndarray | None = None
-    low: np.ndarray | None = None
-    """For super-resolution: what the model is given, float ``[t, h, w, c]`` of the request's size."""
     given: Given | None = None
     """Latents that are known, and how free each is (see ``modes``); unset, all are free."""
     times: np.ndarray | None = None
@@ -62,44 +66,54 @@ class Request:
 
 
 @struct.dataclass
-class Condition:
-    """What the solver is given: rows of tokens, what is known of them, and how free each is."""
+class SamplerInputs:
+    """What the solver starts from: rows of tokens, what is known of them, and their noise caps."""
 
-    clean: Float[Array, "b l p"]
-    """Given tokens; anything where the ceiling is 1."""
-    ceilings: Float[Array, "b l"]
-    """0 is given and held, 1 is free."""
-    group_ids: Int[Array, "b l"]
+    clean: Float[Array, "b l p"] = token_field()
+    """Conditioning tokens; anything where the cap is 1."""
+    ceilings: Float[Array, "b l"] = token_field()
+    """The noise caps: 0 is a conditioning token, 1 is generated."""
+    group_ids: Int[Array, "b l"] = token_field()
     group_ceilings: Float[Array, "b k"]
-    """The ceiling that the tokens of a group share."""
-    positions: Float[Array, "b l 3"]
-    segment_ids: Int[Array, "b l"]
-    token_ids: Int[Array, "b l"]
+    """The cap that the tokens of a modulation group share."""
+    positions: Float[Array, "b l 3"] = token_field()
+    segment_ids: Int[Array, "b l"] = token_field()
+    token_ids: Int[Array, "b l"] = token_field()
     text: Int[Array, "b s"] | Float[Array, "b s e"]
     text_segment_ids: Int[Array, "b s"]
     seeds: Int[Array, "b n"]
-    known: Bool[Array, "b l p"] | None = None
-    """Numbers that are given in tokens that are not held; None where no row has any."""
+    known: Bool[Array, "b l p"] | None = token_field(default=None)
+    """Numbers that are kept in tokens that are generated; None if no row has any."""
     cycles: Float[Array, "b 3"] | None = None
-    """Loops (see ``loops.cycle``); None where no row is one."""
+    """Loops (see ``loops.cycle``); None if no row is one."""
     negative: Int[Array, "b s"] | Float[Array, "b s e"] | None = None
-    """In place of the empty text; None where every row has that."""
+    """In place of the empty text; None if every row has that."""
     negative_segment_ids: Int[Array, "b s"] | None = None
-    low: Float[Array, "b l q"] | None = None
-    """For super-resolution: what is given at low resolution (see ``PackedBatch``)."""
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = token_field(default_factory=dict)
+    segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 
-def make_condition(
+def request_fields(
+    request: Request, patch: PatchConfig
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The fields of a request's tokens ``[l, ...]``, and of its segment."""
+    fields = request.frame_fields, request.pixel_fields
+    tokens = field_tokens(patch, request.time_stride, request.size, *fields, request.loop)
+    segment = {name: np.asarray(value) for name, value in request.segment_fields.items()}
+    return tokens, {**segment, "fps": np.float32(request.fps)}
+
+
+def make_inputs(
     requests: Sequence[Request],
     model: ModelConfig,
     row_tokens: int | None = None,
     together: Sequence[Request] = (),
-) -> Condition:
+) -> SamplerInputs:
     """One request a row.
 
     Args:
         row_tokens: pads rows to a common length; the longest request's if not given.
-        together: all requests whose conditions are to have one form, that a step compiled for one
+        together: all requests whose inputs are to have one form, that a step compiled for one
             serves them all.
     """
     every = [*requests, *together]
@@ -112,7 +126,7 @@ def make_condition(
         count = len(grid)
         where[i, :count], segments[i, :count] = grid, 1
         tokens[i, :count] = np.arange(count)
-    read = [model.text_tokens(r.prompt, r.text_states, r.label) for r in requests]
+    read = [model.text_tokens(r.prompt, r.text_states) for r in requests]
     text, text_segments = _texts(read, model)
     # NumPy arrays here; `parallel.global_batch` makes them JAX arrays of the mesh.
     fields: dict[str, Any] = dict(
@@ -123,7 +137,7 @@ def make_condition(
         text=text,
         text_segment_ids=text_segments,
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
-        low=low_tokens([request.low for request in requests], model, length),
+        **_fields(requests, model, length),
     )
     if any(r.loop for r in every):
         cycles = [cycle(grid, r.loop) for grid, r in zip(grids, requests, strict=True)]
@@ -131,7 +145,26 @@ def make_condition(
     if any(r.negative for r in every):
         read = [_negative_tokens(r, model) for r in requests]
         fields["negative"], fields["negative_segment_ids"] = _texts(read, model)
-    return Condition(**fields)
+    return SamplerInputs(**fields)
+
+
+def _fields(
+    requests: Sequence[Request], model: ModelConfig, length: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """The fields of all requests, which have the same ones, as rows."""
+    pairs = [request_fields(request, model.patch) for request in requests]
+    kinds = {name: one.field(model).dtype for name, one in model.conditioners.items()}
+    tokens: dict[str, np.ndarray] = {}
+    for name, values in pairs[0][0].items():
+        dtype = kinds.get(name, np.float32)
+        tokens[name] = np.zeros((len(requests), length, *values.shape[1:]), dtype)
+        for row, (own, _) in zip(tokens[name], pairs, strict=True):
+            row[: len(own[name])] = own[name]
+    segments = {
+        name: np.stack([own[name] for _, own in pairs])[:, None].astype(kinds.get(name, np.float32))
+        for name in pairs[0][1]
+    }
+    return {"token_fields": tokens, "segment_fields": segments}
 
 
 def _texts(read: Sequence[np.ndarray], model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +210,7 @@ def _given(
     return found
 
 
-def unconditioned(condition: Condition) -> Condition:
+def unconditioned(condition: SamplerInputs) -> SamplerInputs:
     """The same rows with the negative prompt, or the empty one: only the first token of every text
     is seen."""
     if condition.negative is not None:
@@ -204,3 +237,8 @@ def check_request(request: Request, patch: PatchConfig) -> None:
             f"given latents of shape {request.given.clean.shape} for a request of {wanted}: give as "
             "many as are asked for."
         )
+
+
+def check_request_fields(request: Request, model: ModelConfig) -> None:
+    """Raises ``ValueError`` unless a request has every field that the model is conditioned on."""
+    check_fields(model, *request_fields(request, model.patch), "the request")

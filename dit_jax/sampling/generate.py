@@ -1,4 +1,4 @@
-"""From conditions to tokens: noise, a solver, guidance.
+"""From the sampler's inputs to tokens: noise, a solver, guidance.
 
 A *request* is a prompt and a size. Requests become rows of one segment each, with a noise ceiling
 for every token (``condition``). The noise of a request comes from its own seed: what is made does
@@ -36,13 +36,12 @@ from dit_jax.diffusion import (
     start,
     token_noise,
 )
-from dit_jax.model import TextToVideo, as_computed
+from dit_jax.model import Fields, TextToVideo, as_computed, prepare_fields
 from dit_jax.sampling.caching import CachedSteps
-from dit_jax.sampling.condition import Condition, Request, unconditioned
+from dit_jax.sampling.condition import Request, SamplerInputs, unconditioned
 from dit_jax.sampling.loops import closed
-from dit_jax.sampling.low_resolution import noised_low
 from dit_jax.sampling.settings import SamplingConfig
-from dit_jax.types import PAD, Params
+from dit_jax.types import PAD, DenoiserInputs, Params
 
 NOISE_OF_STEPS = 2**32 - 1
 """Sets the noise of steps apart from that of tokens, whose indices are smaller."""
@@ -80,7 +79,7 @@ class Generator:
         self.step = jax.jit(self._make_step, donate_argnums=1)
         threshold = config.cache_threshold
         self._cached = CachedSteps(model, self._solve, threshold) if threshold else None
-        self._noise_low = jax.jit(partial(noised_low, diffusion.path, config.augmentation))
+        self.prepare_fields = jax.jit(self._prepare_fields)
 
     def prepared(self, params: Params) -> Params:
         """Parameters (or their shapes) as the steps take them: what the layers would convert to the
@@ -89,6 +88,18 @@ class Generator:
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: as_computed([entry.key for entry in path], leaf, dtype), params
         )
+
+    def _prepare_fields(self, condition: SamplerInputs) -> SamplerInputs:
+        """The inputs with their fields as the model reads them (see ``Conditioner.prepare``)."""
+        tokens, segments = prepare_fields(
+            self._model.config.conditioners,
+            jax.vmap(jax.vmap(jax.random.key))(condition.seeds),
+            condition.segment_ids,
+            condition.token_ids,
+            Fields(condition.token_fields, condition.segment_fields),
+            train=False,
+        )
+        return dataclasses.replace(condition, token_fields=tokens, segment_fields=segments)
 
     def levels(self, tokens: int) -> Float[np.ndarray, "k"]:
         """The noise levels that are visited, for clips of so many tokens."""
@@ -110,18 +121,18 @@ class Generator:
             found += (highest, float(request.loop))
         return found
 
-    def _make_start(self, condition: Condition, t: Float[Array, ""]) -> Carry:
+    def _make_start(self, condition: SamplerInputs, t: Float[Array, ""]) -> Carry:
         eps = self._token_noise(condition)
         x = start(self._diffusion.path, condition.clean, eps, condition.ceilings, t)
         return Carry(x, self._solver.begin(x, t))
 
-    def _token_noise(self, condition: Condition) -> Float[Array, "b l p"]:
+    def _token_noise(self, condition: SamplerInputs) -> Float[Array, "b l p"]:
         """That with which tokens begin."""
         keys = jax.vmap(jax.vmap(jax.random.key))(condition.seeds)
         dim = condition.clean.shape[-1]
         return token_noise(keys, condition.segment_ids, condition.token_ids, dim)
 
-    def _noise(self, condition: Condition, index: Int[Array, ""]) -> Float[Array, "b l p"]:
+    def _noise(self, condition: SamplerInputs, index: Int[Array, ""]) -> Float[Array, "b l p"]:
         def of_step(seed: Int[Array, ""]) -> jax.Array:
             steps = jax.random.fold_in(jax.random.key(seed), NOISE_OF_STEPS)
             return jax.random.fold_in(steps, index)
@@ -134,7 +145,7 @@ class Generator:
         self,
         output: Float[Array, "b l o"],
         x: Float[Array, "b l p"],
-        condition: Condition,
+        condition: SamplerInputs,
         t: Float[Array, ""],
     ) -> Estimate:
         """What the network says, guided where its output has twice the rows (with text first)."""
@@ -178,7 +189,7 @@ class Generator:
         self,
         evaluate: Callable[..., Any],
         carry: Carry,
-        condition: Condition,
+        condition: SamplerInputs,
         text: Float[Array, "b s e"],
         text_segment_ids: Int[Array, "b s"],
         t: Float[Array, ""],
@@ -192,26 +203,25 @@ class Generator:
         if condition.cycles is not None:
             evaluate = closed(evaluate, condition.cycles, index)
 
-        def twice(y: Any) -> Any:
-            return jnp.concatenate([y, y]) if guided else y
-
-        low: list[jax.Array] = []
-        if condition.low is not None:
-            level = jnp.full_like(condition.group_ceilings, self.config.augmentation)
-            low = [twice(condition.low), twice(level)]
-
         def denoiser(x: Float[Array, "b l p"], t: Float[Array, ""]) -> Estimate:
-            output: Any = evaluate(
-                twice(x),
-                twice(condition.positions),
-                twice(condition.segment_ids),
-                twice(condition.group_ids),
-                twice(jnp.minimum(t, condition.group_ceilings)),
-                text,
-                text_segment_ids,
-                *low,
+            inputs = DenoiserInputs(
+                tokens=x,
+                positions=condition.positions,
+                segment_ids=condition.segment_ids,
+                group_ids=condition.group_ids,
+                group_t=jnp.minimum(t, condition.group_ceilings),
+                text=(),
+                text_segment_ids=(),
+                dropped=jnp.zeros(condition.seeds.shape),
+                token_fields=condition.token_fields,
+                segment_fields=condition.segment_fields,
             )
-            return self._estimate(output, x, condition, t)
+            if guided:
+                dropped = jnp.concatenate([inputs.dropped, jnp.ones_like(inputs.dropped)])
+                inputs = jax.tree.map(lambda y: jnp.concatenate([y, y]), inputs)
+                inputs = dataclasses.replace(inputs, dropped=dropped)
+            inputs = dataclasses.replace(inputs, text=text, text_segment_ids=text_segment_ids)
+            return self._estimate(evaluate(inputs), x, condition, t)
 
         context = SolverContext(self._diffusion.path, condition.ceilings, self._constants)
         noise = partial(self._noise, condition, index)
@@ -234,13 +244,12 @@ class Generator:
     def __call__(
         self,
         params: Params,
-        condition: Condition,
+        condition: SamplerInputs,
         on_step: Callable[[], object] = lambda: None,
     ) -> Float[Array, "b l p"]:
-        """Clean tokens for a condition; ``on_step`` is called after each step of the solver."""
-        if condition.low is not None:
-            ids = condition.seeds, condition.segment_ids, condition.token_ids
-            condition = dataclasses.replace(condition, low=self._noise_low(condition.low, *ids))
+        """Clean tokens of the sampler's inputs; ``on_step`` is called after each step of the solver."""
+        if self._model.config.conditioners:
+            condition = self.prepare_fields(condition)
         if self._model.config.compute_dtype() != jnp.float32:
             params = self._prepare(params)
         text = self._encode(params, condition.text, condition.text_segment_ids)

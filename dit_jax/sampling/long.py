@@ -18,7 +18,7 @@ import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -118,9 +118,21 @@ def window_requests(
                 prompt=storyboard.at(start + window.middle(head) / like.fps),
                 frames=window.length,
                 seed=int(state[0]) if number else like.seed,
+                frame_fields=_sliced(like.frame_fields, window, like.time_stride),
+                pixel_fields=_sliced(like.pixel_fields, window, 1),
             )
         )
     return requests
+
+
+def _sliced(fields: Mapping[str, np.ndarray], window: Window, stride: int) -> dict[str, np.ndarray]:
+    """A window's part of fields whose frames are ``stride`` to a latent frame.
+
+    Its first latent frame counts as a clip's first, which holds one frame: the last of those that it
+    stands for in the long clip. A last window that ends behind the clip repeats the clip's end.
+    """
+    at = np.arange(window.start * stride, (window.stop - 1) * stride + 1)
+    return {name: values[np.minimum(at, len(values) - 1)] for name, values in fields.items()}
 
 
 def make_long(
@@ -263,13 +275,19 @@ def _told(
     made_by: str,
 ) -> str:
     """A hash of all that decides what comes out."""
-    told = [
-        [(r.prompt, r.negative, r.size, r.fps, r.seed, r.label) for r in clip] for clip in clips
-    ]
+    told = [[(r.prompt, r.negative, r.size, r.fps, r.seed) for r in clip] for clip in clips]
     plan = [told, [dataclasses.astuple(window) for window in windows], noise, made_by]
     found = hashlib.sha256(json.dumps(plan).encode())
-    states = [s for clip in clips for r in clip for s in (r.text_states, r.negative_states)]
-    for array in [*(heads or ()), *(s for s in states if s is not None)]:
+    every = [r for clip in clips for r in clip]
+    arrays = [*(heads or ())]
+    arrays += [s for r in every for s in (r.text_states, r.negative_states) if s is not None]
+    arrays += [
+        np.asarray(fields[name])
+        for r in every
+        for fields in (r.segment_fields, r.frame_fields, r.pixel_fields)
+        for name in sorted(fields)
+    ]
+    for array in arrays:
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
 

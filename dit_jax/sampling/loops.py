@@ -7,11 +7,15 @@ cuts go round (as in Mobius, Bi et al. 2025, which has one), so that no frame st
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from dit_jax.types import DenoiserInputs
 
 GOLDEN = 0.6180339887498949
 """Multiples of this, modulo 1, fill the circle evenly however many there are."""
@@ -56,14 +60,15 @@ def closed(
     """The network of step ``index`` for rows of which some are loops: it is run on both cuts.
 
     Args:
-        evaluate: of ``(x, positions, ...)``, arrays ``[b, ...]`` or, with guidance, ``[2 b, ...]``.
+        evaluate: of inputs ``[b, ...]`` or, with guidance, ``[2 b, ...]``.
     """
 
-    def both(x: Array, positions: Array, *others: Array) -> Array:
-        circles = jnp.concatenate([cycles] * (len(x) // len(cycles)))
-        cuts = [turned(positions, circles, index * GOLDEN + half) for half in (0.0, 0.5)]
-        doubled = [jnp.concatenate([y, y]) for y in (x, *others)]
-        output = evaluate(doubled[0], jnp.concatenate([at for at, _ in cuts]), *doubled[1:])
+    def both(inputs: DenoiserInputs) -> Array:
+        circles = jnp.concatenate([cycles] * (len(inputs.tokens) // len(cycles)))
+        cuts = [turned(inputs.positions, circles, index * GOLDEN + half) for half in (0.0, 0.5)]
+        doubled = jax.tree.map(lambda y: jnp.concatenate([y, y]), inputs)
+        positions = jnp.concatenate([at for at, _ in cuts])
+        output = evaluate(dataclasses.replace(doubled, positions=positions))
         far = [weight for _, weight in cuts]
         said = jnp.split(output, 2)
         return sum(w * y for w, y in zip(far, said, strict=True)) / (far[0] + far[1])

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from dit_jax.config import VideoRun
-from dit_jax.model import ClassLabelsConfig
+from dit_jax.model import NoTextConfig
 from dit_jax.sampling import (
     Edit,
     Request,
@@ -329,8 +329,8 @@ def make_plan(
     """
     made, codec, patch = config.sampling, config.codec, config.model.patch
     if given.negative_prompt is not None:
-        if isinstance(config.model.text, ClassLabelsConfig):
-            raise ValueError("--negative-prompt: the model knows classes and reads no prompts.")
+        if isinstance(config.model.text, NoTextConfig):
+            raise ValueError("--negative-prompt: the model reads no prompts.")
         if not made.guidance.active:
             raise ValueError("--negative-prompt: the run's cfg_scale is 1, no guidance. Raise it.")
     height, width = made.height, made.width

@@ -51,9 +51,6 @@ class SamplingConfig:
     always are: their positions turn."""
     batch: int = 32
     """Clips made at once."""
-    augmentation: float = 0.0
-    """Of super-resolution: what is given is noised to this level, as training did (up to
-    diffusion.augmentation). 0 for clips as they were filmed; about 0.1 for what a model made."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "steps", "batch"):
@@ -89,11 +86,6 @@ class SamplingConfig:
 
     def check(self, diffusion: DiffusionConfig, channels: int) -> None:
         """Raises ``ValueError`` where a model so trained cannot be sampled so, with what it can."""
-        if not 0 <= self.augmentation <= diffusion.augmentation:
-            raise ValueError(
-                f"sampling.augmentation is {self.augmentation}: it is at least 0, and at most what the "
-                f"model was trained on, diffusion.augmentation {diffusion.augmentation}."
-            )
         path = diffusion.path
         if SOLVERS[self.solver].continuous and path.discrete:
             raise ValueError(

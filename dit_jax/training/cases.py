@@ -23,8 +23,9 @@ from dit_jax.data import (
 )
 from dit_jax.data.sources import shown_source
 from dit_jax.evaluate import judge_classes, mean_psnr, prompt_following
-from dit_jax.model import ClassLabelsConfig
+from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
+from dit_jax.upscale.low_res import NAME, factor_of
 from dit_jax.upscale.super_resolution import fidelity, low_of
 
 FRAMES_SHOWN = 5
@@ -39,13 +40,19 @@ class Cases:
     def __init__(self, config: VideoRun, codec: Codec | None = None) -> None:
         self._config, self._codec = config, codec
         source, count = shown_source(config.data.source), config.evaluation.prompts
+        self._factor = factor_of(config.model)
+        labels = config.model.conditioners.get("label")
         self._scenes: list[Any] = []
         self._true: list[np.ndarray] = []
         shown = max(count, config.log.draw_count)
         if isinstance(source, ShapesConfig):
             self.requests = self._of_shapes(source, shown)
-        elif isinstance(config.model.text, ClassLabelsConfig) and config.model.upscale == 1:
-            self.requests = self._of_classes(config.model.text.classes, shown)
+        elif (
+            isinstance(config.model.text, NoTextConfig)
+            and isinstance(labels, ClassLabels)
+            and self._factor == 1
+        ):
+            self.requests = self._of_classes(labels.classes, shown)
         else:
             self.requests = self._of_records(source, shown)
         if config.evaluation.classifier_split is not None and count:
@@ -75,7 +82,7 @@ class Cases:
         config, made = self._config, self._config.sampling
         self._scenes = held_out_scenes(count, config.seed, made.frames, made.height, made.width)
         codec = config.codec
-        if config.model.upscale > 1:
+        if self._factor > 1:
             self._true = [render(scene) for scene in self._scenes]
         return [
             Request(
@@ -83,21 +90,23 @@ class Cases:
                 *codec.latent_size(s.frames, s.height, s.width),
                 codec.latent_fps(source.fps),
                 seed=i,
-                low=self._low(self._true[i]) if self._true else None,
+                pixel_fields=self._low_res(self._true[i]) if self._true else {},
             )
             for i, s in enumerate(self._scenes)
         ]
 
-    def _low(self, video: np.ndarray) -> np.ndarray | None:
-        """What a model of super-resolution is given of a clip; None for another."""
-        factor = self._config.model.upscale
-        return low_of(video, factor, self._codec) if factor > 1 else None
+    def _low_res(self, video: np.ndarray) -> dict[str, np.ndarray]:
+        """The field of a super-resolution model; none for another."""
+        if self._factor == 1:
+            return {}
+        return {NAME: low_of(video, self._factor, self._codec)}
 
     def _of_classes(self, classes: int, count: int) -> list[Request]:
         made = self._config.sampling
         size = self._config.codec.latent_size(made.frames, made.height, made.width)
         fps = self._config.codec.latent_fps(made.fps)
-        return [Request("", *size, fps, i, label=i % classes) for i in range(count)]
+        fields = [{"label": i % classes} for i in range(count)]
+        return [Request("", *size, fps, i, segment_fields=one) for i, one in enumerate(fields)]
 
     def _of_records(self, source: RecordsConfig, count: int) -> list[Request]:
         split = self._config.evaluation.records_split
@@ -118,8 +127,21 @@ class Cases:
             else:
                 t, h, w = video.shape[:3]
             states = sample.get("text_states")
-            label, low = sample.get("label"), self._low(video)
-            requests.append(Request(sample["caption"], t, h, w, fps, i, states, label, low=low))
+            requests.append(
+                Request(
+                    sample["caption"],
+                    t,
+                    h,
+                    w,
+                    fps,
+                    i,
+                    states,
+                    segment_fields=sample.get("segment_fields", {}),
+                    frame_fields=sample.get("frame_fields", {}),
+                    pixel_fields=self._low_res(video),
+                    time_stride=self._config.codec.t,
+                )
+            )
             if split:
                 self._true.append(video)
         return requests
@@ -127,8 +149,8 @@ class Cases:
     def measure(self, clips: list[np.ndarray]) -> dict[str, float]:
         """The judge's verdict on moving shapes; the classifier's on images of classes; the distance to
         the truth of recorded clips, and of what is enlarged."""
-        if self._config.model.upscale > 1:
-            return fidelity(clips, self._true[: len(clips)], self._config.model.upscale)
+        if self._factor > 1:
+            return fidelity(clips, self._true[: len(clips)], self._factor)
         if self._scenes:
             return prompt_following(clips, self._scenes[: len(clips)])
         if self._config.evaluation.classifier_split is not None:
@@ -143,7 +165,8 @@ class Cases:
             self._images(dataclasses.replace(source, split=name), limit)
             for name, limit in ((split, None), (source.split, len(clips)))
         )
-        labels = np.array([request.label for request in self.requests[: len(clips)]])
+        asked = self.requests[: len(clips)]
+        labels = np.array([request.segment_fields["label"] for request in asked])
         return judge_classes(np.concatenate(clips), labels, *held, trained[0])
 
     def _images(self, source: RecordsConfig, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +176,9 @@ class Cases:
         count = len(records) if limit is None else min(limit, len(records))
         samples = [records[i * len(records) // count] for i in range(count)]
         pictures = [self._resized(s["video"])[0] for s in samples]
-        return np.stack(pictures), np.array([s.get("label", 0) for s in samples])
+        return np.stack(pictures), np.array(
+            [s.get("segment_fields", {}).get("label", 0) for s in samples]
+        )
 
     @property
     def measurable(self) -> bool:

@@ -28,8 +28,9 @@ from dit_jax.types import Params
 
 PATCH_FRAMES, CLOCK = "model.patch.t", "model.patch.reference_fps"
 ABSOLUTE = "model.dit.absolute_positions"
-READS, WRITES = ("patch_embedding", "low_embedding"), ("final",)
-"""Layers of the transformer that know how many frames a patch has."""
+READS = (["dit", "patch_embedding"], ["conditioners_low_res", "embedding"])
+WRITES = (["dit", "final"],)
+"""Layers that know how many frames a patch has, and the modules that they are of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +84,9 @@ class Inflation:
 def _grown(path: Any) -> int | None:
     """The axis of a parameter that counts a patch's numbers; None where none does."""
     names = [entry.key for entry in path]
-    if names[-3:-2] != ["dit"]:
-        return None
-    if names[-2] in READS:
+    if names[-3:-1] in READS:
         return 0 if names[-1] == "kernel" else None
-    if names[-2] in WRITES:
+    if names[-3:-1] in WRITES:
         return 1 if names[-1] == "kernel" else 0
     return None
 

@@ -6,6 +6,7 @@ noise levels, a prediction and a loss; the averaged parameters become clips.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -35,15 +36,20 @@ from dit_jax.data import (
     resized_size,
 )
 from dit_jax.data.sources import make_source, records_of
-from dit_jax.diffusion import DiffusionConfig, drop_captions, noise_batch, token_loss
+from dit_jax.diffusion import DiffusionConfig, noise_batch, sample_keys, token_loss
 from dit_jax.model import (
     ByteEncoderConfig,
+    Field,
+    Fields,
     ModelConfig,
     TextStatesConfig,
     TextToVideo,
+    check_fields,
+    field_tokens,
     forward_flops,
     patchify,
     positions,
+    prepare_fields,
 )
 from dit_jax.parallel import (
     DEFAULT_ATTENTION,
@@ -60,8 +66,7 @@ from dit_jax.sampling import Generator, make_clips, to_float
 from dit_jax.text.opening import encoded, open_for_data, with_states
 from dit_jax.training import Task, Work
 from dit_jax.training.cases import Cases, write_sheet
-from dit_jax.types import PAD, PackedBatch, Params, Sample, Totals
-from dit_jax.upscale.super_resolution import low_of
+from dit_jax.types import PAD, Batch, DenoiserInputs, Params, Sample, Totals
 
 AS_THEY_ARE = TransformConfig()
 
@@ -124,30 +129,54 @@ def tokenize(
     sample: Sample,
     transform: TransformConfig = AS_THEY_ARE,
     codec: Codec | None = None,
+    time_stride: int | None = None,
 ) -> Tokenized:
-    """A sample as clean patches, positions and text tokens; pixels pass through ``codec`` if given."""
+    """A sample as clean patches, positions, text tokens and the fields that the model reads.
+
+    Pixels pass through ``codec`` if there is one. ``time_stride`` is that of the codec that made the
+    data, if they are latents.
+    """
     strides = (1, 1, 1) if codec is None else codec.strides
     whole = (model.patch.h * strides[1], model.patch.w * strides[2])
-    video, fps = resize(transform, sample["video"], whole), sample["fps"]
-    low = None
-    if model.upscale > 1:
-        low = patchify(model.patch, low_of(video, model.upscale, codec))
-    if video.dtype == np.uint8:
-        video = to_float(video)
-        if codec is not None:
-            video, fps = _encoded(codec, video, sample["caption"]), fps / strides[0]
+
+    def grid(video: np.ndarray) -> np.ndarray:
+        """Pixels as what the model generates; latents as they are."""
+        if video.dtype != np.uint8:
+            return video
+        return to_float(video) if codec is None else _encoded(codec, to_float(video), sample)
+
+    def pixels(video: np.ndarray) -> np.ndarray:
+        return resize(transform, video, whole)
+
+    beside = {name: pixels(v) for name, v in sample.get("pixel_fields", {}).items()}
+    sample = {**sample, "video": pixels(sample["video"]), "pixel_fields": beside}
+    for name, conditioner in model.conditioners.items():
+        sample = conditioner.derive(name, sample)
+    video, fps = grid(sample["video"]), sample["fps"]
+    if sample["video"].dtype == np.uint8:
+        fps, time_stride = fps / strides[0], strides[0]
     places, frame_ids = positions(model.patch, *video.shape[:3], fps=fps)
-    made: Tokenized = {
+    token_fields = field_tokens(
+        model.patch,
+        time_stride or 1,
+        (video.shape[0], video.shape[1], video.shape[2]),
+        {k: v for k, v in sample.get("frame_fields", {}).items() if k in model.conditioners},
+        {k: grid(v) for k, v in sample.get("pixel_fields", {}).items() if k in model.conditioners},
+    )
+    segment_fields = dict(sample.get("segment_fields", {}), fps=fps)
+    check_fields(model, token_fields, segment_fields, "the sample")
+    kinds = {name: one.field(model) for name, one in model.conditioners.items()}
+    kinds["fps"] = Field("segment", ())
+    return {
         "tokens": patchify(model.patch, video),
         "positions": places,
         "frame_ids": frame_ids,
-        "text": model.text_tokens(
-            sample["caption"], sample.get("text_states"), sample.get("label")
-        ),
+        "text": model.text_tokens(sample["caption"], sample.get("text_states")),
+        "token_fields": {k: v.astype(kinds[k].dtype) for k, v in token_fields.items()},
+        "segment_fields": {
+            k: np.asarray(v, kinds[k].dtype) for k, v in segment_fields.items() if k in kinds
+        },
     }
-    if low is not None:
-        made["low"] = low
-    return made
 
 
 def caption_length(model: ModelConfig, sample: Sample) -> tuple[int, int]:
@@ -172,13 +201,13 @@ def check_record_size(config: VideoRun, frames: int, height: int, width: int, pi
     check_fits(packing, patch.num_tokens(*size), 0, " x ".join(map(str, (frames, height, width))))
 
 
-def _encoded(codec: Codec, video: np.ndarray, caption: str) -> np.ndarray:
+def _encoded(codec: Codec, video: np.ndarray, sample: Sample) -> np.ndarray:
     """A clip's latents; raises ``ValueError`` with its caption where it has none."""
     try:
         return np.asarray(codec.encode(video), np.float32)
     except ValueError as error:
         raise ValueError(
-            f"the clip {caption[:60]!r} cannot be encoded: {error} Or leave such clips out "
+            f"the clip {sample['caption'][:60]!r} cannot be encoded: {error} Or leave such clips out "
             "(data.transform crops pictures, not lengths)."
         ) from error
 
@@ -193,10 +222,28 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
     model = model.clone(attention=_no_attention)
     ids = jnp.zeros((1, 1), jnp.int32)
     tokens = jnp.zeros((1, 1, model.config.patch.dim))
-    of_text, level = model.config.text, jnp.zeros((1, 1))
-    text = jnp.zeros((1, 1, of_text.dim)) if isinstance(of_text, TextStatesConfig) else ids
-    low = (tokens, level) if model.config.upscale > 1 else ()
-    return model.init(key, tokens, jnp.zeros((1, 1, 3)), ids, ids, level, text, ids, *low)
+    config, text = model.config, model.config.text
+    fields = {name: one.field(config) for name, one in config.conditioners.items()}
+
+    def zeros(of: str) -> dict[str, jax.Array]:
+        return {k: jnp.zeros((1, 1, *f.shape), f.dtype) for k, f in fields.items() if f.of == of}
+
+    keys = jax.random.split(key, (1, 1))
+    given = Fields(zeros("token"), {"fps": jnp.ones((1, 1)), **zeros("segment")})
+    given = prepare_fields(config.conditioners, keys, ids, ids, given, False)
+    inputs = DenoiserInputs(
+        tokens=tokens,
+        positions=jnp.zeros((1, 1, 3)),
+        segment_ids=ids,
+        group_ids=ids,
+        group_t=jnp.zeros((1, 1)),
+        text=jnp.zeros((1, 1, text.dim)) if isinstance(text, TextStatesConfig) else ids,
+        text_segment_ids=ids,
+        dropped=jnp.zeros((1, 1)),
+        token_fields=given.tokens,
+        segment_fields=given.segments,
+    )
+    return model.init(key, inputs)
 
 
 def batch_loss(
@@ -204,31 +251,29 @@ def batch_loss(
     config: DiffusionConfig,
     params: Params,
     frozen: Params,
-    batch: PackedBatch,
+    batch: Batch,
     key: jax.Array,
     step: jax.Array | None = None,
 ) -> tuple[jax.Array, Totals]:
     """Sum of the tokens' losses, and the sum of their weights; the step does not matter."""
     del frozen, step
-    noised = noise_batch(config, key, batch)
-    output: Any = model.apply(
-        params,
-        noised.tokens,
-        batch.positions,
+    inputs, target = noise_batch(config, key, batch)
+    tokens, segments = prepare_fields(
+        model.config.conditioners,
+        sample_keys(key, batch.sample_ids),
         batch.segment_ids,
-        noised.group_ids,
-        noised.group_t,
-        batch.text,
-        drop_captions(batch.text_segment_ids, noised.dropped),
-        noised.low,
-        noised.group_low_t,
+        batch.token_ids,
+        Fields(batch.token_fields, batch.segment_fields),
+        train=True,
     )
-    error, weight = token_loss(config, output, noised, batch)
+    inputs = dataclasses.replace(inputs, token_fields=tokens, segment_fields=segments)
+    output: Any = model.apply(params, inputs)
+    error, weight = token_loss(config, output, inputs, target, batch)
     loss = error.sum()
     return loss, Totals(loss, weight.sum(), {})
 
 
-def batch_work(model: ModelConfig, batch: PackedBatch) -> Work:
+def batch_work(model: ModelConfig, batch: Batch) -> Work:
     """What training on a (local, NumPy) batch takes."""
     segments = np.arange(batch.num_tokens.shape[1]) + 1
     letters = (np.asarray(batch.text_segment_ids)[:, None] == segments[:, None]).sum(-1)
@@ -245,7 +290,13 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     check_codec(codec, source)
     if (encoder := open_for_data(config, source)) is not None:
         source = encoded(source, encoder)
-    to_tokens = partial(tokenize, config.model, transform=config.data.transform, codec=codec)
+    to_tokens = partial(
+        tokenize,
+        config.model,
+        transform=config.data.transform,
+        codec=codec,
+        time_stride=config.codec.t,
+    )
 
     def check_first(sample: Sample, name: str) -> bool:
         first = to_tokens(sample)
@@ -276,7 +327,9 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     wanted = with_states(cases.requests, encoder)
     augment = make_augment(config.data)
     decode = None if codec is None else codec.decode
-    along = ("low",) if config.model.upscale > 1 else ()
+    kinds = {name: one.field(config.model).of for name, one in config.model.conditioners.items()}
+    token_fields = [name for name, of in kinds.items() if of == "token"]
+    segment_fields = ["fps", *(name for name, of in kinds.items() if of == "segment")]
 
     def draw(params: Params, path: Path) -> None:
         requests = wanted[: config.log.draw_count]
@@ -296,7 +349,14 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
         loader=lambda rows: Loader(
-            reader, to_tokens_counted, packing, config.seed, rows, augment, along
+            reader,
+            to_tokens_counted,
+            packing,
+            config.seed,
+            rows,
+            augment,
+            token_fields,
+            segment_fields,
         ),
         rows=packing.rows,
         work=partial(batch_work, config.model),

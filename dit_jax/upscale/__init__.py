@@ -1,1 +1,3 @@
-"""Super-resolution."""
+"""Super-resolution: the first user of a token field."""
+
+from dit_jax.upscale.low_res import LowRes as LowRes

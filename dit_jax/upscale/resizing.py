@@ -28,7 +28,7 @@ def shrink(video: np.ndarray, factor: int) -> np.ndarray:
     if h % factor or w % factor:
         raise ValueError(
             f"a clip of {h} x {w} pixels does not shrink to one of {factor} times fewer rows and "
-            "columns: crop it (data.transform), or choose another model.upscale."
+            "columns: crop it (data.transform), or choose another factor."
         )
     cells = video.reshape(t, h // factor, factor, w // factor, factor, c)
     return np.rint(cells.mean((2, 4), dtype=np.float64)).astype(np.uint8)

@@ -1,8 +1,4 @@
-"""Super-resolution: what the model is given at low resolution, in training, measuring and sampling.
-
-A model with ``model.upscale`` above 1 sees, beside the noise, the clip that it makes with fewer rows
-and columns: enlarged to the clip's own size, and encoded by the codec where the model makes latents.
-"""
+"""Super-resolution in measuring and sampling: clips that are enlarged by a model with ``LowRes``."""
 
 from __future__ import annotations
 
@@ -22,6 +18,7 @@ from dit_jax.sampling.long_plan import LongArguments
 from dit_jax.sampling.media import EXTENSIONS, read_video
 from dit_jax.sampling.requested import ModeArguments
 from dit_jax.sampling.space import filled
+from dit_jax.upscale.low_res import LEVEL, NAME, LowRes, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 
 Clip = tuple[np.ndarray, float]
@@ -36,16 +33,7 @@ def seen_low(video: np.ndarray, factor: int, codec: Codec | None) -> np.ndarray:
 
 
 def low_of(video: np.ndarray, factor: int, codec: Codec | None) -> np.ndarray:
-    """What the model is given of a clip uint8 ``[t, h, w, 3]`` that it shall make.
-
-    Raises:
-        ValueError: for latents, and where its size does not divide by ``factor``.
-    """
-    if video.dtype != np.uint8:
-        raise ValueError(
-            f"model.upscale is {factor} and the data are latents: what they are at low resolution is "
-            "made of pixels. Give records of these, and the codec for both (codec.path)."
-        )
+    """The low-resolution field of a clip uint8 ``[t, h, w, 3]`` that the model shall generate."""
     return seen_low(shrink(video, factor), factor, codec)
 
 
@@ -81,21 +69,23 @@ def read_clips(names: Sequence[str], read: Callable[[Path], Clip] = read_video) 
     return found
 
 
-def check_given(config: VideoRun, files: Sequence[str]) -> None:
-    """Raises ``ValueError`` where a model that enlarges has no clips to, or another has some."""
-    if config.model.upscale > 1 and not files:
+def check_given(config: VideoRun, files: Sequence[str], augmentation: float = 0.0) -> None:
+    """Raises ``ValueError`` if a model that enlarges has no clips to enlarge, or another has some."""
+    conditioner = config.model.conditioners.get(NAME)
+    if isinstance(conditioner, LowRes):
+        if not files:
+            raise ValueError(
+                f"the model enlarges clips {conditioner.factor} times: give some with --super-resolve."
+            )
+        if not 0 <= augmentation <= conditioner.augmentation:
+            raise ValueError(
+                f"--augmentation {augmentation}: it is at least 0, and at most what the model was "
+                f"trained on, {conditioner.augmentation} (model.conditioners.{NAME}.augmentation)."
+            )
+    elif files or augmentation:
         raise ValueError(
-            f"the model enlarges clips {config.model.upscale} times: give some with --super-resolve."
-        )
-    if config.model.upscale == 1 and files:
-        raise ValueError(
-            "the model does not enlarge clips (model.upscale is 1): leave --super-resolve out, or give "
+            "the model does not enlarge clips: leave --super-resolve and --augmentation out, or give "
             "--checkpoint a run of super-resolution."
-        )
-    if config.model.upscale == 1 and config.sampling.augmentation:
-        raise ValueError(
-            f"--augmentation {config.sampling.augmentation}: the model does not enlarge clips "
-            "(model.upscale is 1). Leave it out."
         )
 
 
@@ -143,8 +133,9 @@ def enlarging(
     clips: Sequence[Clip],
     config: VideoRun,
     codec: Codec | None,
+    augmentation: float = 0.0,
 ) -> list[Request]:
-    """Requests for the clips at ``config.model.upscale`` times their size, with their frames and rates.
+    """Requests for the clips at ``factor`` times their size, with their frames and rates.
 
     Where the last frames do not fill a token, the model is shown the last one again until they do
     (``cut_again`` takes these off).
@@ -152,7 +143,7 @@ def enlarging(
     Raises:
         ValueError: where the model cannot make clips of such sizes.
     """
-    made, factor = [], config.model.upscale
+    made, factor = [], factor_of(config.model)
     stride = config.codec.t * config.model.patch.t
     for request, (video, fps) in zip(requests, clips, strict=True):
         video = filled(video, stride)
@@ -163,7 +154,13 @@ def enlarging(
             request, frames=size[0], height=size[1], width=size[2], fps=rate
         )
         check_request(sized, config.model.patch)
-        made.append(dataclasses.replace(sized, low=seen_low(video, factor, codec)))
+        made.append(
+            dataclasses.replace(
+                sized,
+                pixel_fields={NAME: seen_low(video, factor, codec)},
+                segment_fields={NAME + LEVEL: np.float32(augmentation)},
+            )
+        )
     return made
 
 

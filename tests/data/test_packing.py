@@ -22,11 +22,11 @@ from dit_jax.data import (
 )
 from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.training.video_task import tokenize
-from dit_jax.types import PAD, PackedBatch, Sample
+from dit_jax.types import PAD, Batch, Sample
 
 CONFIG = PackingConfig(rows=8, row_tokens=24, row_text=20, row_segments=4, bins=3)
 SIZES = [(1, 2, 2), (3, 2, 2), (2, 3, 2), (1, 4, 4), (1, 1, 1), (5, 2, 2)]
-FIELDS = [field.name for field in dataclasses.fields(PackedBatch) if field.name != "low"]
+FIELDS = [f.name for f in dataclasses.fields(Batch) if not f.name.endswith("_fields")]
 
 
 class Clips:
@@ -55,6 +55,8 @@ def tokens_of(sample: Sample) -> Tokenized:
         "positions": np.stack(axes, -1).reshape(-1, 3).astype(np.float32) + 1,
         "frame_ids": np.repeat(np.arange(t, dtype=np.int32), h * w),
         "text": np.concatenate([np.array([1 + int(owner[0])], np.int32), letters]),
+        "token_fields": {},
+        "segment_fields": {},
     }
 
 
@@ -77,7 +79,7 @@ def loader():
         one.close()
 
 
-def take(loader: Loader, count: int) -> list[PackedBatch]:
+def take(loader: Loader, count: int) -> list[Batch]:
     return list(itertools.islice(loader, count))
 
 
@@ -201,9 +203,7 @@ def test_lanes_of_two_processes_together_are_those_of_one(loader):
     whole = take(loader(), 6)
     first, second = (take(loader(rows=rows), 6) for rows in ((0, 1, 2, 3), (4, 5, 6, 7)))
     for batch, upper, lower in zip(whole, first, second, strict=True):
-        both = PackedBatch(
-            **{n: np.concatenate([getattr(upper, n), getattr(lower, n)]) for n in FIELDS}
-        )
+        both = Batch(**{n: np.concatenate([getattr(upper, n), getattr(lower, n)]) for n in FIELDS})
         assert_same(batch, both)
 
 

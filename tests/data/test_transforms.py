@@ -87,7 +87,8 @@ def test_what_a_loader_augments_depends_on_the_order_alone():
         value = np.asarray(sample["video"], np.float32).reshape(1, 3)
         where = np.zeros((1, 3), np.float32)
         none = np.zeros(1, np.int32)
-        return {"tokens": value, "positions": where, "frame_ids": none, "text": none}
+        fields = {"token_fields": {}, "segment_fields": {}}
+        return {"tokens": value, "positions": where, "frame_ids": none, "text": none, **fields}
 
     def augment(sample, rng):
         return {**sample, "video": sample["video"] + rng.random()}
@@ -124,7 +125,7 @@ def test_labels_and_latents_are_read_back(tmp_path):
     source = RecordsSource(RecordsConfig(str(path), label_key="label"))
     assert source.codec == "made"
     for i, x in enumerate(latents):
-        assert source[i]["label"] == 3 + i
+        assert source[i]["segment_fields"] == {"label": 3 + i}
         assert source[i]["video"].dtype == np.float32 and np.array_equal(source[i]["video"], x)
 
 

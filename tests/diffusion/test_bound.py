@@ -15,7 +15,8 @@ from scipy import integrate, stats
 
 from dit_jax.diffusion import DiffusionConfig, PathConfig, TimeConfig, token_loss
 from dit_jax.diffusion.bound import bound, decoder_nll, normal_kl, posterior
-from dit_jax.types import Noised, PackedBatch
+from dit_jax.types import Batch, Target
+from tests.denoiser import struct
 
 CHAIN = PathConfig("ddpm")
 CONFIG = DiffusionConfig(
@@ -85,7 +86,7 @@ def batch_of(x0, xt, eps, tau, segment_ids=None):
     b, l = tau.shape
     ids = np.ones((b, l), np.int32) if segment_ids is None else segment_ids
     zero = np.zeros((b, 1), np.int32)
-    batch = PackedBatch(
+    batch = Batch(
         tokens=jnp.asarray(x0),
         positions=jnp.zeros((b, l, 3), jnp.float32),
         segment_ids=jnp.asarray(ids),
@@ -97,23 +98,22 @@ def batch_of(x0, xt, eps, tau, segment_ids=None):
         num_tokens=jnp.asarray(zero),
         num_frames=jnp.asarray(zero),
     )
-    noised = Noised(
+    inputs = struct(
         tokens=jnp.asarray(xt),
-        eps=jnp.asarray(eps),
-        tau=jnp.asarray(tau),
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
         group_ids=jnp.asarray(0 * ids),
         group_t=jnp.asarray(tau[:, :1]),
-        free=jnp.asarray(tau > 0),
-        dropped=jnp.zeros((b, 1), jnp.float32),
     )
-    return noised, batch
+    target = Target(jnp.asarray(eps), jnp.asarray(tau), jnp.asarray(tau > 0))
+    return inputs, target, batch
 
 
 def test_the_loss_at_every_index_is_the_published_one(case):
     x0, eps, xt, output, fraction, tau = case
     both = jnp.asarray(np.concatenate([output, fraction], -1))
-    noised, batch = batch_of(x0, xt, eps, tau)
-    error, weight = token_loss(CONFIG, both, noised, batch)
+    inputs, target, batch = batch_of(x0, xt, eps, tau)
+    error, weight = token_loss(CONFIG, both, inputs, target, batch)
     assert np.array_equal(weight, np.ones_like(tau))
     for at, i in enumerate(INDICES):
         terms = [
@@ -128,10 +128,10 @@ def test_the_loss_at_every_index_is_the_published_one(case):
 
 def test_the_bound_teaches_variances_only(case):
     x0, eps, xt, output, fraction, tau = case
-    noised, batch = batch_of(x0, xt, eps, tau)
+    inputs, target, batch = batch_of(x0, xt, eps, tau)
 
     def total(config, both):
-        return token_loss(config, both, noised, batch)[0].sum()
+        return token_loss(config, both, inputs, target, batch)[0].sum()
 
     both = jnp.asarray(np.concatenate([output, fraction], -1))
     gradient = jax.grad(functools.partial(total, CONFIG))(both)
@@ -143,16 +143,16 @@ def test_the_bound_teaches_variances_only(case):
 
 def test_the_second_half_is_ignored_where_no_variance_is_learned(case):
     x0, eps, xt, output, fraction, tau = case
-    noised, batch = batch_of(x0, xt, eps, tau)
+    inputs, target, batch = batch_of(x0, xt, eps, tau)
     plain = dataclasses.replace(CONFIG, variance="fixed_small")
     both = jnp.asarray(np.concatenate([output, fraction], -1))
-    found = token_loss(plain, both, noised, batch)[0]
-    assert np.array_equal(found, token_loss(plain, jnp.asarray(output), noised, batch)[0])
+    found = token_loss(plain, both, inputs, target, batch)[0]
+    assert np.array_equal(found, token_loss(plain, jnp.asarray(output), inputs, target, batch)[0])
     np.testing.assert_allclose(found, ((output - eps) ** 2).mean(-1), rtol=1e-12)
     with pytest.raises(ValueError, match="gives 6 numbers a token, and .* needs 12"):
-        token_loss(CONFIG, jnp.asarray(output), noised, batch)
+        token_loss(CONFIG, jnp.asarray(output), inputs, target, batch)
     with pytest.raises(ValueError, match="gives 3 numbers a token, and .* needs 6"):
-        token_loss(plain, jnp.asarray(output[..., :3]), noised, batch)
+        token_loss(plain, jnp.asarray(output[..., :3]), inputs, target, batch)
 
 
 def test_given_tokens_and_padding_have_no_part_and_no_gradient(case):
@@ -161,13 +161,13 @@ def test_given_tokens_and_padding_have_no_part_and_no_gradient(case):
     tau[0, 3] = 0.0
     ids = np.ones(tau.shape, np.int32)
     ids[0, 5:7] = 0
-    noised, batch = batch_of(x0, xt, eps, tau, ids)
+    inputs, target, batch = batch_of(x0, xt, eps, tau, ids)
     both = jnp.asarray(np.concatenate([output, fraction], -1))
-    error, weight = token_loss(CONFIG, both, noised, batch)
+    error, weight = token_loss(CONFIG, both, inputs, target, batch)
     out = np.isin(np.arange(len(INDICES)), [3, 5, 6])
     assert not np.asarray(error)[0, out].any() and not np.asarray(weight)[0, out].any()
     assert (np.asarray(weight)[0, ~out] == 1).all()
-    gradient = jax.grad(lambda o: token_loss(CONFIG, o, noised, batch)[0].sum())(both)
+    gradient = jax.grad(lambda o: token_loss(CONFIG, o, inputs, target, batch)[0].sum())(both)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[0, out].any()
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
@@ -22,7 +23,7 @@ from dit_jax.diffusion import (
     token_loss,
 )
 from dit_jax.diffusion.objective import token_weight
-from dit_jax.types import PAD, PackedBatch
+from dit_jax.types import PAD, Batch
 
 DIM = 4
 CONFIG = DiffusionConfig(
@@ -46,7 +47,7 @@ GROUPS = CONFIG.ceilings.groups
 CLIPS = [Clip(7, 3, 2), Clip(2**32 - 1, 1, 4), Clip(0, 2, 3), Clip(8, 4, 2), Clip(123, 3, 1)]
 
 
-def pack(rows: list[list[Clip]], length: int, slots: int) -> PackedBatch:
+def pack(rows: list[list[Clip]], length: int, slots: int) -> Batch:
     """Clips side by side; their tokens are a function of their identity."""
     ids = np.zeros((4, len(rows), length), np.int32)
     segment, frame, token, _ = ids
@@ -74,16 +75,34 @@ def pack(rows: list[list[Clip]], length: int, slots: int) -> PackedBatch:
         num_tokens=count.astype(np.int32),
         num_frames=frames.astype(np.int32),
     )
-    return PackedBatch(**fields)
+    return Batch(**fields)
+
+
+@struct.dataclass
+class Noised:
+    """A noised batch: what the denoiser sees, and what its output is measured against."""
+
+    inputs: Any
+    target: Any
+
+    @property
+    def both(self):
+        return self.inputs, self.target
+
+    def __getattr__(self, name):
+        if name in ("eps", "tau", "generated"):
+            return getattr(self.target, name)
+        return getattr(self.inputs, name)
 
 
 @pytest.fixture(scope="module")
 def noise(jit):
-    """``noise(config, batch, seed)``, as NumPy arrays; compiled once a config and shape."""
+    """``noise(config, batch, seed)``, the inputs and the target, as NumPy arrays; compiled once a
+    config and shape."""
 
     @functools.cache
     def compiled(config):
-        return jit(functools.partial(noise_batch, config))
+        return jit(lambda key, batch: Noised(*noise_batch(config, key, batch)))
 
     return lambda config, batch, seed=0: jax.tree.map(
         np.asarray, compiled(config)(jax.random.key(seed), batch)
@@ -109,7 +128,7 @@ def by_sample(batch, noised, count=GROUPS):
             "tau": noised.tau[r, at],
             "group": noised.group_ids[r, at] - count * j,
             "group_t": noised.group_t[r, groups],
-            "free": noised.free[r, at],
+            "free": noised.generated[r, at],
             "dropped": noised.dropped[r, j],
             "frame": batch.frame_ids[r, at],
             "x0": batch.tokens[r, at],
@@ -205,46 +224,6 @@ def test_independent_levels_are_distributed_as_times_are(noise):
     assert np.abs(correlation).max() < 4.5 / len(levels) ** 0.5
 
 
-def with_low(batch):
-    low = np.sin(np.arange(batch.tokens.size, dtype=np.float32)).reshape(batch.tokens.shape)
-    return dataclasses.replace(batch, low=low * (batch.segment_ids != PAD)[..., None])
-
-
-def test_what_is_given_at_low_resolution_is_noised_to_the_level_that_is_told(noise):
-    config = dataclasses.replace(CONFIG, augmentation=0.4)
-    batch = with_low(ARRANGEMENTS["two rows"])
-    plain, noised = noise(config, ARRANGEMENTS["two rows"]), noise(config, batch)
-    # Nothing else of the batch's noise changes.
-    assert plain.low is None and plain.group_low_t is None
-    assert np.array_equal(plain.tau, noised.tau)
-    np.testing.assert_allclose(plain.tokens, noised.tokens, atol=1e-6)  # fused in another way
-    told = noised.group_low_t.reshape(2, 4, GROUPS)
-    assert (told == told[..., :1]).all() and (told >= 0).all() and (told < 0.4).all()
-    level = np.take_along_axis(noised.group_low_t, noised.group_ids, 1)[..., None]
-    eps = (noised.low - (1 - level) * batch.low) / level
-    real = eps[batch.segment_ids != PAD]
-    # 45 tokens of 4 numbers: within 4.5 standard deviations, and not the noise of the clip.
-    assert (
-        abs(real.mean()) < 4.5 / real.size**0.5
-        and abs(real.var() - 1) < 4.5 * (2 / real.size) ** 0.5
-    )
-    other = noised.eps[batch.segment_ids != PAD]
-    assert abs((real * other).mean()) < 4.5 / real.size**0.5
-
-
-def test_augmentation_is_uniform_and_of_the_sample(noise):
-    config = dataclasses.replace(CONFIG, augmentation=0.4)
-    batch = with_low(pack([[Clip(64 * r + j, 1, 1) for j in range(64)] for r in range(16)], 64, 64))
-    levels = np.sort(noise(config, batch).group_low_t[:, ::GROUPS].ravel()) / 0.4
-    n = levels.size
-    assert np.abs(levels - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
-    other = with_low(
-        pack([[Clip(64 * r + 63 - j, 1, 1) for j in range(64)] for r in range(16)], 64, 64)
-    )
-    again = noise(config, other).group_low_t[:, ::GROUPS]
-    assert np.array_equal(again[:, ::-1], noise(config, batch).group_low_t[:, ::GROUPS])
-
-
 def test_noise_is_standard_normal(noise):
     batch = pack([[Clip(r, 4, 64)] for r in range(8)], 256, 1)
     eps = np.sort(noise(CONFIG, batch).eps.ravel().astype(np.float64))
@@ -304,7 +283,8 @@ def case(noise):
 def loss(jit):
     @functools.cache
     def compiled(prediction):
-        return jit(functools.partial(token_loss, dataclasses.replace(HELD, prediction=prediction)))
+        config = dataclasses.replace(HELD, prediction=prediction)
+        return jit(lambda output, noised, batch: token_loss(config, output, *noised.both, batch))
 
     return lambda prediction, *args: map(np.asarray, compiled(prediction)(*args))
 
@@ -469,7 +449,7 @@ def test_a_samples_loss_does_not_depend_on_its_neighbours(config, noise, jit):
         output = np.sin(3 * noised.tokens)
 
         def total(output, noised, batch):
-            error, weight = token_loss(config, output, noised, batch)
+            error, weight = token_loss(config, output, *noised.both, batch)
             return error.sum(), (error, weight)
 
         gradient, (error, weight) = jit(jax.grad(total, has_aux=True))(output, noised, batch)
@@ -520,7 +500,7 @@ def test_the_velocity_loss_of_interpolants_by_hand(path, noise):
         with np.errstate(divide="ignore", invalid="ignore"):
             rises = -alpha * falls / np.sqrt(1 - alpha**2)
             velocity = falls * batch.tokens + rises * noised.eps
-    given = jax.tree.map(jnp.asarray, (0 * batch.tokens, noised, batch))
+    given = jax.tree.map(jnp.asarray, (0 * batch.tokens, *noised.both, batch))
     error, weight = token_loss(config, *given)
     made = np.asarray(weight) > 0
     wanted = np.square(velocity).mean(-1)[made]
@@ -535,9 +515,8 @@ def test_no_dtype_is_promoted_silently(prediction):
     config, batch = dataclasses.replace(CONFIG, prediction=prediction), ARRANGEMENTS["two rows"]
 
     def everything(key, batch):
-        noised = noise_batch(config, key, batch)
-        drop_captions(batch.text_segment_ids, noised.dropped)
-        return noised, token_loss(config, noised.eps, noised, batch)
+        noised = Noised(*noise_batch(config, key, batch))
+        return noised, token_loss(config, noised.eps, *noised.both, batch)
 
     with jax.numpy_dtype_promotion("strict"):
         noised, (error, weight) = jax.eval_shape(everything, jax.random.key(0), batch)
@@ -548,11 +527,13 @@ def test_no_dtype_is_promoted_silently(prediction):
 
 def test_a_wrong_shape_is_caught():
     batch = ARRANGEMENTS["two rows"]
-    noised = jax.eval_shape(functools.partial(noise_batch, CONFIG), jax.random.key(0), batch)
+    noised = jax.eval_shape(
+        lambda key, batch: Noised(*noise_batch(CONFIG, key, batch)), jax.random.key(0), batch
+    )
     trace = functools.partial(jax.eval_shape, functools.partial(token_loss, CONFIG))
-    trace(noised.eps, noised, batch)
+    trace(noised.eps, *noised.both, batch)
     with pytest.raises(TypeCheckError, match="parameter 'output'"):
-        trace(jax.ShapeDtypeStruct((2, 20), jnp.float32), noised, batch)
+        trace(jax.ShapeDtypeStruct((2, 20), jnp.float32), *noised.both, batch)
     with pytest.raises(TypeCheckError, match="parameter 'dropped'"):
         jax.eval_shape(
             drop_captions, batch.text_segment_ids, jax.ShapeDtypeStruct((1, 4), jnp.float32)
@@ -565,7 +546,6 @@ def test_a_wrong_shape_is_caught():
         ({"caption_dropout": 1.0}, "caption_dropout is 1.0"),
         ({"caption_dropout": -0.1}, "caption_dropout is -0.1"),
         ({"min_t": 0.0}, "min_t is 0.0"),
-        ({"augmentation": 1.5}, "augmentation is 1.5"),
         ({"min_t": 1.0}, "min_t is 1.0"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0"),
         ({"path": CHAIN}, "prediction is 'velocity', which the discrete path.kind 'ddpm' does not"),

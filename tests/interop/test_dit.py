@@ -17,6 +17,7 @@ from dit_jax.interop.dit import grid_table
 from dit_jax.model import PRESETS, ModelConfig, TextToVideo, patchify, positions, unpatchify
 from dit_jax.parallel import MeshConfig, make_mesh, parameter_shardings, xla_attention
 from dit_jax.types import unconstrained
+from tests.denoiser import struct
 from tests.interop.published import (
     as_published,
     authors_arrays,
@@ -42,10 +43,18 @@ SMALL = {"width": 48, "heads": 4, "depth": 3, "patch": 2, "size": 8}
 def abstract(model: ModelConfig):
     """Shapes of the model's parameters, boxed with their logical axes."""
     module = TextToVideo(model, xla_attention, unconstrained)
-    tokens, text = jnp.zeros((1, 4, model.patch.dim)), jnp.zeros((1, 2), jnp.int32)
-    ids = jnp.zeros((1, 4), jnp.int32)
-    given = (tokens, jnp.zeros((1, 4, 3)), ids, ids, jnp.zeros((1, 1)), text, text)
-    return module, jax.eval_shape(module.init, jax.random.key(0), *given)
+    ids, label = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    given = struct(
+        tokens=jnp.zeros((1, 4, model.patch.dim)),
+        positions=jnp.zeros((1, 4, 3)),
+        segment_ids=ids,
+        group_ids=ids,
+        group_t=jnp.zeros((1, 1)),
+        text=label,
+        text_segment_ids=label,
+        segment_fields={"label": label},
+    )
+    return module, jax.eval_shape(module.init, jax.random.key(0), given)
 
 
 def denoise(model: ModelConfig, params, latents, t, labels):
@@ -57,18 +66,17 @@ def denoise(model: ModelConfig, params, latents, t, labels):
     places, _ = positions(model.patch, 1, h, w, 24.0)
     l = len(places)
     ones = np.ones((b, l), np.int32)
-    null = model.text.classes
-    text = np.array([[null, label] for label in labels], np.int32)
-    out = jax.jit(module.apply)(
-        params,
-        tokens,
-        np.broadcast_to(places, (b, l, 3)),
-        ones,
-        0 * ones,
-        np.asarray(t, np.float32)[:, None],
-        text,
-        np.ones((b, 2), np.int32),
+    given = struct(
+        tokens=tokens,
+        positions=np.broadcast_to(places, (b, l, 3)),
+        segment_ids=ones,
+        group_ids=0 * ones,
+        group_t=np.asarray(t, np.float32)[:, None],
+        text=ones[:, :1],
+        text_segment_ids=ones[:, :1],
+        segment_fields={"label": np.array(labels, np.int32)[:, None]},
     )
+    out = jax.jit(module.apply)(params, given)
     halves = np.split(np.asarray(out), 1 + model.learned_variance, -1)
     images = [[unpatchify(model.patch, x, 1, h, w)[0] for x in half] for half in halves]
     return rearrange(np.array(images), "o b h w c -> b (o c) h w")

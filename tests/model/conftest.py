@@ -24,6 +24,7 @@ from dit_jax.model import (
 )
 from dit_jax.parallel import xla_attention
 from dit_jax.types import Attention, DotGeneral, unconstrained
+from tests.denoiser import struct
 
 ROW_TOKENS, ROW_TEXT, ROW_SEGMENTS = 32, 24, 3
 
@@ -106,7 +107,7 @@ def make_model(
 def abstract_params(model: TextToVideo) -> Any:
     """Shapes of the parameters, boxed with their logical axes; nothing is computed."""
     inputs = pack([[make_segment(model.config, 0, (1, 4, 4))]])
-    return jax.eval_shape(lambda key, x: model.init(key, **x), jax.random.key(0), inputs)
+    return jax.eval_shape(lambda key, x: model.init(key, struct(x)), jax.random.key(0), inputs)
 
 
 @pytest.fixture(scope="session")
@@ -188,11 +189,11 @@ def boxed() -> Callable[[TextToVideo], Any]:
 @pytest.fixture(scope="session")
 def fresh(model, inputs, jit) -> Any:
     """Parameters as the model initialises them."""
-    return nn.unbox(jit(lambda key, x: model.init(key, **x))(jax.random.key(0), inputs))
+    return nn.unbox(jit(lambda key, x: model.init(key, struct(x)))(jax.random.key(0), inputs))
 
 
 @pytest.fixture(scope="session")
 def forward(model, jit) -> Callable[..., np.ndarray]:
     """``forward(params, **inputs)``: the compiled model, unrolled, in float32."""
     apply = jit(model.apply)
-    return lambda params, **inputs: np.asarray(apply(params, **inputs))
+    return lambda params, **inputs: np.asarray(apply(params, struct(inputs)))

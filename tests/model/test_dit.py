@@ -15,6 +15,7 @@ from dit_jax.parallel import host_attention, xla_attention
 from dit_jax.parallel.kernels import flat_dot_general
 from dit_jax.parallel.rules import ACTIVATION_RULES, PARAMETER_RULES
 from dit_jax.types import unconstrained
+from tests.denoiser import struct
 
 
 def leaves_with_names(boxed):
@@ -70,7 +71,18 @@ def test_presets_have_the_parameters_that_their_shapes_say(name, width, depth, h
     model = DiT(PRESETS[name], p, xla_attention, unconstrained)
     ids = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(
-        lambda key, x, text: model.init(key, x, x[..., :3], ids, ids, x[..., 0], text, ids),
+        lambda key, x, text: model.init(
+            key,
+            struct(
+                tokens=x,
+                positions=x[..., :3],
+                segment_ids=ids,
+                group_ids=ids,
+                group_t=x[..., 0],
+                text=text,
+                text_segment_ids=ids,
+            ),
+        ),
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, 1, p), jnp.float32),
         jax.ShapeDtypeStruct((1, 1, e), jnp.float32),
@@ -96,8 +108,8 @@ def test_text_may_be_absent_where_none_is_used(model):
     ids = jnp.zeros((1, 4), jnp.int32)
 
     def run(key, x):
-        given = (x, x[..., :3], ids, ids, x[:, :1, 0], None, None)
-        return network.init_with_output(key, *given)[0]
+        fields = {"tokens": x, "positions": x[..., :3], "group_t": x[:, :1, 0]}
+        return network.init_with_output(key, struct(fields, segment_ids=ids, group_ids=ids))[0]
 
     out = jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((1, 4, 12), jnp.float32))
     assert out.shape == (1, 4, 12)
@@ -143,7 +155,9 @@ def test_activations_are_laid_out_by_axes_that_the_rules_know(model, params, inp
         seen.update(axes)
         return x
 
-    jax.eval_shape(TextToVideo(model.config, xla_attention, constrain).apply, params, **inputs)
+    jax.eval_shape(
+        TextToVideo(model.config, xla_attention, constrain).apply, params, struct(inputs)
+    )
     assert seen - {None} == set(ACTIVATION_RULES)
 
 
@@ -186,7 +200,7 @@ def loss_of(model, projections):
     """A loss that every output counts in, and its gradient, to be compiled."""
 
     def loss(params, inputs):
-        return (model.apply(params, **inputs) * projections).mean()
+        return (model.apply(params, struct(inputs)) * projections).mean()
 
     return jax.value_and_grad(loss)
 
@@ -223,7 +237,7 @@ def assert_same(a, b):
 
 def test_scanned_equals_unrolled(loss_and_gradients, forward, tiny, params, inputs, jit):
     assert_same(loss_and_gradients(scan=True), loss_and_gradients(scan=False))
-    scanned = jit(tiny(scan=True).apply)(params, **inputs)
+    scanned = jit(tiny(scan=True).apply)(params, struct(inputs))
     # As above; outputs reach 10.
     np.testing.assert_allclose(scanned, forward(params, **inputs), rtol=1e-5, atol=1e-5)
 
@@ -262,7 +276,7 @@ def test_remat_computes_again_what_it_does_not_keep(tiny, params, inputs, projec
 
 def test_unset_scan_unrolls_on_a_cpu(tiny, params, inputs):
     programs = {
-        scan: str(jax.make_jaxpr(tiny(scan=scan).apply)(params, **inputs))
+        scan: str(jax.make_jaxpr(tiny(scan=scan).apply)(params, struct(inputs)))
         for scan in (None, False, True)
     }
     assert "unroll=2" in programs[False] and "unroll=1" in programs[True]
@@ -273,7 +287,7 @@ def test_unset_scan_unrolls_on_a_cpu(tiny, params, inputs):
 
 
 def test_bfloat16_is_close_to_float32(tiny, forward, params, inputs, jit):
-    out = jit(tiny(dtype="bfloat16").apply)(params, **inputs)
+    out = jit(tiny(dtype="bfloat16").apply)(params, struct(inputs))
     exact = forward(params, **inputs)
     assert out.dtype == jnp.float32
     real = inputs["segment_ids"] > 0
@@ -294,7 +308,7 @@ def test_no_dtype_is_promoted_silently(tiny, boxed, inputs, dtype):
     model = tiny(dtype=dtype)
     with jax.numpy_dtype_promotion("strict"):
         shapes = nn.unbox(boxed(model))
-        out = jax.eval_shape(model.apply, shapes, **inputs)
+        out = jax.eval_shape(model.apply, shapes, struct(inputs))
     assert out.dtype == jnp.float32
 
 

@@ -19,6 +19,7 @@ from dit_jax.model import (
 from dit_jax.parallel import xla_attention
 from dit_jax.parallel.attention import Band, visible
 from dit_jax.types import unconstrained
+from tests.denoiser import struct
 
 
 def products(*shapes: tuple[int, int, int]) -> int:
@@ -101,9 +102,17 @@ def test_xla_counts_about_the_same(jit):
     model = TextToVideo(CONFIG, xla_attention, unconstrained)
     ids = jnp.ones((1, l), jnp.int32)
     text = jnp.ones((1, s), jnp.int32)
-    inputs = (jnp.ones((1, l, 12)), jnp.ones((1, l, 3)), ids, ids * 0, jnp.ones((1, 1)), text, text)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    cost = jit(model.apply).lower(shapes, *inputs).compile().cost_analysis()
+    inputs = struct(
+        tokens=jnp.ones((1, l, 12)),
+        positions=jnp.ones((1, l, 3)),
+        segment_ids=ids,
+        group_ids=ids * 0,
+        group_t=jnp.ones((1, 1)),
+        text=text,
+        text_segment_ids=text,
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    cost = jit(model.apply).lower(shapes, inputs).compile().cost_analysis()
     ours = forward_flops(CONFIG, np.array([l]), np.array([s]))[0]
     # XLA counts additions, norms, softmaxes and modulation besides: some tenth for so narrow a model.
     assert 1.0 <= cost["flops"] / ours < 1.2

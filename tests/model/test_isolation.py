@@ -13,6 +13,7 @@ import pytest
 from dit_jax.model import byte_tokens
 from dit_jax.parallel import host_attention
 from dit_jax.types import PAD
+from tests.denoiser import struct
 
 
 @pytest.fixture(scope="module", params=["reference", "host_attention", "other_ways"])
@@ -34,7 +35,7 @@ def params(way, params_of):
 @pytest.fixture(scope="module")
 def forward(way, jit):
     apply = jit(way.apply)
-    return lambda params, **inputs: np.asarray(apply(params, **inputs))
+    return lambda params, **inputs: np.asarray(apply(params, struct(inputs)))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_no_gradient_crosses_segments(way, params, inputs, jit):
     others = {name: field for name, field in inputs.items() if name not in fields}
 
     def said(given, others, mine):
-        return (way.apply(params, **given, **others) * mine[..., None]).sum()
+        return (way.apply(params, struct(given, **others)) * mine[..., None]).sum()
 
     slopes = jit(jax.grad(said))
     for j in (1, 2, 3):

@@ -14,6 +14,7 @@ from dit_jax.model import DiTConfig, blocks
 from dit_jax.model.blocks import gather_groups, gather_parts
 from dit_jax.model.dit import REMAT_POLICIES
 from dit_jax.parallel import AttentionConfig, MeshConfig, choose_attention, make_mesh
+from tests.denoiser import struct
 
 WIDTH = 32
 """Of the tiny model; its rows have 32 tokens."""
@@ -37,7 +38,7 @@ def loss_and_gradients(inputs, jit):
 
     def compute(model, params):
         def loss(params, inputs):
-            return (model.apply(params, **inputs) * weights).mean()
+            return (model.apply(params, struct(inputs)) * weights).mean()
 
         return jax.tree.map(np.asarray, jit(jax.value_and_grad(loss))(params, inputs))
 
@@ -60,11 +61,11 @@ def assert_same(ours, theirs):
 
 def test_fresh_blocks_are_the_identity(tiny, inputs, jit):
     model = tiny(modulation="shared", scan=True)
-    init = jit(lambda key, inputs: nn.unbox(model.init(key, **inputs)))
+    init = jit(lambda key, inputs: nn.unbox(model.init(key, struct(inputs))))
     final = np.random.default_rng(0).normal(size=(WIDTH, 12)).astype(np.float32)
     # What the last, fresh layer would hide is let through.
     params = changed(init(jax.random.key(0), inputs), lambda dit: dit["final"].update(kernel=final))
-    out = np.asarray(jit(model.apply)(params, **inputs))
+    out = np.asarray(jit(model.apply)(params, struct(inputs)))
 
     embedding = params["params"]["dit"]["patch_embedding"]
     x = np.float64(inputs["tokens"]) @ embedding["kernel"] + embedding["bias"]
@@ -184,7 +185,7 @@ def reach(segment, packed, jit):
 
         params = changed(params, silence)
         apply = compiled(model)
-        differ = np.asarray(apply(params, **row)) != np.asarray(apply(params, **other))
+        differ = np.asarray(apply(params, struct(row))) != np.asarray(apply(params, struct(other)))
         return np.flatnonzero(differ[0].any(-1)).tolist()
 
     return see
@@ -253,7 +254,7 @@ def recomputed(tiny, params, inputs, ring):
     @functools.cache
     def program(remat):
         model = tiny(ring, scan=True, remat=remat)
-        gradient = jax.grad(lambda params, inputs: model.apply(params, **inputs).sum())
+        gradient = jax.grad(lambda params, inputs: model.apply(params, struct(inputs)).sum())
         return products(jax.make_jaxpr(gradient)(params, inputs).jaxpr)
 
     def more(remat):

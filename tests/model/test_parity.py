@@ -14,6 +14,7 @@ from dit_jax.model.blocks import DiTBlock
 from dit_jax.model.positions import rotary_angles
 from dit_jax.parallel import xla_attention
 from dit_jax.types import unconstrained
+from tests.denoiser import struct
 
 HEADS = 2
 
@@ -200,7 +201,7 @@ def test_the_model_is_that_of_numpy(ways, tiny, other_ways, params_of, inputs, j
     model = tiny(**changes)
     params = params_of(model)
     exact = jax.tree.map(lambda leaf: leaf.astype(np.float64), params["params"])
-    out = np.asarray(jit(model.apply)(params, **inputs))
+    out = np.asarray(jit(model.apply)(params, struct(inputs)))
     for row, at, text_at in segments_of(inputs):
         expected = transformer(
             exact["dit"],

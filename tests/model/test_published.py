@@ -8,11 +8,13 @@ from flax import linen as nn
 
 from dit_jax.model import (
     ByteEncoderConfig,
-    ClassLabelsConfig,
+    ClassLabels,
     DiTConfig,
     ModelConfig,
+    NoTextConfig,
     PatchConfig,
     TextToVideo,
+    check_fields,
     forward_flops,
     published,
 )
@@ -20,6 +22,7 @@ from dit_jax.model.dit import time_features
 from dit_jax.model.positions import grid_features
 from dit_jax.parallel import xla_attention
 from dit_jax.types import unconstrained
+from tests.denoiser import struct
 
 # Peebles & Xie 2022, table 4: GMACs at patches of 8, 4 and 2 of a 32 x 32 latent, and parameters.
 TABLE = {
@@ -34,8 +37,9 @@ def model_config(preset, patch):
     return ModelConfig(
         published(preset),
         PatchConfig(1, patch, patch, 4),
-        ClassLabelsConfig(),
+        NoTextConfig(),
         learned_variance=True,
+        conditioners={"label": ClassLabels()},
     )
 
 
@@ -46,27 +50,25 @@ def build(config, platform="cpu"):
 def count_parameters(config):
     # Layers are scanned, as on accelerators: traced once.
     init = build(config, "tpu").init
-    shapes = jax.eval_shape(init, jax.random.key(0), *inputs(config, [1]))
+    shapes = jax.eval_shape(init, jax.random.key(0), inputs(config, [1]))
     return sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(shapes)))
 
 
 def inputs(config, labels, l=4, t=0.5):
-    """One row for each label, each one segment of a column of tokens."""
+    """One row for each label, each one segment of a column of tokens; None is a dropped label."""
     b = len(labels)
     ids = jnp.ones((b, l), jnp.int32)
-    places = jnp.zeros((b, l, 3)).at[..., 1].set(jnp.arange(l))
-    read = [config.text_tokens("", label=label) for label in labels]
-    text = np.stack([np.pad(x, (0, 2 - len(x))) for x in read])
-    text_ids = np.stack([np.arange(2) < len(x) for x in read]).astype(np.int32)
-    tokens = jnp.ones((b, l, config.patch.dim))
-    return (
-        tokens,
-        places,
-        ids,
-        ids * 0,
-        jnp.full((b, 1), t),
-        jnp.asarray(text),
-        jnp.asarray(text_ids),
+    text = jnp.asarray([config.text_tokens("")] * b)
+    return struct(
+        tokens=jnp.ones((b, l, config.patch.dim)),
+        positions=jnp.zeros((b, l, 3)).at[..., 1].set(jnp.arange(l)),
+        segment_ids=ids,
+        group_ids=ids * 0,
+        group_t=jnp.full((b, 1), t),
+        text=text,
+        text_segment_ids=text,
+        dropped=jnp.array([[float(label is None)] for label in labels]),
+        segment_fields={"label": jnp.array([[label or 0] for label in labels], jnp.int32)},
     )
 
 
@@ -74,7 +76,7 @@ def inputs(config, labels, l=4, t=0.5):
 @pytest.mark.parametrize("preset", list(TABLE))
 def test_the_papers_table(preset, patch):
     config = model_config(preset, patch)
-    gmacs = forward_flops(config, np.array([(32 // patch) ** 2]), np.array([2]))[0] / 2e9
+    gmacs = forward_flops(config, np.array([(32 // patch) ** 2]), np.array([1]))[0] / 2e9
     # The paper's counter adds operations of the norms, up to 0.1 %; its figures have two decimals.
     assert gmacs == pytest.approx(TABLE[preset][0][(8, 4, 2).index(patch)], rel=1e-3, abs=0.005)
     assert count_parameters(config) / 1e6 == pytest.approx(TABLE[preset][1], rel=0.01)
@@ -118,13 +120,13 @@ SMALL = ModelConfig(
         qk_norm=False,
         absolute_positions="wh",
         cross_attention=False,
-        pooled_text=True,
         time_std=0.02,
     ),
     PatchConfig(1, 1, 1, 4),
-    ClassLabelsConfig(5),
+    NoTextConfig(),
     "float32",
     learned_variance=True,
+    conditioners={"label": ClassLabels(5)},
 )
 
 
@@ -132,7 +134,7 @@ SMALL = ModelConfig(
 def small(jit):
     """The small model with parameters of which none is zero, and a compiled forward pass."""
     model = build(SMALL)
-    params = nn.unbox(jit(model.init)(jax.random.key(0), *inputs(SMALL, [0, 1, 2])))
+    params = nn.unbox(jit(model.init)(jax.random.key(0), inputs(SMALL, [0, 1, 2])))
     rng = np.random.default_rng(1)
     drawn = jax.tree.map(lambda x: np.float32(x + 0.2 * rng.normal(size=x.shape)), params)
     return drawn, jit(model.apply)
@@ -141,8 +143,8 @@ def small(jit):
 def test_a_fresh_model_gives_zeros_twice_a_patch(jit):
     model = build(SMALL)
     given = inputs(SMALL, [0, 3, 1])
-    params = jit(model.init)(jax.random.key(0), *given)
-    assert np.array_equal(jit(model.apply)(params, *given), np.zeros((3, 4, 8)))
+    params = jit(model.init)(jax.random.key(0), given)
+    assert np.array_equal(jit(model.apply)(params, given), np.zeros((3, 4, 8)))
     std = np.std(nn.unbox(params)["params"]["dit"]["time"]["up"]["kernel"])
     assert std == pytest.approx(0.02, rel=0.05)
     assert "q_norm" not in nn.unbox(params)["params"]["dit"]["blocks"]["self_attention"]
@@ -150,43 +152,34 @@ def test_a_fresh_model_gives_zeros_twice_a_patch(jit):
 
 def test_a_class_is_a_row_of_the_table(small):
     params, apply = small
-    out = apply(params, *inputs(SMALL, [0, 1, None]))
+    out = apply(params, inputs(SMALL, [0, 1, None]))
     assert len({x.tobytes() for x in np.asarray(out)}) == 3
     # Classes whose rows are exchanged are exchanged; a hidden label is the table's last row.
-    table = params["params"]["text"]["embedding"]
-    exchanged = {
-        "params": {**params["params"], "text": {"embedding": table[jnp.array([5, 0, 2, 3, 4, 1])]}}
-    }
-    again = apply(exchanged, *inputs(SMALL, [1, None, 0]))
+    name = "conditioners_label"
+    table = params["params"][name]["embedding"][jnp.array([5, 0, 2, 3, 4, 1])]
+    exchanged = {"params": {**params["params"], name: {"embedding": table}}}
+    again = apply(exchanged, inputs(SMALL, [1, None, 0]))
     np.testing.assert_allclose(again, out, atol=1e-6)
-
-
-def test_a_hidden_label_is_the_null_class(small):
-    params, apply = small
-    *rest, text, _ = inputs(SMALL, [2, 4, 1])
-    hidden = jnp.array([[1, 0]] * 3)
-    out = apply(params, *rest, text, hidden)
-    none = apply(params, *inputs(SMALL, [None] * 3))
-    np.testing.assert_array_equal(out, none)
 
 
 def test_packed_classes_are_those_of_their_segments(small):
     params, apply = small
-    alone = apply(params, *inputs(SMALL, [0, 4, 2]))[:2]
-    tokens, places, *_ = inputs(SMALL, [0, 4])
+    alone = apply(params, inputs(SMALL, [0, 4, 2]))[:2]
+    given = inputs(SMALL, [0, 4])
     row = lambda x: x.reshape(1, -1, *x.shape[2:])  # noqa: E731
     segments = jnp.array([[1] * 4 + [2] * 4])
-    groups = segments - 1
-    text = jnp.array([[5, 0, 5, 4]])
     packed = apply(
         params,
-        row(tokens),
-        row(places),
-        segments,
-        groups,
-        jnp.full((1, 2), 0.5),
-        text,
-        jnp.array([[1, 1, 2, 2]]),
+        struct(
+            tokens=row(given.tokens),
+            positions=row(given.positions),
+            segment_ids=segments,
+            group_ids=segments - 1,
+            group_t=jnp.full((1, 2), 0.5),
+            text=row(given.text),
+            text_segment_ids=jnp.array([[1, 2]]),
+            segment_fields={"label": jnp.array([[0, 4]])},
+        ),
     )
     # Sums of other lengths round otherwise.
     np.testing.assert_allclose(packed[0].reshape(alone.shape), alone, atol=2e-6)
@@ -194,13 +187,13 @@ def test_packed_classes_are_those_of_their_segments(small):
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="class 5: the model has the classes 0 to 4"):
-        SMALL.text_tokens("", label=5)
-    with pytest.raises(ValueError, match="knows classes, 0 to 4, and no captions"):
-        SMALL.text_tokens("a cat")
-    with pytest.raises(ValueError, match="would not learn of them"):
-        ModelConfig(DiTConfig(cross_attention=False), text=ClassLabelsConfig(3))
+        check_fields(SMALL, {}, {"label": np.int32(5)}, "the sample")
+    with pytest.raises(ValueError, match="has no segment field 'label'"):
+        check_fields(SMALL, {}, {"fps": np.float32(8)}, "the sample")
+    with pytest.raises(ValueError, match="nothing to read"):
+        ModelConfig(DiTConfig(), text=NoTextConfig())
     with pytest.raises(ValueError, match="classes is 0"):
-        ClassLabelsConfig(0)
+        ClassLabels(0)
     with pytest.raises(ValueError, match="not a multiple of 4"):
         DiTConfig(width=18, heads=3, absolute_positions="wh")
     with pytest.raises(ValueError, match="time_scale"):

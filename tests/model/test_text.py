@@ -20,6 +20,7 @@ from dit_jax.model import (
 )
 from dit_jax.model.text import BEGIN, FIRST_BYTE, VOCABULARY, with_beginning
 from dit_jax.types import PAD
+from tests.denoiser import struct
 
 
 def caption_of(tokens: np.ndarray) -> str:
@@ -279,7 +280,7 @@ def test_a_dropped_caption_leaves_the_beginning(of_states, drop, inputs, jit):
     apply = jit(model.apply)
 
     def forward(text, ids):
-        return np.asarray(apply(params, **{**inputs, "text": text, "text_segment_ids": ids}))
+        return np.asarray(apply(params, struct(inputs, text=text, text_segment_ids=ids)))
 
     dropped, kept = forward(text, left), forward(text, ids)
     other = text.copy()
@@ -312,7 +313,7 @@ def linear_layers(model, params, given):
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        jax.eval_shape(model.apply, params, **given)
+        jax.eval_shape(model.apply, params, struct(given))
     return found
 
 
@@ -341,12 +342,12 @@ def test_what_computes_in_bfloat16_is_cast_and_nothing_else(
     assert cast == low
 
     apply = jit(model.apply)
-    out = np.asarray(apply(params, **given))
+    out = np.asarray(apply(params, struct(given)))
     # Bit for bit: converted once or at every step, the numbers are the same ...
-    assert np.array_equal(np.asarray(apply(ready, **given)), out)
+    assert np.array_equal(np.asarray(apply(ready, struct(given))), out)
     # ... and those of the other layers would not be.
     lower = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), params)
-    assert not np.array_equal(np.asarray(apply(lower, **given)), out)
+    assert not np.array_equal(np.asarray(apply(lower, struct(given))), out)
 
 
 def test_float32_parameters_stay_for_float32(params):

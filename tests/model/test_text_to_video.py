@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dit_jax.model import ModelConfig
+from tests.denoiser import struct
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,6 @@ def test_text_may_be_encoded_once_and_apart(model, forward, params, inputs, jit)
     denoise = jit(functools.partial(model.apply, method="denoise"))
     given = dict(inputs)
     states = encode(params, given.pop("text"), given["text_segment_ids"])
-    out = denoise(params, text_states=states, **given)
+    out = denoise(params, struct(given, text=states))
     # The same operations, compiled in two parts.
     np.testing.assert_allclose(out, forward(params, **inputs), rtol=1e-5, atol=1e-5)

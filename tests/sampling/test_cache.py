@@ -24,9 +24,11 @@ from dit_jax.model import (
 )
 from dit_jax.model.dit import time_features
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
-from dit_jax.sampling import Generator, Request, SamplingConfig, make_condition
+from dit_jax.sampling import Generator, Request, SamplingConfig, make_inputs
 from dit_jax.sampling.caching import plan_steps, relative_changes
 from dit_jax.training.video_task import init_params, make_model
+from dit_jax.types import DenoiserInputs
+from tests.denoiser import struct
 
 MODEL = ModelConfig(
     dit=DiTConfig(width=32, depth=2, heads=2, pooled_text=True),
@@ -72,7 +74,7 @@ def generator(fsdp: int = 1, **fields: Any) -> Generator:
 def placed(requests: Any = REQUESTS, fsdp: int = 1) -> Any:
     """Their condition on a mesh."""
     rows = tuple(range(len(requests)))
-    return global_batch(model_on(fsdp)[0], make_condition(requests, MODEL, 12), rows, len(rows))
+    return global_batch(model_on(fsdp)[0], make_inputs(requests, MODEL, 12), rows, len(rows))
 
 
 def made(requests: Any = REQUESTS, fsdp: int = 1, **fields: Any) -> np.ndarray:
@@ -157,21 +159,28 @@ def test_without_a_threshold_nothing_is_cached_and_a_tiny_one_reuses_nothing():
 def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
     _, model, params = model_on()
     rng = np.random.default_rng(1)
-    condition = make_condition(REQUESTS, MODEL)
+    condition = make_inputs(REQUESTS, MODEL)
     x = rng.normal(size=condition.clean.shape).astype(np.float32)
     text = rng.normal(size=(2, MODEL.text.max_tokens, 16)).astype(np.float32)
 
-    def given(x: np.ndarray, level: float) -> tuple[Any, ...]:
-        c, levels = condition, np.full((2, 1), level, np.float32)
-        return x, c.positions, c.segment_ids, c.group_ids, levels, text, c.text_segment_ids
+    def given(x: np.ndarray, level: float) -> DenoiserInputs:
+        return struct(
+            tokens=x,
+            positions=condition.positions,
+            segment_ids=condition.segment_ids,
+            group_ids=condition.group_ids,
+            group_t=np.full((2, 1), level, np.float32),
+            text=text,
+            text_segment_ids=condition.text_segment_ids,
+        )
 
-    output, residual = jax.jit(functools.partial(denoise_and_keep, model))(params, *given(x, 0.6))
+    output, residual = jax.jit(functools.partial(denoise_and_keep, model))(params, given(x, 0.6))
     denoise = jax.jit(functools.partial(model.apply, method="denoise"))
-    np.testing.assert_allclose(denoise(params, *given(x, 0.6)), output, atol=1e-5)
-    again = denoise(params, *given(x, 0.6), residual=residual)
+    np.testing.assert_allclose(denoise(params, given(x, 0.6)), output, atol=1e-5)
+    again = denoise(params, given(x, 0.6), residual=residual)
     np.testing.assert_allclose(again, output, atol=1e-5)
     # The last layer is told the new level, and the new input is what the residual is added to.
-    other = denoise(params, *given(x + 1, 0.2), residual=residual)
+    other = denoise(params, given(x + 1, 0.2), residual=residual)
     assert np.abs(other - output).max() > 0.1
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from dit_jax.diffusion import SOLVERS, DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.diffusion.paths import alphas_cumprod
-from dit_jax.sampling import Condition, Generator, SamplingConfig
+from dit_jax.sampling import Generator, SamplerInputs, SamplingConfig
 
 DIM, CHANNELS, TOKENS = 8, 4, 5
 CHAIN = DiffusionConfig("eps", TimeConfig("uniform"), path=PathConfig("ddpm"), loss="prediction")
@@ -30,16 +30,17 @@ class StandIn:
     def __init__(self, outputs=1, compute=jnp.float32):
         self.outputs = outputs
         patch = types.SimpleNamespace(channels=CHANNELS)
-        self.config = types.SimpleNamespace(patch=patch, compute_dtype=lambda: compute)
+        self.config = types.SimpleNamespace(
+            patch=patch, compute_dtype=lambda: compute, conditioners={}
+        )
         self.rows = []
 
-    def apply(self, params, *given, method):
+    def apply(self, params, inputs, *ids, method):
         if method == "encode_text":
-            text, ids = given
-            return text.astype(jnp.float32) * (ids > 0)[..., None]
-        x, _, _, group_ids, group_t, text, ids = given
+            return inputs.astype(jnp.float32) * (ids[0] > 0)[..., None]
+        x, text, ids = inputs.tokens, inputs.text, inputs.text_segment_ids
         self.rows.append(x.shape[0])
-        level = jnp.take_along_axis(group_t, group_ids, 1)[..., None]
+        level = jnp.take_along_axis(inputs.group_t, inputs.group_ids, 1)[..., None]
         read = ((text[..., 0] * (ids > 0)).sum(1) - text[:, 0, 0])[:, None, None]
         mean = params * x + jnp.sin(level) + read * jnp.cos(jnp.arange(DIM, dtype=x.dtype))
         if self.outputs == 1:
@@ -54,7 +55,7 @@ def condition(seeds=(1, 2), words=(0.3, 0.7), ceilings=None):
     text = np.stack([[[0.1], [word]] for word in words]).astype(np.float32)
     free = np.ones(full, np.float32) if ceilings is None else np.float32([ceilings] * b)
     levels = np.unique(free[0])
-    return Condition(
+    return SamplerInputs(
         clean=jnp.asarray(np.where(free[..., None] < 1, np.ones((*full, DIM)), 0), jnp.float32),
         ceilings=jnp.asarray(free),
         group_ids=jnp.asarray(np.searchsorted(levels, free).astype(np.int32)),

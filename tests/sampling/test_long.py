@@ -59,21 +59,21 @@ class StandIn:
         self.config: Any = types.SimpleNamespace(
             patch=PATCH,
             text=text,
-            upscale=1,
+            conditioners={},
             compute_dtype=lambda: jnp.float32,
-            text_tokens=lambda prompt, states=None, label=None: np.frombuffer(
+            text_tokens=lambda prompt, states=None: np.frombuffer(
                 b"\0" + prompt.encode(), np.uint8
             ).astype(np.int32),
         )
         self.traced = 0
         self.asked: list[Any] = []
 
-    def apply(self, params: Any, *given: Any, method: str) -> Any:
+    def apply(self, params: Any, inputs: Any, *ids: Any, method: str) -> Any:
         if method == "encode_text":
-            return given[0].astype(jnp.float32)[..., None]
+            return inputs.astype(jnp.float32)[..., None]
         self.traced += 1
-        x, places, _, group_ids, group_t, text, _ = given
-        level = jnp.take_along_axis(group_t, group_ids, 1)
+        x, places, text = inputs.tokens, inputs.positions, inputs.text
+        level = jnp.take_along_axis(inputs.group_t, inputs.group_ids, 1)
         jax.debug.callback(lambda *seen: self.asked.append(seen), text[:, 1, 0], level, places)
         known = (level < 0.5)[..., None]
         mean = (x * known).sum((1, 2)) / jnp.maximum(known.sum((1, 2)) * x.shape[-1], 1)
@@ -264,7 +264,10 @@ def test_a_killed_call_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     ("given", "message"),
     [
         ({"noise": 1.5}, "a history with ceiling 1.5"),
-        ({"heads": [np.zeros((2, 4, 4, 3), np.float32)]}, "2 frames: with temporal patches of 2"),
+        (
+            {"heads": [np.zeros((2, 4, 4, 3), np.float32)]},
+            "2 frames: the first frame has a token of its own",
+        ),
         ({"heads": [np.zeros((3, 4, 2, 3), np.float32)]}, "heads of shapes"),
         ({"seeds": ()}, "at least one clip"),
     ],

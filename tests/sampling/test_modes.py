@@ -26,8 +26,8 @@ from dit_jax.sampling import (
     interpolate,
     loop_clip,
     loop_text,
-    make_condition,
     make_edits,
+    make_inputs,
     make_long,
     plain,
     plan_windows,
@@ -136,7 +136,7 @@ def test_extension_backward_leaves_out_a_causal_codecs_first_latent():
         assert free(request) == marks
         assert shown(request)[-len(numbers) :] == numbers
         assert blank(edit, space) == [200, 200, 200, 200, *range(0, 24, 2)]
-    known = make_condition([extend(PAIRS, like(PAIRS), clip(12), backward=4).requests[0]], MODEL)
+    known = make_inputs([extend(PAIRS, like(PAIRS), clip(12), backward=4).requests[0]], MODEL)
     # Token 2 holds frames 3 and 4 of nine: the second is frame 0 of the clip.
     assert known.known is not None and known.ceilings.tolist() == [[1, 1, 1, 0, 0]]
     each = known.known.reshape(5, 2, -1)
@@ -319,7 +319,7 @@ def test_given_tokens_are_exact_in_the_latents_too(makers):
     """What the model makes, before anything is pasted."""
     _, generator, params = makers["one"]
     requests = [edit.requests[0] for edit in every_mode()][4:6]
-    condition = make_condition(requests, MODEL, 40, [r for e in every_mode() for r in e.requests])
+    condition = make_inputs(requests, MODEL, 40, [r for e in every_mode() for r in e.requests])
     made = np.asarray(generator(params, jax.tree.map(jnp.asarray, condition)))
     held = condition.ceilings == 0
     assert held.any() and (made[held] == condition.clean[held]).all()
@@ -333,7 +333,7 @@ def test_a_loop_is_the_same_wherever_it_begins(makers):
     """Its noise and times rolled, all that is made is rolled."""
     _, generator, params = makers["one"]
     (request,) = loop_text(PAIRS, like(PAIRS)).requests
-    condition = make_condition([request], MODEL)
+    condition = make_inputs([request], MODEL)
     assert condition.segment_ids.sum() == 4 and condition.positions[0, :, 0].tolist() == [
         0.75,
         1.75,
@@ -372,15 +372,15 @@ def test_a_loop_is_decoded_after_its_own_end():
 def test_times_of_a_request_are_its_tokens():
     (loop,) = loop_text(PIXELS, like(PIXELS, 3)).requests
     model = dataclasses.replace(MODEL, patch=PIXELS.patch)
-    condition = make_condition([loop, like(PIXELS, 2)], model)
+    condition = make_inputs([loop, like(PIXELS, 2)], model)
     assert condition.positions[0, :, 0].tolist() == [0, 1, 2]
     assert condition.cycles is not None and condition.cycles.tolist() == [[3, 0, 1], [0, 0, 0]]
     request = like(PAIRS, 5, times=np.array([0.0, 4, 6, 7, 8]))
-    condition = make_condition([request], MODEL)
+    condition = make_inputs([request], MODEL)
     assert condition.positions[0, :, 0].tolist() == [0.0, 2.5, 3.75]
     tokens = patchify(PAIRS.patch, to_float(NOISY[:5]))
     clip_of = Given(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
-    condition = make_condition([dataclasses.replace(request, given=clip_of)], MODEL)
+    condition = make_inputs([dataclasses.replace(request, given=clip_of)], MODEL)
     np.testing.assert_array_equal(condition.clean[0], tokens)
     assert condition.ceilings.tolist() == [[0, 1, 0.25]]
     assert condition.group_ceilings[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]

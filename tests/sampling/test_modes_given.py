@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dit_jax.sampling import connect, extend, make_condition
+from dit_jax.sampling import connect, extend, make_inputs
 from tests.sampling.test_modes import CAUSAL, MODEL, PAIRS, PIXELS, blank, clip, free, given, like
 
 
@@ -23,6 +23,6 @@ def test_noise_on_what_is_given_leaves_none_of_it_out():
     (request,) = edit.requests
     # Latent 4 shares a token with 3, which is free: it is put back, as without noise.
     np.testing.assert_array_equal(given(request).ceilings, [1, 1, 1, 1, 0, 0.25, 0.25])
-    known = make_condition([request], MODEL)
+    known = make_inputs([request], MODEL)
     assert known.ceilings.tolist() == [[1, 1, 1, 0.25]]
     assert known.known is not None and known.known.any(-1).tolist() == [[False, False, True, False]]

@@ -390,7 +390,7 @@ def test_the_script_adds_states_to_records(tmp_path, encoder, folder, monkeypatc
     before = RecordsSource(RecordsConfig(str(plain)))
     assert (found.codec, found.text_encoder) == ("codec", encoder.hash)
     for i, wanted in enumerate(encoder.encode(PROMPTS)):
-        assert found[i]["caption"] == PROMPTS[i] and found[i]["label"] == 1
+        assert found[i]["caption"] == PROMPTS[i] and found[i]["segment_fields"] == {"label": 1}
         np.testing.assert_array_equal(found[i]["video"], before[i]["video"])
         # Encoded in other company, by eight devices: a state may round to its neighbour.
         np.testing.assert_allclose(

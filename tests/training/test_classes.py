@@ -19,7 +19,14 @@ from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import judge_classes
 from dit_jax.interop import write_folder
-from dit_jax.model import ClassLabelsConfig, DiTConfig, ModelConfig, PatchConfig, patchify
+from dit_jax.model import (
+    ClassLabels,
+    DiTConfig,
+    ModelConfig,
+    NoTextConfig,
+    PatchConfig,
+    patchify,
+)
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
@@ -77,9 +84,10 @@ def config_of(records, **changes):
             packing=PackingConfig(rows=2, row_tokens=32, row_text=4, row_segments=2, bins=1),
         ),
         model=ModelConfig(
-            dit=DiTConfig(width=24, depth=1, heads=2, cross_attention=False, pooled_text=True),
+            dit=DiTConfig(width=24, depth=1, heads=2, cross_attention=False),
             patch=PatchConfig(t=1, h=4, w=4, channels=3),
-            text=ClassLabelsConfig(CLASSES),
+            text=NoTextConfig(),
+            conditioners={"label": ClassLabels(CLASSES)},
         ),
         optimizer=OptimizerConfig(warmup_steps=1, schedule="constant"),
         log=LogConfig(draw_every=0),
@@ -106,11 +114,7 @@ def test_labels_are_packed_beside_their_images(records):
     task, batch = first_batch(config_of(records))
     assert (batch.segment_ids != 0).all()
     for row in range(2):
-        labels = batch.text[row][[1, 3]]
-        assert (batch.text[row][[0, 2]] == CLASSES).all() and (
-            batch.text_segment_ids[row] == [1, 1, 2, 2]
-        ).all()
-        for j, label in enumerate(labels):
+        for j, label in enumerate(batch.segment_fields["label"][row]):
             tokens = batch.tokens[row, 16 * j : 16 * j + 16].reshape(4, 4, 4, 4, 3)
             bright = [tokens[0].mean() > 0.1, tokens[:, 0].mean() > 0.1]
             assert bright == [label == 0, label == 1]
@@ -176,7 +180,7 @@ def test_latents_are_written_once_and_trained_on(
         pixels = to_float(source[i]["video"])
         for j, picture in enumerate((pixels, pixels[:, :, ::-1])):
             found = made[2 * i + j]
-            assert found["label"] == source[i]["label"]
+            assert found["segment_fields"] == source[i]["segment_fields"]
             # Stored as float16.
             np.testing.assert_allclose(found["video"], codec.encode(picture), rtol=2e-3, atol=1e-3)
     model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))

@@ -24,6 +24,7 @@ from dit_jax.training import (
 )
 from dit_jax.training.inflating import inflation
 from dit_jax.training.video_task import make_model
+from dit_jax.upscale import LowRes
 
 IMAGE = VideoRun(
     data=DataConfig(
@@ -169,8 +170,11 @@ def test_time_moves_what_is_not_the_first_frame():
             "model.patch.t 1, and not 2, of diffusion.prediction 'velocity'.*predicts 'x0'",
         ),
         (
-            dataclasses.replace(video(), model=dataclasses.replace(video().model, upscale=2)),
-            "is a run with model.upscale = 1",
+            dataclasses.replace(
+                video(),
+                model=dataclasses.replace(video().model, conditioners={"low_res": LowRes()}),
+            ),
+            "is a run with model.conditioners.low_res = None",
         ),
     ],
 )

@@ -66,5 +66,5 @@ def test_enlarging_is_pytorchs_bicubic(factor):
 
 
 def test_a_clip_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="a clip of 6 x 7 pixels.*2 times fewer.*model.upscale"):
+    with pytest.raises(ValueError, match="a clip of 6 x 7 pixels.*2 times fewer.*another factor"):
         shrink(noise(1, 6, 7, 3), 2)

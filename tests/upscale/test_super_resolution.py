@@ -10,14 +10,14 @@ import pytest
 
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.config import load_config
-from dit_jax.model import forward_flops, patchify, unpatchify
+from dit_jax.model import Fields, forward_flops, patchify, unpatchify
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import (
     Generator,
     Request,
     make_clips,
-    make_condition,
+    make_inputs,
     to_float,
     to_uint8,
     write_video,
@@ -25,6 +25,7 @@ from dit_jax.sampling import (
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
 from dit_jax.training.cases import Cases
 from dit_jax.training.video_task import make_model, tokenize
+from dit_jax.upscale.low_res import LowRes, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 from dit_jax.upscale.super_resolution import (
     check_given,
@@ -44,8 +45,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLAIN = tiny_config.get_config()
 CONFIG = dataclasses.replace(
     PLAIN,
-    model=dataclasses.replace(PLAIN.model, upscale=2),
-    diffusion=dataclasses.replace(PLAIN.diffusion, prediction="x0", augmentation=0.2),
+    model=dataclasses.replace(
+        PLAIN.model, conditioners={"low_res": LowRes(factor=2, augmentation=0.2)}
+    ),
+    diffusion=dataclasses.replace(PLAIN.diffusion, prediction="x0"),
     sampling=dataclasses.replace(PLAIN.sampling, cfg_scale=1.5, steps=2),
 )
 
@@ -91,8 +94,9 @@ def trained(built, batch, mesh):
 
 
 def test_every_segment_has_its_own_clip_at_low_resolution(batch):
-    assert batch.low.shape == batch.tokens.shape and batch.low.dtype == np.float32
-    assert not batch.low[batch.segment_ids == 0].any()
+    low_res = batch.token_fields["low_res"]
+    assert low_res.shape == batch.tokens.shape and low_res.dtype == np.float32
+    assert not low_res[batch.segment_ids == 0].any()
     for row, slot in zip(*np.nonzero(batch.num_tokens), strict=True):
         at = batch.segment_ids[row] == slot + 1
         size = next(
@@ -103,19 +107,20 @@ def test_every_segment_has_its_own_clip_at_low_resolution(batch):
         )
         patch = CONFIG.model.patch
         video = to_uint8(unpatchify(patch, batch.tokens[row][at], *size))
-        given = to_uint8(unpatchify(patch, batch.low[row][at], *size))
+        given = to_uint8(unpatchify(patch, low_res[row][at], *size))
         assert np.array_equal(given, enlarge(shrink(video, 2), 2))
 
 
 def test_a_model_that_does_not_enlarge_has_none_of_it(mesh):
     sample = {"video": clip(), "caption": "a", "fps": 8.0}
-    assert "low" not in tokenize(PLAIN.model, sample)
-    assert abstract_task(PLAIN, mesh).batch.low is None
+    assert tokenize(PLAIN.model, sample)["token_fields"] == {}
+    assert abstract_task(PLAIN, mesh).batch.token_fields == {}
     plain, other = (
-        jax.eval_shape(abstract_task(c, mesh).init, jax.random.key(0))["params"]["dit"]
+        jax.eval_shape(abstract_task(c, mesh).init, jax.random.key(0))["params"]
         for c in (PLAIN, CONFIG)
     )
-    assert set(other) - set(plain) == {"low_embedding", "low_time"}
+    assert set(other) - set(plain) == {"conditioners_low_res"}
+    assert set(other["conditioners_low_res"]) == {"embedding", "time"}
     for name in plain:
         shapes = [jax.tree.map(jnp.shape, jax.tree.leaves(tree[name])) for tree in (plain, other)]
         assert shapes[0] == shapes[1]
@@ -123,7 +128,7 @@ def test_a_model_that_does_not_enlarge_has_none_of_it(mesh):
 
 def test_latents_are_refused():
     sample = {"video": np.zeros((5, 24, 24, 3), np.float32), "caption": "a", "fps": 8.0}
-    with pytest.raises(ValueError, match="upscale is 2 and the data are latents"):
+    with pytest.raises(ValueError, match="enlarges clips 2 times and the data are latents"):
         tokenize(CONFIG.model, sample)
 
 
@@ -131,12 +136,14 @@ def test_the_abstract_batch_is_as_the_loader_makes_it(built, batch, mesh):
     abstract = abstract_task(CONFIG, mesh).batch
     placed = global_batch(mesh, batch, tuple(range(built.rows)), built.rows)
     assert jax.tree.map(jnp.shape, placed) == jax.tree.map(jnp.shape, abstract)
-    assert placed.low.dtype == abstract.low.dtype
+    assert [x.dtype for x in jax.tree.leaves(placed)] == [
+        x.dtype for x in jax.tree.leaves(abstract)
+    ]
     extra = forward_flops(CONFIG.model, np.array([10]), np.array([5])) - forward_flops(
         PLAIN.model, np.array([10]), np.array([5])
     )
     dim, width = 2 * 8 * 8 * 3, 32
-    assert extra == 2 * dim * width * 10 + 2 * (256 + width) * width
+    assert extra == 2 * dim * width * 10
 
 
 # --- training and sampling ---
@@ -145,29 +152,34 @@ def test_the_abstract_batch_is_as_the_loader_makes_it(built, batch, mesh):
 def test_it_trains_and_learns_to_read_what_is_given(trained):
     state, losses = trained
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    moved = state.params["params"]["dit"]["low_embedding"]["kernel"]
+    moved = state.params["params"]["conditioners_low_res"]["embedding"]["kernel"]
     assert np.isfinite(moved).all() and np.abs(moved).max() > 0
 
 
 def requests(mesh, sizes=((5, 24, 24), (1, 24, 32))):
     made = []
     for i, size in enumerate(sizes):
-        low = low_of(clip(i, *size), 2, PixelCodec())
-        made.append(Request("a red circle", *size, 8.0, i, low=low))
+        fields = {"low_res": low_of(clip(i, *size), 2, PixelCodec())}
+        level = {"low_res_level": np.float32(0.1)}
+        request = Request("a red circle", *size, 8.0, i, segment_fields=level, pixel_fields=fields)
+        made.append(request)
     return made
+
+
+def with_low_res(request, low_res):
+    return dataclasses.replace(request, pixel_fields={"low_res": low_res})
 
 
 def test_a_clip_does_not_depend_on_what_is_made_beside_it(trained, mesh):
     state, _ = trained
-    config = dataclasses.replace(CONFIG.sampling, augmentation=0.1)
     model = make_model(CONFIG.model, mesh)
-    generator = Generator(model, CONFIG.diffusion, config)
+    generator = Generator(model, CONFIG.diffusion, CONFIG.sampling)
     both = make_clips(generator, state.params, requests(mesh), CONFIG.model, mesh)
     assert [one.shape for one in both] == [(5, 24, 24, 3), (1, 24, 32, 3)]
     alone = make_clips(generator, state.params, requests(mesh)[1:], CONFIG.model, mesh)
     # Rows of other lengths are summed in another order: a level of 255 at most.
     assert np.abs(alone[0].astype(int) - both[1]).max() <= 1
-    other = [dataclasses.replace(r, low=-r.low) for r in requests(mesh)]
+    other = [with_low_res(r, -r.pixel_fields["low_res"]) for r in requests(mesh)]
     changed = make_clips(generator, state.params, other, CONFIG.model, mesh)
     assert np.abs(changed[0].astype(int) - both[0]).max() > 3
 
@@ -185,25 +197,45 @@ def test_eight_devices_enlarge_as_one_does(trained, mesh):
         assert one.std() > 0 and np.abs(one.astype(int) - other).max() <= 1
 
 
-def test_a_condition_has_a_clip_for_each_request_or_none(mesh):
-    made = make_condition(requests(mesh), CONFIG.model, 40)
-    assert made.low is not None and made.low.shape == made.clean.shape
-    tokens = patchify(CONFIG.model.patch, requests(mesh)[1].low)
-    assert np.array_equal(made.low[1, : len(tokens)], tokens)
-    assert not made.low[1, len(tokens) :].any()
-    with pytest.raises(ValueError, match="1 of 2 requests have.*each needs one"):
-        broken = [requests(mesh)[0], dataclasses.replace(requests(mesh)[1], low=None)]
-        make_condition(broken, CONFIG.model)
-    with pytest.raises(ValueError, match="upscale is 1: leave them out"):
-        make_condition(requests(mesh), PLAIN.model)
+def test_inputs_have_the_clip_of_each_request(trained, mesh):
+    made = make_inputs(requests(mesh), CONFIG.model, 40)
+    low_res = made.token_fields["low_res"]
+    assert low_res.shape == made.clean.shape
+    tokens = patchify(CONFIG.model.patch, requests(mesh)[1].pixel_fields["low_res"])
+    assert np.array_equal(low_res[1, : len(tokens)], tokens)
+    assert not low_res[1, len(tokens) :].any()
+    # The generator noises it once, to the level that the requests say.
+    generator = Generator(make_model(CONFIG.model, mesh), CONFIG.diffusion, CONFIG.sampling)
+    noised = generator.prepare_fields(jax.tree.map(jnp.asarray, made))
+    eps = (noised.token_fields["low_res"] - 0.9 * low_res)[made.segment_ids > 0] / 0.1
+    assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
+    broken = [dataclasses.replace(requests(mesh)[0], pixel_fields={})]
+    with pytest.raises(ValueError, match="no token field 'low_res'"):
+        make_clips(generator, trained[0].params, broken, CONFIG.model, mesh)
+
+
+def test_what_is_given_at_low_resolution_is_noised_in_training():
+    one = CONFIG.model.conditioners["low_res"]
+    keys = jax.random.split(jax.random.key(0), (64, 4))
+    ids = jnp.tile(jnp.repeat(jnp.array([1, 2, 3, 4]), 3), (64, 1))
+    low_res = jnp.sin(jnp.arange(64 * 12 * 8, dtype=np.float32)).reshape(64, 12, 8)
+    places = jnp.tile(jnp.arange(12), (64, 1))
+    fields = one.prepare("low_res", keys, ids, places, Fields({"low_res": low_res}, {}), True)
+    level = np.asarray(fields.segments["low_res_level"])
+    # Uniform up to 0.2: Kolmogorov and Smirnov, passed by chance less often than once in 10^4.
+    n = level.size
+    assert np.abs(np.sort(level.ravel()) / 0.2 - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
+    at = np.repeat(level, 3, 1)[..., None]
+    eps = (fields.tokens["low_res"] - (1 - at) * low_res)[at[..., 0] > 0.02] / at[at[..., 0] > 0.02]
+    assert (
+        abs(eps.mean()) < 4.5 / eps.size**0.5 and abs(eps.var() - 1) < 4.5 * (2 / eps.size) ** 0.5
+    )
 
 
 @pytest.mark.parametrize("level", [-0.1, 0.3])
 def test_more_noise_than_was_trained_on_is_refused(level):
-    with pytest.raises(ValueError, match="sampling.augmentation is .*diffusion.augmentation 0.2"):
-        dataclasses.replace(
-            CONFIG, sampling=dataclasses.replace(CONFIG.sampling, augmentation=level)
-        )
+    with pytest.raises(ValueError, match=f"--augmentation {level}.* 0.2"):
+        check_given(CONFIG, ["a.mp4"], level)
 
 
 # --- what is measured ---
@@ -220,7 +252,7 @@ def test_the_report_compares_with_bicubic_enlargement():
 def test_cases_are_given_true_clips_at_low_resolution():
     cases = Cases(CONFIG, PixelCodec())
     assert len(cases.requests) == 3 and cases.measurable
-    low = [to_uint8(request.low) for request in cases.requests]
+    low = [to_uint8(request.pixel_fields["low_res"]) for request in cases.requests]
     assert low[0].shape == (5, 24, 24, 3)
     assert cases.measure(low)["gain"] == 0
 
@@ -247,8 +279,8 @@ def test_clips_of_files_become_requests(tmp_path):
         (3, 24, 32, 12.0),
         (5, 16, 16, 12.0),
     ]
-    assert np.array_equal(made[0].low, to_float(enlarge(clips[0][0], 2)))
-    assert np.array_equal(made[1].low, seen_low(clips[1][0], 2, None))
+    assert np.array_equal(made[0].pixel_fields["low_res"], to_float(enlarge(clips[0][0], 2)))
+    assert np.array_equal(made[1].pixel_fields["low_res"], seen_low(clips[1][0], 2, None))
 
 
 def test_clips_that_do_not_fill_their_last_token_keep_their_length():
@@ -257,8 +289,8 @@ def test_clips_that_do_not_fill_their_last_token_keep_their_length():
     asked = [Request("", 1, 8, 8, 8.0, i) for i in range(2)]
     made = enlarging(asked, clips, CONFIG, PixelCodec())
     assert [r.frames for r in made] == [5, 3]
-    assert np.array_equal(made[0].low[:4], seen_low(clips[0][0], 2, None))
-    assert np.array_equal(made[0].low[4], made[0].low[3])
+    assert np.array_equal(made[0].pixel_fields["low_res"][:4], seen_low(clips[0][0], 2, None))
+    assert np.array_equal(made[0].pixel_fields["low_res"][4], made[0].pixel_fields["low_res"][3])
     for edit, request, (video, _) in zip(cut_again(made, clips), made, clips, strict=True):
         shown = edit.finish([np.zeros((request.frames, 24, 24, 3), np.uint8)])
         assert edit.requests == (request,) and len(shown) == len(video)
@@ -280,15 +312,14 @@ def test_what_cannot_be_enlarged_is_refused(tmp_path):
         check_given(CONFIG, ())
     with pytest.raises(ValueError, match="does not enlarge clips"):
         check_given(PLAIN, ("a.mp4",))
-    noised = dataclasses.replace(PLAIN.sampling, augmentation=0.1)
-    with pytest.raises(ValueError, match="--augmentation 0.1: the model does not enlarge"):
-        check_given(dataclasses.replace(PLAIN, sampling=noised), ())
+    with pytest.raises(ValueError, match="does not enlarge clips"):
+        check_given(PLAIN, (), 0.1)
     with pytest.raises(ValueError, match="holds no files ending in"):
         read_clips([str(tmp_path)])
     with pytest.raises(ValueError, match="height 28"):
         enlarging([Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 3, 14, 12), 8.0)], CONFIG, PixelCodec())
-    with pytest.raises(ValueError, match="not multiples of model.upscale 5"):
-        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, upscale=5))
+    with pytest.raises(ValueError, match="24 x 24 pixels.*5 times fewer"):
+        low_of(clip(), 5, None)
 
 
 # --- the configs ---
@@ -298,7 +329,7 @@ def test_the_cascade_fits_together(mesh):
     stages = [load_config(str(CONFIGS / f"cascade_{size}.py")) for size in (64, 256, 768)]
     made = [(s.sampling.frames, s.sampling.height, s.sampling.width) for s in stages]
     assert made == [(17, 64, 64), (17, 256, 256), (17, 768, 768)]
-    assert [s.model.upscale for s in stages] == [1, 4, 3]
+    assert [factor_of(s.model) for s in stages] == [1, 4, 3]
     for config in stages:
         task = abstract_task(config, mesh)
         tokens = config.model.patch.num_tokens(
@@ -306,7 +337,7 @@ def test_the_cascade_fits_together(mesh):
         )
         assert tokens == config.data.packing.row_tokens
         assert config.data.transform.crop == config.sampling.height
-        assert (task.batch.low is None) == (config.model.upscale == 1)
+        assert ("low_res" in task.batch.token_fields) == (factor_of(config.model) > 1)
         params = jax.eval_shape(task.init, jax.random.key(0))
         loss, totals = jax.eval_shape(task.loss, params, {}, task.batch, jax.random.key(0))
         assert loss.shape == totals.weight.shape == ()
@@ -315,5 +346,5 @@ def test_the_cascade_fits_together(mesh):
 def test_the_sprites_config_is_given_half_of_each_side():
     config = load_config(str(CONFIGS / "sprites_upscale.py"))
     tokens = config.model.patch.num_tokens(8, 32, 32)
-    assert (config.model.upscale, tokens) == (2, config.data.packing.row_tokens)
+    assert (factor_of(config.model), tokens) == (2, config.data.packing.row_tokens)
     assert config.evaluation.records_split == "test"

@@ -1,0 +1,260 @@
+"""Conditioners: how what a clip carries besides its caption reaches the transformer.
+
+``ModelConfig.conditioners`` has one for each field that the model reads, under the field's name. A
+conditioner is a small module that turns its field into one of these::
+
+    tokens      [b, l, d]  added to the embedded patches
+    modulation  [b, k, d]  added to the condition that modulates every block, by modulation group
+    text        [b, m, e]  more text tokens, which every block attends to
+
+So a new condition is three places: the source that yields the field, a conditioner, and a line of a
+config (docs/conditions.md). A segment that is ``dropped`` is unconditional, in training and in
+classifier-free guidance: its conditioners leave the field out, or put a learned null in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Shaped
+
+from dit_jax.model.blocks import dense
+from dit_jax.types import DenoiserInputs, Runtime, Sample
+
+if TYPE_CHECKING:
+    from dit_jax.model.text_to_video import ModelConfig
+
+
+class Field(NamedTuple):
+    """What a conditioner reads: a value of this shape and dtype for every token or segment."""
+
+    of: Literal["token", "segment"]
+    shape: tuple[int, ...]
+    dtype: Any = np.float32
+
+
+class Fields(NamedTuple):
+    """The fields of a batch, by name."""
+
+    tokens: dict[str, Shaped[Array, "b l *rest"]]
+    segments: dict[str, Shaped[Array, "b n *rest"]]
+
+
+class Conditioning(NamedTuple):
+    """What a conditioner adds to the transformer; None adds nothing."""
+
+    tokens: Float[Array, "b l d"] | None = None
+    modulation: Float[Array, "b #k d"] | None = None
+    text: tuple[Float[Array, "b m e"], Int[Array, "b m"]] | None = None
+    """Text states, and the segments that they belong to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioner:
+    """The config of a conditioner. Subclass it: ``field`` and ``build`` are all that most need.
+
+    ``name`` is always the field's name, the conditioner's key in ``ModelConfig.conditioners``.
+    """
+
+    def field(self, model: ModelConfig) -> Field:
+        """What it reads."""
+        raise NotImplementedError
+
+    def build(self, name: str, model: ModelConfig, runtime: Runtime) -> nn.Module:
+        """The module: a function of ``DenoiserInputs`` that returns a ``Conditioning``."""
+        raise NotImplementedError
+
+    def check(self, name: str, value: np.ndarray) -> None:
+        """Raises ``ValueError`` for the value of a sample or a request that the model does not know."""
+
+    def derive(self, name: str, sample: Sample) -> Sample:
+        """The sample with the field, if the field is computed from the clip (or a source lacks it)."""
+        return sample
+
+    def prepare(
+        self,
+        name: str,
+        keys: Shaped[Array, "b n"],
+        segment_ids: Int[Array, "b l"],
+        token_ids: Int[Array, "b l"],
+        fields: Fields,
+        train: bool,
+    ) -> Fields:
+        """The fields as the model reads them, once before every step of training or before the first
+        step of sampling: the place for noise on the condition.
+
+        Args:
+            keys: of each segment's sample or seed; fold in a number of your own.
+        """
+        return fields
+
+
+def per_token(
+    inputs: DenoiserInputs, values: Shaped[Array, "b n *rest"]
+) -> Shaped[Array, "b l *rest"]:
+    """The values of segments, for each of their tokens; anything at padding."""
+    return jax.vmap(lambda row, ids: row[ids])(values, jnp.maximum(inputs.segment_ids - 1, 0))
+
+
+def per_group(
+    inputs: DenoiserInputs, values: Shaped[Array, "b n *rest"]
+) -> Shaped[Array, "b k *rest"]:
+    """The values of segments, for each of their modulation groups; anything for empty groups."""
+    groups = jnp.arange(inputs.group_t.shape[1])
+    member = inputs.group_ids[:, None, :] == groups[None, :, None]  # [b, k, l]
+    segment = jnp.where(member, inputs.segment_ids[:, None, :], 0).max(-1)
+    return jax.vmap(lambda row, ids: row[ids])(values, jnp.maximum(segment - 1, 0))
+
+
+def prepare_fields(
+    conditioners: Mapping[str, Conditioner],
+    keys: Shaped[Array, "b n"],
+    segment_ids: Int[Array, "b l"],
+    token_ids: Int[Array, "b l"],
+    fields: Fields,
+    train: bool,
+) -> Fields:
+    """The fields after every conditioner's ``prepare``."""
+    for name, conditioner in conditioners.items():
+        fields = conditioner.prepare(name, keys, segment_ids, token_ids, fields, train)
+    return fields
+
+
+def check_fields(
+    model: ModelConfig,
+    token_fields: Mapping[str, np.ndarray],
+    segment_fields: Mapping[str, Any],
+    what: str,
+) -> None:
+    """Raises ``ValueError`` unless a sample or a request (``what``) has every field that the model
+    reads, in its shape."""
+    for name, conditioner in model.conditioners.items():
+        field = conditioner.field(model)
+        there = token_fields if field.of == "token" else segment_fields
+        if name not in there:
+            raise ValueError(
+                f"{what} has no {field.of} field {name!r}, on which the model is conditioned "
+                f"(model.conditioners); it has {sorted([*token_fields, *segment_fields])}."
+            )
+        value = np.asarray(there[name])
+        shape = value.shape[1:] if field.of == "token" else value.shape
+        if shape != field.shape:
+            raise ValueError(
+                f"{what} has the field {name!r} of shape {shape} for every {field.of}, and the model "
+                f"reads {field.shape} (model.conditioners)."
+            )
+        conditioner.check(name, value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Class labels
+# ---------------------------------------------------------------------------------------------------
+
+EMBEDDING_STD = 0.02
+"""Of fresh class embeddings, as DiT's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabels(Conditioner):
+    """Classes by number, a segment field: a table of embeddings, added to those of noise levels.
+
+    Dropped labels become the null class, whose number is ``classes`` (Ho & Salimans 2022; Peebles & Xie
+    2022, section 3.2). With no text and one frame this is DiT as published.
+    """
+
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise ValueError(f"classes is {self.classes}: a model of classes has at least 1.")
+
+    def field(self, model: ModelConfig) -> Field:
+        return Field("segment", (), np.int32)
+
+    def check(self, name: str, value: np.ndarray) -> None:
+        if not 0 <= value < self.classes:
+            raise ValueError(
+                f"class {value}: the model has the classes 0 to {self.classes - 1} "
+                f"(model.conditioners.{name}.classes)."
+            )
+
+    def build(self, name: str, model: ModelConfig, runtime: Runtime) -> nn.Module:
+        return ClassEmbedding(name, self.classes, model.dit.width, runtime)
+
+
+class ClassEmbedding(nn.Module):
+    """The embedding of each modulation group's class, float32."""
+
+    field: str
+    classes: int
+    width: int
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, inputs: DenoiserInputs) -> Conditioning:
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed_out")
+        )
+        # Flax types the boxed initial value; `param` returns it unboxed.
+        table: Any = self.param("embedding", init, (self.classes + 1, self.width))
+        labels = jnp.where(inputs.dropped > 0, self.classes, inputs.segment_fields[self.field])
+        embedded = table[per_group(inputs, labels)]  # [b, k, d]
+        return Conditioning(modulation=self.runtime.constrain(embedded, "batch", None, "width"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal(Conditioner):
+    """Numbers, such as a frame rate, an action or a camera's pose: two linear layers of them.
+
+    Those of segments are added to the modulation, those of tokens (of frames) to the patches. Nothing
+    is added for dropped ones.
+    """
+
+    of: Literal["token", "segment"] = "segment"
+    shape: tuple[int, ...] = ()
+    """Of a value. A token's are those of its frames: ``(frames, ...)``, with as many frames as the
+    codec's stride in time times ``patch.t``."""
+    scale: float = 1.0
+    """What the numbers are multiplied by: they should then be about 1 in size."""
+
+    def field(self, model: ModelConfig) -> Field:
+        return Field(self.of, self.shape)
+
+    def build(self, name: str, model: ModelConfig, runtime: Runtime) -> nn.Module:
+        return SignalEmbedding(name, self, model.dit.width, runtime)
+
+
+class SignalEmbedding(nn.Module):
+    """See ``Signal``; computed in float32."""
+
+    field: str
+    config: Signal
+    width: int
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, inputs: DenoiserInputs) -> Conditioning:
+        if self.config.of == "token":
+            values = inputs.token_fields[self.field]
+            dropped, axis = per_token(inputs, inputs.dropped), "tokens"
+        else:
+            values = per_group(inputs, inputs.segment_fields[self.field])
+            dropped, axis = per_group(inputs, inputs.dropped), None
+        rows = values.astype(jnp.float32).reshape(*values.shape[:2], -1) * self.config.scale
+        linear = partial(dense, self.width, dtype=jnp.float32, precision="highest")
+        hidden = nn.silu(linear(("patch", "embed"), name="up")(rows))
+        out = linear(("embed", "embed_out"), name="out")(hidden) * (1 - dropped)[..., None]
+        out = self.runtime.constrain(out, "batch", axis, "width")
+        return Conditioning(tokens=out) if axis else Conditioning(modulation=out)

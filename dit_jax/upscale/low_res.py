@@ -1,0 +1,126 @@
+"""The low-resolution clip that a super-resolution model is conditioned on.
+
+Beside the noise, the model sees the clip that it generates with ``factor`` times fewer rows and
+columns, enlarged to the clip's own size again, and encoded by the codec if the model generates latents
+(Ho et al. 2021, "Cascaded Diffusion Models"). In training that clip is noised to a level that is
+uniform in [0, augmentation] for each clip, and that the network reads too (conditioning
+augmentation)::
+
+    low_res' = (1 - level) low_res + level eps
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Int, Shaped
+
+from dit_jax.diffusion import per_segment, token_noise
+from dit_jax.model import (
+    Conditioner,
+    Conditioning,
+    Field,
+    Fields,
+    ModelConfig,
+    TimeEmbedding,
+    dense,
+    per_group,
+)
+from dit_jax.types import DenoiserInputs, Runtime, Sample
+from dit_jax.upscale.resizing import enlarge, shrink
+
+NAME = "low_res"
+"""The field's name, in configs and requests."""
+LEVEL = "_level"
+"""Behind the field's name: the segment field of its noise level."""
+OF_LEVEL, OF_NOISE = 6, 7
+"""Set a segment's random numbers for these apart from its others in training."""
+OF_SAMPLING = 2**32 - 2
+"""Sets the noise of sampling apart from that of tokens, whose indices are smaller."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRes(Conditioner):
+    """Super-resolution: see the module."""
+
+    factor: int = 2
+    """How many times fewer rows and columns the low-resolution clip has."""
+    augmentation: float = 0.3
+    """The highest noise level of it in training."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 2:
+            raise ValueError(f"factor is {self.factor}: it is at least 2.")
+        if not 0 <= self.augmentation <= 1:
+            raise ValueError(f"augmentation is {self.augmentation}: it is in [0, 1].")
+
+    def field(self, model: ModelConfig) -> Field:
+        return Field("token", (model.patch.dim,))
+
+    def build(self, name: str, model: ModelConfig, runtime: Runtime) -> nn.Module:
+        return LowResEmbedding(name, model, runtime)
+
+    def derive(self, name: str, sample: Sample) -> Sample:
+        video = sample["video"]
+        if video.dtype != np.uint8:
+            raise ValueError(
+                f"the model enlarges clips {self.factor} times and the data are latents: what they are "
+                "at low resolution is made of pixels. Give records of these, and the codec for both "
+                "(codec.path)."
+            )
+        low_res = enlarge(shrink(video, self.factor), self.factor)
+        return {**sample, "pixel_fields": {**sample.get("pixel_fields", {}), name: low_res}}
+
+    def prepare(
+        self,
+        name: str,
+        keys: Shaped[Array, "b n"],
+        segment_ids: Int[Array, "b l"],
+        token_ids: Int[Array, "b l"],
+        fields: Fields,
+        train: bool,
+    ) -> Fields:
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+        if train:
+            uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, maxval=self.augmentation)))
+            level = uniform(fold(keys, OF_LEVEL))
+        else:  # A request says how noisy its clip is to be (``sample --augmentation``).
+            level = fields.segments.get(name + LEVEL, jnp.zeros(keys.shape))
+        low_res = fields.tokens[name]
+        noise_keys = fold(keys, OF_NOISE if train else OF_SAMPLING)
+        eps = token_noise(noise_keys, segment_ids, token_ids, low_res.shape[-1])
+        at = per_segment(level, segment_ids)[..., None]  # [b, l, 1]
+        return Fields(
+            {**fields.tokens, name: (1 - at) * low_res + at * eps},
+            {**fields.segments, name + LEVEL: level},
+        )
+
+
+class LowResEmbedding(nn.Module):
+    """One more linear layer of each token's patch, and the embedding of its noise level."""
+
+    field: str
+    model: ModelConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, inputs: DenoiserInputs) -> Conditioning:
+        run, width = self.runtime, self.model.dit.width
+        linear = dense(
+            width, ("patch", "embed"), run.dtype, "embedding", dot_general=run.dot_general
+        )
+        level = per_group(inputs, inputs.segment_fields[self.field + LEVEL])
+        return Conditioning(
+            tokens=linear(inputs.token_fields[self.field].astype(run.dtype)),
+            modulation=TimeEmbedding(self.model.dit, run.constrain, name="time")(level),
+        )
+
+
+def factor_of(model: ModelConfig) -> int:
+    """How many times a model enlarges clips; 1 if it does not."""
+    conditioner = model.conditioners.get(NAME)
+    return conditioner.factor if isinstance(conditioner, LowRes) else 1
