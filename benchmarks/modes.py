@@ -20,7 +20,7 @@ from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of
 from dit_jax.codec.opening import open_codec
 from dit_jax.data import Scene, caption, held_out_scenes
 from dit_jax.data.shapes import COLORS, render
-from dit_jax.evaluate import centroids, mean_psnr, prompt_following, psnr
+from dit_jax.evaluate import centroids, prompt_following
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Edit,
@@ -36,6 +36,7 @@ from dit_jax.sampling import (
     plain,
     restyle,
 )
+from dit_jax.sampling.media import mean_psnr, psnr
 from dit_jax.sampling.pipeline import SamplingOverrides, Trained
 
 FRAMES, NEW = 9, 4

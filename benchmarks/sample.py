@@ -263,9 +263,9 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from dit_jax.codec.opening import open_codec
-    from dit_jax.evaluate import mean_psnr
     from dit_jax.parallel import MeshConfig, make_mesh
     from dit_jax.sampling import Generator, make_clips
+    from dit_jax.sampling.media import mean_psnr
     from dit_jax.sampling.pipeline import SamplingOverrides, Trained
     from dit_jax.text.opening import open_text_encoder, with_states
     from dit_jax.training.cases import Cases

@@ -22,7 +22,6 @@ from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of
 
 from dit_jax.codec.opening import open_codec
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.evaluate import mean_psnr, psnr
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Edit,
@@ -43,6 +42,7 @@ from dit_jax.sampling import (
     restyle,
     window_requests,
 )
+from dit_jax.sampling.media import mean_psnr, psnr
 from dit_jax.sampling.pipeline import SamplingOverrides, Trained
 
 FRAMES, NEW, GAP, TIMES = 8, 4, 2, 4

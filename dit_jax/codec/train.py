@@ -24,12 +24,12 @@ from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencode
 from dit_jax.codec.crops import CropConfig, CropLoader, check_window, cut
 from dit_jax.codec.flops import autoencoder_flops
 from dit_jax.codec.folders import load_codec, write_codec
+from dit_jax.codec.measures import reconstruction_report, resize_baseline, side_by_side
 from dit_jax.codec.reconstruction_loss import ReconstructionLoss
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.vgg_files import load_vgg
 from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader
 from dit_jax.data.sources import make_source, shown_source
-from dit_jax.evaluate import reconstruction_report, resize_baseline, side_by_side
 from dit_jax.parallel import batch_shards, make_gather, make_lay, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Task, Work, everything

@@ -7,8 +7,6 @@ from dit_jax.evaluate.distances import precision_recall as precision_recall
 from dit_jax.evaluate.distances import small_sample_note as small_sample_note
 from dit_jax.evaluate.features import FeatureFunction as FeatureFunction
 from dit_jax.evaluate.features import NetworkFeatures as NetworkFeatures
-from dit_jax.evaluate.fidelity import mean_psnr as mean_psnr
-from dit_jax.evaluate.fidelity import psnr as psnr
 from dit_jax.evaluate.i3d import I3D as I3D
 from dit_jax.evaluate.i3d import I3D_FRAMES as I3D_FRAMES
 from dit_jax.evaluate.i3d import I3D_MIN_FRAMES as I3D_MIN_FRAMES
@@ -35,16 +33,9 @@ from dit_jax.evaluate.measure import measure as measure
 from dit_jax.evaluate.moments import Moments as Moments
 from dit_jax.evaluate.moments import Statistics as Statistics
 from dit_jax.evaluate.moments import feature_statistics as feature_statistics
-from dit_jax.evaluate.reconstruction import flicker as flicker
-from dit_jax.evaluate.reconstruction import reconstruction_report as reconstruction_report
-from dit_jax.evaluate.reconstruction import side_by_side as side_by_side
-from dit_jax.evaluate.reconstruction import ssim as ssim
 from dit_jax.evaluate.reference import Reference as Reference
 from dit_jax.evaluate.reference import open_reference as open_reference
 from dit_jax.evaluate.reference import save_statistics as save_statistics
-from dit_jax.evaluate.resizing import compression as compression
-from dit_jax.evaluate.resizing import resize_baseline as resize_baseline
-from dit_jax.evaluate.resizing import resize_clip as resize_clip
 from dit_jax.evaluate.store import SampleStore as SampleStore
 from dit_jax.evaluate.weights import INCEPTION as INCEPTION
 from dit_jax.evaluate.weights import VIDEO as VIDEO

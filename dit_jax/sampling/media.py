@@ -381,3 +381,16 @@ def _paletted(video: np.ndarray) -> Iterator[av.VideoFrame]:
         source.push(_frame(image, i, GIF_TICK))
     source.push(None)
     yield from (graph.vpull() for _ in video)
+
+
+def psnr(out: np.ndarray, true: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 clips of the same shape (peak 255)."""
+    if out.shape != true.shape:
+        raise ValueError(f"clips of shapes {out.shape} and {true.shape} cannot be compared.")
+    error = np.mean(np.square(out.astype(np.float64) - true.astype(np.float64)))
+    return float(10 * np.log10(255.0**2 / max(error, 1e-10)))
+
+
+def mean_psnr(out: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> float:
+    """The mean over clips of each clip's PSNR in dB."""
+    return float(np.mean([psnr(a, b) for a, b in zip(out, true, strict=True)]))

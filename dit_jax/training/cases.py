@@ -22,9 +22,10 @@ from dit_jax.data import (
     resize,
 )
 from dit_jax.data.sources import shown_source
-from dit_jax.evaluate import judge_classes, mean_psnr, prompt_following
+from dit_jax.evaluate import judge_classes, prompt_following
 from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
+from dit_jax.sampling.media import mean_psnr
 from dit_jax.upscale.low_res import NAME, factor_of
 from dit_jax.upscale.super_resolution import fidelity, low_of
 

@@ -11,11 +11,10 @@ import numpy as np
 
 from dit_jax.codec.codec import Codec
 from dit_jax.config import VideoRun
-from dit_jax.evaluate import mean_psnr
 from dit_jax.files import local_copy
 from dit_jax.sampling import Edit, Request, check_request, to_float
 from dit_jax.sampling.long_plan import LongArguments
-from dit_jax.sampling.media import EXTENSIONS, read_video
+from dit_jax.sampling.media import EXTENSIONS, mean_psnr, read_video
 from dit_jax.sampling.requested import ModeArguments
 from dit_jax.sampling.space import filled
 from dit_jax.upscale.low_res import LEVEL, NAME, LowRes, factor_of

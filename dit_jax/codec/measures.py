@@ -1,21 +1,27 @@
 """How well an autoencoder gives clips back: PSNR, SSIM, temporal flicker, and a picture of both.
 
-Clips are uint8 ``[t, h, w, 3]``, an image is a clip of one frame; what is computed is float64. The
-measures know no codec. What plain resizing reaches is in ``resizing``.
+Clips are uint8 ``[t, h, w, 3]``, an image is a clip of one frame; what is computed is float64.
+
+The yardstick is what resizing alone reaches with as few values: a clip is shrunk along time, height and
+width, and enlarged again, by Lanczos' kernel with three lobes. Of area means, triangle, Keys' cubic and
+Lanczos that had the highest PSNR on moving shapes, sprites and filmed clips, at ratios from 8 to 48.
+There, shrinking all of time alike was better than keeping the first frame apart (by up to 0.7 dB; in
+one case of twelve 0.06 dB worse), and better than shrinking height and width only by one to three.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from scipy import ndimage
 
-from dit_jax.evaluate.fidelity import mean_psnr
-from dit_jax.sampling.media import contact_sheet, write_png
+from dit_jax.sampling.media import contact_sheet, mean_psnr, write_png
 
 WINDOW, SIGMA = 11, 1.5
 """Pixels of SSIM's Gaussian window, and its standard deviation."""
@@ -131,6 +137,62 @@ def side_by_side(
         amplified = np.clip(np.rint(GREY + gain * difference), 0, 255).astype(np.uint8)
         rows += [original, back, amplified]
     return write_png(path, contact_sheet(rows, frames, scale, fill=BETWEEN))
+
+
+def shrunk_size(size: tuple[int, int, int], ratio: float) -> tuple[int, int, int]:
+    """The size ``(t, h, w)`` that holds about 1/``ratio`` of the pixels: every axis shrinks alike as
+    far as whole numbers let it; height and width make up for the rounding of time.
+
+    Raises:
+        ValueError: for a ratio below 1.
+    """
+    if not ratio >= 1:
+        raise ValueError(f"a ratio of {ratio}: a clip shrinks to 1/ratio, so it is at least 1.")
+    t, h, w = size
+    pixels = t * h * w / ratio
+    axes = sum(n > 1 for n in size)
+    frames = max(1, round(t / ratio ** (1 / max(axes, 1))))
+    rows = min(h, max(1, round(h * math.sqrt(pixels / (frames * h * w)))))
+    columns = min(w, max(1, round(pixels / (frames * rows))))
+    return frames, rows, columns
+
+
+def resize_clip(video: np.ndarray, ratio: float) -> np.ndarray:
+    """A clip uint8 ``[t, h, w, 3]`` shrunk to ``shrunk_size`` and enlarged again: what is left of it.
+
+    The small clip is kept in full precision, as latents are. Raises ``ValueError`` as ``shrunk_size``.
+    """
+    t, h, w, _ = video.shape
+    small = jax.image.resize(
+        video.astype(np.float32), (*shrunk_size((t, h, w), ratio), 3), "lanczos3"
+    )
+    back = np.asarray(jax.image.resize(small, video.shape, "lanczos3"))
+    return np.clip(np.rint(back), 0, 255).astype(np.uint8)
+
+
+def compression(shape: Sequence[int], strides: tuple[int, int, int], channels: int) -> float:
+    """Values of a clip of ``shape`` ``[t, h, w, c]`` for each value of its latents.
+
+    ``strides`` are a causal codec's: the first frame has a moment of its own, every next one holds
+    ``strides[0]`` frames; what does not fill a latent takes one all the same.
+    """
+    t, h, w, c = shape
+    moments = 1 + -(-(t - 1) // strides[0])
+    places = -(-h // strides[1]) * -(-w // strides[2])
+    return t * h * w * c / (moments * places * channels)
+
+
+def resize_baseline(
+    clips: Sequence[np.ndarray], strides: tuple[int, int, int], channels: int
+) -> float:
+    """The mean PSNR in dB of clips (uint8 ``[t, h, w, 3]``) that are resized to as many values as they
+    have latents, and back: what a codec of these strides and channels must surpass.
+
+    Raises:
+        ValueError: where latents have more values than the clips.
+    """
+    ratios = [compression(clip.shape, strides, channels) for clip in clips]
+    return mean_psnr([resize_clip(*pair) for pair in zip(clips, ratios, strict=True)], clips)
 
 
 def _check_number(originals: Sequence[np.ndarray], reconstructions: Sequence[np.ndarray]) -> None:

@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dit_jax.evaluate import (
+from dit_jax.codec.measures import (
     compression,
     flicker,
-    mean_psnr,
-    psnr,
     reconstruction_report,
     resize_baseline,
     resize_clip,
+    shrunk_size,
     side_by_side,
     ssim,
 )
-from dit_jax.evaluate.resizing import resampling_matrix, resize, shrunk_size
-from dit_jax.sampling.media import read_video
+from dit_jax.sampling.media import mean_psnr, psnr, read_video
 
 
 def clip(frames=3, height=16, width=20, seed=0):
@@ -150,33 +148,12 @@ def test_side_by_side_shows_input_output_and_difference(tmp_path):
 def test_resizing_keeps_constants_and_smooth_ramps():
     flat = np.full((9, 16, 24, 3), 77, np.uint8)
     np.testing.assert_array_equal(resize_clip(flat, 48), flat)
-    for size, wanted in ((16, 5), (5, 16), (7, 7), (9, 1), (1, 4)):
-        matrix = resampling_matrix(size, wanted)
-        assert matrix.shape == (wanted, size)
-        np.testing.assert_allclose(matrix.sum(1), 1)
-        np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-12)  # no shift
-    np.testing.assert_allclose(resampling_matrix(7, 7), np.eye(7), atol=1e-12)
     t, y, x = np.meshgrid(np.arange(17), np.arange(64), np.arange(64), indexing="ij")
     smooth = 128 + 50 * np.sin(2 * np.pi * (t / 34 + y / 64)) + 50 * np.cos(2 * np.pi * x / 64)
     smooth = np.rint(smooth)[..., None].repeat(3, -1).astype(np.uint8)
     assert psnr(resize_clip(smooth, 1), smooth) > 140  # nothing lost
     assert psnr(resize_clip(smooth, 36), smooth) > 38
     assert psnr(resize_clip(noisy(smooth, 20), 36), smooth) > 28  # shrinking averages noise away
-    ramp = np.linspace(0, 255, 64)
-    back = resize(ramp[None, None, :, None], (1, 1, 16))
-    back = resize(back, (1, 1, 64))[0, 0, :, 0]
-    assert np.abs(back - ramp)[12:-12].max() < 0.5
-
-
-def test_resampling_is_pillows():
-    image = pytest.importorskip("PIL.Image", reason="Pillow, the other side, is not installed")
-    plane = np.random.default_rng(0).uniform(0, 255, (21, 30)).astype(np.float32)
-    for height, width in ((8, 9), (40, 31), (21, 7)):
-        theirs = np.asarray(
-            image.fromarray(plane).resize((width, height), image.Resampling.LANCZOS)
-        )
-        ours = resize(plane[None, :, :, None], (1, height, width))[0, ..., 0]
-        np.testing.assert_allclose(ours, theirs, atol=2e-3)  # theirs is float32
 
 
 def test_the_baseline_stores_as_many_values_as_latents_have():
