@@ -10,7 +10,7 @@ import dataclasses
 from cascade_64 import get_config as stage_64
 
 from dit_jax.config import VideoRun
-from dit_jax.diffusion import CeilingConfig, TimeConfig
+from dit_jax.diffusion import MaskConfig, TimeConfig
 from dit_jax.model import PRESETS
 from dit_jax.upscale import LowRes
 
@@ -32,7 +32,7 @@ def get_config() -> VideoRun:
         diffusion=dataclasses.replace(
             base.diffusion,
             time=TimeConfig(shift=4.0),
-            ceilings=CeilingConfig.only(free=1),
+            masks=MaskConfig.only(none=1),
         ),
         sampling=dataclasses.replace(base.sampling, height=256, width=256, steps=20, cfg_scale=2.0),
     )

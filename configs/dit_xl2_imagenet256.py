@@ -21,7 +21,7 @@ import dataclasses
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, PathConfig, TimeConfig
 from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import SamplingConfig
@@ -51,7 +51,7 @@ def get_config() -> VideoRun:
             loss="prediction",
             variance="learned_range",
             time=TimeConfig(distribution="uniform"),
-            ceilings=CeilingConfig.only(free=1),
+            masks=MaskConfig.only(none=1),
             caption_dropout=0.1,
         ),
         optimizer=OptimizerConfig(

@@ -14,7 +14,7 @@ import dataclasses
 
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
@@ -38,7 +38,7 @@ def get_config() -> VideoRun:
         diffusion=DiffusionConfig(
             prediction="x0",
             time=TimeConfig(shift=4.0),
-            ceilings=CeilingConfig.only(free=0.9, first=0.1),
+            masks=MaskConfig.only(none=0.9, first=0.1),
             min_t=0.25,
         ),
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, warmup_steps=30, ema_decay=0.98),

@@ -13,7 +13,7 @@ import dataclasses
 
 from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
@@ -33,7 +33,7 @@ def get_config() -> VideoRun:
             text=ByteEncoderConfig(width=128, depth=2, heads=4, max_bytes=31),
         ),
         diffusion=DiffusionConfig(
-            prediction="x0", time=TimeConfig(shift=2.0), ceilings=CeilingConfig(), min_t=0.25
+            prediction="x0", time=TimeConfig(shift=2.0), masks=MaskConfig(), min_t=0.25
         ),
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=3e-3, warmup_steps=50, ema_decay=0.995

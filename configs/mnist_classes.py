@@ -17,7 +17,7 @@ import dataclasses
 
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
@@ -39,7 +39,7 @@ def get_config() -> VideoRun:
         ),
         diffusion=DiffusionConfig(
             time=TimeConfig(shift=2.0),
-            ceilings=CeilingConfig.only(free=1),
+            masks=MaskConfig.only(none=1),
         ),
         optimizer=OptimizerConfig(
             kind="muon", learning_rate=3e-3, warmup_steps=50, ema_decay=0.995

@@ -4,7 +4,7 @@
     python -m dit_jax.train --config configs/modes.py
     python benchmarks/modes.py --checkpoint runs/modes
 
-Two fifths of the clips are to be made whole; of the others some frames are given (``ceilings``). Paths
+Two fifths of the clips are to be made whole; of the others some frames are given (``masks``). Paths
 lie anywhere in half of the clips, as those that are given may, and some are slower and on a larger
 canvas, as those that clips of four times the length need.
 
@@ -20,13 +20,13 @@ from quickstart import get_config as quickstart
 
 from dit_jax.config import VideoRun
 from dit_jax.data import ShapesConfig
-from dit_jax.diffusion import CeilingConfig
+from dit_jax.diffusion import MaskConfig
 
 
 def get_config() -> VideoRun:
     config = quickstart()
-    ceilings = CeilingConfig.only(
-        free=0.4,
+    masks = MaskConfig.only(
+        none=0.4,
         first=0.13,
         head=0.12,
         tail=0.08,
@@ -44,6 +44,6 @@ def get_config() -> VideoRun:
         data=dataclasses.replace(config.data, source=source),
         output="runs/modes",
         steps=1600,
-        diffusion=dataclasses.replace(config.diffusion, ceilings=ceilings),
+        diffusion=dataclasses.replace(config.diffusion, masks=masks),
         checkpoint=dataclasses.replace(config.checkpoint, initial="runs/quickstart"),
     )

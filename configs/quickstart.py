@@ -15,7 +15,7 @@ import dataclasses
 
 from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, ShapesConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
@@ -45,7 +45,7 @@ def get_config() -> VideoRun:
         diffusion=DiffusionConfig(
             prediction="x0",
             time=TimeConfig(shift=4.0),
-            ceilings=CeilingConfig.only(free=0.95, first=0.03, head=0.01, tail=0.01),
+            masks=MaskConfig.only(none=0.95, first=0.03, head=0.01, tail=0.01),
             min_t=0.25,
         ),
         optimizer=OptimizerConfig(

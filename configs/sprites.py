@@ -16,7 +16,7 @@ import dataclasses
 
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
@@ -41,7 +41,7 @@ def get_config() -> VideoRun:
             prediction="x0",
             time=TimeConfig(shift=4.0),
             # Two latent frames a clip: the first may be given, nothing else makes sense.
-            ceilings=CeilingConfig.only(free=0.9, first=0.1),
+            masks=MaskConfig.only(none=0.9, first=0.1),
             min_t=0.25,
         ),
         optimizer=OptimizerConfig(

@@ -21,13 +21,13 @@ from sprites import get_config as sprites
 
 from dit_jax.config import EvaluationConfig, VideoRun
 from dit_jax.data import RecordsConfig
-from dit_jax.diffusion import CeilingConfig
+from dit_jax.diffusion import MaskConfig
 
 
 def get_config() -> VideoRun:
     base = sprites()
-    ceilings = CeilingConfig.only(
-        free=0.5,
+    masks = MaskConfig.only(
+        none=0.5,
         first=0.12,
         head=0.1,
         tail=0.08,
@@ -44,6 +44,6 @@ def get_config() -> VideoRun:
         steps=1600,
         data=dataclasses.replace(base.data, source=source, packing=packing),
         model=dataclasses.replace(base.model, patch=dataclasses.replace(base.model.patch, t=1)),
-        diffusion=dataclasses.replace(base.diffusion, ceilings=ceilings),
+        diffusion=dataclasses.replace(base.diffusion, masks=masks),
         evaluation=EvaluationConfig(prompts=0),
     )

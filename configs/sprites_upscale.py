@@ -16,7 +16,7 @@ import dataclasses
 from sprites import get_config as sprites
 
 from dit_jax.config import VideoRun
-from dit_jax.diffusion import CeilingConfig
+from dit_jax.diffusion import MaskConfig
 from dit_jax.upscale import LowRes
 
 
@@ -35,6 +35,6 @@ def get_config() -> VideoRun:
             patch=dataclasses.replace(base.model.patch, h=4, w=4),
             conditioners={"low_res": LowRes(factor=2, augmentation=0.1)},
         ),
-        diffusion=dataclasses.replace(base.diffusion, ceilings=CeilingConfig.only(free=1)),
+        diffusion=dataclasses.replace(base.diffusion, masks=MaskConfig.only(none=1)),
         sampling=dataclasses.replace(base.sampling, steps=2, cfg_scale=1.0),
     )

@@ -418,12 +418,17 @@ TYPES = {
     "TextStatesConfig": "dit_jax.model.text:TextStatesConfig",
 }
 """Format 1 named these classes by their bare names."""
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "diffusion.ceilings": "diffusion.masks",
+    "diffusion.masks.free": "diffusion.masks.none",
+}
 """Dotted names of fields in format 1, and what they are called now."""
 REMOVED: dict[str, tuple[Any, ...]] = {
     "model.upscale": (1,),
     "diffusion.augmentation": (0.3,),
     "sampling.augmentation": (0.0,),
+    "sampling.cfg_zero_star": (False,),
+    "sampling.cfg_zero_init": (0,),
 }
 """Dotted names of fields in format 1 that are gone, and the values of which nothing is lost."""
 FIRST_EDITION = "dit_jax 0.1 (commit 57ee8cf)"

@@ -35,7 +35,7 @@ from dit_jax.config import (
     to_dict,
 )
 from dit_jax.data import PackingConfig, RecordsConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, PathConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, PathConfig, TimeConfig
 from dit_jax.files import (
     absolute,
     as_path,
@@ -209,7 +209,7 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> VideoRun:
     its SDE, the last from 0.04 (Ma et al. 2024, section 3.4). Guidance is of 4 on three of four
     channels, as the code of both has it. The data are to be named where it is trained on.
     """
-    free = CeilingConfig.only(free=1)
+    only_none = MaskConfig.only(none=1)
     uniform = TimeConfig(distribution="uniform")
     height, width = file.size * codec.h, file.size * codec.w
     guided = 3 if file.model.patch.channels > 3 else None
@@ -224,11 +224,11 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> VideoRun:
             loss="prediction",
             variance="learned_range" if learned else "fixed_small",
             time=uniform,
-            ceilings=free,
+            masks=only_none,
         )
         sampling = dataclasses.replace(drawn, solver="ddpm", spacing="linspace")
     else:
-        diffusion = DiffusionConfig(time=uniform, ceilings=free)
+        diffusion = DiffusionConfig(time=uniform, masks=only_none)
         sampling = dataclasses.replace(drawn, solver="sde", last_step=0.04)
     tokens = file.model.patch.num_tokens(1, file.size, file.size)
     return VideoRun(

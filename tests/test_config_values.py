@@ -24,7 +24,7 @@ from dit_jax.config import (
     to_dict,
 )
 from dit_jax.data import MixedSetConfig, MixtureConfig, RecordsConfig, ShapesConfig
-from dit_jax.diffusion import CeilingConfig, DiffusionConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.files import InputError, as_path, write_whole
 from dit_jax.model import DiTConfig, PatchConfig
@@ -302,7 +302,7 @@ def test_verbs_refuse_numbers_that_are_not_finite(
         lambda x: PatchConfig(reference_fps=x),
         lambda x: DiTConfig(time_std=x),
         lambda x: ReconstructionLossConfig(kl=x),
-        lambda x: CeilingConfig(free=x),
+        lambda x: MaskConfig(none=x),
         lambda x: ShapesConfig(fps=x),
         lambda x: RecordsConfig("x", fps=x),
         lambda x: WorkersConfig(time_limit=x),

@@ -1,62 +1,63 @@
-"""Paths between data and noise: x_t = alpha(t) x0 + sigma(t) eps, with t = 0 data and t = 1 noise.
+"""Paths between data and noise, what a network predicts along them, and the times that training visits.
 
-Rectified flow (Liu et al. 2022; Lipman et al. 2022), the interpolants of SiT (Ma et al. 2024,
-section 2.2 and appendix), and the discrete chain of DDPM (Ho et al. 2020) with the betas of
-Nichol & Dhariwal 2021 (cosine, eq. 17), Rombach et al. 2022 (scaled linear) and the rescaling to
-zero terminal SNR of Lin et al. 2023 (algorithm 1).
+Time runs from t = 0 (data) to t = 1 (noise)::
 
-On the discrete chain of N steps, index i = 0 ... N - 1 stands at t = (i + 1) / N, and t = 0 is data,
-which the chain itself does not visit. Between indices log(sigma / alpha) is linear in the index;
-below the first, and above the last but one where the last has no signal, sigma / alpha and
-alpha / sigma are linear instead, for the logarithm ends in infinity there.
+    x_t = alpha(t) x0 + sigma(t) eps                                                       (1)
 
-What the network is told of a level (an index, a reversed clock) is the model's affair.
+rectified_flow (Liu et al. 2022; Lipman et al. 2022) is straight: alpha = 1 - t, sigma = t. ddpm is the
+chain of N steps of Ho et al. 2020 (eq. 4), whose index i = 0 ... N - 1 stands at t = (i + 1) / N::
+
+    alpha^2 = (1 - beta_0) ... (1 - beta_i),    sigma^2 = 1 - alpha^2                      (2)
+
+A network predicts x0, eps, or one of ::
+
+    velocity = dx/dt = eps - x0            on the straight path                            (3)
+    v        = alpha eps - sigma x0        Salimans & Ho 2022, section 4                   (4)
+
+each of which gives the others by (1). If there is no inverse (x0 of eps without signal, eps of x0
+without noise), the divisor has a floor. Times are sampled uniformly or logit-normally, and shifted
+towards noise by the resolution (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 23)::
+
+    t' = r t / (1 + (r - 1) t)                                                             (5)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
+Prediction = Literal["velocity", "x0", "eps", "v"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
-VP_BETA_MIN, VP_BETA_MAX = 0.1, 20.0
-"""Of the variance-preserving interpolant (Song et al. 2021, section C)."""
-VP_SMALLEST_T = 1e-5
-"""Its derivative grows without bound towards data: that at this time stands for all earlier."""
 COSINE_OFFSET, COSINE_BETA_MAX = 0.008, 0.999
+SMALLEST_SIGMA, SMALLEST_ALPHA = 1e-4, 1e-8
+"""Floors of divisors; tokens without noise (sigma 0) do not move, whatever their quotient."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PathConfig:
-    """Which path, and for the discrete one which betas.
+    """Which path, and the betas of the discrete one."""
 
-    Raises:
-        ValueError: where a discrete chain has no steps, or betas that are no variances.
-    """
-
-    kind: Literal["rectified_flow", "gvp", "vp", "ddpm"] = "rectified_flow"
-    """Straight; SiT's generalised variance-preserving (cos, sin) and variance-preserving; discrete."""
+    kind: Literal["rectified_flow", "ddpm"] = "rectified_flow"
     betas: Literal["linear", "scaled_linear", "cosine"] = "linear"
-    """For ddpm: evenly spaced, evenly spaced roots, or those of a squared cosine."""
+    """For ddpm: evenly spaced; evenly spaced roots (Rombach et al. 2022); those of a squared cosine
+    (Nichol & Dhariwal 2021, eq. 17)."""
     timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
     zero_terminal_snr: bool = False
-    """For ddpm: rescale the betas so that the last step holds no signal."""
+    """For ddpm: rescale the betas so that no signal is left at the last step (Lin et al. 2023)."""
 
     def __post_init__(self) -> None:
         if self.timesteps < 2:
-            raise ValueError(
-                f"path.timesteps is {self.timesteps}: a chain has at least 2 (1000 is usual)."
-            )
+            raise ValueError(f"path.timesteps is {self.timesteps}: at least 2 (1000 is usual).")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"path.beta_start {self.beta_start} and beta_end {self.beta_end}: 0 < beta_start <= "
@@ -65,7 +66,7 @@ class PathConfig:
         if self.zero_terminal_snr and self.kind != "ddpm":
             raise ValueError(
                 f"path.zero_terminal_snr rescales the betas of ddpm, and path.kind is {self.kind!r}: "
-                "leave it False (rectified_flow and gvp end in pure noise as they are)."
+                "leave it False (rectified_flow ends in pure noise anyway)."
             )
 
     @property
@@ -74,12 +75,12 @@ class PathConfig:
 
     @property
     def ends_in_noise(self) -> bool:
-        """Whether no signal at all is left at t = 1, so that x0 cannot be told from eps there."""
-        return self.zero_terminal_snr or self.kind in ("rectified_flow", "gvp")
+        """Whether no signal is left at t = 1, so that eps does not determine x0 there."""
+        return self.zero_terminal_snr or not self.discrete
 
 
 class Level(NamedTuple):
-    """Where points stand on a path; all of one shape."""
+    """A noise level of a path; all of one shape."""
 
     t: Float[Array, "..."]
     alpha: Float[Array, "..."]
@@ -92,17 +93,6 @@ class Level(NamedTuple):
         return Level(*(x[..., None] for x in self))
 
 
-class Rates(NamedTuple):
-    """Derivatives by t of a continuous path, and alpha sigma' - sigma alpha'."""
-
-    alpha: Float[Array, "..."]
-    sigma: Float[Array, "..."]
-    wronskian: Float[Array, "..."]
-
-    def each(self) -> Rates:
-        return Rates(*(x[..., None] for x in self))
-
-
 @functools.cache
 def betas(config: PathConfig) -> Float[np.ndarray, "i"]:
     """Variances of the chain's steps, float64 ``[timesteps]``."""
@@ -113,8 +103,8 @@ def betas(config: PathConfig) -> Float[np.ndarray, "i"]:
         values = np.linspace(config.beta_start**0.5, config.beta_end**0.5, count) ** 2
     else:
         grid = np.arange(count + 1) / count
-        kept = np.cos((grid + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
-        values = np.minimum(1 - kept[1:] / kept[:-1], COSINE_BETA_MAX)
+        signal = np.cos((grid + COSINE_OFFSET) / (1 + COSINE_OFFSET) * np.pi / 2) ** 2
+        values = np.minimum(1 - signal[1:] / signal[:-1], COSINE_BETA_MAX)
     if config.zero_terminal_snr:
         root = np.sqrt(np.cumprod(1 - values))
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -124,29 +114,36 @@ def betas(config: PathConfig) -> Float[np.ndarray, "i"]:
 
 @functools.cache
 def alphas_cumprod(config: PathConfig) -> Float[np.ndarray, "i"]:
-    """alpha(t)^2 at the indices of the chain (Ho et al. 2020, eq. 4), float64 ``[timesteps]``."""
+    """alpha^2 at the indices of the chain (2), float64 ``[timesteps]``."""
     return np.cumprod(1 - betas(config))
 
 
-@functools.cache
-def chain_logsnr(config: PathConfig) -> Float[np.ndarray, "i"]:
-    """log(alpha / sigma) at the indices of the chain; -inf where no signal is left."""
-    kept = alphas_cumprod(config)
-    with np.errstate(divide="ignore"):
-        return 0.5 * (np.log(kept) - np.log1p(-kept))
+def level(config: PathConfig, t: Float[Array, "*b"]) -> Level:
+    """alpha, sigma and log(alpha / sigma) at ``t`` in [0, 1], in the dtype of ``t``.
 
-
-def index_of(config: PathConfig, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The chain's index at t, -1 at data; whole where t is on the grid but for its rounding."""
-    index = t * config.timesteps - 1
-    whole = jnp.round(index)
-    close = jnp.abs(index - whole) <= 4 * config.timesteps * jnp.finfo(t.dtype).eps
-    return jnp.where(close, whole, index)
+    Exact at both ends: sigma is 0 at t = 0, and alpha is 0 at t = 1 if the path ends in noise. Between
+    the indices of the chain, alpha^2 and sigma^2 are linear in t.
+    """
+    if not config.discrete:
+        alpha, sigma = 1 - t, t
+        return Level(t, alpha, sigma, jnp.log(alpha) - jnp.log(sigma))
+    count = config.timesteps
+    place, whole = t * count, jnp.round(t * count)
+    # t is on the grid but for its rounding; without this, alpha near pure noise would lose digits.
+    place = jnp.where(jnp.abs(place - whole) <= 4 * count * jnp.finfo(t.dtype).eps, whole, place)
+    below = jnp.clip(jnp.floor(place), 0, count - 1)
+    share, index = place - below, below.astype(jnp.int32)
+    # Two tables: in float32, 1 - alpha^2 would lose the digits of sigma^2 near data.
+    signal = np.append(1.0, alphas_cumprod(config))
+    tables = (jnp.asarray(table, t.dtype) for table in (signal, 1 - signal))
+    alpha2, sigma2 = ((1 - share) * table[index] + share * table[index + 1] for table in tables)
+    logsnr = 0.5 * (jnp.log(alpha2) - jnp.log(sigma2))
+    return Level(t, jnp.sqrt(alpha2), jnp.sqrt(sigma2), logsnr)
 
 
 def on_grid(config: PathConfig, t: Float[Array, "*b"], up: bool) -> Float[Array, "*b"]:
-    """Times rounded to the chain's grid: up to an index, or down to one or to data. Those of a
-    continuous path as they are."""
+    """Rounds times to the chain's grid: up to an index, or down to one or to data. Times of a
+    continuous path are returned unchanged."""
     if not config.discrete:
         return t
     steps = t * config.timesteps
@@ -154,105 +151,148 @@ def on_grid(config: PathConfig, t: Float[Array, "*b"], up: bool) -> Float[Array,
     return jnp.minimum(whole, config.timesteps) / config.timesteps
 
 
-def _chain_level(config: PathConfig, t: Float[Array, "*b"]) -> Level:
-    last = config.timesteps - 1
-    table = jnp.asarray(chain_logsnr(config), t.dtype)
-    index = index_of(config, t)
-    low = jnp.clip(jnp.floor(index), 0, last - 1)
-    below = low.astype(jnp.int32)
-    part = index - low
-    first, second = table[below], table[below + 1]
-    if config.zero_terminal_snr:
-        to_noise = first + jnp.log1p(-jnp.clip(part, 0, 1))
-        inside = jnp.where(below == last - 1, to_noise, first + part * _finite(second - first))
-    else:
-        inside = first + part * (second - first)
-    to_data = table[0] - jnp.log(jnp.clip(index + 1, 0, 1))
-    logsnr = jnp.where(index < 0, to_data, inside)
-    noise, signal = jnp.exp(-2 * jnp.abs(logsnr)), 1 / (1 + jnp.exp(-2 * jnp.abs(logsnr)))
-    large, small = jnp.sqrt(signal), jnp.sqrt(noise * signal)
-    clean = logsnr > 0
-    return Level(t, jnp.where(clean, large, small), jnp.where(clean, small, large), logsnr)
-
-
-def _finite(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-
-def vp_log_alpha(t: Float[AnyArray, "*b"]) -> Float[AnyArray, "*b"]:
-    """log(alpha) of the variance-preserving interpolant."""
-    return -0.25 * t**2 * (VP_BETA_MAX - VP_BETA_MIN) - 0.5 * t * VP_BETA_MIN
-
-
-def level(config: PathConfig, t: Float[Array, "*b"]) -> Level:
-    """alpha, sigma and log(alpha / sigma) at ``t`` in [0, 1], in the dtype of ``t``.
-
-    Exact at both ends: sigma is 0 at t = 0, and alpha 0 at t = 1 where the path ends in noise.
-    """
-    if config.kind == "ddpm":
-        return _chain_level(config, t)
-    if config.kind == "rectified_flow":
-        alpha, sigma = 1 - t, t
-    elif config.kind == "gvp":
-        alpha, sigma = jnp.sin(math.pi / 2 * (1 - t)), jnp.sin(math.pi / 2 * t)
-    else:
-        log_alpha = vp_log_alpha(t)
-        alpha, sigma = jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
-    return Level(t, alpha, sigma, jnp.log(alpha) - jnp.log(sigma))
-
-
-def rates(config: PathConfig, t: Float[Array, "*b"]) -> Rates:
-    """Derivatives by t, in the dtype of ``t``.
-
-    Raises:
-        ValueError: for the discrete path, which has none.
-    """
-    if config.kind == "ddpm":
-        raise ValueError(
-            "path.kind 'ddpm' is discrete and has no velocity: use eps, v or x0, or another path."
-        )
-    if config.kind == "rectified_flow":
-        one = jnp.ones_like(t)
-        return Rates(-one, one, one)
-    if config.kind == "gvp":
-        turn = math.pi / 2
-        return Rates(
-            -turn * jnp.sin(turn * t), turn * jnp.sin(turn * (1 - t)), jnp.full_like(t, turn)
-        )
-    t = jnp.maximum(t, VP_SMALLEST_T)
-    at = level(config, t)
-    # d log(alpha) / dt; the rest follows from alpha^2 + sigma^2 = 1.
-    decay = -0.5 * (VP_BETA_MIN + t * (VP_BETA_MAX - VP_BETA_MIN))
-    return Rates(at.alpha * decay, -(at.alpha**2) * decay / at.sigma, -at.alpha * decay / at.sigma)
-
-
 def interpolate(
     config: PathConfig, x0: Float[Array, "*b p"], eps: Float[Array, "*b p"], t: Float[Array, "*b"]
 ) -> Float[Array, "*b p"]:
-    """The point x_t of the path; ``t`` in [0, 1]."""
+    """The point x_t of the path (1)."""
     at = level(config, t).each()
     return at.alpha * x0 + at.sigma * eps
 
 
-def time_of(config: PathConfig, ratio: Float[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
-    """The time at which sigma / alpha is ``ratio`` (0 to infinity), float64; inverse of ``level``."""
-    ratio = np.asarray(ratio, np.float64)
-    if config.kind == "rectified_flow":
-        return np.where(np.isinf(ratio), 1.0, ratio / (1 + np.where(np.isinf(ratio), 0, ratio)))
-    if config.kind == "gvp":
-        return np.arctan(ratio) / (math.pi / 2)
-    if config.kind == "vp":
-        # log(alpha) = -a t^2 - b t
-        a, b = 0.25 * (VP_BETA_MAX - VP_BETA_MIN), 0.5 * VP_BETA_MIN
-        log_alpha = -0.5 * np.log1p(ratio**2)
-        return (-b + np.sqrt(b**2 - 4 * a * log_alpha)) / (2 * a)
-    steps = -chain_logsnr(config)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        index = np.interp(np.log(ratio), steps, np.arange(config.timesteps))
-    below = ratio < np.exp(steps[0])
-    if config.zero_terminal_snr:
-        top = steps[-2]
-        with np.errstate(divide="ignore"):
-            above = config.timesteps - 1 - np.exp(top) / ratio
-        index = np.where(ratio > np.exp(top), above, index)
-    return np.where(below, ratio / np.exp(steps[0]), index + 1) / config.timesteps
+# ------------------------------------------------------------------------------------------------
+# Predictions
+# ------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """What a network's output says of points ``[b, l, p]`` at their levels."""
+
+    x0: Float[Array, "..."]
+    eps: Float[Array, "..."]
+    velocity: Float[Array, "..."] | None = None
+    """dx/dt, on the straight path."""
+    fraction: Float[Array, "..."] | None = None
+    """Of a learned variance: -1 is the smallest, 1 the largest that it may be."""
+
+
+def prediction_of(
+    path: PathConfig,
+    kind: Prediction,
+    x0: Float[Array, "*b p"],
+    eps: Float[Array, "*b p"],
+    t: Float[Array, "*b"],
+) -> Float[Array, "*b p"]:
+    """What a network of the kind should predict at x_t."""
+    if kind in ("x0", "eps"):
+        return x0 if kind == "x0" else eps
+    if kind == "velocity":
+        return eps - x0  # (3)
+    at = level(path, t).each()
+    return at.alpha * eps - at.sigma * x0  # (4)
+
+
+def clean_and_noise(
+    path: PathConfig,
+    kind: Prediction,
+    output: Float[Array, "*b p"],
+    xt: Float[Array, "*b p"],
+    t: Float[Array, "*b"],
+) -> tuple[Float[Array, "*b p"], Float[Array, "*b p"]]:
+    """x0 and eps from a prediction of the kind at ``xt``: (3) or (4) with (1), solved for them."""
+    at = level(path, t).each()
+    if kind == "x0":
+        return output, (xt - at.alpha * output) / jnp.maximum(at.sigma, SMALLEST_SIGMA)
+    if kind == "eps":
+        return (xt - at.sigma * output) / jnp.maximum(at.alpha, SMALLEST_ALPHA), output
+    if kind == "velocity":
+        return xt - at.sigma * output, xt + at.alpha * output
+    norm = at.alpha**2 + at.sigma**2
+    return (at.alpha * xt - at.sigma * output) / norm, (at.sigma * xt + at.alpha * output) / norm
+
+
+def velocity_of(
+    path: PathConfig,
+    kind: Prediction,
+    output: Float[Array, "*b p"],
+    xt: Float[Array, "*b p"],
+    t: Float[Array, "*b"],
+    floor: float = SMALLEST_SIGMA,
+) -> Float[Array, "*b p"]:
+    """dx/dt at ``xt`` from a prediction of the kind, on the straight path; ``floor`` bounds the sigma
+    that the error of a predicted x0 is divided by."""
+    assert not path.discrete, "the discrete chain has no velocity"
+    if kind == "velocity":
+        return output
+    if kind == "x0":
+        # (x_t - x0) / t, and not through eps, which the floor would make inconsistent with x0.
+        return (xt - output) / jnp.maximum(level(path, t).each().sigma, floor)
+    x0, eps = clean_and_noise(path, kind, output, xt, t)
+    return eps - x0
+
+
+def squared_error_factor(kind: Prediction, at: Level) -> Float[Array, "..."]:
+    """By what the squared error of x0 is multiplied if it is measured in a prediction's space.
+
+    eps: alpha^2 / sigma^2, the signal-to-noise ratio. v: (alpha^2 + sigma^2)^2 / sigma^2, SNR + 1 if
+    variance is preserved. velocity: 1 / sigma^2.
+    """
+    if kind == "x0":
+        return jnp.ones_like(at.alpha)
+    if kind == "eps":
+        return jnp.square(at.alpha / at.sigma)
+    if kind == "v":
+        return jnp.square((at.alpha**2 + at.sigma**2) / at.sigma)
+    return jnp.square(1 / at.sigma)
+
+
+# ------------------------------------------------------------------------------------------------
+# Times
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeConfig:
+    """The distribution of a segment's noise level t in training; sampling shares its shift."""
+
+    distribution: Literal["uniform", "logit_normal"] = "logit_normal"
+    mean: float = 0.0
+    """Of logit(t) before the shift, for logit_normal."""
+    std: float = 1.0
+    shift: float = 1.0
+    """r of (5): above 1 moves times towards noise."""
+    reference_tokens: int | None = None
+    """If set, r is ``shift`` for a segment of this many tokens and grows with the square root of their
+    number; if None, every segment has the same r."""
+
+    def __post_init__(self) -> None:
+        for name, valid in (
+            ("shift", self.shift > 0),
+            ("std", self.std > 0),
+            ("reference_tokens", self.reference_tokens is None or self.reference_tokens > 0),
+        ):
+            if not valid:
+                raise ValueError(f"time.{name} is {getattr(self, name)}: it is above 0.")
+
+
+def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Float[AnyArray, "*b"]:
+    """Moves times towards noise if r > 1, and keeps 0 and 1 (5)."""
+    return r * t / (1 + (r - 1) * t)
+
+
+def resolution_shift(
+    config: TimeConfig, num_tokens: Int[Array | np.ndarray, "*b"] | np.integer
+) -> Float[Array, "*b"]:
+    """r of (5) for segments of this many tokens."""
+    count = jnp.asarray(num_tokens, jnp.float32)
+    if config.reference_tokens is None:
+        return jnp.full(count.shape, config.shift, jnp.float32)
+    return config.shift * jnp.sqrt(jnp.maximum(count, 1.0) / config.reference_tokens)
+
+
+def sample_time(config: TimeConfig, key: jax.Array, num_tokens: Int[Array, ""]) -> Float[Array, ""]:
+    """A noise level in (0, 1] for one segment."""
+    if config.distribution == "uniform":
+        t = 1.0 - jax.random.uniform(key)
+    else:
+        t = jax.nn.sigmoid(config.mean + config.std * jax.random.normal(key))
+    return shift_time(t, resolution_shift(config, num_tokens))

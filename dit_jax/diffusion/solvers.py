@@ -40,10 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from dit_jax.diffusion.paths import Level, PathConfig, level
-from dit_jax.diffusion.predictions import Estimate
-from dit_jax.diffusion.problem import Variance
-from dit_jax.diffusion.times import shift_time
+from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
 
 Spacing = Literal["linear", "trailing", "linspace"]
 

@@ -30,11 +30,11 @@ from dit_jax.diffusion import (
     guided_kind,
     interpolate,
     noise_levels,
-    predicted_velocity,
     resolution_shift,
     split_output,
     start,
     token_noise,
+    velocity_of,
 )
 from dit_jax.model import Fields, TextToVideo, as_computed, prepare_fields
 from dit_jax.sampling.caching import CachedSteps
@@ -158,7 +158,8 @@ class Generator:
             return jnp.concatenate([y, y]) if guided else y
 
         if guided_kind(diffusion) != diffusion.prediction:
-            prediction = predicted_velocity(diffusion, prediction, twice(x), twice(tau))
+            kind = diffusion.prediction
+            prediction = velocity_of(diffusion.path, kind, prediction, twice(x), twice(tau))
         if guided:
             conditional, without = jnp.split(prediction, 2)
             prediction = guide(

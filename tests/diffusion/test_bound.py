@@ -14,9 +14,8 @@ import pytest
 from scipy import integrate, stats
 
 from dit_jax.diffusion import DiffusionConfig, PathConfig, TimeConfig, token_loss
-from dit_jax.diffusion.bound import bound, decoder_nll, normal_kl, posterior
-from dit_jax.types import Batch, Target
-from tests.denoiser import struct
+from dit_jax.diffusion.objective import decoder_nll, normal_kl, posterior, variational_bound
+from dit_jax.types import Batch, DenoiserInputs, Target
 
 CHAIN = PathConfig("ddpm")
 CONFIG = DiffusionConfig(
@@ -98,22 +97,25 @@ def batch_of(x0, xt, eps, tau, segment_ids=None):
         num_tokens=jnp.asarray(zero),
         num_frames=jnp.asarray(zero),
     )
-    inputs = struct(
+    inputs = DenoiserInputs(
         tokens=jnp.asarray(xt),
         positions=batch.positions,
         segment_ids=batch.segment_ids,
         group_ids=jnp.asarray(0 * ids),
         group_t=jnp.asarray(tau[:, :1]),
+        text=batch.text,
+        text_segment_ids=batch.text_segment_ids,
+        dropped=jnp.zeros((b, 1), jnp.float32),
     )
-    target = Target(jnp.asarray(eps), jnp.asarray(tau), jnp.asarray(tau > 0))
+    target = Target(jnp.asarray(eps), jnp.asarray(tau), generated=jnp.asarray(tau > 0))
     return inputs, target, batch
 
 
 def test_the_loss_at_every_index_is_the_published_one(case):
     x0, eps, xt, output, fraction, tau = case
     both = jnp.asarray(np.concatenate([output, fraction], -1))
-    inputs, target, batch = batch_of(x0, xt, eps, tau)
-    error, weight = token_loss(CONFIG, both, inputs, target, batch)
+    noised = batch_of(x0, xt, eps, tau)
+    error, weight = token_loss(CONFIG, both, *noised)
     assert np.array_equal(weight, np.ones_like(tau))
     for at, i in enumerate(INDICES):
         terms = [
@@ -128,10 +130,10 @@ def test_the_loss_at_every_index_is_the_published_one(case):
 
 def test_the_bound_teaches_variances_only(case):
     x0, eps, xt, output, fraction, tau = case
-    inputs, target, batch = batch_of(x0, xt, eps, tau)
+    noised = batch_of(x0, xt, eps, tau)
 
     def total(config, both):
-        return token_loss(config, both, inputs, target, batch)[0].sum()
+        return token_loss(config, both, *noised)[0].sum()
 
     both = jnp.asarray(np.concatenate([output, fraction], -1))
     gradient = jax.grad(functools.partial(total, CONFIG))(both)
@@ -143,31 +145,29 @@ def test_the_bound_teaches_variances_only(case):
 
 def test_the_second_half_is_ignored_where_no_variance_is_learned(case):
     x0, eps, xt, output, fraction, tau = case
-    inputs, target, batch = batch_of(x0, xt, eps, tau)
+    noised = batch_of(x0, xt, eps, tau)
     plain = dataclasses.replace(CONFIG, variance="fixed_small")
     both = jnp.asarray(np.concatenate([output, fraction], -1))
-    found = token_loss(plain, both, inputs, target, batch)[0]
-    assert np.array_equal(found, token_loss(plain, jnp.asarray(output), inputs, target, batch)[0])
-    np.testing.assert_allclose(found, ((output - eps) ** 2).mean(-1), rtol=1e-12)
-    with pytest.raises(ValueError, match="gives 6 numbers a token, and .* needs 12"):
-        token_loss(CONFIG, jnp.asarray(output), inputs, target, batch)
-    with pytest.raises(ValueError, match="gives 3 numbers a token, and .* needs 6"):
-        token_loss(plain, jnp.asarray(output[..., :3]), inputs, target, batch)
+    out = token_loss(plain, both, *noised)[0]
+    assert np.array_equal(out, token_loss(plain, jnp.asarray(output), *noised)[0])
+    np.testing.assert_allclose(out, ((output - eps) ** 2).mean(-1), rtol=1e-12)
+    with pytest.raises(AssertionError, match="6 outputs a token"):
+        token_loss(CONFIG, jnp.asarray(output), *noised)
 
 
-def test_given_tokens_and_padding_have_no_part_and_no_gradient(case):
+def test_conditioning_tokens_and_padding_have_no_part_and_no_gradient(case):
     x0, eps, xt, output, fraction, tau = case
     tau = tau.copy()
     tau[0, 3] = 0.0
     ids = np.ones(tau.shape, np.int32)
     ids[0, 5:7] = 0
-    inputs, target, batch = batch_of(x0, xt, eps, tau, ids)
+    noised = batch_of(x0, xt, eps, tau, ids)
     both = jnp.asarray(np.concatenate([output, fraction], -1))
-    error, weight = token_loss(CONFIG, both, inputs, target, batch)
+    error, weight = token_loss(CONFIG, both, *noised)
     out = np.isin(np.arange(len(INDICES)), [3, 5, 6])
     assert not np.asarray(error)[0, out].any() and not np.asarray(weight)[0, out].any()
     assert (np.asarray(weight)[0, ~out] == 1).all()
-    gradient = jax.grad(lambda o: token_loss(CONFIG, o, inputs, target, batch)[0].sum())(both)
+    gradient = jax.grad(lambda o: token_loss(CONFIG, o, *noised)[0].sum())(both)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[0, out].any()
 
 
@@ -184,7 +184,7 @@ def test_a_tokens_loss_does_not_depend_on_its_neighbours(case):
 def test_a_perfect_network_has_the_entropy_of_the_posterior_only(case):
     """Where mean and variance are the posterior's, the divergence is 0."""
     x0, _, xt, _, _, tau = (jnp.asarray(a) for a in case)
-    bits = np.asarray(bound(CHAIN, x0, xt, x0, jnp.full_like(x0, -1.0), tau))
+    bits = np.asarray(variational_bound(CHAIN, x0, xt, x0, jnp.full_like(x0, -1.0), tau))
     np.testing.assert_allclose(bits[:, 1:], 0, atol=1e-12)
     assert (bits[:, 0] > 0).all()
 
@@ -201,10 +201,10 @@ def test_the_posterior_by_bayes():
 
 def test_the_divergence_of_normals_is_its_integral():
     a, b = stats.norm(0.3, 0.5), stats.norm(-0.2, 0.9)
-    wanted = integrate.quad(lambda x: a.pdf(x) * (a.logpdf(x) - b.logpdf(x)), -6, 6)[0]
+    expected = integrate.quad(lambda x: a.pdf(x) * (a.logpdf(x) - b.logpdf(x)), -6, 6)[0]
     logs = 2 * np.log([0.5, 0.9])
-    found = normal_kl(*map(jnp.float64, (0.3, logs[0], -0.2, logs[1])))
-    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    out = normal_kl(*map(jnp.float64, (0.3, logs[0], -0.2, logs[1])))
+    np.testing.assert_allclose(out, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.002, 0.02, 0.3])
@@ -218,8 +218,8 @@ def test_the_probabilities_of_all_values_sum_to_one(scale):
 def test_float32_is_near_float64(case):
     x0, _, xt, output, fraction, tau = case
     args = [jnp.asarray(a, jnp.float32) for a in (x0, xt, x0 + 0.1 * output, fraction, tau)]
-    exact = bound(CHAIN, *(jnp.asarray(np.asarray(a, np.float64)) for a in args))
-    found = bound(CHAIN, *args)
-    assert found.dtype == jnp.float32
+    exact = variational_bound(CHAIN, *(jnp.asarray(np.asarray(a, np.float64)) for a in args))
+    out = variational_bound(CHAIN, *args)
+    assert out.dtype == jnp.float32
     # Means of two terms that all but cancel, over variances of 1e-4 and more.
-    np.testing.assert_allclose(found, exact, rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(out, exact, rtol=1e-2, atol=1e-4)

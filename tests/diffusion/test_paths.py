@@ -1,6 +1,7 @@
-"""The straight path, the shift of times, and the distributions that training draws from."""
+"""Paths against closed forms, predictions told by each other, and the times of training."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,37 +11,172 @@ from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
 from dit_jax.diffusion import PathConfig, TimeConfig, resolution_shift
-from dit_jax.diffusion.paths import interpolate
-from dit_jax.diffusion.predictions import velocity_of
-from dit_jax.diffusion.times import draw_time, shift_time
+from dit_jax.diffusion.paths import (
+    alphas_cumprod,
+    betas,
+    clean_and_noise,
+    interpolate,
+    level,
+    on_grid,
+    prediction_of,
+    sample_time,
+    shift_time,
+    squared_error_factor,
+    velocity_of,
+)
 
-STRAIGHT = PathConfig()
-SHIFTS = (0.2, 0.5, 1.0, 1.7, 3.0, 12.0)
+STRAIGHT, CHAIN = PathConfig(), PathConfig("ddpm")
+ZERO = PathConfig("ddpm", betas="scaled_linear", zero_terminal_snr=True)
+PATHS = pytest.mark.parametrize("path", [STRAIGHT, CHAIN, ZERO], ids=["straight", "chain", "zero"])
+SHIFTS = (0.2, 0.5, 1.0, 3.0, 12.0)
 
 
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
 
 
-# --- the path ---
+# --- paths ---
 
 
-def test_the_path_leads_from_data_to_noise(jit):
-    x0, eps = normal(3, 5, 4), normal(3, 5, 4, seed=1)
+def test_the_straight_path_leads_from_data_to_noise():
+    x0, eps = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
     t = np.array([[0, 1, 0.25, 0.5, 0.9]] * 3, np.float32)
-    xt = np.asarray(jit(interpolate, static_argnums=0)(STRAIGHT, x0, eps, t))
+    xt = np.asarray(interpolate(STRAIGHT, *map(jnp.asarray, (x0, eps, t))))
     # At the ends bit for bit: 1 x + 0 y.
     assert np.array_equal(xt[:, 0], x0[:, 0]) and np.array_equal(xt[:, 1], eps[:, 1])
     expected = x0 + t[..., None].astype(np.float64) * (eps - x0)
     np.testing.assert_allclose(xt, expected, atol=1e-6)  # float32
 
 
-def test_the_velocity_of_true_data_is_that_of_the_path(jit):
-    x0, eps = normal(6, 4), normal(6, 4, seed=1)
+@PATHS
+def test_the_ends_are_exact(path):
+    at = level(path, jnp.array([0.0, 1.0], jnp.float32))
+    assert at.sigma[0] == 0 and at.alpha[0] == 1 and np.isposinf(at.logsnr[0])
+    if path.ends_in_noise:
+        assert at.alpha[1] == 0 and at.sigma[1] == 1 and np.isneginf(at.logsnr[1])
+    else:
+        assert 0 < at.alpha[1] < 0.01 and at.sigma[1] > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (PathConfig("ddpm"), {"beta_schedule": "linear"}),
+        (
+            PathConfig("ddpm", betas="scaled_linear", beta_start=0.00085, beta_end=0.012),
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        ),
+        (PathConfig("ddpm", betas="cosine"), {"beta_schedule": "squaredcos_cap_v2"}),
+        (
+            PathConfig("ddpm", zero_terminal_snr=True),
+            {"beta_schedule": "linear", "rescale_betas_zero_snr": True},
+        ),
+        (PathConfig("ddpm", timesteps=50), {"num_train_timesteps": 50}),
+    ],
+)
+def test_betas_are_those_of_diffusers(ours, theirs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diffusers = pytest.importorskip("diffusers", reason="no second implementation")
+        scheduler = diffusers.DDPMScheduler(**theirs)
+    np.testing.assert_allclose(betas(ours), scheduler.betas.numpy(), rtol=1e-4, atol=5e-7)
+    # A product of up to 1000 numbers near 1 in float32.
+    kept = scheduler.alphas_cumprod.numpy()
+    np.testing.assert_allclose(alphas_cumprod(ours), kept, rtol=1e-4, atol=1e-9)
+
+
+def test_betas_by_hand():
+    path = PathConfig("ddpm", timesteps=3, beta_start=0.1, beta_end=0.3)
+    np.testing.assert_allclose(betas(path), [0.1, 0.2, 0.3])
+    np.testing.assert_allclose(alphas_cumprod(path), [0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7])
+    zero = PathConfig("ddpm", timesteps=3, beta_start=0.1, beta_end=0.3, zero_terminal_snr=True)
+    root = np.sqrt([0.9, 0.72, 0.504])
+    expected = (root - root[2]) * root[0] / (root[0] - root[2])
+    np.testing.assert_allclose(alphas_cumprod(zero), expected**2, atol=1e-15)
+    assert betas(zero)[-1] == 1
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-10), ("float32", 2e-6)])
+@pytest.mark.parametrize("path", [CHAIN, ZERO], ids=["chain", "zero"])
+def test_the_chain_at_its_indices(path, dtype, rtol, float64):
+    kept = alphas_cumprod(path)
+    at = level(path, jnp.asarray((np.arange(1000) + 1) / 1000, dtype))
+    assert at.alpha.dtype == dtype
+    np.testing.assert_allclose(at.alpha, np.sqrt(kept), rtol=rtol)
+    np.testing.assert_allclose(at.sigma, np.sqrt(1 - kept), rtol=rtol)
+    inside = kept > 0
+    logsnr = 0.5 * np.log(kept[inside] / (1 - kept[inside]))
+    np.testing.assert_allclose(at.logsnr[inside], logsnr, atol=2e-6)
+
+
+def test_the_chain_between_its_indices(float64):
+    kept = np.append(1.0, alphas_cumprod(CHAIN))
+    at = level(CHAIN, jnp.array([500.25, 0.5]) / 1000)
+    expected = 0.75 * kept[500] + 0.25 * kept[501], (1 + kept[1]) / 2
+    np.testing.assert_allclose(np.square(at.alpha), expected, rtol=1e-12)
+    np.testing.assert_allclose(at.alpha**2 + at.sigma**2, 1, rtol=1e-12)
+
+
+def test_times_are_rounded_to_the_grid():
+    t = jnp.array([1e-7, 0.0004, 0.001, 0.0014, 0.99991, 1.0])
+    up, down = (on_grid(CHAIN, t, up) for up in (True, False))
+    np.testing.assert_allclose(up * 1000, [1, 1, 1, 2, 1000, 1000], rtol=1e-6)
+    np.testing.assert_allclose(down * 1000, [0, 0, 1, 1, 999, 1000], rtol=1e-6)
+    assert on_grid(STRAIGHT, t, True) is t
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"timesteps": 1}, "path.timesteps is 1"),
+        ({"beta_start": 0.0}, "path.beta_start 0.0 and beta_end 0.02"),
+        ({"beta_end": 1.0}, "beta_end 1.0"),
+        ({"zero_terminal_snr": True}, "path.kind is 'rectified_flow'"),
+    ],
+)
+def test_paths_out_of_range_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PathConfig(**fields)
+
+
+# --- predictions ---
+
+
+def kinds(path):
+    return ("x0", "eps", "v") if path.discrete else ("x0", "eps", "v", "velocity")
+
+
+@PATHS
+def test_every_prediction_gives_back_x0_and_eps(path, float64):
+    x0, eps = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 3)))
+    t = jnp.array([0.001, 0.05, 0.2, 0.4, 0.613, 0.9, 0.999])
+    xt = interpolate(path, x0, eps, t)
+    for kind in kinds(path):
+        output = prediction_of(path, kind, x0, eps, t)
+        clean, noise = clean_and_noise(path, kind, output, xt, t)
+        # float64 divided by alpha or sigma, of 1e-3 and more.
+        np.testing.assert_allclose(clean, x0, atol=1e-9, err_msg=kind)
+        np.testing.assert_allclose(noise, eps, atol=1e-9, err_msg=kind)
+        if not path.discrete:
+            velocity = velocity_of(path, kind, output, xt, t)
+            np.testing.assert_allclose(velocity, eps - x0, rtol=1e-7, atol=1e-7, err_msg=kind)
+
+
+def test_predictions_by_hand():
+    x0, eps, t = jnp.array([[1.0, 2.0]]), jnp.array([[-1.0, 0.5]]), jnp.array([0.25])
+    straight = functools.partial(prediction_of, STRAIGHT)
+    assert straight("velocity", x0, eps, t).tolist() == [[-2.0, -1.5]]
+    assert straight("v", x0, eps, t).tolist() == [[-0.75 - 0.25, 0.375 - 0.5]]
+    assert straight("x0", x0, eps, t) is x0 and straight("eps", x0, eps, t) is eps
+
+
+def test_the_velocity_of_x0_has_a_floor():
+    x0, eps = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
     t = np.array([1.0, 0.7, 0.3, 0.1, 0.05, 0.0], np.float32)
     xt = (x0 + t[:, None].astype(np.float64) * (eps - x0)).astype(np.float32)
-    velocity_from_x0 = jit(functools.partial(velocity_of, STRAIGHT, "x0", floor=0.1))
-    velocity = np.asarray(velocity_from_x0(x0, xt, t))
+    velocity = velocity_of(STRAIGHT, "x0", *map(jnp.asarray, (x0, xt, t)), floor=0.1)
     # float32 divided by at least 0.1.
     np.testing.assert_allclose(velocity[:4], (eps - x0)[:4], atol=1e-5)
     # Below the floor of 0.1 it falls with t, and is zero at t = 0.
@@ -48,55 +184,66 @@ def test_the_velocity_of_true_data_is_that_of_the_path(jit):
     assert not velocity[5].any()
 
 
-# --- the shift ---
+@pytest.mark.parametrize("path", [STRAIGHT, CHAIN], ids=lambda p: p.kind)
+def test_the_errors_of_predictions_are_multiples_of_each_other(path, float64):
+    """The factor of each, against the error of a wrong x0 in its space at the same x_t."""
+    t, xt = jnp.array([0.1, 0.5, 0.8]), jnp.array([[0.3], [1.0], [-0.7]])
+    x0, wrong = jnp.array([[1.0], [0.2], [-0.4]]), jnp.array([[1.3], [-0.2], [0.1]])
+    for kind in kinds(path):
+        right, other = (
+            prediction_of(path, kind, guess, clean_and_noise(path, "x0", guess, xt, t)[1], t)
+            for guess in (x0, wrong)
+        )
+        error = squared_error_factor(kind, level(path, t))[:, None] * (x0 - wrong) ** 2
+        np.testing.assert_allclose((right - other) ** 2, error, rtol=1e-9, err_msg=kind)
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_dtype_is_promoted_silently(path, dtype, float64):
+    def everything(x, t):
+        out = [clean_and_noise(path, kind, x, x, t) for kind in kinds(path)]
+        out += [prediction_of(path, kind, x, x, t) for kind in kinds(path)]
+        return [*out, level(path, t), on_grid(path, t, True)]
+
+    with jax.numpy_dtype_promotion("strict"):
+        x, t = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 2), (1,)))
+        out = jax.eval_shape(everything, x, t)
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(dtype)}
+
+
+# --- times ---
 
 
 @pytest.mark.parametrize("r", SHIFTS)
 def test_the_shift_keeps_the_ends_and_the_order(r):
-    t = np.linspace(0, 1, 1001)
-    shifted = shift_time(t, r)
-    assert shifted[0] == 0.0
-    np.testing.assert_allclose(shifted[-1], 1.0, rtol=1e-15)  # r / (1 + (r - 1)) in float64
-    assert (np.diff(shifted) > 0).all()
-    assert ((shifted[1:-1] > t[1:-1]) == (r > 1)).all() or r == 1
-
-
-@pytest.mark.parametrize("r", SHIFTS)
-def test_the_inverse_of_a_shift_is_the_shift_by_its_inverse(r):
     t = np.linspace(0, 1, 101)
-    # float64, grown at most by r or 1 / r.
-    np.testing.assert_allclose(shift_time(shift_time(t, r), 1 / r), t, atol=1e-14)
-    np.testing.assert_allclose(shift_time(shift_time(t, r), 2.0), shift_time(t, 2 * r), atol=1e-14)
+    shifted = shift_time(t, r)
+    assert shifted[0] == 0.0 and (np.diff(shifted) > 0).all()
+    np.testing.assert_allclose(shifted[-1], 1.0, rtol=1e-15)  # r / (1 + (r - 1)) in float64
+    # The inverse of a shift is the shift by its inverse: float64, grown at most by r or 1 / r.
+    np.testing.assert_allclose(shift_time(shifted, 1 / r), t, atol=1e-14)
+    np.testing.assert_allclose(shift_time(shifted, 2.0), shift_time(t, 2 * r), atol=1e-14)
 
 
 def test_the_shift_multiplies_the_odds():
     assert shift_time(np.array([0.5, 0.25]), 3.0).tolist() == [0.75, 0.5]
-    assert np.array_equal(shift_time(np.linspace(0, 1, 11), 1.0), np.linspace(0, 1, 11))
-
-
-def test_arrays_stay_of_their_kind():
     assert isinstance(shift_time(np.ones(2), 2.0), np.ndarray)
     assert isinstance(shift_time(jnp.ones(2), 2.0), jax.Array)
 
 
 def test_the_resolution_shift_is_the_root_of_the_ratio():
-    counts = np.array([[256, 1024], [64, 0]], np.int32)
     config = TimeConfig(shift=1.5, reference_tokens=256)
-    shift = resolution_shift(config, counts)
+    shift = resolution_shift(config, np.array([[256, 1024], [64, 0]], np.int32))
     assert shift.dtype == jnp.float32
     # The tokens of an empty slot count as one.
     np.testing.assert_allclose(shift, [[1.5, 3.0], [0.75, 1.5 / 16]], rtol=1e-6)
     np.testing.assert_allclose(resolution_shift(config, np.int64(576)), 2.25, rtol=1e-6)
+    plain = resolution_shift(TimeConfig(shift=2.0), np.array([1, 10, 10**6]))
+    assert plain.tolist() == [2.0, 2.0, 2.0]
 
 
-def test_without_a_reference_every_size_has_one_shift():
-    shift = resolution_shift(TimeConfig(shift=2.0), np.array([1, 10, 10**6]))
-    assert shift.tolist() == [2.0, 2.0, 2.0]
-
-
-# --- draws ---
-
-DRAWS = 20_000
+SAMPLES = 20_000
 
 
 def unshifted(t: np.ndarray, r: float) -> np.ndarray:
@@ -106,27 +253,23 @@ def unshifted(t: np.ndarray, r: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("config", "tokens", "r"),
     [
-        (TimeConfig("uniform"), 1, 1.0),
         (TimeConfig("uniform", shift=3.0), 1, 3.0),
-        (TimeConfig("logit_normal"), 1, 1.0),
         (TimeConfig("logit_normal", mean=-0.5, std=1.5, shift=0.5), 1, 0.5),
         (TimeConfig("logit_normal", shift=1.5, reference_tokens=100), 400, 3.0),
     ],
 )
-def test_times_have_the_distribution_that_the_config_says(config, tokens, r, jit):
-    draw = jit(jax.vmap(functools.partial(draw_time, config), (0, None)))
-    keys = jax.random.split(jax.random.key(0), DRAWS)
-    times = np.sort(np.asarray(draw(keys, np.int32(tokens)), np.float64))
+def test_times_have_the_distribution_of_their_config(config, tokens, r, jit):
+    sample = jit(jax.vmap(functools.partial(sample_time, config), (0, None)))
+    keys = jax.random.split(jax.random.key(0), SAMPLES)
+    times = np.sort(np.asarray(sample(keys, np.int32(tokens)), np.float64))
     assert 0 < times[0] and times[-1] <= 1
-    before = unshifted(times, r)
-    if config.distribution == "uniform":
-        cdf = before
-    else:
-        cdf = ndtr((np.log(before / (1 - before)) - config.mean) / config.std)
-    steps = np.arange(DRAWS + 1) / DRAWS
+    cdf = unshifted(times, r)
+    if config.distribution == "logit_normal":
+        cdf = ndtr((np.log(cdf / (1 - cdf)) - config.mean) / config.std)
+    steps = np.arange(SAMPLES + 1) / SAMPLES
     distance = max(np.abs(cdf - steps[1:]).max(), np.abs(cdf - steps[:-1]).max())
     # Kolmogorov and Smirnov: passed by chance less often than once in 10^4 (2.23 / sqrt(n)).
-    assert distance < 2.23 / DRAWS**0.5
+    assert distance < 2.23 / SAMPLES**0.5
     # And the test is sharp enough to tell a shift of 10%.
     assert np.abs(cdf - unshifted(cdf, 1.1)).max() > 0.02
 
@@ -134,12 +277,12 @@ def test_times_have_the_distribution_that_the_config_says(config, tokens, r, jit
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shift": 0.0}, "time.shift 0.0"),
-        ({"std": -1.0}, "time.std -1.0"),
+        ({"shift": 0.0}, "time.shift is 0.0"),
+        ({"std": -1.0}, "time.std is -1.0"),
         ({"reference_tokens": 0}, "time.reference_tokens is 0"),
     ],
 )
-def test_nonsense_times_are_refused(fields, message):
+def test_times_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TimeConfig(**fields)
 

@@ -113,7 +113,7 @@ def changed(config: VideoRun, name: str, value: object) -> VideoRun:
         ("model.dit.band", 8),
         ("model.patch.reference_fps", 8.0),
         ("diffusion.prediction", "x0"),
-        ("diffusion.path.kind", "gvp"),
+        ("diffusion.path.timesteps", 500),
     ],
 )
 def test_a_run_does_not_begin_with_parameters_that_mean_something_else(

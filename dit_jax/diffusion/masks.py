@@ -1,0 +1,164 @@
+"""Noise caps and conditioning masks: which tokens of a segment condition it, and which are generated.
+
+Every token has a noise cap s in [0, 1]. When its segment stands at noise level t, it stands at ::
+
+    tau = min(t, s)                                                                             (1)
+
+so that s = 0 is a clean conditioning token, and s = 1 a generated one. Training samples a conditioning
+mask for each segment, by weight; with n latent frames, k of them uniform in 1 ... n - 1 (``count``)::
+
+    s(f) = cap if MASKS[mask](f) else 1,   cap = 0 or uniform in [0, max_noise)                 (2)
+
+so that one denoiser learns every mode of sampling. Restyling, where all tokens have one cap, needs no
+mask of its own: all tokens then stand at one level, as under the mask ``none``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class MaskSample(NamedTuple):
+    """The random numbers of a segment from which its mask is computed; all of one shape."""
+
+    mask: Int[Array, "*b"]
+    """Index in MASKS."""
+    frames: Int[Array, "*b"]
+    """n, the latent frames of the segment; no random number."""
+    count: Int[Array, "*b"]
+    """k, uniform in 1 ... n - 1."""
+    head: Int[Array, "*b"]
+    """Of ``count`` frames, how many are at the start if some are at the end."""
+    stride: Int[Array, "*b"]
+    """2, 3 or 4."""
+    keyframe: Int[Array, "*b"]
+    other: Int[Array, "*b"]
+    """A frame that is not ``keyframe``; each pair is as likely."""
+    share: Float[Array, "*b"]
+    cap: Float[Array, "*b"]
+    """The noise cap of the conditioning tokens."""
+
+
+Mask = Callable[[MaskSample, Int[Array, "*b"], Float[Array, "*b"]], Bool[Array, "*b"]]
+"""``mask(sample, f, chance)``: whether latent frame f conditions; ``chance`` is uniform by frame."""
+
+MASKS: dict[str, Mask] = {
+    "none": lambda s, f, chance: f < 0,
+    "first": lambda s, f, chance: f < 1,
+    "head": lambda s, f, chance: f < s.count,
+    "tail": lambda s, f, chance: f >= s.frames - s.count,
+    # Two frames have no middle to generate.
+    "ends": lambda s, f, chance: (
+        (s.frames > 2) & ((f < s.head) | (f >= s.frames - jnp.maximum(s.count - s.head, 1)))
+    ),
+    "every": lambda s, f, chance: f % s.stride == 0,
+    # One frame conditions, another does not, each of the rest does with probability ``share``, which is
+    # uniform: so every number of frames is as likely, and of one number every choice.
+    "keyframes": lambda s, f, chance: (f == s.keyframe) | (f != s.other) & (chance < s.share),
+    "window": lambda s, f, chance: f < s.count,
+    "independent": lambda s, f, chance: f < 0,
+}
+"""A new mask is a function here and a weight in MaskConfig, both at the end: the order is that of the
+random choice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskConfig:
+    """Relative weights of the conditioning masks, and the noise on conditioning tokens."""
+
+    none: float = 0.6
+    """All frames are generated: text to video, and restyling."""
+    first: float = 0.1
+    """The first latent frame conditions: image to video."""
+    head: float = 0.05
+    """The first frames, any number: extension forward."""
+    tail: float = 0.05
+    """The last frames, any number: extension backward."""
+    ends: float = 0.05
+    """Some of both: connecting two clips, loops."""
+    every: float = 0.05
+    """Every 2nd, 3rd or 4th frame: interpolation."""
+    keyframes: float = 0.05
+    """Any frames, any number."""
+    window: float = 0.05
+    """The first frames, any number, and never without noise: the windows of long clips."""
+    independent: float = 0.0
+    """All frames are generated, each at its own level (diffusion forcing: Chen et al. 2024)."""
+    levels: int = 16
+    """The most levels of an ``independent`` segment: frames this far apart share one. Each is a
+    modulation group of every segment of the batch."""
+    noisy: float = 0.5
+    """Probability of noise on the conditioning tokens, against frozen motion and drift."""
+    max_noise: float = 0.1
+    """The highest cap of (2)."""
+
+    def __post_init__(self) -> None:
+        for name in MASKS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"masks.{name} is {getattr(self, name)}: weights are at least 0.")
+        for name, valid, rule in (
+            ("weights", sum(self.weights) > 0, "at least one mask has a weight above 0"),
+            ("noisy", 0 <= self.noisy <= 1, "it is in [0, 1]"),
+            ("max_noise", 0 <= self.max_noise <= 1, "it is in [0, 1]"),
+            ("levels", self.levels >= 2, "it is at least 2 (16 is usual)"),
+        ):
+            if not valid:
+                raise ValueError(f"masks.{name} is {getattr(self, name)}: {rule}.")
+
+    @classmethod
+    def only(cls, **weights: float) -> MaskConfig:
+        """The masks that are named and no others: ``only(none=0.9, first=0.1)``."""
+        return cls(**{**dict.fromkeys(MASKS, 0.0), **weights})  # type: ignore[arg-type]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(getattr(self, name) for name in MASKS)
+
+    @property
+    def groups(self) -> int:
+        """Modulation groups of a segment: generated tokens share a noise level, conditioning tokens
+        another; independent frames have up to ``levels``."""
+        return self.levels if self.independent else 2
+
+
+def sample_mask(config: MaskConfig, key: jax.Array, frames: Int[Array, ""]) -> MaskSample:
+    """Samples the mask of one segment."""
+    mask_key, count_key, other_key, cap_key, noisy_key = jax.random.split(key, 5)
+    mask = jax.random.categorical(mask_key, jnp.log(jnp.array(config.weights)))
+    count = jax.random.randint(count_key, (), 1, jnp.maximum(frames, 2))
+    # A mask reads one of the numbers that share a key; ``share`` is used together with ``keyframe``.
+    keyframe = jax.random.randint(other_key, (), 0, jnp.maximum(frames, 1))
+    cap = jax.random.uniform(cap_key, maxval=config.max_noise)
+    noisy = jax.random.bernoulli(noisy_key, config.noisy) | (mask == list(MASKS).index("window"))
+    return MaskSample(
+        mask=mask,
+        frames=frames,
+        count=count,
+        head=jax.random.randint(other_key, (), 1, jnp.maximum(count, 2)),
+        stride=jax.random.randint(other_key, (), 2, 5),
+        keyframe=keyframe,
+        other=(keyframe + count) % jnp.maximum(frames, 1),
+        share=jax.random.uniform(jax.random.fold_in(other_key, 1)),
+        cap=jnp.where(noisy, cap, 0.0),
+    )
+
+
+def conditioning_mask(
+    config: MaskConfig,
+    sample: MaskSample,
+    frame_ids: Int[Array, "*b"],
+    chance: Float[Array, "*b"],
+) -> Bool[Array, "*b"]:
+    """Whether each token conditions, by its latent frame and its segment's sample."""
+    conditions = jnp.zeros(frame_ids.shape, bool)
+    for index, (name, mask) in enumerate(MASKS.items()):
+        if getattr(config, name):
+            conditions |= (sample.mask == index) & mask(sample, frame_ids, chance)
+    # A single frame is always generated.
+    return conditions & (sample.frames > 1)
