@@ -187,7 +187,7 @@ def _requests(given: SampleArguments, config: VideoRun, prompts: list[str | int]
                     f"the model knows classes: in place of {prompt[:60]!r} give --label with numbers "
                     f"of 0 to {labels.classes - 1}."
                 )
-            labels.check("label", np.int64(prompt))
+            labels.check("label", np.array(prompt))
         elif isinstance(prompt, int):
             raise ValueError(f"--label {prompt}: the model knows no classes. Give --prompt.")
     size = config.codec.latent_size(made.frames, made.height, made.width)

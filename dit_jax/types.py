@@ -75,12 +75,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def token_field(**options: Any) -> Any:
-    """Declares a field of a struct that has values for every token, ``[b, l, ...]``, or a dict of such.
-
-    Those are laid out over the mesh's ``context`` axis too; all other fields over rows alone.
-    """
-    return struct.field(metadata={"tokens": True}, **options)
+TOKENS = {"tokens": True}
+"""Metadata of a struct's field that has values for every token, ``[b, l, ...]``, or is a dict of such.
+Those are laid out over the mesh's ``context`` axis too; all other fields over rows alone."""
 
 
 def is_token_field(values: Any) -> Any:
@@ -101,15 +98,15 @@ class Batch:
     ``j + 1``; an empty slot has ``num_tokens == 0``.
     """
 
-    tokens: Float[Array, "b l p"] = token_field()
+    tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
     """Clean patches (see ``model.patch``); zero where padded."""
-    positions: Float[Array, "b l 3"] = token_field()
+    positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
     """(t, h, w) coordinates; t in latent frames at the reference frame rate."""
-    segment_ids: Int[Array, "b l"] = token_field()
+    segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     """0 is padding; attention never crosses segments."""
-    frame_ids: Int[Array, "b l"] = token_field()
+    frame_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     """Latent frame of each token within its segment, from 0."""
-    token_ids: Int[Array, "b l"] = token_field()
+    token_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     """Index of each token within its segment, from 0."""
     text: Int[Array, "b s"] | Float[Array, "b s e"]
     """Text tokens of the captions, or states of a text encoder, packed the same way."""
@@ -119,7 +116,7 @@ class Batch:
     num_tokens: Int[Array, "b n"]
     num_frames: Int[Array, "b n"]
     """Latent frames of each segment."""
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = token_field(default_factory=dict)
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(metadata=TOKENS, default_factory=dict)
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
     """Always has "fps", the latent frames a second."""
 
@@ -128,20 +125,20 @@ class Batch:
 class DenoiserInputs:
     """All that the denoiser sees: one struct from the objective and the sampler to every layer."""
 
-    tokens: Float[Array, "b l p"] = token_field()
+    tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
     """Noised patches x_tau."""
-    positions: Float[Array, "b l 3"] = token_field()
-    segment_ids: Int[Array, "b l"] = token_field()
-    group_ids: Int[Array, "b l"] = token_field()
+    positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
+    segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
+    group_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     group_t: Float[Array, "b k"]
     """Noise level of each modulation group."""
     text: Any
     """Text tokens [b, s] or states [b, s, e], or after ``TextToVideo.encode_text`` what that made."""
-    text_segment_ids: Int[Array, "b s"]
+    text_segment_ids: Int[Array, "b s"] | None
     """Of a dropped caption, PAD behind its first token."""
     dropped: Float[Array, "b n"]
     """1 if the segment is unconditional: conditioners then leave their field out."""
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = token_field(default_factory=dict)
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(metadata=TOKENS, default_factory=dict)
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 
@@ -149,10 +146,10 @@ class DenoiserInputs:
 class Target:
     """What the output of the denoiser is measured against."""
 
-    eps: Float[Array, "b l p"] = token_field()
-    tau: Float[Array, "b l"] = token_field()
+    eps: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
+    tau: Float[Array, "b l"] = struct.field(metadata=TOKENS)
     """Noise level of each token: min(t of its segment, its noise cap). 0 is data, 1 is noise."""
-    generated: Bool[Array, "b l"] = token_field()
+    generated: Bool[Array, "b l"] = struct.field(metadata=TOKENS)
     """Whether the token is generated, and no conditioning token."""
 
 

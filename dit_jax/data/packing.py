@@ -192,7 +192,7 @@ def lane(
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def fields(prefix: str) -> dict[str, np.ndarray]:
+    def fields(prefix: str) -> dict[str, Any]:
         return {k.removeprefix(prefix): v for k, v in stacked.items() if k.startswith(prefix)}
 
     return Batch(

@@ -283,15 +283,16 @@ def layers(
 
 def with_text(
     text: Float[Array, "b s e"] | None,
-    text_segment_ids: Int[Array, "b s"],
+    text_segment_ids: Int[Array, "b s"] | None,
     added: Sequence[Conditioning],
-) -> tuple[Float[Array, "b s e"] | None, Int[Array, "b s"]]:
+) -> tuple[Float[Array, "b t e"] | None, Int[Array, "b t"] | None]:
     """Text states and their segments, with those of conditioners behind them."""
     more = [one.text for one in added if one.text is not None]
     if not more:
         return text, text_segment_ids
-    states = [x for x, _ in more] if text is None else [text, *(x for x, _ in more)]
-    ids = [i for _, i in more] if text is None else [text_segment_ids, *(i for _, i in more)]
+    if text is not None and text_segment_ids is not None:
+        more = [(text, text_segment_ids), *more]
+    states, ids = zip(*more, strict=True)
     return jnp.concatenate(states, 1), jnp.concatenate(ids, 1)
 
 

@@ -132,9 +132,10 @@ class TextToVideo(nn.Module):
         """Text states, needed once for all steps of a solver; without text, the tokens as they are."""
         if isinstance(self.config.text, NoTextConfig):
             return text
+        encoder: Any = self.text
         if isinstance(self.config.text, TextStatesConfig):
-            return self.text(text)
-        return self.text(text, text_segment_ids)
+            return encoder(text)
+        return encoder(text, text_segment_ids)
 
     def denoise(
         self, inputs: DenoiserInputs, residual: Float[Array, "b l d"] | None = None

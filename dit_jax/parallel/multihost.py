@@ -271,7 +271,7 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
 def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> Any:
     """Global arrays of a batch, of which this process holds the rows ``rows`` as NumPy arrays.
 
-    Token fields (``types.token_field``) are sharded over ``context`` too, if it divides them.
+    Token fields (``types.TOKENS``) are sharded over ``context`` too, if it divides them.
     """
     local_index = {row: i for i, row in enumerate(rows)}
 

@@ -130,7 +130,8 @@ def abstract_denoise(config: VideoRun, mesh: Mesh, rows: int = 1) -> AbstractSte
     multiple = token_multiple(mesh, config.attention)
     length = -(-count // multiple) * multiple
     condition = make_inputs([request] * rows, model_config, length)
-    tokens, segments = condition.token_fields, condition.segment_fields
+    tokens: dict[str, Any] = condition.token_fields
+    segments: dict[str, Any] = condition.segment_fields
     for name, one in model_config.conditioners.items():
         kind = one.field(model_config)
         here, middle = (tokens, length) if kind.of == "token" else (segments, 1)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig, check_fields, field_tokens
 from dit_jax.sampling.given import Given, given_tokens, places
 from dit_jax.sampling.loops import cycle
-from dit_jax.types import PAD, token_field
+from dit_jax.types import PAD, TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,27 +69,27 @@ class Request:
 class SamplerInputs:
     """What the solver starts from: rows of tokens, what is known of them, and their noise caps."""
 
-    clean: Float[Array, "b l p"] = token_field()
+    clean: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
     """Conditioning tokens; anything where the cap is 1."""
-    ceilings: Float[Array, "b l"] = token_field()
+    ceilings: Float[Array, "b l"] = struct.field(metadata=TOKENS)
     """The noise caps: 0 is a conditioning token, 1 is generated."""
-    group_ids: Int[Array, "b l"] = token_field()
+    group_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     group_ceilings: Float[Array, "b k"]
     """The cap that the tokens of a modulation group share."""
-    positions: Float[Array, "b l 3"] = token_field()
-    segment_ids: Int[Array, "b l"] = token_field()
-    token_ids: Int[Array, "b l"] = token_field()
+    positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
+    segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
+    token_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     text: Int[Array, "b s"] | Float[Array, "b s e"]
     text_segment_ids: Int[Array, "b s"]
     seeds: Int[Array, "b n"]
-    known: Bool[Array, "b l p"] | None = token_field(default=None)
+    known: Bool[Array, "b l p"] | None = struct.field(metadata=TOKENS, default=None)
     """Numbers that are kept in tokens that are generated; None if no row has any."""
     cycles: Float[Array, "b 3"] | None = None
     """Loops (see ``loops.cycle``); None if no row is one."""
     negative: Int[Array, "b s"] | Float[Array, "b s e"] | None = None
     """In place of the empty text; None if every row has that."""
     negative_segment_ids: Int[Array, "b s"] | None = None
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = token_field(default_factory=dict)
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(metadata=TOKENS, default_factory=dict)
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 
@@ -100,7 +100,7 @@ def request_fields(
     fields = request.frame_fields, request.pixel_fields
     tokens = field_tokens(patch, request.time_stride, request.size, *fields, request.loop)
     segment = {name: np.asarray(value) for name, value in request.segment_fields.items()}
-    return tokens, {**segment, "fps": np.float32(request.fps)}
+    return tokens, {**segment, "fps": np.array(request.fps, np.float32)}
 
 
 def make_inputs(

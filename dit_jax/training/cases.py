@@ -21,7 +21,7 @@ from dit_jax.data import (
     render,
     resize,
 )
-from dit_jax.data.sources import shown_source
+from dit_jax.data.sources import make_source, shown_source
 from dit_jax.evaluate import judge_classes, prompt_following
 from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
@@ -109,9 +109,12 @@ class Cases:
         fields = [{"label": i % classes} for i in range(count)]
         return [Request("", *size, fps, i, segment_fields=one) for i, one in enumerate(fields)]
 
-    def _of_records(self, source: RecordsConfig, count: int) -> list[Request]:
+    def _of_records(self, source: Any, count: int) -> list[Request]:
         split = self._config.evaluation.records_split
-        held = RecordsSource(dataclasses.replace(source, split=split or source.split))
+        if isinstance(source, RecordsConfig):
+            held = RecordsSource(dataclasses.replace(source, split=split or source.split))
+        else:  # of a user's own
+            held = make_source(source)
         samples = [held[i] for i in range(min(len(held), count))]
         requests = []
         for i, sample in enumerate(samples):

@@ -23,7 +23,7 @@ from dit_jax.parallel import (
     multihost,
 )
 from dit_jax.parallel.multihost import FLAGS, VARIABLES, take_process_flags
-from dit_jax.types import Batch, token_field
+from dit_jax.types import TOKENS, Batch
 
 MESHES = [
     (8, 1, 1, 1),
@@ -90,7 +90,7 @@ def test_length_that_context_does_not_divide_stays_whole():
 class Clean:
     """As the sampler's inputs: the field of tokens is named ``clean``."""
 
-    clean: np.ndarray = token_field()
+    clean: np.ndarray = struct.field(metadata=TOKENS)
     seeds: np.ndarray
 
 
