@@ -116,7 +116,9 @@ class Batch:
     num_tokens: Int[Array, "b n"]
     num_frames: Int[Array, "b n"]
     """Latent frames of each segment."""
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(metadata=TOKENS, default_factory=dict)
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
+        metadata=TOKENS, default_factory=dict
+    )
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
     """Always has "fps", the latent frames a second."""
 
@@ -138,7 +140,9 @@ class DenoiserInputs:
     """Of a dropped caption, PAD behind its first token."""
     dropped: Float[Array, "b n"]
     """1 if the segment is unconditional: conditioners then leave their field out."""
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(metadata=TOKENS, default_factory=dict)
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
+        metadata=TOKENS, default_factory=dict
+    )
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 

@@ -89,7 +89,9 @@ class SamplerInputs:
     negative: Int[Array, "b s"] | Float[Array, "b s e"] | None = None
     """In place of the empty text; None if every row has that."""
     negative_segment_ids: Int[Array, "b s"] | None = None
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(metadata=TOKENS, default_factory=dict)
+    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
+        metadata=TOKENS, default_factory=dict
+    )
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 
