@@ -36,7 +36,7 @@ from dit_jax.config import (
     stored_config,
     to_dict,
 )
-from dit_jax.data import DataError, Lanes, names_of
+from dit_jax.data import DataError, Lanes
 from dit_jax.files import (
     InputError,
     Lock,
@@ -347,7 +347,7 @@ def data_report(loader: Lanes[Any]) -> dict[str, Any]:
     before = 0 if reader.unfit is None else int(reader.unfit.sum())
     if not left_out and not before and not reader.cut_captions:
         return {}
-    names = [f"{name}: it does not fit" for name in names_of(reader, NAMES_IN_REPORT)]
+    names = [f"{name}: it does not fit" for name in reader.unfit_names(NAMES_IN_REPORT)]
     return {
         "records_left_out": len(left_out) + before,
         "captions_cut": reader.cut_captions,

@@ -8,6 +8,7 @@ float16; --flip stores the mirror image of every image too, because latents cann
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from dit_jax.codec.codec import Codec
 from dit_jax.codec.folders import load_codec
-from dit_jax.data import RecordsConfig, RecordsSource, TransformConfig, resize
+from dit_jax.data import RecordsConfig, RecordsSource, TransformConfig, centre, crop, resized
 from dit_jax.files import as_path
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import to_float
@@ -26,8 +27,21 @@ from dit_jax.sampling import to_float
 BATCH = 32
 
 
+def fitted(args: argparse.Namespace, video: np.ndarray, multiple: tuple[int, int]) -> np.ndarray:
+    """Frames cropped to a square, or shrunk to an area; the rest that no whole patch has is cut off."""
+    if args.crop is not None:
+        video = crop(TransformConfig(args.crop), video)
+    elif args.max_area is not None and (area := video.shape[1] * video.shape[2]) > args.max_area:
+        scale = math.sqrt(args.max_area / area)
+        video = resized(video, *(max(int(side * scale), 1) for side in video.shape[1:3]))
+    whole = [side // part * part for side, part in zip(video.shape[1:3], multiple, strict=True)]
+    if 0 in whole:
+        raise ValueError(f"a picture of {video.shape[1:3]} pixels is smaller than {multiple}")
+    return centre(video, *whole)
+
+
 def pictures(
-    source: RecordsSource, transform: TransformConfig, multiple: tuple[int, int], mirrored: bool
+    source: RecordsSource, args: argparse.Namespace, multiple: tuple[int, int]
 ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Every image [1, h, w, 3] float in [-1, 1] and what else its record has."""
     for i in range(len(source)):
@@ -35,8 +49,8 @@ def pictures(
         video = sample.pop("video")
         if video.dtype != np.uint8 or len(video) != 1:
             raise ValueError(f"record {i} has {video.dtype} {video.shape}: need images of uint8")
-        image = to_float(resize(transform, video, multiple))
-        for picture in (image, image[:, :, ::-1]) if mirrored else (image,):
+        image = to_float(fitted(args, video, multiple))
+        for picture in (image, image[:, :, ::-1]) if args.flip else (image,):
             yield picture, sample
 
 
@@ -63,7 +77,6 @@ def encoded(
 def convert(args: argparse.Namespace) -> Path:
     """Write the builder and return its directory; ValueError where something does not serve."""
     codec = load_codec(args.codec)
-    transform = TransformConfig(args.crop, args.max_area, whole_patches=True)
     sources = {
         split: RecordsSource(
             RecordsConfig(
@@ -85,7 +98,7 @@ def convert(args: argparse.Namespace) -> Path:
     with tqdm(total=total, unit="image", disable=None) as bar:
 
         def counted(split: str) -> Iterator[dict[str, Any]]:
-            found = pictures(sources[split], transform, multiple, args.flip)
+            found = pictures(sources[split], args, multiple)
             for sample in encoded(found, codec):
                 bar.update()
                 yield sample

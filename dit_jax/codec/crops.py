@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from dit_jax.data.lanes import Lanes, as_reader
-from dit_jax.data.mixing import order
+from dit_jax.data.mixing import sample_order
 from dit_jax.data.reader import Reader
 from dit_jax.types import ClipBatch, Sample, Source
 
@@ -113,7 +113,7 @@ class CropLoader(Lanes[ClipBatch]):
     ) -> None:
         reader = as_reader(source)
         element = partial(_row, reader, config, time, seed)
-        windows = order(reader.source, seed).map_with_index(element)
+        windows = sample_order(reader.source, seed).map_with_index(element)
         read = grain.ReadOptions(
             num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
         )

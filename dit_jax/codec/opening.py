@@ -13,7 +13,6 @@ from dit_jax.codec.folders import load_codec
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.config import VideoRun
 from dit_jax.data import RecordsSource
-from dit_jax.data.sources import opened_records, records_of
 from dit_jax.parallel import make_lay
 from dit_jax.types import Source
 
@@ -68,7 +67,9 @@ def with_codec_hash(config: VideoRun) -> VideoRun:
     """
     told, source = config.codec, config.data.source
     known = [told.hash] if told.hash else []
-    known += [made for one in records_of(source) if (made := RecordsSource(one).codec)]
+    known += [
+        made for one in getattr(source, "record_sets", ()) if (made := RecordsSource(one).codec)
+    ]
     if told.path is not None:
         known.append(load_codec(told.path).hash)
     if len(set(known)) > 1:
@@ -83,7 +84,7 @@ def with_codec_hash(config: VideoRun) -> VideoRun:
 
 def check_codec(codec: Codec | None, source: Source) -> None:
     """Raises ``ValueError`` where the latents of the data are another codec's."""
-    for records in opened_records(source):
+    for records in getattr(source, "record_sets", ()):
         if codec is not None and records.codec not in (None, codec.hash):
             raise ValueError(
                 f"the latents of {records.config.path!r} were made by the codec {records.codec!r}, "

@@ -28,8 +28,7 @@ from dit_jax.codec.measures import reconstruction_report, resize_baseline, side_
 from dit_jax.codec.reconstruction_loss import ReconstructionLoss
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.vgg_files import load_vgg
-from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader
-from dit_jax.data.sources import make_source, shown_source
+from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader, open_source
 from dit_jax.parallel import batch_shards, make_gather, make_lay, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Task, Work, everything
@@ -43,7 +42,7 @@ CLIPS_SHOWN = 6
 def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     """The task of a codec's run on a mesh; opens the data, and makes nothing else yet."""
     check_codec_layout(config, mesh)
-    source, held = make_source(config.data.source), make_source(_held_out(config))
+    source, held = open_source(config.data.source), open_source(_held_out(config))
     crop, model = config.data.crop, config.model
     for part in (source, held):
         Reader(part).first(
@@ -135,7 +134,10 @@ def batch_work(model: CausalAutoencoderConfig, batch: ClipBatch) -> Work:
 def _held_out(config: CodecRun) -> ShapesConfig | RecordsConfig:
     """The clips that are measured: of a split, if one is named, and of moving shapes those that
     training never draws."""
-    source, split = shown_source(config.data.source), config.evaluation.records_split
+    source, split = (
+        getattr(config.data.source, "shown_set", config.data.source),
+        config.evaluation.records_split,
+    )
     if isinstance(source, ShapesConfig):
         return dataclasses.replace(source, split="held_out")
     return source if split is None else dataclasses.replace(source, split=split)

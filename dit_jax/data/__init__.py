@@ -1,13 +1,10 @@
 """Data: sources of clips, and rows of packed segments."""
 
-from dit_jax.data.captions import draw_caption as draw_caption
 from dit_jax.data.lanes import Lanes as Lanes
 from dit_jax.data.lanes import merge_states as merge_states
 from dit_jax.data.mixing import MixedSetConfig as MixedSetConfig
 from dit_jax.data.mixing import MixedSource as MixedSource
 from dit_jax.data.mixing import MixtureConfig as MixtureConfig
-from dit_jax.data.mixing import open_mixture as open_mixture
-from dit_jax.data.mixing import order as order
 from dit_jax.data.packing import Augment as Augment
 from dit_jax.data.packing import Loader as Loader
 from dit_jax.data.packing import PackingConfig as PackingConfig
@@ -18,7 +15,7 @@ from dit_jax.data.packing import pack_rows as pack_rows
 from dit_jax.data.reader import DataError as DataError
 from dit_jax.data.reader import Reader as Reader
 from dit_jax.data.reader import checked_reader as checked_reader
-from dit_jax.data.reader import names_of as names_of
+from dit_jax.data.reader import open_source as open_source
 from dit_jax.data.records import RecordsConfig as RecordsConfig
 from dit_jax.data.records import RecordsSource as RecordsSource
 from dit_jax.data.shapes import MovingShapes as MovingShapes
@@ -29,7 +26,7 @@ from dit_jax.data.shapes import held_out_scenes as held_out_scenes
 from dit_jax.data.shapes import render as render
 from dit_jax.data.transforms import TransformConfig as TransformConfig
 from dit_jax.data.transforms import centre as centre
+from dit_jax.data.transforms import choose_caption as choose_caption
+from dit_jax.data.transforms import crop as crop
 from dit_jax.data.transforms import flip as flip
-from dit_jax.data.transforms import resize as resize
 from dit_jax.data.transforms import resized as resized
-from dit_jax.data.transforms import resized_size as resized_size

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 
 from dit_jax.data.records import RecordsConfig, RecordsSource
+from dit_jax.files import InputError
 from dit_jax.types import Sample, Source
 
 WINDOW = 1024
@@ -29,15 +30,15 @@ WINDOW = 1024
 
 @dataclasses.dataclass(frozen=True)
 class MixedSetConfig(RecordsConfig):
-    """One set of a mixture: records, and how often they are drawn."""
+    """One set of a mixture: records, and how often they are chosen."""
 
     weight: float = 1.0
-    """Of a sample to be of this set, over the sum of all weights."""
+    """A sample is of this set with this probability, over the sum of all weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.weight < math.inf:
-            raise ValueError(
+            raise InputError(
                 f"weight={self.weight} of {self.path!r}: it is above 0; leave a set out that is not "
                 "to be drawn"
             )
@@ -54,13 +55,9 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         if not self.sets:
-            raise ValueError("sets is empty: give at least one set of records")
+            raise InputError("sets is empty: give at least one set of records")
         if self.shown is not None and not 0 <= self.shown < len(self.sets):
-            raise ValueError(f"shown={self.shown}: the sets are 0 to {len(self.sets) - 1}")
-
-    def open(self) -> MixedSource:
-        """See ``open_mixture``."""
-        return open_mixture(self)
+            raise InputError(f"shown={self.shown}: the sets are 0 to {len(self.sets) - 1}")
 
     @property
     def shown_set(self) -> MixedSetConfig:
@@ -69,37 +66,93 @@ class MixtureConfig:
             return self.sets[self.shown]
         return next((one for one in self.sets if one.captioned), self.sets[0])
 
+    @property
+    def record_sets(self) -> tuple[RecordsConfig, ...]:
+        """All sets of records in this source's config."""
+        return self.sets
+
+    def open(self) -> MixedSource:
+        """Opens all sets; raises ``InputError`` if one model cannot learn from all of them."""
+        parts = [RecordsSource(one) for one in self.sets]
+        # Of each set: pixels or latents, their channels, and what made them. None agrees with all.
+        first = [part[0]["video"] for part in parts]
+        videos = ["pixels" if video.dtype == np.uint8 else "latents" for video in first]
+        _check_equal(parts, videos, "prepare all with one --codec, or all without")
+        channels = [f"{video.shape[-1]} channels" for video in first]
+        _check_equal(parts, channels, "prepare all sets with one codec")
+        codecs = [part.codec and f"latents of the codec {part.codec!r}" for part in parts]
+        _check_equal(parts, codecs, "prepare all sets with one codec")
+        captioned = [part for part in parts if part.config.captioned]
+        read = [part.config.text_states_key and part.text_encoder for part in captioned]
+        states = [one and f"states of the text encoder {one!r}" for one in read]
+        _check_equal(captioned, states, "prepare all captioned sets with one text encoder")
+        labels = ["labels" if part.config.label_key else "no labels" for part in captioned]
+        remedy = "give label_key for each, or captioned=False for those without"
+        _check_equal(captioned, labels, remedy)
+        return MixedSource(parts, [one.weight for one in self.sets])
+
+
+def _check_equal(parts: Sequence[RecordsSource], values: Sequence[str | None], remedy: str) -> None:
+    known = [(part.config.path, value) for part, value in zip(parts, values, strict=True) if value]
+    for path, value in known:
+        if value != known[0][1]:
+            raise InputError(
+                f"data.source.sets: {known[0][0]!r} has {known[0][1]} and {path!r} has {value}: "
+                f"{remedy}."
+            )
+
 
 class MixedSource:
     """Random access to the samples of all sets, one set behind another; ``order`` mixes them.
 
-    A sample is as its set gives it, with ``part``, the number of its set.
+    A sample is as its set yields it, with ``part``, the number of its set.
     """
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
         self.parts, self.weights = tuple(parts), tuple(float(weight) for weight in weights)
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
         if len(self.parts) != len(self.weights):
-            raise ValueError(
+            raise InputError(
                 f"{len(self.parts)} sets and {len(self.weights)} weights: give one for each set"
             )
         for i, part in enumerate(self.parts):
             if not len(part):
-                raise ValueError(f"set {i} of the mixture is empty: leave it out")
+                raise InputError(f"set {i} of the mixture is empty: leave it out")
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} samples")
         part, inside = self.locate(index)
         return {**self.parts[part][inside], "part": part}
 
     def locate(self, index: int) -> tuple[int, int]:
         """The set that a sample is of, and its index there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
         part = bisect.bisect_right(self._ends, index)
         return part, index - (self._ends[part - 1] if part else 0)
+
+    def name(self, index: int) -> str:
+        """How messages name a sample: as its set does."""
+        part, inside = self.locate(index)
+        return sample_name(self.parts[part], inside)
+
+    @property
+    def record_sets(self) -> tuple[RecordsSource, ...]:
+        """All sets of records in this source."""
+        return tuple(one for part in self.parts for one in getattr(part, "record_sets", ()))
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """See ``RecordsSource.sizes``; zeros for sets that do not say, None if no set does."""
+        sizes = [getattr(part, "sizes", None) for part in self.parts]
+        if all(one is None for one in sizes):
+            return None
+        pairs = zip(sizes, self.parts, strict=True)
+        return np.concatenate(
+            [np.zeros((len(p), 4), np.int32) if s is None else s for s, p in pairs]
+        )
 
     def order(self, seed: int) -> grain.MapDataset:
         """The endless mixed order of indices. Proportions are Grain's: the weights, to within 1 %."""
@@ -117,58 +170,14 @@ class MixedSource:
         )
 
 
-def order(source: Source, seed: int) -> grain.MapDataset:
+def sample_order(source: Source, seed: int) -> grain.MapDataset:
     """The indices of a source's samples in the endless order that training takes them in."""
-    if isinstance(source, MixedSource):
-        return source.order(seed)
+    if hasattr(source, "order"):
+        return source.order(seed)  # pyright: ignore[reportAttributeAccessIssue]
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
 
-def open_mixture(config: MixtureConfig) -> MixedSource:
-    """Opens all sets.
-
-    Raises:
-        ValueError: as ``RecordsSource`` does; and where the sets cannot be of one model: pixels with
-            latents, latents of several codecs or widths, states of several text encoders, labels in
-            some captioned sets only.
-    """
-    parts = [RecordsSource(one) for one in config.sets]
-    first = [part[0]["video"] for part in parts]
-    _check_alike(
-        parts,
-        ["pixels" if video.dtype == np.uint8 else "latents" for video in first],
-        "a model learns from pixels or from latents. Prepare all with one --codec, or all without",
-    )
-    _check_alike(
-        parts,
-        [f"{video.shape[-1]} channels" for video in first],
-        "latents of one model have the same. Prepare all sets with one codec",
-    )
-    made = [part.codec and f"latents of the codec {part.codec!r}" for part in parts]
-    _check_alike(parts, made, "prepare all sets with one codec")
-    captioned = [part for part in parts if part.config.captioned]
-    read = [part.config.text_states_key is not None and part.text_encoder for part in captioned]
-    _check_alike(
-        captioned,
-        [one and f"states of the text encoder {one!r}" for one in read],
-        "prepare all captioned sets with one text encoder",
-    )
-    _check_alike(
-        captioned,
-        ["no labels" if part.config.label_key is None else "labels" for part in captioned],
-        "give label_key for each, or captioned=False for those without",
-    )
-    return MixedSource(parts, [one.weight for one in config.sets])
-
-
-def _check_alike(
-    parts: Sequence[RecordsSource], said: Sequence[str | bool | None], remedy: str
-) -> None:
-    """Raises ``ValueError`` where sets say different things; those that say nothing fit to any."""
-    told = [(part, words) for part, words in zip(parts, said, strict=True) if words]
-    for part, words in told[1:]:
-        if words != told[0][1]:
-            raise ValueError(
-                f"data.source.sets: {told[0][0].config.path!r} has {told[0][1]} and "
-                f"{part.config.path!r} has {words}: {remedy}."
-            )
+def sample_name(source: Source, index: int) -> str:
+    """How messages name a sample of a source."""
+    name = getattr(source, "name", None)
+    return f"sample {index}" if name is None else name(index)

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from dit_jax.data.lanes import Lanes, as_reader
-from dit_jax.data.mixing import order
+from dit_jax.data.mixing import sample_order
 from dit_jax.data.reader import Reader
 from dit_jax.types import Batch, Sample, Source
 
@@ -163,7 +163,7 @@ def lane(
     the endless order, and on nothing else.
     """
     element = partial(_element, reader, tokenize, config, augment, seed)
-    mine = order(reader.source, seed).map_with_index(element)
+    mine = sample_order(reader.source, seed).map_with_index(element)
     read = grain.ReadOptions(
         num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
     )

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from dit_jax.data.mixing import MixedSource
-from dit_jax.data.records import RecordsSource
+from dit_jax.data.mixing import sample_name
 from dit_jax.files import InputError, explain, retry
 from dit_jax.types import Sample, Source
 
 FIRST_TRIES = 64
 """Samples that are tried until one can be used, when a run begins."""
 GROUPS_SHOWN = 5
+SizeCheck = Callable[[int, int, int], None]
+"""``check(frames, height, width)`` raises ``ValueError`` for a size that cannot be trained on."""
 T = TypeVar("T")
 
 
@@ -32,14 +33,9 @@ class DataError(ValueError):
     """More records than the limit cannot be used; this ends a run in its middle."""
 
 
-def record_name(source: Source, index: int) -> str:
-    """How messages name the sample ``index`` of a source."""
-    if isinstance(source, MixedSource):
-        part, inside = source.locate(index)
-        return record_name(source.parts[part], inside)
-    if isinstance(source, RecordsSource):
-        return f"record {index} of {source.config.path!r}"
-    return f"sample {index}"
+def open_source(config: Any) -> Source:
+    """The source of a run: what ``config.open()`` returns, or the config itself if it is a source."""
+    return config.open() if hasattr(config, "open") else config
 
 
 class Reader:
@@ -55,12 +51,11 @@ class Reader:
     def __init__(self, source: Source, limit: int = 0, unfit: np.ndarray | None = None) -> None:
         if len(source) < 1:
             raise InputError("the dataset is empty: check data.source's path, split and filters.")
-        self.source, self.limit = source, limit
+        self.source, self.limit, self.unfit = source, limit, unfit
         self.left_out: dict[int, str] = {}
         """Why each record was left out, by its index in the data set."""
         self.cut_captions = 0
         """Captions, each time one is read, of which the end was cut off."""
-        self.unfit = unfit
         self._lock = threading.Lock()
 
     def use(self, index: int, function: Callable[[Sample, str], T]) -> T | None:
@@ -72,7 +67,7 @@ class Reader:
         """
         if self.unfit is not None and self.unfit[index]:
             return None
-        name = record_name(self.source, index)
+        name = sample_name(self.source, index)
         try:
             sample = retry(lambda: self.source[index], f"reading {name}")
         except (OSError, MemoryError):
@@ -94,10 +89,9 @@ class Reader:
             self.left_out[index] = reason
             count = len(self.left_out)
         if count > self.limit or count >= len(self.source):
-            of = f"{count} of {len(self.source)} records"
             raise DataError(
-                f"{of} cannot be used, and at most {self.limit} may be left out "
-                f"(data.max_bad_records). The last: {reason}"
+                f"{count} of {len(self.source)} records cannot be used, and at most {self.limit} may "
+                f"be left out (data.max_bad_records). The last: {reason}"
             ) from error
         tqdm.write(f"left out: {reason}")
 
@@ -111,9 +105,8 @@ class Reader:
         for index in range(min(len(self.source), FIRST_TRIES)):
             if self.unfit is not None and self.unfit[index]:
                 continue
-            name = record_name(self.source, index)
             try:
-                return function(self.source[index], name)
+                return function(self.source[index], sample_name(self.source, index))
             except (OSError, MemoryError):
                 raise
             except Exception as error:
@@ -123,7 +116,7 @@ class Reader:
         ) from reason
 
     def note_cut(self, caption: str, length: int, limit: int) -> None:
-        """Counts a caption that is longer than the text encoder reads; the first is said."""
+        """Counts a caption that is longer than the text encoder reads; the first is printed."""
         with self._lock:
             self.cut_captions += 1
             first = self.cut_captions == 1
@@ -133,30 +126,19 @@ class Reader:
                 f"{caption[:60]!r}... (model.text says how many; others are counted as captions_cut)"
             )
 
-
-def stored_sizes(source: Source) -> np.ndarray | None:
-    """Frames, height, width and text length int32 ``[n, 4]`` of every record, as the data sets'
-    metadata have them; zeros for sets that do not say, None if no set does."""
-    if isinstance(source, MixedSource):
-        parts = [stored_sizes(part) for part in source.parts]
-        if all(part is None for part in parts):
-            return None
-        pairs = zip(parts, source.parts, strict=True)
-        return np.concatenate(
-            [np.zeros((len(one), 4), np.int32) if part is None else part for part, one in pairs]
-        )
-    return getattr(source, "sizes", None)
+    def unfit_names(self, limit: int) -> list[str]:
+        """Names of the first ``limit`` records that were known not to fit before training began."""
+        indices = [] if self.unfit is None else np.flatnonzero(self.unfit)[:limit].tolist()
+        return [sample_name(self.source, index) for index in indices]
 
 
-def find_unfit(
-    source: Source, check: Callable[[int, int, int], None]
-) -> tuple[np.ndarray | None, list[str]]:
+def find_unfit(source: Source, check: SizeCheck) -> tuple[np.ndarray | None, list[str]]:
     """Which records cannot be used, by their stored sizes, without reading them.
 
-    ``check(frames, height, width)`` raises ``ValueError`` for a size that does not fit. Returns bool
-    ``[n]`` and a line for each size that does not; None if nothing is known of the sizes.
+    Returns bool ``[n]`` and a line for each size that does not fit; None if the source has no ``sizes``
+    (int32 ``[n, 4]``: frames, height, width and text; zeros if they are unknown).
     """
-    sizes = stored_sizes(source)
+    sizes = getattr(source, "sizes", None)
     if sizes is None:
         return None, []
     t, h, w = (np.asarray(sizes[:, i], np.int64) for i in range(3))
@@ -173,47 +155,30 @@ def find_unfit(
             check(*size)
         except ValueError as error:
             bad[i] = True
-            name = record_name(source, int(first[i]))
+            name = sample_name(source, int(first[i]))
             shape = " x ".join(map(str, size))
             lines.append(f"{counts[i]} of {shape} (the first: {name}): {explain(error)}")
     return bad[inverse], lines
 
 
-def check_records(
-    source: Source, check: Callable[[int, int, int], None], policy: str
-) -> np.ndarray | None:
-    """``find_unfit``, printed before training begins; ``policy`` is ``data.bad_records``.
+def checked_reader(source: Source, check: SizeCheck, policy: str, limit: int) -> Reader:
+    """A reader under ``data.bad_records`` and ``data.max_bad_records``; what does not fit is printed.
 
     Raises:
         InputError: if records do not fit and the policy is "refuse", or if none fits.
     """
+    limit = limit if policy == "skip" else 0
     unfit, lines = find_unfit(source, check)
     if unfit is None or not unfit.any():
-        return None
-    shown = lines[:GROUPS_SHOWN]
-    if len(lines) > GROUPS_SHOWN:
-        shown.append(f"and of {len(lines) - GROUPS_SHOWN} other sizes")
-    text = f"{int(unfit.sum())} of {len(unfit)} records cannot be packed:\n  " + "\n  ".join(shown)
-    if policy == "refuse":
-        raise InputError(
-            f"{text}\nLeave them out with --data.bad-records skip, or change the data."
-        )
-    if unfit.all():
-        raise InputError(f"{text}\nNone is left to train on.")
+        return Reader(source, limit)
+    more = len(lines) - GROUPS_SHOWN
+    lines = lines[:GROUPS_SHOWN] + ([f"and of {more} other sizes"] if more > 0 else [])
+    text = f"{int(unfit.sum())} of {len(unfit)} records cannot be packed:\n  " + "\n  ".join(lines)
+    if policy == "refuse" or unfit.all():
+        remedy = "None is left to train on."
+        if not unfit.all():
+            remedy = "Leave them out with --data.bad-records skip, or change the data."
+        raise InputError(f"{text}\n{remedy}")
     if jax.process_index() == 0:
         print(f"{text}\nThey are left out.", flush=True)
-    return unfit
-
-
-def checked_reader(
-    source: Source, check: Callable[[int, int, int], None], policy: str, limit: int
-) -> Reader:
-    """A reader under ``data.bad_records`` and ``data.max_bad_records``; raises as ``check_records``."""
-    unfit = check_records(source, check, policy)
-    return Reader(source, limit if policy == "skip" else 0, unfit)
-
-
-def names_of(reader: Reader, limit: int) -> list[str]:
-    """Names of the first ``limit`` records that were known not to fit before training began."""
-    indices = [] if reader.unfit is None else np.flatnonzero(reader.unfit)[:limit].tolist()
-    return [record_name(reader.source, index) for index in indices]
+    return Reader(source, limit, unfit)

@@ -1,16 +1,17 @@
 """TFDS builders in ArrayRecord format, read without TensorFlow.
 
-`RecordsSource` is the random-access source over one split of a builder that `write_records` made, or of
-any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded videos
-and encoded image features (png, jpeg) are decoded with PyAV, because TFDS itself asks for TensorFlow,
-OpenCV or Pillow.
+`RecordsSource` is the random-access source over one split of a builder that `prepare.writing` made, or
+of any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded
+videos and encoded image features (png, jpeg) are decoded with PyAV, because TFDS itself asks for
+TensorFlow, OpenCV or Pillow.
 
 Opening reads the metadata and one record, however many shards there are: the number of records in each
 is in dataset_info.json, and a shard is opened when one of its records is read. What is wrong with a
-record is a `BadRecord`, which names it; what is wrong with the disk keeps its own type.
-
-It does not read TFRecord files or the Video feature of TFDS: both need TensorFlow.
+record is a `BadRecord`, which names it; what is wrong with the disk keeps its own type. TFRecord files
+and the Video feature of TFDS are not read: both need TensorFlow.
 """
+
+from __future__ import annotations
 
 import bisect
 import collections
@@ -24,7 +25,7 @@ import re
 import string
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,20 @@ from av.error import FFmpegError
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
-from dit_jax.data.captions import take_caption
+from dit_jax.data.transforms import take_caption
 from dit_jax.files import InputError, MiB, as_path, explain, is_remote, read_bytes
 from dit_jax.types import Sample
 
 CODEC, CODEC_NAME = "codec", "codec_name"
 """Where a builder's metadata say which codec made its latents: its hash, and its name."""
+TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
+"""The same of the text encoder that made the states of captions."""
 STATES = "text_states"
 """The feature that holds the states of captions."""
 ENCODED_VIDEOS = "encoded_videos"
 """Where a builder's metadata say which of its features of bytes are encoded videos, and how."""
+FRAMES_TAG = "FRAMES"
+"""The tag of encoded videos that says how many frames they have; Matroska keeps tags in upper case."""
 SIZES = ("frames", "height", "width", "caption bytes", "text states")
 """Columns of sizes-SPLIT.npy, int32, beside the shards: a row for each record, as it is stored."""
 OPEN_SHARDS = 256
@@ -56,122 +61,127 @@ FIRST_TRIES = 16
 """Records, spread over the split, of which one must be readable for a source to be opened."""
 OURS = "tensorflow_datasets."
 """TFDS imports the classes of features by their names: no other module is imported for a data set."""
-FRAMES_TAG = "FRAMES"
-"""The tag of encoded videos that says how many frames they have; Matroska keeps tags in upper case."""
+NO_STATES = np.zeros((0, 1), np.float32)
+"""The states of a caption that is absent, or was dropped."""
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
 _MODULE = re.compile(re.escape(OURS) + r"[\w.]+")
+_SHARD = re.compile(r".*-(\w+)\.array_record-(\d+)-of-\d+")
 _ERRNO = {os.strerror(number): number for number in errno.errorcode}
-NO_STATES = np.zeros((0, 1), np.float32)
-"""Of a caption that is not there, as of one that was dropped."""
-TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
-"""The same of the text encoder that made the states of captions: its hash, and its name."""
 
 
 @dataclass(frozen=True)
 class RecordsConfig:
-    """Which records to read, and how a record becomes a sample.
-
-    `path` is the directory of a builder (it holds dataset_info.json) or the TFDS name of a prepared
-    one, sought in `data_dir` (None: TFDS's own place). `split` may be sliced: "train[:90%]".
-
-    `video_key` names a uint8 feature [t, h, w, c] or [h, w, c] (one frame), c 1 or 3; grey is
-    repeated to three channels. A float feature of these shapes holds latents, with any c, and the
-    frame rate is then that of latent frames.
-    `text_states_key` names a float feature [s, e]: the caption as a text encoder's states.
-    The caption is the text of `caption_key`, or, where `caption_template` is given, that template
-    with features in braces, "a handwritten digit {label}"; `label_names` are the words for the
-    values of its single feature (a ClassLabel's own names by default). `fps_key` names the frame
-    rate; None, or a builder without "fps", gives `fps`.
-    `caption_mix` are features of text and their weights, such as (("caption_descriptive", 0.95),
-    ("caption", 0.05)): training draws one of them for each sample in each epoch, among those that are
-    not empty there. All else (evaluation, drawings) uses the caption above, or, where that is empty,
-    the first of the mix that is not. With `text_states_key`, `caption_mix_states` names the states of
-    each caption of the mix, in its order.
-    `label_key` names an integer feature, the class. A builder needs no captions then: without
-    `caption_key` they are empty.
-    Without `captioned` nothing that the records say of text is read, labels included, nor has to be
-    there: every sample is as one whose caption was dropped.
-
-    Raises ValueError for values that contradict each other.
-    """
+    """Which records to read, and how a record becomes a sample."""
 
     path: str
+    """The directory of a builder (it holds dataset_info.json), or the TFDS name of a prepared one."""
     split: str = "train"
+    """It may be sliced: "train[:90%]"."""
     video_key: str = "video"
+    """A uint8 feature [t, h, w, c] or [h, w, c] (one frame), c 1 or 3; grey is repeated to three
+    channels. A float feature of these shapes holds latents, with the frame rate of latent frames."""
     caption_key: str = "caption"
     caption_template: str | None = None
+    """In place of ``caption_key``: a caption with features in braces, "a handwritten digit {label}"."""
     label_names: tuple[str, ...] = ()
+    """Words for the values of the template's one feature; by default those of its ClassLabel."""
     text_states_key: str | None = None
+    """A float feature [s, e]: the caption as a text encoder's states."""
     caption_mix: tuple[tuple[str, float], ...] = ()
+    """Features of text and their weights, such as (("caption_descriptive", 0.95), ("caption", 0.05)):
+    training chooses one of them for each sample in each epoch, among those that are not empty there.
+    All else uses the caption above, or, if that is empty, the first of the mix that is not."""
     caption_mix_states: tuple[str, ...] = ()
+    """With ``text_states_key``: the states of each caption of the mix, in its order."""
     label_key: str | None = None
+    """An integer feature, the class: the segment field "label". Captions may be absent then."""
     fps_key: str | None = "fps"
     fps: float = 8.0
+    """The frame rate if ``fps_key`` is None, or "fps" and absent."""
     data_dir: str | None = None
+    """Where TFDS seeks a name; by default in its own place."""
     captioned: bool = True
+    """If False, nothing that the records say of text is read, labels included, nor has to be there:
+    every sample is as one whose caption was dropped."""
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path is empty: give a builder's directory or the name of a data set")
+        for wrong, message in self._constraints():
+            if wrong:
+                raise InputError(message)
+
+    def _constraints(self) -> Iterator[tuple[bool, str]]:
+        yield not self.path, "path is empty: give a builder's directory or the name of a data set"
         for name in ("path", "data_dir"):
-            if is_remote(getattr(self, name) or ""):
-                raise InputError(
-                    f"data.source.{name} is {getattr(self, name)!r}, and ArrayRecord reads local "
-                    "files: mount the bucket by gcsfuse, or copy the records to a local disk "
-                    "(docs/storage.md)."
-                )
-        if not self.fps > 0:
-            raise ValueError(f"fps={self.fps}: give a positive number of frames a second")
-        if self.caption_template is not None and not self.template_keys:
-            raise ValueError(
-                f"caption_template={self.caption_template!r} names no feature: put one in braces, "
-                "such as 'a handwritten digit {label}'"
+            yield (
+                is_remote(getattr(self, name) or ""),
+                f"data.source.{name} is {getattr(self, name)!r}, and ArrayRecord reads local files: "
+                "mount the bucket by gcsfuse, or copy the records to a local disk (docs/storage.md).",
             )
-        _check_mix(self)
-        if self.label_names and len(self.template_keys) != 1:
-            raise ValueError(
-                f"label_names with caption_template={self.caption_template!r}: names belong to the "
-                "one feature of a template; give a template with exactly one feature in braces"
-            )
+        yield not self.fps > 0, f"fps={self.fps}: give a positive number of frames a second"
+        template = f"caption_template={self.caption_template!r}"
+        try:
+            keys = self.template_keys
+        except ValueError as error:
+            yield True, f"{template} is no template ({error}): write a brace itself twice"
+            return
+        yield (
+            self.caption_template is not None and not keys,
+            f"{template} names no feature: put one in braces, as in 'a handwritten digit {{label}}'",
+        )
+        yield (
+            bool(self.label_names) and len(keys) != 1,
+            f"label_names with {template}: names belong to the one feature of a template; give a "
+            "template with exactly one feature in braces",
+        )
+        names = [name for name, _ in self.caption_mix]
+        weights = [weight for _, weight in self.caption_mix]
+        yield (
+            any(not 0 < weight < float("inf") for weight in weights)
+            or len(set(names)) < len(names),
+            f"caption_mix={self.caption_mix}: name each feature once, with a weight above 0; leave out "
+            "what is not to be drawn",
+        )
+        count = len(names) if self.text_states_key is not None else 0
+        yield (
+            len(self.caption_mix_states) != count,
+            f"caption_mix_states={self.caption_mix_states}: with caption_mix of {len(names)} and "
+            f"text_states_key {self.text_states_key!r} there are {count}, the states of each caption",
+        )
 
     @property
     def template_keys(self) -> tuple[str, ...]:
         """Features that the template names, in order, each once."""
-        if self.caption_template is None:
-            return ()
-        try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(self.caption_template)]
-        except ValueError as error:
-            raise ValueError(
-                f"caption_template={self.caption_template!r} is no template ({error}): name "
-                "features in braces, and write a brace itself twice"
-            ) from error
-        return tuple(dict.fromkeys(field for field in fields if field is not None))
+        fields = string.Formatter().parse(self.caption_template or "")
+        return tuple(dict.fromkeys(field for _, field, _, _ in fields if field is not None))
 
-    def open(self) -> "RecordsSource":
-        """The records. Raises ``ValueError`` if they are absent, foreign or empty."""
-        return RecordsSource(self)
+    @property
+    def text_keys(self) -> dict[str, tuple[str, ...]]:
+        """Features of text and labels that are read, by the fields that name them."""
+        if not self.captioned:
+            return {}
+        whole = self.caption_template is None and self.label_key is None
+        return {
+            "caption_template": self.template_keys,
+            "caption_key": (self.caption_key,) if whole else (),
+            "label_key": () if self.label_key is None else (self.label_key,),
+            "caption_mix": tuple(name for name, _ in self.caption_mix),
+            "caption_mix_states": self.caption_mix_states,
+            "text_states_key": () if self.text_states_key is None else (self.text_states_key,),
+        }
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Fields that hold paths: ``path`` is the name of a TFDS data set unless it is a directory."""
         return ("path", "data_dir") if as_path(self.path).is_dir() else ("data_dir",)
 
+    @property
+    def record_sets(self) -> tuple[RecordsConfig, ...]:
+        """All sets of records in this source's config."""
+        return (self,)
 
-def _check_mix(config: RecordsConfig) -> None:
-    mix = config.caption_mix
-    names = [name for name, _ in mix]
-    if any(not 0 < weight < float("inf") for _, weight in mix) or len(set(names)) < len(names):
-        raise ValueError(
-            f"caption_mix={mix}: name each feature once, with a weight above 0; leave out what is not "
-            "to be drawn"
-        )
-    wanted = len(mix) if config.text_states_key is not None else 0
-    if len(config.caption_mix_states) != wanted:
-        raise ValueError(
-            f"caption_mix_states={config.caption_mix_states}: with caption_mix of {len(mix)} and "
-            f"text_states_key {config.text_states_key!r} there are {wanted}, the states of each caption"
-        )
+    def open(self) -> RecordsSource:
+        """The records. Raises ``InputError`` if they are absent, foreign or empty."""
+        return RecordsSource(self)
 
 
 class BadRecord(ValueError):
@@ -233,12 +243,9 @@ class _Shards:
         try:
             return self._reader(path).read([number])[0]
         except RuntimeError as error:
-            cause = storage_error(error, path)
-            if cause is None:
-                raise
             with self._lock:
                 self._readers.pop(path, None)
-            raise cause from error
+            raise storage_error(error, path) or error from error
 
     def _reader(self, path: Path) -> Any:
         with self._lock:
@@ -246,11 +253,8 @@ class _Shards:
                 self._readers.move_to_end(path)
                 return self._readers[path]
         # Opened outside the lock: on network storage it takes a while.
-        reader = ArrayRecordReader(
-            str(path),
-            options="readahead_buffer_size:0",
-            file_reader_buffer_size=32768,
-        )
+        options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+        reader: Any = ArrayRecordReader(str(path), **options)
         with self._lock:
             self._readers[path] = reader
             # One that another thread reads from is closed when it has done so.
@@ -262,74 +266,57 @@ class _Shards:
 class RecordsSource:
     """The random-access source over one split of a builder.
 
-    A sample is {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}, the video float32
-    [t, h, w, c] if it holds latents, with "text_states": float32 [s, e] and the segment field "label"
-    if those are asked for; IndexError outside 0..len-1. Deterministic, picklable (files are opened
-    again), usable from threads. Text that is not UTF-8 is read with U+FFFD, and said once.
+    A sample's video is uint8 [t, h, w, 3], or float32 [t, h, w, c] if it holds latents. The source is
+    deterministic, picklable (files are opened again) and usable from threads.
 
-    Raises InputError at construction, where a record is read, too: for an absent or foreign
-    directory, an absent or empty split, a missing feature, and records that are no clips. Reading
-    raises BadRecord for a record that cannot be used, and OSError for the errors of the disk.
+    Opening raises InputError for an absent or foreign directory, an absent or empty split, a missing
+    feature, and records that are no clips. Reading raises BadRecord for a record that cannot be used,
+    and OSError for the errors of the disk.
     """
 
     def __init__(self, config: RecordsConfig) -> None:
         self.config = config
         self._open()
-        self._read_one()
-
-    def _open(self) -> None:
-        builder = find_builder(self.config.path, self.config.data_dir)
-        _check_split(builder, self.config)
-        self._features = features = builder.info.features
-        _check_features(features, self.config)
-        metadata = builder.info.metadata or {}
-        self._videos = set(metadata.get(ENCODED_VIDEOS) or ())
-        # Images are handed over as they are encoded, also those that nobody asked for.
-        self._images = {k for k in features if isinstance(features[k], tfds.features.Image)}
-        self._decoders = {key: tfds.decode.SkipDecoding() for key in self._images}
-        self._captioned = self.config.caption_key in features
-        self.codec: str | None = metadata.get(CODEC)
-        """The codec that made the latents, where the builder says so."""
-        self.text_encoder: str | None = metadata.get(TEXT_ENCODER)
-        """The hash of the text encoder that made the states of captions, where the builder says so."""
-        self.text_encoder_name: str | None = metadata.get(TEXT_ENCODER_NAME)
-        self._has_fps = self.config.fps_key is not None and self.config.fps_key in features
-        self._names = {
-            key: self.config.label_names or tuple(getattr(features[key], "names", None) or ())
-            for key in (self.config.template_keys if self.config.captioned else ())
-        }
-        self._repaired = False
-        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-            raise InputError(
-                f"{self.config.path!r} is stored as {builder.info.file_format}, which needs "
-                "TensorFlow to be read: prepare it with file_format='array_record', or convert it "
-                "with `tfds convert_format --out_file_format=array_record`"
-            )
-        try:
-            instructions = builder.info.splits[self.config.split].file_instructions
-            if not instructions:
-                raise ValueError("no records")
-        except Exception as error:  # TFDS parses the split, and its errors are of several types.
-            raise InputError(
-                f"split {self.config.split!r} of {self.config.path!r} is empty or malformed "
-                f"({error}): choose another of {_split_sizes(builder)}"
-            ) from error
-        self._records = _Shards(instructions)
-        self._lengths = {
-            split: list(info.shard_lengths) for split, info in builder.info.splits.items()
-        }
-
-    def _read_one(self) -> None:
-        """Proves that there is a record to read."""
-        tries = np.unique(np.linspace(0, len(self) - 1, FIRST_TRIES).astype(int)).tolist()
+        # Proves that there is a record to read.
         errors: list[BadRecord] = []
-        for index in tries:
+        for index in np.unique(np.linspace(0, len(self) - 1, FIRST_TRIES).astype(int)).tolist():
             try:
                 self[index]
                 return
             except BadRecord as error:
                 errors.append(error)
-        raise InputError(f"{errors[0]} (and so are all of {len(tries)} records that were tried)")
+        raise InputError(f"{errors[0]} (and so are all of {len(errors)} records that were tried)")
+
+    def _open(self) -> None:
+        config = self.config
+        builder = find_builder(config.path, config.data_dir)
+        self._features = features = builder.info.features
+        for wrong, message in _faults(builder, config):
+            if wrong:
+                raise InputError(message)
+        metadata = builder.info.metadata or {}
+        self._videos = set(metadata.get(ENCODED_VIDEOS) or ())
+        # Images are handed over as they are encoded, also those that nobody asked for.
+        self._images = {k for k in features if isinstance(features[k], tfds.features.Image)}
+        self._decoders = {key: tfds.decode.SkipDecoding() for key in self._images}
+        self.codec: str | None = metadata.get(CODEC)
+        """The hash of the codec that made the latents, if the builder says so."""
+        self.text_encoder: str | None = metadata.get(TEXT_ENCODER)
+        """The hash of the text encoder that made the states of captions, if the builder says so."""
+        self.text_encoder_name: str | None = metadata.get(TEXT_ENCODER_NAME)
+        self._has_fps = config.fps_key is not None and config.fps_key in features
+        self._names = {
+            key: config.label_names or tuple(getattr(features[key], "names", None) or ())
+            for key in (config.template_keys if config.captioned else ())
+        }
+        self._repaired = False
+        self._records = _Shards(builder.info.splits[config.split].file_instructions)
+        self._lengths = {k: list(v.shard_lengths) for k, v in builder.info.splits.items()}
+
+    @property
+    def record_sets(self) -> tuple[RecordsSource, ...]:
+        """All sets of records in this source."""
+        return (self,)
 
     @functools.cached_property
     def sizes(self) -> np.ndarray | None:
@@ -338,45 +325,31 @@ class RecordsSource:
         The last is the number of its states if the config reads "text_states", the bytes of its
         caption if it reads "caption" alone, and otherwise 0. None if the builder does not say sizes.
         """
-        if self.config.video_key != "video":
+        config, parts = self.config, []
+        tables: dict[tuple[Path, str], np.ndarray] = {}
+        try:
+            for path, first, end in self._records.spans:
+                match = _SHARD.fullmatch(path.name)
+                assert match is not None
+                split, before = match[1], sum(self._lengths[match[1]][: int(match[2])])
+                if (place := (path.parent, split)) not in tables:
+                    tables[place] = np.load(path.parent / f"sizes-{split}.npy", mmap_mode="r")
+                    if tables[place].shape != (sum(self._lengths[split]), len(SIZES)):
+                        return None
+                parts.append(tables[place][before + first : before + end])
+        except (OSError, ValueError):
             return None
-        parts: list[np.ndarray] = []
-        for folder, split, first, end in self._runs():
-            try:
-                rows = np.load(folder / f"sizes-{split}.npy", mmap_mode="r")
-            except (OSError, ValueError):
-                return None
-            if rows.shape != (sum(self._lengths[split]), len(SIZES)):
-                return None
-            parts.append(rows[first:end])
-        sizes = np.array(np.concatenate(parts)[:, :4])
-        if self.config.captioned and self.config.text_states_key == STATES:
-            sizes[:, 3] = np.concatenate(parts)[:, 4]
-        elif not self._reads_caption:
-            sizes[:, 3] = 0
-        return sizes
-
-    @property
-    def _reads_caption(self) -> bool:
-        config = self.config
-        other = config.caption_template is not None or config.text_states_key is not None
-        return config.captioned and config.caption_key == "caption" and not other
-
-    def _runs(self) -> list[tuple[Path, str, int, int]]:
-        """Directory, split, first record and end of every run of records of one split."""
-        firsts: dict[str, tuple[str, int]] = {}
-        for split, lengths in self._lengths.items():
-            for index, before in enumerate(itertools.accumulate(lengths, initial=0)):
-                firsts[f"-{split}.array_record-{index:05d}-of-{len(lengths):05d}"] = split, before
-        runs: list[tuple[Path, str, int, int]] = []
-        for path, first, end in self._records.spans:
-            # NAME has no hyphens, and neither have names of splits.
-            split, before = firsts[path.name[path.name.index("-") :]]
-            first, end = before + first, before + end
-            if runs and runs[-1][:2] == (path.parent, split) and runs[-1][3] == first:
-                first = runs.pop()[2]
-            runs.append((path.parent, split, first, end))
-        return runs
+        sizes = np.concatenate(parts)
+        if config.video_key != "video":
+            return None
+        plain = config.caption_template is None and config.text_states_key is None
+        if config.captioned and config.text_states_key == STATES:
+            text = sizes[:, 4]
+        elif config.captioned and config.caption_key == "caption" and plain:
+            text = sizes[:, 3]
+        else:
+            text = np.zeros(len(sizes), np.int32)
+        return np.concatenate([sizes[:, :3], text[:, None]], 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -387,6 +360,10 @@ class RecordsSource:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def name(self, index: int) -> str:
+        """How messages name a record."""
+        return f"record {index} of {self.config.path!r}"
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
@@ -407,67 +384,58 @@ class RecordsSource:
             raise BadRecord(where, int(index), explain(error)) from error
 
     def _sample(self, data: bytes) -> Sample:
-        if not data:  # What ArrayRecord gives of a file that was cut while it is open.
-            raise ValueError("it is empty: the file was cut")
-        record = self._features.deserialize_example_np(data, decoders=self._decoders)
-        key = self.config.video_key
-        if missing := [name for name in (key, *self._text_keys()) if record.get(name) is None]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        video = record[key]
-        if key in self._videos:
-            video = decode_video(video)
-        elif key in self._images:
-            video = _decode_image(video)
+        config, key = self.config, self.config.video_key
+        # ArrayRecord gives no bytes of a file that was cut while it is open.
+        record = (
+            self._features.deserialize_example_np(data, decoders=self._decoders) if data else {}
+        )
+        keys = [key, *itertools.chain(*config.text_keys.values())]
+        keys += [config.fps_key] if self._has_fps else []
+        missing = [str(name) for name in keys if record.get(name) is None]
+        _expect(not missing, f"it has no {', '.join(missing)}" if data else "the file was cut")
+        decode = {
+            **dict.fromkeys(self._images, _decode_image),
+            **dict.fromkeys(self._videos, decode_video),
+        }
+        video = decode[key](record[key]) if key in decode else record[key]
         sample: Sample = {
             "video": _finite(as_video(video, f"feature {key!r}"), key),
-            "caption": self._caption(record) if self.config.captioned else "",
-            "fps": float(record[self.config.fps_key]) if self._has_fps else self.config.fps,
+            "caption": "",
+            "fps": float(record[config.fps_key]) if self._has_fps else config.fps,
         }
-        if not 0 < sample["fps"] < float("inf"):
-            raise ValueError(f"its frame rate is {sample['fps']}")
-        if not self.config.captioned:
+        _expect(0 < sample["fps"] < float("inf"), f"its frame rate is {sample['fps']}")
+        if not config.captioned:
             sample["text_states"] = NO_STATES
             return sample
-        if self.config.text_states_key is not None:
-            sample["text_states"] = _read_states(record, self.config.text_states_key)
-        if self.config.caption_mix:
-            self._add_captions(sample, record)
-        if self.config.label_key is not None:
-            sample["segment_fields"] = {"label": int(record[self.config.label_key])}
+        if config.caption_template is not None:
+            words = {key: self._word(key, record[key]) for key in config.template_keys}
+            sample["caption"] = config.caption_template.format(**words)
+        elif config.caption_key in self._features:
+            sample["caption"] = self._text(record[config.caption_key])
+        if config.text_states_key is not None:
+            sample["text_states"] = _read_states(record, config.text_states_key)
+        if config.label_key is not None:
+            sample["segment_fields"] = {"label": int(record[config.label_key])}
+        if names := [name for name, _ in config.caption_mix]:
+            captions = {name: self._text(record[name]) for name in names}
+            states = zip(names, config.caption_mix_states, strict=False)
+            sample["captions"] = captions
+            if config.caption_mix_states:
+                sample["captions_states"] = {n: _read_states(record, k) for n, k in states}
+            first = next((name for name in names if captions[name]), None)
+            if not sample["caption"] and first is not None:
+                take_caption(sample, first)
         return sample
-
-    def _text_keys(self) -> list[str]:
-        keys = itertools.chain(*_of_text(self.config).values()) if self.config.captioned else ()
-        return [*keys, *((self.config.fps_key or "",) if self._has_fps else ())]
-
-    def _add_captions(self, sample: Sample, record: Mapping[str, Any]) -> None:
-        names = [name for name, _ in self.config.caption_mix]
-        sample["captions"] = {name: self._text(record[name]) for name in names}
-        if self.config.caption_mix_states:
-            keys = zip(names, self.config.caption_mix_states, strict=True)
-            states = {name: _read_states(record, key) for name, key in keys}
-            sample["captions_states"] = states
-        first = next((name for name in names if sample["captions"][name]), None)
-        if not sample["caption"] and first is not None:
-            take_caption(sample, first)
-
-    def _caption(self, record: Mapping[str, Any]) -> str:
-        if self.config.caption_template is None:
-            if not self._captioned:
-                return ""
-            return self._text(record[self.config.caption_key])
-        words = {key: self._word(key, record[key]) for key in self.config.template_keys}
-        return self.config.caption_template.format(**words)
 
     def _word(self, key: str, value: Any) -> str:
         names = self._names[key]
         if not names:
             return self._text(value)
-        if not 0 <= int(value) < len(names):
-            raise ValueError(
-                f"{key}={value} of {self.config.path!r} has no name among label_names, which has "
-                f"{len(names)}: give a name for every value"
-            )
+        _expect(
+            0 <= int(value) < len(names),
+            f"{key}={value} of {self.config.path!r} has no name among label_names, which has "
+            f"{len(names)}: give a name for every value",
+        )
         return names[int(value)]
 
     def _text(self, value: Any) -> str:
@@ -491,41 +459,45 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
 
     No code of the data set's is run: a feature whose class is not one of TFDS's is refused.
     """
-    if is_remote(name):
-        raise InputError(
-            f"{name!r}: ArrayRecord files are read from disks only. Mount the bucket (gcsfuse) and "
-            "give the path there, or copy the data to a local disk (gcloud storage cp -r)."
-        )
     path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "dataset_info.json").is_file():
-            inside = sorted(str(p.parent) for p in path.glob("**/dataset_info.json"))
-            hint = f"; it holds {', '.join(inside)}" if inside else ""
-            raise InputError(
-                f"{name!r} is not a TFDS builder, it has no dataset_info.json{hint}: give "
-                "the directory of a version, such as name/1.0.0"
-            )
-        _check_classes(path)
+    if is_remote(name):
+        why = (
+            "ArrayRecord files are read from disks only. Mount the bucket (gcsfuse) and give the path "
+            "there, or copy the data to a local disk (gcloud storage cp -r)."
+        )
+    elif not path.is_dir():
+        return _named_builder(name, data_dir)
+    elif not (path / "dataset_info.json").is_file():
+        inside = sorted(str(p.parent) for p in path.glob("**/dataset_info.json"))
+        hint = f"; it holds {', '.join(inside)}" if inside else ""
+        why = (
+            f"it is not a TFDS builder, it has no dataset_info.json{hint}: give the directory of a "
+            "version, such as name/1.0.0"
+        )
+    else:
         try:
+            _check_classes(path)
             return tfds.builder_from_directory(path)
         except ImportError as error:
-            raise InputError(
-                f"{name!r} has features that need TensorFlow ({error}): store it again, see "
+            why = (
+                f"it has features that need TensorFlow ({error}): store it again, see "
                 "dit_jax.prepare.writing.write_records"
-            ) from error
-        except OSError:
+            )
+        except (InputError, OSError):
             raise
-        except (
-            Exception
-        ) as error:  # The parsers of JSON, protobuf and TFDS have errors of their own.
-            raise InputError(
-                f"{name!r} is not a TFDS builder, its metadata cannot be read ({explain(error)}): "
-                "write or copy it again"
-            ) from error
+        # The parsers of JSON, protobuf and TFDS have errors of their own.
+        except Exception as error:
+            why = (
+                f"it is not a TFDS builder, its metadata cannot be read ({explain(error)}): write or "
+                "copy it again"
+            )
+    raise InputError(f"{name!r}: {why}")
+
+
+def _named_builder(name: str, data_dir: str | None) -> Any:
     try:
         # NAMESPACE:NAME loads code of others, and NAME/a=1 passes arguments to a builder's code.
-        if not _NAME.fullmatch(name):
-            raise ValueError("it is no name")
+        _expect(_NAME.fullmatch(name) is not None, "it is no name")
         stem = naming.parse_builder_name_kwargs(name)[0].name
         for folder in file_utils.list_data_dirs(given_data_dir=data_dir):
             for file in Path(folder).expanduser().glob(f"{stem}/**/features.json"):
@@ -548,84 +520,86 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
 
 
 def _check_classes(folder: Path) -> None:
-    """Refuses a builder whose metadata name a class outside TFDS, which TFDS would import.
+    """Refuses a builder whose metadata name a class outside TFDS, which TFDS would import and so run.
 
     Names are in ``pythonClassName``, or in ``type`` in files of older versions, at any depth; also in
     JSON within strings, which TFDS parses too.
     """
-    for file in ("features.json", "dataset_info.json"):
-        if not (folder / file).is_file():
+    for file in (folder / "features.json", folder / "dataset_info.json"):
+        if not file.is_file():
             continue
-        values: list[Any] = [read_bytes(folder / file, 64 * MiB).decode(errors="replace")]
+        values: list[Any] = [read_bytes(file, 64 * MiB).decode(errors="replace")]
+        classes: set[Any] = set()
         while values:
             value = values.pop()
             if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
                 try:
                     values.append(json.loads(value))
-                except RecursionError as error:
-                    raise InputError(f"{str(folder / file)!r} is nested too deeply") from error
+                except RecursionError:
+                    classes.add("nested too deeply to be read")
                 except ValueError:
                     continue  # It is no JSON for TFDS, either.
             elif isinstance(value, list):
                 values += value
             elif isinstance(value, dict):
                 values += value.values()
-                for key in ("pythonClassName", "python_class_name", "type"):
-                    name = value.get(key)
-                    if isinstance(name, str) and not _MODULE.fullmatch(name):
-                        raise InputError(
-                            f"{str(folder / file)!r} has a feature of class {name!r}, whose module "
-                            f"TFDS would import and so run: only classes of {OURS[:-1]} are read. "
-                            "Store the data set again with those."
-                        )
-
-
-def _split_sizes(builder: Any) -> str:
-    return ", ".join(f"{k} ({v.num_examples})" for k, v in builder.info.splits.items()) or "none"
-
-
-def _check_split(builder: Any, config: RecordsConfig) -> None:
-    # "train[:10%]+test" names two splits; what is in brackets TFDS reads itself.
-    for name in re.sub(r"\[[^]]*\]", "", config.split).split("+"):
-        if name.strip() not in builder.info.splits:
+                classes |= {
+                    value.get(key)
+                    for key in ("pythonClassName", "python_class_name", "type")
+                    if isinstance(value.get(key), str)
+                }
+        foreign = sorted(name for name in classes if not _MODULE.fullmatch(name))
+        if foreign:
             raise InputError(
-                f"split {name.strip()!r} is not in {config.path!r}: choose one of "
-                f"{_split_sizes(builder)}"
+                f"{str(file)!r} has a feature of class {foreign[0]!r}, whose module TFDS would import "
+                f"and so run: only classes of {OURS[:-1]} are read. Store the data again with those."
             )
 
 
-def _check_features(features: Mapping[str, Any], config: RecordsConfig) -> None:
-    needed: dict[str, tuple[str, ...]] = {"video_key": (config.video_key,)}
-    if config.captioned:
-        needed |= _of_text(config)
+def _faults(builder: Any, config: RecordsConfig) -> Iterator[tuple[bool, str]]:
+    """What must not be true of a builder, and what to say if it is; in order."""
+    path, features, splits = config.path, builder.info.features, builder.info.splits
+    choices = ", ".join(f"{k} ({v.num_examples})" for k, v in splits.items()) or "none"
+    # "train[:10%]+test" names two splits; what is in brackets TFDS reads itself.
+    for name in re.sub(r"\[[^]]*\]", "", config.split).split("+"):
+        yield (
+            name.strip() not in splits,
+            f"split {name.strip()!r} is not in {path!r}: choose one of {choices}",
+        )
+    keys = {"video_key": (config.video_key,), **config.text_keys}
     # The default frame rate stands in for the default key only: another key is meant to exist.
-    if config.fps_key not in (None, "fps"):
-        needed["fps_key"] = (config.fps_key,)
-    for field, keys in needed.items():
-        for key in keys:
-            if key not in features:
-                raise InputError(
-                    f"{field}: no feature {key!r} in {config.path!r}; it has "
-                    f"{', '.join(sorted(features))}: set {field} to one of them"
-                )
+    keys["fps_key"] = () if config.fps_key in (None, "fps") else (config.fps_key,)
+    for field, key in ((field, key) for field, names in keys.items() for key in names):
+        yield (
+            key not in features,
+            f"{field}: no feature {key!r} in {path!r}; it has {', '.join(sorted(features))}: set "
+            f"{field} to one of them",
+        )
+    yield (
+        builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD,
+        f"{path!r} is stored as {builder.info.file_format}, which needs TensorFlow to be read: prepare "
+        "it with file_format='array_record', or convert it with `tfds convert_format "
+        "--out_file_format=array_record`",
+    )
+    why = "no records"
+    try:
+        empty = not splits[config.split].file_instructions
+    except Exception as error:  # TFDS parses the split, and its errors are of several types.
+        empty, why = True, str(error)
+    yield (
+        empty,
+        f"split {config.split!r} of {path!r} is empty or malformed ({why}): choose one of {choices}",
+    )
 
 
-def _of_text(config: RecordsConfig) -> dict[str, tuple[str, ...]]:
-    """Features of text and labels that are read, by the fields that name them."""
-    needed = {"caption_template": config.template_keys}
-    if config.caption_template is None and config.label_key is None:
-        needed["caption_key"] = (config.caption_key,)
-    if config.label_key is not None:
-        needed["label_key"] = (config.label_key,)
-    needed["caption_mix"] = tuple(name for name, _ in config.caption_mix)
-    needed["caption_mix_states"] = config.caption_mix_states
-    if config.text_states_key is not None:
-        needed["text_states_key"] = (config.text_states_key,)
-    return needed
+def _expect(condition: bool, message: str) -> None:
+    """Raises ``ValueError`` unless a record is sound; ``__getitem__`` makes it a ``BadRecord``."""
+    if not condition:
+        raise ValueError(message)
 
 
 def _decode_image(data: bytes) -> np.ndarray:
-    """Encoded png or jpeg to uint8 [h, w, 3]; ValueError where it is none."""
+    """Encoded png or jpeg to uint8 [1, h, w, 3]; ValueError if it is damaged."""
     try:
         with av.open(io.BytesIO(data), "r") as container:
             # One small picture: starting threads costs more than decoding it.
@@ -643,32 +617,28 @@ def _decode_image(data: bytes) -> np.ndarray:
 def decode_video(data: bytes) -> np.ndarray:
     """uint8 RGB ``[t, h, w, 3]`` of the bytes that ``prepare.encoded.encode_video`` makes.
 
-    Raises:
-        ValueError: if they are damaged: FFmpeg would fill the gaps with what it guesses.
+    Raises ``ValueError`` if they are damaged: FFmpeg would fill the gaps with what it guesses.
     """
     frames: list[np.ndarray] = []
-    expected = None
     try:
         with av.open(io.BytesIO(data), "r") as container:
-            expected = container.metadata.get(FRAMES_TAG)
+            count = container.metadata.get(FRAMES_TAG)
             stream = container.streams.video[0]
             # The loader reads several clips at once: more threads for each only take turns.
             stream.thread_type = "NONE"
             for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise ValueError(f"frame {len(frames)} of an encoded video is damaged")
+                _expect(not frame.is_corrupt, f"frame {len(frames)} of an encoded video is damaged")
                 frames.append(frame.to_ndarray())
     except (FFmpegError, IndexError) as error:
         raise ValueError(
             f"an encoded video of {len(data)} bytes could not be decoded ({error})"
         ) from error
-    if str(len(frames)) != expected:
-        raise ValueError(f"an encoded video has {len(frames)} frames of {expected}")
+    _expect(str(len(frames)) == count, f"an encoded video has {len(frames)} frames of {count}")
     return np.stack(frames)
 
 
 def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
-    """uint8 [t, h, w, 3] of [t, h, w, c] or [h, w, c] with c 1 or 3, or, where they may be `latents`,
+    """uint8 [t, h, w, 3] of [t, h, w, c] or [h, w, c] with c 1 or 3, or, if they may be `latents`,
     float32 of any c; `where` starts the error."""
     video = np.asarray(value)
     if video.ndim == 3:
@@ -676,24 +646,22 @@ def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
     whole = video.ndim == 4 and min(video.shape) > 0
     if latents and whole and jnp.issubdtype(video.dtype, jnp.floating):
         return video.astype(np.float32)
-    if not whole or video.shape[-1] not in (1, 3) or video.dtype != np.uint8:
-        other = ", or float latents," if latents else ""
-        raise ValueError(
-            f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or "
-            f"[h, w, c] with c of 1 or 3{other} and no axis empty; choose another feature or "
-            "convert it"
-        )
+    other = ", or float latents," if latents else ""
+    _expect(
+        whole and video.shape[-1] in (1, 3) and video.dtype == np.uint8,
+        f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or [h, w, c] with "
+        f"c of 1 or 3{other} and no axis empty; choose another feature or convert it",
+    )
     return np.repeat(video, 3, axis=-1) if video.shape[-1] == 1 else video
 
 
 def _finite(values: np.ndarray, key: str) -> np.ndarray:
-    if values.dtype != np.uint8 and not np.isfinite(values).all():
-        raise ValueError(f"feature {key!r} has numbers that are NaN or infinite")
+    finite = values.dtype == np.uint8 or bool(np.isfinite(values).all())
+    _expect(finite, f"feature {key!r} has numbers that are NaN or infinite")
     return values
 
 
 def _read_states(record: Mapping[str, Any], key: str) -> np.ndarray:
     states = np.asarray(record[key], np.float32)
-    if states.ndim != 2:
-        raise ValueError(f"feature {key!r} is {list(states.shape)}: states are [s, e]")
+    _expect(states.ndim == 2, f"feature {key!r} is {list(states.shape)}: states are [s, e]")
     return _finite(states, key)

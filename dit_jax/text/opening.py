@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import VideoRun
 from dit_jax.data import MixedSource, MixtureConfig, RecordsSource
-from dit_jax.data.sources import opened_records, records_of
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
 from dit_jax.parallel import batch_sharding, batch_shards, make_constrain, parameter_shardings
 from dit_jax.sampling import Request
@@ -36,7 +35,7 @@ def with_text_hash(config: VideoRun) -> VideoRun:
         return config
     told = config.text_encoder
     known: tuple[str | None, str | None] = (None, None)
-    for one in records_of(config.data.source):
+    for one in getattr(config.data.source, "record_sets", ()):
         records = RecordsSource(one)
         name, digest = records.text_encoder_name, records.text_encoder
         if one.text_states_key is not None or not isinstance(config.data.source, MixtureConfig):
@@ -124,7 +123,7 @@ def open_for_data(config: VideoRun, source: Source) -> TextEncoder | None:
             ``open_text_encoder`` does.
     """
     states = isinstance(config.model.text, TextStatesConfig)
-    read = [records for records in opened_records(source) if records.config.captioned]
+    read = [records for records in getattr(source, "record_sets", ()) if records.config.captioned]
     bare = [records.config.path for records in read if records.config.text_states_key is None]
     for records in read:
         if states and records.config.text_states_key is not None:

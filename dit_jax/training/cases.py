@@ -17,11 +17,10 @@ from dit_jax.data import (
     RecordsSource,
     ShapesConfig,
     caption,
+    crop,
     held_out_scenes,
     render,
-    resize,
 )
-from dit_jax.data.sources import make_source, shown_source
 from dit_jax.evaluate import judge_classes, prompt_following
 from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
@@ -40,7 +39,8 @@ class Cases:
 
     def __init__(self, config: VideoRun, codec: Codec | None = None) -> None:
         self._config, self._codec = config, codec
-        source, count = shown_source(config.data.source), config.evaluation.prompts
+        source = getattr(config.data.source, "shown_set", config.data.source)
+        count = config.evaluation.prompts
         self._factor = factor_of(config.model)
         labels = config.model.conditioners.get("label")
         self._scenes: list[Any] = []
@@ -76,8 +76,7 @@ class Cases:
 
     def _resized(self, video: np.ndarray) -> np.ndarray:
         """A recorded clip of pixels, as training transforms it."""
-        patch, codec = self._config.model.patch, self._config.codec
-        return resize(self._config.data.transform, video, (patch.h * codec.h, patch.w * codec.w))
+        return crop(self._config.data.transform, video)
 
     def _of_shapes(self, source: ShapesConfig, count: int) -> list[Request]:
         config, made = self._config, self._config.sampling
@@ -162,7 +161,7 @@ class Cases:
         return {"psnr": mean_psnr(clips, self._true[: len(clips)]), "count": len(clips)}
 
     def _classify(self, clips: list[np.ndarray]) -> dict[str, float]:
-        source = shown_source(self._config.data.source)
+        source = getattr(self._config.data.source, "shown_set", self._config.data.source)
         split = self._config.evaluation.classifier_split
         assert isinstance(source, RecordsConfig) and split is not None
         held, trained = (

@@ -30,12 +30,11 @@ from dit_jax.data import (
     check_finite,
     check_fits,
     checked_reader,
-    draw_caption,
+    choose_caption,
+    crop,
     flip,
-    resize,
-    resized_size,
+    open_source,
 )
-from dit_jax.data.sources import make_source, records_of
 from dit_jax.diffusion import DiffusionConfig, noise_batch, sample_keys, token_loss
 from dit_jax.model import (
     ByteEncoderConfig,
@@ -73,12 +72,12 @@ AS_THEY_ARE = TransformConfig()
 
 def make_augment(config: DataConfig) -> Augment | None:
     """What is drawn anew for a sample in every epoch: its caption, its mirror image."""
-    mixes = [one.caption_mix for one in records_of(config.source)]
+    mixes = [one.caption_mix for one in getattr(config.source, "record_sets", ())]
     if not any(mixes):
         return flip if config.transform.flip else None
 
     def augment(sample: Sample, rng: np.random.Generator) -> Sample:
-        sample = draw_caption(sample, rng, mixes[sample.get("part", 0)])
+        sample = choose_caption(sample, rng, mixes[sample.get("part", 0)])
         return flip(sample, rng) if config.transform.flip else sample
 
     return augment
@@ -137,7 +136,6 @@ def tokenize(
     data, if they are latents.
     """
     strides = (1, 1, 1) if codec is None else codec.strides
-    whole = (model.patch.h * strides[1], model.patch.w * strides[2])
 
     def grid(video: np.ndarray) -> np.ndarray:
         """Pixels as what the model generates; latents as they are."""
@@ -145,11 +143,8 @@ def tokenize(
             return video
         return to_float(video) if codec is None else _encoded(codec, to_float(video), sample)
 
-    def pixels(video: np.ndarray) -> np.ndarray:
-        return resize(transform, video, whole)
-
-    beside = {name: pixels(v) for name, v in sample.get("pixel_fields", {}).items()}
-    sample = {**sample, "video": pixels(sample["video"]), "pixel_fields": beside}
+    beside = {name: crop(transform, v) for name, v in sample.get("pixel_fields", {}).items()}
+    sample = {**sample, "video": crop(transform, sample["video"]), "pixel_fields": beside}
     for name, conditioner in model.conditioners.items():
         sample = conditioner.derive(name, sample)
     video, fps = grid(sample["video"]), sample["fps"]
@@ -194,8 +189,8 @@ def check_record_size(config: VideoRun, frames: int, height: int, width: int, pi
     patch, codec = config.model.patch, config.codec
     size = (frames, height, width)
     if pixels:
-        multiple = (patch.h * codec.h, patch.w * codec.w)
-        _, (height, width) = resized_size(config.data.transform, height, width, multiple)
+        if (side := config.data.transform.crop) is not None:
+            height = width = side
         size = codec.latent_size(frames, height, width)
     packing = config.data.packing
     check_fits(packing, patch.num_tokens(*size), 0, " x ".join(map(str, (frames, height, width))))
@@ -284,7 +279,7 @@ def batch_work(model: ModelConfig, batch: Batch) -> Work:
 def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
-    source = make_source(config.data.source)
+    source = open_source(config.data.source)
     packing = config.data.packing
     codec = open_codec(config, mesh)
     check_codec(codec, source)

@@ -14,8 +14,7 @@ from dit_jax.codec import folders
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.opening import open_codec
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
-from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource
-from dit_jax.data.sources import make_source
+from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, open_source
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
@@ -83,7 +82,7 @@ def test_clips_are_encoded_as_they_are_read(config: VideoRun, folder: Path):
     loader = task.loader((0, 1))
     batch = next(loader)
     loader.close()
-    codec, source = folders.load_codec(folder), make_source(config.data.source)
+    codec, source = folders.load_codec(folder), open_source(config.data.source)
     wanted = [codec.encode(to_float(source[i]["video"])) for i in range(len(FRAMES))]
     assert [len(latents) for latents in wanted] == [2, 1, 3]
     found = 0

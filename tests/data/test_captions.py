@@ -16,7 +16,7 @@ from dit_jax.data import (
     RecordsConfig,
     RecordsSource,
     TransformConfig,
-    draw_caption,
+    choose_caption,
 )
 from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.prepare.writing import write_records
@@ -34,7 +34,7 @@ def sample_of(**captions: str) -> Sample:
 
 def drawn(sample: Sample, count: int = 4000, mix=MIX) -> Counter[str]:
     rngs = (np.random.default_rng((3, i)) for i in range(count))
-    return Counter(draw_caption(sample, rng, mix)["caption"] for rng in rngs)
+    return Counter(choose_caption(sample, rng, mix)["caption"] for rng in rngs)
 
 
 def test_weights_are_those_of_the_mix_without_what_is_empty():
@@ -54,7 +54,7 @@ def test_one_number_is_drawn_and_the_sample_is_left_alone():
     for captions in ({}, {"short": "s"}, {"short": "s", "descriptive": "d"}):
         rng, other = np.random.default_rng(5), np.random.default_rng(5)
         sample = sample_of(**captions)
-        draw_caption(sample, rng, MIX)
+        choose_caption(sample, rng, MIX)
         assert sample["caption"] == "fixed"
         assert other.random() is not None and rng.random() == other.random()
 
@@ -166,7 +166,7 @@ def test_states_go_with_their_caption(tmp_path: Path):
     np.testing.assert_array_equal(sample.get("text_states"), states["g"])
     seen = set()
     for i in range(20):
-        one = draw_caption(sample, np.random.default_rng(i), mix)
+        one = choose_caption(sample, np.random.default_rng(i), mix)
         seen.add(one["caption"])
         np.testing.assert_array_equal(one.get("text_states"), states[one["caption"][0]])
     assert seen == {"given", "short"}

@@ -15,9 +15,8 @@ from dit_jax.data import (
     MixedSource,
     MixtureConfig,
     PackingConfig,
-    open_mixture,
-    order,
 )
+from dit_jax.data.mixing import sample_order
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
 from dit_jax.types import Sample
 
@@ -70,7 +69,7 @@ def same(one, other):
 
 def test_sets_are_drawn_by_weight_in_every_lane_and_each_in_whole_epochs():
     source = mixed()
-    places = order(source, 3)
+    places = sample_order(source, 3)
     taken = [source[places[i]] for i in range(2048)]
     parts = np.array([sample["part"] for sample in taken])
     # Two whole windows, in which Grain's interleaving is exact to one sample.
@@ -90,11 +89,11 @@ def test_sets_are_drawn_by_weight_in_every_lane_and_each_in_whole_epochs():
 def test_the_order_follows_from_the_seed_alone():
     def parts(seed, source=None):
         source = source or mixed()
-        places = order(source, seed)
+        places = sample_order(source, seed)
         return [int(source[places[i]]["video"].flat[0]) for i in range(100)]
 
     assert parts(1) == parts(1) != parts(2)
-    places = order(mixed(), 1)
+    places = sample_order(mixed(), 1)
     assert [int(mixed()[places[i]]["video"].flat[0]) for i in reversed(range(100))] == parts(1)[
         ::-1
     ]
@@ -162,7 +161,7 @@ def test_what_cannot_be_mixed_is_refused(tmp_path):
     }
 
     def opened(*sets):
-        return open_mixture(MixtureConfig(tuple(MixedSetConfig(**one) for one in sets)))
+        return MixtureConfig(tuple(MixedSetConfig(**one) for one in sets)).open()
 
     def refused(said, *sets):
         with pytest.raises(ValueError, match=said):
@@ -191,11 +190,9 @@ def test_text_of_sets_without_captions_is_not_read(tmp_path):
     states = {"text_states": StatesOf(3, "x", "t5")}
     path = write(tmp_path, "labelled", **states)
     given = {"text_states_key": "text_states", "label_key": "label"}
-    source = open_mixture(
-        MixtureConfig(
-            (MixedSetConfig(path, **given), MixedSetConfig(path, captioned=False, **given))
-        )
-    )
+    source = MixtureConfig(
+        (MixedSetConfig(path, **given), MixedSetConfig(path, captioned=False, **given))
+    ).open()
     read, unread = source[0], source[3]
     assert (read["part"], read["caption"], read["segment_fields"]) == (0, "labelled", {"label": 1})
     assert read["text_states"].shape == (2, 3)
@@ -204,7 +201,7 @@ def test_text_of_sets_without_captions_is_not_read(tmp_path):
     # Nor has there to be any.
     MixtureConfig((MixedSetConfig(path, caption_key="none", captioned=False),))
     foreign = MixedSetConfig(path, caption_key="none", captioned=False)
-    assert open_mixture(MixtureConfig((foreign,)))[0]["caption"] == ""
+    assert MixtureConfig((foreign,)).open()[0]["caption"] == ""
     with pytest.raises(IndexError):
         source[4]
 

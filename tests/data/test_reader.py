@@ -9,7 +9,8 @@ import pytest
 from dit_jax import files
 from dit_jax.codec.crops import CropConfig, CropLoader
 from dit_jax.data import DataError, Loader, MixedSource, PackingConfig
-from dit_jax.data.reader import Reader, check_records, find_unfit, names_of, record_name
+from dit_jax.data.mixing import sample_name
+from dit_jax.data.reader import Reader, checked_reader, find_unfit
 from dit_jax.files import InputError
 from tests.data.test_packing import CONFIG, Clips, assert_same, take, tokens_of
 
@@ -135,16 +136,16 @@ def check(t, h, w):
 
 def test_sizes_tell_beforehand_what_does_not_fit(capsys):
     source = Sized(40)
-    unfit = check_records(source, check, "skip")
+    unfit = checked_reader(source, check, "skip", 0).unfit
     assert np.flatnonzero(unfit).tolist() == [0, 7, 10, 20, 30]
     told = capsys.readouterr().out
     assert "5 of 40" in told and "4 of 9 x 2 x 2 (the first: sample 0)" in told
     assert "1 of 5 x 3 x 2 (the first: sample 7)" in told
     with pytest.raises(InputError, match="5 of 40"):
-        check_records(source, check, "refuse")
+        checked_reader(source, check, "refuse", 0)
     reader = Reader(source, 0, unfit)
     assert reader.use(10, lambda sample, name: name) is None and not reader.left_out
-    assert names_of(reader, 2) == ["sample 0", "sample 7"]
+    assert reader.unfit_names(2) == ["sample 0", "sample 7"]
     expected = set(range(40)) - {0, 7, 10, 17, 20, 30}
     assert owners(take(loader(source, 1, unfit), 12)) == expected
 
@@ -153,7 +154,7 @@ def test_sizes_of_mixed_sets_are_put_together_and_their_records_named_by_set():
     mixed = MixedSource([Clips(6), Sized(12)], [1, 1])
     unfit, lines = find_unfit(mixed, check)
     assert unfit is not None and np.flatnonzero(unfit).tolist() == [6, 13, 16]
-    assert record_name(mixed, 13) == "sample 7" and len(lines) == 2
+    assert sample_name(mixed, 13) == "sample 7" and len(lines) == 2
     assert find_unfit(Clips(6), check) == (None, [])
 
 
@@ -161,7 +162,7 @@ def test_nothing_left_to_train_on_is_refused():
     source = Sized(10)
     source.sizes[:, 0] = 9
     with pytest.raises(InputError, match="10 of 10"):
-        check_records(source, check, "skip")
+        checked_reader(source, check, "skip", 0)
 
 
 def test_ten_million_sizes_take_little_time():

@@ -9,8 +9,8 @@ from dit_jax.data import (
     RecordsConfig,
     RecordsSource,
     TransformConfig,
+    crop,
     flip,
-    resize,
 )
 from dit_jax.data.transforms import centre, resized
 from dit_jax.prepare.writing import write_records
@@ -24,7 +24,7 @@ def clip(t, h, w):
 
 def test_nothing_happens_by_default():
     video = clip(2, 5, 7)
-    assert resize(TransformConfig(), video, (4, 4)) is video
+    assert crop(TransformConfig(), video) is video
 
 
 def test_halving_averages():
@@ -36,32 +36,23 @@ def test_halving_averages():
 
 @pytest.mark.parametrize(("h", "w"), [(50, 70), (70, 50), (33, 33), (20, 64), (32, 32)])
 def test_a_crop_is_the_square_in_the_middle(h, w):
-    out = resize(TransformConfig(crop=32), clip(2, h, w), (1, 1))
+    out = crop(TransformConfig(crop=32), clip(2, h, w))
     assert out.shape == (2, 32, 32, 3) and out.dtype == np.uint8
     # A ramp from left to right stays one, and its middle in the middle.
     ramp = np.broadcast_to((np.arange(w) * (255 / (w - 1))).astype(np.uint8)[:, None], (1, h, w, 3))
-    made = resize(TransformConfig(crop=32), ramp, (1, 1))[0, 16, :, 0].astype(int)
+    made = crop(TransformConfig(crop=32), ramp)[0, 16, :, 0].astype(int)
     assert (np.diff(made) >= -1).all() and made[31] > made[0]
     assert abs(made[15] + made[16] - 255) <= 8
 
 
-def test_an_area_keeps_the_aspect_ratio_and_enlarges_nothing():
-    config = TransformConfig(max_area=1024)
-    assert resize(config, clip(1, 64, 128), (1, 1)).shape == (1, 22, 45, 3)
-    assert resize(config, clip(1, 31, 33), (1, 1)).shape == (1, 31, 33, 3)
-    whole = TransformConfig(max_area=1024, whole_patches=True)
-    assert resize(whole, clip(1, 64, 128), (8, 4)).shape == (1, 16, 44, 3)
-
-
 def test_what_is_left_over_falls_on_both_sides():
     video = clip(1, 9, 11)
-    out = resize(TransformConfig(whole_patches=True), video, (4, 4))
-    assert np.array_equal(out, video[:, 0:8, 1:9]) and np.array_equal(out, centre(video, 8, 8))
+    assert np.array_equal(centre(video, 8, 8), video[:, 0:8, 1:9])
 
 
 def test_latents_are_taken_as_they_are():
     latents = np.ones((1, 5, 5, 4), np.float32)
-    assert resize(TransformConfig(crop=2), latents, (1, 1)) is latents
+    assert crop(TransformConfig(crop=2), latents) is latents
 
 
 def test_half_of_the_clips_are_mirrored():
@@ -133,11 +124,3 @@ def test_latents_of_other_channels_are_refused(tmp_path):
     sample = {"video": np.ones((1, 1, 2, 4), np.float32), "caption": "", "fps": 1.0}
     with pytest.raises(ValueError, match="float with 8"):
         write_records(tmp_path, "x", {"train": [sample]}, description="d", latents=(8, "made"))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"), [({"crop": 0}, "at least 1"), ({"crop": 4, "max_area": 9}, "one of them")]
-)
-def test_what_contradicts_itself_is_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        TransformConfig(**given)

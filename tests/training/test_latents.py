@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dit_jax.config import EvaluationConfig, LogConfig, VideoRun, from_dict, stored_config, to_dict
-from dit_jax.data.sources import make_source
+from dit_jax.data import open_source
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig, unpatchify
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
@@ -44,7 +44,7 @@ def trained(latents, mesh):
 
 def test_batches_hold_what_was_recorded(trained, latents, latent_records):
     _, batches, _ = trained
-    source = make_source(latents.data.source)
+    source = open_source(latents.data.source)
     clips = [source[i] for i in range(len(source))]
     found = 0
     for batch in batches:
