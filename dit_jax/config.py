@@ -429,6 +429,10 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "sampling.augmentation": (0.0,),
     "sampling.cfg_zero_star": (False,),
     "sampling.cfg_zero_init": (0,),
+    "data.packing.packer": ("first_fit",),
+    "data.transform.max_area": (None,),
+    "data.transform.whole_patches": (False,),
+    "text_encoder.layer": ("last",),
 }
 """Dotted names of fields in format 1 that are gone, and the values of which nothing is lost."""
 FIRST_EDITION = "dit_jax 0.1 (commit 57ee8cf)"

@@ -36,7 +36,7 @@ from dit_jax.config import (
     stored_config,
     to_dict,
 )
-from dit_jax.data import DataError, Lanes
+from dit_jax.data import DataError, RowStreams
 from dit_jax.files import (
     InputError,
     Lock,
@@ -322,7 +322,7 @@ def unless_storage_fails(progress: Progress, what: str) -> Iterator[None]:
 
 
 def conclude(
-    task: Task, state: TrainState, progress: Progress, directory: Path, loader: Lanes[Any]
+    task: Task, state: TrainState, progress: Progress, directory: Path, loader: RowStreams[Any]
 ) -> None:
     """Measures the finished model, says what came of it, and stores it as ``report.json``."""
     report: dict[str, Any] = dict(task.report(state.ema, directory))
@@ -340,7 +340,7 @@ def conclude(
         write_json(directory / "report.json", {**report, **data})
 
 
-def data_report(loader: Lanes[Any]) -> dict[str, Any]:
+def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
     """What of the data was not trained on; empty if everything was."""
     reader = loader.reader
     left_out = gather_data_state(loader.save())["run"]["left_out"]

@@ -216,7 +216,6 @@ def test_help(given, capsys):
         (["--steps", "1.5"], ["'1.5'", "--steps"]),
         (["--optimizer.learning-rate", "big"], ["'big'", "--optimizer.learning-rate"]),
         (["--optimizer.schedule", "linear"], ["linear", "constant", "cosine"]),
-        (["--data.packing.packer", "worst_fit"], ["worst_fit", "first_fit", "best_fit"]),
         (["--model.dtype", "float16"], ["float16", "auto", "bfloat16"]),
         (["--steps"], ["--steps"]),
     ],

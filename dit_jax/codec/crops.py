@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 
 import grain
 import numpy as np
 
-from dit_jax.data.lanes import Lanes, as_reader
-from dit_jax.data.mixing import sample_order
+from dit_jax.data.packing import RowStreams, read_options, sample_stream
 from dit_jax.data.reader import Reader
 from dit_jax.types import ClipBatch, Sample, Source
 
@@ -76,20 +74,6 @@ def check_window(
         )
 
 
-def _row(
-    reader: Reader, config: CropConfig, time: int, seed: int, place: int, index: int
-) -> dict[str, np.ndarray] | None:
-    """A window of the sample ``index``, at its place in the endless order; None if it is left out."""
-
-    def make(sample: Sample, name: str) -> dict[str, np.ndarray]:
-        window = cut(config, time, sample, np.random.default_rng((seed, place)), name)
-        missing = config.frames - len(window)
-        video = np.concatenate([window, np.repeat(window[-1:], missing, 0)])
-        return {"video": video, "num_frames": np.array(len(window), np.int32)}
-
-    return reader.use(int(index), make)
-
-
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> ClipBatch:
     return ClipBatch(
         video=np.stack([row["video"] for row in rows]),  # pyright: ignore[reportArgumentType]
@@ -97,7 +81,7 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> ClipBatch:
     )
 
 
-class CropLoader(Lanes[ClipBatch]):
+class CropLoader(RowStreams[ClipBatch]):
     """Batches of windows: this process's rows of the global batches.
 
     ``time`` is the codec's stride in time. What is drawn depends on the seed and on nothing else.
@@ -111,14 +95,19 @@ class CropLoader(Lanes[ClipBatch]):
         seed: int,
         rows: Sequence[int] | None = None,
     ) -> None:
-        reader = as_reader(source)
-        element = partial(_row, reader, config, time, seed)
-        windows = sample_order(reader.source, seed).map_with_index(element)
-        read = grain.ReadOptions(
-            num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
+        reader = source if isinstance(source, Reader) else Reader(source)
+
+        def window(sample: Sample, name: str, place: int) -> dict[str, np.ndarray]:
+            frames = cut(config, time, sample, np.random.default_rng((seed, place)), name)
+            missing = config.frames - len(frames)
+            video = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
+            return {"video": video, "num_frames": np.array(len(frames), np.int32)}
+
+        windows = sample_stream(reader, window, seed)
+
+        def stream(row: int, start: int) -> grain.IterDataset:
+            return windows[start + row :: config.rows].to_iter_dataset(read_options(config.threads))
+
+        super().__init__(
+            reader, stream, tuple(range(config.rows) if rows is None else rows), _stack
         )
-
-        def lane(row: int, start: int) -> grain.IterDataset:
-            return windows[start + row :: config.rows].to_iter_dataset(read)
-
-        super().__init__(reader, lane, tuple(range(config.rows) if rows is None else rows), _stack)

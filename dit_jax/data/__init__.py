@@ -1,17 +1,16 @@
 """Data: sources of clips, and rows of packed segments."""
 
-from dit_jax.data.lanes import Lanes as Lanes
-from dit_jax.data.lanes import merge_states as merge_states
 from dit_jax.data.mixing import MixedSetConfig as MixedSetConfig
 from dit_jax.data.mixing import MixedSource as MixedSource
 from dit_jax.data.mixing import MixtureConfig as MixtureConfig
 from dit_jax.data.packing import Augment as Augment
 from dit_jax.data.packing import Loader as Loader
 from dit_jax.data.packing import PackingConfig as PackingConfig
+from dit_jax.data.packing import RowStreams as RowStreams
 from dit_jax.data.packing import Tokenized as Tokenized
 from dit_jax.data.packing import check_finite as check_finite
 from dit_jax.data.packing import check_fits as check_fits
-from dit_jax.data.packing import pack_rows as pack_rows
+from dit_jax.data.packing import merge_states as merge_states
 from dit_jax.data.reader import DataError as DataError
 from dit_jax.data.reader import Reader as Reader
 from dit_jax.data.reader import checked_reader as checked_reader

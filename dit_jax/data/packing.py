@@ -1,10 +1,10 @@
 """Rows of packed segments, read by Grain in an order that depends on nothing but the seed.
 
-Every row of the global batch is a *lane*: its own stream of samples (each so-many-th of the
-shuffled, endlessly repeated source) and its own packing. A lane never looks at another, so the
-global batch is the same whichever process makes which rows, and a run goes on with another number
-of processes. Packing is Grain's: samples go whole into the first (or best) of a few open rows that
-has room for their tokens and their text (NaViT, Dehghani et al. 2023, section 2.3).
+Every row of the global batch has a *row stream*: its own samples (every n-th of the shuffled, endlessly
+repeated source, for n rows) and its own packing. A row stream never looks at another, so the global
+batch is the same whichever process makes which rows, and a run goes on with another number of
+processes. Packing is Grain's: samples go whole into the first of a few open rows that has room for
+their tokens and their text (NaViT, Dehghani et al. 2023, section 2.3).
 
 How a sample becomes tokens is the caller's: this module does not know patches or text encoders.
 """
@@ -12,17 +12,23 @@ How a sample becomes tokens is the caller's: this module does not know patches o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypedDict, TypeVar
 
 import grain
 import numpy as np
 
-from dit_jax.data.lanes import Lanes, as_reader
 from dit_jax.data.mixing import sample_order
 from dit_jax.data.reader import Reader
-from dit_jax.types import Batch, Sample, Source
+from dit_jax.types import Batch, NonNegativeInt, PositiveInt, Sample, Source
+
+RUN = "run"
+"""Key of what a saved data state holds of the run as a whole, beside the states of its rows."""
+TOKEN, SEGMENT = "token_fields/", "segment_fields/"
+"""What Grain's flat elements put before the names of fields."""
+LAYOUT = ("rows", "row_tokens", "row_text", "row_segments", "bins")
+"""Fields of ``PackingConfig`` that decide which samples share a row."""
+AnyBatch = TypeVar("AnyBatch")
 
 
 class Tokenized(TypedDict):
@@ -44,43 +50,25 @@ class Tokenized(TypedDict):
 
 Tokenize = Callable[[Sample], Tokenized]
 Augment = Callable[[Sample, np.random.Generator], Sample]
-PACKERS = {
-    "first_fit": grain.experimental.FirstFitPackIterDataset,
-    "best_fit": grain.experimental.BestFitPackIterDataset,
-}
-
-
-TOKEN, SEGMENT = "token_fields/", "segment_fields/"
-"""What Grain's flat elements put before the names of fields."""
-LAYOUT = ("rows", "row_tokens", "row_text", "row_segments", "bins", "packer")
-"""Fields of ``PackingConfig`` that decide which samples share a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingConfig:
     """Shape of the global batch: everything the step is compiled for."""
 
-    rows: int = 8
+    rows: PositiveInt = 8
     """Rows of the global batch, over all devices."""
-    row_tokens: int = 256
+    row_tokens: PositiveInt = 256
     """Tokens of a row; several clips and images share one."""
-    row_text: int = 256
+    row_text: PositiveInt = 256
     """Text tokens of a row."""
-    row_segments: int = 8
+    row_segments: PositiveInt = 8
     """Clips and images in a row at most."""
-    bins: int = 8
+    bins: PositiveInt = 8
     """Rows that are open at once while packing: more leave less padding."""
-    packer: Literal["first_fit", "best_fit"] = "first_fit"
-    threads: int = 0
+    threads: NonNegativeInt = 0
     """Threads that read ahead for each row; 0 reads and packs all rows in one thread. Reading is
     ahead of the step either way."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "row_tokens", "row_text", "row_segments", "bins"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"packing.{name} is {getattr(self, name)}: it is at least 1.")
-        if self.threads < 0:
-            raise ValueError(f"packing.threads is {self.threads}: it is at least 0.")
 
 
 def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None:
@@ -110,83 +98,184 @@ def check_finite(tokenized: Tokenized, what: str) -> None:
             )
 
 
-def _element(
-    reader: Reader,
-    tokenize: Tokenize,
-    config: PackingConfig,
-    augment: Augment | None,
-    seed: int,
-    place: int,
-    index: int,
-) -> dict[str, Any] | None:
-    """The sample ``index`` as an element of a row, at its place in the endless order; None, which Grain
-    passes over, if it is left out."""
+def packed_element(
+    config: PackingConfig, tokenized: Tokenized, place: int, name: str
+) -> dict[str, np.ndarray]:
+    """A tokenized sample as an element that Grain packs, checked; ``name`` is how messages name it."""
+    count = len(tokenized["tokens"])
+    check_fits(config, count, len(tokenized["text"]), name)
+    check_finite(tokenized, name)
+    return {
+        **{key: tokenized[key] for key in ("tokens", "positions", "frame_ids", "text")},
+        **{TOKEN + key: values for key, values in tokenized["token_fields"].items()},
+        **{SEGMENT + key: value[None] for key, value in tokenized["segment_fields"].items()},
+        # The place in the endless shuffled order names the sample: the same clip seen again in a
+        # later epoch has noise of its own even within one batch.
+        "sample_ids": np.array([place % 2**32], np.uint32),
+        "num_tokens": np.array([count], np.int32),
+        "num_frames": np.array([tokenized["frame_ids"][-1] + 1], np.int32),
+    }
 
-    def make(sample: Sample, name: str) -> dict[str, Any]:
-        if augment is not None:
-            sample = augment(sample, np.random.default_rng((seed, place)))
-        tokenized = tokenize(sample)
-        count = len(tokenized["tokens"])
-        what = f"{name} ({sample['caption'][:60]!r})"
-        check_fits(config, count, len(tokenized["text"]), what)
-        check_finite(tokenized, what)
-        return {
-            **{name: tokenized[name] for name in ("tokens", "positions", "frame_ids", "text")},
-            **{TOKEN + name: values for name, values in tokenized["token_fields"].items()},
-            **{SEGMENT + name: v[None] for name, v in tokenized["segment_fields"].items()},
-            # The place in the endless shuffled order names the sample: the same clip seen again in a
-            # later epoch has noise of its own even within one batch.
-            "sample_ids": np.array([place % 2**32], np.uint32),
-            "num_tokens": np.array([count], np.int32),
-            "num_frames": np.array([tokenized["frame_ids"][-1] + 1], np.int32),
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The data state of all processes, of those that each has of its own rows."""
+    merged: dict[str, Any] = {}
+    for state in states:
+        merged.update(state)
+    runs = [state[RUN] for state in states if RUN in state]
+    if runs:
+        left_out = {index: why for run in runs for index, why in run["left_out"].items()}
+        place = max(run["place"] for run in runs)
+        merged[RUN] = {**runs[0], "place": place, "left_out": left_out}
+    return merged
+
+
+class RowStreams(Iterator[AnyBatch], Generic[AnyBatch]):
+    """Iterates over this process's rows of the global batches, with a state that can be saved.
+
+    ``stream(row, start)`` is the endless stream of the elements of one row, from the place ``start`` of
+    the endless order of samples on, and ``stack`` makes a batch of one element of each. The state is a
+    dict from the number of a row to that stream's own state, JSON throughout, and says what has been
+    *handed out*, not what was read ahead.
+
+    ``layout`` is what the streams were packed with. If a saved state has another, its rows have no
+    state here: the order of samples goes on behind the last one handed out, in new rows.
+    ``place_after(batch)`` is the place behind a batch's last sample.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        stream: Callable[[int, int], grain.IterDataset],
+        rows: Sequence[int],
+        stack: Callable[[Sequence[Any]], AnyBatch],
+        layout: Any = None,
+        place_after: Callable[[AnyBatch], int] = lambda _: 0,
+    ) -> None:
+        self.rows, self.reader, self.layout = tuple(rows), reader, layout
+        self._stream, self._stack, self._place_after = stream, stack, place_after
+        self._batches: Any = None
+        self._begin(0)
+
+    def _begin(self, start: int) -> None:
+        if self._batches is not None:
+            self._batches.close()
+        self._start = self._place = start
+        streams = [self._stream(row, start) for row in self.rows]
+        batches = grain.experimental.ZipIterDataset(streams).map(self._stack)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+        self._batches = iter(ahead)
+
+    def __next__(self) -> AnyBatch:
+        batch = next(self._batches)
+        self._place = max(self._place, self._place_after(batch))
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The state of every row that this process reads."""
+        states = self._batches.get_state()["parents"]
+        return {str(row): state for row, state in zip(self.rows, states, strict=True)}
+
+    def save(self) -> dict[str, Any]:
+        """``get_state``, and under the key ``RUN`` what concerns all rows."""
+        left_out = {str(index): why for index, why in dict(self.reader.left_out).items()}
+        run = {"layout": self.layout, "start": self._start, "place": self._place}
+        return {**self.get_state(), RUN: {**run, "left_out": left_out}}
+
+    def set_state(self, state: dict[str, Any]) -> bool:
+        """Goes on from a saved state, which may hold more rows than this process reads.
+
+        Returns whether the rows go on as they were; False if they are packed anew.
+        """
+        run = state.get(RUN, {"layout": self.layout, "start": 0, "place": 0, "left_out": {}})
+        self.reader.left_out.update({int(i): why for i, why in run["left_out"].items()})
+        if run["layout"] != self.layout:
+            self._begin(run["place"])
+            return False
+        missing = [row for row in self.rows if str(row) not in state]
+        if missing:
+            raise ValueError(
+                f"the saved data state has no row {missing[0]} (it has {len(state)}): resume with "
+                "the same data.packing.rows, or start a new run."
+            )
+        if run["start"] != self._start:
+            self._begin(run["start"])
+        self._batches.set_state({"parents": [state[str(row)] for row in self.rows]})
+        self._place = run["place"]
+        return True
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._batches.close()
+
+
+def sample_stream(
+    reader: Reader, function: Callable[[Sample, str, int], Any], seed: int
+) -> grain.MapDataset:
+    """``function(sample, name, place)`` of the samples in their endless order; None, which Grain passes
+    over, for those that are left out."""
+
+    def element(place: int, index: int) -> Any:
+        return reader.use(int(index), lambda sample, name: function(sample, name, place))
+
+    return sample_order(reader.source, seed).map_with_index(element)
+
+
+def read_options(threads: int) -> grain.ReadOptions:
+    """Grain's, of so many threads for each row."""
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads or 1)
+
+
+class Loader(RowStreams[Batch]):
+    """Packed rows: this process's of the global batches.
+
+    ``token_fields`` and ``segment_fields`` name the fields that every sample has. ``augment`` changes
+    samples at random; that depends on the seed and the sample's place in the endless order alone.
+    """
+
+    def __init__(
+        self,
+        source: Source | Reader,
+        tokenize: Tokenize,
+        config: PackingConfig,
+        seed: int,
+        rows: Sequence[int] | None = None,
+        augment: Augment | None = None,
+        token_fields: Sequence[str] = (),
+        segment_fields: Sequence[str] = (),
+    ) -> None:
+        reader = source if isinstance(source, Reader) else Reader(source)
+
+        def element(sample: Sample, name: str, place: int) -> dict[str, np.ndarray]:
+            if augment is not None:
+                sample = augment(sample, np.random.default_rng((seed, place)))
+            name = f"{name} ({sample['caption'][:60]!r})"
+            return packed_element(config, tokenize(sample), place, name)
+
+        samples = sample_stream(reader, element, seed)
+        along_tokens = ("positions", "frame_ids", *(TOKEN + name for name in token_fields))
+        along_segments = ("sample_ids", "num_tokens", "num_frames")
+        along_segments += tuple(SEGMENT + name for name in segment_fields)
+        lengths = {
+            **dict.fromkeys(("tokens", *along_tokens), config.row_tokens),
+            "text": config.row_text,
+            **dict.fromkeys(along_segments, config.row_segments),
         }
 
-    return reader.use(int(index), make)
+        def stream(row: int, start: int) -> grain.IterDataset:
+            mine = samples[start + row :: config.rows].to_iter_dataset(read_options(config.threads))
+            return grain.experimental.FirstFitPackIterDataset(
+                mine,
+                length_struct=lengths,
+                num_packing_bins=config.bins,
+                seed=seed,
+                # Fields without positions and segment ids of their own.
+                meta_features=(*along_tokens, *along_segments),
+            )
 
-
-def lane(
-    reader: Reader,
-    tokenize: Tokenize,
-    config: PackingConfig,
-    seed: int,
-    row: int,
-    augment: Augment | None = None,
-    token_fields: Sequence[str] = (),
-    segment_fields: Sequence[str] = (),
-    start: int = 0,
-) -> grain.IterDataset:
-    """The endless stream of packed rows that fills row ``row`` of every global batch, from the place
-    ``start`` of the endless order of samples on.
-
-    ``token_fields`` and ``segment_fields`` name the fields that every sample has.
-    ``augment`` changes samples at random; what it draws depends on the seed and the sample's place in
-    the endless order, and on nothing else.
-    """
-    element = partial(_element, reader, tokenize, config, augment, seed)
-    mine = sample_order(reader.source, seed).map_with_index(element)
-    read = grain.ReadOptions(
-        num_threads=config.threads, prefetch_buffer_size=4 * config.threads or 1
-    )
-    extra = {
-        **dict.fromkeys([TOKEN + name for name in token_fields], config.row_tokens),
-        **dict.fromkeys([SEGMENT + name for name in segment_fields], config.row_segments),
-    }
-    return PACKERS[config.packer](
-        mine[start + row :: config.rows].to_iter_dataset(read),
-        length_struct={
-            "tokens": config.row_tokens,
-            "positions": config.row_tokens,
-            "frame_ids": config.row_tokens,
-            "text": config.row_text,
-            "sample_ids": config.row_segments,
-            "num_tokens": config.row_segments,
-            "num_frames": config.row_segments,
-            **extra,
-        },
-        num_packing_bins=config.bins,
-        seed=seed,
-        meta_features=("positions", "frame_ids", "sample_ids", "num_tokens", "num_frames", *extra),
-    )
+        rows = tuple(range(config.rows) if rows is None else rows)
+        layout = {name: getattr(config, name) for name in LAYOUT}
+        super().__init__(reader, stream, rows, _stack, layout, _place_after)
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
@@ -211,77 +300,7 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     )
 
 
-def pack_rows(rows: Sequence[Sequence[Tokenized]], config: PackingConfig) -> Batch:
-    """Packs given samples into given rows, without Grain; sample ids count the samples.
-
-    Used where the caller decides who shares a row: sampling and tests.
-    """
-    b, l, s, n = len(rows), config.row_tokens, config.row_text, config.row_segments
-    patch, letter = rows[0][0]["tokens"].shape[-1], rows[0][0]["text"]
-    token_fields, segment_fields = rows[0][0]["token_fields"], rows[0][0]["segment_fields"]
-    batch: dict[str, Any] = {
-        "tokens": np.zeros((b, l, patch), np.float32),
-        "positions": np.zeros((b, l, 3), np.float32),
-        **{name: np.zeros((b, l), np.int32) for name in ("segment_ids", "frame_ids", "token_ids")},
-        "text": np.zeros((b, s, *letter.shape[1:]), letter.dtype),
-        "text_segment_ids": np.zeros((b, s), np.int32),
-        "sample_ids": np.zeros((b, n), np.uint32),
-        **{name: np.zeros((b, n), np.int32) for name in ("num_tokens", "num_frames")},
-        "token_fields": {
-            k: np.zeros((b, l, *v.shape[1:]), v.dtype) for k, v in token_fields.items()
-        },
-        "segment_fields": {
-            k: np.zeros((b, n, *v.shape), v.dtype) for k, v in segment_fields.items()
-        },
-    }
-    number = 0
-    for r, row in enumerate(rows):
-        start = text_start = 0
-        for j, sample in enumerate(row):
-            count, letters = len(sample["tokens"]), len(sample["text"])
-            check_fits(config, start + count, text_start + letters, f"row {r}")
-            span, letter_span = slice(start, start + count), slice(text_start, text_start + letters)
-            for name in ("tokens", "positions", "frame_ids"):
-                batch[name][r, span] = sample[name]
-            for name, values in sample["token_fields"].items():
-                batch["token_fields"][name][r, span] = values
-            for name, value in sample["segment_fields"].items():
-                batch["segment_fields"][name][r, j] = value
-            batch["segment_ids"][r, span], batch["token_ids"][r, span] = j + 1, np.arange(count)
-            batch["text"][r, letter_span] = sample["text"]
-            batch["text_segment_ids"][r, letter_span] = j + 1
-            batch["sample_ids"][r, j], batch["num_tokens"][r, j] = number, count
-            batch["num_frames"][r, j] = sample["frame_ids"][-1] + 1
-            start, text_start, number = start + count, text_start + letters, number + 1
-    return Batch(**batch)
-
-
 def _place_after(batch: Batch) -> int:
     """The place behind the last sample of a batch in the endless order."""
     ids = np.asarray(batch.sample_ids)[np.asarray(batch.num_tokens) > 0]
     return int(ids.max()) + 1 if ids.size else 0
-
-
-class Loader(Lanes[Batch]):
-    """Packed rows: this process's of the global batches."""
-
-    def __init__(
-        self,
-        source: Source | Reader,
-        tokenize: Tokenize,
-        config: PackingConfig,
-        seed: int,
-        rows: Sequence[int] | None = None,
-        augment: Augment | None = None,
-        token_fields: Sequence[str] = (),
-        segment_fields: Sequence[str] = (),
-    ) -> None:
-        reader = as_reader(source)
-
-        def row(number: int, start: int) -> grain.IterDataset:
-            fields = token_fields, segment_fields
-            return lane(reader, tokenize, config, seed, number, augment, *fields, start)
-
-        rows = tuple(range(config.rows) if rows is None else rows)
-        layout = {name: getattr(config, name) for name in LAYOUT}
-        super().__init__(reader, row, rows, _stack, layout, _place_after)

@@ -19,6 +19,7 @@ from dit_jax.data import (
     caption,
     crop,
     held_out_scenes,
+    open_source,
     render,
 )
 from dit_jax.evaluate import judge_classes, prompt_following
@@ -113,7 +114,7 @@ class Cases:
         if isinstance(source, RecordsConfig):
             held = RecordsSource(dataclasses.replace(source, split=split or source.split))
         else:  # of a user's own
-            held = make_source(source)
+            held = open_source(source)
         samples = [held[i] for i in range(min(len(held), count))]
         requests = []
         for i, sample in enumerate(samples):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dit_jax.data import Lanes
+from dit_jax.data import RowStreams
 from dit_jax.training.state import Filter, InitParams, LoadFrozen, everything
 from dit_jax.training.step import LossFn
 from dit_jax.types import Params
@@ -29,7 +29,7 @@ class Task(NamedTuple):
     name: str
     init: InitParams
     loss: LossFn
-    loader: Callable[[tuple[int, ...]], Lanes[Any]]
+    loader: Callable[[tuple[int, ...]], RowStreams[Any]]
     """``loader(rows)``: batches of this process's rows of the global batch."""
     rows: int
     """Rows of the global batch."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.data import (
     Loader,
     MovingShapes,
@@ -18,11 +19,11 @@ from dit_jax.data import (
     ShapesConfig,
     Tokenized,
     check_fits,
-    pack_rows,
 )
 from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.training.video_task import tokenize
 from dit_jax.types import PAD, Batch, Sample
+from tests.packed import pack_rows
 
 CONFIG = PackingConfig(rows=8, row_tokens=24, row_text=20, row_segments=4, bins=3)
 SIZES = [(1, 2, 2), (3, 2, 2), (2, 3, 2), (1, 4, 4), (1, 1, 1), (5, 2, 2)]
@@ -102,13 +103,12 @@ def segments(batch: Any) -> Any:
             start, text_start = start + count, text_start + letters
 
 
-@pytest.mark.parametrize("packer", ["first_fit", "best_fit"])
-def test_every_sample_comes_whole_and_once_an_epoch(loader, packer: Any):
+def test_every_sample_comes_whole_and_once_an_epoch(loader):
     count, epochs = 40, 3
-    config = dataclasses.replace(CONFIG, packer=packer)
+    config = CONFIG
     places: list[int] = []
     owners: list[int] = []
-    # Each lane gives rows out some way behind what it reads: three epochs are whole after four.
+    # Each row stream gives rows out some way behind what it reads: three epochs are whole after four.
     for batch in take(loader(count, config), 40):
         for row, slot, span, text in segments(batch):
             number = int(batch.sample_ids[row, slot])
@@ -124,7 +124,7 @@ def test_every_sample_comes_whole_and_once_an_epoch(loader, packer: Any):
                 batch.token_ids[row, span], np.arange(span.stop - span.start)
             )
             assert batch.num_frames[row, slot] == expected["frame_ids"][-1] + 1
-            assert number % config.rows == row  # a lane has every so-many-th sample
+            assert number % config.rows == row  # every n-th sample, for n rows
             places.append(number)
             owners.append(owner)
     assert len(set(places)) == len(places)
@@ -177,9 +177,8 @@ QUICKSTART = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("packer", ["first_fit", "best_fit"])
-def test_rows_of_moving_shapes_are_mixed_and_full(packer: Any):
-    config = PackingConfig(rows=4, row_tokens=256, row_text=192, row_segments=8, packer=packer)
+def test_rows_of_moving_shapes_are_mixed_and_full():
+    config = PackingConfig(rows=4, row_tokens=256, row_text=192, row_segments=8)
     loader = Loader(
         MovingShapes(ShapesConfig()), functools.partial(tokenize, QUICKSTART), config, 0
     )
@@ -199,7 +198,7 @@ def test_rows_of_moving_shapes_are_mixed_and_full(packer: Any):
 # Order.
 
 
-def test_lanes_of_two_processes_together_are_those_of_one(loader):
+def test_rows_of_two_processes_together_are_those_of_one(loader):
     whole = take(loader(), 6)
     first, second = (take(loader(rows=rows), 6) for rows in ((0, 1, 2, 3), (4, 5, 6, 7)))
     for batch, upper, lower in zip(whole, first, second, strict=True):
@@ -342,14 +341,9 @@ def test_one_sample_repeats(loader):
     ("field", "value"),
     [("rows", 0), ("row_tokens", -1), ("row_text", 0), ("row_segments", 0), ("bins", 0)],
 )
-def test_config_refuses_what_is_below_one(field: str, value: int):
-    with pytest.raises(ValueError, match=rf"packing.{field} is {value}: it is at least 1"):
-        PackingConfig(**{field: value})
-
-
-def test_config_refuses_negative_threads():
-    with pytest.raises(ValueError, match="packing.threads is -1: it is at least 0"):
-        PackingConfig(threads=-1)
+def test_config_refuses_what_is_below_one(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
+        check_types(PackingConfig(**{field: value}))
 
 
 # Packing by hand.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax.data import PackingConfig, pack_rows
+from dit_jax.data import PackingConfig
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.model.dit import layers
@@ -22,6 +22,7 @@ from dit_jax.parallel.quantized import quantized_dot_general
 from dit_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer, make_step
 from dit_jax.training.video_task import batch_loss, init_params, make_model, tokenize
 from dit_jax.types import unconstrained
+from tests.packed import pack_rows
 from tests.training.conftest import QUICK
 
 needs_qwix = pytest.mark.skipif(

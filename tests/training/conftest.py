@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.data import PackingConfig, pack_rows
+from dit_jax.data import PackingConfig
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.training import OptimizerConfig, abstract_state, make_optimizer, make_step
 from dit_jax.training.video_task import batch_loss, init_params, make_model, tokenize
+from tests.packed import pack_rows
 
 # Eight heads, so that every axis of the mesh can have all eight devices; layers are scanned, as on
 # accelerators, so that their parameters are stacked.

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.data import PackingConfig, pack_rows
+from dit_jax.data import PackingConfig
+from tests.packed import pack_rows
 
 ROWS = PackingConfig(rows=6, row_tokens=16, row_text=24, row_segments=3)
 LONG = PackingConfig(rows=1, row_tokens=32, row_text=48, row_segments=7)
