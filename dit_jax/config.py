@@ -41,7 +41,7 @@ from dit_jax.files import InputError, absolute, local_copy, read_bytes
 from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, OptimizerConfig, Task
+from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig, Task
 from dit_jax.types import NonNegativeInt, PositiveInt, Range
 
 # ---------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class LogConfig:
     every: PositiveInt = 20
     """Steps from one line of scalars to the next."""
     draw_every: NonNegativeInt = 1000
-    """Steps from one grid of samples to the next; 0 draws none."""
+    """Steps from one grid of samples to the next, the last one always; 0 draws none."""
     draw_count: PositiveInt = 8
     """Clips in a grid."""
 
@@ -78,6 +78,9 @@ class Run:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    evaluators: tuple[Any, ...] = (HeldOutLoss(),)
+    """What is measured while it trains, besides what the task itself measures: objects with a method
+    ``build(parts) -> Evaluator``, of any module (``dit_jax.training.evaluators``)."""
 
     def __post_init__(self) -> None:
         check_types(self)

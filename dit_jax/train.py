@@ -19,21 +19,19 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dit_jax.config import (
     Run,
     absolute_paths,
-    differences,
     parse_config,
     read_config,
-    stored_config,
     to_dict,
 )
 from dit_jax.data import DataError, RowStreams
@@ -56,12 +54,12 @@ from dit_jax.parallel import (
 )
 from dit_jax.training import (
     Checkpointer,
+    Evaluator,
     Progress,
     StopSignal,
     Task,
     TrainState,
     abstract_state,
-    begin_from,
     gather_data_state,
     init_frozen,
     init_state,
@@ -69,21 +67,10 @@ from dit_jax.training import (
     make_optimizer,
     make_step,
 )
-from dit_jax.training.inflating import Inflation, inflation
+from dit_jax.training.resume import changes, check_same_run, init_from
+from dit_jax.types import Params
 
 PROG = "python -m dit_jax.train"
-FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
-"""What a run is made of: a resumed run must have the same."""
-MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat", "bad_records", "max_bad_records")
-"""Fields in these that a resumed run may change all the same: where the data lies, and how the same
-numbers are computed."""
-PACKING = "data.packing."
-"""So it may these: they decide which samples share a row, and not what is learnt from a sample."""
-MEANT = ("model", "diffusion.prediction", "diffusion.path", "codec.hash", "text_encoder.hash")
-"""What parameters mean: a run that begins with another's must have the same of it."""
-MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
-"""Fields in these that it may have otherwise: how the same is computed, what shapes tell, how fresh
-parameters are drawn, and where captions are cut."""
 LOST_STEPS = 200
 """A run whose last steps, this many, all had gradients that are not finite has diverged: it ends."""
 NAMES_IN_REPORT = 1000
@@ -147,63 +134,6 @@ def prepare_directory(config: Run) -> tuple[Path, Run | None]:
     return directory, stored
 
 
-def check_same_run(config: Run, stored: Run, directory: Path) -> None:
-    """Raises ``ValueError`` if a run cannot be resumed under this config."""
-    for name, now, before in differences(config, stored):
-        fixed = any(f"{name}.".startswith(f"{part}.") for part in FIXED)
-        free = name.split(".")[-1] in MAY_CHANGE or name.startswith(PACKING)
-        if fixed and not free:
-            raise ValueError(
-                f"{str(directory)!r} holds a run with {name} = {before!r}, and not {now!r}: give a new "
-                "--output, or the config that the run was made with."
-            )
-
-
-def changes(config: Run, stored: Run, step: int) -> str:
-    """What a resumed run does differently from here on, in words; empty if nothing."""
-    lines = [
-        f"  {name}: {now!r} (it was {before!r})"
-        for name, now, before in differences(config, stored)
-        if name.split(".")[-1] not in ("output", "path", "data_dir")
-    ]
-    rates = [float(np.asarray(learning_rate(c.optimizer, c.steps)(step))) for c in (config, stored)]
-    if not np.isclose(*rates, rtol=1e-3):
-        lines.append(f"  the learning rate at step {step}: {rates[0]:.3g} (it was {rates[1]:.3g})")
-    return "resumed with changes:\n" + "\n".join(lines) if lines else ""
-
-
-def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> Inflation | None:
-    """How a run under this config begins with the parameters of a run whose stored config is
-    ``values``: as they are, or inflated, which is said.
-
-    Raises:
-        ValueError: where they would mean something else.
-    """
-    stored = stored_config(values, where, Run)
-    inflated = inflation(config, stored)
-    covered = inflated.fields if inflated else ()
-    for name, now, before in differences(config, stored):
-        meant = any(f"{name}.".startswith(f"{part}.") for part in MEANT)
-        if meant and name.split(".")[-1] not in MAY_DIFFER and name not in covered:
-            raise ValueError(
-                f"checkpoint.initial {config.checkpoint.initial!r} is a run with {name} = {before!r}, "
-                f"and not {now!r}, under which its parameters mean something else: set {name} as there "
-                f"({str(where.parents[2] / 'config.json')!r}), or begin with another run."
-            )
-    if inflated and jax.process_index() == 0:
-        print(f"checkpoint.initial {config.checkpoint.initial!r} is {inflated}", flush=True)
-    return inflated
-
-
-def begin(config: Run, fresh: TrainState, shapes: TrainState, shardings: TrainState) -> TrainState:
-    """The state that a new run begins with: with another run's parameters, where one is named."""
-    if config.checkpoint.initial is None:
-        return fresh
-    return begin_from(
-        config.checkpoint.initial, fresh, shapes, shardings, partial(check_same_meaning, config)
-    )
-
-
 # ---------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------
@@ -223,21 +153,25 @@ def train(config: Run) -> str | None:
             if jax.process_index() == 0:
                 stack.callback(Lock(directory).release)
                 write_json(directory / "config.json", to_dict(config))
+
+            # What is trained, and on what: the config knows, and the loop does not.
             mesh = make_mesh(config.mesh)
             rows = local_rows(mesh, config.rows)
             task = config.build(mesh)
+            loader = task.loader(rows)
+            stack.callback(loader.close)
+
+            # The state, sharded from the start: no device ever holds the whole model.
             optimizer = make_optimizer(config.optimizer, config.steps)
             shapes, shardings = abstract_state(task.init, optimizer, mesh, task.trainable)
             step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)
-            checkpointer = Checkpointer(directory, config.checkpoint)
-            loader = task.loader(rows)
-            stack.callback(loader.close)
-            latest, repacked = checkpointer.latest(), False
             key = jax.random.key(config.seed)
             frozen = init_frozen(task.init, mesh, key, task.trainable, task.load_frozen)
+            checkpointer = Checkpointer(directory, config.checkpoint)
+            latest, repacked = checkpointer.latest(), False
             if latest is None:
-                fresh = init_state(task.init, optimizer, shardings, key, task.trainable)
-                state = begin(config, fresh, shapes, shardings)
+                state = init_state(task.init, optimizer, shardings, key, task.trainable)
+                state = init_from(config, state, shapes, shardings)
             else:
                 state, data_state = checkpointer.restore(latest, shapes, shardings)
                 repacked = not loader.set_state(data_state)
@@ -245,12 +179,7 @@ def train(config: Run) -> str | None:
 
         progress = Progress(directory, start, config.steps)
         stack.callback(progress.close)
-        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
-        progress.say(
-            f"{task.name}: {count / 1e6:.1f} M parameters, {len(jax.devices())} x "
-            f"{jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}, "
-            + (f"resumed at step {start}" if start else "compiling the step...")
-        )
+        progress.say(introduction(task, mesh, shapes, start))
         if stored is not None and start and (text := changes(config, stored, start)):
             progress.say(text)
         if repacked:
@@ -261,15 +190,18 @@ def train(config: Run) -> str | None:
         # Whatever is raised below, the save under way is finished first.
         stack.enter_context(checkpointer)
         stop = StopSignal()
-        data_state = loader.save()
         schedule = learning_rate(config.optimizer, config.steps)
+        # The loader reads ahead: its state is taken right behind the batch that is trained on.
+        data_state = loader.save()
         reported, healthy, skipped = start, start, int(state.skipped)
         for step in range(start, config.steps):
             local = next(loader)
             data_state = loader.save()
+            # Returns before the devices are done; nothing below waits for them but a report or a save.
             state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows), frozen)
             done = step + 1
             progress.advance(task.work(local))
+
             if done % config.log.every == 0 or done in (start + 1, config.steps):
                 # The optimizer counts the steps that it took, not those skipped.
                 rate = float(np.asarray(schedule(step - int(metrics["skipped"]))))
@@ -279,6 +211,7 @@ def train(config: Run) -> str | None:
                     "captions_cut": loader.reader.cut_captions,
                 }
                 progress.report(done, {**metrics, **counts})
+                # One finite step since the last report is enough: a lone batch may overflow.
                 if int(metrics["skipped"]) - skipped < done - reported:
                     healthy = done
                 reported, skipped = done, int(metrics["skipped"])
@@ -287,16 +220,16 @@ def train(config: Run) -> str | None:
                         f"the gradients of the last {done - healthy} steps were not finite: resume "
                         "from an earlier checkpoint with a lower optimizer.learning_rate."
                     )
+
+            # Every process must come to the same answer, at the same step: saving is collective.
             stopping = stop.asked(done) and done < config.steps
             clock = time.perf_counter()
             if done == config.steps or stopping or done % config.checkpoint.every == 0:
                 checkpointer.save(state, data_state, to_dict(config), done)
                 progress.flush()
-            if config.log.draw_every and done % config.log.draw_every == 0 and not stopping:
-                picture = directory / f"samples_{done:07d}.png"
-                with unless_storage_fails(progress, str(picture)):
-                    task.draw(state.ema, picture)
-                    progress.image(done, "samples", picture)
+            for evaluator in () if stopping or done == config.steps else task.evaluators:
+                if evaluator.every and done % evaluator.every == 0:
+                    evaluate(evaluator, state.ema, frozen, done, directory, progress)
             progress.away(time.perf_counter() - clock)
             if stopping:
                 progress.say(f"{stop.name}: saving step {done}; the same command resumes there.")
@@ -305,31 +238,64 @@ def train(config: Run) -> str | None:
         checkpointer.wait()
         finished = int(state.step) >= config.steps
         if finished:
-            conclude(task, state, progress, directory, loader)
+            # Also of a run that was complete before: its report may have been what failed.
+            conclude(task, state, frozen, progress, directory, loader)
         checkpointer.close()
     return None if finished else stop.name
 
 
-@contextlib.contextmanager
-def unless_storage_fails(progress: Progress, what: str) -> Iterator[None]:
-    """A picture that cannot be written is no reason to end a run: it is said."""
+def introduction(task: Task, mesh: Mesh, shapes: TrainState, start: int) -> str:
+    """What is trained on what, in a line."""
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
+    return (
+        f"{task.name}: {count / 1e6:.1f} M parameters, {len(jax.devices())} x "
+        f"{jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}, "
+        + (f"resumed at step {start}" if start else "compiling the step...")
+    )
+
+
+def evaluate(
+    evaluator: Evaluator,
+    ema: Params,
+    frozen: Params,
+    step: int,
+    directory: Path,
+    progress: Progress,
+) -> Mapping[str, float]:
+    """Runs an evaluator and logs what it finds. A picture that cannot be written ends no run."""
+    scalars: Mapping[str, float] = {}
     try:
-        yield
+        scalars, picture = evaluator.evaluate(ema, frozen, step, directory)
+        tag = {
+            name if "/" in name else f"{evaluator.name}/{name}": x for name, x in scalars.items()
+        }
+        progress.scalars(step, tag)
+        if picture is not None:
+            progress.image(step, evaluator.name, picture)
     except Exception as error:
         if not is_storage_error(error):
             raise
-        progress.say(f"warning: {what!r} was not written ({explain(error)}).")
+        progress.say(f"warning: {evaluator.name} of step {step} not written ({explain(error)}).")
+    return scalars
 
 
 def conclude(
-    task: Task, state: TrainState, progress: Progress, directory: Path, loader: RowStreams[Any]
+    task: Task,
+    state: TrainState,
+    frozen: Params,
+    progress: Progress,
+    directory: Path,
+    loader: RowStreams[Any],
 ) -> None:
     """Measures the finished model, says what came of it, and stores it as ``report.json``."""
-    report: dict[str, Any] = dict(task.report(state.ema, directory))
+    report: dict[str, Any] = {}
+    for evaluator in task.evaluators:
+        report |= evaluate(evaluator, state.ema, frozen, int(state.step), directory, progress)
     if report:
-        progress.scalars(int(state.step), report, "report")
         text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
-        progress.say(f"{task.name} report: {text}\npictures: {directory / 'samples.png'}")
+        pictures = directory / "samples.png"
+        where = f"\npictures: {pictures}" if pictures.exists() else ""
+        progress.say(f"{task.name} report: {text}{where}")
     data = data_report(loader)
     if data:
         progress.say(

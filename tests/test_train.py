@@ -57,8 +57,12 @@ def test_run_saves_logs_draws_and_reports(whole: Run):
     assert all(0.5 < share <= 1 for share in packed.values()) and len(packed) == LAST
 
     report = json.loads((directory / "report.json").read_text())
-    assert set(report) == {"color", "shape", "direction", "size", "all", "n"} and report["n"] == 3
-    assert "text_to_video report: color" in ended.text and "samples.png" in ended.text
+    levels = [f"held_out_loss/{(2 * i + 1) / 16:.2f}" for i in range(8)]
+    judged = {"color", "shape", "direction", "size", "all", "n"}
+    assert set(report) == {*judged, *levels, "held_out_loss/mean"} and report["n"] == 3
+    assert np.mean([report[name] for name in levels]) == pytest.approx(report["held_out_loss/mean"])
+    assert scalars(directory, levels[0]) == {LAST: pytest.approx(report[levels[0]])}
+    assert "text_to_video report: " in ended.text and "samples.png" in ended.text
     assert scalars(directory, "report/n") == {LAST: 3}
     for picture in ("samples.png", f"samples_{LAST // 2:07d}.png", f"samples_{LAST:07d}.png"):
         assert read_video(directory / picture)[0].std() > 0

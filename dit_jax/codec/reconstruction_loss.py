@@ -121,7 +121,9 @@ class ReconstructionLoss:
             return None
         frozen = jax.tree.map(self.model.compute.gather, frozen["params"])
         weights = [frozen["lpips"][str(i)] for i in range(len(self.network.weights or ()))]
-        return dataclasses.replace(self.network, params={"params": frozen["vgg"]}, weights=weights or None)
+        return dataclasses.replace(
+            self.network, params={"params": frozen["vgg"]}, weights=weights or None
+        )
 
     def __call__(
         self,

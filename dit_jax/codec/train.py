@@ -29,9 +29,9 @@ from dit_jax.codec.reconstruction_loss import ReconstructionLoss
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.vgg_files import load_vgg
 from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader, open_source
-from dit_jax.parallel import batch_shards, make_gather, make_lay, platform
+from dit_jax.parallel import batch_shards, local_rows, make_gather, make_lay, platform
 from dit_jax.sampling import to_float, to_uint8
-from dit_jax.training import Task, Work, everything
+from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work, everything
 from dit_jax.types import ClipBatch, Params, Source, Totals
 
 FOLDER = "codec"
@@ -55,13 +55,31 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     loss = make_loss(config, mesh)
     windows = HeldOut(config, source, held)
 
-    def draw(params: Params, path: Path) -> None:
-        clips = shown(windows.held)
-        whole = gathered(params)
+    def sheet(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
+        clips, path = shown(windows.held), directory / f"samples_{step:07d}.png"
+        whole = gathered(ema)
         if jax.process_index() == 0:
             back = reconstruct(loss.model, whole, clips)
             side_by_side(clips, back, path, scale=_scale(clips))
+        return Evaluation(picture=path)
 
+    def report(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
+        scalars = conclude(loss.model, windows, ema, directory)
+        return Evaluation(scalars, directory / "samples.png" if scalars else None)
+
+    evaluators = [Evaluator("report", 0, report)]
+    if config.log.draw_every:
+        evaluators.append(Evaluator("samples", config.log.draw_every, sheet))
+    rows = local_rows(mesh, crop.rows)
+
+    def held_out() -> ClipBatch:
+        plain = dataclasses.replace(crop, flip=False)
+        loader = CropLoader(Reader(held), plain, model.stride[0], 0, rows)
+        batch = next(loader)
+        loader.close()
+        return batch
+
+    parts = Parts(config, mesh, rows, partial(batch_loss, loss), (0.0,), held_out)
     return Task(
         name="codec",
         init=loss.init,
@@ -69,8 +87,7 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
         loader=lambda rows: CropLoader(reader, crop, model.stride[0], config.seed, rows),
         rows=crop.rows,
         work=partial(batch_work, model),
-        draw=draw,
-        report=partial(conclude, loss.model, windows),
+        evaluators=(*evaluators, *(one.build(parts) for one in config.evaluators)),
         trainable=loss.trainable if loss.network else everything,
         load_frozen=loss.load_frozen,
     )

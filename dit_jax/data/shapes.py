@@ -11,7 +11,7 @@ are refused there, not here.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Literal
@@ -346,6 +346,10 @@ class MovingShapes:
         held_out = self.config.split == "held_out"
         self._triples = held_out_combinations() if held_out else _seen_combinations()
         self._image_fraction = 0.0 if held_out else self.config.image_fraction
+
+    def eval_set(self) -> "MovingShapes":
+        """The held-out split: combinations that training never draws."""
+        return MovingShapes(replace(self.config, split="held_out"))
 
     def __len__(self) -> int:
         return self.config.num_examples

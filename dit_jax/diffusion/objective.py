@@ -153,11 +153,12 @@ def token_noise(
 
 
 def noise_batch(
-    config: DiffusionConfig, key: jax.Array, batch: Batch
+    config: DiffusionConfig, key: jax.Array, batch: Batch, time: jax.Array | None = None
 ) -> tuple[DenoiserInputs, Target]:
     """Samples times, masks, noise and dropout for every segment of a batch.
 
-    On the discrete chain all levels are on its grid: if times are uniform, so are indices.
+    On the discrete chain all levels are on its grid: if times are uniform, so are indices. With
+    ``time`` every segment has that noise level, in place of one that is drawn.
     """
     masks, path, ids = config.masks, config.path, batch.segment_ids
     keys = sample_keys(key, batch.sample_ids)
@@ -167,7 +168,11 @@ def noise_batch(
     def segment_time(key: jax.Array, tokens: Int[Array, ""]) -> Float[Array, ""]:
         return sample_time(config.time, key, tokens)
 
-    t = on_grid(path, each(segment_time)(time_keys, batch.num_tokens), up=True)
+    if time is None:
+        t = each(segment_time)(time_keys, batch.num_tokens)
+    else:
+        t = jnp.full(batch.num_tokens.shape, time, jnp.float32)
+    t = on_grid(path, t, up=True)
     sample = each(functools.partial(sample_mask, masks))(mask_keys, batch.num_frames)
     cap = on_grid(path, sample.cap, up=False)
 

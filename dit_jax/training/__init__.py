@@ -2,9 +2,12 @@
 
 from dit_jax.training.checkpoint import CheckpointConfig as CheckpointConfig
 from dit_jax.training.checkpoint import Checkpointer as Checkpointer
-from dit_jax.training.checkpoint import begin_from as begin_from
 from dit_jax.training.checkpoint import gather_data_state as gather_data_state
 from dit_jax.training.checkpoint import open_run as open_run
+from dit_jax.training.evaluators import Evaluation as Evaluation
+from dit_jax.training.evaluators import Evaluator as Evaluator
+from dit_jax.training.evaluators import HeldOutLoss as HeldOutLoss
+from dit_jax.training.evaluators import Parts as Parts
 from dit_jax.training.metrics import Progress as Progress
 from dit_jax.training.optimizer import OptimizerConfig as OptimizerConfig
 from dit_jax.training.optimizer import learning_rate as learning_rate

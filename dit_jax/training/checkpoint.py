@@ -13,12 +13,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -263,36 +261,3 @@ def open_run(directory: str | os.PathLike, step: int | None = None) -> tuple[Che
     if step is not None and step not in steps:
         raise InputError(f"{str(directory)!r} has no checkpoint of step {step}: there are {steps}.")
     return checkpointer, steps[-1] if step is None else step
-
-
-class Loads(Protocol):
-    """Makes parameters of another model's."""
-
-    def load(
-        self, read: Callable[[Params, Params], Params], shapes: Params, shardings: Params
-    ) -> Params: ...
-
-
-def begin_from(
-    directory: str | os.PathLike,
-    fresh: TrainState,
-    shapes: TrainState,
-    shardings: TrainState,
-    check: Callable[[dict[str, Any], Path], Loads | None],
-) -> TrainState:
-    """A fresh state with the newest averaged parameters of another run.
-
-    ``check`` is called with the config that is stored there, and its place, and raises ``ValueError``
-    where parameters of the same shapes would mean something else. What it returns, if anything, makes
-    the parameters of those that are stored.
-
-    Raises:
-        ValueError: where there is no such run, or it is of another model.
-    """
-    checkpointer, step = open_run(directory)
-    made = check(checkpointer.config(step), checkpointer.path(step) / "config")
-    read = partial(checkpointer.restore_ema, step)
-    load = read if made is None else partial(made.load, read)
-    params = load(shapes.ema, shardings.ema)
-    checkpointer.close()
-    return dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))

@@ -141,19 +141,19 @@ class Progress:
             shown["skipped"] = f"{scalars['skipped']:.0f}"
         self._bar.set_postfix(shown)
 
-    def _log(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
         if self._events:
             for name, value in values.items():
-                self._events.scalar(f"{prefix}{name}", value, step)
+                self._events.scalar(name, value, step)
 
     def flush(self) -> None:
         """Puts on disk what was written: a resumed run does not write again what it has saved."""
         if self._events:
             self._events.flush()
 
-    def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes other scalars, such as a final report."""
-        self._log(step, values, f"{prefix}/")
+        self._log(step, values)
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Logs a picture, the PNG file at ``path``."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dit_jax.data import RowStreams
+from dit_jax.training.evaluators import Evaluator
 from dit_jax.training.state import Filter, InitParams, LoadFrozen, everything
 from dit_jax.training.step import LossFn
-from dit_jax.types import Params
 
 
 class Work(NamedTuple):
@@ -24,7 +23,7 @@ class Work(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A thing to train: what to initialise, the loss of a batch, what to draw and to report."""
+    """A thing to train: what to initialise, the loss of a batch, its data, what to measure."""
 
     name: str
     init: InitParams
@@ -34,10 +33,8 @@ class Task(NamedTuple):
     rows: int
     """Rows of the global batch."""
     work: Callable[[Any], Work]
-    draw: Callable[[Params, Path], None]
-    """``draw(ema, path)`` writes a picture of what the model makes now; every process calls it."""
-    report: Callable[[Params, Path], Mapping[str, float]]
-    """``report(ema, directory)`` measures the finished model; empty where it cannot be measured."""
+    evaluators: tuple[Evaluator, ...] = ()
+    """What is measured and pictured when it is due."""
     trainable: Filter = everything
     """Which parameters of ``init`` are trained; the others are the loss's ``frozen``."""
     load_frozen: LoadFrozen | None = None

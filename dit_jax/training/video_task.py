@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from dit_jax.data import (
     flip,
     open_source,
 )
-from dit_jax.diffusion import DiffusionConfig, noise_batch, sample_keys, token_loss
+from dit_jax.diffusion import DiffusionConfig, MaskConfig, noise_batch, sample_keys, token_loss
 from dit_jax.model import (
     ByteEncoderConfig,
     Field,
@@ -56,16 +56,18 @@ from dit_jax.parallel import (
     batch_shards,
     choose_attention,
     choose_dot_general,
+    local_rows,
     make_constrain,
     platform,
     token_multiple,
     ulysses_size,
 )
-from dit_jax.sampling import Generator, make_clips, to_float
+from dit_jax.sampling import Generator, Request, make_clips, to_float
 from dit_jax.text.opening import encoded, open_for_data, with_states
-from dit_jax.training import Task, Work
+from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work
 from dit_jax.training.cases import Cases, write_sheet
-from dit_jax.types import PAD, Batch, DenoiserInputs, Params, Sample, Totals
+from dit_jax.training.evaluators import LEVELS
+from dit_jax.types import PAD, Batch, DenoiserInputs, Params, Sample, Source, Totals
 
 AS_THEY_ARE = TransformConfig()
 
@@ -249,10 +251,12 @@ def batch_loss(
     batch: Batch,
     key: jax.Array,
     step: jax.Array | None = None,
+    time: jax.Array | None = None,
 ) -> tuple[jax.Array, Totals]:
-    """Sum of the tokens' losses, and the sum of their weights; the step does not matter."""
+    """Sum of the tokens' losses, and the sum of their weights; the step does not matter. ``time`` is
+    every segment's noise level, if it is not drawn."""
     del frozen, step
-    inputs, target = noise_batch(config, key, batch)
+    inputs, target = noise_batch(config, key, batch, time)
     tokens, segments = prepare_fields(
         model.config.conditioners,
         sample_keys(key, batch.sample_ids),
@@ -326,35 +330,63 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     token_fields = [name for name, of in kinds.items() if of == "token"]
     segment_fields = ["fps", *(name for name, of in kinds.items() if of == "segment")]
 
-    def draw(params: Params, path: Path) -> None:
-        requests = wanted[: config.log.draw_count]
-        clips = make_clips(generator, params, requests, config.model, mesh, decode=decode)
-        write_sheet(clips, path)
+    def sample(params: Params, requests: Sequence[Request], mean: bool = False) -> list[np.ndarray]:
+        return make_clips(generator, params, requests, config.model, mesh, mean, decode)
 
-    def report(params: Params, directory: Path) -> Mapping[str, float]:
-        if not cases.measurable:
-            return {}
-        requests = wanted[: config.evaluation.prompts]
-        clips = make_clips(generator, params, requests, config.model, mesh, True, decode)
+    def sheet(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
+        path = directory / f"samples_{step:07d}.png"
+        write_sheet(sample(ema, wanted[: config.log.draw_count]), path)
+        return Evaluation(picture=path)
+
+    def report(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
+        clips = sample(ema, wanted[: config.evaluation.prompts], True)
         write_sheet(clips, directory / "samples.png")
-        return cases.measure(clips)
+        return Evaluation(cases.measure(clips), directory / "samples.png")
 
+    evaluators = (
+        [Evaluator("samples", config.log.draw_every, sheet)] if config.log.draw_every else []
+    )
+    if cases.measurable:
+        evaluators.append(Evaluator("report", 0, report))
+    load = partial(Loader, config=packing, token_fields=token_fields, segment_fields=segment_fields)
+    rows = local_rows(mesh, packing.rows)
+
+    def held_out() -> Batch:
+        held = held_out_source(config)
+        held = held if encoder is None else encoded(held, encoder)
+        loader = load(held, to_tokens, seed=0, rows=rows)
+        batch = next(loader)
+        loader.close()
+        return batch
+
+    # Every token generated and every caption read: else the draws of these would be noise.
+    plain = dataclasses.replace(
+        config.diffusion, masks=MaskConfig.only(none=1.0), caption_dropout=0.0
+    )
+
+    def loss_at(params: Params, frozen: Params, batch: Batch, key: jax.Array, level: jax.Array):
+        return batch_loss(model, plain, params, frozen, batch, key, time=level)
+
+    parts = Parts(config, mesh, rows, loss_at, LEVELS, held_out, sample)
     return Task(
         name="text_to_video",
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
-        loader=lambda rows: Loader(
-            reader,
-            to_tokens_counted,
-            packing,
-            config.seed,
-            rows,
-            augment,
-            token_fields,
-            segment_fields,
+        loader=lambda rows: load(
+            reader, to_tokens_counted, seed=config.seed, rows=rows, augment=augment
         ),
         rows=packing.rows,
         work=partial(batch_work, config.model),
-        draw=draw,
-        report=report,
+        evaluators=(*evaluators, *(one.build(parts) for one in config.evaluators)),
     )
+
+
+def held_out_source(config: VideoRun) -> Source:
+    """Samples that training does not see: of the split that is named for it, or those that the source
+    says; if it says none, its own."""
+    shown, split = config.data.source, config.evaluation.records_split
+    shown = getattr(shown, "shown_set", shown)  # Of a mixture, one of its sets.
+    if split is not None:
+        return open_source(dataclasses.replace(shown, split=split))
+    source: Any = open_source(shown)
+    return source.eval_set() if hasattr(source, "eval_set") else source

@@ -32,6 +32,11 @@ ENCODER = dataclasses.replace(
 """4 x 2 x 2 pixels to a latent of four channels."""
 
 
+def evaluations(task: Any) -> dict[str, Any]:
+    """The functions of a task's evaluators, by name."""
+    return {one.name: one.evaluate for one in task.evaluators}
+
+
 def clips(frames: tuple[int, ...]) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     return [
@@ -103,8 +108,9 @@ def test_what_is_drawn_is_decoded(config: VideoRun, tmp_path: Path):
     optimizer = make_optimizer(config.optimizer, 1)
     _, shardings = abstract_state(task.init, optimizer, mesh)
     state = init_state(task.init, optimizer, shardings, jax.random.key(0))
-    task.draw(state.ema, tmp_path / "drawn.png")
-    picture = read_video(tmp_path / "drawn.png")[0]
+    picture = evaluations(task)["samples"](state.ema, {}, 7, tmp_path).picture
+    assert picture is not None
+    picture = read_video(picture)[0]
     # Pixels, and not latents, of which a frame has 8 x 4.
     assert picture.std() > 0 and picture.shape[1] >= 16
 

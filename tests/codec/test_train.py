@@ -35,6 +35,11 @@ CONFIG = get_config()
 STEPS = 40
 
 
+def evaluations(task: Any) -> dict[str, Any]:
+    """The functions of a task's evaluators, by name."""
+    return {one.name: one.evaluate for one in task.evaluators}
+
+
 def one_device() -> Any:
     return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
@@ -77,7 +82,7 @@ def finished(
     """The directory of the finished run, and its report."""
     task, _, params = trained
     directory = tmp_path_factory.mktemp("finished")
-    return directory, dict(task.report(params, directory))
+    return directory, dict(evaluations(task)["report"](params, {}, 0, directory).scalars)
 
 
 def test_it_learns(trained: Any):
@@ -136,15 +141,16 @@ def test_moving_shapes_that_are_measured_are_never_trained_on():
 
 def test_pictures_are_drawn_of_what_is_learned(trained: Any, tmp_path: Path):
     task, _, params = trained
-    task.draw(params, tmp_path / "now.png")
-    picture = read_video(tmp_path / "now.png")[0]
+    picture = evaluations(task)["samples"](params, {}, 7, tmp_path).picture
+    assert picture is not None
+    picture = read_video(picture)[0]
     assert picture.std() > 0
 
 
 def test_a_run_that_measures_nothing_leaves_its_codec(trained: Any, tmp_path: Path):
     evaluation = dataclasses.replace(CONFIG.evaluation, clips=0)
     task = dataclasses.replace(CONFIG, evaluation=evaluation).build(one_device())
-    assert task.report(trained[2], tmp_path) == {}
+    assert evaluations(task)["report"](trained[2], {}, 0, tmp_path).scalars == {}
     assert load_codec(tmp_path / "codec").channels == 3
     assert not (tmp_path / "codec.json").exists()
 

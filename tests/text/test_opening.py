@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from flax import linen as nn
 
-from dit_jax import sample, train
+from dit_jax import sample
 from dit_jax.config import VideoRun, from_dict, to_dict
 from dit_jax.data import (
     MixedSetConfig,
@@ -33,6 +33,7 @@ from dit_jax.text.t5 import T5EncoderConfig
 from dit_jax.text.text_encoder import StatesEncoder
 from dit_jax.training import CheckpointConfig, Checkpointer
 from dit_jax.training.cases import Cases
+from dit_jax.training.resume import check_same_run
 from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
 from tests.codecs import quick_compilation
@@ -159,10 +160,10 @@ def test_a_run_records_whose_states_it_reads(recorded, captioned, encoder, folde
 def test_a_resumed_run_keeps_its_encoder(captioned, tmp_path):
     known = captioned.with_hashes()
     again = dataclasses.replace(known.text_encoder, path="elsewhere")
-    train.check_same_run(dataclasses.replace(known, text_encoder=again), known, tmp_path)
+    check_same_run(dataclasses.replace(known, text_encoder=again), known, tmp_path)
     changed = dataclasses.replace(known.text_encoder, hash="other")
     with pytest.raises(ValueError, match="holds a run with text_encoder.hash = "):
-        train.check_same_run(dataclasses.replace(known, text_encoder=changed), known, tmp_path)
+        check_same_run(dataclasses.replace(known, text_encoder=changed), known, tmp_path)
 
 
 def test_a_path_without_a_model_that_reads_states_is_refused(folder):

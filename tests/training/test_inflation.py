@@ -14,7 +14,6 @@ from dit_jax.model.positions import grid_features, grid_time_features
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips
-from dit_jax.train import begin
 from dit_jax.training import (
     CheckpointConfig,
     Checkpointer,
@@ -22,7 +21,7 @@ from dit_jax.training import (
     init_state,
     make_optimizer,
 )
-from dit_jax.training.inflating import inflation
+from dit_jax.training.resume import inflation, init_from
 from dit_jax.training.video_task import make_model
 from dit_jax.upscale import LowRes
 
@@ -82,7 +81,7 @@ def begun(config, mesh):
     task, optimizer = abstract_task(config, mesh), make_optimizer(config.optimizer, 1)
     shapes, shardings = abstract_state(task.init, optimizer, mesh)
     fresh = init_state(task.init, optimizer, shardings, jax.random.key(1))
-    state = begin(config, fresh, shapes, shardings)
+    state = init_from(config, fresh, shapes, shardings)
     for leaf, wanted in zip(
         jax.tree.leaves(state.ema), jax.tree.leaves(shardings.ema), strict=True
     ):
