@@ -15,7 +15,7 @@ from dit_jax.codec.flops import autoencoder_flops
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.train import batch_loss, make_loss
 from dit_jax.codec.video_codec import part_step
-from dit_jax.parallel import batch_sharding, clip_sharding, make_lay, platform
+from dit_jax.parallel import batch_sharding, clip_sharding, make_clip_constrain, platform
 from dit_jax.plan.abstract import AbstractStep, AbstractTask, abstract_array
 from dit_jax.types import ClipBatch
 
@@ -53,7 +53,7 @@ def abstract_codec_part(
     time, space, _ = model_config.stride
     h, w = crop.height // space, crop.width // space
     frames = config.tiles.frames
-    compute = model_config.computation(platform(mesh), constrain=make_lay(mesh)(h, w))
+    compute = model_config.computation(platform(mesh), constrain=make_clip_constrain(mesh)(h, w))
     model = CausalAutoencoder(model_config, compute)
     whole = NamedSharding(mesh, PartitionSpec())
     over = clip_sharding(mesh, crop.rows, h, w)

@@ -13,7 +13,7 @@ from dit_jax.codec.folders import load_codec
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.config import VideoRun
 from dit_jax.data import RecordsSource
-from dit_jax.parallel import make_lay
+from dit_jax.parallel import make_clip_constrain
 from dit_jax.types import Source
 
 
@@ -44,7 +44,7 @@ def open_codec(config: VideoRun, mesh: Mesh | None = None) -> Codec | None:
     alone = jax.process_count() == 1
     if mesh is not None and mesh.size > 1 and alone and isinstance(codec, VideoCodec):
         params = jax.device_put(codec.params, NamedSharding(mesh, PartitionSpec()))
-        return dataclasses.replace(codec, params=params, lay=make_lay(mesh))
+        return dataclasses.replace(codec, params=params, lay=make_clip_constrain(mesh))
     return codec
 
 

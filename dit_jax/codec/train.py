@@ -29,7 +29,7 @@ from dit_jax.codec.reconstruction_loss import ReconstructionLoss
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.vgg_files import load_vgg
 from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader, open_source
-from dit_jax.parallel import batch_shards, local_rows, make_gather, make_lay, platform
+from dit_jax.parallel import batch_shards, local_rows, make_clip_constrain, make_gather, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work, everything
 from dit_jax.types import ClipBatch, Params, Source, Totals
@@ -109,7 +109,7 @@ def make_loss(config: CodecRun, mesh: Mesh) -> ReconstructionLoss:
     """The autoencoder, laid out over the mesh, and what it is trained with."""
     crop, wanted = config.data.crop, config.loss
     stride = config.model.stride[1]
-    lay = make_lay(mesh)(crop.height // stride, crop.width // stride)
+    lay = make_clip_constrain(mesh)(crop.height // stride, crop.width // stride)
     compute = config.model.computation(platform(mesh), constrain=lay, gather=make_gather(mesh))
     network = None
     if wanted.perceptual:

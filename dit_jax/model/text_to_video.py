@@ -42,7 +42,7 @@ class ModelConfig:
     """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
     matmul: Literal["full", "int8", "fp8"] = "full"
     """What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
-    bits (``parallel.quantized`` says what, in both passes; needs ``dit-jax[quant]``)."""
+    bits (``parallel.matmul`` says what, in both passes; needs ``dit-jax[quant]``)."""
     learned_variance: bool = False
     """Whether the network's output has a second half: the variance of the reverse step, for every
     number of the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""

@@ -1,18 +1,27 @@
-"""The mesh, the layout of parameters and activations over it, and attention kernels."""
+"""The mesh, what lies where on it, attention and matrix products on it, and several processes."""
 
 from dit_jax.parallel.attention import host_attention as host_attention
 from dit_jax.parallel.attention import xla_attention as xla_attention
-from dit_jax.parallel.gpu import gpu_attention as gpu_attention
-from dit_jax.parallel.gpu import gpu_blocks as gpu_blocks
-from dit_jax.parallel.kernels import choose_attention as choose_attention
-from dit_jax.parallel.kernels import choose_dot_general as choose_dot_general
-from dit_jax.parallel.kernels import platform as platform
-from dit_jax.parallel.kernels import token_multiple as token_multiple
+from dit_jax.parallel.context import DEFAULT_ATTENTION as DEFAULT_ATTENTION
+from dit_jax.parallel.context import AttentionConfig as AttentionConfig
+from dit_jax.parallel.context import choose_attention as choose_attention
+from dit_jax.parallel.context import token_multiple as token_multiple
+from dit_jax.parallel.context import ulysses_size as ulysses_size
+from dit_jax.parallel.matmul import choose_dot_general as choose_dot_general
 from dit_jax.parallel.mesh import AXES as AXES
 from dit_jax.parallel.mesh import MeshConfig as MeshConfig
+from dit_jax.parallel.mesh import batch_sharding as batch_sharding
 from dit_jax.parallel.mesh import batch_shards as batch_shards
+from dit_jax.parallel.mesh import check_rules as check_rules
+from dit_jax.parallel.mesh import clip_sharding as clip_sharding
+from dit_jax.parallel.mesh import make_clip_constrain as make_clip_constrain
+from dit_jax.parallel.mesh import make_constrain as make_constrain
+from dit_jax.parallel.mesh import make_gather as make_gather
 from dit_jax.parallel.mesh import make_mesh as make_mesh
+from dit_jax.parallel.mesh import parameter_shardings as parameter_shardings
 from dit_jax.parallel.mesh import peak_flops as peak_flops
+from dit_jax.parallel.mesh import platform as platform
+from dit_jax.parallel.mesh import state_shardings as state_shardings
 from dit_jax.parallel.multihost import PROCESS_HELP as PROCESS_HELP
 from dit_jax.parallel.multihost import barrier as barrier
 from dit_jax.parallel.multihost import broadcast as broadcast
@@ -21,14 +30,3 @@ from dit_jax.parallel.multihost import initialize as initialize
 from dit_jax.parallel.multihost import joined as joined
 from dit_jax.parallel.multihost import local_rows as local_rows
 from dit_jax.parallel.multihost import take_process_flags as take_process_flags
-from dit_jax.parallel.rules import batch_sharding as batch_sharding
-from dit_jax.parallel.rules import check_rules as check_rules
-from dit_jax.parallel.rules import clip_sharding as clip_sharding
-from dit_jax.parallel.rules import like_parameters as like_parameters
-from dit_jax.parallel.rules import make_constrain as make_constrain
-from dit_jax.parallel.rules import make_gather as make_gather
-from dit_jax.parallel.rules import make_lay as make_lay
-from dit_jax.parallel.rules import parameter_shardings as parameter_shardings
-from dit_jax.parallel.spread import DEFAULT_ATTENTION as DEFAULT_ATTENTION
-from dit_jax.parallel.spread import AttentionConfig as AttentionConfig
-from dit_jax.parallel.spread import ulysses_size as ulysses_size

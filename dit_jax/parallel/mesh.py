@@ -1,4 +1,4 @@
-"""The device mesh: ``data x fsdp x context x tensor``.
+"""The device mesh ``data x fsdp x context x tensor``, and what lies on which of its axes.
 
 ``data`` holds replicas, ``fsdp`` shards parameters and batch, ``context`` shards the tokens of a
 row, ``tensor`` shards heads and the MLP. Axes are of type Auto: the compiler places the
@@ -6,7 +6,10 @@ collectives, from the shardings of parameters and the constraints inside the mod
 
 TPUs of several slices are joined by the data centre's network, far slower than the links inside a
 slice. One axis crosses it, ``data`` unless ``slices_over`` says ``fsdp``; every other axis stays
-within a slice. GPUs are laid out host by host, so that inner axes stay within a host where they fit.
+within a slice. GPUs are ordered host by host, so that inner axes stay within a host if they fit.
+
+Models name logical axes only: two tables map them to the mesh. A dimension that a mesh axis does not
+divide stays whole: a tiny model on a large mesh is replicated, not refused, but a large parameter is.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 PEAK_FLOPS = {
@@ -54,15 +58,12 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = self.sizes
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        valid = all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1
+        if not valid or self.slices_over not in ("data", "fsdp"):
             raise ValueError(
-                f"mesh {dict(zip(AXES, sizes, strict=True))}: each axis is at least 1, and one of "
-                "them may be -1 to take all remaining devices."
-            )
-        if self.slices_over not in ("data", "fsdp"):
-            raise ValueError(
-                f"mesh.slices_over is {self.slices_over!r}: it is data or fsdp. (context and tensor "
-                "talk too much to leave a slice.)"
+                f"mesh {dict(zip(AXES, sizes, strict=True))}, slices_over {self.slices_over!r}: each "
+                "axis is at least 1, and one of them may be -1 to take all remaining devices; slices "
+                "lie over data or fsdp (context and tensor talk too much to leave a slice)."
             )
 
     @property
@@ -70,10 +71,10 @@ class MeshConfig:
         return tuple(getattr(self, axis) for axis in AXES)
 
     def shape(self, num_devices: int) -> tuple[int, ...]:
-        """Sizes of the axes over so many devices.
+        """Sizes of the axes over ``num_devices``.
 
         Raises:
-            ValueError: where they do not use exactly the devices there are.
+            ValueError: if they do not use exactly that many.
         """
         fixed = math.prod(size for size in self.sizes if size > 0)
         shape = tuple(num_devices // fixed if size == -1 else size for size in self.sizes)
@@ -86,35 +87,29 @@ class MeshConfig:
         return shape
 
 
-def _across(config: MeshConfig, shape: tuple[int, ...], devices: Sequence[Any]) -> tuple[int, ...]:
-    """How many slices each axis crosses: one, all but ``slices_over``.
+def _slices(config: MeshConfig, shape: tuple[int, ...], devices: Sequence[Any]) -> tuple[int, ...]:
+    """How many slices each axis crosses: one, except ``slices_over``.
 
     Raises:
-        ValueError: where the slices differ in size, or the axis does not divide over them.
+        ValueError: if the slices differ in size, or the axis does not divide over them.
     """
     sizes = Counter(getattr(device, "slice_index", 0) for device in devices)
-    count = len(sizes)
-    if len(set(sizes.values())) > 1:
+    count, size = len(sizes), shape[AXES.index(config.slices_over)]
+    if len(set(sizes.values())) > 1 or size % count:
         raise ValueError(
-            f"the {count} TPU slices have {', '.join(map(str, sizes.values()))} devices: a mesh needs "
-            "the same number in each. Give every slice the same topology."
-        )
-    size = shape[AXES.index(config.slices_over)]
-    if size % count:
-        other = "fsdp" if config.slices_over == "data" else "data"
-        raise ValueError(
-            f"mesh.{config.slices_over} is {size}, but it crosses {count} TPU slices: make it a "
-            f"multiple of {count}, or set mesh.slices_over to {other} if mesh.{other} is one."
+            f"mesh.{config.slices_over} is {size} over {count} TPU slices of "
+            f"{', '.join(map(str, sizes.values()))} devices: give every slice the same topology, and "
+            f"make mesh.{config.slices_over} a multiple of {count}, or set mesh.slices_over."
         )
     return tuple(count if axis == config.slices_over else 1 for axis in AXES)
 
 
 def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """The devices as an array ``[data, fsdp, context, tensor]``: neighbours where axes talk most."""
-    shape, platform = config.shape(len(devices)), devices[0].platform
-    if platform == "cpu":
+    shape, kind = config.shape(len(devices)), devices[0].platform
+    if kind == "cpu":
         return np.asarray(devices).reshape(shape)
-    across = _across(config, shape, devices) if platform == "tpu" else (1,) * len(AXES)
+    across = _slices(config, shape, devices) if kind == "tpu" else (1,) * len(AXES)
     # Axes may share a physical one: else only products of the torus's own sizes would be possible.
     if max(across) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -133,6 +128,11 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -142,3 +142,211 @@ def peak_flops(kind: str) -> float | None:
     """Peak flops of one device of this kind; None if it is not known, as of CPUs."""
     names = [name for name in PEAK_FLOPS if kind.startswith(name)]
     return PEAK_FLOPS[max(names, key=len)] if names else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Logical axes
+# ---------------------------------------------------------------------------------------------------
+
+PARAMETER_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "embed": ("fsdp", "context"),
+    "embed_out": None,
+    "embed_vector": None,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "modulation": "tensor",
+    "modulation_table": None,
+    "patch": None,
+    "time": None,
+    "vocab": None,
+    "text_place": None,
+    "text_out": None,
+    "text_states": None,
+}
+OPTIONAL = frozenset({"modulation_table", "text_out", "text_place", "text_states", "vocab"})
+"""Axes that not every model has. Any other rule that a model does not use is refused as a typo."""
+OF_TRANSFORMERS = frozenset({"heads", "layers", "mlp", "modulation", "patch", "time"})
+"""Axes of which every transformer has some, and autoencoders and feature networks none."""
+LARGE = 2**20
+"""Elements that a device may hold of a parameter which the mesh should have split and could not."""
+ROWS = ("fsdp", "data")
+"""The axes that rows lie over, fsdp first. With data first, XLA (of jax 0.10.2, GSPMD and Shardy)
+moves the rows of a product whose kernel has its columns over fsdp, and does not move them back: wrong
+numbers, without a warning, on some meshes where data, fsdp and tensor are all above 1."""
+ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ROWS,
+    "tokens": "context",
+    "text_tokens": None,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "width": None,
+}
+
+
+def _names(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else (target or ())
+
+
+def _part(names: tuple[str, ...]) -> Any:
+    """A dimension's entry of a ``PartitionSpec``."""
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def _spec(
+    rules: dict[str, Any], mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> PartitionSpec:
+    assert len(shape) == len(axes), f"logical axes {axes} do not name the dimensions of {shape}"
+    used: set[str] = set()
+    parts: list[Any] = []
+    for size, axis in zip(shape, axes, strict=True):
+        assert axis is None or axis in rules, f"logical axis {axis!r} is in no rule of {__name__}"
+        names = _names(rules[axis]) if axis is not None else ()
+        assert not used.intersection(names), f"logical axes {axes} use a mesh axis of {names} twice"
+        used.update(names)
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        parts.append(_part(names))
+    return PartitionSpec(*parts)
+
+
+def activation_spec(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """How an activation with these logical axes is sharded."""
+    return _spec(ACTIVATION_RULES, mesh, shape, axes)
+
+
+def make_constrain(mesh: Mesh) -> Callable[..., jax.Array]:
+    """The function by which models shard their activations."""
+
+    def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+        spec = activation_spec(mesh, x.shape, *axes)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constrain
+
+
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def check_rules(boxed: Any) -> None:
+    """Asserts that every rule matches a transformer's abstract parameters, unless ``OPTIONAL``."""
+    leaves = [leaf for leaf in jax.tree.leaves(boxed, is_leaf=_is_boxed) if _is_boxed(leaf)]
+    used = {name for leaf in leaves for name in leaf.names if name is not None}
+    unused = sorted(PARAMETER_RULES.keys() - used - OPTIONAL)
+    assert not (used & OF_TRANSFORMERS and unused), (
+        f"the rules for {unused} of {__name__} match no parameter: the logical axes are {sorted(used)}"
+    )
+
+
+def _check_split(path: Any, leaf: Any, sharding: NamedSharding, left_out: str | None) -> None:
+    """Refuses a large parameter that stays whole along an axis which the mesh has for it."""
+    mesh, shape = sharding.mesh, (leaf.value if _is_boxed(leaf) else leaf).shape
+    mine = math.prod(sharding.shard_shape(shape))
+    if mine <= LARGE:
+        return
+    name = jax.tree_util.keystr(path)
+    if not _is_boxed(leaf):
+        split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+        assert not split, f"{name} carries no logical axes: give its initialiser some"
+        return
+    for size, axis, part in zip(shape, leaf.names, sharding.spec, strict=True):
+        targets = _names(PARAMETER_RULES[axis]) if axis is not None else ()
+        targets = [target for target in targets if mesh.shape[target] > 1 and target != left_out]
+        if set(targets) <= set(_names(part)):
+            continue
+        parts = math.prod(mesh.shape[target] for target in targets)
+        raise ValueError(
+            f"parameter {name} {list(shape)}: its dimension {axis!r} of {size} does not divide over "
+            f"{' x '.join(f'mesh.{target}' for target in targets)} {parts}, so that each device would "
+            f"hold {mine:,} elements. Make the dimension a multiple of {parts}, or the mesh axis a "
+            f"divisor of {size}, such as {math.gcd(size, parts)}."
+        )
+
+
+def parameter_shardings(mesh: Mesh, boxed: Any, over_context: bool = True) -> Any:
+    """Shardings of abstract parameters that still carry their logical axes.
+
+    Without ``over_context`` the devices that share a row all have the parameters that it passes: more
+    memory and less to gather, which suits sampling.
+
+    Raises:
+        ValueError: for a parameter of which a device would hold more than ``LARGE`` elements because
+            a dimension does not divide over its mesh axis.
+    """
+    left_out = None if over_context else "context"
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        spec = PartitionSpec()
+        if _is_boxed(leaf):
+            spec = _spec(PARAMETER_RULES, mesh, leaf.value.shape, leaf.names)
+            parts = ([name for name in _names(part) if name != left_out] for part in spec)
+            spec = PartitionSpec(*(_part(tuple(part)) for part in parts))
+        out = NamedSharding(mesh, spec)
+        _check_split(path, leaf, out, left_out)
+        return out
+
+    return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_boxed)
+
+
+def state_shardings(mesh: Mesh, tree: Any, shardings: Any) -> Any:
+    """Shardings of a state whose subtrees mirror the parameters, as optimizers' moments do.
+
+    A leaf whose path ends in the path of a parameter is sharded like it; all others are whole.
+    """
+    known = {
+        tuple(map(str, path)): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
+    }
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        names = tuple(map(str, path))
+        for start in range(len(names)):
+            parameter = known.get(names[start:])
+            if parameter is not None and len(parameter.spec) <= leaf.ndim:
+                return parameter
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh, ndim: int, tokens: bool, rows: int | None = None) -> NamedSharding:
+    """The sharding of a batch's field: rows over data and fsdp, the tokens of a row over context.
+
+    If ``rows`` do not divide they are whole on every device: sampling's batch may be smaller than the
+    mesh.
+    """
+    context = ("context",) if tokens and ndim > 1 else ()
+    whole = rows is not None and rows % math.prod(mesh.shape[axis] for axis in ROWS)
+    return NamedSharding(mesh, PartitionSpec(None if whole else ROWS, *context))
+
+
+def clip_sharding(mesh: Mesh, clips: int, h: int, w: int) -> NamedSharding:
+    """The sharding of ``clips`` activations ``[b, t, rows, columns, c]`` of an autoencoder.
+
+    Clips lie over data and fsdp; the rows, a multiple of ``h``, over context, or the columns, a
+    multiple of ``w``, if context divides only those.
+    """
+    context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
+    over = ("context", None) if h % context == 0 else (None, None if w % context else "context")
+    return NamedSharding(mesh, PartitionSpec(None if clips % shards else ROWS, None, *over, None))
+
+
+def make_clip_constrain(mesh: Mesh) -> Callable[[int, int], Callable[[jax.Array], jax.Array]]:
+    """``make_clip_constrain(mesh)(h, w)`` shards activations by ``clip_sharding``; the compiler sends
+    edges to the neighbours."""
+
+    def of_size(h: int, w: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jax.lax.with_sharding_constraint(x, clip_sharding(mesh, len(x), h, w))
+
+    return of_size
+
+
+def make_gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Replicates an array on every device: kernels of convolutions, before they are used.
+
+    Of kernels whose channels lie over fsdp and context, and clips over data, fsdp and context, XLA (of
+    jax 0.10.2) makes convolutions with wrong numbers, without a warning, if all three are above 1.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    return lambda x: jax.lax.with_sharding_constraint(x, whole)

@@ -29,7 +29,7 @@ from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
 from dit_jax.files import InputError
-from dit_jax.parallel.rules import batch_sharding
+from dit_jax.parallel.mesh import batch_sharding
 from dit_jax.types import is_token_field
 
 FLAGS = ("--coordinator", "--num-processes", "--process-id")

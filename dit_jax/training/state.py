@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.parallel import check_rules, like_parameters, parameter_shardings
+from dit_jax.parallel import check_rules, parameter_shardings, state_shardings
 from dit_jax.types import Params
 
 
@@ -83,7 +83,7 @@ def abstract_state(
     whole: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = TrainState(scalar, scalar, params, params, opt_state)
-    of_opt = like_parameters(mesh, opt_state, of_params)
+    of_opt = state_shardings(mesh, opt_state, of_params)
     return shapes, TrainState(whole, whole, of_params, of_params, of_opt)
 
 

@@ -14,7 +14,7 @@ import pytest
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.video_codec import VideoCodec
-from dit_jax.parallel import MeshConfig, make_lay, make_mesh
+from dit_jax.parallel import MeshConfig, make_clip_constrain, make_mesh
 from tests.codecs import SMALL, make_codec, noise, quick_compilation
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
@@ -150,7 +150,8 @@ def test_clips_over_a_mesh_are_those_of_one_device(
     """Clips over data, and over context the rows, or the columns where it divides those alone."""
     mesh = make_mesh(MeshConfig(2, 1, 4, 1))
     alone, spread = (
-        make_codec(config, TileConfig(frames=2), lay=lay) for lay in (None, make_lay(mesh))
+        make_codec(config, TileConfig(frames=2), lay=lay)
+        for lay in (None, make_clip_constrain(mesh))
     )
     clips = noise(2, 9, *size, 3)
     latents = alone.encode_many(clips)
@@ -168,7 +169,7 @@ LINE = re.compile(rf"= (.*?) ({KINDS})(?:-start)?\(")
 @pytest.mark.parametrize("size", [(16, 8), (12, 16)], ids=["rows", "columns"])
 def test_edges_go_to_the_neighbours_and_frames_stay(method: str, size: tuple[int, int]):
     mesh = make_mesh(MeshConfig(2, 1, 4, 1))
-    codec = make_codec(SPREAD, lay=make_lay(mesh))
+    codec = make_codec(SPREAD, lay=make_clip_constrain(mesh))
     unit = 1 if method == "encode" else 2
     channels = 3
     x = np.zeros((2, 5 if method == "encode" else 2, *(s // unit for s in size), channels))

@@ -12,8 +12,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from dit_jax.model import PRESETS, DiT, DiTConfig, TextToVideo
 from dit_jax.model.dit import pool_text, time_features
 from dit_jax.parallel import host_attention, xla_attention
-from dit_jax.parallel.kernels import flat_dot_general
-from dit_jax.parallel.rules import ACTIVATION_RULES, PARAMETER_RULES
+from dit_jax.parallel.matmul import flat_dot_general
+from dit_jax.parallel.mesh import ACTIVATION_RULES, PARAMETER_RULES
 from dit_jax.types import unconstrained
 from tests.denoiser import struct
 

@@ -17,7 +17,7 @@ from dit_jax.model import (
     forward_flops,
 )
 from dit_jax.parallel import xla_attention
-from dit_jax.parallel.attention import Band, visible
+from dit_jax.parallel.attention import Window, visible
 from dit_jax.types import unconstrained
 from tests.denoiser import struct
 
@@ -83,7 +83,7 @@ def test_banded_layers_count_the_pairs_that_they_see(band, depth, every):
     banded = depth - depth // every
     for l, count in zip(tokens.tolist(), counts.tolist(), strict=True):
         one = np.ones((1, l), np.int32)
-        pairs = int(visible(one, one, Band(band)).sum())
+        pairs = int(visible(one, one, Window(band)).sum())
         # A pair is a score and a share of the values, each of `width` multiplications and additions.
         unseen = banded * (l * l - pairs) * 2 * 2 * dit.width
         assert count == counted_by_hand(config, l, 12) - unseen

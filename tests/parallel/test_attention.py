@@ -7,7 +7,7 @@ import pytest
 
 from dit_jax.parallel import MeshConfig, choose_attention, choose_dot_general, make_mesh
 from dit_jax.parallel.attention import host_attention, xla_attention
-from dit_jax.parallel.kernels import flat_dot_general
+from dit_jax.parallel.matmul import flat_dot_general
 
 IMPLEMENTATIONS = [xla_attention, host_attention]
 HEADS, DIM = 3, 8

@@ -7,9 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.parallel import MeshConfig, blockwise, choose_attention, make_mesh
-from dit_jax.parallel.attention import Band, attend_whole, host_attention, xla_attention
-from dit_jax.parallel.blockwise import BLOCKWISE, LONG, SMALL, blockwise_attention, in_blocks
+from dit_jax.parallel import MeshConfig, attention, choose_attention, make_mesh
+from dit_jax.parallel.attention import (
+    HOST,
+    LONG,
+    SMALL,
+    Operands,
+    Window,
+    attend_in_blocks,
+    blockwise_attention,
+    host_attention,
+    on_one_device,
+    xla_attention,
+)
 
 ROWS, HEADS, DIM = 2, 3, 8
 # Float32 sums of 40 products and of 40 weights of order one.
@@ -21,10 +31,10 @@ ONE_QUERY, SEVERAL, WHOLE = 1, 4 * 40 * 7, 2**20
 def by_blocks(size):
     """``types.Attention`` in blocks of that size."""
 
-    def whole(q, k, v, q_ids, k_ids, band):
-        return in_blocks(band, size, q, k, v, q_ids, k_ids)
+    def whole(x, window):
+        return attend_in_blocks(x, window, size)
 
-    return partial(attend_whole, BLOCKWISE._replace(whole=whole), band=None)
+    return on_one_device(HOST._replace(whole=whole))
 
 
 def draw(length, seed, scale=1.0):
@@ -84,8 +94,8 @@ def test_keys_of_another_number_and_queries_that_see_none(scale):
 @pytest.mark.parametrize("band", [None, 5])
 def test_long_rows_are_computed_in_blocks(monkeypatch, band):
     """Rows of 40 tokens, being long, by ``blockwise_attention``: to themselves and to other keys."""
-    monkeypatch.setattr(blockwise, "LONG", 23)
-    monkeypatch.setattr(blockwise, "BLOCK_BYTES", SEVERAL)
+    monkeypatch.setattr(attention, "LONG", 23)
+    monkeypatch.setattr(attention, "BLOCK_BYTES", SEVERAL)
     q, k, v, ids = draw(40, 0), draw(40, 1), draw(40, 2), ids_of(40)
     other = k[:, :23], v[:, :23], ids, np.ones((ROWS, 23), np.int32)
     for given in ((q, k, v, ids, None), (q, *other)):
@@ -112,8 +122,9 @@ def test_a_part_of_the_queries_has_the_band_of_its_place():
     """As a ring asks for it: the first query is 8 tokens after the first key."""
     q, k, v = (x.swapaxes(1, 2) for x in (draw(40, 0), draw(40, 1), draw(40, 2)))
     ids = ids_of(40)
-    every = in_blocks(Band(3), WHOLE, q, k, v, ids, ids)
-    part = in_blocks(Band(3, 8), SEVERAL, q[:, :, 8:], k, v, ids[:, 8:], ids)
+    every = attend_in_blocks(Operands(q, k, v, ids, ids), Window(3), WHOLE)
+    part_operands = Operands(q[:, :, 8:], k, v, ids[:, 8:], ids)
+    part = attend_in_blocks(part_operands, Window(3, 8), SEVERAL)
     np.testing.assert_allclose(part, every[:, :, 8:], rtol=0, atol=TOLERANCE)
 
 

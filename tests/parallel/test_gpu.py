@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.parallel.attention import xla_attention
-from dit_jax.parallel.gpu import gpu_attention, gpu_blocks
+from dit_jax.parallel.attention import Operands, on_one_device, xla_attention
+from dit_jax.parallel.pallas import flash_kernel
 from dit_jax.types import ATTENTION
 
-flash = partial(gpu_attention, interpret=True)
+flash = on_one_device(flash_kernel(interpret=True))
 HEADS = 2
 # Float32 sums of a hundred products and weights of order one, block by block.
 TOLERANCE = 4e-6
@@ -129,7 +129,7 @@ def test_blocks_take_heads_first_and_scaled_queries():
     q, k, v = (draw(40, 16, seed) for seed in range(3))
     ids = jnp.asarray(segments(40))
     heads_first = [x.swapaxes(1, 2) for x in (q / 4, k, v)]
-    out = gpu_blocks(interpret=True).whole(*heads_first, ids, ids, None)
+    out = flash_kernel(interpret=True).whole(Operands(*heads_first, ids, ids), None)
     np.testing.assert_array_equal(out.swapaxes(1, 2), flash(q, k, v, ids, None))
 
 
@@ -140,7 +140,7 @@ def test_lowers_to_triton(length, dim):
     ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
 
     def value(q, k, v, ids):
-        return gpu_attention(q, k, v, ids, None).astype(jnp.float32).sum()
+        return on_one_device(flash_kernel())(q, k, v, ids, None).astype(jnp.float32).sum()
 
     lowered = (
         jax.jit(jax.grad(value, (0, 1, 2))).trace(x, x, x, ids).lower(lowering_platforms=("cuda",))

@@ -43,7 +43,9 @@ def test_chosen_devices():
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1, 1), (1, -2, 1, 1), (-1, 1, -1, 1)])
 def test_impossible_sizes_are_refused(sizes):
-    with pytest.raises(ValueError, match=r"mesh \{.*\}: each axis is at least 1, and one of them"):
+    with pytest.raises(
+        ValueError, match=r"mesh \{.*\}.*: each axis is at least 1, and one of them"
+    ):
         MeshConfig(*sizes)
 
 
@@ -147,21 +149,18 @@ def test_axis_that_does_not_divide_over_slices_is_refused(over):
     with pytest.raises(ValueError) as error:
         device_grid(config, chips)
     text = str(error.value)
-    assert f"mesh.{over} is 1, but it crosses 2 TPU slices: make it a multiple of 2" in text
-    other = {"data": "fsdp", "fsdp": "data"}[over]
-    assert f"set mesh.slices_over to {other} if mesh.{other} is one" in text
+    assert f"mesh.{over} is 1 over 2 TPU slices" in text
+    assert f"make mesh.{over} a multiple of 2, or set mesh.slices_over" in text
 
 
 def test_unequal_slices_are_refused():
     chips = [chip for chip in slices((2, 2, 1), 2) if chip.id != 7]
-    with pytest.raises(
-        ValueError, match=r"the 2 TPU slices have .* devices: a mesh needs the same"
-    ):
+    with pytest.raises(ValueError, match=r"2 TPU slices of 3, 4 devices"):
         device_grid(MeshConfig(), chips)
 
 
 def test_inner_axes_do_not_cross_slices():
-    with pytest.raises(ValueError, match=r"mesh.slices_over is 'context': it is data or fsdp"):
+    with pytest.raises(ValueError, match=r"slices_over 'context'.* data or fsdp"):
         MeshConfig(slices_over="context")  # pyright: ignore[reportArgumentType]
 
 

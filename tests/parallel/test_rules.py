@@ -13,13 +13,12 @@ from dit_jax.parallel import (
     MeshConfig,
     batch_sharding,
     check_rules,
-    like_parameters,
     make_constrain,
     make_mesh,
     parameter_shardings,
-    rules,
+    state_shardings,
 )
-from dit_jax.parallel.rules import ACTIVATION_RULES, LARGE, OPTIONAL, PARAMETER_RULES, ROWS
+from dit_jax.parallel.mesh import ACTIVATION_RULES, LARGE, OPTIONAL, PARAMETER_RULES, ROWS
 
 EMBED = ("fsdp", "context")
 
@@ -80,25 +79,21 @@ def test_parameters_without_axes_are_whole(mesh):
 
 @pytest.mark.parametrize("names", [("heads", "mlp"), ("embed", "embed"), ("modulation", "heads")])
 def test_two_dimensions_on_one_axis_are_refused(mesh, names):
-    with pytest.raises(ValueError, match=r"use mesh axis '(tensor|fsdp|context)' twice"):
+    with pytest.raises(AssertionError, match=r"use a mesh axis of .*(tensor|fsdp).* twice"):
         spec(mesh, (8, 8), *names)
 
 
 def test_unknown_axis_is_refused(mesh):
-    with pytest.raises(
-        ValueError, match=r"'embedd' is in no rule; known are .*'embed'.* Add it to"
-    ):
+    with pytest.raises(AssertionError, match=r"'embedd' is in no rule"):
         spec(mesh, (8, 8), "embedd", "mlp")
-    with pytest.raises(ValueError, match=r"'token' is in no rule; known are .*'tokens'"):
+    with pytest.raises(AssertionError, match=r"'token' is in no rule"):
         make_constrain(mesh)(jnp.ones((2, 2)), "batch", "token")
 
 
 def test_axes_for_another_number_of_dimensions_are_refused(mesh):
-    with pytest.raises(
-        ValueError, match=r"\('embed',\) do not name the dimensions of shape \(8, 8\)"
-    ):
+    with pytest.raises(AssertionError, match=r"'embed',\) do not name the dimensions of \(8, 8\)"):
         spec(mesh, (8, 8), "embed")
-    with pytest.raises(ValueError, match="do not name the dimensions"):
+    with pytest.raises(AssertionError, match="do not name the dimensions"):
         make_constrain(mesh)(jnp.ones((2, 2)), "batch")
 
 
@@ -175,7 +170,7 @@ def test_what_is_small_or_meant_whole_is_not_refused(sizes, shape, names, expect
 
 def test_large_parameter_without_axes_is_refused(mesh):
     wide = {"w": jax.ShapeDtypeStruct((LARGE + 1,), jnp.float32)}
-    with pytest.raises(ValueError, match=r"\['w'\] \[1048577\] carries no logical axes.*1,048,577"):
+    with pytest.raises(AssertionError, match=r"\['w'\] carries no logical axes"):
         parameter_shardings(mesh, wide)
     # Nothing would be split anyway.
     assert parameter_shardings(make_mesh(MeshConfig()), wide)["w"].is_fully_replicated
@@ -189,15 +184,11 @@ def everything(*without):
 def test_rule_that_matches_nothing_is_refused(monkeypatch):
     check_rules(everything())
     check_rules(everything(*OPTIONAL))
-    with pytest.raises(
-        ValueError, match=r"the rules for \['heads', 'mlp'\] match no parameter .*'embed'"
-    ):
+    with pytest.raises(AssertionError, match=r"\['heads', 'mlp'\] .* match no parameter.*'embed'"):
         check_rules(everything("heads", "mlp"))
-    monkeypatch.setattr(rules, "PARAMETER_RULES", PARAMETER_RULES | {"text_inn": None})
-    with pytest.raises(
-        ValueError, match=r"\['text_inn'\] match no parameter.* add them to OPTIONAL"
-    ):
-        check_rules(everything())
+    monkeypatch.setitem(PARAMETER_RULES, "text_inn", None)
+    with pytest.raises(AssertionError, match=r"\['text_inn'\]"):
+        check_rules(everything("text_inn"))
 
 
 def test_constrain_lays_activations_out(mesh):
@@ -220,7 +211,7 @@ def test_moments_lie_like_their_parameters(mesh):
     params = nn.unbox(shapes)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = jax.eval_shape(optimizer.init, params)
-    found = like_parameters(mesh, state, shardings)
+    found = state_shardings(mesh, state, shardings)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     adam = found[1][0]
     assert adam.mu == shardings and adam.nu == shardings
@@ -233,7 +224,7 @@ def test_what_is_smaller_than_its_parameter_is_whole(mesh):
     """Factored moments (as Adafactor's) have the path of a parameter, and not its dimensions."""
     shardings = {"kernel": NamedSharding(mesh, P(EMBED, "tensor"))}
     vector = jax.ShapeDtypeStruct((16,), jnp.float32)
-    found = like_parameters(mesh, {"v_row": {"kernel": vector}}, shardings)
+    found = state_shardings(mesh, {"v_row": {"kernel": vector}}, shardings)
     assert found["v_row"]["kernel"] == NamedSharding(mesh, P())
 
 

@@ -18,7 +18,7 @@ from dit_jax.diffusion import DiffusionConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.model.dit import layers
 from dit_jax.parallel import MeshConfig, choose_dot_general, global_batch, make_mesh, xla_attention
-from dit_jax.parallel.quantized import quantized_dot_general
+from dit_jax.parallel.matmul import quantized_dot_general
 from dit_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer, make_step
 from dit_jax.training.video_task import batch_loss, init_params, make_model, tokenize
 from dit_jax.types import unconstrained

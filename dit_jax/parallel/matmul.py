@@ -1,7 +1,7 @@
-"""Matrix products of linear layers in 8 bits, forward and backward, while training (by qwix).
+"""The products of linear layers: as they are, flat on CPUs, or in 8 bits by qwix.
 
-Every operand is scaled by its largest magnitude (per token, or per column of a kernel) and rounded to
-8 bits for the product alone: kernels, their gradients, optimizer state and everything between the
+In 8 bits every operand is scaled by its largest magnitude (per token, or per column of a kernel) and
+rounded for the product alone: kernels, their gradients, optimizer state and everything between the
 products stay in the types they have. For ``y = x w`` with slope ``g``:
 
 =====  ===========  ===========  ================================================================
@@ -15,7 +15,7 @@ fp8    e4m3         e5m2 e4m3    e4m3 e5m2 (Micikevicius et al. 2022, "FP8 forma
                                  learning": e4m3 for tensors, e5m2 for slopes)
 =====  ===========  ===========  ================================================================
 
-Kernels spread over ``fsdp`` are gathered as int8 (in a step compiled for eight CPUs). What is summed
+Kernels sharded over ``fsdp`` are gathered as int8 (in a step compiled for eight CPUs). What is summed
 over ``tensor`` travels as int32 or float32, twice the bytes of bfloat16; the rematerialisation policy
 "dots" keeps these sums too. int8 is fast on TPUs from v5e and on GPUs, fp8 on TPU7x and on GPUs from
 H100; elsewhere both only cost. Not here: stochastic rounding, delayed scaling, 8-bit gradients on the
@@ -30,7 +30,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from dit_jax.parallel.mesh import platform
 from dit_jax.types import DotGeneral
 
 Matmul = Literal["full", "int8", "fp8"]
@@ -39,8 +41,8 @@ SLOPES = {"int8": jnp.int8, "fp8": jnp.float8_e5m2}
 
 
 def _quantize(x: jax.Array, dtype: Any, *axes: int) -> Any:
-    """``x`` in 8 bits, with one scale for all that differ in ``axes`` alone."""
-    import qwix  # An extra; a run without it never comes here.
+    """``x`` in 8 bits, with one scale for all elements that differ in ``axes`` alone."""
+    import qwix  # an extra
 
     channels = tuple(i for i in range(x.ndim) if i not in axes)
     return qwix.quantize(x.astype(jnp.float32), dtype, channelwise_axes=channels)
@@ -66,8 +68,8 @@ def _linear_forward(kind: str, x: jax.Array, kernel: jax.Array) -> tuple[jax.Arr
     return out, (x if kind == "int8" else x8, kernel8)
 
 
-def _linear_backward(kind: str, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel8 = kept
+def _linear_backward(kind: str, residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel8 = residuals
     last, tokens = g.ndim - 1, tuple(range(g.ndim - 1))
     wide, dtype = g.astype(jnp.float32), SLOPES[kind]
     # A scale cannot be taken out of a sum along its own axis. So the slope is multiplied by the other
@@ -88,9 +90,8 @@ def quantized_dot_general(kind: Matmul) -> DotGeneral:
     """The product for linear layers in 8 bits.
 
     Raises:
-        ValueError: where qwix is not installed.
+        ValueError: if qwix is not installed.
     """
-    assert kind in VALUES, kind
     if importlib.util.find_spec("qwix") is None:
         raise ValueError(
             f"model.matmul is {kind!r}, which qwix computes, and qwix is not installed: pip install "
@@ -98,12 +99,36 @@ def quantized_dot_general(kind: Matmul) -> DotGeneral:
         )
 
     def dot_general(
-        lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **options: Any
+        lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **precision: Any
     ) -> jax.Array:
-        del options  # Of precision, which is what it is.
         ((of_lhs, of_rhs), batch) = dimension_numbers
         assert (tuple(of_lhs), tuple(of_rhs)) == ((lhs.ndim - 1,), (0,)) and not any(batch)
         assert rhs.ndim == 2 and lhs.dtype == rhs.dtype, (rhs.shape, lhs.dtype, rhs.dtype)
         return _linear(kind, lhs, rhs)
 
     return dot_general
+
+
+def flat_dot_general(
+    lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **options: Any
+) -> jax.Array:
+    """``dot_general`` of ``[b, l, d]`` and ``[d, e]`` as one of two matrices ``[b l, d]``.
+
+    On a CPU the gradient of ``rhs`` is then one matrix product as well, and no strided copy of
+    ``lhs`` is made.
+    """
+    ((contract, kernel), batch) = dimension_numbers
+    if tuple(contract) != (lhs.ndim - 1,) or tuple(kernel) != (0,) or any(map(len, batch)):
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, **options)
+    flat = lhs.reshape(-1, lhs.shape[-1])
+    out = jax.lax.dot_general(flat, rhs, (((1,), (0,)), ((), ())), **options)
+    return out.reshape(*lhs.shape[:-1], *rhs.shape[1:])
+
+
+def choose_dot_general(mesh: Mesh, matmul: Matmul = "full") -> DotGeneral:
+    """The product for linear layers on a mesh."""
+    if matmul != "full":
+        return quantized_dot_general(matmul)
+    # Rows and sharded tokens, which lie on different mesh axes, can't be joined without moving them.
+    flat = platform(mesh) == "cpu" and mesh.shape["context"] == 1
+    return flat_dot_general if flat else jax.lax.dot_general
