@@ -13,20 +13,17 @@ the trained length for itself, which shows drift. It says what it finds in the t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_jax.codec.opening import open_codec
 from dit_jax.data import ShapesConfig, caption, held_out_scenes
 from dit_jax.data.shapes import render
 from dit_jax.evaluate import prompt_following
-from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
-    Request,
-    Space,
     Storyboard,
     contact_sheet,
     decode_long,
@@ -36,8 +33,7 @@ from dit_jax.sampling import (
     window_requests,
     write_png,
 )
-from dit_jax.sampling.pipeline import SamplingOverrides, Trained
-from dit_jax.text.opening import open_text_encoder, with_states
+from dit_jax.sampling.pipeline import load_run
 
 WORDS = ("color", "shape", "direction", "size", "all")
 
@@ -62,15 +58,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     asked |= {"steps": given.steps, "cache_threshold": given.cache_threshold}
     asked |= {"cfg_scale": given.cfg_scale}
     asked = {name: value for name, value in asked.items() if value is not None}
-    overrides = SamplingOverrides(**asked)
-    trained = Trained(given.checkpoint, None, overrides, given.codec)
-    config, mesh = trained.config, make_mesh(MeshConfig())
+    pipeline = load_run(given.checkpoint, codec=given.codec, **asked)
+    config = pipeline.config
     source, made = config.data.source, config.sampling
     if not isinstance(source, ShapesConfig):
         raise SystemExit(f"{given.checkpoint!r} was not trained on moving shapes.")
-    codec = open_codec(config, mesh)
-    assert codec is not None
-    space, trained_length = Space(codec, config.model.patch), max(source.frames)
+    codec, space, trained_length = pipeline.codec, pipeline.space, max(source.frames)
     length, frames = space.latents(given.window or trained_length), given.times * trained_length
     history = default_history(length, space.patch)
     history = space.latents(given.history) if given.history else history
@@ -79,18 +72,26 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
     scenes = held_out_scenes(given.clips, given.seed, frames, made.height, made.width)
     true = [render(scene) for scene in scenes]
-    _, h, w = codec.strides
-    size, fps = (length, made.height // h, made.width // w), source.fps / codec.strides[0]
+    fps = source.fps / codec.strides[0]
+    templates = pipeline.encode_text(
+        [pipeline.request(caption(scene), given.seed + i) for i, scene in enumerate(scenes)]
+    )
     clips = []
-    for i, scene in enumerate(scenes):
-        like = Request(caption(scene), *size, fps, given.seed + i)
-        clips.append(window_requests(like, windows, Storyboard((0.0,), (caption(scene),))))
-    encoder = open_text_encoder(config, mesh)
-    clips = [with_states(requests, encoder) for requests in clips]
+    for one in templates:
+        one = dataclasses.replace(one, frames=length, fps=fps)
+        clips.append(window_requests(one, windows, Storyboard((0.0,), (one.prompt,))))
     heads = [space.encode(clip[: given.given]) for clip in true] if given.given else None
-    generator, params = trained.load(mesh, False)
-    model, noise = config.model, given.noise
-    found = make_long(generator, params, clips, windows, model, mesh, noise, heads, progress=True)
+    found = make_long(
+        pipeline.generator,
+        pipeline.params,
+        clips,
+        windows,
+        config.model,
+        pipeline.mesh,
+        given.noise,
+        heads,
+        progress=True,
+    )
     videos = [np.concatenate(list(decode_long(codec, one, frames))) for one in found]
     if given.sheet:
         write_png(given.sheet, contact_sheet(videos[:12], 12, 2))

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 
-from dit_jax.config import VideoRun
 from dit_jax.sampling import (
-    Edit,
+    Generation,
     Generator,
     Request,
     Space,
@@ -23,7 +21,7 @@ from dit_jax.sampling import (
     write_png,
     write_video,
 )
-from dit_jax.training.video_task import make_model
+from dit_jax.sampling.pipeline import Pipeline
 
 STRENGTH = 0.8
 """Of restyling."""
@@ -55,9 +53,9 @@ def linear(clip: np.ndarray) -> np.ndarray:
     return np.rint(full).astype(np.uint8)
 
 
-def every_second(space: Space, like: Request, clip: np.ndarray) -> Edit:
+def every_second(space: Space, template: Request, clip: np.ndarray) -> Generation:
     """The frames between every second one of a clip."""
-    return interpolate(space, dataclasses.replace(like, fps=like.fps / 2), clip[::2], 2)
+    return interpolate(space, dataclasses.replace(template, fps=template.fps / 2), clip[::2], 2)
 
 
 class Report:
@@ -80,9 +78,9 @@ class Report:
         (self._directory / "modes.json").write_text(text + "\n")
 
 
-def maker_of(name: str, generator: Generator, config: VideoRun, mesh: Mesh) -> Generator:
+def maker_of(name: str, pipeline: Pipeline) -> Generator:
     """The run's own generator, or one with the settings of a mode that has others."""
     if name not in SETTINGS:
-        return generator
-    settings = dataclasses.replace(config.sampling, **SETTINGS[name])
-    return Generator(make_model(config.model, mesh), config.diffusion, settings)
+        return pipeline.generator
+    settings = dataclasses.replace(pipeline.config.sampling, **SETTINGS[name])
+    return Generator(pipeline.model, pipeline.config.diffusion, settings)

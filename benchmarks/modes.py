@@ -17,13 +17,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams, steps
 
-from dit_jax.codec.opening import open_codec
 from dit_jax.data import Scene, caption, held_out_scenes
 from dit_jax.data.shapes import COLORS, render
 from dit_jax.evaluate import centroids, prompt_following
-from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
-    Edit,
+    Generation,
     Request,
     Space,
     blend,
@@ -32,16 +30,16 @@ from dit_jax.sampling import (
     image_to_video,
     loop_clip,
     loop_text,
-    make_edits,
+    make_generations,
     plain,
     restyle,
 )
 from dit_jax.sampling.media import mean_psnr, psnr
-from dit_jax.sampling.pipeline import SamplingOverrides, Trained
+from dit_jax.sampling.pipeline import load_run
 
 FRAMES, NEW = 9, 4
 Measure = Callable[[Sequence[np.ndarray]], Found]
-Mode = tuple[list[Edit], Measure]
+Mode = tuple[list[Generation], Measure]
 
 
 def path_error(made: Sequence[np.ndarray], true: Sequence[np.ndarray], frames: slice) -> Found:
@@ -73,16 +71,17 @@ def joins(clips: Sequence[np.ndarray], places: Sequence[int]) -> Found:
 
 
 class Modes:
-    """The edits of every mode for some scenes, and how each is measured."""
+    """The generations of every mode for some scenes, and how each is measured."""
 
-    def __init__(self, space: Space, likes: Sequence[Request], scenes: Sequence[Scene]) -> None:
-        self.space, self.likes, self.scenes = space, likes, scenes
+    def __init__(self, space: Space, templates: Sequence[Request], scenes: Sequence[Scene]) -> None:
+        self.space, self.templates, self.scenes = space, templates, scenes
         self.true = [render(scene) for scene in scenes]
 
-    def edits(self, make: Callable[..., Edit]) -> list[Edit]:
-        """``make(space, like, clip)`` of every scene."""
+    def generations(self, make: Callable[..., Generation]) -> list[Generation]:
+        """``make(space, template, clip)`` of every scene."""
         return [
-            make(self.space, like, clip) for like, clip in zip(self.likes, self.true, strict=True)
+            make(self.space, template, clip)
+            for template, clip in zip(self.templates, self.true, strict=True)
         ]
 
     def all(self) -> dict[str, Mode]:
@@ -94,7 +93,7 @@ class Modes:
             "connect": self.connected(),
             "blend": self.blended(),
             "loop_clip": self.closed(),
-            "loop_text": (self.edits(lambda s, like, _: loop_text(s, like)), seams),
+            "loop_text": (self.generations(lambda s, template, _: loop_text(s, template)), seams),
             "interpolate": self.interpolated(),
             "restyle": self.restyled(),
             "wide_2_1": self.shaped(1, 2),
@@ -102,7 +101,7 @@ class Modes:
         }
 
     def from_text(self) -> Mode:
-        made = self.edits(lambda s, like, _: plain(like))
+        made = self.generations(lambda s, template, _: plain(template))
         return made, lambda clips: prompt_following(clips, self.scenes)
 
     def image_to_video(self) -> Mode:
@@ -110,7 +109,9 @@ class Modes:
             kept = min(psnr(a[0], b[0]) for a, b in zip(clips, self.true, strict=True))
             return {"kept_psnr_least": kept, **prompt_following(clips, self.scenes)}
 
-        return self.edits(lambda s, like, clip: image_to_video(s, like, {0: clip[0]})), measure
+        return self.generations(
+            lambda s, template, clip: image_to_video(s, template, {0: clip[0]})
+        ), measure
 
     def extended(self, **new: int) -> Mode:
         forward = "forward" in new
@@ -120,7 +121,9 @@ class Modes:
         def measure(clips: Sequence[np.ndarray]) -> Found:
             return {**path_error(clips, self.true, made), **prompt_following(clips, self.scenes)}
 
-        return self.edits(lambda s, like, clip: extend(s, like, clip[known], **new)), measure
+        return self.generations(
+            lambda s, template, clip: extend(s, template, clip[known], **new)
+        ), measure
 
     def connected(self) -> Mode:
         """The beginning and the end of each clip, for which the truth is what was cut out."""
@@ -128,20 +131,22 @@ class Modes:
         def measure(clips: Sequence[np.ndarray]) -> Found:
             return {**joins(clips, [2, 5]), **path_error(clips, self.true, slice(3, 6))}
 
-        return self.edits(lambda s, like, clip: connect(s, like, clip[:3], clip[6:], 3)), measure
+        return self.generations(
+            lambda s, template, clip: connect(s, template, clip[:3], clip[6:], 3)
+        ), measure
 
     def blended(self) -> Mode:
         """Every clip turns into the next scene's."""
         after = [*self.true[1:], self.true[0]]
-        edits = [
-            blend(self.space, like, a, b, FRAMES)
-            for like, a, b in zip(self.likes, self.true, after, strict=True)
+        out = [
+            blend(self.space, template, a, b, FRAMES)
+            for template, a, b in zip(self.templates, self.true, after, strict=True)
         ]
-        return edits, lambda clips: joins(clips, [0, len(clips[0]) - 2])
+        return out, lambda clips: joins(clips, [0, len(clips[0]) - 2])
 
     def closed(self) -> Mode:
         gap = 2 * self.space.stride - 1 if self.space.stride > 1 else 3
-        made = self.edits(lambda s, like, clip: loop_clip(s, like, clip, gap, 3))
+        made = self.generations(lambda s, template, clip: loop_clip(s, template, clip, gap, 3))
         return made, lambda clips: {**seams(clips), **joins(clips, [FRAMES - 1])}
 
     def interpolated(self) -> Mode:
@@ -150,7 +155,7 @@ class Modes:
             plainly = [linear(x[::2])[1::2] for x in self.true]
             return {"new_psnr": mean_psnr(made, true), "guess_psnr": mean_psnr(plainly, true)}
 
-        return self.edits(every_second), measure
+        return self.generations(every_second), measure
 
     def restyled(self) -> Mode:
         """The prompt names the next colour of the palette."""
@@ -159,35 +164,35 @@ class Modes:
             dataclasses.replace(s, color=colours[(colours.index(s.color) + 1) % len(colours)])
             for s in self.scenes
         ]
-        edits = [
-            restyle(self.space, dataclasses.replace(like, prompt=caption(s)), clip, STRENGTH)
-            for like, s, clip in zip(self.likes, wanted, self.true, strict=True)
+        out = [
+            restyle(self.space, dataclasses.replace(template, prompt=caption(s)), clip, STRENGTH)
+            for template, s, clip in zip(self.templates, wanted, self.true, strict=True)
         ]
 
         def measure(clips: Sequence[np.ndarray]) -> Found:
             path = path_error(clips, self.true, slice(None))
             return {**prompt_following(clips, wanted), **path}
 
-        return edits, measure
+        return out, measure
 
     def shaped(self, tall: int, wide: int) -> Mode:
         """Text alone, at an aspect ratio that was not trained, of about the run's area."""
-        like = self.likes[0]
+        template = self.templates[0]
         down, across = self.space.multiple
         _, h, w = self.space.codec.strides
-        side = max(like.height * h, like.width * w)
+        side = max(template.height * h, template.width * w)
         short = max(round(0.75 * side / down) * down, 24)
         size = short * tall // across * across, short * wide // across * across
         scenes = held_out_scenes(len(self.scenes), 1, FRAMES, *size)
-        edits = [
+        out = [
             plain(
                 dataclasses.replace(
                     one, prompt=caption(s), height=s.height // h, width=s.width // w
                 )
             )
-            for one, s in zip(self.likes, scenes, strict=True)
+            for one, s in zip(self.templates, scenes, strict=True)
         ]
-        return edits, lambda clips: prompt_following(clips, scenes)
+        return out, lambda clips: prompt_following(clips, scenes)
 
 
 def main() -> None:
@@ -201,23 +206,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--output", default="runs/modes_report")
     given = parser.parse_args()
-    overrides = SamplingOverrides(frames=FRAMES, steps=given.steps)
-    trained = Trained(given.checkpoint, None, overrides, given.codec)
-    config, mesh = trained.config, make_mesh(MeshConfig())
-    made, codec = config.sampling, open_codec(config, mesh)
-    assert codec is not None
-    generator, params = trained.load(mesh, False)
+    steps = {} if given.steps is None else {"steps": given.steps}
+    pipeline = load_run(given.checkpoint, codec=given.codec, frames=FRAMES, **steps)
+    config, made = pipeline.config, pipeline.config.sampling
     scenes = held_out_scenes(given.cases, given.seed, FRAMES, made.height, made.width)
-    size = config.codec.latent_size(FRAMES, made.height, made.width)
-    fps = config.codec.latent_fps(made.fps)
-    likes = [Request(caption(s), *size, fps, given.seed + i) for i, s in enumerate(scenes)]
-    modes = Modes(Space(codec, config.model.patch), likes, scenes)
+    templates = [pipeline.request(caption(s), given.seed + i) for i, s in enumerate(scenes)]
+    modes = Modes(pipeline.space, templates, scenes)
     report = Report(given.output, given.cases, made.fps)
-    for name, (edits, measure) in modes.all().items():
+    for name, (generations, measure) in modes.all().items():
         if given.modes and name not in given.modes:
             continue
-        maker = maker_of(name, generator, config, mesh)
-        clips = make_edits(maker, params, edits, config.model, mesh, True, codec.decode)
+        maker, decode = maker_of(name, pipeline), pipeline.codec.decode
+        clips = make_generations(
+            maker, pipeline.params, generations, config.model, pipeline.mesh, True, decode
+        )
         report.tell(name, clips, measure(clips))
 
 

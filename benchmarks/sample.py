@@ -133,7 +133,7 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
     from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
     from dit_jax.parallel import MeshConfig, make_mesh
     from dit_jax.sampling import Generator, Request, SamplingConfig
-    from dit_jax.sampling.clips import make_rows
+    from dit_jax.sampling.sampler import make_rows
     from dit_jax.training.video_task import init_params, make_model
 
     compiled = [0]
@@ -262,25 +262,18 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from dit_jax.codec.opening import open_codec
-    from dit_jax.parallel import MeshConfig, make_mesh
     from dit_jax.sampling import Generator, make_clips
     from dit_jax.sampling.media import mean_psnr
-    from dit_jax.sampling.pipeline import SamplingOverrides, Trained
-    from dit_jax.text.opening import open_text_encoder, with_states
+    from dit_jax.sampling.pipeline import load_run
     from dit_jax.training.cases import Cases
-    from dit_jax.training.video_task import make_model
 
-    trained = Trained(given.checkpoint, None, SamplingOverrides(), given.codec)
-    config, mesh = trained.config, make_mesh(MeshConfig())
+    pipeline = load_run(given.checkpoint, codec=given.codec)
+    config, mesh, params = pipeline.config, pipeline.mesh, pipeline.params
     evaluation = dataclasses.replace(config.evaluation, prompts=given.clips)
     cases = Cases(dataclasses.replace(config, evaluation=evaluation))
-    requests = with_states(cases.requests, open_text_encoder(config, mesh))
+    requests = pipeline.encode_text(cases.requests)
     requests = requests[: given.clips]
-    codec = open_codec(config, mesh)
-    assert codec is not None
-    _, params = trained.load(mesh, False)
-    model = make_model(config.model, mesh)
+    codec, model = pipeline.codec, pipeline.model
     table: list[dict[str, Any]] = []
     for text in ("", *(given.settings or SETTINGS)):
         sampling = dataclasses.replace(config.sampling, **parse_setting(text))

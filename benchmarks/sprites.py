@@ -20,11 +20,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams
 
-from dit_jax.codec.opening import open_codec
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
-    Edit,
+    Generation,
     Request,
     Space,
     Storyboard,
@@ -35,7 +33,7 @@ from dit_jax.sampling import (
     image_to_video,
     loop_clip,
     loop_text,
-    make_edits,
+    make_generations,
     make_long,
     plain,
     plan_windows,
@@ -43,11 +41,11 @@ from dit_jax.sampling import (
     window_requests,
 )
 from dit_jax.sampling.media import mean_psnr, psnr
-from dit_jax.sampling.pipeline import SamplingOverrides, Trained
+from dit_jax.sampling.pipeline import load_run
 
 FRAMES, NEW, GAP, TIMES = 8, 4, 2, 4
 Clips = Sequence[np.ndarray]
-Mode = tuple[list[Edit], Callable[[Clips], Found]]
+Mode = tuple[list[Generation], Callable[[Clips], Found]]
 
 
 class Truth:
@@ -91,20 +89,20 @@ class Truth:
 
     def another(self, i: int) -> int:
         """The clip of the next character that does the same."""
-        alike = np.flatnonzero(self.actions == self.actions[i])
-        return int(alike[(alike.searchsorted(i) + 1) % len(alike)])
+        atemplate = np.flatnonzero(self.actions == self.actions[i])
+        return int(atemplate[(atemplate.searchsorted(i) + 1) % len(atemplate)])
 
 
 class Modes:
-    """The edits of every mode for some of the clips, and how each is measured."""
+    """The generations of every mode for some of the clips, and how each is measured."""
 
-    def __init__(self, space: Space, likes: Sequence[Request], truth: Truth, cases: list[int]):
-        self.space, self.likes, self.truth, self.cases = space, likes, truth, cases
+    def __init__(self, space: Space, templates: Sequence[Request], truth: Truth, cases: list[int]):
+        self.space, self.templates, self.truth, self.cases = space, templates, truth, cases
         self.true = [truth.clips[i] for i in cases]
 
     def all(self) -> dict[str, Mode]:
         return {
-            "text": (self.edits(lambda s, like, _: plain(like)), self.judged),
+            "text": (self.generations(lambda s, template, _: plain(template)), self.judged),
             "image_to_video": self.from_images(),
             "extend_forward": self.extended(forward=NEW),
             "extend_backward": self.extended(backward=NEW),
@@ -115,10 +113,11 @@ class Modes:
             "restyle": self.restyled(),
         }
 
-    def edits(self, make: Callable[..., Edit]) -> list[Edit]:
-        """``make(space, like, clip)`` of every case."""
+    def generations(self, make: Callable[..., Generation]) -> list[Generation]:
+        """``make(space, template, clip)`` of every case."""
         return [
-            make(self.space, like, clip) for like, clip in zip(self.likes, self.true, strict=True)
+            make(self.space, template, clip)
+            for template, clip in zip(self.templates, self.true, strict=True)
         ]
 
     def judged(self, clips: Clips) -> Found:
@@ -137,7 +136,9 @@ class Modes:
             kept = min(psnr(a[0], b[0]) for a, b in zip(clips, self.true, strict=True))
             return {"kept_psnr_least": kept, **self.judged(clips)}
 
-        return self.edits(lambda s, like, clip: image_to_video(s, like, {0: clip[0]})), measure
+        return self.generations(
+            lambda s, template, clip: image_to_video(s, template, {0: clip[0]})
+        ), measure
 
     def extended(self, **new: int) -> Mode:
         """The guess is that the last frame given, or the first, stands still."""
@@ -150,7 +151,9 @@ class Modes:
             guess = self.beside(clips, made, lambda clip: np.repeat(clip[still, None], NEW, 0))
             return {**guess, **self.truth.judge(clips, self.cases, made)}
 
-        return self.edits(lambda s, like, clip: extend(s, like, clip[known], **new)), measure
+        return self.generations(
+            lambda s, template, clip: extend(s, template, clip[known], **new)
+        ), measure
 
     def connected(self) -> Mode:
         """The guess is a linear blend of the frames at the joins."""
@@ -162,8 +165,10 @@ class Modes:
             mixed = (1 - share) * clip[first.stop - 1] + share * clip[second.start]
             return np.rint(mixed).astype(np.uint8)
 
-        edits = self.edits(lambda s, like, clip: connect(s, like, clip[first], clip[second], GAP))
-        return edits, lambda clips: self.beside(clips, made, blend)
+        out = self.generations(
+            lambda s, template, clip: connect(s, template, clip[first], clip[second], GAP)
+        )
+        return out, lambda clips: self.beside(clips, made, blend)
 
     def closed(self) -> Mode:
         """Five frames are given, and what is made leads back to the first; the guess stands still."""
@@ -174,13 +179,15 @@ class Modes:
             still = self.beside(clips, made, lambda x: np.repeat(x[count - 1, None], NEW - 1, 0))
             return {**still, **self.closeness(clips)}
 
-        return self.edits(lambda s, like, clip: loop_clip(s, like, clip[:count], NEW - 1)), measure
+        return self.generations(
+            lambda s, template, clip: loop_clip(s, template, clip[:count], NEW - 1)
+        ), measure
 
     def looped(self) -> Mode:
         def measure(clips: Clips) -> Found:
             return {**self.closeness(clips), **self.judged(clips)}
 
-        return self.edits(lambda s, like, _: loop_text(s, like)), measure
+        return self.generations(lambda s, template, _: loop_text(s, template)), measure
 
     def closeness(self, clips: Clips) -> Found:
         """Of loops, and of the true ones: these have their largest step at the seam now and then."""
@@ -198,32 +205,33 @@ class Modes:
             plainly = [linear(x[::2])[1::2] for x in self.true]
             return {"new_psnr": mean_psnr(made, true), "guess_psnr": mean_psnr(plainly, true)}
 
-        return self.edits(every_second), measure
+        return self.generations(every_second), measure
 
     def restyled(self) -> Mode:
         """The prompt says of another character that it does the same."""
         wanted = [self.truth.another(i) for i in self.cases]
-        edits = [
+        out = [
             restyle(
                 self.space,
-                dataclasses.replace(like, prompt=self.truth.captions[i]),
+                dataclasses.replace(template, prompt=self.truth.captions[i]),
                 clip,
                 STRENGTH,
             )
-            for like, i, clip in zip(self.likes, wanted, self.true, strict=True)
+            for template, i, clip in zip(self.templates, wanted, self.true, strict=True)
         ]
-        return edits, lambda clips: self.truth.judge(clips, wanted)
+        return out, lambda clips: self.truth.judge(clips, wanted)
 
 
 def long_clips(
-    space: Space, likes: Sequence[Request], make: Callable[..., list[np.ndarray]]
+    space: Space, templates: Sequence[Request], make: Callable[..., list[np.ndarray]]
 ) -> list[np.ndarray]:
     """Clips of four cycles, from text alone."""
     history = default_history(FRAMES, space.patch)
     windows = plan_windows(TIMES * FRAMES, FRAMES, history)
-    boards = [Storyboard((0.0,), (like.prompt,)) for like in likes]
+    boards = [Storyboard((0.0,), (template.prompt,)) for template in templates]
     asked = [
-        window_requests(like, windows, board) for like, board in zip(likes, boards, strict=True)
+        window_requests(template, windows, board)
+        for template, board in zip(templates, boards, strict=True)
     ]
     found = make(asked, windows)
     return [np.concatenate(list(decode_long(space.codec, x, TIMES * FRAMES))) for x in found]
@@ -248,32 +256,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--output", default="runs/sprites_report")
     given = parser.parse_args()
-    overrides = SamplingOverrides(frames=FRAMES, steps=given.steps)
-    trained = Trained(given.checkpoint, None, overrides, None)
-    config, mesh = trained.config, make_mesh(MeshConfig())
+    steps = {} if given.steps is None else {"steps": given.steps}
+    pipeline = load_run(given.checkpoint, frames=FRAMES, **steps)
+    config, mesh, params = pipeline.config, pipeline.mesh, pipeline.params
     source, made = config.data.source, config.sampling
     assert isinstance(source, RecordsConfig)
     held = RecordsSource(dataclasses.replace(source, split="test"))
     truth = Truth([dict(held[i]) for i in range(len(held))])
     cases = [i * len(held) // given.cases for i in range(given.cases)]
-    codec = open_codec(config, mesh)
-    assert codec is not None
-    generator, params = trained.load(mesh, False)
-    space, size = Space(codec, config.model.patch), (FRAMES, made.height, made.width)
-    likes = [Request(truth.captions[i], *size, made.fps, seed=i) for i in cases]
-    modes = Modes(space, likes, truth, cases)
+    space, generator = pipeline.space, pipeline.generator
+    templates = [pipeline.request(truth.captions[i], seed=i) for i in cases]
+    modes = Modes(space, templates, truth, cases)
     report = Report(given.output, given.cases, made.fps)
-    for name, (edits, measure) in modes.all().items():
+    for name, (generations, measure) in modes.all().items():
         if not given.modes or name in given.modes:
-            maker = maker_of(name, generator, config, mesh)
-            clips = make_edits(maker, params, edits, config.model, mesh, True, codec.decode)
+            maker, decode = maker_of(name, pipeline), pipeline.codec.decode
+            clips = make_generations(maker, params, generations, config.model, mesh, True, decode)
             report.tell(name, clips, measure(clips))
     if not given.modes or "long" in given.modes:
 
         def make(asked: list[list[Request]], windows: list) -> list[np.ndarray]:
             return make_long(generator, params, asked, windows, config.model, mesh, progress=True)
 
-        clips = long_clips(space, likes, make)
+        clips = long_clips(space, templates, make)
         report.tell("long", clips, judged_long(truth, clips, cases))
 
 

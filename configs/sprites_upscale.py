@@ -1,7 +1,7 @@
 """Super-resolution of game characters: 16 x 16 to 32 x 32 pixels, eight frames.
 
     python -m dit_jax.train --config configs/sprites_upscale.py
-    python -m dit_jax.sample --checkpoint runs/sprites_upscale --super-resolve a.gif --output b.gif
+    python -m dit_jax.sample upscale --checkpoint runs/sprites_upscale --videos a.gif --output b.gif
 
 The data and the transformer are those of ``configs/sprites.py``, with smaller patches. What the model
 is given is the clip averaged over cells of 2 x 2 pixels and enlarged by cubic convolution. The report

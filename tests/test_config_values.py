@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dit_jax import sample
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
 from dit_jax.codec.run import CodecRun
@@ -25,7 +24,6 @@ from dit_jax.config import (
 )
 from dit_jax.data import MixedSetConfig, MixtureConfig, RecordsConfig, ShapesConfig
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
-from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.files import InputError, as_path, write_whole
 from dit_jax.model import DiTConfig, PatchConfig
 from dit_jax.plan import __main__ as plan
@@ -33,7 +31,6 @@ from dit_jax.prepare import ChatOptions, WorkersConfig
 from dit_jax.prepare import __main__ as prepare
 from dit_jax.prepare.shots import ShotConfig
 from dit_jax.sampling import SamplingConfig
-from dit_jax.sampling.pipeline import SamplingOverrides
 from dit_jax.training import OptimizerConfig
 
 HEAD = "from dit_jax.config import *\nfrom dit_jax.training import *\nfrom dit_jax.data import *\n"
@@ -93,10 +90,6 @@ def test_what_may_stand_for_another_is_taken():
         ("data.source.sizes", ((32, 32),)),
     ):
         check_types(changed(VideoRun(), name, value))
-    check_types(SamplingOverrides())
-    check_types(SamplingOverrides(last_step=0.5, solver="ddim"))
-    with pytest.raises(InputError, match="^sampling.fps is nan"):
-        check_types(SamplingOverrides(fps=math.nan), "sampling")
 
 
 @pytest.mark.parametrize(
@@ -265,10 +258,6 @@ def test_records_on_cloud_storage_are_refused():
 @pytest.mark.parametrize(
     ("verb", "arguments", "message"),
     [
-        (sample, ["--checkpoint", "x", "--fps", "nan"], "sampling.fps is nan"),
-        (sample, ["--checkpoint", "x", "--given-noise", "inf"], "mode.given_noise is inf"),
-        (sample, ["--checkpoint", "x", "--prompt", "a \udce9"], "prompt[0] is 'a \\udce9'"),
-        (evaluate, ["--sampling.cfg-scale", "nan"], "sampling.cfg_scale is nan"),
         (plan, ["--topology", "v5p:2x2x1", "--tokens", "inf"], "tokens is inf"),
         (prepare, ["--input", "a", "--output", "b", "--wait", "nan"], "wait is nan"),
         (

@@ -27,11 +27,11 @@ def test_two_processes_make_what_one_makes(whole: Run, verbs: Verbs, tmp_path: P
         pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 3, 3), np.uint8)
         write_video(file, pixels.repeat(8, 1).repeat(8, 2), 8)
         # Both directions: two clips, a row for each process.
-        asked = ["--prompt", PROMPT, "--extend", file, "--forward", 2, "--backward", 2]
+        asked = ["--prompt", PROMPT, "--video", file, "--forward", 2, "--backward", 2]
     else:
         # Longer than a window: what the first made is the history of the second, on both processes.
-        asked = ["--prompt", PROMPT, OTHER, "--long", 9]
-    given = ["--checkpoint", whole.directory, *asked, "--seed", 5, "--output"]
+        asked = ["--prompt", PROMPT, OTHER, "--length", 9]
+    given = [mode, "--checkpoint", whole.directory, *asked, "--seed", 5, "--output"]
     alone, shared = tmp_path / "alone.png", tmp_path / "shared.png"
     assert sample.main([str(one) for one in [*given, alone]]) == 0
     port = free_port()
@@ -55,7 +55,7 @@ def test_files_are_enlarged_on_every_mesh(verbs: Verbs, tmp_path: Path):
     (ended,) = end(verbs.start("train", training))
     assert ended.status == 0, ended.text
     one = tmp_path / "one.png"
-    asked = ["--checkpoint", run, "--super-resolve", file, "--prompt", PROMPT]
+    asked = ["upscale", "--checkpoint", run, "--videos", file, "--prompt", PROMPT]
     alone = verbs.start("sample", [*asked, "--output", one])
     many = tmp_path / "many.png"
     mesh = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2, "--mesh.tensor", 2]

@@ -26,7 +26,7 @@ from dit_jax.sampling.media import contact_sheet, mean_psnr, write_png
 WINDOW, SIGMA = 11, 1.5
 """Pixels of SSIM's Gaussian window, and its standard deviation."""
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-GREY, BETWEEN = 128, 64
+GREY = 128
 """Levels of no difference, and of what lies between pictures."""
 
 
@@ -136,7 +136,7 @@ def side_by_side(
         difference = back.astype(np.float64) - original
         amplified = np.clip(np.rint(GREY + gain * difference), 0, 255).astype(np.uint8)
         rows += [original, back, amplified]
-    return write_png(path, contact_sheet(rows, frames, scale, fill=BETWEEN))
+    return write_png(path, contact_sheet(rows, frames, scale))
 
 
 def shrunk_size(size: tuple[int, int, int], ratio: float) -> tuple[int, int, int]:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import numpy as np
 import tyro
 
-from dit_jax.codec.opening import open_codec
 from dit_jax.config import VideoRun, check_types, to_dict
 from dit_jax.evaluate import (
     I3D_FRAMES,
@@ -55,9 +55,8 @@ from dit_jax.parallel import (
     make_mesh,
     take_process_flags,
 )
-from dit_jax.prepare import read_prompts
-from dit_jax.sampling import check_request, make_clips
-from dit_jax.sampling.pipeline import SamplingOverrides, Trained
+from dit_jax.sampling import Request, SamplingConfig, check_request, plain, read_prompts
+from dit_jax.sampling.pipeline import load_run, stored_sampling
 from dit_jax.text.opening import cut_note, open_text_encoder, with_states
 
 PROG = "python -m dit_jax.evaluate"
@@ -107,8 +106,8 @@ class EvaluateArguments:
     config names."""
     shard: int | None = None
     """Samples stored at once: what is lost at most when the run is killed. Unset: about 256."""
-    sampling: SamplingOverrides = SamplingOverrides()  # pyright: ignore[reportInvalidTypeForm]
-    """How samples are made, where the run's config (sampling.*) is not to decide."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How samples are made; by default as the run's config says."""
     mesh: MeshConfig = MeshConfig()
     spread_parameters: bool = False
     """Shard parameters over mesh.context too."""
@@ -118,12 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluates what the command line says; returns the exit status."""
     arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
     description = f"{EvaluateArguments.__doc__} {PROCESS_HELP}"
-    given = tyro.cli(EvaluateArguments, args=arguments, prog=PROG, description=description)
     logging.getLogger("absl").setLevel(logging.ERROR)
 
     def work() -> None:
-        check_types(given)
         with joined(flags, PROG):
+            default = EvaluateArguments(sampling=stored_sampling(arguments))
+            given = tyro.cli(
+                EvaluateArguments,
+                args=arguments,
+                prog=PROG,
+                description=description,
+                default=default,
+            )
+            check_types(given)
             evaluate(given)
 
     return run_verb(PROG, work)
@@ -267,27 +273,31 @@ class Making:
 
     def __init__(self, given: EvaluateArguments) -> None:
         self._given = given
-        self._trained = Trained(
-            given.checkpoint or "", given.step, given.sampling, given.codec, given.text_encoder
+        self._pipeline = load_run(
+            given.checkpoint or "",
+            given.step,
+            given.codec,
+            given.text_encoder,
+            make_mesh(given.mesh),
+            given.spread_parameters,
+            **vars(given.sampling),
         )
-        config, made = self._trained.config, self._trained.config.sampling
+        config, made = self._pipeline.config, self._pipeline.config.sampling
         self._wanted = _wanted(given, config)
-        check_request(self._wanted.request(0), config.model.patch)
+        check_request(self._wanted.request(0), config.model)
         if jax.process_index() == 0 and (note := cut_note(config, self._wanted.prompts)):
             print(f"{PROG}: warning: {note}", file=sys.stderr, flush=True)
-        self._mesh = make_mesh(given.mesh)
-        self._codec = open_codec(config, self._mesh)
         image = (made.height, made.width, 3)
         self.shape = image if made.frames == 1 else (made.frames, *image)
         prompts = "\n".join(self._wanted.prompts).encode()
         self.plan = {
-            "checkpoint": str(self._trained.path.parents[1]),
-            "step": self._trained.step,
+            "checkpoint": str(self._pipeline.path.parents[1]),
+            "step": self._pipeline.step,
             "seed": given.seed,
             "labels": None if self._wanted.labels is None else given.labels,
             "prompts": hashlib.sha256(prompts).hexdigest() if prompts else None,
             "sampling": to_dict(made),
-            "codec": self._codec and self._codec.hash,
+            "codec": self._pipeline.codec.hash,
             "text_encoder": config.text_encoder.hash,
         }
         shard = given.shard or made.batch * max(SHARD // made.batch, 1)
@@ -297,17 +307,13 @@ class Making:
         """Makes what is missing."""
         if self.store.finished:
             return fill(self.store, self._wanted, lambda _: [])
-        mesh, model = self._mesh, self._trained.config.model
-        encoder = open_text_encoder(self._trained.config, mesh)
-        generator, params = self._trained.load(mesh, self._given.spread_parameters)
-        decode = None if self._codec is None else self._codec.decode
-        return fill(
-            self.store,
-            self._wanted,
-            lambda requests: make_clips(
-                generator, params, with_states(requests, encoder), model, mesh, decode=decode
-            ),
-        )
+        pipeline = self._pipeline
+        encoder = open_text_encoder(pipeline.config, pipeline.mesh)
+
+        def make(requests: Sequence[Request]) -> list[np.ndarray]:
+            return pipeline.sample([plain(one) for one in with_states(requests, encoder)])
+
+        return fill(self.store, self._wanted, make)
 
 
 def _wanted(given: EvaluateArguments, config: VideoRun) -> Wanted:

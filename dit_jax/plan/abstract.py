@@ -150,7 +150,7 @@ def abstract_denoise(config: VideoRun, mesh: Mesh, rows: int = 1) -> AbstractSte
     shapes, shardings = abstract_params(partial(init_params, model), mesh, over_context=False)
     params = jax.tree.map(
         lambda x, s: abstract_array(x.shape, x.dtype, s),
-        jax.eval_shape(generator.prepared, shapes),
+        jax.eval_shape(generator.cast, shapes),
         shardings,
     )
     encode = partial(model.apply, method="encode_text")

@@ -32,7 +32,6 @@ from dit_jax.prepare.examining import read_clip as read_clip
 from dit_jax.prepare.filters import FilterConfig as FilterConfig
 from dit_jax.prepare.filters import Rejection as Rejection
 from dit_jax.prepare.media import Probe as Probe
-from dit_jax.prepare.prompts import read_prompts as read_prompts
 from dit_jax.prepare.recaption import ClipFrames as ClipFrames
 from dit_jax.prepare.recaption import RecaptionConfig as RecaptionConfig
 from dit_jax.prepare.recaption import Recaptioned as Recaptioned
@@ -45,9 +44,6 @@ from dit_jax.prepare.refusals import Refused as Refused
 from dit_jax.prepare.refusals import check_installed as check_installed
 from dit_jax.prepare.shots import ShotConfig as ShotConfig
 from dit_jax.prepare.shots import shot_cuts as shot_cuts
-from dit_jax.prepare.upsample import UpsampleConfig as UpsampleConfig
-from dit_jax.prepare.upsample import Upsampled as Upsampled
-from dit_jax.prepare.upsample import upsample as upsample
 from dit_jax.prepare.workers import Outcome as Outcome
 from dit_jax.prepare.workers import WorkersConfig as WorkersConfig
 from dit_jax.prepare.workers import run as run

@@ -1,5 +1,8 @@
 """Prompt upsampling: a language model writes short prompts out, as captions of training data are.
 
+    python -m dit_jax.prepare.upsample --prompt "a cat" --server URL --model NAME --output prompts.json
+    python -m dit_jax.sample --checkpoint RUN --prompts-file prompts.json --output cats
+
 Betker et al. 2023 (DALL-E 3), section 3.5 and appendix C; Sora does the same. A model trained on
 descriptive captions makes better clips of descriptive prompts. What was asked for is never dropped
 silently: every prompt comes back with the text that is used, and the reason where it is unchanged.
@@ -7,14 +10,27 @@ silently: every prompt comes back with the text that is used, and the reason whe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from dit_jax.config import check_types
+from dit_jax.files import check_file, run_verb, write_json
+from dit_jax.model import ByteEncoderConfig, TextStatesConfig
+from dit_jax.prepare.answer_cache import AnswerCache, default_cache
 from dit_jax.prepare.answers import tell, whole_sentences
-from dit_jax.prepare.chat import ChatClient, Unreachable, message
+from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatOptions, Unreachable, message
 from dit_jax.prepare.ordered import ordered
+from dit_jax.sampling import read_prompts
+from dit_jax.sampling.pipeline import stored_run
+from dit_jax.text.folders import text_length
+
+PROG = "python -m dit_jax.prepare.upsample"
 
 SYSTEM = """\
 You write prompts for a model that makes videos and images of them. You are given a short prompt, and \
@@ -139,3 +155,76 @@ def records(results: Sequence[Upsampled], model: str) -> list[dict[str, Any]]:
         | ({"upsampled_by": model} if not one.error else {"error": one.error})
         for one in results
     ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpsampleArguments:
+    """Has a language model write prompts out, for --prompts-file of python -m dit_jax.sample."""
+
+    prompt: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Short prompts."""
+    prompts_file: str | None = None
+    """A file of them, as --prompts-file of sample."""
+    output: str = "prompts.json"
+    """The prompts that are to be used."""
+    server: str
+    """The address of any server of OpenAI's protocol (vLLM, Ollama, ...)."""
+    model: str
+    """The language model's name there."""
+    cache: str | None = None
+    """File that keeps answers, none being asked for twice. Unset: in the user's cache directory."""
+    checkpoint: str | None = None
+    """Directory of the run that will read the prompts: none becomes longer than it reads."""
+    text_encoder: str | None = None
+    """Folder of that run's text encoder. Unset: the one that its config names."""
+    upsampling: UpsampleConfig = UpsampleConfig()
+    chat: ChatOptions = ChatOptions()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Upsamples what the command line says; returns the exit status."""
+    given = tyro.cli(UpsampleArguments, args=arguments, prog=PROG)
+
+    def work() -> None:
+        check_types(given)
+        run(given)
+
+    return run_verb(PROG, work)
+
+
+def run(given: UpsampleArguments) -> None:
+    """Asks for every prompt, tells what changed, and writes the prompts that are to be used."""
+    output = check_file(given.output)
+    prompts = [one for some in given.prompt for one in some]
+    prompts += read_prompts(given.prompts_file) if given.prompts_file else []
+    if not prompts:
+        raise ValueError('nothing to upsample: give --prompt "..." or --prompts-file FILE.')
+    limits: dict[str, Any] = {}
+    if given.checkpoint is not None:
+        config = stored_run(given.checkpoint)
+        text, folder = config.model.text, given.text_encoder or config.text_encoder.path
+        if isinstance(text, ByteEncoderConfig):
+            limits = {"limit": text.max_bytes}
+        elif isinstance(text, TextStatesConfig) and folder is not None:
+            length, most = text_length(folder)
+            # One token of the model's stands for the beginning.
+            limit = min(most, text.max_tokens - 1)
+            limits = {"length": length, "limit": limit, "of_word": TOKENS_OF_WORD}
+    with contextlib.closing(AnswerCache(given.cache or default_cache())) as cache:
+        client = ChatClient(ChatConfig(given.server, given.model, given.chat), cache)
+        results = upsample(prompts, client, given.upsampling, **limits)
+    write_json(output, records(results, given.model))
+    print(changes(results) or "no prompt was changed")
+    print(client.summary.render())
+    print(f"{len(results)} prompt(s): {output}", flush=True)
+    if kept := warnings(results):
+        failed = sum(bool(one.error) for one in results)
+        print(
+            f"{PROG}: warning: {failed} of {len(results)} prompts were NOT upsampled:\n{kept}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,23 +1,30 @@
 """Clips of any length: windows that slide over the latents, each with the end of the last as history.
 
-The first window is a plain clip. Every other is given ``history`` latents of the one before, at a small
-noise ceiling: against drift, for what is given is then not taken for flawless, and against freezing
-(DESIGN section 3, last row). What a window is given it does not replace. Latents pass from window to
-window as they are, and are decoded once, as one clip, when all are there; one compiled step serves all.
+The first window is a plain clip. Every other begins with ``history`` latents of the one before, at a
+small noise cap: against drift, because the model then doesn't take them for flawless, and against
+freezing. Known latents are never replaced. Latents pass from window to window as they are, and are
+decoded once, as one clip, at the end; one compiled step serves all windows.
 
-The coordinates of every window begin at 0, as they did in training: rotary positions know differences
-alone, and absolute ones are then never beyond those that were learned. With a causal codec the first
-latent of a clip holds one frame. A later window's first does not: it is history, which the model reads
-and does not make, and to the decoder only the long clip's first is a first one.
+The positions of every window begin at 0, as in training: rotary embeddings know differences alone, and
+absolute ones are then never beyond those that were learned. With a causal codec the first latent of a
+clip holds one frame. That of a later window does not, but it is history, which is read and not made;
+to the decoder only the long clip's own first is a first one.
+
+A storyboard says which prompt is in force when. It is a file of lines in the order of time::
+
+    0s: a red ball rolls to the left
+    3.5s: the ball stops
+    1:05: night falls
+
+A time is seconds (``3.5s`` or ``3.5``), minutes and seconds or hours, minutes and seconds
+(``0:01:05``). Empty lines and lines that begin with # are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import sys
-import zipfile
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -27,18 +34,59 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dit_jax.codec.codec import Codec
-from dit_jax.files import InputError, atomic_path, explain
+from dit_jax.files import MiB, read_bytes
 from dit_jax.model import ModelConfig, PatchConfig, unpatchify
-from dit_jax.sampling.clips import clips_at_once, make_rows
-from dit_jax.sampling.condition import Request, check_request
-from dit_jax.sampling.generate import Generator
-from dit_jax.sampling.given import Given
 from dit_jax.sampling.media import to_uint8
-from dit_jax.sampling.storyboard import Storyboard
+from dit_jax.sampling.request import KnownLatents, Request, Space, check_request
+from dit_jax.sampling.sampler import Generator, clips_at_once, make_rows
 from dit_jax.types import Params
 
 NOISE = 0.05
-"""Ceiling of the history, unless said."""
+"""Noise cap of the history by default."""
+LINE = re.compile(r"(?:(\d+):(?=\d+:\d))?(?:(\d+):(?=\d))?(\d+(?:\.\d+)?)\s*s?\s*:\s*(\S.*)")
+
+
+# --- storyboards ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Storyboard:
+    """Prompts, each from its time (in seconds) to the next one's; the first is at 0."""
+
+    times: tuple[float, ...]
+    prompts: tuple[str, ...]
+
+    def at(self, seconds: float) -> str:
+        """The prompt in force then; the first before 0."""
+        return self.prompts[max(int(np.searchsorted(self.times, seconds, "right")) - 1, 0)]
+
+
+def read_storyboard(path: str | Path) -> Storyboard:
+    """Reads a file of lines ``time: prompt``; see the module."""
+    text = read_bytes(path, MiB, "the storyboard").decode("utf-8-sig", errors="replace")
+    board: dict[float, str] = {}
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line)
+        hours, minutes, seconds, prompt = match.groups() if match else (None, None, "inf", "")
+        time = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
+        below = float(seconds) < (60 if minutes else math.inf) and int(minutes or 0) < (
+            60 if hours else math.inf
+        )
+        if match is None or not below or (time <= max(board) if board else time != 0):
+            raise ValueError(
+                f'{path}:{number}: {line[:60]!r} is no next line "time: prompt", such as "3.5s: a red '
+                'ball" or "1:05: a red ball": the first is at 0s, times rise, and minutes and seconds '
+                "are below 60."
+            )
+        board[time] = prompt
+    if not board:
+        raise ValueError(f'{path} is an empty storyboard: write lines such as "0s: a red ball".')
+    return Storyboard(tuple(board), tuple(board.values()))
+
+
+# --- windows ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +103,16 @@ class Window:
         return self.start + self.length
 
     def middle(self, head: int = 0) -> float:
-        """Of its new latent frames, which in a clip's first window begin behind its head."""
+        """The middle of its new latent frames, which in a clip's first window begin behind its head."""
         return (self.start + (self.history or head) + self.stop - 1) / 2
 
 
 def plan_windows(frames: int, length: int, history: int) -> list[Window]:
-    """Windows of one length that cover so many latent frames, with so many in common.
+    """Windows of one length that cover ``frames`` latent frames, with ``history`` in common.
 
-    The last may end behind the clip: what is made there is left out.
-
-    Raises:
-        ValueError: where the history is not shorter than the window, or a number is too small.
+    The last may end behind the clip: what is made there is cut.
     """
-    if frames < 1 or not 1 <= history < length:
-        raise ValueError(
-            f"{frames} latent frames in windows of {length} with a history of {history}: there is at "
-            "least 1 frame, and the history is at least 1 and shorter than the window."
-        )
+    assert frames >= 1 and 1 <= history < length, (frames, length, history)
     windows = [Window(0, length, 0)]
     while windows[-1].stop < frames:
         windows.append(Window(windows[-1].stop - history, length, history))
@@ -79,47 +120,38 @@ def plan_windows(frames: int, length: int, history: int) -> list[Window]:
 
 
 def default_history(length: int, patch: PatchConfig) -> int:
-    """About a third of a window of so many latent frames, in whole tokens.
-
-    Raises:
-        ValueError: where the window has no token behind its first.
-    """
+    """About a third of a window of ``length`` latent frames, in whole tokens."""
     tokens = patch.grid(length, patch.h, patch.w)[0] - 1
-    if tokens < 1:
-        raise ValueError(
-            f"windows of {length} latent frames: one token alone has no room for a history and new "
-            f"frames. Give at least {1 + patch.t}."
-        )
     return 1 + min(round(tokens / 3), tokens - 1) * patch.t
 
 
 def window_requests(
-    like: Request,
+    template: Request,
     windows: Sequence[Window],
     storyboard: Storyboard,
     start: float = 0.0,
     head: int = 0,
 ) -> list[Request]:
-    """The request of every window, of ``like``'s size but for its frames, and without its history.
+    """The request of every window, still without its history.
 
-    A window's prompt is the one in force in the middle of its new frames. The noise of the first is
-    that of ``like``'s seed, so that it is the clip which ``like`` alone makes.
+    A window's prompt is the one in force in the middle of its new frames. The first has the template's
+    seed, so that it is the clip which the template alone makes.
 
     Args:
         start: when the first window begins, in seconds of the storyboard.
-        head: latent frames that the first window is given.
+        head: known latent frames of the first window.
     """
     requests = []
     for number, window in enumerate(windows):
-        state = np.random.SeedSequence((like.seed % 2**32, number)).generate_state(1)
+        state = np.random.SeedSequence((template.seed % 2**32, number)).generate_state(1)
         requests.append(
             dataclasses.replace(
-                like,
-                prompt=storyboard.at(start + window.middle(head) / like.fps),
+                template,
+                prompt=storyboard.at(start + window.middle(head) / template.fps),
                 frames=window.length,
-                seed=int(state[0]) if number else like.seed,
-                frame_fields=_sliced(like.frame_fields, window, like.time_stride),
-                pixel_fields=_sliced(like.pixel_fields, window, 1),
+                seed=int(state[0]) if number else template.seed,
+                frame_fields=_sliced(template.frame_fields, window, template.time_stride),
+                pixel_fields=_sliced(template.pixel_fields, window, 1),
             )
         )
     return requests
@@ -135,6 +167,108 @@ def _sliced(fields: Mapping[str, np.ndarray], window: Window, stride: int) -> di
     return {name: values[np.minimum(at, len(values) - 1)] for name, values in fields.items()}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LongPlan:
+    """A long clip's length and windows, and the clip that it goes on from."""
+
+    frames: int
+    """Of pixels, the start among them."""
+    windows: tuple[Window, ...]
+    start: np.ndarray | None = None
+    """uint8 ``[t, h, w, 3]``: a picture or clip with which it begins."""
+    context: int = 0
+    """Frames at the end of the start that the first window is given."""
+    head: int = 0
+    """These in latent frames."""
+
+    @property
+    def before(self) -> int:
+        """Frames before the first window."""
+        return 0 if self.start is None else len(self.start) - self.context
+
+    def requests(
+        self, templates: Sequence[Request], storyboard: Storyboard | None, fps: float
+    ) -> list[list[Request]]:
+        """For each clip the requests of its windows; without a storyboard a clip keeps its prompt.
+
+        ``fps`` counts frames of pixels: the storyboard's times begin with the start.
+        """
+        begin, head = self.before / fps, self.head
+        if storyboard is not None:
+            middles = [begin + w.middle(head) / templates[0].fps for w in self.windows]
+            known = (self.before + self.context) / fps
+            ends = [*storyboard.times[1:], math.inf]
+            for time, end in zip(storyboard.times, ends, strict=True):
+                # A prompt that is over before the start ends is not missed.
+                if end > known and not any(time <= middle < end for middle in middles):
+                    near = sorted(sorted(middles, key=lambda x: abs(x - time))[:3])
+                    raise ValueError(
+                        f"the storyboard's prompt at {time:g} s is in force in no window. A window has "
+                        "the prompt of the middle of its new frames; the nearest of these are at "
+                        f"{', '.join(f'{x:.2f}' for x in near)} s. Change its time, give a longer "
+                        "--length or --history, or shorter windows (--frames)."
+                    )
+        boards = [storyboard or Storyboard((0.0,), (one.prompt,)) for one in templates]
+        return [
+            window_requests(one, self.windows, board, begin, head)
+            for one, board in zip(templates, boards, strict=True)
+        ]
+
+    def heads(self, space: Space, count: int) -> list[np.ndarray] | None:
+        """The latents with which each of ``count`` clips begins; None without a start."""
+        return None if self.start is None else [space.encode(self.start[-self.context :])] * count
+
+    def assemble(self, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The start and the decoded parts without what the start showed already."""
+        left = self.context
+        if self.start is not None:
+            yield self.start
+        for part in parts:
+            if len(part) > left:
+                yield part[left:]
+            left = max(left - len(part), 0)
+
+
+def plan_long(
+    space: Space,
+    frames: int,
+    window: int,
+    history: int | None = None,
+    start: np.ndarray | None = None,
+    context: int | None = None,
+) -> LongPlan:
+    """A clip of ``frames`` in windows of ``window``, all counted in frames of pixels.
+
+    Args:
+        history: of a window, ``1 + n stride``. Unset: about a third of it.
+        start: a picture or clip uint8 ``[t, h, w, 3]`` that it begins with.
+        context: frames of the start's end that the first window is given. Unset: as many as a history.
+    """
+    length = space.latents(window)
+    known = space.frames(default_history(length, space.patch)) if history is None else history
+    if start is not None:
+        whole = 1 + (len(start) - 1) // space.stride * space.stride
+        context = min(known, whole) if context is None else context
+    count = 0 if start is None else len(start)
+    if not 0 < known < window or not (context or 0) <= min(count, window - 1) or frames <= count:
+        raise ValueError(
+            f"--length is {frames} frames in windows (--frames) of {window} with a --history of "
+            f"{known}"
+            + ("" if start is None else f", from a clip of {count} with a --context of {context}")
+            + f": a window has at least {1 + space.stride} frames, history and context are shorter "
+            "than it, and the clip is longer than its start."
+        )
+    head = space.latents(context) if context else 0
+    plan = LongPlan(frames, (), start, context or 0, head)
+    # Enough latents for the last frame: the first holds one, and each other a stride.
+    latents = 1 + -(-(frames - plan.before - 1) // space.codec.strides[0])
+    windows = plan_windows(latents, length, space.latents(known))
+    return dataclasses.replace(plan, windows=tuple(windows))
+
+
+# --- sampling ---
+
+
 def make_long(
     generator: Generator,
     params: Params,
@@ -144,192 +278,60 @@ def make_long(
     mesh: Mesh,
     noise: float = NOISE,
     heads: Sequence[np.ndarray] | None = None,
-    kept: Path | None = None,
     progress: bool = False,
-    weights: str = "",
 ) -> list[np.ndarray]:
     """The latents ``[t, h, w, c]`` of long clips of one size, to the end of the last window.
 
     Args:
         clips: of each clip the requests of all windows (see ``window_requests``).
-        noise: ceiling of the history: 0 holds it, 0.02 to 0.1 is usual.
+        noise: cap of the history: 0 keeps it exactly, 0.02 to 0.1 is usual.
         heads: latents with which the clips begin, in place of the history that the first window lacks.
-        kept: a file that gets what there is after every window, and from which the same call goes on
-            (by one process). Whoever has used the outcome removes it.
-        weights: what the parameters are (a run and its step), that those of others do not go on there.
-
-    Raises:
-        ValueError: where clips, windows and heads do not fit together, or ``kept`` is of others.
     """
-    _check(clips, windows, model.patch, noise, heads)
-    firsts = _firsts(clips, windows[0], heads, noise, model.patch)
+    check_request(clips[0][0], model)
+    for count in (windows[-1].history or 1, 1 if heads is None else len(heads[0])):
+        model.patch.grid(count, model.patch.h, model.patch.w)  # a token is known as a whole
     # What later windows look like, so that the first, which lacks a history, has their form.
-    form = [_given(clips[0][0], w, None, noise, model.patch) for w in windows[:2]]
-    plan = _told(clips, windows, noise, heads, f"{weights} {generator.config}")
-    store = _Store(kept if jax.process_count() == 1 else None, plan)
-    made = store.read()
+    form = [_with_history(clips[0][0], w.history, None, noise, model) for w in windows[:2]]
     batches = -(-len(clips) // clips_at_once(generator, len(clips), mesh))
-    with _bar(len(windows), len(made), batches * generator.config.steps, progress) as bar:
-        for number in range(len(made), len(windows)):
-            window = windows[number]
-            requests = (
-                firsts
-                if number == 0
-                else [
-                    _given(clip[number], window, past[-window.history :], noise, model.patch)
-                    for clip, past in zip(clips, made[-1], strict=True)
-                ]
-            )
+    past, out = (None if heads is None else np.stack(heads)), []
+    with tqdm(
+        total=len(windows) * batches * generator.config.steps,
+        unit="step",
+        desc=f"{len(windows)} windows",
+        disable=not progress or jax.process_index() != 0,
+        dynamic_ncols=True,
+    ) as bar:
+        for number, window in enumerate(windows):
+            known = 0 if past is None else past.shape[1]
+            requests = [
+                _with_history(clip[number], known, None if past is None else past[i], noise, model)
+                for i, clip in enumerate(clips)
+            ]
             rows = make_rows(generator, params, requests, model, mesh, bar.update, form)
             latents = np.stack(
-                [_latents(*pair, model.patch) for pair in zip(requests, rows, strict=True)]
+                [
+                    unpatchify(model.patch, row[: one.num_tokens(model.patch)], *one.size)
+                    for one, row in zip(requests, rows, strict=True)
+                ]
             )
-            # What was given stays what it was.
-            if number:
-                latents[:, : window.history] = made[-1][:, -window.history :]
-            elif heads is not None:
-                latents[:, : len(heads[0])] = np.stack(heads)
-            made.append(latents)
-            store.write(made)
-    new = [part[:, w.history :] for part, w in zip(made, windows, strict=True)]
-    return list(np.concatenate(new, 1))
+            if past is not None:
+                latents[:, :known] = past  # without the noise that the model saw on it
+            out.append(latents[:, window.history :])
+            if number + 1 < len(windows):
+                past = latents[:, -windows[number + 1].history :]
+    return list(np.concatenate(out, 1))
 
 
-def _bar(windows: int, made: int, steps: int, shown: bool) -> tqdm:
-    return tqdm(
-        total=windows * steps,
-        initial=made * steps,
-        unit="step",
-        desc=f"{windows} windows",
-        disable=not shown or jax.process_index() != 0,
-        dynamic_ncols=True,
-    )
-
-
-def _firsts(
-    clips: Sequence[Sequence[Request]],
-    window: Window,
-    heads: Sequence[np.ndarray] | None,
-    noise: float,
-    patch: PatchConfig,
-) -> list[Request]:
-    held = dataclasses.replace(window, history=0 if heads is None else len(heads[0]))
-    return [
-        _given(clip[0], held, head, noise, patch)
-        for clip, head in zip(clips, [None] * len(clips) if heads is None else heads, strict=True)
-    ]
-
-
-def _latents(request: Request, row: np.ndarray, patch: PatchConfig) -> np.ndarray:
-    return unpatchify(patch, row[: request.num_tokens(patch)], *request.size)
-
-
-def _check(
-    clips: Sequence[Sequence[Request]],
-    windows: Sequence[Window],
-    patch: PatchConfig,
-    noise: float,
-    heads: Sequence[np.ndarray] | None,
-) -> None:
-    if not 0 <= noise <= 1:
-        raise ValueError(f"a history with ceiling {noise}: it is in [0, 1] (0.05 is usual).")
-    if not clips or any(len(clip) != len(windows) for clip in clips):
-        raise ValueError(
-            f"{[len(clip) for clip in clips]} requests of clips for {len(windows)} windows: give at "
-            "least one clip, and a request for each of its windows."
-        )
-    sizes = {request.size for clip in clips for request in clip}
-    if sizes != {(windows[0].length, *clips[0][0].size[1:])}:
-        raise ValueError(f"windows of sizes {sorted(sizes)}: all have one size.")
-    check_request(clips[0][0], patch)
-    history = windows[-1].history or 1
-    given = history if heads is None else len(heads[0])
-    for count in (history, given):
-        patch.grid(count, patch.h, patch.w)  # a token is given as a whole
-    if heads is not None:
-        wanted = (given, *clips[0][0].size[1:], patch.channels)
-        if len(heads) != len(clips) or any(h.shape != wanted for h in heads):
-            raise ValueError(
-                f"heads of shapes {[h.shape for h in heads]}: give each of the {len(clips)} clips one "
-                f"of {wanted}."
-            )
-
-
-def _given(
-    request: Request, window: Window, past: np.ndarray | None, noise: float, patch: PatchConfig
+def _with_history(
+    request: Request, count: int, past: np.ndarray | None, noise: float, model: ModelConfig
 ) -> Request:
-    """A window's request, with its history where it has one."""
-    clean = np.zeros((*request.size, patch.channels), np.float32)
-    ceilings = np.ones(window.length, np.float32)
-    ceilings[: window.history] = noise
+    """A window's request, whose first ``count`` latents are ``past`` at the cap ``noise``."""
+    clean = np.zeros((*request.size, model.patch.channels), np.float32)
+    caps = np.ones(request.frames, np.float32)
+    caps[:count] = noise
     if past is not None:
-        clean[: len(past)] = past
-    return dataclasses.replace(request, given=Given(clean, ceilings))
-
-
-def _told(
-    clips: Sequence[Sequence[Request]],
-    windows: Sequence[Window],
-    noise: float,
-    heads: Sequence[np.ndarray] | None,
-    made_by: str,
-) -> str:
-    """A hash of all that decides what comes out."""
-    told = [[(r.prompt, r.negative, r.size, r.fps, r.seed) for r in clip] for clip in clips]
-    plan = [told, [dataclasses.astuple(window) for window in windows], noise, made_by]
-    found = hashlib.sha256(json.dumps(plan).encode())
-    every = [r for clip in clips for r in clip]
-    arrays = [*(heads or ())]
-    arrays += [s for r in every for s in (r.text_states, r.negative_states) if s is not None]
-    arrays += [
-        np.asarray(fields[name])
-        for r in every
-        for fields in (r.segment_fields, r.frame_fields, r.pixel_fields)
-        for name in sorted(fields)
-    ]
-    for array in arrays:
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
-
-
-class _Store:
-    """What the windows so far have made, in a file; of the same plan, or it is refused."""
-
-    def __init__(self, path: Path | None, plan: str) -> None:
-        self._path, self._plan = path, plan
-
-    def read(self) -> list[np.ndarray]:
-        """Latents ``[clips, t, h, w, c]`` of each window that is there."""
-        if self._path is None or not self._path.exists():
-            return []
-        try:
-            with self._path.open("rb") as opened, np.load(opened) as file:
-                plan, latents = str(file["plan"]), list(file["latents"])
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{str(self._path)!r} holds no windows of a clip ({error}): remove it."
-            ) from error
-        if plan != self._plan:
-            raise InputError(
-                f"{str(self._path)!r} holds windows of another clip that was not finished: remove "
-                "it, or name another output."
-            )
-        return latents
-
-    def write(self, made: Sequence[np.ndarray]) -> None:
-        """Replaces the file, whole or not at all. If storage fails, that is told: windows go on."""
-        if self._path is None:
-            return
-        try:
-            with atomic_path(self._path) as scratch, scratch.open("wb") as file:
-                np.savez(file, plan=self._plan, latents=np.stack(made))
-        except OSError as error:
-            print(
-                f"warning: what windows have made is not kept in {str(self._path)!r} "
-                f"({explain(error)}); the clip is made all the same",
-                file=sys.stderr,
-            )
-            self._path = None
+        clean[:count] = past
+    return dataclasses.replace(request, known=KnownLatents(clean, caps))
 
 
 def decode_long(codec: Codec, latents: np.ndarray, frames: int) -> Iterator[np.ndarray]:

@@ -1,117 +1,136 @@
-"""A trained model, opened to make samples of: the config of its run, and its averaged parameters."""
+"""A trained run, opened for sampling: ``load_run(path) -> Pipeline``.
+
+pipeline = load_run("runs/quickstart", steps=20)
+(video,) = pipeline.sample([plain(pipeline.request("a big red circle moves left"))])
+"""
 
 from __future__ import annotations
 
-import ast
+import argparse
 import dataclasses
-import inspect
-import itertools
-import typing
-from functools import partial
+import os
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
+import numpy as np
 from jax.sharding import Mesh
 
+from dit_jax.codec.codec import Codec
+from dit_jax.codec.opening import open_codec
 from dit_jax.config import VideoRun, stored_config
 from dit_jax.files import InputError, absolute, as_path
-from dit_jax.sampling import Generator, SamplingConfig
-from dit_jax.text.opening import check_reads
-from dit_jax.training import abstract_params, open_run
+from dit_jax.model import TextToVideo
+from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.sampling.modes import Generation, make_generations
+from dit_jax.sampling.request import Request, Space
+from dit_jax.sampling.sampler import Generator, SamplingConfig
+from dit_jax.text.opening import check_reads, open_text_encoder, with_states
+from dit_jax.training import Checkpointer, abstract_params, open_run
 from dit_jax.training.video_task import init_params, make_model
 from dit_jax.types import Params
 
 
-def _said_of_fields(config: type) -> dict[str, str]:
-    """What a config's source says of its fields, below each."""
-    (definition,) = ast.parse(inspect.getsource(config)).body
-    assert isinstance(definition, ast.ClassDef)
-    said = {}
-    for field, text in itertools.pairwise(definition.body):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(words))):
-                said[name] = " ".join(words.split())
-    return said
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A run's config, codec, text encoder and averaged weights; weights are read at their first use."""
 
+    config: VideoRun
+    mesh: Mesh
+    codec: Codec
+    checkpointer: Checkpointer
+    step: int
+    over_context: bool = False
+    """Whether parameters are sharded over mesh.context too."""
 
-RUN = "run"
-"""An override's value for "as the run's config says"; None is a value of its own."""
+    @property
+    def path(self) -> Path:
+        """The directory of the checkpoint."""
+        return self.checkpointer.path(self.step)
 
+    @property
+    def space(self) -> Space:
+        return Space(self.codec, self.config.model.patch)
 
-def _overrides(config: type) -> Any:
-    """A config's dataclass again, with ``RUN`` as every field's default."""
-    hints, said = typing.get_type_hints(config), _said_of_fields(config)
-    fields = []
-    for field in dataclasses.fields(config):
-        help = f"{said.get(field.name, '')} ({RUN}, or unset: as the run's config says)".strip()
-        hint = typing.Annotated[
-            hints[field.name] | typing.Literal["run"],
-            tyro.conf.arg(help=help, help_behavior_hint=""),
-        ]
-        fields.append((field.name, hint, RUN))
-    return dataclasses.make_dataclass(f"{config.__name__}Overrides", fields, frozen=True)
+    @cached_property
+    def model(self) -> TextToVideo:
+        # Kernel and context parallelism are for the machine that samples to choose.
+        attention = dataclasses.replace(self.config.attention, kernel="auto", ulysses=None)
+        return make_model(self.config.model, self.mesh, attention)
 
+    @cached_property
+    def generator(self) -> Generator:
+        return Generator(self.model, self.config.diffusion, self.config.sampling)
 
-SamplingOverrides: Any = _overrides(SamplingConfig)
-"""The fields of ``SamplingConfig``; ``RUN`` is what the run's config says."""
+    @cached_property
+    def params(self) -> Params:
+        """The averaged parameters, checked to be finite."""
+        init = partial(init_params, self.model)
+        shapes, shardings = abstract_params(init, self.mesh, over_context=self.over_context)
+        params = self.checkpointer.restore_ema(self.step, shapes, shardings)
+        check_finite(params, str(self.path), f", of {self.checkpointer.steps()}")
+        self.checkpointer.close()
+        return params
 
+    def request(self, prompt: str = "", seed: int = 0, **fields: Any) -> Request:
+        """A plain clip of the run's size and rate."""
+        config, size = self.config, self.config.sampling
+        latents = config.codec.latent_size(size.frames, size.height, size.width)
+        return Request(prompt, *latents, config.codec.latent_fps(size.fps), seed, **fields)
 
-def chosen(overrides: Any) -> dict[str, Any]:
-    """The fields of overrides that are not the run's, None among their values."""
-    return {name: value for name, value in vars(overrides).items() if value != RUN}
+    def encode_text(self, requests: Sequence[Request]) -> list[Request]:
+        """Requests with the states of their prompts, for a model that reads a text encoder's.
 
-
-class Trained:
-    """A checkpoint of a run, and the config to sample from it with; no weights are read yet.
-
-    Raises:
-        ValueError: where there is no such run or checkpoint, or its model cannot be sampled so.
-    """
-
-    def __init__(
-        self,
-        run: str,
-        step: int | None,
-        sampling: Any,
-        codec: str | None,
-        text_encoder: str | None = None,
-    ) -> None:
-        self._checkpointer, self.step = open_run(as_path(run), step)
-        self.path = self._checkpointer.path(self.step)
-        stored = stored_config(self._checkpointer.config(self.step), self.path / "config")
-        self.config = dataclasses.replace(
-            stored,
-            sampling=dataclasses.replace(stored.sampling, **chosen(sampling)),
-            codec=_with_path(stored.codec, codec, "--codec"),
-            text_encoder=_with_path(stored.text_encoder, text_encoder, "--text-encoder"),
-        )
-        check_reads(self.config, run)
-        _check_pixels(self.config, run)
-
-    def load(self, mesh: Mesh, spread_parameters: bool) -> tuple[Generator, Params]:
-        """The averaged parameters over a mesh, also over ``context`` if they are to be spread, and what
-        samples from them.
-
-        Raises:
-            ValueError: where they cannot be read, or are not finite.
+        The encoder is opened for this call alone, because it may be as large as the model.
         """
-        config = self.config
-        # Kernel and way are for the machine that samples to say, not for the one that trained.
-        attention = dataclasses.replace(config.attention, kernel="auto", ulysses=None)
-        model = make_model(config.model, mesh, attention)
-        generator = Generator(model, config.diffusion, config.sampling)
-        init = partial(init_params, model)
-        shapes, shardings = abstract_params(init, mesh, over_context=spread_parameters)
-        params = self._checkpointer.restore_ema(self.step, shapes, shardings)
-        check_finite(params, str(self.path), f", of {self._checkpointer.steps()}")
-        self._checkpointer.close()
-        return generator, params
+        return with_states(requests, open_text_encoder(self.config, self.mesh))
+
+    def sample(self, generations: Sequence[Generation], progress: bool = False) -> list[np.ndarray]:
+        """The clips uint8 ``[t, h, w, 3]`` of generations of any modes, on every process."""
+        model, decode = self.config.model, self.codec.decode
+        return make_generations(
+            self.generator, self.params, generations, model, self.mesh, progress, decode
+        )
+
+
+def load_run(
+    run: str | os.PathLike,
+    step: int | None = None,
+    codec: str | None = None,
+    text_encoder: str | None = None,
+    mesh: Mesh | None = None,
+    over_context: bool = False,
+    **sampling: Any,
+) -> Pipeline:
+    """Opens a checkpoint of a run: the step, or the newest.
+
+    ``codec`` and ``text_encoder`` are folders in place of those that the run's config names, and
+    ``sampling`` are fields of its ``SamplingConfig`` in place of its own.
+    """
+    checkpointer, step, config = _open_run(run, step)
+    config = dataclasses.replace(
+        config,
+        sampling=dataclasses.replace(config.sampling, **sampling),
+        codec=_with_path(config.codec, codec, "--codec"),
+        text_encoder=_with_path(config.text_encoder, text_encoder, "--text-encoder"),
+    )
+    config.sampling.check(config.diffusion, config.model.patch.channels)
+    check_reads(config, str(run))
+    mesh = make_mesh(MeshConfig()) if mesh is None else mesh
+    opened = open_codec(config, mesh)
+    if opened is None:
+        raise ValueError(
+            f"the model of {str(run)!r} makes latents of {config.model.patch.channels} channels: give "
+            "--codec, the folder of the autoencoder that turns them into pixels."
+        )
+    return Pipeline(config, mesh, opened, checkpointer, step, over_context)
 
 
 def _with_path(part: Any, path: str | None, option: str) -> Any:
-    """The config of a codec or text encoder with another folder, if one is given."""
+    """The config of a codec or text encoder with another folder, if one is named."""
     if path is None:
         return part
     if "path" not in vars(part):
@@ -119,17 +138,31 @@ def _with_path(part: Any, path: str | None, option: str) -> Any:
     return dataclasses.replace(part, path=absolute(path))
 
 
-def _check_pixels(config: VideoRun, run: str) -> None:
-    channels = config.model.patch.channels
-    if channels != 3 and config.codec.path is None:
-        raise ValueError(
-            f"the model of {run!r} makes latents of {channels} channels: give --codec, the folder of "
-            "the autoencoder that turns them into pixels."
-        )
+def stored_sampling(arguments: Sequence[str]) -> SamplingConfig:
+    """The ``sampling`` of the run that a command line names with --checkpoint (and --step), for the
+    defaults of its options; the class's own if it names none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--step", type=int)
+    named = parser.parse_known_args(list(arguments))[0]
+    if named.checkpoint is None:
+        return SamplingConfig()
+    return stored_run(named.checkpoint, named.step).sampling
+
+
+def stored_run(run: str | os.PathLike, step: int | None = None) -> VideoRun:
+    """The config of a run."""
+    return _open_run(run, step)[2]
+
+
+def _open_run(run: str | os.PathLike, step: int | None) -> tuple[Checkpointer, int, VideoRun]:
+    checkpointer, step = open_run(as_path(run), step)
+    stored = stored_config(checkpointer.config(step), checkpointer.path(step) / "config")
+    return checkpointer, step, stored
 
 
 def check_finite(params: Params, where: str, steps: str = "") -> None:
-    """Raises ``ValueError`` that names the first of the parameters that are not finite.
+    """Raises ``InputError`` with the first of the parameters that are not finite.
 
     ``where`` is the checkpoint, and ``steps`` names others for the message.
     """

@@ -12,6 +12,8 @@ augmentation)::
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ from dit_jax.model import (
     dense,
     per_group,
 )
+from dit_jax.sampling import Generation, Request
 from dit_jax.types import DenoiserInputs, Runtime, Sample
 from dit_jax.upscale.resizing import enlarge, shrink
 
@@ -98,6 +101,29 @@ class LowRes(Conditioner):
             {**fields.tokens, name: (1 - at) * low_res + at * eps},
             {**fields.segments, name + LEVEL: level},
         )
+
+    def enlarge(
+        self,
+        requests: Sequence[Request],
+        clips: Sequence[tuple[np.ndarray, float]],
+        config: Any,
+        codec: Any,
+        augmentation: float = 0.0,
+    ) -> list[Generation]:
+        """What makes clips (with their frames a second) at ``factor`` times their size.
+
+        Args:
+            requests: of each clip the prompt and seed.
+            augmentation: noise level of the clips, at most that of training.
+        """
+        from dit_jax.upscale.super_resolution import cut_again, enlarging
+
+        if not 0 <= augmentation <= self.augmentation:
+            raise ValueError(
+                f"--augmentation {augmentation}: it is at least 0, and at most what the model was "
+                f"trained on, {self.augmentation} (model.conditioners.{NAME}.augmentation)."
+            )
+        return cut_again(enlarging(requests, clips, config, codec, augmentation), clips)
 
 
 class LowResEmbedding(nn.Module):

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from dit_jax.codec.codec import Codec
 from dit_jax.config import VideoRun
-from dit_jax.files import local_copy
-from dit_jax.sampling import Edit, Request, check_request, to_float
-from dit_jax.sampling.long_plan import LongArguments
-from dit_jax.sampling.media import EXTENSIONS, mean_psnr, read_video
-from dit_jax.sampling.requested import ModeArguments
-from dit_jax.sampling.space import filled
-from dit_jax.upscale.low_res import LEVEL, NAME, LowRes, factor_of
+from dit_jax.sampling import Generation, Request, check_request, to_float
+from dit_jax.sampling.media import mean_psnr
+from dit_jax.sampling.request import filled
+from dit_jax.upscale.low_res import LEVEL, NAME, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 
 Clip = tuple[np.ndarray, float]
@@ -41,90 +36,6 @@ def fidelity(clips: Sequence[np.ndarray], true: Sequence[np.ndarray], factor: in
     bicubic = [enlarge(shrink(video, factor), factor) for video in true]
     made, plain = mean_psnr(clips, true), mean_psnr(bicubic, true)
     return {"psnr": made, "bicubic_psnr": plain, "gain": made - plain, "count": len(true)}
-
-
-def read_clips(names: Sequence[str], read: Callable[[Path], Clip] = read_video) -> list[Clip]:
-    """Clips of files, and of those in folders in the order of their names.
-
-    Args:
-        read: a file.
-
-    Raises:
-        ValueError: where there are none, or one cannot be read.
-    """
-    found = []
-    for name in names:
-        path = local_copy(name)
-        if not path.is_dir():
-            found.append(read(path))
-            continue
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
-        if not files:
-            raise ValueError(
-                f"{name!r} holds no files ending in {', '.join(EXTENSIONS)}: give the directory that "
-                "samples were written to, or files."
-            )
-        found += map(read, files)
-    return found
-
-
-def check_given(config: VideoRun, files: Sequence[str], augmentation: float = 0.0) -> None:
-    """Raises ``ValueError`` if a model that enlarges has no clips to enlarge, or another has some."""
-    conditioner = config.model.conditioners.get(NAME)
-    if isinstance(conditioner, LowRes):
-        if not files:
-            raise ValueError(
-                f"the model enlarges clips {conditioner.factor} times: give some with --super-resolve."
-            )
-        if not 0 <= augmentation <= conditioner.augmentation:
-            raise ValueError(
-                f"--augmentation {augmentation}: it is at least 0, and at most what the model was "
-                f"trained on, {conditioner.augmentation} (model.conditioners.{NAME}.augmentation)."
-            )
-    elif files or augmentation:
-        raise ValueError(
-            "the model does not enlarge clips: leave --super-resolve and --augmentation out, or give "
-            "--checkpoint a run of super-resolution."
-        )
-
-
-def check_enlarges(mode: ModeArguments, long: LongArguments, sampling: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` where clips are to be enlarged and something else besides; ``sampling`` are
-    the options of that name that are given."""
-    if mode.source or mode.loop or long.long:
-        raise ValueError(
-            "--super-resolve enlarges clips and does nothing else to them: make the clip first, and "
-            "enlarge what comes out."
-        )
-    sizes = {name: sampling.get(name) for name in ("height", "width", "frames", "fps")}
-    for name, value in {**sizes, "duration": mode.duration}.items():
-        if value is not None:
-            raise ValueError(
-                f"--{name} {value} and --super-resolve: size, length and rate are those of the clips. "
-                "Leave it out."
-            )
-
-
-def each_clip(
-    prompts: Sequence[str | int], clips: Sequence[Clip], num: int
-) -> tuple[list[str | int], list[Clip]]:
-    """Every clip ``num`` times, and a prompt for each of these.
-
-    ``prompts`` are one for each clip or one for all, each ``num`` times, or none: the empty one.
-
-    Raises:
-        ValueError: for another number of them.
-    """
-    repeated = [clip for clip in clips for _ in range(num)]
-    given = list(prompts) or [""] * num
-    if len(given) == num:
-        given = given * len(clips)
-    if len(given) != len(repeated):
-        raise ValueError(
-            f"{len(given) // num} prompts for {len(clips)} clips of --super-resolve: give one for "
-            "each, one for all, or none."
-        )
-    return given, repeated
 
 
 def enlarging(
@@ -152,7 +63,6 @@ def enlarging(
         sized = dataclasses.replace(
             request, frames=size[0], height=size[1], width=size[2], fps=rate
         )
-        check_request(sized, config.model.patch)
         made.append(
             dataclasses.replace(
                 sized,
@@ -160,13 +70,14 @@ def enlarging(
                 segment_fields={NAME + LEVEL: np.float32(augmentation)},
             )
         )
+        check_request(made[-1], config.model)
     return made
 
 
-def cut_again(requests: Sequence[Request], clips: Sequence[Clip]) -> list[Edit]:
+def cut_again(requests: Sequence[Request], clips: Sequence[Clip]) -> list[Generation]:
     """What makes the requests of ``enlarging``, and leaves them the clips' own lengths."""
 
-    def one(request: Request, count: int) -> Edit:
-        return Edit((request,), lambda made: made[0][:count])
+    def one(request: Request, count: int) -> Generation:
+        return Generation((request,), lambda made: made[0][:count])
 
     return [one(made, len(video)) for made, (video, _) in zip(requests, clips, strict=True)]

@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from dit_jax.prepare import AnswerCache, UpsampleConfig, Upsampled, read_prompts, upsample
+from dit_jax.prepare import AnswerCache
 from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatError, ChatOptions
-from dit_jax.prepare.upsample import changes, records, warnings
+from dit_jax.prepare.upsample import (
+    UpsampleConfig,
+    Upsampled,
+    changes,
+    main,
+    records,
+    upsample,
+    warnings,
+)
+from dit_jax.sampling import read_prompts
 from tests.prepare.chat_server import FakeTime, Response, serving, words
 from tests.runs import free_port
 
@@ -128,3 +137,35 @@ def test_records_are_prompts_again(tmp_path: Path):
 def test_a_limit_of_no_words_is_refused():
     with pytest.raises(ValueError, match="upsampling.words is 0"):
         UpsampleConfig(words=0)
+
+
+def test_the_command_tells_what_it_changed_and_what_not(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "prompts.json"
+    with serving(respond) as server:
+        words = ["--prompt", "a cat", "a dog", "--prompt", "雪", "--output", str(output)]
+        words += ["--server", server.url, "--model", "seer", "--cache", str(tmp_path / "a.sqlite")]
+        assert main(words) == 0
+        out, err = capfd.readouterr()
+        assert main(words) == 0
+        assert server.bill == 3 and "0 answered, 3 from cache" in capfd.readouterr().out
+    assert "'a cat'\n  -> 'A grey cat sleeps. The sun shines.'" in out and "billed: 30 + 9" in out
+    assert "1 of 3 prompts were NOT upsampled" in err and "'a dog': refused by the model" in err
+    expected = ["A grey cat sleeps. The sun shines.", "a dog", "雪が降る夜の町。"]
+    assert read_prompts(output) == expected
+
+
+def test_the_command_goes_on_without_a_server_and_refuses_a_wrong_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "prompts.json"
+    words = ["--prompt", "a cat", "--output", str(output), "--cache", str(tmp_path / "a.sqlite")]
+    absent = ["--server", f"http://127.0.0.1:{free_port()}", "--model", "seer"]
+    assert main([*words, *absent]) == 0 and read_prompts(output) == ["a cat"]
+    assert "no server answers at" in capfd.readouterr().err
+    output.unlink()
+    with serving(respond) as server:
+        assert main([*words, "--server", server.url, "--model", "m"]) == 2
+    assert "'m'" in capfd.readouterr().err
+    assert main([*words, "--server", "h", "--model", "m"]) == 2 and not output.exists()

@@ -25,7 +25,7 @@ from dit_jax.model import (
 from dit_jax.model.dit import time_features
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_inputs
-from dit_jax.sampling.caching import plan_steps, relative_changes
+from dit_jax.sampling.sampler import plan_steps, relative_changes
 from dit_jax.training.video_task import init_params, make_model
 from dit_jax.types import DenoiserInputs
 from tests.denoiser import struct
@@ -90,7 +90,7 @@ def plan(**fields: Any) -> list[bool]:
 def between() -> float:
     """A threshold that skips some steps and not others, and that no sum of changes is near."""
     one = generator(cache_threshold=1.0)
-    changes = np.asarray(one._cached._changes(model_on()[2], one.levels(12)))[:-1]
+    changes = np.asarray(one._changes(model_on()[2], one.levels(12)))[:-1]
     return float(1.5 * changes.mean())
 
 
@@ -148,8 +148,7 @@ def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, An
 
 
 def test_without_a_threshold_nothing_is_cached_and_a_tiny_one_reuses_nothing():
-    one = generator()
-    assert one._cached is None and plan() == [True] * 6
+    assert plan() == [True] * 6
     np.testing.assert_array_equal(made(cache_threshold=0.0), made())
     assert plan(cache_threshold=1e-6) == [True] * 6
     # The same sums, compiled beside one more output.
@@ -189,7 +188,7 @@ def test_the_planned_number_of_steps_runs_the_blocks(monkeypatch: pytest.MonkeyP
     runs = plan(cache_threshold=threshold)
     assert 2 < sum(runs) < 6
     one = generator(cache_threshold=threshold)
-    counted = {"_keep": 0, "_reuse": 0}
+    counted = {"_keep_step": 0, "_reuse_step": 0}
 
     def counting(name: str, function: Any) -> Any:
         def call(*given: Any) -> Any:
@@ -199,9 +198,9 @@ def test_the_planned_number_of_steps_runs_the_blocks(monkeypatch: pytest.MonkeyP
         return call
 
     for name in counted:
-        monkeypatch.setattr(one._cached, name, counting(name, getattr(one._cached, name)))
+        monkeypatch.setattr(one, name, counting(name, getattr(one, name)))
     cached = made(cache_threshold=threshold)
-    assert counted == {"_keep": sum(runs), "_reuse": 6 - sum(runs)}
+    assert counted == {"_keep_step": sum(runs), "_reuse_step": 6 - sum(runs)}
     assert 1e-3 < np.abs(cached - made()).max()
 
 
@@ -209,8 +208,8 @@ def test_the_planned_number_of_steps_runs_the_blocks(monkeypatch: pytest.MonkeyP
 def test_two_steps_are_compiled_for_all(solver: str, monkeypatch: pytest.MonkeyPatch):
     fields = {"solver": solver, "cache_threshold": between()}
     one, traced = generator(**fields), []
-    solve = one._cached._solve
-    monkeypatch.setattr(one._cached, "_solve", lambda *given: (traced.append(0), solve(*given))[1])
+    solve = one._solve
+    monkeypatch.setattr(one, "_solve", lambda *given: (traced.append(0), solve(*given))[1])
     for requests in (REQUESTS, REQUESTS[::-1]):
         assert np.isfinite(made(requests, **fields)).all()
     # Those of euler may have been compiled for another test.

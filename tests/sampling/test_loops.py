@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.sampling.loops import closed
+from dit_jax.sampling.sampler import on_two_cuts
+from tests.denoiser import struct
 
 
 def test_the_two_cuts_of_a_loop_are_half_a_turn_apart():
@@ -12,13 +13,19 @@ def test_the_two_cuts_of_a_loop_are_half_a_turn_apart():
     cycles = np.array([[6, 2, 0.5], [0, 0, 0]], np.float32)
     asked = []
 
-    def evaluate(x, positions, level):
-        asked.append((positions[..., 0], level))
-        return x * positions[..., :1]
+    def evaluate(inputs):
+        asked.append((inputs.positions[..., 0], inputs.group_t[:, 0]))
+        return inputs.tokens * inputs.positions[..., :1]
 
     x = np.ones((4, 6, 2), np.float32)  # with guidance: prompts, and then empty ones
-    made = closed(evaluate, jnp.asarray(cycles), jnp.int32(0))(
-        x, jnp.tile(where, (2, 1, 1)), np.arange(4)
+    made = on_two_cuts(evaluate, jnp.asarray(cycles), jnp.int32(0))(
+        struct(
+            tokens=x,
+            positions=jnp.tile(where, (2, 1, 1)),
+            segment_ids=np.ones((4, 6)),
+            group_ids=np.zeros((4, 6)),
+            group_t=np.arange(4)[:, None],
+        )
     )
     ((clock, level),) = asked
     assert level.tolist() == [0, 1, 2, 3] * 2 and clock.shape == (8, 6)

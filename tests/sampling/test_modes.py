@@ -14,7 +14,7 @@ from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Generator,
-    Given,
+    KnownLatents,
     Request,
     SamplingConfig,
     Space,
@@ -26,7 +26,7 @@ from dit_jax.sampling import (
     interpolate,
     loop_clip,
     loop_text,
-    make_edits,
+    make_generations,
     make_inputs,
     make_long,
     plain,
@@ -35,7 +35,7 @@ from dit_jax.sampling import (
     to_float,
     window_requests,
 )
-from dit_jax.sampling.clips import _decode_loop
+from dit_jax.sampling.sampler import decode_loop
 from dit_jax.training.video_task import init_params, make_model
 from tests.training.conftest import QUICK
 
@@ -72,14 +72,14 @@ def like(space, frames=9, **fields):
 
 
 def given(request):
-    assert request.given is not None
-    return request.given
+    assert request.known is not None
+    return request.known
 
 
 def free(request):
     """Which latent frames are free, as a word: ``-`` is held, ``+`` free, else the ceiling's tenths."""
     marks = {0: "-", 10: "+"}
-    return "".join(marks.get(round(10 * s), str(round(10 * s))) for s in given(request).ceilings)
+    return "".join(marks.get(round(10 * s), str(round(10 * s))) for s in given(request).noise_caps)
 
 
 def shown(request):
@@ -119,7 +119,7 @@ def test_extension_forward_encodes_the_tail_as_a_clip_of_its_own(name):
     # Frames 7 to 11 are given: the first of them alone, as a clip's first always is.
     assert shown(request)[0] == 7
     np.testing.assert_array_equal(
-        given(request).clean[given(request).ceilings == 0], space.encode(clip(5, 7))
+        given(request).clean[given(request).noise_caps == 0], space.encode(clip(5, 7))
     )
     assert blank(edit, space) == [*range(12), 200, 200, 200, 200]
 
@@ -138,8 +138,8 @@ def test_extension_backward_leaves_out_a_causal_codecs_first_latent():
         assert blank(edit, space) == [200, 200, 200, 200, *range(0, 24, 2)]
     known = make_inputs([extend(PAIRS, like(PAIRS), clip(12), backward=4).requests[0]], MODEL)
     # Token 2 holds frames 3 and 4 of nine: the second is frame 0 of the clip.
-    assert known.known is not None and known.ceilings.tolist() == [[1, 1, 1, 0, 0]]
-    each = known.known.reshape(5, 2, -1)
+    assert known.kept is not None and known.noise_caps.tolist() == [[1, 1, 1, 0, 0]]
+    each = known.kept.reshape(5, 2, -1)
     assert each.all(-1).tolist() == [[False] * 2] * 2 + [[False, True]] + [[False] * 2] * 2
 
 
@@ -152,7 +152,7 @@ def test_both_ways_connections_and_loops_of_clips(name):
     edit = connect(space, like(space), *ends, gap=3)
     assert blank(edit, space) == [*range(8), 200, 200, 200, *range(100, 108)]
     request = edit.requests[0]
-    held = np.array(shown(request))[given(request).ceilings == 0]
+    held = np.array(shown(request))[given(request).noise_caps == 0]
     # Three frames of each: with a causal codec 5 and the mean of 6 and 7; and of the other's 101 and
     # 102, the first being held by none.
     expected = {"pixels": [5, 6, 7, 100, 101, 102], "pairs": [5, 6, 7, 100, 101, 102]}
@@ -237,7 +237,7 @@ def makers():
                 )
             found[name] = (
                 functools.partial(
-                    make_edits,
+                    make_generations,
                     generator,
                     params,
                     model=MODEL,
@@ -252,11 +252,11 @@ def makers():
 
 @pytest.fixture(scope="module")
 def on_one(makers):
-    return makers["one"][0](edits=every_mode())
+    return makers["one"][0](generations=every_mode())
 
 
 def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
-    many = makers["eight"][0](edits=every_mode())
+    many = makers["eight"][0](generations=every_mode())
     for one, other in zip(on_one, many, strict=True):
         # Grey levels: the same sums in another order.
         assert one.shape == other.shape and np.abs(one.astype(int) - other).max() <= 1
@@ -282,7 +282,7 @@ def test_windows_are_the_same_on_eight_devices(makers):
 
 def test_every_mode_alone_is_what_it_is_beside_others(makers, on_one):
     for edit, beside in zip(every_mode(), on_one, strict=True):
-        (alone,) = makers["one"][0](edits=[edit])
+        (alone,) = makers["one"][0](generations=[edit])
         assert alone.shape == beside.shape and np.abs(alone.astype(int) - beside).max() <= 1
 
 
@@ -293,11 +293,11 @@ def test_steps_are_those_of_the_request_alone(makers):
     made = dataclasses.replace(plainly.config, cache_threshold=0.2, steps=6)
     generator = Generator(make_model(MODEL, MESH), diffusion, made)
     edits = [every_mode()[i] for i in (0, 1, 3, 8)]
-    assert len({generator.steps_of(edit.requests[0]) for edit in edits}) == 4
-    assert len({plainly.steps_of(edit.requests[0]) for edit in edits}) == 1
+    assert len({generator.batch_key(edit.requests[0]) for edit in edits}) == 4
+    assert len({plainly.batch_key(edit.requests[0]) for edit in edits}) == 1
 
     def make(some):
-        return make_edits(generator, params, some, MODEL, MESH, decode=PixelCodec().decode)
+        return make_generations(generator, params, some, MODEL, MESH, decode=PixelCodec().decode)
 
     beside = make([*edits, *edits[:2]])
     for edit, one in zip([*edits, *edits[:2]], beside, strict=True):
@@ -321,9 +321,9 @@ def test_given_tokens_are_exact_in_the_latents_too(makers):
     requests = [edit.requests[0] for edit in every_mode()][4:6]
     condition = make_inputs(requests, MODEL, 40, [r for e in every_mode() for r in e.requests])
     made = np.asarray(generator(params, jax.tree.map(jnp.asarray, condition)))
-    held = condition.ceilings == 0
+    held = condition.noise_caps == 0
     assert held.any() and (made[held] == condition.clean[held]).all()
-    known = condition.known
+    known = condition.kept
     assert known is not None and known.any() and not known[held].any()
     np.testing.assert_allclose(made[known], condition.clean[known], atol=1e-6)
     assert (made[~known & ~held[..., None]] != 0).all()
@@ -365,7 +365,7 @@ def test_a_loop_is_decoded_after_its_own_end():
         sums = latents[1:] + latents[:-1]
         return np.concatenate([latents[:1], np.repeat(sums, 2, 0)])
 
-    made = _decode_loop(decode, np.arange(3.0)[:, None, None, None])
+    made = decode_loop(decode, np.arange(3.0)[:, None, None, None])
     assert made[:, 0, 0, 0].tolist() == [2, 2, 1, 1, 3, 3] and seen[0][-4:] == [2, 0, 1, 2]
 
 
@@ -379,8 +379,8 @@ def test_times_of_a_request_are_its_tokens():
     condition = make_inputs([request], MODEL)
     assert condition.positions[0, :, 0].tolist() == [0.0, 2.5, 3.75]
     tokens = patchify(PAIRS.patch, to_float(NOISY[:5]))
-    clip_of = Given(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
-    condition = make_inputs([dataclasses.replace(request, given=clip_of)], MODEL)
+    clip_of = KnownLatents(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
+    condition = make_inputs([dataclasses.replace(request, known=clip_of)], MODEL)
     np.testing.assert_array_equal(condition.clean[0], tokens)
-    assert condition.ceilings.tolist() == [[0, 1, 0.25]]
-    assert condition.group_ceilings[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]
+    assert condition.noise_caps.tolist() == [[0, 1, 0.25]]
+    assert condition.group_noise_caps[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]

@@ -24,7 +24,7 @@ from dit_jax.sampling import (
     interpolate,
     loop_text,
     make_clips,
-    make_edits,
+    make_generations,
     make_long,
     plan_windows,
     to_uint8,
@@ -70,16 +70,16 @@ def test_twice_the_frames_of_a_clip(codec, made_by):
     space, clip = Space(codec, MODEL.patch), pixels(9)
     edit = interpolate(space, LIKE, clip, 2)
     (request,) = edit.requests
-    assert request.given is not None and request.fps == 4.0 and request.frames == 5
-    np.testing.assert_array_equal(request.given.ceilings, np.float32([0, 0.4, 0.4, 0.4, 0.4]))
+    assert request.known is not None and request.fps == 4.0 and request.frames == 5
+    np.testing.assert_array_equal(request.known.noise_caps, np.float32([0, 0.4, 0.4, 0.4, 0.4]))
     between = np.repeat(clip, 2, 0)[:-1].astype(float)
     between[1::2] = (between[0:-1:2] + between[2::2]) / 2
     guess = space.encode(np.rint(between).astype(np.uint8))
     np.testing.assert_allclose(
-        request.given.clean, guess, atol=1e-5
+        request.known.clean, guess, atol=1e-5
     )  # float32, as in test_video_codec
 
-    (made,) = make_edits(*made_by, [edit], MODEL, MESH, decode=codec.decode)
+    (made,) = make_generations(*made_by, [edit], MODEL, MESH, decode=codec.decode)
     assert made.shape == (17, SIDE, SIDE, 3)
     np.testing.assert_array_equal(made[::2], clip)
     latents = make_clips(*made_by, [request], MODEL, MESH, decode=codec.decode)[0]
@@ -91,14 +91,14 @@ def test_both_ends_are_clips_of_their_own(codec, made_by):
     space, clip = Space(codec, MODEL.patch), pixels(13)
     edit = extend(space, LIKE, clip, forward=4, backward=4)
     after, before = edit.requests
-    assert after.given is not None and before.given is not None
+    assert after.known is not None and before.known is not None
     # Behind: frames 8 to 12 as a clip of their own, then one free latent.
-    np.testing.assert_array_equal(after.given.ceilings, [0, 0, 1])
-    np.testing.assert_allclose(after.given.clean[:2], space.encode(clip[8:]), atol=1e-5)
+    np.testing.assert_array_equal(after.known.noise_caps, [0, 0, 1])
+    np.testing.assert_allclose(after.known.clean[:2], space.encode(clip[8:]), atol=1e-5)
     # Before: frames 0 to 4, whose first latent, a first frame's, is left out.
-    np.testing.assert_array_equal(before.given.ceilings, [1, 1, 0])
-    np.testing.assert_allclose(before.given.clean[2:], space.encode(clip[:5])[1:], atol=1e-5)
-    (made,) = make_edits(*made_by, [edit], MODEL, MESH, decode=codec.decode)
+    np.testing.assert_array_equal(before.known.noise_caps, [1, 1, 0])
+    np.testing.assert_allclose(before.known.clean[2:], space.encode(clip[:5])[1:], atol=1e-5)
+    (made,) = make_generations(*made_by, [edit], MODEL, MESH, decode=codec.decode)
     np.testing.assert_array_equal(made[4:17], clip)
     plain = make_clips(*made_by, [after, before], MODEL, MESH, decode=codec.decode)
     np.testing.assert_array_equal(made[17:], plain[0][5:])
@@ -126,7 +126,7 @@ def test_a_loop_has_no_first_latent(codec, made_by):
     edit = loop_text(Space(codec, MODEL.patch), LIKE)
     (request,) = edit.requests
     assert request.loop and request.frames == 2
-    (made,) = make_edits(*made_by, [edit], MODEL, MESH, decode=codec.decode)
+    (made,) = make_generations(*made_by, [edit], MODEL, MESH, decode=codec.decode)
     assert made.shape == (8, SIDE, SIDE, 3)
     turned = dataclasses.replace(request, seed=2)
     (other,) = make_clips(*made_by, [turned], MODEL, MESH, decode=codec.decode)

@@ -22,7 +22,7 @@ def test_noise_on_what_is_given_leaves_none_of_it_out():
     edit = extend(PAIRS, like(PAIRS), clip(3), backward=4, noise=0.25)
     (request,) = edit.requests
     # Latent 4 shares a token with 3, which is free: it is put back, as without noise.
-    np.testing.assert_array_equal(given(request).ceilings, [1, 1, 1, 1, 0, 0.25, 0.25])
+    np.testing.assert_array_equal(given(request).noise_caps, [1, 1, 1, 1, 0, 0.25, 0.25])
     known = make_inputs([request], MODEL)
-    assert known.ceilings.tolist() == [[1, 1, 1, 0.25]]
-    assert known.known is not None and known.known.any(-1).tolist() == [[False, False, True, False]]
+    assert known.noise_caps.tolist() == [[1, 1, 1, 0.25]]
+    assert known.kept is not None and known.kept.any(-1).tolist() == [[False, False, True, False]]

@@ -20,7 +20,6 @@ from dit_jax.sampling import (
     make_inputs,
     to_float,
     to_uint8,
-    write_video,
 )
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
 from dit_jax.training.cases import Cases
@@ -28,13 +27,10 @@ from dit_jax.training.video_task import make_model, tokenize
 from dit_jax.upscale.low_res import LowRes, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 from dit_jax.upscale.super_resolution import (
-    check_given,
     cut_again,
-    each_clip,
     enlarging,
     fidelity,
     low_of,
-    read_clips,
     seen_low,
 )
 from tests import tiny_config
@@ -235,7 +231,7 @@ def test_what_is_given_at_low_resolution_is_noised_in_training():
 @pytest.mark.parametrize("level", [-0.1, 0.3])
 def test_more_noise_than_was_trained_on_is_refused(level):
     with pytest.raises(ValueError, match=f"--augmentation {level}.* 0.2"):
-        check_given(CONFIG, ["a.mp4"], level)
+        CONFIG.model.conditioners["low_res"].enlarge([], [], CONFIG, PixelCodec(), level)
 
 
 # --- what is measured ---
@@ -260,16 +256,10 @@ def test_cases_are_given_true_clips_at_low_resolution():
 # --- files ---
 
 
-def test_clips_of_files_become_requests(tmp_path):
-    small = [clip(3, 3, 12, 16), clip(4, 5, 8, 8)]
-    for i, one in enumerate(small):
-        write_video(tmp_path / f"{i}.mp4", one, 12.0)
-    clips = read_clips([str(tmp_path)])
-    assert [c.shape for c, _ in clips] == [(3, 12, 16, 3), (5, 8, 8, 3)]
-    prompts, clips = each_clip(["a"], clips, 1)
-    assert prompts == ["a", "a"]
+def test_clips_become_requests():
+    clips = [(clip(3, 3, 12, 16), 12.0), (clip(4, 5, 8, 8), 12.0)]
     made = enlarging(
-        [Request(p, 1, 8, 8, 8.0, i, negative="b") for i, p in enumerate(prompts)],
+        [Request(p, 1, 8, 8, 8.0, i, negative="b") for i, p in enumerate("aa")],
         clips,
         CONFIG,
         PixelCodec(),
@@ -296,26 +286,7 @@ def test_clips_that_do_not_fill_their_last_token_keep_their_length():
         assert edit.requests == (request,) and len(shown) == len(video)
 
 
-def test_every_clip_has_a_prompt():
-    clips = [(clip(), 8.0), (clip(1), 4.0)]
-    assert each_clip([], clips, 1)[0] == ["", ""]
-    assert each_clip(["a", "a"], clips, 2)[0] == ["a"] * 4
-    prompts, repeated = each_clip(["a", "a", "b", "b"], clips, 2)
-    assert prompts == ["a", "a", "b", "b"]
-    assert [fps for _, fps in repeated] == [8.0, 8.0, 4.0, 4.0]
-    with pytest.raises(ValueError, match="3 prompts for 2 clips"):
-        each_clip(["a", "b", "c"], clips, 1)
-
-
-def test_what_cannot_be_enlarged_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="enlarges clips 2 times: give some with --super-resolve"):
-        check_given(CONFIG, ())
-    with pytest.raises(ValueError, match="does not enlarge clips"):
-        check_given(PLAIN, ("a.mp4",))
-    with pytest.raises(ValueError, match="does not enlarge clips"):
-        check_given(PLAIN, (), 0.1)
-    with pytest.raises(ValueError, match="holds no files ending in"):
-        read_clips([str(tmp_path)])
+def test_sizes_that_cannot_be_made_are_refused():
     with pytest.raises(ValueError, match="height 28"):
         enlarging([Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 3, 14, 12), 8.0)], CONFIG, PixelCodec())
     with pytest.raises(ValueError, match="24 x 24 pixels.*5 times fewer"):

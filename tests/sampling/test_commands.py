@@ -1,0 +1,320 @@
+"""The command line of sampling: what options mean, and what is refused before a run is opened."""
+
+import dataclasses
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dit_jax import sample
+from dit_jax.codec.codec import PixelCodec
+from dit_jax.model import PatchConfig
+from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard, media
+from dit_jax.sampling.commands import COMMANDS, Job, seconds_of
+from dit_jax.sampling.long import plan_long
+from tests.tiny_config import get_config
+
+SPACE = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))
+TEMPLATE = Request("a", 9, 24, 24, 8.0, 0)
+FILES = {name: np.full((9, 24, 24, 3), i, np.uint8) for i, name in enumerate("ab")}
+
+
+def pipeline(**dit: Any) -> Any:
+    config = get_config()
+    model = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, **dit))
+    return types.SimpleNamespace(space=SPACE, config=dataclasses.replace(config, model=model))
+
+
+def command(mode: str, **options: Any) -> Any:
+    return COMMANDS[mode](checkpoint="run", **options)
+
+
+def length(mode: str, count: int = 9, **options: Any) -> int:
+    """Frames of what a mode makes of clips of nine frames."""
+    job = Job(pipeline(), count, 24, 24, 8.0, FILES)
+    template = dataclasses.replace(TEMPLATE, frames=count)
+    generation = command(mode, **options).generation(job, template)
+    counts = [request.frames for request in generation.requests]
+    return len(generation.finish([np.zeros((n, 24, 24, 3), np.uint8) for n in counts]))
+
+
+def test_every_mode_makes_as_many_frames_as_its_options_say():
+    assert length("text") == length("image", image="a", last_image="b") == 9
+    assert length("image", keyframe=(("0.25s=a", "4=b"),)) == 9
+    assert length("video", video="a") == 9 and length("video", 5, video="a", frames=5) == 5
+    assert length("interpolate", video="a", factor=2) == 17
+    assert length("extend", video="a", forward="0.5s", backward="2") == 15
+    assert length("connect", videos=("a", "b"), gap="3") == 21
+    assert length("connect", videos=("a", "b"), blend="5") == 13
+    assert length("loop", video="a", gap="0.4s") == 12 and length("loop") == 8
+    # How much of the clip the model is shown, and how much there is of it.
+    assert length("loop", 5, video="a", gap="0.4s", frames=5) == 12
+    assert length("loop", 5, video="a", gap="0.4s", duration="5") == 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "value"),
+    [
+        ("image", {"keyframe": (("9=a",),)}, "9=a is frame 9 of a clip of 9"),
+        ("image", {"keyframe": (("8=a",),), "last_image": "b"}, "frame 8"),
+        ("image", {"keyframe": (("a.png",),)}, "a.png"),
+        ("extend", {"video": "a"}, "--forward LENGTH"),
+        ("extend", {"video": "a", "forward": "2 s"}, "2 s"),
+        ("extend", {"video": "a", "forward": "0s"}, "0s"),
+        ("extend", {"video": "a", "forward": "2", "context": "11"}, "11 frames"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(mode: str, options: dict[str, Any], value: str):
+    with pytest.raises(ValueError, match=value):
+        length(mode, **options)
+
+
+def test_a_loop_of_text_needs_frames_and_attention_all_around():
+    job = Job(pipeline(band=16, dense_every=2), 9, 24, 24, 8.0, FILES)
+    with pytest.raises(ValueError, match="16 tokens"):
+        command("loop").generation(job, TEMPLATE)
+    command("loop", video="a").generation(job, TEMPLATE)
+    with pytest.raises(ValueError, match="1 frame"):
+        length("loop", 1)
+
+
+def test_lengths_are_seconds_or_frames():
+    assert [seconds_of(x, 8.0) for x in ("2s", "1.5s", "16")] == [2, 1.5, 2]
+    for text in ("x", "-1", "1.5", "0", "1 s"):
+        with pytest.raises(ValueError, match=f"length {text}"):
+            seconds_of(text, 8.0)
+
+
+def test_size_and_rate_are_asked_for_or_the_first_files(monkeypatch: pytest.MonkeyPatch):
+    shown = {"video": (61, 37, 12.0, False), "picture": (61, 37, 1.0, True)}
+
+    def opened(mode: str, file: str = "", **options: Any) -> tuple[int, int, int, float]:
+        monkeypatch.setattr(sample, "video_shape", lambda _: shown[file])
+        monkeypatch.setattr(sample, "read_video", lambda *given: (np.zeros(given[1:3]), 0))
+        one = command(mode, **options)
+        run = pipeline()
+        size = {name: getattr(one, name) for name in ("frames", "height", "width", "fps")}
+        size = {name: value for name, value in size.items() if value is not None}
+        sampling = dataclasses.replace(run.config.sampling, **size)
+        run.config = dataclasses.replace(run.config, sampling=sampling)
+        job = sample.open_job(one, run)
+        return job.frames, job.height, job.width, job.fps
+
+    assert opened("text") == (5, 24, 24, 8.0)
+    assert opened("text", duration="1s") == (9, 24, 24, 8.0)
+    assert opened("text", duration="1s", fps=16.0) == (17, 24, 24, 16.0)
+    assert opened("video", "video", video="a") == (5, 56, 32, 12.0)
+    assert opened("video", "video", video="a", height=32, fps=6.0) == (5, 32, 16, 6.0)
+    assert opened("video", "picture", video="a")[3] == 8.0
+    assert opened("image", "picture", image="a") == opened("image", "video", image="a")
+    shown["video"] = (7, 30, 8.0, False)
+    with pytest.raises(ValueError, match="7 x 30 pixels"):
+        opened("video", "video", video="a")
+    for size in ({"frames": 4}, {"height": 20}, {"width": 7}):
+        (value,) = size.values()
+        with pytest.raises(ValueError, match=str(value)):
+            opened("text", **size)
+
+
+def test_sizes_that_latents_do_not_fill_are_told_in_pixels():
+    space = Space(
+        dataclasses.replace(PixelCodec(), strides=(4, 8, 8)), PatchConfig(2, 8, 4, 3, 8.0)
+    )
+    for size, message in (
+        ((9, 72, 64), "height 72: give a multiple of 64.*64 and 128"),
+        ((9, 64, 16), "width 16: give a multiple of 32.*32 and 64"),
+        ((13, 64, 64), "frames 13: give 1 [+] 8n.*9 and 17"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            space.check_size(*size)
+    space.check_size(9, 64, 96)
+
+
+# --- the words of a command line ---
+
+
+def parse(line: str) -> Any:
+    return sample.parse(line.split())
+
+
+def test_a_command_without_a_mode_makes_clips_of_text(monkeypatch: pytest.MonkeyPatch):
+    run = SamplingConfig(shift=2.0, last_step=0.04, cfg_channels=3, frames=5)
+    monkeypatch.setattr(sample, "stored_sampling", lambda _: run)
+    plain = parse("--checkpoint run --prompt a b --prompt=c --num 2 --label 3 4 --seed 1")
+    assert plain == dataclasses.replace(
+        parse("text --checkpoint run"),
+        prompt=(("a", "b"), ("c",)),
+        label=((3, 4),),
+        num=2,
+        seed=1,
+    )
+    assert plain.prompts == ["a", "a", "b", "b", "c", "c", 3, 3, 4, 4]
+    # What is not given is the run's own, and None is a value.
+    settings = plain.sampling
+    assert (settings.shift, settings.last_step, settings.steps) == (2.0, 0.04, 30)
+    none = parse("--checkpoint run --shift None --cfg-channels None --steps 1 --last-step None")
+    assert (none.sampling.shift, none.sampling.cfg_channels, none.sampling.steps) == (None, None, 1)
+    assert plain.frames is None and parse("--checkpoint run --frames 9").frames == 9
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "image --video a",
+        "text --frames 9 --duration 2s",
+        "connect --videos a b --gap 1s --blend 1s",
+        "connect --videos a",
+        "extend --forward 2s",
+        "interpolate --video a",
+        "long --length 9s --forward 1s",
+        "upscale --videos a --frames 9",
+        "upscale",
+        "--steps None",
+        "loop --loop",
+    ],
+)
+def test_contradictions_cannot_be_written(line: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sample, "stored_sampling", lambda _: SamplingConfig())
+    with pytest.raises(SystemExit) as error:
+        parse(f"{line} --checkpoint run")
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("mode", COMMANDS)
+def test_every_mode_has_a_help_of_its_own(mode: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as error:
+        parse(f"{mode} --help")
+    out = capsys.readouterr().out
+    assert error.value.code == 0 and f"dit_jax.sample {mode}" in out and "--checkpoint" in out
+    assert ("--strength" in out) == (mode in ("video", "connect", "interpolate"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "mode"),
+    [
+        ("--image a", "image"),
+        ("--video=a", "video --video"),
+        ("--extend a", "extend --video"),
+        ("--connect a b", "connect --videos"),
+        ("--loop", "loop"),
+        ("--interpolate 2x", "interpolate"),
+        ("--long 9s", "long --length"),
+        ("--super_resolve a", "upscale"),
+        ("--upsample", "dit_jax.prepare.upsample"),
+    ],
+)
+def test_options_of_earlier_versions_name_their_mode(flag: str, mode: str):
+    with pytest.raises(ValueError, match=mode):
+        parse(f"--checkpoint run --prompt a {flag}")
+
+
+# --- long clips ---
+
+
+def plan(length: int, window: int = 9, stride: int = 1, **options: Any) -> Any:
+    codec = dataclasses.replace(PixelCodec(), strides=(stride, 1, 1))
+    patch = PatchConfig(t=2 if stride == 1 else 1, h=2, w=2, channels=3)
+    return plan_long(Space(codec, patch), length, window, **options)
+
+
+def test_lengths_become_windows_of_the_frames_that_are_set():
+    out = plan(32)
+    assert [(w.start, w.length, w.history) for w in out.windows] == [
+        (0, 9, 0), (6, 9, 3), (12, 9, 3), (18, 9, 3), (24, 9, 3),
+    ]  # fmt: skip
+    assert len(plan(33).windows) == 5 and len(plan(5).windows) == 1
+    assert {w.history for w in plan(32, history=5).windows[1:]} == {5}
+    # 17 frames are 5 latents of a codec of video; 34 frames need 1 + 9 of them.
+    out = plan(34, 17, stride=4)
+    assert out.windows[0].length == 5 and out.windows[-2].stop < 10 <= out.windows[-1].stop
+
+
+def test_each_clip_has_the_storyboards_prompts_or_keeps_its_own():
+    templates = [Request("one", 9, 4, 4, 8.0, 0), Request("two", 9, 4, 4, 8.0, 1)]
+    out = plan(16)
+    kept = out.requests(templates, None, 8.0)
+    assert [{r.prompt for r in clip} for clip in kept] == [{"one"}, {"two"}]
+    board = out.requests(templates, Storyboard((0.0, 1.0), ("a", "b")), 8.0)
+    assert [[r.prompt for r in clip] for clip in board] == [["a", "b", "b"]] * 2
+    assert len({r.seed for clip in board for r in clip}) == 6
+    # Middles of new frames: at 0.5, 1.44 and 2.19 s.
+    for times, unused in (((0.0, 0.2), "0 s"), ((0.0, 1.0, 1.2), "1 s"), ((0.0, 9.0), "9 s")):
+        with pytest.raises(ValueError, match=f"prompt at {unused}"):
+            out.requests(templates, Storyboard(times, tuple("abc"[: len(times)])), 8.0)
+
+
+def numbered(first: int, count: int) -> np.ndarray:
+    """Frames that show their number."""
+    return np.arange(first, first + count, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "context", "used"), [(1, None, 1), (2, None, 1), (12, None, 3), (12, 5, 5)]
+)
+def test_a_long_clip_goes_on_from_its_start(count: int, context: Any, used: int):
+    """Of 30 frames, the first of which are known: all are there once, and the known ones untouched."""
+    out = plan(30, start=numbered(0, count), context=context)
+    assert (out.context, out.before) == (used, count - used)
+    assert out.windows[-2].stop < 30 - out.before <= out.windows[-1].stop
+    space = Space(PixelCodec(), PatchConfig(t=2, h=1, w=1, channels=3))
+    heads = out.heads(space, 2)
+    assert len(heads) == 2 and len(heads[0]) == used
+    np.testing.assert_array_equal(heads[0], space.encode(numbered(count - used, used)))
+    # Decoded in parts, of which the first may lie within the start.
+    made = 100 + numbered(0, 30 - out.before)
+    parts = list(out.assemble(iter([made[:1], made[1:4], made[4:]])))
+    numbers = np.concatenate(parts)[:, 0, 0, 0].tolist()
+    assert numbers == [*range(count), *range(100 + used, 130 - out.before)] and len(numbers) == 30
+    assert all(len(part) for part in parts)
+
+
+def test_a_storyboard_begins_with_the_start():
+    templates = [Request("", 9, 4, 4, 8.0, 0)]
+    board = Storyboard((0.0, 2.0), ("a", "b"))
+    prompts = [
+        [r.prompt for r in out.requests(templates, board, 8.0)[0]]
+        for out in (plan(32), plan(32, start=numbered(0, 9)))
+    ]
+    # Frames 0 to 5 come before the windows: their middles lie 0.75 s later.
+    assert prompts == [["a", "a", "b", "b", "b"], ["a", "b", "b", "b"]]
+    # Of a clip of nine frames, seven of which the first window sees: new ones from 1.1 s on.
+    late = plan(32, start=numbered(0, 9), context=7)
+    early = Storyboard((0.0, 1.0), ("a", "b"))
+    assert {r.prompt for r in late.requests(templates, early, 8.0)[0]} == {"b"}
+    with pytest.raises(ValueError, match="prompt at 1.125 s"):
+        late.requests(templates, Storyboard((0.0, 1.125, 1.15), ("a", "b", "c")), 8.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ({"length": 40, "history": 17}, "17"),
+        ({"length": 40, "window": 1}, "window has at least 3"),
+        ({"length": 8, "start": numbered(0, 8)}, "clip of 8"),
+        ({"length": 40, "start": numbered(0, 8), "context": 9}, "context of 9"),
+        ({"length": 40, "start": numbered(0, 8), "context": 5, "window": 5}, "context of 5"),
+    ],
+)
+def test_windows_that_leave_nothing_to_make_are_refused(options: dict[str, Any], value: str):
+    with pytest.raises(ValueError, match=value):
+        plan(**options)
+
+
+# --- prompts as pictures and clips ---
+
+
+def test_files_are_scaled_to_cover_a_size_and_shown_at_a_rate(tmp_path):
+    clip = np.zeros((5, 16, 32, 3), np.uint8)
+    clip[:, :, 8:24] = 200
+    clip[1::2, :, 8:24] = 90
+    media.write_video(tmp_path / "a.mp4", clip, 8)
+    assert media.video_shape(tmp_path / "a.mp4") == (16, 32, 8.0, False)
+    read, fps = media.read_video(tmp_path / "a.mp4", 8, 8, 16.0)
+    assert read.shape == (9, 8, 8, 3) and fps == 16
+    # Frame k is the nearest to k / 16; halfway between two, the later.
+    assert [round(np.median(x) / 100) for x in read] == [2, 1, 1, 2, 2, 1, 1, 2, 2]
+    half, _ = media.read_video(tmp_path / "a.mp4", 16, 32, 4.0)
+    assert len(half) == 3
+    media.write_png(tmp_path / "b.png", clip[0])
+    assert media.video_shape(tmp_path / "b.png")[3]
