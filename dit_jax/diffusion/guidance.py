@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.types import PAD
 
+Tokens = Float[Array, "b l p"]
+
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig:
@@ -55,19 +57,14 @@ class GuidanceConfig:
 
 
 def classifier_free(
-    conditional: Float[Array, "b l p"],
-    unconditional: Float[Array, "b l p"],
-    scale: Float[Array, ""] | float,
-) -> Float[Array, "b l p"]:
+    conditional: Tokens, unconditional: Tokens, scale: Float[Array, ""] | float
+) -> Tokens:
     """Extrapolates from the unconditional to the conditional prediction (1)."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def deviation(
-    x: Float[Array, "b l p"],
-    counted: Bool[Array, "b l"],
-    segment_ids: Int[Array, "b l"],
-    segments: int,
+    x: Tokens, counted: Bool[Array, "b l"], segment_ids: Int[Array, "b l"], segments: int
 ) -> Float[Array, "b l"]:
     """The standard deviation of each token's segment, over all numbers of its counted tokens."""
     member = (segment_ids[..., None] == jnp.arange(1, segments + 1)).astype(x.dtype)  # [b, l, n]
@@ -83,14 +80,14 @@ def deviation(
 
 def guide(
     config: GuidanceConfig,
-    conditional: Float[Array, "b l p"],
-    unconditional: Float[Array, "b l p"],
+    conditional: Tokens,
+    unconditional: Tokens,
     t: Float[Array, ""],
     tau: Float[Array, "b l"],
     segment_ids: Int[Array, "b l"],
     segments: int,
     channels: int,
-) -> Float[Array, "b l p"]:
+) -> Tokens:
     """Returns the guided prediction.
 
     Args:

@@ -5,7 +5,7 @@ Every token has a noise cap s in [0, 1]. When its segment stands at noise level 
     tau = min(t, s)                                                                             (1)
 
 so that s = 0 is a clean conditioning token, and s = 1 a generated one. Training samples a conditioning
-mask for each segment, by weight; with n latent frames, k of them uniform in 1 ... n - 1 (``count``)::
+mask for each segment, by weight; with n latent frames, k of them uniform in 1 ... n - 1 (``number``)::
 
     s(f) = cap if MASKS[mask](f) else 1,   cap = 0 or uniform in [0, max_noise)                 (2)
 
@@ -23,45 +23,48 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+Ints = Int[Array, "*b"]
+Floats = Float[Array, "*b"]
+
 
 class MaskSample(NamedTuple):
     """The random numbers of a segment from which its mask is computed; all of one shape."""
 
-    mask: Int[Array, "*b"]
+    mask: Ints
     """Index in MASKS."""
-    frames: Int[Array, "*b"]
+    frames: Ints
     """n, the latent frames of the segment; no random number."""
-    count: Int[Array, "*b"]
+    number: Ints
     """k, uniform in 1 ... n - 1."""
-    head: Int[Array, "*b"]
-    """Of ``count`` frames, how many are at the start if some are at the end."""
-    stride: Int[Array, "*b"]
+    head: Ints
+    """Of ``number`` frames, how many are at the start if some are at the end."""
+    stride: Ints
     """2, 3 or 4."""
-    keyframe: Int[Array, "*b"]
-    other: Int[Array, "*b"]
+    keyframe: Ints
+    other: Ints
     """A frame that is not ``keyframe``; each pair is as likely."""
-    share: Float[Array, "*b"]
-    cap: Float[Array, "*b"]
+    share: Floats
+    cap: Floats
     """The noise cap of the conditioning tokens."""
 
 
-Mask = Callable[[MaskSample, Int[Array, "*b"], Float[Array, "*b"]], Bool[Array, "*b"]]
+Mask = Callable[[MaskSample, Ints, Floats], Bool[Array, "*b"]]
 """``mask(sample, f, chance)``: whether latent frame f conditions; ``chance`` is uniform by frame."""
 
 MASKS: dict[str, Mask] = {
     "none": lambda s, f, chance: f < 0,
     "first": lambda s, f, chance: f < 1,
-    "head": lambda s, f, chance: f < s.count,
-    "tail": lambda s, f, chance: f >= s.frames - s.count,
+    "head": lambda s, f, chance: f < s.number,
+    "tail": lambda s, f, chance: f >= s.frames - s.number,
     # Two frames have no middle to generate.
     "ends": lambda s, f, chance: (
-        (s.frames > 2) & ((f < s.head) | (f >= s.frames - jnp.maximum(s.count - s.head, 1)))
+        (s.frames > 2) & ((f < s.head) | (f >= s.frames - jnp.maximum(s.number - s.head, 1)))
     ),
     "every": lambda s, f, chance: f % s.stride == 0,
     # One frame conditions, another does not, each of the rest does with probability ``share``, which is
     # uniform: so every number of frames is as likely, and of one number every choice.
     "keyframes": lambda s, f, chance: (f == s.keyframe) | (f != s.other) & (chance < s.share),
-    "window": lambda s, f, chance: f < s.count,
+    "window": lambda s, f, chance: f < s.number,
     "independent": lambda s, f, chance: f < 0,
 }
 """A new mask is a function here and a weight in MaskConfig, both at the end: the order is that of the
@@ -129,9 +132,9 @@ class MaskConfig:
 
 def sample_mask(config: MaskConfig, key: jax.Array, frames: Int[Array, ""]) -> MaskSample:
     """Samples the mask of one segment."""
-    mask_key, count_key, other_key, cap_key, noisy_key = jax.random.split(key, 5)
+    mask_key, number_key, other_key, cap_key, noisy_key = jax.random.split(key, 5)
     mask = jax.random.categorical(mask_key, jnp.log(jnp.array(config.weights)))
-    count = jax.random.randint(count_key, (), 1, jnp.maximum(frames, 2))
+    number = jax.random.randint(number_key, (), 1, jnp.maximum(frames, 2))
     # A mask reads one of the numbers that share a key; ``share`` is used together with ``keyframe``.
     keyframe = jax.random.randint(other_key, (), 0, jnp.maximum(frames, 1))
     cap = jax.random.uniform(cap_key, maxval=config.max_noise)
@@ -139,21 +142,18 @@ def sample_mask(config: MaskConfig, key: jax.Array, frames: Int[Array, ""]) -> M
     return MaskSample(
         mask=mask,
         frames=frames,
-        count=count,
-        head=jax.random.randint(other_key, (), 1, jnp.maximum(count, 2)),
+        number=number,
+        head=jax.random.randint(other_key, (), 1, jnp.maximum(number, 2)),
         stride=jax.random.randint(other_key, (), 2, 5),
         keyframe=keyframe,
-        other=(keyframe + count) % jnp.maximum(frames, 1),
+        other=(keyframe + number) % jnp.maximum(frames, 1),
         share=jax.random.uniform(jax.random.fold_in(other_key, 1)),
         cap=jnp.where(noisy, cap, 0.0),
     )
 
 
 def conditioning_mask(
-    config: MaskConfig,
-    sample: MaskSample,
-    frame_ids: Int[Array, "*b"],
-    chance: Float[Array, "*b"],
+    config: MaskConfig, sample: MaskSample, frame_ids: Ints, chance: Floats
 ) -> Bool[Array, "*b"]:
     """Whether each token conditions, by its latent frame and its segment's sample."""
     conditions = jnp.zeros(frame_ids.shape, bool)

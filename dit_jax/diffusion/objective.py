@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -51,6 +52,10 @@ from dit_jax.types import PAD, Batch, DenoiserInputs, Target
 
 OF_FRAMES, OF_LEVELS = 4, 5
 """Sets a segment's random numbers for these apart from those of ``split(key, 4)``."""
+Tokens = Float[Array, "b l p"]
+ByToken = Float[Array, "b l"]
+Ids = Int[Array, "b l"]
+Numbers = Float[Array, "*b"]
 HALF_BIN = 1 / 255
 SMALLEST_PROBABILITY = 1e-12
 
@@ -81,45 +86,30 @@ class DiffusionConfig:
     is trained by (4)."""
 
     def __post_init__(self) -> None:
-        discrete = self.path.discrete
+        chain, of_x0 = (
+            self.path.discrete,
+            not (self.path.ends_in_noise and self.prediction == "eps"),
+        )
         for name, valid, rule in (
-            ("caption_dropout", 0 <= self.caption_dropout < 1, "it is in [0, 1)"),
-            ("min_t", 0 < self.min_t < 1, "it is between 0 and 1"),
-            ("min_snr_gamma", self.min_snr_gamma > 0, "it is above 0 (5 is usual)"),
-            (
-                "prediction",
-                not (discrete and self.prediction == "velocity"),
-                "path.kind 'ddpm' has no velocity: predict 'eps', 'v' or 'x0'",
-            ),
-            (
-                "loss",
-                not (discrete and self.loss == "velocity"),
-                "path.kind 'ddpm' has no velocity: set it to 'prediction'",
-            ),
-            (
-                "prediction",
-                not (self.prediction == "eps" and self.path.ends_in_noise),
-                "it does not determine x0 at t = 1, where no signal is left (path.kind "
-                f"{self.path.kind!r}, zero_terminal_snr {self.path.zero_terminal_snr}): use v or x0",
-            ),
-            (
-                "variance",
-                discrete or self.variance != "learned_range",
-                "it needs the steps of path.kind 'ddpm': set it to 'fixed_small'",
-            ),
+            ("caption_dropout", 0 <= self.caption_dropout < 1, "in [0, 1)"),
+            ("min_t", 0 < self.min_t < 1, "between 0 and 1"),
+            ("min_snr_gamma", self.min_snr_gamma > 0, "above 0 (5 is usual)"),
+            ("prediction", not chain or self.prediction != "velocity", "'eps', 'v' or 'x0'"),
+            ("loss", not chain or self.loss != "velocity", "'prediction'"),
+            # eps does not determine x0 at t = 1 if no signal is left there.
+            ("prediction", of_x0, "'v' or 'x0'"),
+            ("variance", chain or self.variance != "learned_range", "'fixed_small'"),
+            ("time.distribution", not chain or self.time.distribution == "uniform", "'uniform'"),
         ):
             if not valid:
-                raise ValueError(f"diffusion.{name} is {getattr(self, name)!r}: {rule}.")
-        if discrete and self.time.distribution != "uniform":
-            raise ValueError(
-                f"diffusion.time.distribution is {self.time.distribution!r}: path.kind 'ddpm' samples "
-                "its indices uniformly, set it to 'uniform'."
-            )
+                path = f"{self.path.kind!r} (zero_terminal_snr {self.path.zero_terminal_snr})"
+                value = operator.attrgetter(name)(self)
+                raise ValueError(
+                    f"diffusion.{name} is {value!r}: for the path {path} it must be {rule}."
+                )
 
 
-# ------------------------------------------------------------------------------------------------
-# Noised batches
-# ------------------------------------------------------------------------------------------------
+# --- Noised batches ---
 
 
 def sample_keys(key: jax.Array, sample_ids: UInt[Array, "b n"]) -> jax.Array:
@@ -127,23 +117,18 @@ def sample_keys(key: jax.Array, sample_ids: UInt[Array, "b n"]) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, sample_ids)
 
 
-def per_segment(values: jax.Array, segment_ids: Int[Array, "b l"]) -> jax.Array:
+def per_segment(values: jax.Array, segment_ids: Ids) -> jax.Array:
     """Repeats ``[b, n, ...]`` values of segments for each of their tokens: ``[b, l, ...]``."""
     slots = jnp.maximum(segment_ids - 1, 0)
     return jax.vmap(lambda row, slot: row[slot])(values, slots)
 
 
 def each(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Applies a function to every segment or token: over the first two axes of its arguments."""
+    """Maps a function over segments or tokens: over the first two axes of its arguments."""
     return jax.vmap(jax.vmap(function))
 
 
-def token_noise(
-    keys: jax.Array,
-    segment_ids: Int[Array, "b l"],
-    token_ids: Int[Array, "b l"],
-    dim: int,
-) -> Float[Array, "b l p"]:
+def token_noise(keys: jax.Array, segment_ids: Ids, token_ids: Ids, dim: int) -> Tokens:
     """Standard normal noise of each token, from its segment's key and its index in the segment."""
 
     def noise(segment_key: jax.Array, index: Int[Array, ""]) -> Float[Array, "p"]:
@@ -233,14 +218,12 @@ def drop_captions(
     return jnp.where(hide, PAD, text_segment_ids)
 
 
-# ------------------------------------------------------------------------------------------------
-# The network's output
-# ------------------------------------------------------------------------------------------------
+# --- The network's output ---
 
 
 def split_output(
     config: DiffusionConfig, output: Float[Array, "b l _"], dim: int
-) -> tuple[Float[Array, "b l p"], Float[Array, "b l p"] | None]:
+) -> tuple[Tokens, Tokens | None]:
     """The prediction, and the fraction of a learned variance (or None).
 
     SiT's published networks have a second output for each number that no one trained: it is ignored.
@@ -258,22 +241,20 @@ def guided_kind(config: DiffusionConfig) -> Prediction:
 
 def estimate(
     config: DiffusionConfig,
-    prediction: Float[Array, "b l p"],
-    xt: Float[Array, "b l p"],
-    tau: Float[Array, "b l"],
-    fraction: Float[Array, "b l p"] | None = None,
+    prediction: Tokens,
+    xt: Tokens,
+    tau: ByToken,
+    fraction: Tokens | None = None,
 ) -> Estimate:
     """What solvers need of a prediction in the space of ``guided_kind``."""
     x0, eps = clean_and_noise(config.path, guided_kind(config), prediction, xt, tau)
     return Estimate(x0, eps, None if config.path.discrete else prediction, fraction)
 
 
-# ------------------------------------------------------------------------------------------------
-# The loss
-# ------------------------------------------------------------------------------------------------
+# --- The loss ---
 
 
-def token_weight(config: DiffusionConfig, tau: Float[Array, "b l"]) -> Float[Array, "b l"]:
+def token_weight(config: DiffusionConfig, tau: ByToken) -> ByToken:
     """weight(tau) of (1); any number at level 0.
 
     It is the weight of the error of x0, divided by what that error is multiplied by in the space of the
@@ -300,7 +281,7 @@ def token_loss(
     inputs: DenoiserInputs,
     target: Target,
     batch: Batch,
-) -> tuple[Float[Array, "b l"], Float[Array, "b l"]]:
+) -> tuple[ByToken, ByToken]:
     """The loss of every token, and its weight (0 or 1) in the loss of the batch.
 
     Conditioning tokens and padding have weight 0: no step of a solver asks for them. The loss of a
@@ -325,9 +306,7 @@ def token_loss(
     return jnp.where(weight, error, 0.0), weight.astype(jnp.float32)
 
 
-# ------------------------------------------------------------------------------------------------
-# The variational bound of the discrete chain
-# ------------------------------------------------------------------------------------------------
+# --- The variational bound of the discrete chain ---
 
 
 @functools.cache
@@ -343,20 +322,15 @@ def posterior(config: PathConfig) -> Float[np.ndarray, "i 4"]:
 
 
 def normal_kl(
-    mean: Float[Array, "*b"],
-    log_variance: Float[Array, "*b"],
-    other_mean: Float[Array, "*b"],
-    other_log_variance: Float[Array, "*b"],
-) -> Float[Array, "*b"]:
+    mean: Numbers, log_variance: Numbers, other_mean: Numbers, other_log_variance: Numbers
+) -> Numbers:
     """KL(N || other N) of each number, in nats."""
     apart = jnp.square(mean - other_mean) * jnp.exp(-other_log_variance)
     ratio = log_variance - other_log_variance
     return 0.5 * (jnp.exp(ratio) - 1 - ratio + apart)
 
 
-def decoder_nll(
-    x0: Float[Array, "*b"], mean: Float[Array, "*b"], log_scale: Float[Array, "*b"]
-) -> Float[Array, "*b"]:
+def decoder_nll(x0: Numbers, mean: Numbers, log_scale: Numbers) -> Numbers:
     """-log of the probability of the bin around x0, in nats; the outermost bins are unbounded."""
     inverse = jnp.exp(-log_scale)
     above, below = inverse * (x0 - mean + HALF_BIN), inverse * (x0 - mean - HALF_BIN)
@@ -369,13 +343,8 @@ def decoder_nll(
 
 
 def variational_bound(
-    config: PathConfig,
-    x0: Float[Array, "b l p"],
-    xt: Float[Array, "b l p"],
-    guess: Float[Array, "b l p"],
-    fraction: Float[Array, "b l p"],
-    tau: Float[Array, "b l"],
-) -> Float[Array, "b l p"]:
+    config: PathConfig, x0: Tokens, xt: Tokens, guess: Tokens, fraction: Tokens, tau: ByToken
+) -> Tokens:
     """The term (4) at each token's index, in bits of each number.
 
     Args:

@@ -33,6 +33,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
+Points = Float[Array, "*b p"]
+Times = Float[Array, "*b"]
 Prediction = Literal["velocity", "x0", "eps", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
@@ -118,7 +120,7 @@ def alphas_cumprod(config: PathConfig) -> Float[np.ndarray, "i"]:
     return np.cumprod(1 - betas(config))
 
 
-def level(config: PathConfig, t: Float[Array, "*b"]) -> Level:
+def level(config: PathConfig, t: Times) -> Level:
     """alpha, sigma and log(alpha / sigma) at ``t`` in [0, 1], in the dtype of ``t``.
 
     Exact at both ends: sigma is 0 at t = 0, and alpha is 0 at t = 1 if the path ends in noise. Between
@@ -141,7 +143,7 @@ def level(config: PathConfig, t: Float[Array, "*b"]) -> Level:
     return Level(t, jnp.sqrt(alpha2), jnp.sqrt(sigma2), logsnr)
 
 
-def on_grid(config: PathConfig, t: Float[Array, "*b"], up: bool) -> Float[Array, "*b"]:
+def on_grid(config: PathConfig, t: Times, up: bool) -> Times:
     """Rounds times to the chain's grid: up to an index, or down to one or to data. Times of a
     continuous path are returned unchanged."""
     if not config.discrete:
@@ -151,17 +153,13 @@ def on_grid(config: PathConfig, t: Float[Array, "*b"], up: bool) -> Float[Array,
     return jnp.minimum(whole, config.timesteps) / config.timesteps
 
 
-def interpolate(
-    config: PathConfig, x0: Float[Array, "*b p"], eps: Float[Array, "*b p"], t: Float[Array, "*b"]
-) -> Float[Array, "*b p"]:
+def interpolate(config: PathConfig, x0: Points, eps: Points, t: Times) -> Points:
     """The point x_t of the path (1)."""
     at = level(config, t).each()
     return at.alpha * x0 + at.sigma * eps
 
 
-# ------------------------------------------------------------------------------------------------
-# Predictions
-# ------------------------------------------------------------------------------------------------
+# --- Predictions ---
 
 
 class Estimate(NamedTuple):
@@ -175,13 +173,7 @@ class Estimate(NamedTuple):
     """Of a learned variance: -1 is the smallest, 1 the largest that it may be."""
 
 
-def prediction_of(
-    path: PathConfig,
-    kind: Prediction,
-    x0: Float[Array, "*b p"],
-    eps: Float[Array, "*b p"],
-    t: Float[Array, "*b"],
-) -> Float[Array, "*b p"]:
+def prediction_of(path: PathConfig, kind: Prediction, x0: Points, eps: Points, t: Times) -> Points:
     """What a network of the kind should predict at x_t."""
     if kind in ("x0", "eps"):
         return x0 if kind == "x0" else eps
@@ -192,12 +184,8 @@ def prediction_of(
 
 
 def clean_and_noise(
-    path: PathConfig,
-    kind: Prediction,
-    output: Float[Array, "*b p"],
-    xt: Float[Array, "*b p"],
-    t: Float[Array, "*b"],
-) -> tuple[Float[Array, "*b p"], Float[Array, "*b p"]]:
+    path: PathConfig, kind: Prediction, output: Points, xt: Points, t: Times
+) -> tuple[Points, Points]:
     """x0 and eps from a prediction of the kind at ``xt``: (3) or (4) with (1), solved for them."""
     at = level(path, t).each()
     if kind == "x0":
@@ -213,11 +201,11 @@ def clean_and_noise(
 def velocity_of(
     path: PathConfig,
     kind: Prediction,
-    output: Float[Array, "*b p"],
-    xt: Float[Array, "*b p"],
-    t: Float[Array, "*b"],
+    output: Points,
+    xt: Points,
+    t: Times,
     floor: float = SMALLEST_SIGMA,
-) -> Float[Array, "*b p"]:
+) -> Points:
     """dx/dt at ``xt`` from a prediction of the kind, on the straight path; ``floor`` bounds the sigma
     that the error of a predicted x0 is divided by."""
     assert not path.discrete, "the discrete chain has no velocity"
@@ -245,9 +233,7 @@ def squared_error_factor(kind: Prediction, at: Level) -> Float[Array, "..."]:
     return jnp.square(1 / at.sigma)
 
 
-# ------------------------------------------------------------------------------------------------
-# Times
-# ------------------------------------------------------------------------------------------------
+# --- Times ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +267,7 @@ def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Fl
 
 def resolution_shift(
     config: TimeConfig, num_tokens: Int[Array | np.ndarray, "*b"] | np.integer
-) -> Float[Array, "*b"]:
+) -> Times:
     """r of (5) for segments of this many tokens."""
     count = jnp.asarray(num_tokens, jnp.float32)
     if config.reference_tokens is None:

@@ -43,6 +43,8 @@ from jaxtyping import Array, Bool, Float
 from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
 
 Spacing = Literal["linear", "trailing", "linspace"]
+Tokens = Float[Array, "b l p"]
+Scalar = Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +66,7 @@ class SolverConfig:
             raise ValueError(f"sampling.sde_strength is {self.strength}: it is at least 0.")
 
 
-# ------------------------------------------------------------------------------------------------
-# What a step works on
-# ------------------------------------------------------------------------------------------------
+# --- What a step works on ---
 
 
 class Interval(NamedTuple):
@@ -79,9 +79,7 @@ class Interval(NamedTuple):
     h: Float[Array, "..."]
     """The rise of log(alpha / sigma); 1 for tokens that do not move, so that all stays finite."""
 
-    def update(
-        self, x: Float[Array, "b l p"], x_next: Float[Array, "b l p"]
-    ) -> Float[Array, "b l p"]:
+    def update(self, x: Tokens, x_next: Tokens) -> Tokens:
         """The new value of tokens that move, the old value of the others."""
         return jnp.where(self.moves, x_next, x)
 
@@ -94,11 +92,11 @@ class SolverContext(NamedTuple):
     """Noise cap of each token."""
     config: SolverConfig = SolverConfig()
 
-    def tau(self, t: Float[Array, ""]) -> Float[Array, "b l"]:
+    def tau(self, t: Scalar) -> Float[Array, "b l"]:
         """The noise level of each token when the schedule stands at t."""
         return jnp.minimum(t, self.caps)
 
-    def interval(self, t: Float[Array, ""], t_next: Float[Array, ""]) -> Interval:
+    def interval(self, t: Scalar, t_next: Scalar) -> Interval:
         """The step between two levels of the schedule."""
         now, after = (level(self.path, self.tau(at)).each() for at in (t, t_next))
         moves = after.t < now.t
@@ -108,9 +106,9 @@ class SolverContext(NamedTuple):
 class Evaluation(NamedTuple):
     """An earlier evaluation of the denoiser, as multistep solvers remember it."""
 
-    t: Float[Array, ""]
-    x: Float[Array, "b l p"]
-    x0: Float[Array, "b l p"]
+    t: Scalar
+    x: Tokens
+    x0: Tokens
 
 
 History = tuple[Evaluation, ...]
@@ -121,13 +119,13 @@ class StepInput(NamedTuple):
     """The input of one step of a solver."""
 
     context: SolverContext
-    denoiser: Callable[[Float[Array, "b l p"], Float[Array, ""]], Estimate]
+    denoiser: Callable[[Tokens, Scalar], Estimate]
     """``denoiser(x, t)``: the network's prediction for every token at level t of the schedule."""
-    x: Float[Array, "b l p"]
+    x: Tokens
     history: History
-    t: Float[Array, ""]
-    t_next: Float[Array, ""]
-    noise: Callable[[], Float[Array, "b l p"]]
+    t: Scalar
+    t_next: Scalar
+    noise: Callable[[], Tokens]
     """Standard normal noise of this step; called by solvers that take noise."""
 
     @property
@@ -135,29 +133,23 @@ class StepInput(NamedTuple):
         return self.context.interval(self.t, self.t_next)
 
 
-StepOutput = tuple[Float[Array, "b l p"], History]
+StepOutput = tuple[Tokens, History]
 """x at the next level, and the history for the next step."""
 
 
 def start(
-    path: PathConfig,
-    clean: Float[Array, "b l p"],
-    eps: Float[Array, "b l p"],
-    caps: Float[Array, "b l"],
-    t: Float[Array, ""] | float = 1.0,
-) -> Float[Array, "b l p"]:
+    path: PathConfig, clean: Tokens, eps: Tokens, caps: Float[Array, "b l"], t: Scalar | float = 1.0
+) -> Tokens:
     """The point from which a solver starts at level ``t``: every token is noised up to its cap."""
     at = level(path, jnp.minimum(t, caps)).each()
     # Generated tokens are pure noise even on a chain that leaves some signal at t = 1.
     return jnp.where(caps[..., None] < 1, at.alpha * clean + at.sigma * eps, eps)
 
 
-# ------------------------------------------------------------------------------------------------
-# One-step solvers
-# ------------------------------------------------------------------------------------------------
+# --- One-step solvers ---
 
 
-def _euler_point(s: StepInput, step: Interval, now: Estimate) -> Float[Array, "b l p"]:
+def _euler_point(s: StepInput, step: Interval, now: Estimate) -> Tokens:
     if s.context.path.discrete:
         return step.next.alpha * now.x0 + step.next.sigma * now.eps  # (2)
     assert now.velocity is not None
@@ -175,7 +167,7 @@ def heun(s: StepInput) -> StepOutput:
     step, now = s.interval, s.denoiser(s.x, s.t)
     ahead = step.update(s.x, _euler_point(s, step, now))
 
-    def correct(_: None) -> Float[Array, "b l p"]:
+    def correct(_: None) -> Tokens:
         then = s.denoiser(ahead, s.t_next)
         if not s.context.path.discrete:
             assert now.velocity is not None and then.velocity is not None
@@ -234,22 +226,17 @@ def sde(s: StepInput) -> StepOutput:
     return step.update(s.x, x), s.history
 
 
-# ------------------------------------------------------------------------------------------------
+# --- multistep solvers ---
 # Multistep solvers: (6), with x0 as a polynomial through the last predictions. A token whose history
 # does not reach back that far, because it only just began to move, takes a step of lower order.
-# ------------------------------------------------------------------------------------------------
 
 
-def _constant_x0(
-    step: Interval, x: Float[Array, "b l p"], x0: Float[Array, "b l p"]
-) -> Float[Array, "b l p"]:
+def _constant_x0(step: Interval, x: Tokens, x0: Tokens) -> Tokens:
     ratio = step.next.sigma / jnp.where(step.moves, step.now.sigma, 1)
     return ratio * x - step.next.alpha * jnp.expm1(-step.h) * x0
 
 
-def _linear_x0(
-    s: StepInput, x0: Float[Array, "b l p"], before: Evaluation
-) -> Float[Array, "b l p"]:
+def _linear_x0(s: StepInput, x0: Tokens, before: Evaluation) -> Tokens:
     """(6) with x0 on the line through this prediction and the one before."""
     step, last = s.interval, s.context.interval(before.t, s.t)
     known = last.moves & jnp.isfinite(step.h)
@@ -300,7 +287,7 @@ class Solver(NamedTuple):
     continuous: bool = False
     """Whether it needs dx/dt, which the discrete chain does not have."""
 
-    def begin(self, x: Float[Array, "b l p"], t: Float[Array, ""]) -> History:
+    def begin(self, x: Tokens, t: Scalar) -> History:
         """The history before the first step: no token has moved yet."""
         # 0 * x and not zeros: a constant would not be sharded as x is.
         return (Evaluation(t, 0 * x, 0 * x),) * self.memory
@@ -317,9 +304,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Noise levels
-# ------------------------------------------------------------------------------------------------
+# --- Noise levels ---
 
 
 def noise_levels(

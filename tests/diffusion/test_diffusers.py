@@ -194,8 +194,9 @@ def test_ddpm(drawn, prediction, spacing, steps, variance):
 
 
 @CASES
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    ("chain", "eta"), [("linear", 1.0), ("scaled_linear", 0.0), ("cosine", 0.0), ("cosine", 1.0)]
+)
 def test_ddim(chain, prediction, eta):
     path = CHAINS[chain]
     made = scheduler("DDIMScheduler", path, prediction, timestep_spacing="trailing")
@@ -218,9 +219,15 @@ def test_ddim_from_no_signal_at_all():
 MULTISTEP = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-@pytest.mark.parametrize("spacing", ["trailing", "theirs"])
-@pytest.mark.parametrize("chain", ["linear", "scaled_linear"])
+@pytest.mark.parametrize(
+    ("chain", "spacing", "prediction"),
+    [
+        ("linear", "trailing", "eps"),
+        ("linear", "theirs", "v"),
+        ("scaled_linear", "trailing", "x0"),
+        ("scaled_linear", "theirs", "eps"),
+    ],
+)
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_multistep(name, chain, spacing, prediction):
     path, steps = CHAINS[chain], 10
