@@ -10,7 +10,6 @@ import pytest
 
 from dit_jax import sample
 from dit_jax.sampling.media import read_video, write_video
-from tests.optional import optional
 from tests.runs import CONFIG, Run, Verbs, end, free_port
 from tests.test_sample import ACROSS, OTHER, PROMPT
 
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("mode", ["extend", "long"])
 def test_two_processes_make_what_one_makes(whole: Run, verbs: Verbs, tmp_path: Path, mode: str):
     if mode == "extend":
-        optional("av")
         file = tmp_path / "given.gif"
         pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 3, 3), np.uint8)
         write_video(file, pixels.repeat(8, 1).repeat(8, 2), 8)
@@ -46,7 +44,6 @@ def test_two_processes_make_what_one_makes(whole: Run, verbs: Verbs, tmp_path: P
 
 def test_files_are_enlarged_on_every_mesh(verbs: Verbs, tmp_path: Path):
     """A loop of four frames, which do not fill their last token, by a run of super-resolution."""
-    optional("av")
     run, file = tmp_path / "run", tmp_path / "small.gif"
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 3), np.uint8)
     write_video(file, pixels.repeat(4, 1).repeat(4, 2), 8)

@@ -147,7 +147,7 @@ def field_tokens(
         size: latent frames, rows and columns of the clip.
         frame_fields: ``[t, ...]``, a value for every frame of pixels.
         pixel_fields: float ``[t, h, w, c]`` on the grid of the latents.
-        loop: no frame is a first one (see ``sampling.loops``).
+        loop: no frame is a first one (see ``sampling.sampler``).
     """
     frames, height, width = size
     _, h, w = config.grid(1, height, width)

@@ -3,7 +3,7 @@
 Neighbouring steps see nearly the same input, and what all blocks together add to it changes little
 (TeaCache, Liu et al. 2024, arXiv 2411.19108). ``denoise_and_keep`` gives what they added, and
 ``denoise`` takes it as ``residual`` in their place: the patch embedding and the last layer alone run.
-When, ``sampling.caching`` plans, from ``first_modulation``.
+When, ``sampling.sampler`` plans, from ``first_modulation``.
 """
 
 from __future__ import annotations
