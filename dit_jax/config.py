@@ -27,7 +27,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -42,7 +42,7 @@ from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig, Task
-from dit_jax.types import NonNegativeInt, PositiveInt, Range
+from dit_jax.types import Codec, NonNegativeInt, PixelCodec, PositiveInt, Range, TextEncoder
 
 # ---------------------------------------------------------------------------------------------------
 # What a run is
@@ -163,6 +163,15 @@ class CodecConfig:
         """Latent frames a second of clips with so many frames a second."""
         return fps / self.t
 
+    def open(self, channels: int, mesh: Mesh | None = None) -> Codec | None:
+        """The codec for a model of so many channels: of pixels, or None for latents alone."""
+        del mesh
+        return PixelCodec() if channels == PixelCodec.channels else None
+
+    def weights_hash(self) -> str | None:
+        """Of the folder's weights, if there is one."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class StatesConfig:
@@ -174,6 +183,19 @@ class StatesConfig:
     hash: str | None = None
     """Of the encoder's weights. Filled in when a run begins, from the data or the folder; states of
     another encoder are refused from then on."""
+
+    def open(self, mesh: Mesh | None = None, check: Any = None) -> TextEncoder | None:
+        """The encoder, if there is a folder; ``check(name, hash, width)`` may refuse it."""
+        del mesh, check
+        return None
+
+    def identity(self) -> tuple[str, str] | None:
+        """Name and hash of the encoder in the folder, if there is one."""
+        return None
+
+    def length(self) -> tuple[Callable[[str], int], int] | None:
+        """How many tokens a text is, and how many are read, if there is a folder."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

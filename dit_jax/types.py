@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import jax
@@ -308,3 +308,121 @@ class FrameGrid:
             self.check(len(values))
             values = np.concatenate([np.repeat(values[:1], self.token_frames - 1, 0), values])
         return values.reshape(-1, self.token_frames, *values.shape[1:])
+
+
+class Codec(Protocol):
+    """Pixels to latents and back."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hash(self) -> str:
+        """Of the weights' bytes: latents of another hash are of another codec."""
+        ...
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels in one latent."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        ...
+
+    @property
+    def shift(self) -> Any:
+        """Of all channels (a number) or of each (an array)."""
+        ...
+
+    @property
+    def scale(self) -> Any: ...
+
+    def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` float32, shifted
+        and scaled: the mean, or with a key a draw from their distribution."""
+        ...
+
+    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """Clips ``[b, t, h, w, 3]`` of one size at once."""
+        ...
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents ``[t', h', w', c]`` to pixels ``[t, h, w, 3]``; float32, not clipped to [-1, 1]."""
+        ...
+
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """``decode``, some frames ``[n, h, w, 3]`` at a time, for clips too long to hold in memory."""
+        ...
+
+
+PART = 16
+"""Frames at a time, where a clip of pixels is taken in parts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelCodec:
+    """The identity: models of pixels."""
+
+    name: str = "pixels"
+    hash: str = "pixels"
+    strides: tuple[int, int, int] = (1, 1, 1)
+    channels: int = 3
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """The video."""
+        del key
+        check_floating(video)
+        return video
+
+    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
+        """The videos."""
+        return self.encode(videos, key)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """The latents."""
+        check_floating(latents)
+        return latents
+
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """The latents, some frames at a time."""
+        video = self.decode(latents)
+        for start in range(0, len(video), PART):
+            yield video[start : start + PART]
+
+
+def check_floating(clip: np.ndarray) -> None:
+    """Raises ``ValueError`` for whole numbers, which would be taken for what they do not mean."""
+    if not jnp.issubdtype(clip.dtype, jnp.floating):
+        raise ValueError(
+            f"a clip of {clip.dtype}: give floating point (pixels in [-1, 1], not 0 to 255)."
+        )
+
+
+class TextEncoder(Protocol):
+    """Captions to states."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hash(self) -> str:
+        """Of the weights' bytes: states of another hash are of another encoder."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a state."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Longer captions are cut there, the token that ends them included."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
+        """The states ``[s, e]`` of each caption, bfloat16, without padding."""
+        ...

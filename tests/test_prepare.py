@@ -265,13 +265,13 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     codec = load_codec(write_tiny_codec(tmp_path / "tiny"))
     encoder = load_text_encoder(write_t5(tmp_path / "t5"))
     # Opened once, so that they are compiled once.
-    monkeypatch.setattr("dit_jax.prepare.load_codec", lambda path: codec)
-    monkeypatch.setattr("dit_jax.prepare.load_text_encoder", lambda path, **_: encoder)
+    monkeypatch.setattr("dit_jax.codec.converting.load_codec", lambda path: codec)
+    monkeypatch.setattr("dit_jax.text.config.load_text_encoder", lambda path, **_: encoder)
     tokens = lambda text: 10_000 if text == "a red circle moves moves" else 1  # noqa: E731
-    monkeypatch.setattr("dit_jax.prepare.text_length", lambda path: (tokens, 512))
+    monkeypatch.setattr("dit_jax.text.config.text_length", lambda path: (tokens, 512))
     others = make_mesh(MeshConfig(), jax.devices()[1:3])
     copies = codec_copies(codec, others)
-    monkeypatch.setattr("dit_jax.codec_copies", lambda *_: copies)
+    monkeypatch.setattr("dit_jax.codec.converting.codec_copies", lambda *_: copies)
     given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
     given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
     given |= {"encoding": "zlib"}

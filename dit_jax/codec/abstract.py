@@ -16,12 +16,16 @@ from dit_jax.codec.run import CodecRun
 from dit_jax.codec.train import batch_loss, make_loss
 from dit_jax.codec.video_codec import part_step
 from dit_jax.parallel import batch_sharding, clip_sharding, make_clip_constrain, platform
-from dit_jax.plan.abstract import AbstractStep, AbstractTask, abstract_array
 from dit_jax.types import ClipBatch
 
 
-def abstract_codec_task(config: CodecRun, mesh: Mesh) -> AbstractTask:
-    """The task of a codec's run on a mesh; opens no data. Tokens are latents."""
+def abstract_array(shape: Any, dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """An array without contents, and how it lies on the mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def abstract_codec_task(config: CodecRun, mesh: Mesh) -> dict[str, Any]:
+    """The fields of ``plan``'s task of a codec's run on a mesh; opens no data. Tokens are latents."""
     crop, (time, space, _) = config.data.crop, config.model.stride
     loss = make_loss(config, mesh)
     shape = (crop.rows, crop.frames, crop.height, crop.width, 3)
@@ -29,7 +33,7 @@ def abstract_codec_task(config: CodecRun, mesh: Mesh) -> AbstractTask:
     counts: Any = abstract_array((crop.rows,), jnp.int32, batch_sharding(mesh, 1, False))
     latents = (1 + (crop.frames - 1) // time) * (crop.height // space) * (crop.width // space)
     flops = sum(autoencoder_flops(config.model, crop.frames, crop.height, crop.width))
-    return AbstractTask(
+    return dict(
         init=loss.init,
         loss=partial(batch_loss, loss),
         batch=ClipBatch(video, counts),
@@ -39,16 +43,11 @@ def abstract_codec_task(config: CodecRun, mesh: Mesh) -> AbstractTask:
     )
 
 
-def parts_of_clip(config: CodecRun) -> int:
-    """Parts in which clips of ``data.crop`` are encoded or decoded."""
-    latents = 1 + (config.data.crop.frames - 1) // config.model.stride[0]
-    return -(-latents // config.tiles.frames)
-
-
 def abstract_codec_part(
     config: CodecRun, mesh: Mesh, what: Literal["encode", "decode"]
-) -> AbstractStep:
-    """One part, not the first, of clips as large as ``data.crop``, which lie over the mesh whole."""
+) -> tuple[Any, tuple[Any, ...], float]:
+    """One part, not the first, of clips as large as ``data.crop``, which lie over the mesh whole: the
+    jitted function, its arguments without contents, and its flops."""
     crop, model_config = config.data.crop, config.model
     time, space, _ = model_config.stride
     h, w = crop.height // space, crop.width // space
@@ -80,4 +79,4 @@ def abstract_codec_part(
     both = autoencoder_flops(model_config, span, crop.height, crop.width)
     one = autoencoder_flops(model_config, 1, crop.height, crop.width)
     at = 0 if what == "encode" else 1
-    return AbstractStep(jitted, (params, cache, given), crop.rows * (both[at] - one[at]))
+    return jitted, (params, cache, given), crop.rows * (both[at] - one[at])

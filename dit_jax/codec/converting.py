@@ -19,8 +19,10 @@ from dit_jax.codec import kl_weights, wan
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.config import LatentCodecConfig as LatentCodecConfig
+from dit_jax.codec.config import codec_copies as codec_copies
 from dit_jax.codec.crops import CropConfig
 from dit_jax.codec.folders import codec_config, write_codec
+from dit_jax.codec.folders import load_codec as load_codec
 from dit_jax.codec.run import CodecDataConfig, CodecRun
 from dit_jax.codec.train import FOLDER
 from dit_jax.data import RecordsConfig

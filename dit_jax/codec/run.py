@@ -15,7 +15,7 @@ from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
 from dit_jax.config import Run
 from dit_jax.data import ShapesConfig
 from dit_jax.training import Task
-from dit_jax.types import NonNegativeInt, PositiveInt
+from dit_jax.types import FrameGrid, NonNegativeInt, PositiveInt
 
 SSIM_WINDOW = 11
 """Pixels of each side of the window that SSIM looks at: smaller frames have none."""
@@ -105,3 +105,23 @@ class CodecRun(Run):
             "model.shift and model.scale are measured when training ends: leave them empty.",
         )
         yield (self.model.channels != 3, f"model.channels is {self.model.channels}: clips have 3.")
+
+    @property
+    def parts(self) -> int:
+        """Parts in which clips of ``data.crop`` are encoded or decoded."""
+        latents = FrameGrid(self.model.stride[0]).latents(self.data.crop.frames)
+        return -(-latents // self.tiles.frames)
+
+    def abstract_task(self, mesh: Mesh) -> dict[str, Any]:
+        """What a compiler needs to know of the task, for ``plan``; no data are opened."""
+        from dit_jax.codec.abstract import abstract_codec_task  # It imports this module.
+
+        return abstract_codec_task(self, mesh)
+
+    def abstract_part(
+        self, mesh: Mesh, what: Literal["encode", "decode"]
+    ) -> tuple[Any, Any, float]:
+        """The same of encoding or decoding one part of a clip."""
+        from dit_jax.codec.abstract import abstract_codec_part  # It imports this module.
+
+        return abstract_codec_part(self, mesh, what)

@@ -20,6 +20,7 @@ from dit_jax.interop.folders import CODECS as CODECS
 from dit_jax.interop.folders import codec_tools as codec_tools
 from dit_jax.interop.folders import read_config as read_config
 from dit_jax.interop.folders import read_weights as read_weights
+from dit_jax.interop.folders import text_tools as text_tools
 from dit_jax.interop.folders import weights_hash as weights_hash
 from dit_jax.interop.folders import write_folder as write_folder
 from dit_jax.interop.maps import Map as Map

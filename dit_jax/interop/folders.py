@@ -41,6 +41,15 @@ CODECS = {
 and not imported: a converter of transformers needs none of them."""
 
 
+TEXT_ENCODERS = "dit_jax.text.config"
+"""The module that reads folders of text encoders."""
+
+
+def text_tools() -> Any:
+    """The module that reads folders of text encoders."""
+    return importlib.import_module(TEXT_ENCODERS)
+
+
 def codec_tools(name: str = "CausalAutoencoder") -> Any:
     """The module that reads and writes folders of a class of codecs."""
     return importlib.import_module(CODECS[name])

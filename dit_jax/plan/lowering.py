@@ -17,10 +17,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dit_jax.codec.abstract import abstract_codec_part, abstract_codec_task
-from dit_jax.codec.run import CodecRun
 from dit_jax.config import Run, VideoRun
-from dit_jax.plan.abstract import abstract_denoise, abstract_task
+from dit_jax.plan.abstract import AbstractStep, AbstractTask, abstract_denoise, abstract_task
 from dit_jax.plan.kernels import Kernel, find_kernels, traced_flops
 from dit_jax.training import (
     abstract_params,
@@ -165,9 +163,9 @@ class _Step(NamedTuple):
     flops: float
 
 
-def _train_step(config: Run, mesh: Mesh) -> _Step:
-    if isinstance(config, CodecRun):
-        task = abstract_codec_task(config, mesh)
+def _train_step(config: Any, mesh: Mesh) -> _Step:
+    if hasattr(config, "abstract_task"):  # Another kind of run than a model's.
+        task = AbstractTask(**config.abstract_task(mesh))
     else:
         task = abstract_task(_of_model(config, "train"), mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -206,13 +204,13 @@ def _of_model(config: Run, what: str) -> VideoRun:
     return config
 
 
-def _codec_part(what: Literal["encode", "decode"], config: Run, mesh: Mesh) -> _Step:
-    if not isinstance(config, CodecRun):
+def _codec_part(what: Literal["encode", "decode"], config: Any, mesh: Mesh) -> _Step:
+    if not hasattr(config, "abstract_part"):
         raise ValueError(
             f"--what {what} is of codecs, and the config is a model's: give a codec's, such as "
             "configs/codec_wan.py."
         )
-    step = abstract_codec_part(config, mesh, what)
+    step = AbstractStep(*config.abstract_part(mesh, what))
     crop, (_, space, _) = config.data.crop, config.model.stride
     latents = crop.rows * config.tiles.frames * (crop.height // space) * (crop.width // space)
     params = _count(step.arguments[0])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_jax.codec.abstract import parts_of_clip
-from dit_jax.codec.run import CodecRun
 from dit_jax.config import Run, VideoRun
 from dit_jax.parallel import make_mesh
 from dit_jax.plan.analysis import analyse
@@ -40,7 +38,7 @@ def plan_step(
         "config": name,
         "mesh": dict(mesh.shape),
         "remat": config.model.dit.remat if isinstance(config, VideoRun) else "none",
-        "parts": parts_of_clip(config) if isinstance(config, CodecRun) and coding else 1,
+        "parts": getattr(config, "parts", 1) if coding else 1,
     }
     plan = make_plan(program, tally, topology, labels, tokens, price)
     if plan.peak_bytes > plan.capacity:

@@ -27,9 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tyro
 
-from dit_jax.codec.codec import Codec
-from dit_jax.codec.folders import load_codec
-from dit_jax.codec.opening import codec_copies
+from dit_jax import interop
 from dit_jax.config import check_types
 from dit_jax.files import (
     InputError,
@@ -88,9 +86,7 @@ from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting
 from dit_jax.prepare.work import digest
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
-from dit_jax.text.folders import load_text_encoder, text_length
-from dit_jax.text.opening import on_mesh
-from dit_jax.text.text_encoder import TextEncoder
+from dit_jax.types import Codec, TextEncoder
 
 PROG = "python -m dit_jax.prepare"
 TOLD = 20
@@ -177,16 +173,21 @@ class Preparation:
         self.config = config
         self.output, self.work = places(config)
         mesh = make_mesh(config.mesh, jax.local_devices())
-        self.codec: Codec | None = load_codec(config.codec) if config.codec else None
-        copies = codec_copies(self.codec, mesh) if self.codec else []
+        self.codec: Codec | None = (
+            interop.codec_tools().load_codec(config.codec) if config.codec else None
+        )
+        copies = interop.codec_tools().codec_copies(self.codec, mesh) if self.codec else []
         self.encode = [partial(_encode, copy) for copy in copies]
         self.encoder: TextEncoder | None = None
         self.too_long: Callable[[str], bool] = lambda caption: False
         if config.text_encoder and config.reaches("states"):
-            placement = on_mesh(mesh) if mesh.size > 1 else None
-            self.encoder = load_text_encoder(config.text_encoder, placement=placement)
-            length, _ = text_length(config.text_encoder)
-            limit = self.encoder.max_tokens
+            text = interop.text_tools()
+            placement = text.on_mesh(mesh) if mesh.size > 1 else None
+            self.encoder = encoder = text.load_text_encoder(
+                config.text_encoder, placement=placement
+            )
+            length, _ = text.text_length(config.text_encoder)
+            limit = encoder.max_tokens
             self.too_long = lambda caption: length(caption) > limit
         table = config.captions.table
         self.listed = find_media(

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dit_jax import interop
 from dit_jax.config import check_types
 from dit_jax.files import check_file, run_verb, write_json
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
@@ -28,7 +29,6 @@ from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatOptions, Unreachabl
 from dit_jax.prepare.ordered import ordered
 from dit_jax.sampling import read_prompts
 from dit_jax.sampling.pipeline import stored_run
-from dit_jax.text.folders import text_length
 
 PROG = "python -m dit_jax.prepare.upsample"
 
@@ -206,7 +206,7 @@ def run(given: UpsampleArguments) -> None:
         if isinstance(text, ByteEncoderConfig):
             limits = {"limit": text.max_bytes}
         elif isinstance(text, TextStatesConfig) and folder is not None:
-            length, most = text_length(folder)
+            length, most = interop.text_tools().text_length(folder)
             # One token of the model's stands for the beginning.
             limit = min(most, text.max_tokens - 1)
             limits = {"length": length, "limit": limit, "of_word": TOKENS_OF_WORD}

@@ -33,13 +33,12 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dit_jax.codec.codec import Codec
 from dit_jax.files import MiB, read_bytes
 from dit_jax.model import ModelConfig, PatchConfig, unpatchify
 from dit_jax.sampling.media import to_uint8
 from dit_jax.sampling.request import KnownLatents, Request, Space, check_request
 from dit_jax.sampling.sampler import Generator, clips_at_once, make_rows
-from dit_jax.types import Params
+from dit_jax.types import Codec, Params
 
 NOISE = 0.05
 """Noise cap of the history by default."""

@@ -19,8 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.codec.codec import Codec
-from dit_jax.codec.opening import open_codec
 from dit_jax.config import VideoRun, stored_config
 from dit_jax.files import InputError, absolute, as_path
 from dit_jax.model import TextToVideo
@@ -28,10 +26,10 @@ from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling.modes import Generation, make_generations
 from dit_jax.sampling.request import Request, Space
 from dit_jax.sampling.sampler import Generator, SamplingConfig
-from dit_jax.text.opening import check_reads, open_text_encoder, with_states
 from dit_jax.training import Checkpointer, abstract_params, open_run
+from dit_jax.training.frozen import check_reads, open_codec, open_text_encoder, with_states
 from dit_jax.training.video_task import init_params, make_model
-from dit_jax.types import Params
+from dit_jax.types import Codec, Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,7 +25,6 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dit_jax.codec.codec import Codec
 from dit_jax.files import SURROGATES, InputError, MiB, read_bytes
 from dit_jax.model import (
     ModelConfig,
@@ -37,7 +36,7 @@ from dit_jax.model import (
     positions,
 )
 from dit_jax.sampling.media import to_float
-from dit_jax.types import PAD, TOKENS
+from dit_jax.types import PAD, TOKENS, Codec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

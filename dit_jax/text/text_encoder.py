@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.types import Constrain, Params, unconstrained
+from dit_jax.types import TextEncoder as TextEncoder
 
 SHORTEST = 16
 """Tokens that captions are padded to at least; then the powers of two above, up to the longest."""
@@ -29,32 +30,6 @@ Apply = Callable[
     Float[Array, "b s e"],
 ]
 """Parameters, tokens and a mask of those that are no padding, to states."""
-
-
-class TextEncoder(Protocol):
-    """Captions to states."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def hash(self) -> str:
-        """Of the weights' bytes: states of another hash are of another encoder."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """Numbers of a state."""
-        ...
-
-    @property
-    def max_tokens(self) -> int:
-        """Longer captions are cut there, the token that ends them included."""
-        ...
-
-    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
-        """The states ``[s, e]`` of each caption, bfloat16, without padding."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax.codec.codec import Codec
 from dit_jax.config import VideoRun
 from dit_jax.data import (
     RecordsConfig,
@@ -26,6 +25,7 @@ from dit_jax.evaluate import judge_classes, prompt_following
 from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
 from dit_jax.sampling.media import mean_psnr
+from dit_jax.types import Codec
 from dit_jax.upscale.low_res import NAME, factor_of
 from dit_jax.upscale.super_resolution import fidelity, low_of
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dit_jax.codec.opening import with_codec_hash
 from dit_jax.config import VideoRun
-from dit_jax.text.opening import with_text_hash
+from dit_jax.training.frozen import with_codec_hash, with_text_hash
 
 
 def with_hashes(config: VideoRun) -> VideoRun:

@@ -18,8 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.codec.codec import Codec
-from dit_jax.codec.opening import check_codec, open_codec
 from dit_jax.config import DataConfig, VideoRun
 from dit_jax.data import (
     Augment,
@@ -63,11 +61,11 @@ from dit_jax.parallel import (
     ulysses_size,
 )
 from dit_jax.sampling import Generator, Request, make_clips, to_float
-from dit_jax.text.opening import encoded, open_for_data, with_states
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work
 from dit_jax.training.cases import Cases, write_sheet
 from dit_jax.training.evaluators import LEVELS
-from dit_jax.types import PAD, Batch, DenoiserInputs, Params, Sample, Source, Totals
+from dit_jax.training.frozen import check_codec, encoded, open_codec, open_for_data, with_states
+from dit_jax.types import PAD, Batch, Codec, DenoiserInputs, Params, Sample, Source, Totals
 
 AS_THEY_ARE = TransformConfig()
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dit_jax.codec.codec import Codec
 from dit_jax.config import VideoRun
 from dit_jax.sampling import Generation, Request, check_request, to_float
 from dit_jax.sampling.media import mean_psnr
 from dit_jax.sampling.request import filled
+from dit_jax.types import Codec
 from dit_jax.upscale.low_res import LEVEL, NAME, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 
