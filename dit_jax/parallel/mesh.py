@@ -53,7 +53,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     slices_over: Literal["data", "fsdp"] = "data"
-    """The axis that crosses TPU slices, where there are several; its size is a multiple of their
+    """The axis that crosses TPU slices, if there are several; its size is a multiple of their
     number. data moves the gradients between slices once a step, fsdp the parameters too."""
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ def make_mesh(
     config: MeshConfig,
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
-    """The mesh over ``devices`` (all of them, on every process, if not given)."""
+    """The mesh over ``devices`` (by default all, of every process)."""
     grid = device_grid(config, jax.devices() if devices is None else devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
