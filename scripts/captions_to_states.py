@@ -21,8 +21,8 @@ from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.files import as_path
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import StatesOf, write_records
+from dit_jax.text.config import on_mesh
 from dit_jax.text.folders import load_text_encoder
-from dit_jax.text.opening import on_mesh
 from dit_jax.text.text_encoder import TextEncoder
 
 CHUNK = 256

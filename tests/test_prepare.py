@@ -20,8 +20,8 @@ import tensorflow_datasets as tfds
 from flax import linen as nn
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
+from dit_jax.codec.config import codec_copies
 from dit_jax.codec.folders import load_codec, write_codec
-from dit_jax.codec.opening import codec_copies
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, assembling, writing

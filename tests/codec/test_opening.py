@@ -12,7 +12,6 @@ import pytest
 
 from dit_jax.codec import folders
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.opening import open_codec
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, open_source
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
@@ -21,6 +20,7 @@ from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer
+from dit_jax.training.frozen import open_codec
 from dit_jax.training.video_task import tokenize
 from tests.codecs import SMALL, quick_compilation, random_params
 

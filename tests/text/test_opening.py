@@ -27,13 +27,13 @@ from dit_jax.prepare.upsample import upsample
 from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
-from dit_jax.text.config import TextEncoderConfig
+from dit_jax.text.config import TextEncoderConfig, on_mesh
 from dit_jax.text.folders import load_text_encoder, text_encoder_identity
-from dit_jax.text.opening import check_reads, on_mesh, prompt_length, with_states
 from dit_jax.text.t5 import T5EncoderConfig
 from dit_jax.text.text_encoder import StatesEncoder
 from dit_jax.training import CheckpointConfig, Checkpointer
 from dit_jax.training.cases import Cases
+from dit_jax.training.frozen import check_reads, prompt_length, with_states
 from dit_jax.training.resume import check_same_run
 from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config

@@ -15,7 +15,6 @@ from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
-from dit_jax.codec.opening import check_codec
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import judge_classes
@@ -32,6 +31,7 @@ from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
+from dit_jax.training.frozen import check_codec
 from tests.scripts import load_script
 
 CLASSES = 3
