@@ -72,7 +72,7 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
     from dit_jax.model import DiT, DiTConfig
     from dit_jax.parallel import MeshConfig, choose_attention, choose_dot_general, make_constrain
     from dit_jax.parallel import make_mesh as new_mesh
-    from dit_jax.types import DenoiserInputs, Totals
+    from dit_jax.types import DenoiserInputs, Runtime, Totals
 
     width, depth, heads, patch = SIZES[size]
     mesh = new_mesh(MeshConfig())
@@ -81,10 +81,13 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
     model = DiT(
         config,
         dim,
-        choose_attention(mesh),
-        make_constrain(mesh),
-        jnp.dtype(dtype),
-        choose_dot_general(mesh),
+        Runtime(
+            choose_attention(mesh),
+            make_constrain(mesh),
+            jnp.dtype(dtype),
+            choose_dot_general(mesh),
+            choose_dot_general(mesh),
+        ),
     )
     keys = jax.random.split(jax.random.key(0), 3)
     grid = jnp.stack(jnp.meshgrid(jnp.arange(1), *[jnp.arange(SIDE // patch)] * 2), -1)

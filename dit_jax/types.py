@@ -99,7 +99,7 @@ class Batch:
     """
 
     tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
-    """Clean patches (see ``model.patch``); zero where padded."""
+    """Clean patches (see ``model.patches``); zero where padded."""
     positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
     """(t, h, w) coordinates; t in latent frames at the reference frame rate."""
     segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)

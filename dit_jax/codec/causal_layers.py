@@ -23,7 +23,7 @@ from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dit_jax.model import blocks
+from dit_jax.model import layers
 
 NORM_EPS = 1e-8
 """Nothing beside usual activations; where all are 0 it bounds the gradient, at 1e4."""
@@ -198,7 +198,7 @@ class PairsUp(Conv):
         return jnp.concatenate([head.astype(pairs.dtype), pairs], 1)
 
 
-RMSNorm = partial(blocks.RMSNorm, "embed_vector", NORM_EPS)
+RMSNorm = partial(layers.RMSNorm, "embed_vector", NORM_EPS)
 """Of each position by itself."""
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from dit_jax.model.blocks import RMSNorm
+from dit_jax.model.layers import RMSNorm
 
 SLOPE = 0.2
 """Of the leaky ReLUs below 0."""

@@ -25,11 +25,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
-from dit_jax.model.blocks import dense
+from dit_jax.model.layers import dense
 from dit_jax.types import DenoiserInputs, Runtime, Sample
 
 if TYPE_CHECKING:
-    from dit_jax.model.text_to_video import ModelConfig
+    from dit_jax.model.dit import ModelConfig
 
 
 class Field(NamedTuple):

@@ -11,9 +11,8 @@ import math
 import numpy as np
 from jaxtyping import Float, Int
 
-from dit_jax.model.dit import TIME_FREQUENCIES
+from dit_jax.model.dit import TIME_FREQUENCIES, ModelConfig
 from dit_jax.model.text import ByteEncoderConfig, TextStatesConfig
-from dit_jax.model.text_to_video import ModelConfig
 
 
 def forward_flops(

@@ -12,6 +12,7 @@ stands for the beginning in the same way.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -20,8 +21,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dit_jax.model.blocks import MLP, Dtype, SelfAttention, dense, gelu, layer_norm
-from dit_jax.types import Attention, Constrain, DotGeneral
+from dit_jax.model.layers import MLP, SelfAttention, dense, gelu, layer_norm
+from dit_jax.types import Runtime
 
 BEGIN = 1
 FIRST_BYTE = 2
@@ -108,70 +109,54 @@ class TextBlock(nn.Module):
     """A pre-norm transformer layer over text tokens."""
 
     config: ByteEncoderConfig
-    dtype: Dtype
-    attention: Attention
-    constrain: Constrain
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b s e"], segment_ids: Int[Array, "b s"]
     ) -> Float[Array, "b s e"]:
-        def lay(y: jax.Array) -> jax.Array:
-            # Left free, the compiler spreads the states by their width, as their kernels are.
-            return self.constrain(y, "batch", "text_tokens", "width")
+        config, run = self.config, self.runtime
 
-        given = (self.dtype, self.attention, self.constrain, self.dot_general)
-        attention = SelfAttention(
-            self.config.heads, *given, axis="text_tokens", name="self_attention"
-        )
-        x = lay(x + lay(attention(lay(layer_norm(x).astype(self.dtype)), segment_ids, None)))
-        given = (4 * self.config.width, self.dtype, self.constrain, self.dot_general)
-        mlp = MLP(*given, axis="text_tokens", name="mlp")
-        return lay(x + lay(mlp(lay(layer_norm(x).astype(self.dtype)))))
+        def whole(y: jax.Array) -> jax.Array:
+            # Unconstrained, the compiler splits the states by their width, as their kernels are.
+            return run.constrain(y, "batch", "text_tokens", "width")
+
+        attention = SelfAttention(config.heads, run, axis="text_tokens", name="self_attention")
+        x = whole(x + whole(attention(whole(layer_norm(x).astype(run.dtype)), segment_ids, None)))
+        mlp = MLP(4 * config.width, run, axis="text_tokens", name="mlp")
+        return whole(x + whole(mlp(whole(layer_norm(x).astype(run.dtype)))))
 
 
 class ByteEncoder(nn.Module):
     """Byte tokens ``[b, s]`` to text states ``[b, s, e]``."""
 
     config: ByteEncoderConfig
-    attention: Attention
-    constrain: Constrain
-    dtype: Dtype = jnp.float32
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime
 
     @nn.compact
     def __call__(
         self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"]
     ) -> Float[Array, "b s e"]:
-        width = self.config.width
+        config, run, width = self.config, self.runtime, self.config.width
         normal = nn.initializers.normal(1.0)
         table = nn.with_logical_partitioning(normal, ("vocab", "embed_out"))
         x = nn.Embed(VOCABULARY, width, embedding_init=table, name="bytes")(tokens)
         # A learned place for every byte of its own caption: words are told apart by order.
         starts = jnp.argmax(segment_ids[:, :, None] == segment_ids[:, None, :], axis=-1)
-        place = jnp.minimum(jnp.arange(tokens.shape[1]) - starts, self.config.max_bytes)
+        place = jnp.minimum(jnp.arange(tokens.shape[1]) - starts, config.max_bytes)
         places = nn.Embed(
-            self.config.max_tokens,
+            config.max_tokens,
             width,
             embedding_init=nn.with_logical_partitioning(normal, ("text_place", "embed_out")),
             name="places",
         )(place)
-        # Said here, or the compiler may spread the states by their width, as the tables are.
-        x = self.constrain((x + places).astype(self.dtype), "batch", "text_tokens", "width")
-        for i in range(self.config.depth):
-            block = TextBlock(
-                self.config,
-                self.dtype,
-                self.attention,
-                self.constrain,
-                self.dot_general,
-                name=f"block_{i}",
-            )
-            x = block(x, segment_ids)
-        x = self.constrain(layer_norm(x).astype(self.dtype), "batch", "text_tokens", "width")
-        x = dense(width, ("embed", "text_out"), self.dtype, "out")(x)
-        return self.constrain(x, "batch", "text_tokens", "width")
+        # Or the compiler may split the states by their width, as the tables are.
+        x = run.constrain((x + places).astype(run.dtype), "batch", "text_tokens", "width")
+        for i in range(config.depth):
+            x = TextBlock(config, run, name=f"block_{i}")(x, segment_ids)
+        x = run.constrain(layer_norm(x).astype(run.dtype), "batch", "text_tokens", "width")
+        x = dense(width, ("embed", "text_out"), run.dtype, "out")(x)
+        return run.constrain(x, "batch", "text_tokens", "width")
 
 
 class StatesProjection(nn.Module):
@@ -181,13 +166,12 @@ class StatesProjection(nn.Module):
     """
 
     width: int
-    dtype: Dtype
-    constrain: Constrain
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime
 
     @nn.compact
     def __call__(self, states: Float[Array, "b s e"]) -> Float[Array, "b s d"]:
-        given = {"dtype": self.dtype, "dot_general": self.dot_general}
-        hidden = dense(self.width, ("text_states", "embed"), name="up", **given)(states)
-        x = dense(self.width, ("embed", "text_out"), name="out", **given)(gelu(hidden))
-        return self.constrain(x, "batch", "text_tokens", "width")
+        run = self.runtime
+        linear = partial(dense, self.width, dtype=run.dtype, dot_general=run.dot_general)
+        hidden = linear(("text_states", "embed"), name="up")(states)
+        x = linear(("embed", "text_out"), name="out")(gelu(hidden))
+        return run.constrain(x, "batch", "text_tokens", "width")

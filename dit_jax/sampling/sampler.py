@@ -219,7 +219,7 @@ class Generator:
         self._keep_step = jax.jit(self._step_and_keep, donate_argnums=1)
         self._reuse_step = jax.jit(self._step_and_reuse, donate_argnums=2)
         self._changes = jax.jit(
-            lambda params, levels: model.constrain(
+            lambda params, levels: model.runtime.constrain(
                 relative_changes(model.config.dit, params, levels), None
             )
         )

@@ -26,7 +26,7 @@ from dit_jax.interop.folders import (
 )
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Map
-from dit_jax.model.blocks import Dtype
+from dit_jax.model.layers import Dtype
 from dit_jax.text.t5 import T5_PRESETS, T5Encoder, T5EncoderConfig
 from dit_jax.text.text_encoder import Placement, StatesEncoder, one_device
 from dit_jax.text.tokenizers import find_tokenizer, t5_tokenizer

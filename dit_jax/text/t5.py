@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_jax.model.blocks import Dtype, RMSNorm, gelu
+from dit_jax.model.layers import Dtype, RMSNorm, gelu
 from dit_jax.types import Constrain, unconstrained
 
 MASKED = -1e9

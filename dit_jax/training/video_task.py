@@ -44,6 +44,7 @@ from dit_jax.model import (
     check_fields,
     field_tokens,
     forward_flops,
+    no_attention,
     patchify,
     positions,
     prepare_fields,
@@ -65,7 +66,7 @@ from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work
 from dit_jax.training.cases import Cases, write_sheet
 from dit_jax.training.evaluators import LEVELS
 from dit_jax.training.frozen import check_codec, encoded, open_codec, open_for_data, with_states
-from dit_jax.types import PAD, Batch, Codec, DenoiserInputs, Params, Sample, Source, Totals
+from dit_jax.types import PAD, Batch, Codec, DenoiserInputs, Params, Runtime, Sample, Source, Totals
 
 AS_THEY_ARE = TransformConfig()
 
@@ -95,10 +96,12 @@ def make_model(
         )
     return TextToVideo(
         config.on(platform(mesh)),
-        choose_attention(mesh, attention),
-        make_constrain(mesh),
-        choose_dot_general(mesh),
-        choose_dot_general(mesh, config.matmul),
+        Runtime(
+            attention=choose_attention(mesh, attention),
+            constrain=make_constrain(mesh),
+            dot_general=choose_dot_general(mesh),
+            block_dot_general=choose_dot_general(mesh, config.matmul),
+        ),
     )
 
 
@@ -207,14 +210,10 @@ def _encoded(codec: Codec, video: np.ndarray, sample: Sample) -> np.ndarray:
         ) from error
 
 
-def _no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    return q
-
-
 def init_params(model: TextToVideo, key: jax.Array) -> Params:
     """Fresh parameters that carry their logical axes (the shapes do not depend on the batch)."""
     # Attention has no parameters, and its kernels do not take the single token given here.
-    model = model.clone(attention=_no_attention)
+    model = model.clone(runtime=dataclasses.replace(model.runtime, attention=no_attention))
     ids = jnp.zeros((1, 1), jnp.int32)
     tokens = jnp.zeros((1, 1, model.config.patch.dim))
     config, text = model.config, model.config.text

@@ -142,7 +142,7 @@ class LowResEmbedding(nn.Module):
         level = per_group(inputs, inputs.segment_fields[self.field + LEVEL])
         return Conditioning(
             tokens=linear(inputs.token_fields[self.field].astype(run.dtype)),
-            modulation=TimeEmbedding(self.model.dit, run.constrain, name="time")(level),
+            modulation=TimeEmbedding(self.model.dit, run, name="time")(level),
         )
 
 

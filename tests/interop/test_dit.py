@@ -16,7 +16,7 @@ from dit_jax import interop
 from dit_jax.interop.dit import grid_table
 from dit_jax.model import PRESETS, ModelConfig, TextToVideo, patchify, positions, unpatchify
 from dit_jax.parallel import MeshConfig, make_mesh, parameter_shardings, xla_attention
-from dit_jax.types import unconstrained
+from dit_jax.types import Runtime
 from tests.denoiser import struct
 from tests.interop.published import (
     as_published,
@@ -42,7 +42,7 @@ SMALL = {"width": 48, "heads": 4, "depth": 3, "patch": 2, "size": 8}
 
 def abstract(model: ModelConfig):
     """Shapes of the model's parameters, boxed with their logical axes."""
-    module = TextToVideo(model, xla_attention, unconstrained)
+    module = TextToVideo(model, Runtime(xla_attention))
     ids, label = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 1), jnp.int32)
     given = struct(
         tokens=jnp.zeros((1, 4, model.patch.dim)),
@@ -59,7 +59,7 @@ def abstract(model: ModelConfig):
 
 def denoise(model: ModelConfig, params, latents, t, labels):
     """Our model on latents ``[b, c, h, w]``; one image a row."""
-    module = TextToVideo(dataclasses.replace(model, dtype="float32"), xla_attention, unconstrained)
+    module = TextToVideo(dataclasses.replace(model, dtype="float32"), Runtime(xla_attention))
     b, _, h, w = latents.shape
     clips = rearrange(latents, "b c h w -> b 1 h w c")
     tokens = np.stack([patchify(model.patch, clip) for clip in clips])

@@ -23,7 +23,7 @@ from dit_jax.model import (
     positions,
 )
 from dit_jax.parallel import xla_attention
-from dit_jax.types import Attention, DotGeneral, unconstrained
+from dit_jax.types import Attention, DotGeneral, Runtime
 from tests.denoiser import struct
 
 ROW_TOKENS, ROW_TEXT, ROW_SEGMENTS = 32, 24, 3
@@ -101,7 +101,9 @@ def make_model(
     dit = dataclasses.replace(DiTConfig(width=32, depth=2, heads=2, scan=False), **changes)
     text = ByteEncoderConfig(width=16, depth=1, heads=2, max_bytes=15)
     config = ModelConfig(dit, PatchConfig(1, 2, 2, channels=3), text, dtype)
-    return TextToVideo(config, attention, unconstrained, dot_general)
+    return TextToVideo(
+        config, Runtime(attention, dot_general=dot_general, block_dot_general=dot_general)
+    )
 
 
 def abstract_params(model: TextToVideo) -> Any:

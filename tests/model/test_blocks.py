@@ -9,10 +9,11 @@ import pytest
 from flax import linen as nn
 from jaxtyping import TypeCheckError
 
-from dit_jax.model.blocks import DiTBlock, Modulation, RMSNorm, gather_groups, gelu, layer_norm
-from dit_jax.model.positions import frequencies
+from dit_jax.model.dit import DiTBlock, DiTConfig
+from dit_jax.model.layers import Modulation, RMSNorm, gather_groups, gelu, layer_norm
+from dit_jax.model.patches import frequencies
 from dit_jax.parallel import xla_attention
-from dit_jax.types import unconstrained
+from dit_jax.types import Runtime
 
 
 def no_attention(q, k, v, q_segment_ids, k_segment_ids, *, band=None):
@@ -46,7 +47,7 @@ def compiled(jit):
 
     @functools.cache
     def block(attention):
-        layer = DiTBlock(2, 128, jnp.float32, attention, unconstrained)
+        layer = DiTBlock(DiTConfig(32, heads=2, mlp_dim=128), Runtime(attention))
         return jit(lambda params, kwargs: layer.apply({"params": params}, **kwargs)[0])
 
     return block
@@ -162,7 +163,7 @@ def test_norms_of_low_precision_are_computed_in_float32(jit):
 
 
 def test_a_wrong_shape_is_caught(inputs):
-    layer = DiTBlock(2, 128, jnp.float32, xla_attention, unconstrained)
+    layer = DiTBlock(DiTConfig(32, heads=2, mlp_dim=128), Runtime(xla_attention))
     given = block_inputs(inputs)
 
     def trace(**changes):

@@ -14,7 +14,7 @@ from dit_jax.model.dit import pool_text, time_features
 from dit_jax.parallel import host_attention, xla_attention
 from dit_jax.parallel.matmul import flat_dot_general
 from dit_jax.parallel.mesh import ACTIVATION_RULES, PARAMETER_RULES
-from dit_jax.types import unconstrained
+from dit_jax.types import Runtime
 from tests.denoiser import struct
 
 
@@ -68,7 +68,7 @@ def test_presets_have_the_parameters_that_their_shapes_say(name, width, depth, h
     time = (256 * d + d) + (d * d + d)
     ends = (p * d + d) + (d * 2 * d + 2 * d) + (d * p + p)
 
-    model = DiT(PRESETS[name], p, xla_attention, unconstrained)
+    model = DiT(PRESETS[name], p, Runtime(xla_attention))
     ids = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(
         lambda key, x, text: model.init(
@@ -104,7 +104,7 @@ def test_other_ways_have_parameters_of_their_own(tiny, boxed, other_ways):
 
 def test_text_may_be_absent_where_none_is_used(model):
     config = dataclasses.replace(model.config.dit, cross_attention=False)
-    network = DiT(config, 12, xla_attention, unconstrained)
+    network = DiT(config, 12, Runtime(xla_attention))
     ids = jnp.zeros((1, 4), jnp.int32)
 
     def run(key, x):
@@ -156,7 +156,7 @@ def test_activations_are_laid_out_by_axes_that_the_rules_know(model, params, inp
         return x
 
     jax.eval_shape(
-        TextToVideo(model.config, xla_attention, constrain).apply, params, struct(inputs)
+        TextToVideo(model.config, Runtime(xla_attention, constrain)).apply, params, struct(inputs)
     )
     assert seen - {None} == set(ACTIVATION_RULES)
 

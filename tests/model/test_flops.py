@@ -18,7 +18,7 @@ from dit_jax.model import (
 )
 from dit_jax.parallel import xla_attention
 from dit_jax.parallel.attention import Window, visible
-from dit_jax.types import unconstrained
+from dit_jax.types import Runtime
 from tests.denoiser import struct
 
 
@@ -99,7 +99,7 @@ def test_long_clips_cost_their_square():
 
 def test_xla_counts_about_the_same(jit):
     l, s = 96, 32
-    model = TextToVideo(CONFIG, xla_attention, unconstrained)
+    model = TextToVideo(CONFIG, Runtime(xla_attention))
     ids = jnp.ones((1, l), jnp.int32)
     text = jnp.ones((1, s), jnp.int32)
     inputs = struct(

@@ -11,8 +11,8 @@ from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dit_jax.model import DiTConfig, blocks
-from dit_jax.model.blocks import gather_groups, gather_parts
 from dit_jax.model.dit import REMAT_POLICIES
+from dit_jax.model.layers import gather_groups, gather_parts
 from dit_jax.parallel import AttentionConfig, MeshConfig, choose_attention, make_mesh
 from tests.denoiser import struct
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.model.blocks import DiTBlock
-from dit_jax.model.positions import rotary_angles
+from dit_jax.model.dit import DiTBlock, DiTConfig
+from dit_jax.model.patches import rotary_angles
 from dit_jax.parallel import xla_attention
-from dit_jax.types import unconstrained
+from dit_jax.types import Runtime
 from tests.denoiser import struct
 
 HEADS = 2
@@ -156,7 +156,7 @@ def test_a_block_is_that_of_numpy(params, exact, inputs, jit):
     condition = rng.normal(size=(2, 6, 32)).astype(np.float32)
     text = rng.normal(size=(*inputs["text"].shape, 16)).astype(np.float32)
     first = jax.tree.map(lambda leaf: leaf[0], params["params"]["dit"]["blocks"])
-    layer = DiTBlock(HEADS, 128, np.float32, xla_attention, unconstrained)
+    layer = DiTBlock(DiTConfig(32, heads=HEADS, mlp_dim=128), Runtime(xla_attention))
 
     @jit
     def apply(params, x, condition, text, ids):

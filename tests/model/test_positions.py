@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_jax.model.positions import axis_dims, frequencies, rotary_angles, rotate, sincos_features
+from dit_jax.model.patches import axis_dims, frequencies, rotary_angles, rotate, sincos_features
 
 THETA = 1e4
 

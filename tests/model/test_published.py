@@ -19,9 +19,9 @@ from dit_jax.model import (
     published,
 )
 from dit_jax.model.dit import time_features
-from dit_jax.model.positions import grid_features
+from dit_jax.model.patches import grid_features
 from dit_jax.parallel import xla_attention
-from dit_jax.types import unconstrained
+from dit_jax.types import Runtime
 from tests.denoiser import struct
 
 # Peebles & Xie 2022, table 4: GMACs at patches of 8, 4 and 2 of a 32 x 32 latent, and parameters.
@@ -44,7 +44,7 @@ def model_config(preset, patch):
 
 
 def build(config, platform="cpu"):
-    return TextToVideo(config.on(platform), xla_attention, unconstrained)
+    return TextToVideo(config.on(platform), Runtime(xla_attention))
 
 
 def count_parameters(config):

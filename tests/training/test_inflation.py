@@ -10,7 +10,7 @@ import pytest
 from dit_jax.config import DataConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, ShapesConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
-from dit_jax.model.positions import grid_features, grid_time_features
+from dit_jax.model.patches import grid_features, grid_time_features
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips

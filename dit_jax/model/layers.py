@@ -1,15 +1,8 @@
-"""The layers of the diffusion transformer.
+"""Layers that the transformer and the text encoder are made of.
 
-One block is self-attention within segments, cross-attention to text and an MLP, each in a
-residual branch; self-attention and MLP are modulated by their token's conditioning group
-(adaLN-Zero, Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2). The
-modulation is computed per group and gathered to tokens. Every branch ends in a zero at
-initialisation, so a fresh block is the identity.
-
-Parameters are float32; matrix products run in ``dtype``. The float32 islands are: norms,
-modulation, rotary angles and the softmax (in the attention function).
-
-Axis letters in ``types``; parameter and activation axes carry logical names only.
+Parameters are float32; matrix products run in the runtime's dtype. The float32 islands are: norms,
+modulation, rotary angles, noise levels and the softmax (in the attention function). Parameters and
+activations carry names of logical axes only; ``parallel`` knows the mesh.
 """
 
 from __future__ import annotations
@@ -24,8 +17,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dit_jax.model.positions import rotate
-from dit_jax.types import QKV, RESIDUAL, Attention, Constrain, DotGeneral
+from dit_jax.model.patches import rotate
+from dit_jax.types import QKV, DotGeneral, Runtime
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -184,13 +177,10 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of a row's tokens to those of their own segment, within ``band`` if given."""
+    """Attention of a row's tokens to those of their own segment, within ``band`` if there is one."""
 
     heads: int
-    dtype: Dtype
-    attention: Attention
-    constrain: Constrain
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime
     band: int | None = None
     axis: str = "tokens"
     """Logical axis of the tokens; those of text are whole on every device."""
@@ -203,162 +193,36 @@ class SelfAttention(nn.Module):
         segment_ids: Int[Array, "b l"],
         rotary: tuple[jax.Array, jax.Array] | None,
     ) -> Float[Array, "b l d"]:
-        b, l, width = x.shape
-        linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
+        run, (b, l, width) = self.runtime, x.shape
+        linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
         # Queries, keys and values of one head lie side by side, so that splitting the heads over
         # devices splits the kernel in whole heads. Named before the norms, whose backward pass needs
         # what enters them: kept after them alone, the product would be computed again.
         qkv = checkpoint_name(linear(3 * width, ("embed", "heads"), name="qkv")(x), QKV)
         qkv = qkv.reshape(b, l, self.heads, 3, width // self.heads)
-        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]  # [b, l, a, d]
         if self.qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (self.constrain(y, "batch", self.axis, "heads", None) for y in (q, k, v))
+        q, k, v = (run.constrain(y, "batch", self.axis, "heads", None) for y in (q, k, v))
         keys = None if self.axis == "tokens" else segment_ids
-        out = self.attention(q, k, v, segment_ids, keys, band=self.band)
-        out = self.constrain(out, "batch", self.axis, "heads", None).reshape(b, l, width)
+        out = run.attention(q, k, v, segment_ids, keys, band=self.band)
+        out = run.constrain(out, "batch", self.axis, "heads", None).reshape(b, l, width)
         return linear(width, ("heads", "embed"), name="out")(out)
-
-
-class CrossAttention(nn.Module):
-    """Attention of tokens to the text of their own segment; its output is zero at init."""
-
-    heads: int
-    dtype: Dtype
-    attention: Attention
-    constrain: Constrain
-    dot_general: DotGeneral = jax.lax.dot_general
-    qk_norm: bool = True
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        text: Float[Array, "b s e"],
-        segment_ids: Int[Array, "b l"],
-        text_segment_ids: Int[Array, "b s"],
-    ) -> Float[Array, "b l d"]:
-        b, l, width = x.shape
-        d = width // self.heads
-        linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
-        q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, d)
-        kv = linear(2 * width, ("embed", "heads"), name="kv")(text)
-        kv = kv.reshape(b, text.shape[1], self.heads, 2, d)
-        k, v = kv[..., 0, :], kv[..., 1, :]
-        if self.qk_norm:
-            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
-        q = self.constrain(q, "batch", "tokens", "heads", None)
-        k, v = (self.constrain(y, "batch", "text_tokens", "heads", None) for y in (k, v))
-        out = self.attention(q, k, v, segment_ids, text_segment_ids)
-        out = self.constrain(out, "batch", "tokens", "heads", None).reshape(b, l, width)
-        return linear(width, ("heads", "embed"), name="out", init=ZERO)(out)
 
 
 class MLP(nn.Module):
     """Two linear layers with a tanh-approximated GELU between."""
 
     hidden: int
-    dtype: Dtype
-    constrain: Constrain
-    dot_general: DotGeneral = jax.lax.dot_general
+    runtime: Runtime
     axis: str = "tokens"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        linear = partial(dense, dtype=self.dtype, dot_general=self.dot_general)
+        run = self.runtime
+        linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
         hidden = linear(self.hidden, ("embed", "mlp"), name="up")(x)
-        hidden = self.constrain(gelu(hidden), "batch", self.axis, "mlp")
+        hidden = run.constrain(gelu(hidden), "batch", self.axis, "mlp")
         return linear(x.shape[-1], ("mlp", "embed"), name="down")(hidden)
-
-
-class DiTBlock(nn.Module):
-    """One block; returns ``(x, None)`` so that ``nn.scan`` can carry ``x`` over the layers.
-
-    With ``shared_modulation`` the condition is the modulation itself, one for all layers, to which a
-    block adds a table of its own (adaLN-single, Chen et al. 2023, "PixArt-alpha", section 2.3).
-    """
-
-    heads: int
-    mlp_dim: int
-    dtype: Dtype
-    attention: Attention
-    constrain: Constrain
-    dot_general: DotGeneral = jax.lax.dot_general
-    cross_attention: bool = True
-    shared_modulation: bool = False
-    band: int | None = None
-    qk_norm: bool = True
-
-    def modulation(self, condition: Float[Array, "b k x"], width: int) -> Float[Array, "b k m"]:
-        """Shift, scale and gate of both modulated branches, for every group."""
-        if not self.shared_modulation:
-            return Modulation(width, branches=2, name="modulation")(condition)
-        init = nn.with_logical_partitioning(ZERO, ("modulation_table",))
-        # Flax types the boxed initial value; `param` returns it unboxed.
-        table: Any = self.param("modulation_table", init, (6 * width,))
-        return condition + table
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        condition: Float[Array, "b k x"],
-        group_ids: Int[Array, "b l"],
-        segment_ids: Int[Array, "b l"],
-        rotary: tuple[jax.Array, jax.Array] | None,
-        text: Float[Array, "b s e"] | None,
-        text_segment_ids: Int[Array, "b s"] | None,
-    ) -> tuple[Float[Array, "b l d"], None]:
-        width = x.shape[-1]
-        layers = {
-            "dtype": self.dtype,
-            "constrain": self.constrain,
-            "dot_general": self.dot_general,
-        }
-        attend = {"heads": self.heads, "attention": self.attention, "qk_norm": self.qk_norm}
-        attend |= layers
-
-        def lay(y: jax.Array) -> jax.Array:
-            # Left free, the compiler spreads widths over `tensor` and gathers them at every product.
-            return self.constrain(y, "batch", "tokens", "width")
-
-        x = checkpoint_name(x, RESIDUAL)
-        groups = self.constrain(self.modulation(condition, width), "batch", None, None)
-        shift1, scale1, gate1, shift2, scale2, gate2 = gather_parts(groups, group_ids, 6)
-
-        h = lay((layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype))
-        attention = SelfAttention(name="self_attention", band=self.band, **attend)
-        branch = lay(attention(h, segment_ids, rotary))
-        x = x + (gate1 * branch.astype(jnp.float32)).astype(x.dtype)
-        if self.cross_attention:
-            assert text is not None and text_segment_ids is not None
-            h = lay(layer_norm(x).astype(self.dtype))
-            cross = CrossAttention(name="cross_attention", **attend)
-            x = x + lay(cross(h, text, segment_ids, text_segment_ids)).astype(x.dtype)
-        h = lay((layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype))
-        branch = lay(MLP(self.mlp_dim, name="mlp", **layers)(h))
-        x = x + (gate2 * branch.astype(jnp.float32)).astype(x.dtype)
-        return lay(x), None
-
-
-RESIDUALS = "residuals"
-"""The collection of what all blocks together added to their input, for steps that run none."""
-
-
-def through(
-    module: nn.Module,
-    blocks: Callable[..., tuple[Float[Array, "b l d"], None]],
-    x: Float[Array, "b l d"],
-    given: tuple[Any, ...],
-    residual: Float[Array, "b l d"] | None,
-) -> Float[Array, "b l d"]:
-    """``x`` after the blocks, which leave in ``RESIDUALS`` what they added where that is mutable; or
-    plus ``residual``, in place of running them."""
-    if residual is not None:
-        return x + residual
-    out, _ = blocks(x, *given)
-    if module.is_mutable_collection(RESIDUALS) and not module.is_initializing():
-        module.put_variable(RESIDUALS, "blocks", out - x)
-    return out
