@@ -96,7 +96,7 @@ class DiTConfig:
     mlp_dim: int | None = None
     """Hidden width of the MLP; four times the width if not given."""
     rope_theta: float = 1e4
-    """Ratio of rotary wavelengths (see ``model.positions``)."""
+    """Ratio of rotary wavelengths (see ``model.patches``)."""
     rotary: bool = True
     """Turn queries and keys by their token's coordinates."""
     qk_norm: bool = True
