@@ -579,7 +579,7 @@ class TextToVideo(nn.Module):
     def encode_text(
         self,
         text: Int[Array, "b s"] | Float[Array, "b s x"],
-        text_segment_ids: Int[Array, "b s"],
+        text_segment_ids: Int[Array, "b s"] | None,
     ) -> Float[Array, "b s e"] | Int[Array, "b s"]:
         """Text states, needed once for all steps of a solver; without text, the tokens as they are."""
         if isinstance(self.config.text, NoTextConfig):
