@@ -42,7 +42,15 @@ from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig, Task
-from dit_jax.types import Codec, NonNegativeInt, PixelCodec, PositiveInt, Range, TextEncoder
+from dit_jax.types import (
+    Codec,
+    FrameGrid,
+    NonNegativeInt,
+    PixelCodec,
+    PositiveInt,
+    Range,
+    TextEncoder,
+)
 
 # ---------------------------------------------------------------------------------------------------
 # What a run is
@@ -149,15 +157,14 @@ class CodecConfig:
     def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of so many frames of so many pixels.
 
-        Raises:
-            ValueError: if the strides do not divide them.
+        Raises ``ValueError`` if the strides do not divide them.
         """
-        if (frames - 1) % self.t or height % self.h or width % self.w:
+        if height % self.h or width % self.w:
             raise ValueError(
-                f"{frames} frames of {height} x {width} pixels have no whole latents of {self.t} x "
-                f"{self.h} x {self.w}: give 1 + {self.t}n frames and multiples of the others."
+                f"{height} x {width} pixels have no whole latents of {self.h} x {self.w}: give "
+                "multiples of these."
             )
-        return 1 + (frames - 1) // self.t, height // self.h, width // self.w
+        return FrameGrid(self.t).latents(frames), height // self.h, width // self.w
 
     def latent_fps(self, fps: float) -> float:
         """Latent frames a second of clips with so many frames a second."""

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -49,6 +49,16 @@ T = TypeVar("T")
 class InputError(ValueError):
     """Something that the user gave is wrong; the message states the value, the constraint and the
     remedy. Commands print it alone and end with exit status 2."""
+
+
+def refuse_if(faults: Iterable[tuple[bool, str]]) -> None:
+    """Raises ``InputError`` with the message of the first fault that is true.
+
+    The faults behind it are not evaluated: they may rely on its absence.
+    """
+    for wrong, message in faults:
+        if wrong:
+            raise InputError(message)
 
 
 @contextlib.contextmanager
@@ -102,9 +112,8 @@ def as_path(path: str | os.PathLike) -> Path:
     make sense there. Raises ``InputError`` if the path is empty or names no bucket.
     """
     text = os.fspath(path)
-    if not text or not text.removeprefix(REMOTE).strip("/") and is_remote(text):
-        what = f"{text!r} names no bucket" if text else "a path is empty"
-        raise InputError(f"{what}: give a directory or file, local or {REMOTE}BUCKET/PATH.")
+    empty = not text.removeprefix(REMOTE).strip("/") and (not text or is_remote(text))
+    refuse_if([(empty, f"the path {text!r} is empty: give a local one or {REMOTE}BUCKET/PATH.")])
     if not is_remote(text):
         return Path(os.path.abspath(os.path.expanduser(text)))
     _configure_storage()
@@ -131,11 +140,9 @@ def _remedy(path: str | os.PathLike) -> str:
 
 def check_writable(directory: str | os.PathLike, name: str = "--output") -> Path:
     """Makes a directory and proves by writing that files can be written there; ``name`` is the option
-    that gave it.
-
-    Permission bits say nothing to root or about a read-only mount, so a file is written and removed.
-    """
+    that gave it."""
     path = as_path(directory)
+    # Permission bits say nothing to root or about a read-only mount.
     probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -154,11 +161,10 @@ def check_file(path: str | os.PathLike, name: str = "--output") -> Path:
     place = as_path(path)
     check_writable(place.parent, name)
     try:
-        why = "is a directory: give a file in it" if place.is_dir() else None
+        why = "is a directory: give a file in it" if place.is_dir() else ""
     except OSError as error:  # Of a name that is too long, say.
         why = f"cannot be ({explain(error)})"
-    if why:
-        raise InputError(f"{name} {os.fspath(path)!r} {why}.")
+    refuse_if([(bool(why), f"{name} {os.fspath(path)!r} {why}.")])
     return place
 
 
@@ -166,13 +172,12 @@ def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path
     """The path of something that must be there already."""
     place = as_path(path)
     try:
-        why = None if place.exists() else "is not there"
+        why = (
+            "" if place.exists() else f"is not there: {_remedy(path) if is_remote(path) else hint}"
+        )
     except Exception as error:
-        why = f"cannot be read ({explain(error)})"
-    if why:
-        plain = why == "is not there" and not is_remote(path)
-        remedy = hint if plain else _remedy(path)
-        raise InputError(f"{name} {os.fspath(path)!r} {why}: {remedy}.")
+        why = f"cannot be read ({explain(error)}): {_remedy(path)}"
+    refuse_if([(bool(why), f"{name} {os.fspath(path)!r} {why}.")])
     return place
 
 
@@ -271,11 +276,8 @@ def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> b
         raise InputError(
             f"cannot read {name} {os.fspath(path)!r} ({explain(error)}): check the path."
         ) from error
-    if len(data) > limit:
-        raise InputError(
-            f"{name} {os.fspath(path)!r} has more than {limit:,} bytes, the most that is read: give a "
-            "smaller file."
-        )
+    message = f"{name} {os.fspath(path)!r} has more than {limit:,} bytes: give a smaller file."
+    refuse_if([(len(data) > limit, message)])
     return data
 
 
@@ -284,13 +286,9 @@ def read_json(path: str | os.PathLike, name: str = "the file", limit: int = 64 *
     data = read_bytes(path, limit, name)
     try:
         return json.loads(data)
-    except RecursionError:
-        why = "nests too deep"
-    except UnicodeDecodeError as error:
-        why = f"is not UTF-8 text ({error})"
-    except json.JSONDecodeError as error:
-        why = f"is no JSON ({error})"
-    raise InputError(f"{name} {os.fspath(path)!r} {why}: restore it.")
+    # Not UTF-8, no JSON, or nested too deeply.
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} {os.fspath(path)!r} is no JSON ({error}): restore it.") from error
 
 
 def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
@@ -320,22 +318,22 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A local path to write, which becomes ``path`` if the block ends without an error.
 
     The block makes a file there, or a folder if there is none yet at ``path``. The local path has the
-    same name. Directories above ``path`` are made. An object of Cloud Storage appears when its upload
-    is complete; a local file is moved to its place.
+    same name; directories above ``path`` are made.
     """
     target = as_path(path)
-    if is_remote(target):
-        with tempfile.TemporaryDirectory(prefix="dit_jax-") as scratch:
-            fresh = Path(scratch) / target.name
-            yield fresh
-            retry(lambda: _copy(fresh, target), f"writing {os.fspath(target)!r}")
-        return
-    target = Path(os.path.realpath(target))  # A link stays a link.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".dit_jax-", dir=target.parent) as scratch:
+    remote = is_remote(target)
+    if not remote:
+        target = Path(os.path.realpath(target))  # A link stays a link.
+        target.parent.mkdir(parents=True, exist_ok=True)
+    # On the target's own disk: only there a file is moved at once.
+    place = {} if remote else {"dir": target.parent}
+    with tempfile.TemporaryDirectory(prefix=".dit_jax-", **place) as scratch:
         fresh = Path(scratch) / target.name
         yield fresh
-        os.replace(fresh, target)
+        if remote:  # An object of Cloud Storage appears when its upload is complete.
+            retry(lambda: _copy(fresh, target), f"writing {os.fspath(target)!r}")
+        else:
+            os.replace(fresh, target)
 
 
 def copy_file(source: Path, target: str | os.PathLike) -> None:
@@ -357,9 +355,6 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(file, out, 16 * MiB)
 
 
-_copies: dict[str, Path] = {}
-
-
 def local_copy(path: str | os.PathLike) -> Path:
     """A local path with the same contents: the path itself if it is local already.
 
@@ -367,17 +362,16 @@ def local_copy(path: str | os.PathLike) -> Path:
     and removed when the process ends.
     """
     source = as_path(path)
-    if not is_remote(source):
-        return source
-    key = os.fspath(source)
-    if key not in _copies:
-        check_exists(source, "path")
-        folder = Path(tempfile.mkdtemp(prefix="dit_jax-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        target = folder / source.name
-        retry(lambda: _copy(source, target), f"reading {key!r}")
-        _copies[key] = target
-    return _copies[key]
+    return _fetch(os.fspath(source)) if is_remote(source) else source
+
+
+@functools.cache
+def _fetch(name: str) -> Path:
+    source = check_exists(name, "path")
+    folder = Path(tempfile.mkdtemp(prefix="dit_jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    retry(lambda: _copy(source, folder / source.name), f"reading {name!r}")
+    return folder / source.name
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -386,14 +380,13 @@ def local_copy(path: str | os.PathLike) -> Path:
 
 
 class Lock:
-    """A file that says which process uses a directory, with a sign of life.
+    """A file that says which process uses a directory, with a sign of life; ``InputError`` if another
+    living process holds it.
 
     On one host the process id tells whether the holder lives. The holder on another host lives if its
-    sign of life changes: that is waited for, up to ``STALE_SECONDS``, and then the lock is taken over
-    with a message (a pod that a launcher starts again comes up on another host). Local and network
-    disks share no compare-and-swap, so two starts within the same second may both succeed.
-
-    Raises ``InputError`` if another living process holds it.
+    sign of life changes within ``STALE_SECONDS``; else the lock is taken over (a pod that a launcher
+    starts again comes up on another host). Local and network disks share no compare-and-swap, so two
+    starts within the same second may both succeed.
     """
 
     def __init__(self, directory: Path, what: str = "run") -> None:
@@ -402,11 +395,11 @@ class Lock:
         holder = self._holder()
         if holder is not None and any(holder.get(k) != v for k, v in self._me.items()):
             name = f"process {holder.get('pid')} on {holder.get('host')}"
-            if self._lives(holder, name):
-                raise InputError(
-                    f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
-                    f"--output, or remove {os.fspath(self.path)!r} if no such process runs this {what}."
-                )
+            message = (
+                f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
+                f"--output, or remove {os.fspath(self.path)!r} if no such process runs this {what}."
+            )
+            refuse_if([(self._lives(holder, name), message)])
             _print(f"the lock of {name} is stale: taken over.")
         self._ended = threading.Event()
         self._beat()

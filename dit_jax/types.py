@@ -278,12 +278,16 @@ class FrameGrid:
         """Raises ``ValueError`` with the nearest numbers unless a clip of so many frames has whole
         tokens."""
         if frames < 1 or (frames - 1) % self.token_frames:
-            low = 1 + max(frames - 1, 0) // self.token_frames * self.token_frames
+            low = self.whole(max(frames, 1))
             raise ValueError(
                 f"{what}{frames} frames: the first frame has a token of its own and the others share "
                 f"one by {self.token_frames}, so give 1 + {self.token_frames}n. The nearest are {low} "
                 f"and {low + self.token_frames}."
             )
+
+    def whole(self, frames: int) -> int:
+        """The most frames up to so many that have whole tokens."""
+        return 1 + (frames - 1) // self.token_frames * self.token_frames
 
     def latents(self, frames: int) -> int:
         """Latent frames of so many frames; raises ``ValueError`` as ``check`` does."""

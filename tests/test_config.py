@@ -256,7 +256,7 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
         (["--diffusion.caption-dropout", "1"], ["caption_dropout is 1.0"]),
         (["--sampling.cfg-scale", "-1"], ["sampling.cfg_scale is -1.0: it is at least 0"]),
         (["--checkpoint.keep-period", "0"], ["keep_period is 0: it is at least 1, or unset"]),
-        (["--data.source.image-fraction", "2"], ["image_fraction=2.0: give a share in [0, 1]"]),
+        (["--data.source.image-fraction", "2"], ["image_fraction is 2.0"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )

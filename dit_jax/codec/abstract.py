@@ -16,7 +16,7 @@ from dit_jax.codec.run import CodecRun
 from dit_jax.codec.train import batch_loss, make_loss
 from dit_jax.codec.video_codec import part_step
 from dit_jax.parallel import batch_sharding, clip_sharding, make_clip_constrain, platform
-from dit_jax.types import ClipBatch
+from dit_jax.types import ClipBatch, FrameGrid
 
 
 def abstract_array(shape: Any, dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -31,7 +31,7 @@ def abstract_codec_task(config: CodecRun, mesh: Mesh) -> dict[str, Any]:
     shape = (crop.rows, crop.frames, crop.height, crop.width, 3)
     video: Any = abstract_array(shape, jnp.uint8, batch_sharding(mesh, 5, False))
     counts: Any = abstract_array((crop.rows,), jnp.int32, batch_sharding(mesh, 1, False))
-    latents = (1 + (crop.frames - 1) // time) * (crop.height // space) * (crop.width // space)
+    latents = FrameGrid(time).latents(crop.frames) * crop.height * crop.width // space**2
     flops = sum(autoencoder_flops(config.model, crop.frames, crop.height, crop.width))
     return dict(
         init=loss.init,

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from dit_jax.types import Params
@@ -44,20 +43,6 @@ def hinge_discriminator_loss(
 def hinge_generator_loss(fake: Float[Array, "b i j k"], mask: Mask = None) -> Float[Array, ""]:
     """The mean of ``-fake``."""
     return -masked_mean(fake, mask)
-
-
-def logistic_discriminator_loss(
-    real: Float[Array, "b i j k"], fake: Float[Array, "b i j k"], mask: Mask = None
-) -> Float[Array, ""]:
-    """Half the mean cross-entropy of real ones to 1 and fake ones to 0: log 2 where logits are 0."""
-    return masked_mean(jax.nn.softplus(-real) + jax.nn.softplus(fake), mask) / 2
-
-
-def non_saturating_generator_loss(
-    fake: Float[Array, "b i j k"], mask: Mask = None
-) -> Float[Array, ""]:
-    """The mean of ``-log sigmoid(fake)``: its gradient is largest where fakes are seen through."""
-    return masked_mean(jax.nn.softplus(-fake), mask)
 
 
 def adaptive_weight(
@@ -96,38 +81,3 @@ def last_layer_gradients(
     of_clip = [jax.grad(loss)(clips) for loss in (reconstruction, adversarial)]
     ours, theirs = (back(gradient)[0] for gradient in of_clip)
     return ours, theirs
-
-
-@struct.dataclass
-class LogitAverages:
-    """Moving averages of the logits of real and of fake clips, for ``lecam_penalty``."""
-
-    real: jax.Array | float = 0.0
-    fake: jax.Array | float = 0.0
-
-    def updated(
-        self,
-        real: Float[Array, "b i j k"],
-        fake: Float[Array, "b i j k"],
-        mask: Mask = None,
-        decay: float = 0.99,
-    ) -> LogitAverages:
-        """The averages after a step with these logits."""
-        means = [jax.lax.stop_gradient(masked_mean(logits, mask)) for logits in (real, fake)]
-        blended = [
-            decay * before + (1 - decay) * mean
-            for before, mean in zip((self.real, self.fake), means, strict=True)
-        ]
-        return LogitAverages(*blended)
-
-
-def lecam_penalty(
-    real: Float[Array, "b i j k"],
-    fake: Float[Array, "b i j k"],
-    averages: LogitAverages,
-    mask: Mask = None,
-) -> Float[Array, ""]:
-    """The mean of ``(real - averages.fake)² + (fake - averages.real)²``: holds a discriminator back
-    that would know few clips by heart."""
-    squares = jnp.square(real - averages.fake) + jnp.square(fake - averages.real)
-    return masked_mean(squares, mask)

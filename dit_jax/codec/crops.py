@@ -14,31 +14,23 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from dit_jax.data.packing import RowStreams, read_options, sample_stream
-from dit_jax.data.reader import Reader
-from dit_jax.types import ClipBatch, Sample, Source
+from dit_jax.data.packing import Reader, RowStreams, read_options, sample_stream
+from dit_jax.types import ClipBatch, FrameGrid, NonNegativeInt, PositiveInt, Sample, Source
 
 
 @dataclasses.dataclass(frozen=True)
 class CropConfig:
     """Size of the windows, and how many are a batch."""
 
-    rows: int = 8
+    rows: PositiveInt = 8
     """Windows of the global batch, over all devices."""
-    frames: int = 5
-    height: int = 64
-    width: int = 64
+    frames: PositiveInt = 5
+    height: PositiveInt = 64
+    width: PositiveInt = 64
     flip: bool = True
     """Mirror every second window, left to right."""
-    threads: int = 0
+    threads: NonNegativeInt = 0
     """Threads that read ahead for each row."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "frames", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.crop.{name} is {getattr(self, name)}: it is at least 1.")
-        if self.threads < 0:
-            raise ValueError(f"data.crop.threads is {self.threads}: it is at least 0.")
 
 
 def cut(
@@ -46,14 +38,13 @@ def cut(
 ) -> np.ndarray:
     """A window uint8 ``[t, height, width, 3]`` of 1 + ``time`` n frames, at most ``config.frames``.
 
-    Raises:
-        ValueError: where the clip is smaller than a window, or no pixels.
+    Raises ``ValueError`` if the clip is smaller than a window, or no pixels.
     """
     video, size = sample["video"], (config.height, config.width)
     if video.dtype != np.uint8:
         raise ValueError(f"{what} is {video.dtype}: an autoencoder learns from pixels, uint8.")
     check_window(config, *video.shape[:3], what=what)
-    frames = 1 + (min(len(video), config.frames) - 1) // time * time
+    frames = FrameGrid(time).whole(min(len(video), config.frames))
     t, y, x = (
         int(rng.integers(whole - part + 1))
         for whole, part in zip(video.shape[:3], (frames, *size), strict=True)

@@ -101,30 +101,6 @@ def _check_types(given: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where} has {name} {given[name]!r}: it is true or false.")
 
 
-def autoencoder_to_diffusers(config: AutoencoderKLConfig, size: int = 256) -> dict[str, Any]:
-    """The ``config.json`` of an autoencoder; ``size`` is the image's that it was trained on."""
-    levels = len(config.widths)
-    return {
-        "_class_name": CLASS,
-        "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
-        "block_out_channels": list(config.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": config.channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers,
-        "mid_block_add_attention": config.mid_attention,
-        "norm_num_groups": config.norm_groups,
-        "out_channels": config.channels,
-        "sample_size": size,
-        "scaling_factor": config.scale,
-        "shift_factor": config.shift or None,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": config.post_quant_conv,
-        "use_quant_conv": config.quant_conv,
-    }
-
-
 class _Table:
     """Collects entries: our path and their key of every layer, a kernel and a bias each."""
 

@@ -84,7 +84,7 @@ class CodecRun(Run):
             ("evaluation.frames", self.evaluation.frames),
         ):
             yield (
-                frames is not None and (frames - 1) % time > 0,
+                frames is not None and FrameGrid(time).whole(frames) != frames,
                 f"{name} is {frames}: the model's stride in time is {time}, so give 1 + {time}n.",
             )
         smallest = min(crop.height, crop.width)

@@ -23,7 +23,7 @@ from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencode
 from dit_jax.codec.causal_layers import CACHE
 from dit_jax.codec.codec import TileConfig, check_floating
 from dit_jax.codec.tiling import tiled
-from dit_jax.types import Params
+from dit_jax.types import FrameGrid, Params
 
 Constrain = Callable[[jax.Array], jax.Array]
 
@@ -81,10 +81,6 @@ class VideoCodec:
         """See ``Codec.decode``. Raises ``ValueError`` where the latents have other channels."""
         return np.concatenate(list(self.decode_parts(latents)))
 
-    def decode_many(self, latents: np.ndarray) -> np.ndarray:
-        """Clips of latents ``[b, t', h', w', c]`` of one size at once. Raises as ``decode`` does."""
-        return np.concatenate(list(self._decode_parts(latents)), 1)
-
     def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """``decode``, some frames ``[n, h, w, 3]`` at a time, for clips too long to hold in memory."""
         for part in self._decode_parts(latents[None]):
@@ -104,7 +100,7 @@ class VideoCodec:
     def _lengths(self, videos: np.ndarray) -> list[int]:
         """Frames of the parts in which pixels are encoded."""
         time, n = self.strides[0], self.tiles.frames
-        latents = 1 + (videos.shape[1] - 1) // time
+        latents = FrameGrid(time).latents(videos.shape[1])
         counts = [min(n, latents - start) for start in range(0, latents, n)]
         return [count * time - (time - 1) * (i == 0) for i, count in enumerate(counts)]
 
@@ -168,7 +164,7 @@ class VideoCodec:
         check_floating(clip)
         frames, height, width = clip.shape[:3]
         if (frames - 1) % time or height % space or width % space:
-            near = 1 + (frames - 1) // time * time
+            near = FrameGrid(time).whole(frames)
             down = [max(side // space, 1) * space for side in (height, width)]
             raise ValueError(
                 f"a clip of {frames} frames of {height} x {width}: {self.name} takes 1 + {time}n "

@@ -4,9 +4,9 @@ Make-A-Video (Singer et al. 2022, section 3) learns what things look like and ar
 with captions, and how they move from video without any. Here a clip without a caption trains as one
 whose caption was dropped for guidance.
 
-Which set a place of the stream is filled from follows from the seed and the place alone: Grain
-interleaves the sets in their proportions, and the places are shuffled within windows, so that no row of
-a batch gets always the same set. Each set runs through its own epochs, shuffled anew in each.
+Which set fills a place of the stream follows from the seed and the place alone: Grain interleaves the
+sets in their proportions, and the places are shuffled within windows, so that no row of a batch always
+gets the same set. Each set runs through its own epochs, shuffled anew in each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 
 import grain
@@ -22,7 +21,7 @@ import numpy as np
 
 from dit_jax.data.records import RecordsConfig, RecordsSource
 from dit_jax.files import InputError
-from dit_jax.types import Sample, Source
+from dit_jax.types import PositiveFloat, Sample, Source
 
 WINDOW = 1024
 """Places of the stream that are shuffled together: in each whole one the proportions are kept."""
@@ -32,16 +31,8 @@ WINDOW = 1024
 class MixedSetConfig(RecordsConfig):
     """One set of a mixture: records, and how often they are chosen."""
 
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """A sample is of this set with this probability, over the sum of all weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.weight < math.inf:
-            raise InputError(
-                f"weight={self.weight} of {self.path!r}: it is above 0; leave a set out that is not "
-                "to be drawn"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +45,11 @@ class MixtureConfig:
     splits (``evaluation.records_split``) are its own. Unset: the first that is captioned."""
 
     def __post_init__(self) -> None:
-        if not self.sets:
-            raise InputError("sets is empty: give at least one set of records")
-        if self.shown is not None and not 0 <= self.shown < len(self.sets):
-            raise InputError(f"shown={self.shown}: the sets are 0 to {len(self.sets) - 1}")
+        if (self.shown or 0) not in range(len(self.sets)):
+            raise InputError(
+                f"shown={self.shown} of {len(self.sets)} sets: give at least one set of records, and "
+                "the number of one, from 0"
+            )
 
     @property
     def shown_set(self) -> MixedSetConfig:
@@ -72,34 +64,39 @@ class MixtureConfig:
         return self.sets
 
     def open(self) -> MixedSource:
-        """Opens all sets; raises ``InputError`` if one model cannot learn from all of them."""
+        """Opens all sets. Raises ``InputError`` if one model cannot learn from all of them."""
         parts = [RecordsSource(one) for one in self.sets]
-        # Of each set: pixels or latents, their channels, and what made them. None agrees with all.
-        first = [part[0]["video"] for part in parts]
-        videos = ["pixels" if video.dtype == np.uint8 else "latents" for video in first]
-        _check_equal(parts, videos, "prepare all with one --codec, or all without")
-        channels = [f"{video.shape[-1]} channels" for video in first]
-        _check_equal(parts, channels, "prepare all sets with one codec")
-        codecs = [part.codec and f"latents of the codec {part.codec!r}" for part in parts]
-        _check_equal(parts, codecs, "prepare all sets with one codec")
-        captioned = [part for part in parts if part.config.captioned]
-        read = [part.config.text_states_key and part.text_encoder for part in captioned]
-        states = [one and f"states of the text encoder {one!r}" for one in read]
-        _check_equal(captioned, states, "prepare all captioned sets with one text encoder")
-        labels = ["labels" if part.config.label_key else "no labels" for part in captioned]
-        remedy = "give label_key for each, or captioned=False for those without"
-        _check_equal(captioned, labels, remedy)
+        properties = [(part.config.path, _common(part)) for part in parts]
+        for remedy in properties[0][1]:
+            known = [(path, one[remedy]) for path, one in properties if one[remedy]]
+            for path, value in known:
+                if value != known[0][1]:
+                    one = f"{known[0][0]!r} has {known[0][1]}"
+                    raise InputError(
+                        f"{one} and {path!r} has {value}: {remedy} (data.source.sets)."
+                    )
         return MixedSource(parts, [one.weight for one in self.sets])
 
 
-def _check_equal(parts: Sequence[RecordsSource], values: Sequence[str | None], remedy: str) -> None:
-    known = [(part.config.path, value) for part, value in zip(parts, values, strict=True) if value]
-    for path, value in known:
-        if value != known[0][1]:
-            raise InputError(
-                f"data.source.sets: {known[0][0]!r} has {known[0][1]} and {path!r} has {value}: "
-                f"{remedy}."
-            )
+def _common(part: RecordsSource) -> dict[str, str | None]:
+    """What the sets of a mixture must have in common, by the remedy if they have not; None agrees with
+    everything."""
+    config, video = part.config, part[0]["video"]
+    encoder = part.text_encoder if config.captioned and config.text_states_key else None
+    labels = "labels" if config.label_key else "no labels"
+    return {
+        "prepare all with one --codec, or all without": (
+            "pixels" if video.dtype == np.uint8 else "latents"
+        ),
+        "prepare all sets with one codec, of as many channels": f"{video.shape[-1]} channels",
+        "prepare all sets with one codec": part.codec and f"latents of the codec {part.codec!r}",
+        "prepare all captioned sets with one text encoder": (
+            encoder and f"states of the text encoder {encoder!r}"
+        ),
+        "give label_key for each, or captioned=False for those without": (
+            labels if config.captioned else None
+        ),
+    }
 
 
 class MixedSource:
@@ -111,13 +108,7 @@ class MixedSource:
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
         self.parts, self.weights = tuple(parts), tuple(float(weight) for weight in weights)
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
-        if len(self.parts) != len(self.weights):
-            raise InputError(
-                f"{len(self.parts)} sets and {len(self.weights)} weights: give one for each set"
-            )
-        for i, part in enumerate(self.parts):
-            if not len(part):
-                raise InputError(f"set {i} of the mixture is empty: leave it out")
+        assert len(self.parts) == len(self.weights) and all(map(len, self.parts)), "an empty set"
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -128,8 +119,7 @@ class MixedSource:
 
     def locate(self, index: int) -> tuple[int, int]:
         """The set that a sample is of, and its index there."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} samples")
+        index = range(len(self))[index]
         part = bisect.bisect_right(self._ends, index)
         return part, index - (self._ends[part - 1] if part else 0)
 
@@ -151,7 +141,7 @@ class MixedSource:
             return None
         pairs = zip(sizes, self.parts, strict=True)
         return np.concatenate(
-            [np.zeros((len(p), 4), np.int32) if s is None else s for s, p in pairs]
+            [np.zeros((len(p), 3), np.int32) if s is None else s for s, p in pairs]
         )
 
     def order(self, seed: int) -> grain.MapDataset:
@@ -163,10 +153,9 @@ class MixedSource:
             for start, end, own in zip(starts, self._ends, seeds, strict=False)
         ]
         mixed = grain.MapDataset.mix(orders, self.weights)
+        # A window adds its number to the seed, which must not overflow by that.
         return grain.experimental.WindowShuffleMapDataset(
-            mixed,
-            window_size=WINDOW,
-            seed=int(seeds[-1]) // 2,  # A window adds its number.
+            mixed, window_size=WINDOW, seed=int(seeds[-1]) // 2
         )
 
 

@@ -1,4 +1,4 @@
-"""Rows of packed segments, read by Grain in an order that depends on nothing but the seed.
+"""From a source to rows of packed segments, in an order that depends on nothing but the seed.
 
 Every row of the global batch has a *row stream*: its own samples (every n-th of the shuffled, endlessly
 repeated source, for n rows) and its own packing. A row stream never looks at another, so the global
@@ -6,20 +6,29 @@ batch is the same whichever process makes which rows, and a run goes on with ano
 processes. Packing is Grain's: samples go whole into the first of a few open rows that has room for
 their tokens and their text (NaViT, Dehghani et al. 2023, section 2.3).
 
+Nothing in the data ends a run. A record that cannot be read, does not fit a row or is not finite is
+left out, and is named once by its index in the data set. Whether a record is left out depends on the
+record alone, so a run that is killed and resumed trains on the same samples. Errors of the world (a
+disk that answers EIO) are not the record's: they are tried again, and then end the run, which can be
+resumed.
+
 How a sample becomes tokens is the caller's: this module does not know patches or text encoders.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypedDict, TypeVar
 
 import grain
+import jax
 import numpy as np
+from tqdm import tqdm
 
-from dit_jax.data.mixing import sample_order
-from dit_jax.data.reader import Reader
+from dit_jax.data.mixing import sample_name, sample_order
+from dit_jax.files import InputError, explain, retry
 from dit_jax.types import Batch, NonNegativeInt, PositiveInt, Sample, Source
 
 RUN = "run"
@@ -28,115 +37,181 @@ TOKEN, SEGMENT = "token_fields/", "segment_fields/"
 """What Grain's flat elements put before the names of fields."""
 LAYOUT = ("rows", "row_tokens", "row_text", "row_segments", "bins")
 """Fields of ``PackingConfig`` that decide which samples share a row."""
+FIRST_TRIES = 64
+"""Samples that are tried until one can be used, when a run begins."""
+GROUPS_SHOWN = 5
+"""Sizes that cannot be packed, of which a line is printed each."""
+SizeCheck = Callable[[int, int, int], None]
+"""``check(frames, height, width)`` raises ``ValueError`` for a size that cannot be trained on."""
+T = TypeVar("T")
 AnyBatch = TypeVar("AnyBatch")
 
 
-class Tokenized(TypedDict):
-    """A sample as tokens."""
-
-    tokens: np.ndarray
-    """float32 [l, p]"""
-    positions: np.ndarray
-    """float32 [l, 3]"""
-    frame_ids: np.ndarray
-    """int32 [l]"""
-    text: np.ndarray
-    """int32 [s], or float32 [s, e]"""
-    token_fields: dict[str, np.ndarray]
-    """[l, ...] by name"""
-    segment_fields: dict[str, np.ndarray]
-    """[...] by name"""
+# ---------------------------------------------------------------------------------------------------
+# Samples that can be used
+# ---------------------------------------------------------------------------------------------------
 
 
-Tokenize = Callable[[Sample], Tokenized]
-Augment = Callable[[Sample, np.random.Generator], Sample]
+class DataError(ValueError):
+    """More records than the limit cannot be used; this ends a run in its middle."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PackingConfig:
-    """Shape of the global batch: everything the step is compiled for."""
-
-    rows: PositiveInt = 8
-    """Rows of the global batch, over all devices."""
-    row_tokens: PositiveInt = 256
-    """Tokens of a row; several clips and images share one."""
-    row_text: PositiveInt = 256
-    """Text tokens of a row."""
-    row_segments: PositiveInt = 8
-    """Clips and images in a row at most."""
-    bins: PositiveInt = 8
-    """Rows that are open at once while packing: more leave less padding."""
-    threads: NonNegativeInt = 0
-    """Threads that read ahead for each row; 0 reads and packs all rows in one thread. Reading is
-    ahead of the step either way."""
+def open_source(config: Any) -> Source:
+    """The source of a run: what ``config.open()`` returns, or the config itself if it is a source."""
+    return config.open() if hasattr(config, "open") else config
 
 
-def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None:
-    """Raises ``ValueError`` where a sample could never enter an empty row."""
-    if tokens > config.row_tokens:
-        raise ValueError(
-            f"{what} has {tokens} tokens and a row holds {config.row_tokens}: raise "
-            f"data.packing.row_tokens to at least {tokens}, use larger patches, or leave such "
-            "clips out."
-        )
-    if text > config.row_text:
-        raise ValueError(
-            f"{what} has {text} text tokens and a row holds {config.row_text}: raise "
-            f"data.packing.row_text to at least {text}, or let the text encoder cut captions."
-        )
+class Reader:
+    """Hands the samples of a source to functions, and collects the indices of those left out.
 
+    ``limit`` records may be left out in the middle of a run; one more raises ``DataError``. Those of
+    ``unfit``, bool ``[len(source)]``, are known beforehand: they are not read, and do not count.
+    """
 
-def check_finite(tokenized: Tokenized, what: str) -> None:
-    """Raises ``ValueError`` if the tokens or text states of a sample are not finite."""
-    named = {"tokens": tokenized["tokens"], "text": tokenized["text"]}
-    named |= tokenized["token_fields"] | tokenized["segment_fields"]
-    for name, values in named.items():
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            count = int(values.size - np.isfinite(values).sum())
-            raise ValueError(
-                f"{what} has {count} of {values.size} {name} that are NaN or infinite."
+    def __init__(self, source: Source, limit: int = 0, unfit: np.ndarray | None = None) -> None:
+        if not len(source):
+            raise InputError("the dataset is empty: check data.source's path, split and filters.")
+        self.source, self.limit, self.unfit = source, limit, unfit
+        self.left_out: dict[int, str] = {}
+        """Why each record was left out, by its index in the data set."""
+        self.cut_captions = 0
+        """Captions, each time one is read, of which the end was cut off."""
+        self._lock = threading.Lock()
+
+    def _is_unfit(self, index: int) -> bool:
+        return self.unfit is not None and bool(self.unfit[index])
+
+    def use(self, index: int, function: Callable[[Sample, str], T]) -> T | None:
+        """``function(sample, name)`` of the sample; None if the record is left out.
+
+        Raises ``DataError`` if the limit is passed, ``OSError`` if storage fails repeatedly.
+        """
+        if self._is_unfit(index):
+            return None
+        name = sample_name(self.source, index)
+        try:
+            sample = retry(lambda: self.source[index], f"reading {name}")
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # A source of one's own may raise anything for a damaged record.
+            return self._leave_out(index, name, error)
+        try:
+            return function(sample, name)
+        except ValueError as error:
+            return self._leave_out(index, name, error)
+
+    def _leave_out(self, index: int, name: str, error: Exception) -> None:
+        reason = explain(error)
+        reason = reason if name in reason else f"{name}: {reason}"
+        with self._lock:
+            if index in self.left_out:
+                return
+            self.left_out[index] = reason
+            count = len(self.left_out)
+        # Without the second condition, a stream without any sample would search for ever.
+        if count > self.limit or count >= len(self.source):
+            raise DataError(
+                f"{count} of {len(self.source)} records cannot be used, and at most {self.limit} may "
+                f"be left out (data.max_bad_records). The last: {reason}"
+            ) from error
+        tqdm.write(f"left out: {reason}")
+
+    def first(self, function: Callable[[Sample, str], T]) -> T:
+        """``function`` of the first sample that can be used.
+
+        Raises ``InputError`` if none of the first ``FIRST_TRIES`` can, with the reason of the first.
+        """
+        reason = None
+        for index in range(min(len(self.source), FIRST_TRIES)):
+            if self._is_unfit(index):
+                continue
+            try:
+                return function(self.source[index], sample_name(self.source, index))
+            except (OSError, MemoryError):
+                raise
+            except Exception as error:
+                reason = reason or error
+        raise InputError(
+            f"none of the first {FIRST_TRIES} records can be used. The first: {reason}"
+        ) from reason
+
+    def note_cut(self, caption: str, length: int, limit: int) -> None:
+        """Counts a caption that is longer than the text encoder reads; the first is printed."""
+        with self._lock:
+            self.cut_captions += 1
+            first = self.cut_captions == 1
+        if first:
+            tqdm.write(
+                f"a caption of {length} tokens is cut to the {limit} that the text encoder reads: "
+                f"{caption[:60]!r}... (model.text says how many; others are counted as captions_cut)"
             )
 
-
-def packed_element(
-    config: PackingConfig, tokenized: Tokenized, place: int, name: str
-) -> dict[str, np.ndarray]:
-    """A tokenized sample as an element that Grain packs, checked; ``name`` is how messages name it."""
-    count = len(tokenized["tokens"])
-    check_fits(config, count, len(tokenized["text"]), name)
-    check_finite(tokenized, name)
-    return {
-        **{key: tokenized[key] for key in ("tokens", "positions", "frame_ids", "text")},
-        **{TOKEN + key: values for key, values in tokenized["token_fields"].items()},
-        **{SEGMENT + key: value[None] for key, value in tokenized["segment_fields"].items()},
-        # The place in the endless shuffled order names the sample: the same clip seen again in a
-        # later epoch has noise of its own even within one batch.
-        "sample_ids": np.array([place % 2**32], np.uint32),
-        "num_tokens": np.array([count], np.int32),
-        "num_frames": np.array([tokenized["frame_ids"][-1] + 1], np.int32),
-    }
+    def unfit_names(self, limit: int) -> list[str]:
+        """Names of the first ``limit`` records that were known not to fit before training began."""
+        indices = [] if self.unfit is None else np.flatnonzero(self.unfit)[:limit].tolist()
+        return [sample_name(self.source, index) for index in indices]
 
 
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The data state of all processes, of those that each has of its own rows."""
-    merged: dict[str, Any] = {}
-    for state in states:
-        merged.update(state)
-    runs = [state[RUN] for state in states if RUN in state]
-    if runs:
-        left_out = {index: why for run in runs for index, why in run["left_out"].items()}
-        place = max(run["place"] for run in runs)
-        merged[RUN] = {**runs[0], "place": place, "left_out": left_out}
-    return merged
+def find_unfit(source: Source, check: SizeCheck) -> tuple[np.ndarray | None, list[str]]:
+    """Which records cannot be used, by their stored sizes, without reading them.
+
+    Returns bool ``[n]`` and a line for each size that does not fit; None if the source has no ``sizes``
+    (int32 ``[n, 3]``: frames, height and width; zeros if they are unknown).
+    """
+    sizes = getattr(source, "sizes", None)
+    if sizes is None:
+        return None, []
+    t, h, w = (np.asarray(sizes[:, i], np.int64) for i in range(3))
+    # One number for each size: np.unique of rows takes ten times as long, and there may be millions.
+    unique, first, inverse, counts = np.unique(
+        (t << 40) | (h << 20) | w, return_index=True, return_inverse=True, return_counts=True
+    )
+    bad, lines = np.zeros(len(unique), bool), []
+    for i, code in enumerate(unique.tolist()):
+        size = code >> 40, (code >> 20) & 0xFFFFF, code & 0xFFFFF
+        try:
+            if size[0]:
+                check(*size)
+        except ValueError as error:
+            bad[i] = True
+            name = sample_name(source, int(first[i]))
+            shape = " x ".join(map(str, size))
+            lines.append(f"{counts[i]} of {shape} (the first: {name}): {explain(error)}")
+    return bad[inverse], lines
+
+
+def checked_reader(source: Source, check: SizeCheck, policy: str, limit: int) -> Reader:
+    """A reader under ``data.bad_records`` and ``data.max_bad_records``; what does not fit is printed.
+
+    Raises ``InputError`` if records do not fit and the policy is "refuse", or if none fits.
+    """
+    limit = limit if policy == "skip" else 0
+    unfit, lines = find_unfit(source, check)
+    if unfit is None or not unfit.any():
+        return Reader(source, limit)
+    more = len(lines) - GROUPS_SHOWN
+    lines = lines[:GROUPS_SHOWN] + ([f"and of {more} other sizes"] if more > 0 else [])
+    text = f"{int(unfit.sum())} of {len(unfit)} records cannot be packed:\n  " + "\n  ".join(lines)
+    if policy == "refuse" or unfit.all():
+        remedy = "Leave them out with --data.bad-records skip, or change the data."
+        raise InputError(f"{text}\n{'None is left to train on.' if unfit.all() else remedy}")
+    if jax.process_index() == 0:
+        print(f"{text}\nThey are left out.", flush=True)
+    return Reader(source, limit, unfit)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Streams of rows
+# ---------------------------------------------------------------------------------------------------
 
 
 class RowStreams(Iterator[AnyBatch], Generic[AnyBatch]):
     """Iterates over this process's rows of the global batches, with a state that can be saved.
 
-    ``stream(row, start)`` is the endless stream of the elements of one row, from the place ``start`` of
-    the endless order of samples on, and ``stack`` makes a batch of one element of each. The state is a
-    dict from the number of a row to that stream's own state, JSON throughout, and says what has been
-    *handed out*, not what was read ahead.
+    Row i of the global batch is always fed by stream i: ``stream(row, start)`` is the endless stream of
+    one row's elements, from the place ``start`` of the endless order of samples on, and ``stack`` makes
+    a batch of one element of each. The state is a dict from the number of a row to that stream's own
+    state, JSON throughout, and says what has been *handed out*, not what was read ahead.
 
     ``layout`` is what the streams were packed with. If a saved state has another, its rows have no
     state here: the order of samples goes on behind the last one handed out, in new rows.
@@ -194,7 +269,7 @@ class RowStreams(Iterator[AnyBatch], Generic[AnyBatch]):
             return False
         missing = [row for row in self.rows if str(row) not in state]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"the saved data state has no row {missing[0]} (it has {len(state)}): resume with "
                 "the same data.packing.rows, or start a new run."
             )
@@ -207,6 +282,19 @@ class RowStreams(Iterator[AnyBatch], Generic[AnyBatch]):
     def close(self) -> None:
         """Ends the threads that read ahead."""
         self._batches.close()
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The data state of all processes, of those that each has of its own rows."""
+    merged: dict[str, Any] = {}
+    for state in states:
+        merged.update(state)
+    runs = [state[RUN] for state in states if RUN in state]
+    if runs:
+        left_out = {index: why for run in runs for index, why in run["left_out"].items()}
+        place = max(run["place"] for run in runs)
+        merged[RUN] = {**runs[0], "place": place, "left_out": left_out}
+    return merged
 
 
 def sample_stream(
@@ -224,6 +312,87 @@ def sample_stream(
 def read_options(threads: int) -> grain.ReadOptions:
     """Grain's, of so many threads for each row."""
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads or 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rows of packed tokens
+# ---------------------------------------------------------------------------------------------------
+
+
+class Tokenized(TypedDict):
+    """A sample as tokens."""
+
+    tokens: np.ndarray  # float32 [l, p]
+    positions: np.ndarray  # float32 [l, 3]
+    frame_ids: np.ndarray  # int32 [l]
+    text: np.ndarray  # int32 [s], or float32 [s, e]
+    token_fields: dict[str, np.ndarray]  # [l, ...] by name
+    segment_fields: dict[str, np.ndarray]  # [...] by name
+
+
+Tokenize = Callable[[Sample], Tokenized]
+Augment = Callable[[Sample, np.random.Generator], Sample]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingConfig:
+    """Shape of the global batch: everything the step is compiled for."""
+
+    rows: PositiveInt = 8
+    """Rows of the global batch, over all devices."""
+    row_tokens: PositiveInt = 256
+    """Tokens of a row; several clips and images share one."""
+    row_text: PositiveInt = 256
+    """Text tokens of a row."""
+    row_segments: PositiveInt = 8
+    """Clips and images in a row at most."""
+    bins: PositiveInt = 8
+    """Rows that are open at once while packing: more leave less padding."""
+    threads: NonNegativeInt = 0
+    """Threads that read ahead for each row; 0 reads and packs all rows in one thread. Reading is
+    ahead of the step either way."""
+
+
+def check_fits(config: PackingConfig, tokens: int, text: int, what: str) -> None:
+    """Raises ``ValueError`` if a sample could never enter an empty row."""
+    for name, count, field, remedy in (
+        ("tokens", tokens, "row_tokens", "use larger patches, or leave such clips out"),
+        ("text tokens", text, "row_text", "or let the text encoder cut captions"),
+    ):
+        if count > (room := getattr(config, field)):
+            raise ValueError(
+                f"{what} has {count} {name} and a row holds {room}: raise data.packing.{field} to at "
+                f"least {count}, {remedy}."
+            )
+
+
+def check_tokenized(config: PackingConfig, tokenized: Tokenized, what: str) -> None:
+    """Raises ``ValueError`` if a sample does not fit, or if a value of it is not finite."""
+    check_fits(config, len(tokenized["tokens"]), len(tokenized["text"]), what)
+    named = {"tokens": tokenized["tokens"], "text": tokenized["text"]}
+    named |= tokenized["token_fields"] | tokenized["segment_fields"]
+    for name, values in named.items():
+        if values.dtype.kind == "f" and (count := int((~np.isfinite(values)).sum())):
+            raise ValueError(
+                f"{what} has {count} of {values.size} {name} that are NaN or infinite."
+            )
+
+
+def packed_element(
+    config: PackingConfig, tokenized: Tokenized, place: int, name: str
+) -> dict[str, np.ndarray]:
+    """A tokenized sample as an element that Grain packs, checked; ``name`` is how messages name it."""
+    check_tokenized(config, tokenized, name)
+    return {
+        **{key: tokenized[key] for key in ("tokens", "positions", "frame_ids", "text")},
+        **{TOKEN + key: values for key, values in tokenized["token_fields"].items()},
+        **{SEGMENT + key: value[None] for key, value in tokenized["segment_fields"].items()},
+        # The place in the endless shuffled order names the sample: the same clip seen again in a
+        # later epoch has noise of its own even within one batch.
+        "sample_ids": np.array([place % 2**32], np.uint32),
+        "num_tokens": np.array([len(tokenized["tokens"])], np.int32),
+        "num_frames": np.array([tokenized["frame_ids"][-1] + 1], np.int32),
+    }
 
 
 class Loader(RowStreams[Batch]):
@@ -279,24 +448,20 @@ class Loader(RowStreams[Batch]):
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """A batch of one packed element a row; Grain adds ``NAME_segment_ids`` and ``NAME_positions``."""
     stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     def fields(prefix: str) -> dict[str, Any]:
         return {k.removeprefix(prefix): v for k, v in stacked.items() if k.startswith(prefix)}
 
+    same = ("tokens", "positions", "frame_ids", "text", "text_segment_ids")
+    same += ("sample_ids", "num_tokens", "num_frames")
     return Batch(
-        tokens=stacked["tokens"],
-        positions=stacked["positions"],
         segment_ids=stacked["tokens_segment_ids"],
-        frame_ids=stacked["frame_ids"],
         token_ids=stacked["tokens_positions"],
-        text=stacked["text"],
-        text_segment_ids=stacked["text_segment_ids"],
-        sample_ids=stacked["sample_ids"],
-        num_tokens=stacked["num_tokens"],
-        num_frames=stacked["num_frames"],
         token_fields=fields(TOKEN),
         segment_fields=fields(SEGMENT),
+        **{key: stacked[key] for key in same},
     )
 
 

@@ -1,14 +1,13 @@
 """TFDS builders in ArrayRecord format, read without TensorFlow.
 
-`RecordsSource` is the random-access source over one split of a builder that `prepare.writing` made, or
-of any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded
-videos and encoded image features (png, jpeg) are decoded with PyAV, because TFDS itself asks for
-TensorFlow, OpenCV or Pillow.
+``RecordsSource`` is the random-access source over one split of a builder that ``prepare`` wrote, or of
+any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded videos
+and images are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenCV or Pillow.
 
-Opening reads the metadata and one record, however many shards there are: the number of records in each
-is in dataset_info.json, and a shard is opened when one of its records is read. What is wrong with a
-record is a `BadRecord`, which names it; what is wrong with the disk keeps its own type. TFRecord files
-and the Video feature of TFDS are not read: both need TensorFlow.
+Opening reads the metadata and one record, however many shards there are: a shard is opened when one of
+its records is read. What is wrong with a record is a ``BadRecord``, which names it; what is wrong with
+the disk keeps its own type. TFRecord files and the Video feature of TFDS are not read: both need
+TensorFlow.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
 from dit_jax.data.transforms import take_caption
-from dit_jax.files import InputError, MiB, as_path, explain, is_remote, read_bytes
-from dit_jax.types import Sample
+from dit_jax.files import InputError, MiB, as_path, explain, is_remote, read_bytes, refuse_if
+from dit_jax.types import PositiveFloat, Sample
 
 CODEC, CODEC_NAME = "codec", "codec_name"
 """Where a builder's metadata say which codec made its latents: its hash, and its name."""
@@ -63,6 +62,8 @@ OURS = "tensorflow_datasets."
 """TFDS imports the classes of features by their names: no other module is imported for a data set."""
 NO_STATES = np.zeros((0, 1), np.float32)
 """The states of a caption that is absent, or was dropped."""
+LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it to a local disk"
+STORE_AGAIN = "store them again by dit_jax.prepare.writing.write_records"
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
 _MODULE = re.compile(re.escape(OURS) + r"[\w.]+")
 _SHARD = re.compile(r".*-(\w+)\.array_record-(\d+)-of-\d+")
@@ -87,7 +88,7 @@ class RecordsConfig:
     """Words for the values of the template's one feature; by default those of its ClassLabel."""
     text_states_key: str | None = None
     """A float feature [s, e]: the caption as a text encoder's states."""
-    caption_mix: tuple[tuple[str, float], ...] = ()
+    caption_mix: tuple[tuple[str, PositiveFloat], ...] = ()
     """Features of text and their weights, such as (("caption_descriptive", 0.95), ("caption", 0.05)):
     training chooses one of them for each sample in each epoch, among those that are not empty there.
     All else uses the caption above, or, if that is empty, the first of the mix that is not."""
@@ -96,7 +97,7 @@ class RecordsConfig:
     label_key: str | None = None
     """An integer feature, the class: the segment field "label". Captions may be absent then."""
     fps_key: str | None = "fps"
-    fps: float = 8.0
+    fps: PositiveFloat = 8.0
     """The frame rate if ``fps_key`` is None, or "fps" and absent."""
     data_dir: str | None = None
     """Where TFDS seeks a name; by default in its own place."""
@@ -105,19 +106,14 @@ class RecordsConfig:
     every sample is as one whose caption was dropped."""
 
     def __post_init__(self) -> None:
-        for wrong, message in self._constraints():
-            if wrong:
-                raise InputError(message)
+        refuse_if(self._constraints())
 
     def _constraints(self) -> Iterator[tuple[bool, str]]:
+        """What must not be true of the fields, and what to say if it is."""
         yield not self.path, "path is empty: give a builder's directory or the name of a data set"
         for name in ("path", "data_dir"):
-            yield (
-                is_remote(getattr(self, name) or ""),
-                f"data.source.{name} is {getattr(self, name)!r}, and ArrayRecord reads local files: "
-                "mount the bucket by gcsfuse, or copy the records to a local disk (docs/storage.md).",
-            )
-        yield not self.fps > 0, f"fps={self.fps}: give a positive number of frames a second"
+            value = getattr(self, name)
+            yield is_remote(value or ""), f"data.source.{name} is {value!r}, and {LOCAL}."
         template = f"caption_template={self.caption_template!r}"
         try:
             keys = self.template_keys
@@ -130,16 +126,12 @@ class RecordsConfig:
         )
         yield (
             bool(self.label_names) and len(keys) != 1,
-            f"label_names with {template}: names belong to the one feature of a template; give a "
-            "template with exactly one feature in braces",
+            f"label_names with {template}: give a template with exactly one feature in braces",
         )
         names = [name for name, _ in self.caption_mix]
-        weights = [weight for _, weight in self.caption_mix]
         yield (
-            any(not 0 < weight < float("inf") for weight in weights)
-            or len(set(names)) < len(names),
-            f"caption_mix={self.caption_mix}: name each feature once, with a weight above 0; leave out "
-            "what is not to be drawn",
+            len(set(names)) < len(names),
+            f"caption_mix={self.caption_mix}: name each feature once",
         )
         count = len(names) if self.text_states_key is not None else 0
         yield (
@@ -185,17 +177,15 @@ class RecordsConfig:
 
 
 class BadRecord(ValueError):
-    """A record that cannot be read or is no sample: damaged, of a wrong shape, or not finite.
+    """A record that cannot be read or is no sample; ``index`` is its own in the split, as it is sliced.
 
     Training leaves it out and counts it.
     """
 
     def __init__(self, where: str, index: int, reason: str) -> None:
+        # Exceptions are pickled by these arguments.
         super().__init__(where, index, reason)
-        self.index = index
-        """In the data set: of the split, as it is sliced."""
-        self.reason = reason
-        self._where = where
+        self.index, self.reason, self._where = index, reason, where
 
     def __str__(self) -> str:
         return f"record {self.index} of {self._where}: {self.reason}"
@@ -264,14 +254,12 @@ class _Shards:
 
 
 class RecordsSource:
-    """The random-access source over one split of a builder.
+    """The random-access source over one split of a builder: deterministic, picklable (files are opened
+    again) and usable from threads.
 
-    A sample's video is uint8 [t, h, w, 3], or float32 [t, h, w, c] if it holds latents. The source is
-    deterministic, picklable (files are opened again) and usable from threads.
-
-    Opening raises InputError for an absent or foreign directory, an absent or empty split, a missing
-    feature, and records that are no clips. Reading raises BadRecord for a record that cannot be used,
-    and OSError for the errors of the disk.
+    A sample's video is uint8 [t, h, w, 3], or float32 [t, h, w, c] if it holds latents. Opening raises
+    InputError for data that are absent, foreign, empty or no clips. Reading raises BadRecord for a
+    record that cannot be used, and OSError for the errors of the disk.
     """
 
     def __init__(self, config: RecordsConfig) -> None:
@@ -291,18 +279,15 @@ class RecordsSource:
         config = self.config
         builder = find_builder(config.path, config.data_dir)
         self._features = features = builder.info.features
-        for wrong, message in _faults(builder, config):
-            if wrong:
-                raise InputError(message)
+        refuse_if(_faults(builder, config))
         metadata = builder.info.metadata or {}
         self._videos = set(metadata.get(ENCODED_VIDEOS) or ())
         # Images are handed over as they are encoded, also those that nobody asked for.
         self._images = {k for k in features if isinstance(features[k], tfds.features.Image)}
         self._decoders = {key: tfds.decode.SkipDecoding() for key in self._images}
+        # Hashes of the codec that made the latents, and of the text encoder that made the states.
         self.codec: str | None = metadata.get(CODEC)
-        """The hash of the codec that made the latents, if the builder says so."""
         self.text_encoder: str | None = metadata.get(TEXT_ENCODER)
-        """The hash of the text encoder that made the states of captions, if the builder says so."""
         self.text_encoder_name: str | None = metadata.get(TEXT_ENCODER_NAME)
         self._has_fps = config.fps_key is not None and config.fps_key in features
         self._names = {
@@ -320,36 +305,26 @@ class RecordsSource:
 
     @functools.cached_property
     def sizes(self) -> np.ndarray | None:
-        """int32 [n, 4]: frames, height and width of every record as it is stored, and its text.
-
-        The last is the number of its states if the config reads "text_states", the bytes of its
-        caption if it reads "caption" alone, and otherwise 0. None if the builder does not say sizes.
-        """
-        config, parts = self.config, []
-        tables: dict[tuple[Path, str], np.ndarray] = {}
+        """int32 [n, 3]: frames, height and width of every record as it is stored; None if the builder
+        does not say them."""
+        if self.config.video_key != "video":
+            return None
+        parts, tables = [], {}
         try:
             for path, first, end in self._records.spans:
                 match = _SHARD.fullmatch(path.name)
                 assert match is not None
-                split, before = match[1], sum(self._lengths[match[1]][: int(match[2])])
-                if (place := (path.parent, split)) not in tables:
-                    tables[place] = np.load(path.parent / f"sizes-{split}.npy", mmap_mode="r")
-                    if tables[place].shape != (sum(self._lengths[split]), len(SIZES)):
-                        return None
-                parts.append(tables[place][before + first : before + end])
+                lengths, number = self._lengths[match[1]], int(match[2])
+                table = path.parent / f"sizes-{match[1]}.npy"
+                if table not in tables:
+                    tables[table] = np.load(table, mmap_mode="r")
+                if tables[table].shape != (sum(lengths), len(SIZES)):
+                    return None
+                before = sum(lengths[:number])
+                parts.append(tables[table][before + first : before + end, :3])
         except (OSError, ValueError):
             return None
-        sizes = np.concatenate(parts)
-        if config.video_key != "video":
-            return None
-        plain = config.caption_template is None and config.text_states_key is None
-        if config.captioned and config.text_states_key == STATES:
-            text = sizes[:, 4]
-        elif config.captioned and config.caption_key == "caption" and plain:
-            text = sizes[:, 3]
-        else:
-            text = np.zeros(len(sizes), np.int32)
-        return np.concatenate([sizes[:, :3], text[:, None]], 1)
+        return np.concatenate(parts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -366,14 +341,13 @@ class RecordsSource:
         return f"record {index} of {self.config.path!r}"
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} records")
+        index = range(len(self))[index]
         try:
             return self._sample(self._records.read(index))
         except (ImportError, AttributeError) as error:
             raise InputError(
                 f"record {index} of {self.config.path!r} has features that cannot be decoded without "
-                f"TensorFlow ({error}): store them again, see dit_jax.prepare.writing.write_records"
+                f"TensorFlow ({error}): {STORE_AGAIN}"
             ) from error
         except (OSError, MemoryError):
             raise
@@ -381,7 +355,7 @@ class RecordsSource:
         except Exception as error:
             path, number = self._records.place(index)
             where = f"{self.config.path!r} (number {number} of {path.name})"
-            raise BadRecord(where, int(index), explain(error)) from error
+            raise BadRecord(where, index, explain(error)) from error
 
     def _sample(self, data: bytes) -> Sample:
         config, key = self.config, self.config.video_key
@@ -393,11 +367,9 @@ class RecordsSource:
         keys += [config.fps_key] if self._has_fps else []
         missing = [str(name) for name in keys if record.get(name) is None]
         _expect(not missing, f"it has no {', '.join(missing)}" if data else "the file was cut")
-        decode = {
-            **dict.fromkeys(self._images, _decode_image),
-            **dict.fromkeys(self._videos, decode_video),
-        }
-        video = decode[key](record[key]) if key in decode else record[key]
+        video = record[key]
+        if key in self._videos or key in self._images:
+            video = (decode_video if key in self._videos else _decode_image)(video)
         sample: Sample = {
             "video": _finite(as_video(video, f"feature {key!r}"), key),
             "caption": "",
@@ -416,12 +388,12 @@ class RecordsSource:
             sample["text_states"] = _read_states(record, config.text_states_key)
         if config.label_key is not None:
             sample["segment_fields"] = {"label": int(record[config.label_key])}
-        if names := [name for name, _ in config.caption_mix]:
-            captions = {name: self._text(record[name]) for name in names}
-            states = zip(names, config.caption_mix_states, strict=False)
-            sample["captions"] = captions
+        if config.caption_mix:
+            names = [name for name, _ in config.caption_mix]
+            sample["captions"] = captions = {name: self._text(record[name]) for name in names}
             if config.caption_mix_states:
-                sample["captions_states"] = {n: _read_states(record, k) for n, k in states}
+                pairs = zip(names, config.caption_mix_states, strict=True)
+                sample["captions_states"] = {n: _read_states(record, key) for n, key in pairs}
             first = next((name for name in names if captions[name]), None)
             if not sample["caption"] and first is not None:
                 take_caption(sample, first)
@@ -433,8 +405,7 @@ class RecordsSource:
             return self._text(value)
         _expect(
             0 <= int(value) < len(names),
-            f"{key}={value} of {self.config.path!r} has no name among label_names, which has "
-            f"{len(names)}: give a name for every value",
+            f"{key}={value} has no name among label_names, which has {len(names)}",
         )
         return names[int(value)]
 
@@ -460,70 +431,45 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
     No code of the data set's is run: a feature whose class is not one of TFDS's is refused.
     """
     path = Path(name).expanduser()
-    if is_remote(name):
-        why = (
-            "ArrayRecord files are read from disks only. Mount the bucket (gcsfuse) and give the path "
-            "there, or copy the data to a local disk (gcloud storage cp -r)."
-        )
-    elif not path.is_dir():
-        return _named_builder(name, data_dir)
-    elif not (path / "dataset_info.json").is_file():
-        inside = sorted(str(p.parent) for p in path.glob("**/dataset_info.json"))
-        hint = f"; it holds {', '.join(inside)}" if inside else ""
-        why = (
-            f"it is not a TFDS builder, it has no dataset_info.json{hint}: give the directory of a "
-            "version, such as name/1.0.0"
-        )
-    else:
-        try:
+    try:
+        if is_remote(name):
+            why = LOCAL
+        elif not path.is_dir():
+            # NAMESPACE:NAME loads code of others, and NAME/a=1 passes arguments to a builder's code.
+            _expect(_NAME.fullmatch(name) is not None, "it is no name")
+            stem = naming.parse_builder_name_kwargs(name)[0].name
+            for folder in file_utils.list_data_dirs(given_data_dir=data_dir):
+                for file in Path(folder).expanduser().glob(f"{stem}/**/features.json"):
+                    _check_classes(file.parent)
+            builder = tfds.builder(name, try_gcs=False, data_dir=data_dir)
+            if builder.is_prepared():
+                return builder
+            why = f"it is not prepared in {builder.data_dir}: run `tfds build {name} "
+            why += "--file_format=array_record`, or give the right data_dir"
+        elif (path / "dataset_info.json").is_file():
             _check_classes(path)
             return tfds.builder_from_directory(path)
-        except ImportError as error:
-            why = (
-                f"it has features that need TensorFlow ({error}): store it again, see "
-                "dit_jax.prepare.writing.write_records"
-            )
-        except (InputError, OSError):
-            raise
-        # The parsers of JSON, protobuf and TFDS have errors of their own.
-        except Exception as error:
-            why = (
-                f"it is not a TFDS builder, its metadata cannot be read ({explain(error)}): write or "
-                "copy it again"
-            )
-    raise InputError(f"{name!r}: {why}")
-
-
-def _named_builder(name: str, data_dir: str | None) -> Any:
-    try:
-        # NAMESPACE:NAME loads code of others, and NAME/a=1 passes arguments to a builder's code.
-        _expect(_NAME.fullmatch(name) is not None, "it is no name")
-        stem = naming.parse_builder_name_kwargs(name)[0].name
-        for folder in file_utils.list_data_dirs(given_data_dir=data_dir):
-            for file in Path(folder).expanduser().glob(f"{stem}/**/features.json"):
-                _check_classes(file.parent)
-        builder = tfds.builder(name, try_gcs=False, data_dir=data_dir)
-    except InputError:
+        else:
+            inside = ", ".join(sorted(str(p.parent) for p in path.glob("**/dataset_info.json")))
+            why = "it has no dataset_info.json" + (f"; it holds {inside}" if inside else "")
+            why += ": give the directory of a builder's version, such as name/1.0.0"
+    except ImportError as error:
+        why = f"it has features that need TensorFlow ({error}): {STORE_AGAIN}"
+    except (InputError, OSError):
         raise
-    # A name may be refused in several ways.
-    except (tfds.core.DatasetNotFoundError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{name!r} is neither a directory nor the name of a TFDS data set: check the "
-            "spelling, or write the builder first"
-        ) from error
-    if not builder.is_prepared():
-        raise InputError(
-            f"data set {name!r} is not prepared in {builder.data_dir}: run "
-            f"`tfds build {name} --file_format=array_record`, or give the right data_dir"
-        )
-    return builder
+    # A name may be refused in several ways, and the parsers of metadata have errors of their own.
+    except Exception as error:
+        why = "it is neither a directory nor the name of a TFDS data set: check the spelling"
+        if path.is_dir():
+            why = f"its metadata cannot be read ({explain(error)}): write or copy it again"
+    raise InputError(f"{name!r}: {why}")
 
 
 def _check_classes(folder: Path) -> None:
     """Refuses a builder whose metadata name a class outside TFDS, which TFDS would import and so run.
 
-    Names are in ``pythonClassName``, or in ``type`` in files of older versions, at any depth; also in
-    JSON within strings, which TFDS parses too.
+    Names are in ``pythonClassName``, or in ``type`` in older files, at any depth; also in JSON within
+    strings, which TFDS parses too.
     """
     for file in (folder / "features.json", folder / "dataset_info.json"):
         if not file.is_file():
@@ -543,11 +489,8 @@ def _check_classes(folder: Path) -> None:
                 values += value
             elif isinstance(value, dict):
                 values += value.values()
-                classes |= {
-                    value.get(key)
-                    for key in ("pythonClassName", "python_class_name", "type")
-                    if isinstance(value.get(key), str)
-                }
+                names = (value.get(key) for key in ("pythonClassName", "python_class_name", "type"))
+                classes |= {name for name in names if isinstance(name, str)}
         foreign = sorted(name for name in classes if not _MODULE.fullmatch(name))
         if foreign:
             raise InputError(
@@ -561,11 +504,9 @@ def _faults(builder: Any, config: RecordsConfig) -> Iterator[tuple[bool, str]]:
     path, features, splits = config.path, builder.info.features, builder.info.splits
     choices = ", ".join(f"{k} ({v.num_examples})" for k, v in splits.items()) or "none"
     # "train[:10%]+test" names two splits; what is in brackets TFDS reads itself.
-    for name in re.sub(r"\[[^]]*\]", "", config.split).split("+"):
-        yield (
-            name.strip() not in splits,
-            f"split {name.strip()!r} is not in {path!r}: choose one of {choices}",
-        )
+    names = [name.strip() for name in re.sub(r"\[[^]]*\]", "", config.split).split("+")]
+    absent = [name for name in names if name not in splits]
+    yield bool(absent), f"split {absent} is not in {path!r}: choose one of {choices}"
     keys = {"video_key": (config.video_key,), **config.text_keys}
     # The default frame rate stands in for the default key only: another key is meant to exist.
     keys["fps_key"] = () if config.fps_key in (None, "fps") else (config.fps_key,)
@@ -577,19 +518,18 @@ def _faults(builder: Any, config: RecordsConfig) -> Iterator[tuple[bool, str]]:
         )
     yield (
         builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD,
-        f"{path!r} is stored as {builder.info.file_format}, which needs TensorFlow to be read: prepare "
-        "it with file_format='array_record', or convert it with `tfds convert_format "
-        "--out_file_format=array_record`",
+        f"{path!r} is stored as {builder.info.file_format}, which needs TensorFlow to be read: convert "
+        "it with `tfds convert_format --out_file_format=array_record`",
     )
     why = "no records"
     try:
         empty = not splits[config.split].file_instructions
     except Exception as error:  # TFDS parses the split, and its errors are of several types.
         empty, why = True, str(error)
-    yield (
-        empty,
-        f"split {config.split!r} of {path!r} is empty or malformed ({why}): choose one of {choices}",
+    message = (
+        f"split {config.split!r} of {path!r} is empty or malformed ({why}): choose of {choices}"
     )
+    yield empty, message
 
 
 def _expect(condition: bool, message: str) -> None:
@@ -599,41 +539,34 @@ def _expect(condition: bool, message: str) -> None:
 
 
 def _decode_image(data: bytes) -> np.ndarray:
-    """Encoded png or jpeg to uint8 [1, h, w, 3]; ValueError if it is damaged."""
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            # One small picture: starting threads costs more than decoding it.
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            # Or the rest of a JPEG that was cut is grey.
-            stream.codec_context.options = {"err_detect": "explode"}
-            return next(container.decode(stream)).to_ndarray(format="rgb24")
-    except (FFmpegError, IndexError, StopIteration) as error:
-        raise ValueError(
-            f"an image of {len(data)} bytes could not be decoded ({error}): the record is damaged"
-        ) from error
+    """Encoded png or jpeg to uint8 [1, h, w, 3]."""
+    return _decode(data, True)
 
 
 def decode_video(data: bytes) -> np.ndarray:
-    """uint8 RGB ``[t, h, w, 3]`` of the bytes that ``prepare.encoded.encode_video`` makes.
+    """uint8 RGB ``[t, h, w, 3]`` of the bytes that ``prepare.encoded.encode_video`` makes."""
+    return _decode(data, False)
 
-    Raises ``ValueError`` if they are damaged: FFmpeg would fill the gaps with what it guesses.
-    """
+
+def _decode(data: bytes, image: bool) -> np.ndarray:
+    """Raises ``ValueError`` for damaged bytes: FFmpeg would fill the gaps with what it guesses."""
     frames: list[np.ndarray] = []
     try:
         with av.open(io.BytesIO(data), "r") as container:
-            count = container.metadata.get(FRAMES_TAG)
+            count = "1" if image else container.metadata.get(FRAMES_TAG)
             stream = container.streams.video[0]
-            # The loader reads several clips at once: more threads for each only take turns.
+            # The loader reads several records at once: more threads for each only take turns.
             stream.thread_type = "NONE"
+            if image:  # Or the rest of a JPEG that was cut is grey.
+                stream.codec_context.options = {"err_detect": "explode"}
             for frame in container.decode(stream):
-                _expect(not frame.is_corrupt, f"frame {len(frames)} of an encoded video is damaged")
-                frames.append(frame.to_ndarray())
+                _expect(image or not frame.is_corrupt, f"encoded frame {len(frames)} is damaged")
+                frames.append(frame.to_ndarray(format="rgb24" if image else None))
+                if image:
+                    break
     except (FFmpegError, IndexError) as error:
-        raise ValueError(
-            f"an encoded video of {len(data)} bytes could not be decoded ({error})"
-        ) from error
-    _expect(str(len(frames)) == count, f"an encoded video has {len(frames)} frames of {count}")
+        raise ValueError(f"{len(data)} encoded bytes could not be decoded ({error})") from error
+    _expect(str(len(frames)) == count, f"{len(frames)} of {count} encoded frames are there")
     return np.stack(frames)
 
 

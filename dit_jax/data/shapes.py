@@ -1,24 +1,28 @@
-"""Captioned moving shapes: the embedded default data set, drawn on the fly, nothing to download.
+"""Captioned moving shapes: the built-in data set, drawn on the fly, nothing to download.
 
-A scene is one filled shape (circle, square, triangle, cross) in a saturated colour that glides in a
-straight line over a dark grey background; its caption names size, colour, shape and direction, so
-text following can be judged exactly (`dit_jax.evaluate.judge`). Every example is a function of
-(seed, index) alone. A fixed eighth of the (colour, shape, direction) triples is held out of
-training, so that composition, and not recall, can be measured.
+A scene is one filled shape that glides in a straight line over a dark grey background; its caption
+names size, colour, shape and direction, so that text following can be measured exactly
+(``dit_jax.evaluate.judge``). With the centre of frame ``k`` and a pixel's share ``a`` of the shape::
 
-It does not encode, patch or batch: sizes and frame counts that a codec or patcher cannot take
-are refused there, not here.
+    (x_k, y_k) = (x_0, y_0) + k speed (dx, dy)                                                    (1)
+    pixel = a colour + (1 - a) background,  a = clip(1/2 - signed distance to the outline, 0, 1)   (2)
+
+Every example is a function of (seed, index) alone. An eighth of the (colour, shape, direction) triples
+is held out of training, so that composition, and not recall, can be measured.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from dit_jax.types import Sample
+from dit_jax.types import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Sample
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 COLORS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
@@ -42,7 +46,7 @@ STEPS: Mapping[str, tuple[int, int]] = MappingProxyType(
 RADII: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"small": (4.0, 5.0), "big": (7.0, 8.0)}
 )
-SPEEDS = (0.75, 1.5)  # px/frame, where the canvas has room
+SPEEDS = (0.75, 1.5)  # px/frame, if the canvas has room
 MIN_SPEED = 0.5  # px/frame: slower than this, a five-frame clip hardly moves
 MARGIN = 0.25  # px kept free between the shape's outline and the frame
 MAX_SHADE = 0.2
@@ -66,53 +70,37 @@ AREAS: Mapping[str, float] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip, fully determined: `render` draws it and `caption` says it.
-
-    `x`, `y` are the centre of the shape's bounding box in the first frame, in px from the top left
-    corner (pixel i covers [i, i+1)); `speed` is in px/frame, `radius` in px (half extents are
-    `EXTENTS[shape] * radius`), `shade` the grey of the background in [0, 1]. A `direction` of None
-    is a shape that rests: a still image where `frames` is 1.
-
-    Raises ValueError for an unknown word and for a path that leaves the frame.
-    """
+    """One clip, fully determined: ``render`` draws it and ``caption`` says it."""
 
     shape: str
     color: str
     size: str
     direction: str | None
+    """None is a shape that rests: a still image if ``frames`` is 1."""
     frames: int
     height: int
     width: int
     x: float
     y: float
+    """Centre of the shape's bounding box in the first frame, in px from the top left corner: pixel i
+    covers [i, i+1)."""
     speed: float
+    """In px a frame."""
     radius: float
+    """In px; half extents are ``EXTENTS[shape] * radius``."""
     shade: float = 0.0
+    """The grey of the background, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        words = (("shape", SHAPES), ("color", tuple(COLORS)), ("size", SIZES))
-        for field, known in words:
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown: use one of {known}")
-        if self.direction is not None and self.direction not in DIRECTIONS:
-            raise ValueError(f"direction={self.direction!r}: use one of {DIRECTIONS} or None")
-        if self.frames < 1 or (self.frames == 1 and self.direction is not None):
-            raise ValueError(
-                f"frames={self.frames} with direction={self.direction!r}: a moving scene needs two "
-                "frames or more; give direction=None for a still image"
-            )
+        assert self.shape in SHAPES and self.color in COLORS and self.size in SIZES, self
+        assert self.direction in (None, *DIRECTIONS), self
+        assert self.frames > (self.direction is not None), self  # One frame shows no motion.
         reach = EXTENTS[self.shape] * self.radius
-        x, y = self.centers()
-        for name, ways, limit in (("x", x, self.width), ("y", y, self.height)):
-            low, high = min(ways[0], ways[-1]) - reach, max(ways[0], ways[-1]) + reach
-            if low < 0 or high > limit:
-                raise ValueError(
-                    f"the shape spans {name} = {low:.2f}..{high:.2f} px and must stay in "
-                    f"0..{limit}: take a smaller radius or speed, fewer frames, or another start"
-                )
+        for path, limit in zip(self.centers(), (self.width, self.height), strict=True):
+            assert reach <= path.min() and path.max() + reach <= limit, f"{self} leaves its frame"
 
     def centers(self) -> tuple[np.ndarray, np.ndarray]:
-        """Centre of every frame: x and y, float64 [t] each, in px."""
+        """Centre of every frame by equation (1): x and y, float64 [t] each, in px."""
         dx, dy = STEPS[self.direction] if self.direction else (0, 0)
         way = self.speed * np.arange(self.frames)
         return self.x + dx * way, self.y + dy * way
@@ -129,13 +117,13 @@ def coverage(
 ) -> np.ndarray:
     """Share of each pixel that lies in the shape: float32 [t, h, w] in [0, 1].
 
-    `x`, `y` [t] are centres of the bounding box in px and `radius` a scalar or [t] in px. Squares
-    and crosses are exact area coverage; circles and triangles take it from the signed distance.
+    ``x``, ``y`` [t] are centres of the bounding box in px and ``radius`` is a scalar or [t] in px.
+    Squares and crosses are exact area coverage; circles and triangles are equation (2).
     """
     r = np.asarray(radius, np.float32).reshape(-1, 1)
     px = np.arange(width, dtype=np.float32) + 0.5 - np.asarray(x, np.float32)[:, None]
     py = np.arange(height, dtype=np.float32) + 0.5 - np.asarray(y, np.float32)[:, None]
-    rows, cols = py[:, :, None], px[:, None, :]
+    rows, cols = py[:, :, None], px[:, None, :]  # [t, h, 1] and [t, 1, w]
     if shape == "circle":
         distance = np.sqrt(rows * rows + cols * cols) - r[:, :, None]
         return np.clip(0.5 - distance, 0, 1)
@@ -145,22 +133,21 @@ def coverage(
         long, short = _CROSS * r, _ARM * _CROSS * r
         inner_y, inner_x = _span(rows, short), _span(cols, short)
         return _span(rows, long) * inner_x + inner_y * (_span(cols, long) - inner_x)
-    if shape == "triangle":
-        # Apex up, base as wide as the triangle is high: the sides are the lines 2|x| - y = extent.
-        reach = (_TRIANGLE * r)[:, :, None]
-        side = (2 * np.abs(cols) - rows - reach) / np.float32(np.sqrt(5))
-        return np.clip(0.5 - side, 0, 1) * np.clip(0.5 + reach - rows, 0, 1)
-    raise ValueError(f"shape={shape!r} is unknown: use one of {SHAPES}")
+    assert shape == "triangle", shape
+    # Apex up, base as wide as the triangle is high: the sides are the lines 2|x| - y = extent.
+    reach = (_TRIANGLE * r)[:, :, None]
+    side = (2 * np.abs(cols) - rows - reach) / np.float32(np.sqrt(5))
+    return np.clip(0.5 - side, 0, 1) * np.clip(0.5 + reach - rows, 0, 1)
 
 
 def _span(at: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Share of the unit pixel centred `at` that lies in [-half, half]; half is [t, 1] px."""
+    """Share of the unit pixel centred ``at`` that lies in [-half, half]; half is [t, 1] px."""
     half = half[:, :, None]
     return np.clip(np.minimum(at + 0.5, half) - np.maximum(at - 0.5, -half), 0, 1)
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw a scene, antialiased and with subpixel motion: uint8 [t, h, w, 3]."""
+    """Draws a scene, antialiased and with subpixel motion, by equation (2): uint8 [t, h, w, 3]."""
     x, y = scene.centers()
     alpha = coverage(scene.shape, x, y, scene.radius, scene.height, scene.width)
     shade = np.float32(255 * scene.shade)
@@ -173,11 +160,8 @@ def render(scene: Scene) -> np.ndarray:
 
 @cache
 def held_out_combinations() -> tuple[tuple[str, str, str], ...]:
-    """The 12 of 96 (colour, shape, direction) triples that training never shows.
-
-    Two for each colour, three for each shape and each direction, and no pair (colour, shape),
-    (shape, direction) or (colour, direction) is lost: each still occurs in other triples.
-    """
+    """The 12 of 96 (colour, shape, direction) triples that training never shows: two for each colour,
+    three for each shape and each direction. Every pair still occurs in other triples."""
     triples = []
     for c, color in enumerate(COLORS):
         for k in (0, 2):
@@ -188,12 +172,12 @@ def held_out_combinations() -> tuple[tuple[str, str, str], ...]:
 
 @cache
 def _seen_combinations() -> tuple[tuple[str, str, str], ...]:
-    every = ((c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS)
+    every = product(COLORS, SHAPES, DIRECTIONS)
     return tuple(triple for triple in every if triple not in held_out_combinations())
 
 
 def _check_room(height: int, width: int, frames: int) -> None:
-    """ValueError unless the largest shape fits the canvas with its slowest path, any direction."""
+    """Raises ``ValueError`` unless the largest shape fits the canvas on its slowest path."""
     reach = max(EXTENTS.values()) * RADII["big"][1]
     needed = 2 * (reach + MARGIN) + MIN_SPEED * (frames - 1)
     if min(height, width) < needed:
@@ -205,7 +189,7 @@ def _check_room(height: int, width: int, frames: int) -> None:
 
 
 def _offset(room: float, jitter: float | None, u: float) -> float:
-    """Where the middle of a path lies off the canvas's, uniform over the room there is."""
+    """The distance of a path's middle from the canvas's, uniform over the room there is."""
     half = max(room, 0.0) / 2
     return (2 * u - 1) * (half if jitter is None else min(jitter, half))
 
@@ -219,19 +203,18 @@ def _place(
     jitter: float | None = None,
     speeds: tuple[float, float] = SPEEDS,
 ) -> Scene:
-    """A scene with the free numbers (radius, speed, start, shade) drawn; the canvas has room.
+    """A scene with random radius, speed, start and shade, on a canvas that has room for it.
 
-    The middle of the path lies within `jitter` px of the canvas's, or anywhere.
+    The middle of the path lies within ``jitter`` px of the canvas's, or anywhere.
     """
-    color, shape, direction = triple
-    height, width = hw
+    (color, shape, direction), (height, width) = triple, hw
     u = rng.random(5).tolist()
     low, high = RADII[size]
     radius = low + (high - low) * u[0]
     reach = EXTENTS[shape] * radius + MARGIN
-    dx, dy = STEPS[direction] if direction else (0, 0)
-    speed = 0.0
+    dx, dy, speed = 0, 0, 0.0
     if direction:
+        dx, dy = STEPS[direction]
         room = (width if dx else height) - 2 * reach
         fastest = min(speeds[1], room / (frames - 1))
         slowest = min(speeds[0], fastest)
@@ -239,27 +222,22 @@ def _place(
     way = speed * (frames - 1)
     x = width / 2 - dx * way / 2 + _offset(width - 2 * reach - abs(dx) * way, jitter, u[2])
     y = height / 2 - dy * way / 2 + _offset(height - 2 * reach - abs(dy) * way, jitter, u[3])
-    return Scene(
-        shape, color, size, direction, frames, height, width, x, y, speed, radius, MAX_SHADE * u[4]
-    )
+    shade = MAX_SHADE * u[4]
+    return Scene(shape, color, size, direction, frames, height, width, x, y, speed, radius, shade)
 
 
 def held_out_scenes(
     n: int, seed: int, frames: int = 9, height: int = 32, width: int = 32
 ) -> list[Scene]:
-    """`n` scenes for evaluation prompts that cover the held-out triples evenly.
+    """``n`` scenes for evaluation prompts that cover the held-out triples evenly.
 
     Every 12 scenes hold each triple once and both sizes six times; every 24 each triple in both
-    sizes. Raises ValueError where `n` < 0, `frames` < 2 or the canvas is too small.
+    sizes.
     """
-    if n < 0 or frames < 2 or not 0 <= seed < 2**64:
-        raise ValueError(
-            f"n={n}, frames={frames}, seed={seed}: need n >= 0, a seed in [0, 2**64) and, to show "
-            "motion, frames >= 2"
-        )
+    if frames < 2:
+        raise ValueError(f"frames={frames}: shapes need two frames or more to show their motion")
     _check_room(height, width, frames)
-    triples = held_out_combinations()
-    scenes = []
+    triples, scenes = held_out_combinations(), []
     for k in range(n):
         size = SIZES[(k + k // len(triples)) % len(SIZES)]
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, k], np.uint64)))
@@ -267,79 +245,53 @@ def held_out_scenes(
     return scenes
 
 
+Share = Annotated[float, Range(0, 1)]
+Sizes = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What `MovingShapes` draws. Sizes are (height, width) in px, `fps` frames a second.
+    """What ``MovingShapes`` draws: clips of random members of ``sizes`` (height and width in px) and
+    of ``frames``, and still images."""
 
-    Clips take a random member of `sizes` and of `frames`; a share `image_fraction` in [0, 1] of the
-    examples is a still image of one frame in a size of `image_sizes`. The split "held_out" draws
-    from `held_out_combinations()` only, so it holds no images.
-
-    Raises ValueError where a value is out of range or a canvas cannot fit the motion.
-    """
-
-    num_examples: int = 100_000
-    sizes: tuple[tuple[int, int], ...] = ((32, 32), (24, 40), (40, 24))
-    frames: tuple[int, ...] = (5, 9, 13)
-    image_fraction: float = 0.15
-    image_sizes: tuple[tuple[int, int], ...] = ((32, 32), (48, 48), (24, 40), (40, 24))
-    jitter: float | None = None
+    num_examples: PositiveInt = 100_000
+    sizes: Sizes = ((32, 32), (24, 40), (40, 24))
+    frames: tuple[Annotated[int, Range(2)], ...] = (5, 9, 13)
+    image_fraction: Share = 0.15
+    """Share of the examples that are one frame; the held-out split has none."""
+    image_sizes: Sizes = ((32, 32), (48, 48), (24, 40), (40, 24))
+    jitter: NonNegativeFloat | None = None
     """How far the middle of a path may lie from the canvas's, in px along each side; None: as far
     as the path fits. The less of it, the sooner a small model learns the rest."""
-    anywhere: float = 0.0
+    anywhere: Share = 0.0
     """Share of the clips whose paths lie anywhere, whatever the jitter: what may be given to a model
     of moving shapes, which begins where it likes."""
-    speeds: tuple[float, float] = SPEEDS
-    """From and to, in px a frame, where the canvas has room."""
-    fps: float = 8.0
-    seed: int = 0
+    speeds: tuple[Annotated[float, Range(MIN_SPEED)], float] = SPEEDS
+    """Smallest and largest, in px a frame, if the canvas has room."""
+    fps: PositiveFloat = 8.0
+    seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     split: Literal["train", "held_out"] = "train"
+    """The split "held_out" draws from ``held_out_combinations()`` only."""
 
     def __post_init__(self) -> None:
-        if self.num_examples < 1:
-            raise ValueError(f"num_examples={self.num_examples}: give at least 1")
-        if not 0 <= self.image_fraction <= 1:
-            raise ValueError(f"image_fraction={self.image_fraction}: give a share in [0, 1]")
-        if self.jitter is not None and not self.jitter >= 0:
-            raise ValueError(f"jitter={self.jitter}: give at least 0 px, or None for anywhere")
-        if not 0 <= self.anywhere <= 1:
-            raise ValueError(f"anywhere={self.anywhere}: give a share in [0, 1]")
-        if not MIN_SPEED <= self.speeds[0] <= self.speeds[1]:
+        # What types alone cannot say; ``config.check_types`` holds the rest.
+        if not (self.sizes and self.frames and self.image_sizes) or self.speeds[0] > self.speeds[1]:
             raise ValueError(
-                f"speeds={self.speeds}: give two in order, of at least {MIN_SPEED} px a frame (slower "
-                "shapes hardly move)"
-            )
-        if not self.fps > 0:
-            raise ValueError(f"fps={self.fps}: give a positive number of frames a second")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed={self.seed}: give an integer in [0, 2**64)")
-        if self.split not in ("train", "held_out"):
-            raise ValueError(f"split={self.split!r} is unknown: use 'train' or 'held_out'")
-        for field in ("sizes", "frames", "image_sizes"):
-            if not getattr(self, field):
-                raise ValueError(f"{field} is empty: give at least one")
-        if min(self.frames) < 2:
-            raise ValueError(
-                f"frames={self.frames}: clips need two frames or more; image_fraction sets how "
-                "many examples are single images"
+                f"sizes={self.sizes}, frames={self.frames}, image_sizes={self.image_sizes}, "
+                f"speeds={self.speeds}: give at least one of each, and speeds in order"
             )
         for height, width in self.sizes:
             _check_room(height, width, max(self.frames))
         for height, width in self.image_sizes:
             _check_room(height, width, 1)
 
-    def open(self) -> "MovingShapes":
+    def open(self) -> MovingShapes:
         """The clips."""
         return MovingShapes(self)
 
 
 class MovingShapes:
-    """The random-access source of moving shapes: `len`, and samples by index.
-
-    A sample is {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}. Deterministic in
-    (config.seed, index), stateless, hence picklable and safe in threads. IndexError outside
-    0..len-1.
-    """
+    """The random-access source of moving shapes; stateless, hence picklable and safe in threads."""
 
     def __init__(self, config: ShapesConfig | None = None) -> None:
         self.config = config or ShapesConfig()
@@ -347,20 +299,18 @@ class MovingShapes:
         self._triples = held_out_combinations() if held_out else _seen_combinations()
         self._image_fraction = 0.0 if held_out else self.config.image_fraction
 
-    def eval_set(self) -> "MovingShapes":
+    def eval_set(self) -> MovingShapes:
         """The held-out split: combinations that training never draws."""
         return MovingShapes(replace(self.config, split="held_out"))
 
     def __len__(self) -> int:
         return self.config.num_examples
 
-    def scene(self, i: int) -> Scene:
-        """The scene of example `i` in 0..len-1."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"index {i} is out of range for {len(self)} examples")
-        config = self.config
+    def scene(self, index: int) -> Scene:
+        """The scene of an example."""
+        config, index = self.config, range(len(self))[index]
         # A counter-based generator keyed by (seed, index): no example depends on another.
-        rng = np.random.Generator(np.random.Philox(key=np.array([config.seed, i], np.uint64)))
+        rng = np.random.Generator(np.random.Philox(key=np.array([config.seed, index], np.uint64)))
         is_image = rng.random() < self._image_fraction
         size = SIZES[rng.integers(len(SIZES))]
         if is_image:

@@ -20,14 +20,12 @@ from dit_jax.prepare.clips import ClipConfig as ClipConfig
 from dit_jax.prepare.clips import Geometry as Geometry
 from dit_jax.prepare.clips import Rect as Rect
 from dit_jax.prepare.decoding import DecodingConfig as DecodingConfig
-from dit_jax.prepare.decoding import frames as frames
 from dit_jax.prepare.decoding import probe as probe
 from dit_jax.prepare.duplicates import near_duplicates as near_duplicates
 from dit_jax.prepare.examining import Clip as Clip
 from dit_jax.prepare.examining import ExamineConfig as ExamineConfig
 from dit_jax.prepare.examining import FileReport as FileReport
 from dit_jax.prepare.examining import examine as examine
-from dit_jax.prepare.examining import examine_all as examine_all
 from dit_jax.prepare.examining import read_clip as read_clip
 from dit_jax.prepare.filters import FilterConfig as FilterConfig
 from dit_jax.prepare.filters import Rejection as Rejection

@@ -234,20 +234,6 @@ def sampled(
         yield from on_grid(itertools.chain([first], found), rate, first.time)
 
 
-def frames(
-    path: str | os.PathLike, fps: float | None = None, config: DecodingConfig | None = None
-) -> Iterator[tuple[float, np.ndarray]]:
-    """(seconds, uint8 RGB [h, w, 3]) of a file's displayed frames at a constant rate.
-
-    `fps`: by default the file's own. Refused: whatever keeps the file from being decoded at all.
-    """
-    latest, drawn = None, None
-    for _, picture in sampled(path, fps, config):
-        if picture is not latest or drawn is None:
-            latest, drawn = picture, picture.pixels()
-        yield picture.time, drawn
-
-
 def nothing_decoded(losses: Losses) -> Refused:
     """The refusal of a file that gave no frame."""
     if losses.errors:

@@ -8,7 +8,6 @@ those; one frame a second is measured in full size as well, for sharpness, bars,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import os
 import time
@@ -32,12 +31,10 @@ from dit_jax.prepare.filters import FilterConfig, Rejection, verdict
 from dit_jax.prepare.measuring import Run, small_frame
 from dit_jax.prepare.media import Probe
 from dit_jax.prepare.recorded import is_record, read_record
-from dit_jax.prepare.refusals import Refused, check_installed, extra
+from dit_jax.prepare.refusals import Refused, extra
 from dit_jax.prepare.shots import ShotConfig
 from dit_jax.prepare.stills import probe_image
 from dit_jax.prepare.timeline import on_grid
-from dit_jax.prepare.workers import WorkersConfig
-from dit_jax.prepare.workers import run as run_in_children
 
 SAMPLES = 1.0
 """Frames a second that are measured in full size."""
@@ -129,26 +126,6 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
         words = f"{type(error).__name__}: {error.strerror or error}"
         report = FileReport(name, refusal=("cannot be decoded", words))
     return dataclasses.replace(report, cost=time.perf_counter() - begun)
-
-
-def examine_all(
-    paths: Iterable[str | os.PathLike],
-    config: ExamineConfig | None = None,
-    workers: WorkersConfig | None = None,
-) -> Iterator[FileReport]:
-    """A report of every file, in order, from child processes; the decoder may hang or crash in them.
-
-    Errors: ImportError where the extra `prepare` is not installed.
-    """
-    check_installed()
-    names, others = itertools.tee(str(os.fspath(path)) for path in paths)
-    outcomes = run_in_children(functools.partial(examine, config=config), names, workers)
-    for name, outcome in zip(others, outcomes, strict=False):
-        if outcome.reason:
-            refusal = outcome.reason, outcome.detail
-            yield FileReport(name, refusal=refusal, cost=outcome.seconds)
-        else:
-            yield outcome.value
 
 
 def _examined(path: str, config: ExamineConfig) -> FileReport:

@@ -145,15 +145,6 @@ def opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStrea
             raise Refused("cannot be read", error.strerror or str(error)) from error
 
 
-def timing(path: str | os.PathLike) -> Timing:
-    """Reads a file's packets through, decoding none, for the times of its frames.
-
-    Refused: as `opened`, and `no frames` where no packet is left.
-    """
-    with opened(path) as (container, stream):
-        return scanned(container, stream)
-
-
 def unscanned(container: InputContainer, stream: VideoStream) -> Timing:
     """What the header alone says of a file whose time stamps are known to be good; no times."""
     hint = stream.average_rate or stream.guessed_rate

@@ -25,8 +25,8 @@ from dit_jax.data import (
     Reader,
     Tokenized,
     TransformConfig,
-    check_finite,
     check_fits,
+    check_tokenized,
     checked_reader,
     choose_caption,
     crop,
@@ -296,8 +296,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
 
     def check_first(sample: Sample, name: str) -> bool:
         first = to_tokens(sample)
-        check_fits(packing, len(first["tokens"]), len(first["text"]), name)
-        check_finite(first, name)
+        check_tokenized(packing, first, name)
         return sample["video"].dtype == np.uint8
 
     pixels = Reader(source).first(check_first)

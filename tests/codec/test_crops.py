@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dit_jax.codec.crops import CropConfig, CropLoader, cut
+from dit_jax.config import check_types
 from dit_jax.types import ClipBatch, Sample
 
 # Frames, rows, columns: longer than a window, shorter, as short as an image, exactly as large.
@@ -132,5 +133,5 @@ def test_clips_that_hold_no_window_are_refused():
 @pytest.mark.parametrize("name", ["rows", "frames", "height", "width"])
 def test_sizes_below_one_are_refused(name: str):
     change: Any = {name: 0}
-    with pytest.raises(ValueError, match=f"data.crop.{name} is 0: it is at least 1"):
-        dataclasses.replace(CONFIG, **change)
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        check_types(dataclasses.replace(CONFIG, **change))

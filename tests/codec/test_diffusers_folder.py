@@ -21,6 +21,30 @@ TOLERANCE = 1e-4
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+def diffusers_config(config, size=256):
+    """The ``config.json`` of an autoencoder; ``size`` is the image's that it was trained on."""
+    levels = len(config.widths)
+    return {
+        "_class_name": kl_weights.CLASS,
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        "block_out_channels": list(config.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": config.channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers,
+        "mid_block_add_attention": config.mid_attention,
+        "norm_num_groups": config.norm_groups,
+        "out_channels": config.channels,
+        "sample_size": size,
+        "scaling_factor": config.scale,
+        "shift_factor": config.shift or None,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": config.post_quant_conv,
+        "use_quant_conv": config.quant_conv,
+    }
+
+
 def random_autoencoder(**changed):
     torch.manual_seed(0)
     widths = changed.pop("block_out_channels", (8, 8, 16, 24))
@@ -109,7 +133,7 @@ def test_variants_are_diffusers_too(tmp_path, variant):
 def test_the_folder_comes_back_byte_for_byte(saved, tmp_path):
     folder, _ = saved
     codec = folders.load_codec(folder)
-    config = kl_weights.autoencoder_to_diffusers(codec.config, 32)
+    config = diffusers_config(codec.config, 32)
     table = kl_weights.autoencoder_map(codec.config)
     interop.write_folder(tmp_path / "out", config, table.export(codec.params))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
@@ -179,7 +203,7 @@ def test_tiles_show_no_seams(saved):
 def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     with pytest.raises(ValueError, match="config.json' is not there"):
         folders.load_codec(tmp_path)
-    config = kl_weights.autoencoder_to_diffusers(AutoencoderKLConfig())
+    config = diffusers_config(AutoencoderKLConfig())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no weights: none of"):
         folders.load_codec(tmp_path)
@@ -212,6 +236,6 @@ def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     ],
 )
 def test_a_config_with_odd_values_is_refused(name, value, said):
-    config = kl_weights.autoencoder_to_diffusers(AutoencoderKLConfig())
+    config = diffusers_config(AutoencoderKLConfig())
     with pytest.raises(ValueError, match=f"in has .*{said}"):
         kl_weights.autoencoder_from_diffusers(config | {name: value}, "in")

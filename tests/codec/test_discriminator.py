@@ -7,15 +7,11 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec.adversarial import (
-    LogitAverages,
     adaptive_weight,
     hinge_discriminator_loss,
     hinge_generator_loss,
     last_layer_gradients,
-    lecam_penalty,
-    logistic_discriminator_loss,
     masked_mean,
-    non_saturating_generator_loss,
 )
 from dit_jax.codec.discriminator import Discriminator, DiscriminatorConfig
 
@@ -108,19 +104,14 @@ def test_neighbours_do_not_matter(small):
     np.testing.assert_allclose(logits(params, clips), alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["hinge", "logistic"])
-def test_padding_changes_no_loss_and_no_gradient(slow, kind):
+def test_padding_changes_no_loss_and_no_gradient(slow):
     params, logits = slow
-    discriminate, generate = {
-        "hinge": (hinge_discriminator_loss, hinge_generator_loss),
-        "logistic": (logistic_discriminator_loss, non_saturating_generator_loss),
-    }[kind]
     mask = SLOW.logit_mask(jnp.array([[True] * 5, [True] + [False] * 4]))
     real, fake = noise(2, 5, 8, 8, 3), noise(2, 5, 8, 8, 3, seed=1)
 
     def losses(params, real, fake):
         seen = logits(params, real), logits(params, fake)
-        return discriminate(*seen, mask) + 2 * generate(seen[1], mask)
+        return hinge_discriminator_loss(*seen, mask) + 2 * hinge_generator_loss(seen[1], mask)
 
     run = jax.jit(jax.value_and_grad(losses, argnums=(0, 2)))
     value, (of_params, of_fake) = run(params, real, fake)
@@ -140,18 +131,6 @@ def test_the_losses_are_what_they_say():
     found = hinge_discriminator_loss(real, fake)
     np.testing.assert_allclose(found, (0 + 0.5 + 2 + 1 + 0 + 1.5 + 1 + 0.75) / 8, rtol=1e-6)
     np.testing.assert_allclose(hinge_generator_loss(fake), 2.75 / 4, rtol=1e-6)
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-    wanted = -(np.log(sigmoid(real)) + np.log(1 - sigmoid(fake))).mean() / 2
-    np.testing.assert_allclose(logistic_discriminator_loss(real, fake), wanted, rtol=1e-5)
-    wanted = -np.log(sigmoid(fake)).mean()
-    np.testing.assert_allclose(non_saturating_generator_loss(fake), wanted, rtol=1e-5)
-    averages = LogitAverages(1.0, -1.0)
-    wanted = ((real + 1) ** 2 + (fake - 1) ** 2).mean()
-    np.testing.assert_allclose(lecam_penalty(real, fake, averages), wanted, rtol=1e-6)
-    moved = averages.updated(real, fake, decay=0.75)
-    np.testing.assert_allclose(
-        (moved.real, moved.fake), (0.75 + 0.375 / 4, -0.75 - 0.6875 / 4), rtol=1e-6
-    )
 
 
 def test_a_masked_mean_is_of_what_counts():

@@ -130,7 +130,7 @@ def test_clips_that_have_no_whole_latents_are_refused_by_name(config: VideoRun):
 
 def test_sampling_sizes_that_have_no_whole_latents_are_refused(config: VideoRun):
     made = dataclasses.replace(config.sampling, frames=8)
-    with pytest.raises(ValueError, match=r"8 frames of 16 x 8 .* give 1 \+ 4n frames"):
+    with pytest.raises(ValueError, match=r"8 frames.*1 \+ 4n"):
         dataclasses.replace(config, sampling=made)
 
 

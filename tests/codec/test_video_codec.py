@@ -58,8 +58,6 @@ def test_many_clips_are_each_by_itself(whole: VideoCodec):
     latents = whole.encode_many(clips)
     for clip, made in zip(clips, latents, strict=True):
         np.testing.assert_allclose(made, whole.encode(clip), atol=CLOSE)
-    for one, made in zip(latents, whole.decode_many(latents), strict=True):
-        np.testing.assert_allclose(made, whole.decode(one), atol=CLOSE)
 
 
 def test_latents_are_shifted_and_scaled_and_drawn_with_a_key(whole: VideoCodec):
@@ -156,9 +154,8 @@ def test_clips_over_a_mesh_are_those_of_one_device(
     clips = noise(2, 9, *size, 3)
     latents = alone.encode_many(clips)
     np.testing.assert_allclose(spread.encode_many(clips), latents, atol=CLOSE)
-    np.testing.assert_allclose(
-        spread.decode_many(latents), alone.decode_many(latents), atol=2 * CLOSE
-    )
+    for one in latents:
+        np.testing.assert_allclose(spread.decode(one), alone.decode(one), atol=2 * CLOSE)
 
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"

@@ -174,7 +174,7 @@ def test_images_that_are_cut(tmp_path):
 
     for codec, pix_fmt in (("png", "rgb24"), ("mjpeg", "yuvj444p")):
         data = encoded(codec, pix_fmt)
-        assert records._decode_image(data).shape == (64, 48, 3)
+        assert records._decode_image(data).shape == (1, 64, 48, 3)
         for end in (0, 20, len(data) // 2, len(data) * 9 // 10):
             with pytest.raises(ValueError):
                 records._decode_image(data[:end])

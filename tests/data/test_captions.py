@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_jax.config import DataConfig, VideoRun, from_dict, to_dict
+from dit_jax.config import DataConfig, VideoRun, check_types, from_dict, to_dict
 from dit_jax.data import (
     Loader,
     PackingConfig,
@@ -185,8 +185,8 @@ def test_the_states_of_another_caption_are_not_taken():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"caption_mix": (("a", 0.0),)}, "name each feature once, with a weight above 0"),
-        ({"caption_mix": (("a", float("nan")),)}, "with a weight above 0"),
+        ({"caption_mix": (("a", 0.0),)}, "is 0.0: it is above 0"),
+        ({"caption_mix": (("a", float("nan")),)}, "is nan: it is above 0"),
         ({"caption_mix": (("a", 1.0), ("a", 2.0))}, "name each feature once"),
         ({"caption_mix": MIX, "text_states_key": "t5"}, "there are 3, the states of each caption"),
         ({"caption_mix_states": ("t5",)}, "there are 0"),
@@ -194,7 +194,7 @@ def test_the_states_of_another_caption_are_not_taken():
 )
 def test_bad_mixes_are_refused(changes, said: str):
     with pytest.raises(ValueError, match=said):
-        RecordsConfig("x", **changes)
+        check_types(RecordsConfig("x", **changes))
 
 
 def test_mixes_of_what_is_not_there_are_refused(builder: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ from dit_jax import files
 from dit_jax.codec.crops import CropConfig, CropLoader
 from dit_jax.data import DataError, Loader, MixedSource, PackingConfig
 from dit_jax.data.mixing import sample_name
-from dit_jax.data.reader import Reader, checked_reader, find_unfit
+from dit_jax.data.packing import Reader, checked_reader, find_unfit
 from dit_jax.files import InputError
 from tests.data.test_packing import CONFIG, Clips, assert_same, take, tokens_of
 
@@ -124,7 +124,7 @@ class Sized(Clips):
 
     def __init__(self, count):
         super().__init__(count)
-        self.sizes = np.tile(np.int32([[5, 2, 2, 7]]), (count, 1))
+        self.sizes = np.tile(np.int32([[5, 2, 2]]), (count, 1))
         self.sizes[::10, 0] = 9
         self.sizes[7, 1] = 3
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from dit_jax.config import check_types
 from dit_jax.data.records import RecordsConfig, RecordsSource
 from dit_jax.prepare.writing import write_records
 
@@ -240,7 +241,7 @@ def test_features_that_need_tensorflow_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "val"}, r"split 'val' .* choose one of train \(4\), test \(2\)"),
+        ({"split": "val"}, r"'val'.* choose one of train \(4\), test \(2\)"),
         ({"split": "train[:0]"}, "is empty or malformed"),
         ({"video_key": "image"}, "no feature 'image' .* has caption, fps, kind, video"),
         ({"video_key": "caption"}, "record 0 of .*'caption'"),
@@ -267,7 +268,7 @@ def test_source_refuses_places_without_a_builder(builder, tmp_path):
 
 def test_a_label_without_a_name_is_refused(builder):
     config = RecordsConfig(str(builder), caption_template="a {kind}", label_names=("cat",))
-    with pytest.raises(ValueError, match="kind=1 .* has 1: give a name for every value"):
+    with pytest.raises(ValueError, match="kind=1 .* has 1"):
         RecordsSource(config)[1]
 
 
@@ -275,7 +276,7 @@ def test_a_label_without_a_name_is_refused(builder):
     ("changes", "message"),
     [
         ({"path": ""}, "path is empty"),
-        ({"fps": 0.0}, "fps=0.0"),
+        ({"fps": 0.0}, "fps is 0.0"),
         ({"caption_template": "a digit"}, "names no feature"),
         ({"caption_template": "a {digit"}, "is no template"),
         ({"label_names": ("a",)}, "exactly one feature"),
@@ -284,7 +285,7 @@ def test_a_label_without_a_name_is_refused(builder):
 )
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        RecordsConfig(**{"path": "x", **changes})
+        check_types(RecordsConfig(**{"path": "x", **changes}))
 
 
 GOOD = {"video": np.zeros((1, 4, 4, 3), np.uint8), "caption": "x", "fps": 8.0}

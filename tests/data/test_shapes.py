@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.data.shapes import (
     AREAS,
     COLORS,
@@ -169,52 +170,55 @@ def test_deterministic_by_index_in_any_order_thread_and_process():
 def test_len_and_bounds():
     source = MovingShapes(ShapesConfig(num_examples=3))
     assert len(source) == 3 == len(list(source))
-    for i in (-1, 3):
-        with pytest.raises(IndexError):
-            source[i]
+    with pytest.raises(IndexError):
+        source[3]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_examples": 0}, "num_examples=0"),
-        ({"sizes": ((16, 32),)}, "a canvas of 16x32 px has no room"),
-        ({"frames": (5, 33)}, "must be at least 33.94 px"),
-        ({"frames": (1, 5)}, "image_fraction"),
-        ({"frames": ()}, "frames is empty"),
-        ({"image_sizes": ((16, 16),)}, "no room for 1 frames"),
-        ({"image_fraction": 1.5}, "image_fraction=1.5"),
-        ({"fps": 0.0}, "fps=0.0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"split": "test"}, "'train' or 'held_out'"),
+        ({"num_examples": 0}, "num_examples is 0"),
+        ({"sizes": ((16, 32),)}, "16x32"),
+        ({"frames": (5, 33)}, "33.94"),
+        ({"frames": (1, 5)}, "frames"),
+        ({"frames": ()}, r"frames=\(\)"),
+        ({"image_sizes": ((16, 16),)}, "16x16"),
+        ({"image_fraction": 1.5}, "image_fraction is 1.5"),
+        ({"anywhere": 1.5}, "anywhere is 1.5"),
+        ({"jitter": -1.0}, "jitter is -1.0"),
+        ({"speeds": (0.4, 1.0)}, "speeds.* is 0.4"),
+        ({"speeds": (1.0, 0.9)}, r"\(1.0, 0.9\)"),
+        ({"fps": 0.0}, "fps is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"split": "test"}, "test"),
     ],
 )
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        ShapesConfig(**changes)
+        check_types(ShapesConfig(**changes))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"shape": "star"}, "shape='star'"),
-        ({"color": "white"}, "color='white'"),
-        ({"size": "huge"}, "size='huge'"),
-        ({"direction": "in", "frames": 5}, "direction='in'"),
-        ({"direction": "left"}, "two frames or more"),
-        ({"x": 5.0}, "must stay in 0..32"),
-        ({"direction": "down", "frames": 9, "speed": 1.1}, "spans y"),
+        {"shape": "star"},
+        {"color": "white"},
+        {"size": "huge"},
+        {"direction": "in", "frames": 5},
+        {"direction": "left"},
+        {"x": 5.0},
+        {"direction": "down", "frames": 9, "speed": 1.1},
     ],
 )
-def test_scene_refuses(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_scene_is_one_that_can_be_drawn(changes):
+    with pytest.raises((AssertionError, KeyError)):
         still(**changes)
 
 
 def test_held_out_scenes_refuses():
-    with pytest.raises(ValueError, match="frames >= 2"):
+    with pytest.raises(ValueError, match="frames=1"):
         held_out_scenes(4, seed=0, frames=1)
-    with pytest.raises(ValueError, match="no room for 9 frames"):
+    with pytest.raises(ValueError, match="16x32"):
         held_out_scenes(4, seed=0, height=16)
 
 
@@ -248,19 +252,9 @@ def test_a_share_of_the_paths_lies_anywhere() -> None:
         if other and s.direction
     ]
     assert max(far) > 5
-    with pytest.raises(ValueError, match="anywhere=1.5: give a share"):
-        ShapesConfig(anywhere=1.5)
-
-
-def test_negative_jitter_is_refused() -> None:
-    with pytest.raises(ValueError, match="jitter=-1.0: give at least 0 px"):
-        ShapesConfig(jitter=-1.0)
 
 
 def test_speeds_are_drawn_from_their_range() -> None:
     config = ShapesConfig(speeds=(0.5, 0.6), anywhere=0.5, image_fraction=0, sizes=((48, 48),))
     slow = [MovingShapes(config).scene(i).speed for i in range(60)]
     assert 0.5 <= min(slow) < 0.52 and 0.58 < max(slow) <= 0.6
-    for speeds in ((0.4, 1.0), (1.0, 0.9)):
-        with pytest.raises(ValueError, match="give two in order, of at least 0.5 px a frame"):
-            ShapesConfig(speeds=speeds)

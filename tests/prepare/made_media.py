@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dit_jax.prepare.decoding import sampled
+
 
 def moving(count, height=96, width=128, seed=0, speed=2):
     """A clip uint8 [t, h, w, 3]: smooth random colours that move, with a little noise."""
@@ -12,3 +14,8 @@ def moving(count, height=96, width=128, seed=0, speed=2):
     return (
         np.stack([f + rng.integers(-6, 7, f.shape) for f in frames]).clip(0, 255).astype(np.uint8)
     )
+
+
+def displayed(path, config=None):
+    """The seconds and pixels of a file's displayed frames."""
+    return [(picture.time, picture.pixels()) for _, picture in sampled(path, config=config)]

@@ -6,9 +6,9 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from made_media import moving
+from made_media import displayed, moving
 
-from dit_jax.prepare import DecodingConfig, Refused, frames, probe
+from dit_jax.prepare import DecodingConfig, Refused, probe
 from dit_jax.prepare.decoding import Losses, pictures, sampled
 from dit_jax.prepare.rendering import Orientation, orientation
 
@@ -159,7 +159,7 @@ def test_a_variable_rate_is_sampled_by_time_stamps(written):
     assert found.fps == pytest.approx(10, abs=0.01) and not found.constant_rate
     # Between 0.3 and 0.7 the nearer one; of 0.85 and 0.8, 0.9 those on the grid.
     assert numbers(path) == [0, 1, 2, 3, 3, 4, 4, 4, 5, 7, 8]
-    assert [round(t, 2) for t, _ in frames(path)][:5] == [0, 0.1, 0.2, 0.3, 0.3]
+    assert [round(t, 2) for t, _ in displayed(path)][:5] == [0, 0.1, 0.2, 0.3, 0.3]
 
 
 def test_a_constant_rate_rounded_to_milliseconds_keeps_every_frame(written):
@@ -183,7 +183,7 @@ def test_containers_give_all_frames(written, name, codec):
     clip = [f for f in moving(9, 48, 64)]
     made = [av.VideoFrame.from_ndarray(f, "rgb24").reformat(format="yuv420p") for f in clip]
     path = written(name, made, 25, codec=codec)
-    found = list(frames(path))
+    found = displayed(path)
     assert len(found) == 9 and probe(path).fps == 25
     for shown, frame in zip(found, clip, strict=True):
         assert np.abs(shown[1].astype(int) - frame).mean() < 20

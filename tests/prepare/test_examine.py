@@ -14,14 +14,24 @@ from dit_jax.prepare import (
     REASONS,
     ClipConfig,
     ExamineConfig,
+    FileReport,
     FilterConfig,
     WorkersConfig,
     examine,
-    examine_all,
     near_duplicates,
     read_clip,
 )
 from dit_jax.prepare.decoding import sampled
+from dit_jax.prepare.workers import run as run_in_children
+
+
+def examine_all(paths, workers):
+    """Reports of all files, from child processes."""
+    paths = [str(path) for path in paths]
+    for path, outcome in zip(paths, run_in_children(examine, paths, workers), strict=True):
+        refusal = outcome.reason, outcome.detail
+        yield FileReport(path, refusal=refusal) if outcome.reason else outcome.value
+
 
 SHORT = ClipConfig(min_seconds=0.4, max_seconds=1.0, stride=4, multiple=8)
 

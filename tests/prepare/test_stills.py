@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
+from made_media import displayed
 from PIL import Image
 
-from dit_jax.prepare import DecodingConfig, Refused, examine, frames, probe
+from dit_jax.prepare import DecodingConfig, Refused, examine, probe
 
 RNG = np.random.default_rng(0)
 BLOCKS = np.kron(RNG.integers(0, 256, (4, 6, 3)), np.ones((16, 16, 1))).astype(np.uint8)
 
 
 def shown(path, **config):
-    found = list(frames(path, config=DecodingConfig(**config)))
+    found = displayed(path, DecodingConfig(**config))
     assert len(found) == 1 and found[0][0] == 0.0
     return found[0][1]
 
@@ -86,7 +87,7 @@ def test_animations_are_videos_with_their_own_times(tmp_path, name):
     found = probe(path)
     assert found.kind == "video" and found.fps == 10 and found.frames == 9
     assert found.duration == pytest.approx(1.1)
-    levels = [round((int(x[5, 5, 0]) - 5) / 20) for _, x in frames(path)]
+    levels = [round((int(x[5, 5, 0]) - 5) / 20) for _, x in displayed(path)]
     assert levels == [0, 1, 2, 3, 3, 4, 4, 5, 6, 7, 8]  # The fourth is shown for three intervals.
 
 

@@ -176,7 +176,7 @@ def test_encoded_video_keeps_size_and_colours(tmp_path, size):
     encoded = {**given, "video": encode_video(video, 29.97)}
     path = write_records(tmp_path / "c", "clips", {"train": [encoded]}, **made)
     assert contents(path) == contents(paths[0])
-    assert source.sizes.tolist() == [[*size, 0]]
+    assert source.sizes.tolist() == [[*size]]
 
 
 def test_encoding_depends_on_no_memory_of_others():
@@ -213,16 +213,14 @@ def test_damaged_video_is_not_decoded():
 
 def test_sizes_are_those_of_the_records_of_any_slice(whole, tmp_path):
     path = str(whole)
-    expected = [[1 + i % 3, 60, 60, len(f"Nº {i}".encode())] for i in range(11)]
+    expected = [[1 + i % 3, 60, 60] for i in range(11)]
 
-    def sizes(split="train", **changes):
-        return RecordsSource(RecordsConfig(path, split, **changes)).sizes
+    def sizes(split="train"):
+        return RecordsSource(RecordsConfig(path, split)).sizes
 
     assert sizes().dtype == np.int32 and sizes().tolist() == expected
     assert sizes("train[30%:80%]").tolist() == expected[3:9]
-    assert sizes("train[8:]+test").tolist() == [*expected[8:], [3, 60, 60, 6]]
-    assert sizes(captioned=False)[:, 3].tolist() == [0] * 11
-    assert sizes(caption_template="{fps}")[:, 3].tolist() == [0] * 11
+    assert sizes("train[8:]+test").tolist() == [*expected[8:], [3, 60, 60]]
     for file in whole.iterdir():
         if not file.name.startswith("sizes"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -235,8 +233,7 @@ def test_sizes_of_states(tmp_path):
     path = write_records(
         tmp_path, "clips", {"train": rows}, description="d", text_states=StatesOf(4, "h", "t5")
     )
-    read = RecordsSource(RecordsConfig(str(path), text_states_key="text_states"))
-    assert read.sizes.tolist() == [[1, 60, 60, 3], [2, 60, 60, 1]]
+    assert np.load(path / "sizes-train.npy")[:, 4].tolist() == [3, 1]
 
 
 LATENTS = {"latents": LatentsOf(3, "h"), "text_states": StatesOf(2, "h", "t5")}
@@ -282,7 +279,7 @@ def test_text_that_cannot_be_encoded_is_repaired_and_named(tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert "2 texts" in said and "sample 0" in said
-    assert source.sizes[1, 3] == len("a \ufffd cat".encode())
+    assert np.load(path / "sizes-train.npy")[1, 3] == len("a \ufffd cat".encode())
 
 
 @pytest.mark.slow
