@@ -14,13 +14,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
 from dit_jax.data.records import RecordsConfig, RecordsSource
-from dit_jax.files import InputError
+from dit_jax.files import refuse_if
 from dit_jax.types import PositiveFloat, Sample, Source
 
 WINDOW = 1024
@@ -45,11 +45,10 @@ class MixtureConfig:
     splits (``evaluation.records_split``) are its own. Unset: the first that is captioned."""
 
     def __post_init__(self) -> None:
-        if (self.shown or 0) not in range(len(self.sets)):
-            raise InputError(
-                f"shown={self.shown} of {len(self.sets)} sets: give at least one set of records, and "
-                "the number of one, from 0"
-            )
+        message = (
+            f"shown={self.shown} of {len(self.sets)} sets: give one or more, and the number of one"
+        )
+        refuse_if([((self.shown or 0) not in range(len(self.sets)), message)])
 
     @property
     def shown_set(self) -> MixedSetConfig:
@@ -66,16 +65,19 @@ class MixtureConfig:
     def open(self) -> MixedSource:
         """Opens all sets. Raises ``InputError`` if one model cannot learn from all of them."""
         parts = [RecordsSource(one) for one in self.sets]
-        properties = [(part.config.path, _common(part)) for part in parts]
-        for remedy in properties[0][1]:
-            known = [(path, one[remedy]) for path, one in properties if one[remedy]]
-            for path, value in known:
-                if value != known[0][1]:
-                    one = f"{known[0][0]!r} has {known[0][1]}"
-                    raise InputError(
-                        f"{one} and {path!r} has {value}: {remedy} (data.source.sets)."
-                    )
+        refuse_if(_differences(parts))
         return MixedSource(parts, [one.weight for one in self.sets])
+
+
+def _differences(parts: Sequence[RecordsSource]) -> Iterator[tuple[bool, str]]:
+    """For ``refuse_if``: properties that all sets must have in common, compared with the first's."""
+    properties = [(part.config.path, _common(part)) for part in parts]
+    for remedy in properties[0][1]:
+        known = [(path, one[remedy]) for path, one in properties if one[remedy]]
+        for path, value in known:
+            first, expected = known[0]
+            both = f"{first!r} has {expected} and {path!r} has {value}"
+            yield value != expected, f"data.source.sets: {both}: {remedy}."
 
 
 def _common(part: RecordsSource) -> dict[str, str | None]:

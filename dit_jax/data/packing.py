@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dit_jax.data.mixing import sample_name, sample_order
-from dit_jax.files import InputError, explain, retry
+from dit_jax.files import InputError, explain, refuse_if, retry
 from dit_jax.types import Batch, NonNegativeInt, PositiveInt, Sample, Source
 
 RUN = "run"
@@ -69,8 +69,8 @@ class Reader:
     """
 
     def __init__(self, source: Source, limit: int = 0, unfit: np.ndarray | None = None) -> None:
-        if not len(source):
-            raise InputError("the dataset is empty: check data.source's path, split and filters.")
+        message = "the dataset is empty: check data.source's path, split and filters."
+        refuse_if([(not len(source), message)])
         self.source, self.limit, self.unfit = source, limit, unfit
         self.left_out: dict[int, str] = {}
         """Why each record was left out, by its index in the data set."""
@@ -192,9 +192,12 @@ def checked_reader(source: Source, check: SizeCheck, policy: str, limit: int) ->
     more = len(lines) - GROUPS_SHOWN
     lines = lines[:GROUPS_SHOWN] + ([f"and of {more} other sizes"] if more > 0 else [])
     text = f"{int(unfit.sum())} of {len(unfit)} records cannot be packed:\n  " + "\n  ".join(lines)
-    if policy == "refuse" or unfit.all():
-        remedy = "Leave them out with --data.bad-records skip, or change the data."
-        raise InputError(f"{text}\n{'None is left to train on.' if unfit.all() else remedy}")
+    refuse_if(
+        [
+            (bool(unfit.all()), f"{text}\nNone is left to train on."),
+            (policy == "refuse", f"{text}\nLeave them out with --data.bad-records skip."),
+        ]
+    )
     if jax.process_index() == 0:
         print(f"{text}\nThey are left out.", flush=True)
     return Reader(source, limit, unfit)
@@ -268,11 +271,10 @@ class RowStreams(Iterator[AnyBatch], Generic[AnyBatch]):
             self._begin(run["place"])
             return False
         missing = [row for row in self.rows if str(row) not in state]
-        if missing:
-            raise InputError(
-                f"the saved data state has no row {missing[0]} (it has {len(state)}): resume with "
-                "the same data.packing.rows, or start a new run."
-            )
+        message = (
+            f"the saved data state has {len(state)} rows and not rows {missing[:4]}: resume with "
+        )
+        refuse_if([(bool(missing), f"{message}the same data.packing.rows, or start a new run.")])
         if run["start"] != self._start:
             self._begin(run["start"])
         self._batches.set_state({"parents": [state[str(row)] for row in self.rows]})

@@ -492,11 +492,11 @@ def _check_classes(folder: Path) -> None:
                 names = (value.get(key) for key in ("pythonClassName", "python_class_name", "type"))
                 classes |= {name for name in names if isinstance(name, str)}
         foreign = sorted(name for name in classes if not _MODULE.fullmatch(name))
-        if foreign:
-            raise InputError(
-                f"{str(file)!r} has a feature of class {foreign[0]!r}, whose module TFDS would import "
-                f"and so run: only classes of {OURS[:-1]} are read. Store the data again with those."
-            )
+        message = (
+            f"{str(file)!r} has features of classes {foreign}, whose modules TFDS would import and so "
+            f"run: only classes of {OURS[:-1]} are read. Store the data again with those."
+        )
+        refuse_if([(bool(foreign), message)])
 
 
 def _faults(builder: Any, config: RecordsConfig) -> Iterator[tuple[bool, str]]:

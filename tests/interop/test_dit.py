@@ -37,6 +37,9 @@ FAMILIES = {
     "B/4": {"width": 768, "heads": 12, "depth": 2, "patch": 4, "size": 16},
     "XL/8": {"width": 1152, "heads": 16, "depth": 1, "patch": 8, "size": 32},
 }
+every_family = pytest.mark.parametrize(
+    "name", ["S/2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("B/4", "XL/8"))]
+)
 SMALL = {"width": 48, "heads": 4, "depth": 3, "patch": 2, "size": 8}
 
 
@@ -103,7 +106,7 @@ def read_folder(folder):
 
 
 @needs_diffusers
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_a_diffusers_folder_computes_the_same_and_comes_back(tmp_path, name):
     made = random_dit(**FAMILIES[name])
     made.save_pretrained(tmp_path / "in")
@@ -131,7 +134,7 @@ def test_a_diffusers_folder_computes_the_same_and_comes_back(tmp_path, name):
 
 
 @needs_diffusers
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_an_authors_file_computes_the_same_and_comes_back(tmp_path, name):
     made = random_dit(**FAMILIES[name])
     state = as_published(made)

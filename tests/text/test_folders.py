@@ -49,19 +49,22 @@ def theirs(model, tokens, mask, **given):
         return model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), **given)
 
 
-@pytest.fixture(scope="module", params=["T5", "UMT5"])
+@pytest.fixture(scope="module")
 def t5(request, tmp_path_factory):
     """A folder as ``transformers`` writes it, and the model in it."""
-    folder = tmp_path_factory.mktemp("folders") / f"tiny-{request.param}"
-    config = getattr(transformers, f"{request.param}Config")(
-        **T5_SIZES, feed_forward_proj="gated-gelu"
-    )
-    model = random_model(f"{request.param}EncoderModel", config)
+    family = getattr(request, "param", "UMT5")
+    folder = tmp_path_factory.mktemp("folders") / f"tiny-{family}"
+    config = getattr(transformers, f"{family}Config")(**T5_SIZES, feed_forward_proj="gated-gelu")
+    model = random_model(f"{family}EncoderModel", config)
     save(model, folder)
     write_sentencepiece(folder)
     return folder, model
 
 
+both_families = pytest.mark.parametrize("t5", ["T5", "UMT5"], indirect=True)
+
+
+@both_families
 def test_t5_states_are_transformers(t5):
     folder, model = t5
     encoder = load_text_encoder(folder)
@@ -115,6 +118,7 @@ def test_bfloat16_is_close_and_kept_in_half(t5):
     assert 1e-4 < off < off_of_theirs < 0.2
 
 
+@both_families
 def test_full_checkpoints_and_other_files_hold_the_same_encoder(t5, tmp_path):
     folder, model = t5
     first = load_text_encoder(folder)

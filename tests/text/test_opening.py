@@ -274,8 +274,7 @@ def test_states_of_another_width_or_encoder_are_refused(captioned, recorded, mes
         dataclasses.replace(recorded, text_encoder=given).build(mesh)
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 1, 2), (1, 4, 2, 1)])
-@pytest.mark.parametrize("bias", ["shared", "layers"])
+@pytest.mark.parametrize(("axes", "bias"), [((2, 2, 1, 2), "shared"), ((1, 4, 2, 1), "layers")])
 def test_spread_over_eight_devices_is_one_device(tmp_path, axes, bias):
     config = T5EncoderConfig(
         vocabulary=64, width=16, depth=2, heads=2, head_dim=4, hidden=16, bias=bias

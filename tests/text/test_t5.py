@@ -24,7 +24,7 @@ TINY = T5EncoderConfig(
 @pytest.fixture(scope="module")
 def params():
     given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-    return T5Encoder(TINY).init(jax.random.key(0), *given)
+    return jax.jit(T5Encoder(TINY).init)(jax.random.key(0), *given)
 
 
 def test_buckets_are_single_steps_then_a_logarithm():
@@ -44,7 +44,7 @@ def test_buckets_are_single_steps_then_a_logarithm():
 def test_attention_is_not_scaled_and_padding_is_not_seen():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 3, 2, 4))
     bias = jnp.broadcast_to(jnp.array([0.0, 1.0, -1e9]), (1, 1, 3, 3))
-    found = masked_attention(q, k, v, bias)
+    found = jax.jit(masked_attention)(q, k, v, bias)
     logits = np.einsum("sad,tad->ast", q[0], k[0])[..., :2] + np.array([0.0, 1.0])
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     wanted = np.einsum("ast,tad->sad", weights, v[0, :2])
@@ -53,10 +53,11 @@ def test_attention_is_not_scaled_and_padding_is_not_seen():
 
 def test_states_do_not_depend_on_padding(params):
     tokens = jnp.array([[5, 6, 7, 1]])
-    alone = T5Encoder(TINY).apply(params, tokens, jnp.ones((1, 4), bool))
+    apply = jax.jit(T5Encoder(TINY).apply)
+    alone = apply(params, tokens, jnp.ones((1, 4), bool))
     padded = jnp.pad(tokens, ((0, 1), (0, 5)), constant_values=9)
     mask = jnp.zeros((2, 9), bool).at[0, :4].set(True)
-    found = T5Encoder(TINY).apply(params, padded, mask)
+    found = apply(params, padded, mask)
     assert found.dtype == jnp.float32 and np.isfinite(found).all()
     np.testing.assert_allclose(found[0, :4], alone[0], rtol=1e-5, atol=1e-6)
 
