@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,27 +24,26 @@ import numpy as np
 from dit_jax.types import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Sample
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
-COLORS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {
-        "red": (235, 30, 30),
-        "green": (30, 210, 30),
-        "blue": (40, 60, 250),
-        "yellow": (235, 225, 30),
-        "magenta": (225, 40, 225),
-        "cyan": (30, 215, 225),
-    }
-)
+COLORS: Mapping[str, tuple[int, int, int]] = {
+    "red": (235, 30, 30),
+    "green": (30, 210, 30),
+    "blue": (40, 60, 250),
+    "yellow": (235, 225, 30),
+    "magenta": (225, 40, 225),
+    "cyan": (30, 215, 225),
+}
 DIRECTIONS: tuple[str, ...] = ("left", "right", "up", "down")
 SIZES: tuple[str, ...] = ("small", "big")
 
 # Unit steps in (x, y); y grows downwards, as array rows do.
-STEPS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-)
+STEPS: Mapping[str, tuple[int, int]] = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
 # Ranges of the radius in px; the gap leaves no doubt which of the two a shape is.
-RADII: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {"small": (4.0, 5.0), "big": (7.0, 8.0)}
-)
+RADII: Mapping[str, tuple[float, float]] = {"small": (4.0, 5.0), "big": (7.0, 8.0)}
 SPEEDS = (0.75, 1.5)  # px/frame, if the canvas has room
 MIN_SPEED = 0.5  # px/frame: slower than this, a five-frame clip hardly moves
 MARGIN = 0.25  # px kept free between the shape's outline and the frame
@@ -54,18 +52,19 @@ MAX_SHADE = 0.2
 # Half extents in radii. They even out the areas (pi, 3.1, 2.2 and 2.8 radii squared) as far as the
 # largest shape still has 6 px of way on a 24 px canvas.
 _SQUARE, _TRIANGLE, _CROSS, _ARM = 0.886, 1.05, 1.09, 0.36
-EXTENTS: Mapping[str, float] = MappingProxyType(
-    {"circle": 1.0, "square": _SQUARE, "triangle": _TRIANGLE, "cross": _CROSS}
-)
+EXTENTS: Mapping[str, float] = {
+    "circle": 1.0,
+    "square": _SQUARE,
+    "triangle": _TRIANGLE,
+    "cross": _CROSS,
+}
 # Area in radii squared, by shape.
-AREAS: Mapping[str, float] = MappingProxyType(
-    {
-        "circle": float(np.pi),
-        "square": 4 * _SQUARE**2,
-        "triangle": 2 * _TRIANGLE**2,
-        "cross": 4 * _ARM * (2 - _ARM) * _CROSS**2,
-    }
-)
+AREAS: Mapping[str, float] = {
+    "circle": float(np.pi),
+    "square": 4 * _SQUARE**2,
+    "triangle": 2 * _TRIANGLE**2,
+    "cross": 4 * _ARM * (2 - _ARM) * _CROSS**2,
+}
 
 
 @dataclass(frozen=True)
