@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.video_codec import VideoCodec
@@ -67,3 +68,27 @@ def quick_compilation() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
         yield
+
+
+def diffusers_config(config: AutoencoderKLConfig, size: int = 256) -> dict[str, Any]:
+    """The ``config.json`` of an autoencoder; ``size`` is the image's that it was trained on."""
+    levels = len(config.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        "block_out_channels": list(config.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": config.channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers,
+        "mid_block_add_attention": config.mid_attention,
+        "norm_num_groups": config.norm_groups,
+        "out_channels": config.channels,
+        "sample_size": size,
+        "scaling_factor": config.scale,
+        "shift_factor": config.shift or None,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": config.post_quant_conv,
+        "use_quant_conv": config.quant_conv,
+    }

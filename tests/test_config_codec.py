@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dit_jax.codec import measures
 from dit_jax.codec.run import SSIM_WINDOW, CodecEvaluationConfig, CodecRun
 from dit_jax.config import (
     CodecConfig,
@@ -23,7 +24,6 @@ from dit_jax.config import (
     to_dict,
 )
 from dit_jax.data import RecordsConfig
-from dit_jax.evaluate import reconstruction
 from tests.tiny_codec_config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def test_evaluations_that_cannot_be_are_refused(name: str):
 def test_small_windows_are_trained_on_where_nothing_is_measured():
     evaluation = dataclasses.replace(CONFIG.evaluation, clips=0)
     dataclasses.replace(CONFIG, evaluation=evaluation, **crop(height=8, width=8))
-    assert SSIM_WINDOW == reconstruction.WINDOW
+    assert SSIM_WINDOW == measures.WINDOW
 
 
 def test_a_run_survives_json(tmp_path: Path):

@@ -22,6 +22,7 @@ from dit_jax.files import as_path, write_whole
 from dit_jax.parallel import make_mesh
 from dit_jax.sampling.media import read_video
 from dit_jax.training import Checkpointer, open_run
+from tests.codecs import diffusers_config
 from tests.interop.published import authors_arrays
 
 
@@ -54,7 +55,7 @@ def autoencoder(tmp_path: Path) -> Path:
         for entry in kl_weights.autoencoder_map(config).entries
         for key in entry.keys
     }
-    interop.write_folder(tmp_path / "vae", kl_weights.autoencoder_to_diffusers(config), arrays)
+    interop.write_folder(tmp_path / "vae", diffusers_config(config), arrays)
     return tmp_path / "vae"
 
 
@@ -240,9 +241,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, c
     assert "ends in .safetensors" in refused(capsys, published, target, "safetensors")
     assert "looks like a file" in refused(capsys, published, tmp_path / "a.safetensors", "run")
     vae = tmp_path / "vae"
-    interop.write_folder(
-        vae, kl_weights.autoencoder_to_diffusers(AutoencoderKLConfig(latent_channels=8)), {}
-    )
+    interop.write_folder(vae, diffusers_config(AutoencoderKLConfig(latent_channels=8)), {})
     said = refused(capsys, published, target, "run", *HEADS, "--codec", vae)
     assert "latents of 8 channels, and the model makes 4" in said
     assert "number with --heads" in refused(capsys, published, target, "run")
@@ -318,7 +317,7 @@ def test_files_and_folders_lie_on_cloud_storage(published, tmp_path, bucket, cap
 def test_paths_in_a_stored_config_are_absolute(published, tmp_path, monkeypatch):
     config = AutoencoderKLConfig(widths=(4,) * 4, layers=1, norm_groups=2)
     vae = tmp_path / "vae"
-    interop.write_folder(vae, kl_weights.autoencoder_to_diffusers(config), {})
+    interop.write_folder(vae, diffusers_config(config), {})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     given = ("--output", "~/run", "--to", "run", "--codec", vae.name, *HEADS)

@@ -20,7 +20,7 @@ from dit_jax.codec.converting import run_of_codec
 from dit_jax.codec.run import CodecRun
 from dit_jax.config import stored_config, to_dict
 from dit_jax.training import CheckpointConfig, Checkpointer, open_run
-from tests.codecs import SMALL, random_params
+from tests.codecs import SMALL, diffusers_config, random_params
 from tests.interop.published import authors_arrays
 from tests.test_convert import HEADS, converted, refused
 from tests.tiny_codec_config import get_config
@@ -126,7 +126,7 @@ def test_codecs_that_a_layout_cannot_hold_are_refused(wan: Path, tmp_path: Path,
         for entry in table.entries
         for key in entry.keys
     }
-    interop.write_folder(images, kl_weights.autoencoder_to_diffusers(config), arrays)
+    interop.write_folder(images, diffusers_config(config), arrays)
     for kind in ("codec", "run"):
         said = refused(capsys, images, target, kind)
         assert "is an autoencoder of images" in said and "--to diffusers writes it again" in said

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
+from dit_jax.codec.kl_weights import autoencoder_map
 from dit_jax.config import CodecConfig, DataConfig, EvaluationConfig, LogConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluate import INCEPTION, VIDEO, write_npz
@@ -33,8 +33,10 @@ from dit_jax.interop import write_folder
 from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, write_png, write_video
+from dit_jax.sampling.pipeline import Pipeline
 from dit_jax.training import CheckpointConfig, Checkpointer, TrainState
 from dit_jax.training.video_task import init_params, make_model
+from tests.codecs import diffusers_config
 from tests.runs import Run, Verbs, end, free_port, upload_checkpoint
 
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
@@ -180,15 +182,15 @@ def test_killed_run_goes_on_to_the_same_samples(
     assert not (tmp_path / "whole" / "shards").exists()
     assert (images[0] != images[3]).any()  # one prompt, other noise
 
-    make, calls = evaluate.make_clips, []
+    make, calls = Pipeline.sample, []
 
     def interrupted(*arguments: Any, **more: Any) -> Any:
         if len(calls) == 2:
             raise Killed
-        calls.append(len(arguments[2]))
+        calls.append(len(arguments[1]))
         return make(*arguments, **more)
 
-    monkeypatch.setattr(evaluate, "make_clips", interrupted)
+    monkeypatch.setattr(Pipeline, "sample", interrupted)
     with pytest.raises(Killed):
         evaluated(*making, output="cut")
     assert calls == [4, 4]
@@ -348,7 +350,7 @@ def test_what_cannot_be_measured_is_refused_before_samples_are_made(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(evaluate, "make_clips", None)
+    monkeypatch.setattr(Pipeline, "sample", None)
     made = ["--checkpoint", whole.directory, "--prompts-file", prompts]
     # Longer than the samples or shorter: clips of a reference have the frames that are asked for.
     write_npz(tmp_path / "short.npz", {}, [np.zeros((4, 12, 8, 8, 3), np.uint8)], 4)
@@ -434,7 +436,7 @@ def test_latents_are_decoded(evaluated: Evaluated, refused: Refused, tmp_path: P
     model = AutoencoderKL(shape)
     image = jnp.zeros((1, 8, 8, 3))
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), image))
-    write_folder(tmp_path / "codec", autoencoder_to_diffusers(shape), table.export(params))
+    write_folder(tmp_path / "codec", diffusers_config(shape), table.export(params))
     run = ["--checkpoint", untrained(classes_config(latents=True), tmp_path / "run"), "--num", 3]
     assert "elsewhere" in refused(*run)  # the codec that the config names
     evaluated(*run, "--codec", tmp_path / "codec")

@@ -202,7 +202,7 @@ def test_records_go_on_after_a_full_disk_and_keep_what_was_left_out(media, tmp_p
     read_all = assembling.read_clips
     monkeypatch.setattr(assembling, "read_clips", read_clips)
     small = partial(assembling.write_builder, shard_bytes=1)
-    monkeypatch.setattr("dit_jax.prepare.write_builder", small)
+    monkeypatch.setattr("dit_jax.prepare.__main__.write_builder", small)
     expected = prepare(config(media, tmp_path / "whole"), shown=False)
     assert len(list((tmp_path / "whole" / "clips" / "1.0.0").glob("*array_record*"))) == 4
     finish, finished = writing._Shard.finish, []

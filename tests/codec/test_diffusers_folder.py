@@ -13,36 +13,13 @@ from dit_jax.codec import folders, kl_weights
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.kl_weights import OLD_ATTENTION
+from tests.codecs import diffusers_config
 from tests.interop.published import diffusers, needs_diffusers, relative, torch
 
 TOLERANCE = 1e-4
 """Float32 in another order of summation; the issue's bound."""
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def diffusers_config(config, size=256):
-    """The ``config.json`` of an autoencoder; ``size`` is the image's that it was trained on."""
-    levels = len(config.widths)
-    return {
-        "_class_name": kl_weights.CLASS,
-        "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
-        "block_out_channels": list(config.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": config.channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers,
-        "mid_block_add_attention": config.mid_attention,
-        "norm_num_groups": config.norm_groups,
-        "out_channels": config.channels,
-        "sample_size": size,
-        "scaling_factor": config.scale,
-        "shift_factor": config.shift or None,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": config.post_quant_conv,
-        "use_quant_conv": config.quant_conv,
-    }
 
 
 def random_autoencoder(**changed):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dit_jax.codec import measures
 from dit_jax.codec.discriminator import DiscriminatorConfig
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.run import CodecRun
@@ -21,7 +22,6 @@ from dit_jax.codec.train import HeldOut, _held_out
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.data import open_source
 from dit_jax.data.shapes import held_out_combinations
-from dit_jax.evaluate import reconstruction
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.sampling import to_float
 from dit_jax.sampling.media import read_video
@@ -126,7 +126,7 @@ def test_the_report_is_of_what_comes_back(trained: Any, finished: Any):
     clips = HeldOut(CONFIG, open_source(CONFIG.data.source), held).held
     back = [codec.decode(codec.encode(to_float(clip))) for clip in clips]
     pixels = [np.clip(np.rint((clip + 1) * 127.5), 0, 255).astype(np.uint8) for clip in back]
-    found = reconstruction.reconstruction_report(clips, pixels)
+    found = measures.reconstruction_report(clips, pixels)
     assert {name: report[name] for name in found} == pytest.approx(found, rel=1e-3)
     assert read_video(directory / "samples.png")[0].std() > 0
 

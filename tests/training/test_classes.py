@@ -14,7 +14,7 @@ from flax import linen as nn
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import load_codec
-from dit_jax.codec.kl_weights import autoencoder_map, autoencoder_to_diffusers
+from dit_jax.codec.kl_weights import autoencoder_map
 from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import judge_classes
@@ -32,6 +32,7 @@ from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
 from dit_jax.training.frozen import check_codec
+from tests.codecs import diffusers_config
 from tests.scripts import load_script
 
 CLASSES = 3
@@ -79,7 +80,7 @@ def codec_path(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("codec") / "vae"
     exported = autoencoder_map(shape).export(nn.unbox(variables))
-    write_folder(path, autoencoder_to_diffusers(shape), exported)
+    write_folder(path, diffusers_config(shape), exported)
     return path
 
 
