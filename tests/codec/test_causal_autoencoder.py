@@ -67,7 +67,11 @@ class Opened:
         return jnp.concatenate(made, 1)
 
 
-@pytest.fixture(scope="module", params=sorted(VARIANTS))
+# What no preset uses is slow.
+RARE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shortcuts", "wide decoder")]
+
+
+@pytest.fixture(scope="module", params=["plain", "linear", *RARE])
 def opened(request: pytest.FixtureRequest) -> Opened:
     return Opened(VARIANTS[request.param])
 

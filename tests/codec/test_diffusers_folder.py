@@ -88,7 +88,14 @@ VARIANTS = {
 
 
 @needs_diffusers
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "flux",
+        "shifted",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("no attention", "one level")),
+    ],
+)
 def test_variants_are_diffusers_too(tmp_path, variant):
     model = random_autoencoder(**VARIANTS[variant])
     model.save_pretrained(tmp_path)

@@ -162,8 +162,7 @@ KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 LINE = re.compile(rf"= (.*?) ({KINDS})(?:-start)?\(")
 
 
-@pytest.mark.parametrize("method", ["encode", "decode"])
-@pytest.mark.parametrize("size", [(16, 8), (12, 16)], ids=["rows", "columns"])
+@pytest.mark.parametrize(("method", "size"), [("encode", (16, 8)), ("decode", (12, 16))])
 def test_edges_go_to_the_neighbours_and_frames_stay(method: str, size: tuple[int, int]):
     mesh = make_mesh(MeshConfig(2, 1, 4, 1))
     codec = make_codec(SPREAD, lay=make_clip_constrain(mesh))

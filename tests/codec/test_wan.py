@@ -32,7 +32,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=sorted(VARIANTS))
+@pytest.fixture(
+    scope="module", params=["2.1", "2.2", pytest.param("deeper", marks=pytest.mark.slow)]
+)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Their model, and the folder it wrote."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -132,7 +132,12 @@ LEVELS = ("[5]", "[6]", "[7]")
 
 # One guided clip is two rows, one for each of data's devices; one that is not guided is made twice.
 @pytest.mark.parametrize(
-    ("clips", "cfg_scale", "rows", "texts"), [(1, 2.0, 1, 2), (2, 2.0, 2, 4), (1, 1.0, 2, 2)]
+    ("clips", "cfg_scale", "rows", "texts"),
+    [
+        (1, 2.0, 1, 2),
+        (1, 1.0, 2, 2),
+        pytest.param(2, 2.0, 2, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_of_the_solver_is_given_what_the_generator_gives(
     config, mesh, first_step, clips, cfg_scale, rows, texts
@@ -197,7 +202,13 @@ def tiny(rows=8, row_tokens=32, accumulate=1, ulysses=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "mnist", "sprites", "dit_xl2_imagenet256", "video_1b3"]
+    "name",
+    [
+        "quickstart",
+        "dit_xl2_imagenet256",
+        "video_1b3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mnist", "sprites")),
+    ],
 )
 def test_every_config_traces_with_the_kernel_of_tpus(name):
     """Texts and clips of all lengths: the kernel takes blocks, and pads what is shorter."""
