@@ -326,8 +326,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         target = Path(os.path.realpath(target))  # A link stays a link.
         target.parent.mkdir(parents=True, exist_ok=True)
     # On the target's own disk: only there a file is moved at once.
-    place = {} if remote else {"dir": target.parent}
-    with tempfile.TemporaryDirectory(prefix=".dit_jax-", **place) as scratch:
+    place = None if remote else target.parent
+    with tempfile.TemporaryDirectory(prefix=".dit_jax-", dir=place) as scratch:
         fresh = Path(scratch) / target.name
         yield fresh
         if remote:  # An object of Cloud Storage appears when its upload is complete.

@@ -150,6 +150,7 @@ class MixedSource:
         """The endless mixed order of indices. Proportions are Grain's: the weights, to within 1 %."""
         starts = [0, *self._ends[:-1]]
         seeds = np.random.SeedSequence(seed).generate_state(len(self.parts) + 1)
+        # A seed for each set's own order, and one for the windows.
         orders = [
             grain.MapDataset.range(start, end).seed(int(own)).shuffle().repeat()
             for start, end, own in zip(starts, self._ends, seeds, strict=False)

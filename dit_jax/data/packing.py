@@ -104,7 +104,7 @@ class Reader:
         reason = explain(error)
         reason = reason if name in reason else f"{name}: {reason}"
         with self._lock:
-            if index in self.left_out:
+            if index in self.left_out:  # In an earlier epoch, or by the run that is resumed.
                 return
             self.left_out[index] = reason
             count = len(self.left_out)
@@ -241,6 +241,7 @@ class RowStreams(Iterator[AnyBatch], Generic[AnyBatch]):
         self._start = self._place = start
         streams = [self._stream(row, start) for row in self.rows]
         batches = grain.experimental.ZipIterDataset(streams).map(self._stack)
+        # One batch waits while the device computes, and the next is read.
         ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
         self._batches = iter(ahead)
 
@@ -265,8 +266,10 @@ class RowStreams(Iterator[AnyBatch], Generic[AnyBatch]):
 
         Returns whether the rows go on as they were; False if they are packed anew.
         """
+        # ``get_state`` alone has no RUN.
         run = state.get(RUN, {"layout": self.layout, "start": 0, "place": 0, "left_out": {}})
         self.reader.left_out.update({int(i): why for i, why in run["left_out"].items()})
+        # Rows of another layout hold other samples: none of their states fits.
         if run["layout"] != self.layout:
             self._begin(run["place"])
             return False
@@ -427,6 +430,7 @@ class Loader(RowStreams[Batch]):
         along_tokens = ("positions", "frame_ids", *(TOKEN + name for name in token_fields))
         along_segments = ("sample_ids", "num_tokens", "num_frames")
         along_segments += tuple(SEGMENT + name for name in segment_fields)
+        # A sample enters a row that has room for it in each of these.
         lengths = {
             **dict.fromkeys(("tokens", *along_tokens), config.row_tokens),
             "text": config.row_text,
@@ -434,6 +438,7 @@ class Loader(RowStreams[Batch]):
         }
 
         def stream(row: int, start: int) -> grain.IterDataset:
+            # Every n-th sample of the endless order, from this row's first on.
             mine = samples[start + row :: config.rows].to_iter_dataset(read_options(config.threads))
             return grain.experimental.FirstFitPackIterDataset(
                 mine,

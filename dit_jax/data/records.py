@@ -233,6 +233,7 @@ class _Shards:
         try:
             return self._reader(path).read([number])[0]
         except RuntimeError as error:
+            # A reader that failed once goes on failing: the next try opens the file anew.
             with self._lock:
                 self._readers.pop(path, None)
             raise storage_error(error, path) or error from error
@@ -242,7 +243,8 @@ class _Shards:
             if path in self._readers:
                 self._readers.move_to_end(path)
                 return self._readers[path]
-        # Opened outside the lock: on network storage it takes a while.
+        # Opened outside the lock: on network storage it takes a while. No read-ahead: the order is
+        # random.
         options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
         reader: Any = ArrayRecordReader(str(path), **options)
         with self._lock:
@@ -307,7 +309,7 @@ class RecordsSource:
     def sizes(self) -> np.ndarray | None:
         """int32 [n, 3]: frames, height and width of every record as it is stored; None if the builder
         does not say them."""
-        if self.config.video_key != "video":
+        if self.config.video_key != "video":  # The table is of that feature.
             return None
         parts, tables = [], {}
         try:

@@ -207,6 +207,7 @@ def _place(
     The middle of the path lies within ``jitter`` px of the canvas's, or anywhere.
     """
     (color, shape, direction), (height, width) = triple, hw
+    # Radius, speed, x, y, shade: five numbers whatever the scene, so that none shifts the others.
     u = rng.random(5).tolist()
     low, high = RADII[size]
     radius = low + (high - low) * u[0]
@@ -238,6 +239,7 @@ def held_out_scenes(
     _check_room(height, width, frames)
     triples, scenes = held_out_combinations(), []
     for k in range(n):
+        # Sizes alternate, and begin with the other one in every next round of triples.
         size = SIZES[(k + k // len(triples)) % len(SIZES)]
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, k], np.uint64)))
         scenes.append(_place(rng, triples[k % len(triples)], size, frames, (height, width)))
