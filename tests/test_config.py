@@ -16,6 +16,7 @@ from dit_jax.config import (
     LogConfig,
     Run,
     VideoRun,
+    check_types,
     differences,
     from_dict,
     load_config,
@@ -316,7 +317,7 @@ def test_config_file_of_another_kind_is_refused(refused, tmp_path):
     [
         (lambda: VideoRun(log=LogConfig(draw_every=-1)), "draw_every is -1: it is at least 0"),
         (lambda: VideoRun(evaluation=EvaluationConfig(prompts=-2)), "evaluation.prompts is -2"),
-        (lambda: PackingConfig(row_tokens=0), "packing.row_tokens is 0: it is at least 1"),
+        (lambda: check_types(PackingConfig(row_tokens=0)), "row_tokens is 0: it is at least 1"),
         (lambda: MeshConfig(-1, -1), "one of them may be -1"),
         (lambda: OptimizerConfig(b2=1.0), r"optimizer.b2 is 1.0: it is in \[0, 1\)"),
         (lambda: CheckpointConfig(every=0), "checkpoint.every 0"),
@@ -326,7 +327,7 @@ def test_config_file_of_another_kind_is_refused(refused, tmp_path):
         (lambda: DiffusionConfig(min_t=0.0), "diffusion.min_t is 0.0"),
         (lambda: PatchConfig(h=0), "patch.h is 0: patch sizes and channels are at least 1"),
         (lambda: DiTConfig(depth=0), "dit.depth is 0: it must be at least 1. Take a preset"),
-        (lambda: ShapesConfig(frames=(1, 5)), "clips need two frames or more; image_fraction sets"),
+        (lambda: check_types(ShapesConfig(frames=(1, 5))), r"frames\[0\] is 1: it is at least 2"),
         (lambda: RecordsConfig(path=""), "path is empty: give a builder's directory or the name"),
     ],
 )

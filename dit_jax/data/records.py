@@ -62,7 +62,7 @@ OURS = "tensorflow_datasets."
 """TFDS imports the classes of features by their names: no other module is imported for a data set."""
 NO_STATES = np.zeros((0, 1), np.float32)
 """The states of a caption that is absent, or was dropped."""
-LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it to a local disk"
+LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it (docs/storage.md)"
 STORE_AGAIN = "store them again by dit_jax.prepare.writing.write_records"
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
 _MODULE = re.compile(re.escape(OURS) + r"[\w.]+")
