@@ -338,6 +338,7 @@ def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path)
         prepare(config(media, tmp_path / "one", **asked), shown=False)
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_cluster_make_the_same_records(media, prepared, tmp_path):
     port = free_port()
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

@@ -152,6 +152,7 @@ def test_a_flat_clip_has_a_bounded_gradient(opened: Opened):
     assert max(float(np.abs(leaf).max()) for leaf in gradients) < 1e3
 
 
+@pytest.mark.slow
 def test_linear_begins_as_a_projection_of_own_pixels():
     """Each latent is linear in its own pixels alone, and each frame in its own latent."""
     config = dataclasses.replace(PLAIN, linear=True, patch=2, mid_attention=False)

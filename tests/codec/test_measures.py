@@ -156,6 +156,7 @@ def test_resizing_keeps_constants_and_smooth_ramps():
     assert psnr(resize_clip(noisy(smooth, 20), 36), smooth) > 28  # shrinking averages noise away
 
 
+@pytest.mark.slow
 def test_the_baseline_stores_as_many_values_as_latents_have():
     assert compression((17, 64, 64, 3), (4, 8, 8), 16) == 17 * 64 * 64 * 3 / (5 * 8 * 8 * 16)
     assert compression((1, 60, 64, 3), (4, 8, 8), 16) == 60 * 64 * 3 / (8 * 8 * 16)

@@ -65,6 +65,7 @@ def test_the_distance_is_equation_1():
     np.testing.assert_allclose(perceptual_distance(doubled, a), 0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_frames_of_clips_are_compared_one_by_one(params):
     network = PerceptualNetwork(params, None, SMALL)
     a, b = frames(2, 3, 9, 8), frames(2, 3, 9, 8, seed=1)
@@ -76,6 +77,7 @@ def test_frames_of_clips_are_compared_one_by_one(params):
     np.testing.assert_array_equal(network(a, a), 0)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_also_where_nothing_is_active(params):
     network = PerceptualNetwork(params, None, SMALL)
     a, b = frames(2, 8, 8), frames(2, 8, 8, seed=1)

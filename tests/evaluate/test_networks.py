@@ -243,7 +243,7 @@ def make_i3d(torch: Any) -> Any:
     return Net()
 
 
-@pytest.mark.parametrize("frames", [16, 25])
+@pytest.mark.parametrize("frames", [16, pytest.param(25, marks=pytest.mark.slow)])
 def test_i3d_logits_are_those_of_pytorch(torch: Any, tmp_path: Path, frames: int):
     torch.manual_seed(0)
     network = make_i3d(torch)
