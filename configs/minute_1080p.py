@@ -3,7 +3,7 @@
     python -m dit_jax.train --config configs/minute_1080p.py --data.source.path RECORDS
 
 60 s at 24 frames a second are 361 latent frames of 136 x 240 (1088 rows of pixels, the nearest that
-the codec and the patches divide), 8,160 tokens each. The transformer is ``video_1b3``'s with a band:
+the codec and the patches divide), 8,160 tokens each. The transformer is ``video_1b3``'s with a window:
 every other layer attends to the whole minute, the others to four latent frames (2/3 s) on either side.
 
 Compiled for v5p:8x8x8 (512 chips), not run (``python -m dit_jax.plan --config
@@ -24,7 +24,7 @@ FRAME_TOKENS = 68 * 120
 def get_config() -> VideoRun:
     base = video_1b3()
     packing = dataclasses.replace(base.data.packing, rows=1, row_tokens=45 * 65_536)
-    dit = dataclasses.replace(base.model.dit, band=4 * FRAME_TOKENS, dense_every=2)
+    dit = dataclasses.replace(base.model.dit, window=4 * FRAME_TOKENS, global_every=2)
     return dataclasses.replace(
         base,
         output="runs/minute_1080p",

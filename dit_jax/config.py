@@ -453,6 +453,8 @@ TYPES = {
 RENAMED: dict[str, str] = {
     "diffusion.ceilings": "diffusion.masks",
     "diffusion.masks.free": "diffusion.masks.none",
+    "model.dit.band": "model.dit.window",
+    "model.dit.dense_every": "model.dit.global_every",
 }
 """Dotted names of fields in format 1, and what they are called now."""
 REMOVED: dict[str, tuple[Any, ...]] = {

@@ -183,7 +183,7 @@ class Attention(Protocol):
     Queries see the keys of their own segment id only; the output at padding is finite and
     otherwise unspecified. Without ``k_segment_ids`` the keys are of the queries' own tokens
     (self-attention), and are spread over devices as those are; with them they are others (text),
-    whole on every device. ``band`` limits self-attention to keys at most so many tokens away in
+    whole on every device. ``window`` limits self-attention to keys at most so many tokens away in
     the row, on either side.
     """
 
@@ -195,7 +195,7 @@ class Attention(Protocol):
         q_segment_ids: Int[Array, "b l"],
         k_segment_ids: Int[Array, "b m"] | None,
         *,
-        band: int | None = None,
+        window: int | None = None,
     ) -> Float[Array, "b l a d"]: ...
 
 

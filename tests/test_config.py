@@ -158,8 +158,8 @@ def test_a_minute_is_one_row():
     tokens = config.model.patch.num_tokens(made.frames, made.height, made.width)
     assert tokens == (1 + 60 * 24 // 4) * 68 * 120 == 2_945_760
     assert 0 <= config.data.packing.row_tokens - tokens < 65_536
-    assert dit.band == 4 * 68 * 120 and dit.depth % dit.dense_every == 0
-    assert dataclasses.replace(dit, band=None) == VARIANTS["video_1b3"].model.dit
+    assert dit.window == 4 * 68 * 120 and dit.depth % dit.global_every == 0
+    assert dataclasses.replace(dit, window=None) == VARIANTS["video_1b3"].model.dit
 
 
 def test_imagenet_is_one_image_a_row():
@@ -253,7 +253,7 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
         (["--data.source.frames", "4"], ["4 frames", "The nearest are 3 and 5"]),
         (["--data.source.sizes", "36", "36"], ["not a multiple of the patch's 8", "32 and 40"]),
         (["--model.dit.heads", "5"], ["width 192 does not divide into 5 heads", "such as 190"]),
-        (["--mesh.data", "0"], ["'data': 0", "each axis is at least 1"]),
+        (["--mesh.data", "0"], ["mesh.data is 0", "at least 1"]),
         (["--diffusion.caption-dropout", "1"], ["caption_dropout is 1.0"]),
         (["--sampling.cfg-scale", "-1"], ["sampling.cfg_scale is -1.0: it is at least 0"]),
         (["--checkpoint.keep-period", "0"], ["keep_period is 0: it is at least 1, or unset"]),

@@ -248,10 +248,9 @@ def test_death_of_one_ends_the_other(victim: int):
 
 
 @pytest.mark.parametrize(
-    ("what", "status", "error"),
-    [("wrong", 2, "InputError: no rows"), ("fail", 1, "OSError: disk full")],
+    ("actor", "what", "status", "error"),
+    [(0, "wrong", 2, "InputError: no rows"), (1, "fail", 1, "OSError: disk full")],
 )
-@pytest.mark.parametrize("actor", [0, 1])
 def test_error_of_one_ends_the_other(actor: int, what: str, status: int, error: str):
     """At once, and with the status that says whether starting again is of use."""
     statuses, texts, seconds = run_program(what, actor)

@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder
 from dit_jax.codec.flops import autoencoder_flops
 from dit_jax.codec.run import CodecRun
+from dit_jax.codec.sharding import clip_sharding, make_clip_constrain
 from dit_jax.codec.train import batch_loss, make_loss
 from dit_jax.codec.video_codec import part_step
-from dit_jax.parallel import batch_sharding, clip_sharding, make_clip_constrain, platform
+from dit_jax.parallel import batch_sharding, platform
 from dit_jax.types import ClipBatch, FrameGrid
 
 

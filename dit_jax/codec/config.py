@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.codec.codec import ImageCodec, TileConfig
 from dit_jax.codec.folders import load_codec
+from dit_jax.codec.sharding import make_clip_constrain
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.config import CodecConfig
 from dit_jax.files import InputError
-from dit_jax.parallel import make_clip_constrain
 from dit_jax.types import Codec
 
 

@@ -27,9 +27,10 @@ from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.codec.measures import reconstruction_report, resize_baseline, side_by_side
 from dit_jax.codec.reconstruction_loss import ReconstructionLoss
 from dit_jax.codec.run import CodecRun
+from dit_jax.codec.sharding import make_clip_constrain, make_gather
 from dit_jax.codec.vgg_files import load_vgg
 from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader, open_source
-from dit_jax.parallel import batch_shards, local_rows, make_clip_constrain, make_gather, platform
+from dit_jax.parallel import batch_shards, local_rows, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work, everything
 from dit_jax.types import ClipBatch, Params, Source, Totals

@@ -164,7 +164,7 @@ def check_published(model: ModelConfig, divisors: Sequence[int] = (128,)) -> Non
         "dit.cross_attention": (dit.cross_attention, False),
         "dit.pooled_text": (dit.pooled_text, False),
         "dit.modulation": (dit.modulation, "layer"),
-        "dit.band": (dit.band, None),
+        "dit.window": (dit.window, None),
         "patch.t": (model.patch.t, 1),
         "text": (type(model.text).__name__, "NoTextConfig"),
         "conditioners": (

@@ -122,11 +122,11 @@ class DiTConfig:
     """Whether every layer makes its modulation from the condition by a matrix of its own
     (adaLN-Zero), or one matrix serves all and a layer adds a table (PixArt-alpha's adaLN-single: a
     quarter to a third fewer parameters)."""
-    band: int | None = None
-    """Tokens on either side, in the row's order, that the banded layers attend to: n tokens are
+    window: int | None = None
+    """Tokens on either side, in the row's order, that the windowed layers attend to: n tokens are
     n / (h w) latent frames of h w patches. Unset, every layer attends to the whole segment."""
-    dense_every: int = 2
-    """With a band: every so-many-th layer attends to the whole segment, the others are banded (the
+    global_every: int = 2
+    """With a window: every n-th layer attends to the whole segment, the others within the window (the
     alternating pattern of Child et al. 2019, "Sparse Transformers", as in GPT-3)."""
     scan: bool | None = None
     """Compile one block and loop over the layers (quick to compile), or unroll them (quick to run
@@ -152,12 +152,12 @@ class DiTConfig:
             )
         if self.rotary:
             axis_dims(self.width // self.heads)
-        if self.band is not None and (
-            self.band < 1 or self.dense_every < 1 or self.depth % self.dense_every
+        if self.window is not None and (
+            self.window < 1 or self.global_every < 1 or self.depth % self.global_every
         ):
             raise ValueError(
-                f"dit.band {self.band} and dense_every {self.dense_every} are at least 1, and "
-                f"dense_every divides the depth, {self.depth}."
+                f"dit.window {self.window} and global_every {self.global_every} are at least 1, and "
+                f"global_every divides the depth, {self.depth}."
             )
         if self.absolute_positions in ("wh", "wht") and self.width % 4:
             raise ValueError(
@@ -296,7 +296,7 @@ class DiTBlock(nn.Module):
 
     config: DiTConfig
     runtime: Runtime
-    band: int | None = None
+    window: int | None = None
 
     @nn.compact
     def __call__(
@@ -332,7 +332,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = gather_parts(groups, group_ids, 6)
 
         h = whole((layer_norm(x) * (1 + scale1) + shift1).astype(run.dtype))
-        attention = SelfAttention(band=self.band, name="self_attention", **attend)
+        attention = SelfAttention(window=self.window, name="self_attention", **attend)
         branch = whole(attention(h, segment_ids, rotary))
         x = x + (gate1 * branch.astype(jnp.float32)).astype(x.dtype)
         if config.cross_attention:
@@ -347,7 +347,7 @@ class DiTBlock(nn.Module):
 
 
 class LayerGroup(nn.Module):
-    """Layers with a band and one without after them: the unit that repeats if there is a band."""
+    """Layers with a window and one without after them: the unit that repeats if there is a window."""
 
     block: type[DiTBlock]
     config: DiTConfig
@@ -357,9 +357,9 @@ class LayerGroup(nn.Module):
     def __call__(
         self, x: Float[Array, "b l d"], *others: Any
     ) -> tuple[Float[Array, "b l d"], None]:
-        for i in range(self.config.dense_every):
-            band = self.config.band if i < self.config.dense_every - 1 else None
-            x, _ = self.block(self.config, self.runtime, band, name=f"layer_{i}")(x, *others)
+        for i in range(self.config.global_every):
+            window = self.config.window if i < self.config.global_every - 1 else None
+            x, _ = self.block(self.config, self.runtime, window, name=f"layer_{i}")(x, *others)
         return x, None
 
 
@@ -467,10 +467,10 @@ class DiT(nn.Module):
         if config.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         unit, count = partial(block, config, run), config.depth
-        if config.band is not None:
+        if config.window is not None:
             unit, count = (
                 partial(LayerGroup, block, config, run),
-                config.depth // config.dense_every,
+                config.depth // config.global_every,
             )
         scanned: Any = nn.scan(
             unit.func,
@@ -629,7 +629,7 @@ def first_modulation(
         {"params": params["time"]}, t[None]
     )
     blocks = params["blocks"]
-    first = blocks["layer_0"] if config.band is not None else blocks
+    first = blocks["layer_0"] if config.window is not None else blocks
     modulation = Modulation(config.width, 2)
     if config.modulation == "shared":
         made: Any = modulation.apply({"params": params["modulation"]}, condition)

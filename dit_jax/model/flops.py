@@ -1,7 +1,7 @@
 """How many floating-point operations the model takes, counted from its shapes.
 
 A multiplication and an addition count as two. Only what the mathematics asks for is counted:
-attention within segments (and bands), one noise level a segment, no recomputation, no padding.
+attention within segments (and windows), one noise level a segment, no recomputation, no padding.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def forward_flops(
     condition = (TIME_FREQUENCIES + d) * d + dit.pooled_text * config.text_width * d
     ends = ends + 2 * (condition + (6 * layers + 2) * d * d) * (tokens > 0)
     unseen = 0.0
-    if dit.band is not None:
-        reach = np.minimum(dit.band, np.maximum(tokens - 1, 0))
+    if dit.window is not None:
+        reach = np.minimum(dit.window, np.maximum(tokens - 1, 0))
         seen = tokens * (2 * reach + 1) - reach * (reach + 1)
-        banded = dit.depth - dit.depth // dit.dense_every
-        unseen = banded * 4 * d * (tokens * tokens - seen)
+        windowed = dit.depth - dit.depth // dit.global_every
+        unseen = windowed * 4 * d * (tokens * tokens - seen)
     if isinstance(text, ByteEncoderConfig):
         e = text.width
         encoder = text.depth * (24 * e * e * letters + 4 * e * letters * letters)

@@ -177,11 +177,11 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of a row's tokens to those of their own segment, within ``band`` if there is one."""
+    """Attention of a row's tokens to those of their own segment, within ``window`` if there is one."""
 
     heads: int
     runtime: Runtime
-    band: int | None = None
+    window: int | None = None
     axis: str = "tokens"
     """Logical axis of the tokens; those of text are whole on every device."""
     qk_norm: bool = True
@@ -207,7 +207,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = (run.constrain(y, "batch", self.axis, "heads", None) for y in (q, k, v))
         keys = None if self.axis == "tokens" else segment_ids
-        out = run.attention(q, k, v, segment_ids, keys, band=self.band)
+        out = run.attention(q, k, v, segment_ids, keys, window=self.window)
         out = run.constrain(out, "batch", self.axis, "heads", None).reshape(b, l, width)
         return linear(width, ("heads", "embed"), name="out")(out)
 

@@ -9,14 +9,11 @@ from dit_jax.parallel.context import token_multiple as token_multiple
 from dit_jax.parallel.context import ulysses_size as ulysses_size
 from dit_jax.parallel.matmul import choose_dot_general as choose_dot_general
 from dit_jax.parallel.mesh import AXES as AXES
+from dit_jax.parallel.mesh import ROWS as ROWS
 from dit_jax.parallel.mesh import MeshConfig as MeshConfig
 from dit_jax.parallel.mesh import batch_sharding as batch_sharding
 from dit_jax.parallel.mesh import batch_shards as batch_shards
-from dit_jax.parallel.mesh import check_rules as check_rules
-from dit_jax.parallel.mesh import clip_sharding as clip_sharding
-from dit_jax.parallel.mesh import make_clip_constrain as make_clip_constrain
 from dit_jax.parallel.mesh import make_constrain as make_constrain
-from dit_jax.parallel.mesh import make_gather as make_gather
 from dit_jax.parallel.mesh import make_mesh as make_mesh
 from dit_jax.parallel.mesh import parameter_shardings as parameter_shardings
 from dit_jax.parallel.mesh import peak_flops as peak_flops
@@ -26,7 +23,6 @@ from dit_jax.parallel.multihost import PROCESS_HELP as PROCESS_HELP
 from dit_jax.parallel.multihost import barrier as barrier
 from dit_jax.parallel.multihost import broadcast as broadcast
 from dit_jax.parallel.multihost import global_batch as global_batch
-from dit_jax.parallel.multihost import initialize as initialize
 from dit_jax.parallel.multihost import joined as joined
 from dit_jax.parallel.multihost import local_rows as local_rows
 from dit_jax.parallel.multihost import take_process_flags as take_process_flags

@@ -32,20 +32,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from dit_jax.parallel.attention import (
-    HOST,
-    NOBODY,
-    Kernel,
-    Operands,
-    Window,
-    blockwise_attention,
-    host_attention,
-    make_attention,
-    xla_attention,
-)
+from dit_jax.parallel import attention as plain
+from dit_jax.parallel.attention import Kernel, Operands, Window
 from dit_jax.parallel.mesh import activation_spec, platform
 from dit_jax.parallel.pallas import LANES, SplashConfig, flash_kernel, splash_kernel
-from dit_jax.types import ATTENTION, Attention
+from dit_jax.types import ATTENTION, Attention, PositiveInt
 
 AXIS = "context"
 AUTO = {"cpu": "host", "tpu": "splash", "gpu": "flash", "cuda": "flash", "rocm": "xla"}
@@ -58,7 +49,7 @@ class AttentionConfig:
     kernel: Literal["auto", "xla", "host", "splash", "flash"] = "auto"
     """xla: plain matrix products, the reference. host: the same for CPUs. splash: JAX's Pallas
     kernel for TPUs. flash: JAX's Pallas kernel for GPUs. auto: by the platform."""
-    ulysses: int | None = None
+    ulysses: PositiveInt | None = None
     """Of the ``context`` devices, how many exchange heads; the others form the ring (1: a ring alone).
     Unset: as many as divide the heads that ``mesh.tensor`` leaves."""
     splash: SplashConfig = SplashConfig()
@@ -69,38 +60,14 @@ DEFAULT_ATTENTION = AttentionConfig()
 
 def ulysses_size(config: AttentionConfig, context: int, heads: int) -> int:
     """How many of ``context`` devices exchange heads, ``heads`` being those on one device."""
-    size = config.ulysses
-    if size is None:
-        return math.gcd(context, heads)
-    if size < 1 or context % size or heads % size:
+    most = math.gcd(context, heads)
+    size = most if config.ulysses is None else config.ulysses
+    if size < 1 or most % size:
         raise ValueError(
             f"attention.ulysses {size} must divide mesh.context {context} and the {heads} heads that a "
-            f"device of mesh.tensor has: take {math.gcd(context, heads)}, or leave it unset."
+            f"device of mesh.tensor has: take {most}, or leave it unset."
         )
     return size
-
-
-def choose_attention(
-    mesh: Mesh, config: AttentionConfig = DEFAULT_ATTENTION, interpret: bool | None = None
-) -> Attention:
-    """The attention function for a mesh.
-
-    ``interpret`` runs the Pallas kernels by the interpreter, for tests; unset, on CPUs.
-    """
-    name, on_cpu = _kernel_name(mesh, config), platform(mesh) == "cpu"
-    interpret = on_cpu if interpret is None else interpret
-    if name == "splash":
-        kernel = splash_kernel(config.splash, interpret)
-    elif name == "flash":
-        kernel = flash_kernel(interpret)
-    elif mesh.shape[AXIS] > 1:
-        kernel = HOST
-    elif name == "host":
-        # A row or head on several devices must not be computed one after the other.
-        return blockwise_attention if on_cpu and mesh.size == 1 else host_attention
-    else:
-        return xla_attention
-    return make_attention(partial(_attend_over_mesh, mesh, kernel, config))
 
 
 def _kernel_name(mesh: Mesh, config: AttentionConfig) -> str:
@@ -114,9 +81,69 @@ def token_multiple(mesh: Mesh, config: AttentionConfig = DEFAULT_ATTENTION) -> i
     return context * (LANES if blocks else 1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Ring attention
-# ---------------------------------------------------------------------------------------------------
+def choose_attention(mesh: Mesh, config: AttentionConfig = DEFAULT_ATTENTION) -> Attention:
+    """The attention function for a mesh."""
+    name, on_cpu = _kernel_name(mesh, config), platform(mesh) == "cpu"
+    if name == "splash":
+        kernel = splash_kernel(config.splash, interpret=on_cpu)
+    elif name == "flash":
+        kernel = flash_kernel(interpret=on_cpu)
+    elif mesh.shape[AXIS] > 1:
+        kernel = plain.HOST
+    elif name == "host":
+        # Blocks go one after the other: not if rows or heads lie on several devices.
+        return plain.blockwise_attention if on_cpu and mesh.size == 1 else plain.host_attention
+    else:
+        return plain.xla_attention
+
+    def attend(x: Operands, window: Window | None) -> jax.Array:
+        # Text attending to itself, with one array of ids for both, is whole on every device.
+        text, cross = x.k_ids is x.q_ids, x.k_ids is not None and x.k_ids is not x.q_ids
+        along = "text_tokens" if text else "tokens"
+        of_q = activation_spec(mesh, x.q.shape, "batch", "heads", along, None)
+        rows, heads, tokens, _ = of_q
+        sharded = x.k_ids is None and tokens is not None and mesh.shape[AXIS] > 1
+        of_k = PartitionSpec(rows, heads, None, None) if cross else of_q
+        # The ids of a sharded row are whole on every device: the ring cuts out those that it needs.
+        ids: Any = (x.q_ids,)
+        of_ids = (PartitionSpec(rows, None if sharded else tokens),)
+        if cross:
+            ids, of_ids = (x.q_ids, x.k_ids), (*of_ids, PartitionSpec(rows, None))
+
+        def on_device(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
+            local = Operands(q, k, v, ids[0], ids[-1])  # one array of ids serves queries and keys
+            if not sharded:
+                return kernel.whole(local, window)
+            width = ulysses_size(config, mesh.shape[AXIS], q.shape[1])
+            return _context_parallel(kernel, Ring(mesh.shape[AXIS] // width, width), local, window)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(of_q, of_k, of_k, *of_ids),
+            out_specs=of_q,
+            check_vma=False,  # Pallas kernels do not say over which axes their results vary
+        )(x.q, x.k, x.v, *ids)
+
+    return plain.make_attention(attend)
+
+
+def _context_parallel(kernel: Kernel, ring: Ring, x: Operands, window: Window | None) -> jax.Array:
+    """Attention among tokens sharded over ``context``; ``x`` has all segment ids of its rows."""
+    neighbours = [[g * ring.width + i for i in range(ring.width)] for g in range(ring.groups)]
+
+    def exchange(y: jax.Array, split: int, join: int) -> jax.Array:
+        if ring.width == 1:
+            return y
+        return jax.lax.all_to_all(y, AXIS, split, join, axis_index_groups=neighbours, tiled=True)
+
+    # [b, a, l / context, d] -> [b, a / width, l / groups, d]
+    x = x._replace(q=exchange(x.q, 1, 2), k=exchange(x.k, 1, 2), v=exchange(x.v, 1, 2))
+    if ring.groups == 1:
+        out = kernel.whole(x, window)
+    else:
+        out: Any = _ring_attention(kernel, ring, window, *x[:4])
+    return exchange(out, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,17 +159,13 @@ class Ring:
         pairs = [(i, (i - step) % size) for i in range(size) if wrap or 0 <= i - step < size]
         return jax.lax.ppermute(x, AXIS, pairs) if by else x
 
-    @property
-    def here(self) -> jax.Array:
-        """The group of this device."""
-        return jax.lax.axis_index(AXIS) // self.width
-
-    def ids(self, row_ids: Int[Array, "b m"], group: jax.Array | int) -> Int[Array, "b l"]:
-        """The segment ids of a group's tokens; of none beyond the ends."""
+    def ids(self, row_ids: Int[Array, "b m"], away: Any, wrap: bool = True) -> Int[Array, "b l"]:
+        """The segment ids of the tokens ``away`` groups further on; of none beyond the ends."""
         length = row_ids.shape[1] // self.groups
-        start = jnp.clip(group, 0, self.groups - 1) * length
-        part = jax.lax.dynamic_slice_in_dim(row_ids, start, length, axis=1)
-        return jnp.where((group >= 0) & (group < self.groups), part, NOBODY)
+        group = jax.lax.axis_index(AXIS) // self.width + away
+        part = group % self.groups if wrap else jnp.clip(group, 0, self.groups - 1)
+        ids = jax.lax.dynamic_slice_in_dim(row_ids, part * length, length, axis=1)
+        return ids if wrap else jnp.where(part == group, ids, plain.NOBODY)
 
     def reach(self, window: Window, length: int) -> list[int]:
         """How many groups away the keys are that a window sees, this device's own first."""
@@ -161,50 +184,40 @@ def _merge(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _ring_attention(
-    kernel: Kernel,
-    ring: Ring,
-    window: Window | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    row_ids: jax.Array,
+    kernel: Kernel, ring: Ring, window: Window | None, *operands: jax.Array
 ) -> jax.Array:
-    """Queries ``[b, a, l, d]`` of this device's group to the keys of the whole row."""
-    return _ring_forward(kernel, ring, window, q, k, v, row_ids)[0]
+    """Queries ``[b, a, l, d]`` of this device's group to the keys of the whole row; the operands are
+    q, k, v of the group and the segment ids of the row."""
+    return _ring_forward(kernel, ring, window, *operands)[0]
 
 
 def _ring_forward(
     kernel: Kernel, ring: Ring, window: Window | None, *operands: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     q, k, v, row_ids = operands
-    here, q_ids, length = ring.here, ring.ids(row_ids, ring.here), q.shape[2]
+    q_ids, length = ring.ids(row_ids, 0), q.shape[2]
+    out, lse = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     if window is not None:
-        parts = []
         for away in ring.reach(window, length):
             ks, vs = (ring.shift(x, away, wrap=False) for x in (k, v))
-            x = Operands(q, ks, vs, q_ids, ring.ids(row_ids, here + away))
-            parts.append(kernel.forward(x, Window(window.width, -away * length)))
-        out, lse = parts[0][0].astype(jnp.float32), parts[0][1]
-        for part in parts[1:]:
-            out, lse = _merge(out, lse, *part)
+            x = Operands(q, ks, vs, q_ids, ring.ids(row_ids, away, wrap=False))
+            more = kernel.forward(x, Window(window.width, -away * length))
+            out, lse = _merge(out, lse, *more)
     else:
 
-        def attend(i: jax.Array | int, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            k_ids = ring.ids(row_ids, (here + i) % ring.groups)
-            return kernel.forward(Operands(q, k, v, q_ids, k_ids), None)
+        def attend(i: Any, k: jax.Array, v: jax.Array, out: Any, lse: Any) -> tuple[Any, Any]:
+            x = Operands(q, k, v, q_ids, ring.ids(row_ids, i))
+            return _merge(out, lse, *kernel.forward(x, None))
 
         def turn(carry: Any, i: jax.Array) -> tuple[Any, None]:
-            k, v, out, lse = carry
             # Sent before they are used, so that communication and work overlap.
-            k_next, v_next = ring.shift(k, 1), ring.shift(v, 1)
-            return (k_next, v_next, *_merge(out, lse, *attend(i, k, v))), None
+            k_next, v_next = ring.shift(carry[0], 1), ring.shift(carry[1], 1)
+            return (k_next, v_next, *attend(i, *carry)), None
 
-        nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32))
-        turns = jnp.arange(ring.groups - 1)
-        (last_k, last_v, out, lse), _ = jax.lax.scan(turn, (k, v, *nothing), turns)
-        out, lse = _merge(out, lse, *attend(ring.groups - 1, last_k, last_v))
-    out = checkpoint_name(out.astype(q.dtype), ATTENTION)
-    lse = checkpoint_name(lse, ATTENTION)
+        last = ring.groups - 1  # the last keys are not sent on
+        carry, _ = jax.lax.scan(turn, (k, v, out, lse), jnp.arange(last))
+        out, lse = attend(last, *carry)
+    out, lse = checkpoint_name(out.astype(q.dtype), ATTENTION), checkpoint_name(lse, ATTENTION)
     return out, (*operands, out, lse)
 
 
@@ -212,21 +225,21 @@ def _ring_backward(
     kernel: Kernel, ring: Ring, window: Window | None, residuals: Any, dout: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, row_ids, out, lse = residuals
-    here, q_ids, length = ring.here, ring.ids(row_ids, ring.here), q.shape[2]
+    q_ids, length = ring.ids(row_ids, 0), q.shape[2]
     dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     if window is not None:
         for away in ring.reach(window, length):
             ks, vs = (ring.shift(x, away, wrap=False) for x in (k, v))
-            x = Operands(q, ks, vs, q_ids, ring.ids(row_ids, here + away))
+            x = Operands(q, ks, vs, q_ids, ring.ids(row_ids, away, wrap=False))
             part = Window(window.width, -away * length)
             more_q, *more = kernel.backward(x, part, out, lse, dout)
             more_k, more_v = (ring.shift(y, -away, wrap=False) for y in more)
             dq, dk, dv = dq + more_q, dk + more_k, dv + more_v
     else:
 
-        def slopes(i: jax.Array | int, *carry: jax.Array) -> tuple[jax.Array, ...]:
+        def slopes(i: Any, *carry: jax.Array) -> tuple[jax.Array, ...]:
             k, v, dq, dk, dv = carry
-            x = Operands(q, k, v, q_ids, ring.ids(row_ids, (here + i) % ring.groups))
+            x = Operands(q, k, v, q_ids, ring.ids(row_ids, i))
             more_q, more_k, more_v = kernel.backward(x, None, out, lse, dout)
             # The gradients travel with their keys and values, and are home when the ring has turned.
             return dq + more_q, ring.shift(dk + more_k, 1), ring.shift(dv + more_v, 1)
@@ -235,82 +248,10 @@ def _ring_backward(
             k_next, v_next = ring.shift(carry[0], 1), ring.shift(carry[1], 1)
             return (k_next, v_next, *slopes(i, *carry)), None
 
-        turned, _ = jax.lax.scan(turn, (k, v, dq, dk, dv), jnp.arange(ring.groups - 1))
-        dq, dk, dv = slopes(ring.groups - 1, *turned)
+        last = ring.groups - 1
+        carry, _ = jax.lax.scan(turn, (k, v, dq, dk, dv), jnp.arange(last))
+        dq, dk, dv = slopes(last, *carry)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _ring_attention.defvjp(_ring_forward, _ring_backward)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Over the mesh
-# ---------------------------------------------------------------------------------------------------
-
-
-def _attend_over_mesh(
-    mesh: Mesh,
-    kernel: Kernel,
-    config: AttentionConfig,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_ids: jax.Array,
-    k_ids: jax.Array | None,
-    window: Window | None,
-) -> jax.Array:
-    """Each device runs the kernel on what lies or comes there; for ``make_attention``."""
-    # Text attending to itself, with one array of ids for both, is whole on every device.
-    text = k_ids is q_ids
-    of_q = activation_spec(
-        mesh, q.shape, "batch", "text_tokens" if text else "tokens", "heads", None
-    )
-    rows, tokens, heads, _ = of_q
-    sharded = k_ids is None and tokens is not None and mesh.shape[AXIS] > 1
-    # The ids of a sharded row are whole on every device: the ring cuts out those that it needs.
-    of_k, ids, of_ids = of_q, (q_ids,), (PartitionSpec(rows, None if sharded else tokens),)
-    if k_ids is not None and not text:
-        of_k = PartitionSpec(rows, None, heads, None)
-        ids, of_ids = (*ids, k_ids), (*of_ids, PartitionSpec(rows, None))
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
-        """Attention to keys that are all on this device; one array of ids serves queries and keys."""
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        return kernel.whole(Operands(q, k, v, ids[0], ids[-1]), window).swapaxes(1, 2)
-
-    return jax.shard_map(
-        partial(_context_parallel, mesh.shape[AXIS], kernel, config, window) if sharded else local,
-        mesh=mesh,
-        in_specs=(of_q, of_k, of_k, *of_ids),
-        out_specs=of_q,
-        check_vma=False,
-    )(q, k, v, *ids)
-
-
-def _context_parallel(
-    context: int,
-    kernel: Kernel,
-    config: AttentionConfig,
-    window: Window | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    row_ids: jax.Array,
-) -> jax.Array:
-    """Attention among tokens sharded over ``context``: Ulysses within groups, a ring of groups."""
-    width = ulysses_size(config, context, q.shape[2])
-    ring = Ring(context // width, width)
-    neighbours = [[g * width + i for i in range(width)] for g in range(ring.groups)]
-
-    def exchange(x: jax.Array, split: int, join: int) -> jax.Array:
-        if width == 1:
-            return x
-        return jax.lax.all_to_all(x, AXIS, split, join, axis_index_groups=neighbours, tiled=True)
-
-    # [b, l / context, a, d] -> [b, a / width, l / groups, d]
-    q, k, v = (exchange(x.swapaxes(1, 2), 1, 2) for x in (q, k, v))
-    if ring.groups == 1:
-        out = kernel.whole(Operands(q, k, v, row_ids, row_ids), window)
-    else:
-        out: Any = _ring_attention(kernel, ring, window, q, k, v, row_ids)
-    return exchange(out, 2, 1).swapaxes(1, 2)

@@ -2,18 +2,12 @@
 
 In 8 bits every operand is scaled by its largest magnitude (per token, or per column of a kernel) and
 rounded for the product alone: kernels, their gradients, optimizer state and everything between the
-products stay in the types they have. For ``y = x w`` with slope ``g``:
+products stay in the types they have. For y = x w with slope g:
 
-=====  ===========  ===========  ================================================================
-kind   ``y = x w``  ``g wT``     ``xT g``, the kernel's gradient
-=====  ===========  ===========  ================================================================
-int8   int8         int8         not quantised: SwitchBack (Wortsman et al. 2023, "Stable and
-                                 low-precision training for large-scale vision-language models",
-                                 algorithm 1). It sums over all tokens, where rounding errors add up
-                                 and an int32 sum can overflow (above 133,000 tokens)
-fp8    e4m3         e5m2 e4m3    e4m3 e5m2 (Micikevicius et al. 2022, "FP8 formats for deep
-                                 learning": e4m3 for tensors, e5m2 for slopes)
-=====  ===========  ===========  ================================================================
+    kind   x w         g wT        xT g, the kernel's gradient
+    int8   int8        int8        not quantised (SwitchBack, Wortsman et al. 2023, algorithm 1): over
+                                   all tokens errors add up, and above 133,000 an int32 can overflow
+    fp8    e4m3 e4m3   e5m2 e4m3   e4m3 e5m2 (Micikevicius et al. 2022, "FP8 formats")
 
 Kernels sharded over ``fsdp`` are gathered as int8 (in a step compiled for eight CPUs). What is summed
 over ``tensor`` travels as int32 or float32, twice the bytes of bfloat16; the rematerialisation policy
@@ -86,36 +80,12 @@ def _linear_backward(kind: str, residuals: Any, g: jax.Array) -> tuple[jax.Array
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def quantized_dot_general(kind: Matmul) -> DotGeneral:
-    """The product for linear layers in 8 bits.
-
-    Raises:
-        ValueError: if qwix is not installed.
-    """
-    if importlib.util.find_spec("qwix") is None:
-        raise ValueError(
-            f"model.matmul is {kind!r}, which qwix computes, and qwix is not installed: pip install "
-            "'dit-jax[quant]', in a clone pip install -e '.[quant]', or set model.matmul to full."
-        )
-
-    def dot_general(
-        lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **precision: Any
-    ) -> jax.Array:
-        ((of_lhs, of_rhs), batch) = dimension_numbers
-        assert (tuple(of_lhs), tuple(of_rhs)) == ((lhs.ndim - 1,), (0,)) and not any(batch)
-        assert rhs.ndim == 2 and lhs.dtype == rhs.dtype, (rhs.shape, lhs.dtype, rhs.dtype)
-        return _linear(kind, lhs, rhs)
-
-    return dot_general
-
-
 def flat_dot_general(
     lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **options: Any
 ) -> jax.Array:
     """``dot_general`` of ``[b, l, d]`` and ``[d, e]`` as one of two matrices ``[b l, d]``.
 
-    On a CPU the gradient of ``rhs`` is then one matrix product as well, and no strided copy of
-    ``lhs`` is made.
+    On a CPU the gradient of ``rhs`` is then one product too, without a strided copy of ``lhs``.
     """
     ((contract, kernel), batch) = dimension_numbers
     if tuple(contract) != (lhs.ndim - 1,) or tuple(kernel) != (0,) or any(map(len, batch)):
@@ -127,8 +97,20 @@ def flat_dot_general(
 
 def choose_dot_general(mesh: Mesh, matmul: Matmul = "full") -> DotGeneral:
     """The product for linear layers on a mesh."""
-    if matmul != "full":
-        return quantized_dot_general(matmul)
-    # Rows and sharded tokens, which lie on different mesh axes, can't be joined without moving them.
-    flat = platform(mesh) == "cpu" and mesh.shape["context"] == 1
-    return flat_dot_general if flat else jax.lax.dot_general
+    if matmul == "full":
+        # Rows and sharded tokens lie on different mesh axes: to join them would move them.
+        flat = platform(mesh) == "cpu" and mesh.shape["context"] == 1
+        return flat_dot_general if flat else jax.lax.dot_general
+    if importlib.util.find_spec("qwix") is None:
+        raise ValueError(
+            f"model.matmul is {matmul!r}, which qwix computes, and qwix is not installed: pip install "
+            "'dit-jax[quant]', in a clone pip install -e '.[quant]', or set model.matmul to full."
+        )
+
+    def dot_general(lhs: jax.Array, rhs: jax.Array, dimensions: Any, **precision: Any) -> jax.Array:
+        (contract, batch), last = dimensions, lhs.ndim - 1
+        assert tuple(map(tuple, contract)) == ((last,), (0,)) and not any(batch) and rhs.ndim == 2
+        assert lhs.dtype == rhs.dtype, (lhs.dtype, rhs.dtype)
+        return _linear(matmul, lhs, rhs)
+
+    return dot_general

@@ -26,6 +26,8 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dit_jax.types import PositiveInt
+
 AXES = ("data", "fsdp", "context", "tensor")
 PEAK_FLOPS = {
     "TPU v3": 61.5e12,
@@ -42,66 +44,37 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 """Dense bfloat16 flops a second of one device, by what its ``device_kind`` begins with."""
+Size = PositiveInt | Literal[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one of them may be -1 and takes what the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: Size = -1
+    fsdp: Size = 1
+    context: Size = 1
+    tensor: Size = 1
     slices_over: Literal["data", "fsdp"] = "data"
     """The axis that crosses TPU slices, if there are several; its size is a multiple of their
     number. data moves the gradients between slices once a step, fsdp the parameters too."""
-
-    def __post_init__(self) -> None:
-        sizes = self.sizes
-        valid = all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1
-        if not valid or self.slices_over not in ("data", "fsdp"):
-            raise ValueError(
-                f"mesh {dict(zip(AXES, sizes, strict=True))}, slices_over {self.slices_over!r}: each "
-                "axis is at least 1, and one of them may be -1 to take all remaining devices; slices "
-                "lie over data or fsdp (context and tensor talk too much to leave a slice)."
-            )
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(getattr(self, axis) for axis in AXES)
 
     def shape(self, num_devices: int) -> tuple[int, ...]:
-        """Sizes of the axes over ``num_devices``.
-
-        Raises:
-            ValueError: if they do not use exactly that many.
-        """
-        fixed = math.prod(size for size in self.sizes if size > 0)
-        shape = tuple(num_devices // fixed if size == -1 else size for size in self.sizes)
-        if math.prod(shape) != num_devices or 0 in shape:
-            text = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        """Sizes of the axes over ``num_devices``, all of which they must use."""
+        sizes = self.sizes
+        fixed = math.prod(size for size in sizes if size != -1)
+        shape = tuple(num_devices // fixed if size == -1 and fixed else size for size in sizes)
+        if math.prod(shape) != num_devices or min(shape) < 1:
+            text = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
             raise ValueError(
                 f"mesh {text} does not divide {num_devices} device(s): the product of the axes must "
-                f"be {num_devices}. Change mesh.* (one axis may be -1 to fill)."
+                f"be {num_devices}. Change mesh.* (each is at least 1, one may be -1 to fill)."
             )
         return shape
-
-
-def _slices(config: MeshConfig, shape: tuple[int, ...], devices: Sequence[Any]) -> tuple[int, ...]:
-    """How many slices each axis crosses: one, except ``slices_over``.
-
-    Raises:
-        ValueError: if the slices differ in size, or the axis does not divide over them.
-    """
-    sizes = Counter(getattr(device, "slice_index", 0) for device in devices)
-    count, size = len(sizes), shape[AXES.index(config.slices_over)]
-    if len(set(sizes.values())) > 1 or size % count:
-        raise ValueError(
-            f"mesh.{config.slices_over} is {size} over {count} TPU slices of "
-            f"{', '.join(map(str, sizes.values()))} devices: give every slice the same topology, and "
-            f"make mesh.{config.slices_over} a multiple of {count}, or set mesh.slices_over."
-        )
-    return tuple(count if axis == config.slices_over else 1 for axis in AXES)
 
 
 def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
@@ -109,20 +82,25 @@ def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     shape, kind = config.shape(len(devices)), devices[0].platform
     if kind == "cpu":
         return np.asarray(devices).reshape(shape)
-    across = _slices(config, shape, devices) if kind == "tpu" else (1,) * len(AXES)
+    sizes = Counter(getattr(device, "slice_index", 0) for device in devices if kind == "tpu")
+    slices, over, crossing = len(sizes), config.slices_over, shape[AXES.index(config.slices_over)]
     # Axes may share a physical one: else only products of the torus's own sizes would be possible.
-    if max(across) == 1:
+    if slices < 2:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    within = tuple(size // slices for size, slices in zip(shape, across, strict=True))
+    if len(set(sizes.values())) > 1 or crossing % slices:
+        raise ValueError(
+            f"mesh.{over} is {crossing} over {slices} TPU slices of "
+            f"{', '.join(map(str, sizes.values()))} devices: give every slice the same topology, and "
+            f"make mesh.{over} a multiple of {slices}, or set mesh.slices_over."
+        )
+    across = [slices if axis == over else 1 for axis in AXES]
+    within = [size // n for size, n in zip(shape, across, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
         within, across, devices, allow_split_physical_axes=True
     )
 
 
-def make_mesh(
-    config: MeshConfig,
-    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over ``devices`` (by default all, of every process)."""
     grid = device_grid(config, jax.devices() if devices is None else devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -144,9 +122,7 @@ def peak_flops(kind: str) -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
-# ---------------------------------------------------------------------------------------------------
 # Logical axes
-# ---------------------------------------------------------------------------------------------------
 
 PARAMETER_RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
@@ -164,10 +140,6 @@ PARAMETER_RULES: dict[str, str | tuple[str, ...] | None] = {
     "text_out": None,
     "text_states": None,
 }
-OPTIONAL = frozenset({"modulation_table", "text_out", "text_place", "text_states", "vocab"})
-"""Axes that not every model has. Any other rule that a model does not use is refused as a typo."""
-OF_TRANSFORMERS = frozenset({"heads", "layers", "mlp", "modulation", "patch", "time"})
-"""Axes of which every transformer has some, and autoencoders and feature networks none."""
 LARGE = 2**20
 """Elements that a device may hold of a parameter which the mesh should have split and could not."""
 ROWS = ("fsdp", "data")
@@ -184,18 +156,17 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def _names(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _names(target: Any) -> tuple[str, ...]:
+    """The mesh axes of a rule, or of an entry of a ``PartitionSpec``."""
     return (target,) if isinstance(target, str) else (target or ())
 
 
-def _part(names: tuple[str, ...]) -> Any:
+def _part(names: Sequence[str]) -> Any:
     """A dimension's entry of a ``PartitionSpec``."""
-    return names if len(names) > 1 else next(iter(names), None)
+    return tuple(names) if len(names) > 1 else next(iter(names), None)
 
 
-def _spec(
-    rules: dict[str, Any], mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]
-) -> PartitionSpec:
+def _spec(rules: Any, mesh: Mesh, shape: Sequence[int], axes: Sequence[Any]) -> PartitionSpec:
     assert len(shape) == len(axes), f"logical axes {axes} do not name the dimensions of {shape}"
     used: set[str] = set()
     parts: list[Any] = []
@@ -204,13 +175,14 @@ def _spec(
         names = _names(rules[axis]) if axis is not None else ()
         assert not used.intersection(names), f"logical axes {axes} use a mesh axis of {names} twice"
         used.update(names)
+        # The axes that divide it, outer ones first; of one that does not, every device has all.
         while names and size % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
         parts.append(_part(names))
     return PartitionSpec(*parts)
 
 
-def activation_spec(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+def activation_spec(mesh: Mesh, shape: Sequence[int], *axes: str | None) -> PartitionSpec:
     """How an activation with these logical axes is sharded."""
     return _spec(ACTIVATION_RULES, mesh, shape, axes)
 
@@ -229,61 +201,38 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def check_rules(boxed: Any) -> None:
-    """Asserts that every rule matches a transformer's abstract parameters, unless ``OPTIONAL``."""
-    leaves = [leaf for leaf in jax.tree.leaves(boxed, is_leaf=_is_boxed) if _is_boxed(leaf)]
-    used = {name for leaf in leaves for name in leaf.names if name is not None}
-    unused = sorted(PARAMETER_RULES.keys() - used - OPTIONAL)
-    assert not (used & OF_TRANSFORMERS and unused), (
-        f"the rules for {unused} of {__name__} match no parameter: the logical axes are {sorted(used)}"
-    )
-
-
-def _check_split(path: Any, leaf: Any, sharding: NamedSharding, left_out: str | None) -> None:
-    """Refuses a large parameter that stays whole along an axis which the mesh has for it."""
-    mesh, shape = sharding.mesh, (leaf.value if _is_boxed(leaf) else leaf).shape
-    mine = math.prod(sharding.shard_shape(shape))
-    if mine <= LARGE:
-        return
-    name = jax.tree_util.keystr(path)
-    if not _is_boxed(leaf):
-        split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
-        assert not split, f"{name} carries no logical axes: give its initialiser some"
-        return
-    for size, axis, part in zip(shape, leaf.names, sharding.spec, strict=True):
-        targets = _names(PARAMETER_RULES[axis]) if axis is not None else ()
-        targets = [target for target in targets if mesh.shape[target] > 1 and target != left_out]
-        if set(targets) <= set(_names(part)):
-            continue
-        parts = math.prod(mesh.shape[target] for target in targets)
-        raise ValueError(
-            f"parameter {name} {list(shape)}: its dimension {axis!r} of {size} does not divide over "
-            f"{' x '.join(f'mesh.{target}' for target in targets)} {parts}, so that each device would "
-            f"hold {mine:,} elements. Make the dimension a multiple of {parts}, or the mesh axis a "
-            f"divisor of {size}, such as {math.gcd(size, parts)}."
-        )
-
-
 def parameter_shardings(mesh: Mesh, boxed: Any, over_context: bool = True) -> Any:
     """Shardings of abstract parameters that still carry their logical axes.
 
     Without ``over_context`` the devices that share a row all have the parameters that it passes: more
-    memory and less to gather, which suits sampling.
-
-    Raises:
-        ValueError: for a parameter of which a device would hold more than ``LARGE`` elements because
-            a dimension does not divide over its mesh axis.
+    memory and less to gather, which suits sampling. Refuses a parameter of which a device would hold
+    more than ``LARGE`` elements because a dimension does not divide over its mesh axis.
     """
     left_out = None if over_context else "context"
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        spec = PartitionSpec()
-        if _is_boxed(leaf):
-            spec = _spec(PARAMETER_RULES, mesh, leaf.value.shape, leaf.names)
-            parts = ([name for name in _names(part) if name != left_out] for part in spec)
-            spec = PartitionSpec(*(_part(tuple(part)) for part in parts))
-        out = NamedSharding(mesh, spec)
-        _check_split(path, leaf, out, left_out)
+        if not _is_boxed(leaf):
+            unsplit = leaf.size > LARGE and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+            name = jax.tree_util.keystr(path)
+            assert not unsplit, f"{name} carries no logical axes: give its initialiser some"
+            return NamedSharding(mesh, PartitionSpec())
+        shape = leaf.value.shape
+        parts = [_names(part) for part in _spec(PARAMETER_RULES, mesh, shape, leaf.names)]
+        parts = [tuple(name for name in part if name != left_out) for part in parts]
+        out = NamedSharding(mesh, PartitionSpec(*map(_part, parts)))
+        held = math.prod(out.shard_shape(shape))
+        for size, axis, part in zip(shape, leaf.names, parts, strict=True):
+            targets = [t for t in _names(PARAMETER_RULES.get(axis)) if t != left_out]
+            targets = [target for target in targets if mesh.shape[target] > 1]
+            if held > LARGE and not set(targets) <= set(part):
+                count = math.prod(mesh.shape[target] for target in targets)
+                name, over = jax.tree_util.keystr(path), " x ".join(f"mesh.{t}" for t in targets)
+                raise ValueError(
+                    f"parameter {name} {list(shape)}: its dimension {axis!r} of {size} does not divide "
+                    f"over {over} {count}, so that each device would hold {held:,} elements. Make the "
+                    f"dimension a multiple of {count}, or the mesh axis a divisor of {size}, such as "
+                    f"{math.gcd(size, count)}."
+                )
         return out
 
     return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=_is_boxed)
@@ -294,10 +243,8 @@ def state_shardings(mesh: Mesh, tree: Any, shardings: Any) -> Any:
 
     A leaf whose path ends in the path of a parameter is sharded like it; all others are whole.
     """
-    known = {
-        tuple(map(str, path)): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
-    }
+    flat, _ = jax.tree_util.tree_flatten_with_path(shardings)
+    known = {tuple(map(str, path)): leaf for path, leaf in flat}
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = tuple(map(str, path))
@@ -319,34 +266,3 @@ def batch_sharding(mesh: Mesh, ndim: int, tokens: bool, rows: int | None = None)
     context = ("context",) if tokens and ndim > 1 else ()
     whole = rows is not None and rows % math.prod(mesh.shape[axis] for axis in ROWS)
     return NamedSharding(mesh, PartitionSpec(None if whole else ROWS, *context))
-
-
-def clip_sharding(mesh: Mesh, clips: int, h: int, w: int) -> NamedSharding:
-    """The sharding of ``clips`` activations ``[b, t, rows, columns, c]`` of an autoencoder.
-
-    Clips lie over data and fsdp; the rows, a multiple of ``h``, over context, or the columns, a
-    multiple of ``w``, if context divides only those.
-    """
-    context, shards = mesh.shape["context"], math.prod(mesh.shape[axis] for axis in ROWS)
-    over = ("context", None) if h % context == 0 else (None, None if w % context else "context")
-    return NamedSharding(mesh, PartitionSpec(None if clips % shards else ROWS, None, *over, None))
-
-
-def make_clip_constrain(mesh: Mesh) -> Callable[[int, int], Callable[[jax.Array], jax.Array]]:
-    """``make_clip_constrain(mesh)(h, w)`` shards activations by ``clip_sharding``; the compiler sends
-    edges to the neighbours."""
-
-    def of_size(h: int, w: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda x: jax.lax.with_sharding_constraint(x, clip_sharding(mesh, len(x), h, w))
-
-    return of_size
-
-
-def make_gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Replicates an array on every device: kernels of convolutions, before they are used.
-
-    Of kernels whose channels lie over fsdp and context, and clips over data, fsdp and context, XLA (of
-    jax 0.10.2) makes convolutions with wrong numbers, without a warning, if all three are above 1.
-    """
-    whole = NamedSharding(mesh, PartitionSpec())
-    return lambda x: jax.lax.with_sharding_constraint(x, whole)

@@ -29,7 +29,7 @@ from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
 from dit_jax.files import InputError
-from dit_jax.parallel.mesh import batch_sharding
+from dit_jax.parallel.mesh import batch_sharding, batch_shards
 from dit_jax.types import is_token_field
 
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
@@ -94,14 +94,11 @@ def slurm_gpus() -> list[int] | None:
     return list(range(count)) if count == 1 or alone else None
 
 
-def initialize(flags: Mapping[str, Any] | None = None) -> bool:
+def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") -> bool:
     """Joins the other processes of the run; returns False if there are none.
 
-    ``flags`` are those of ``take_process_flags``; without any the cluster says where it belongs.
-
-    Raises:
-        InputError: if flags, variables or the cluster make no sense.
-        ConnectionError: if the other processes are not there in time; starting all again may help.
+    ``flags`` are those of ``take_process_flags``; without any the cluster says where it belongs. Ends
+    with status 1 if the others are not there in time, because starting all again may help.
     """
     flags = flags or take_process_flags([])[1]
     place: list[Any] = [flags.get(flag) for flag in FLAGS]
@@ -118,19 +115,12 @@ def initialize(flags: Mapping[str, Any] | None = None) -> bool:
                 f"{', '.join(VARIABLES)}): a run of several processes needs all three, HOST:PORT of "
                 "process 0 and 0 <= process-id < num-processes."
             )
-        options = {
-            "coordinator_address": address,
-            "num_processes": count,
-            "process_id": index,
-            "cluster_detection_method": "deactivate",
-        }
+        options = {"coordinator_address": address, "num_processes": count, "process_id": index}
+        options |= {"cluster_detection_method": "deactivate"}
+    # At the end, processes with nothing left to do wait for process 0, which may write media for long.
+    options["shutdown_timeout_seconds"] = DAY_SECONDS
     try:
-        jax.distributed.initialize(
-            **options,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            # Processes that have nothing left to do wait there for process 0, which may write media.
-            shutdown_timeout_seconds=DAY_SECONDS,
-        )
+        jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         pod = os.environ.get("JOB_COMPLETION_INDEX", "0")
         if str(error) == "coordinator_address should be defined." and pod == "0":
@@ -140,12 +130,10 @@ def initialize(flags: Mapping[str, Any] | None = None) -> bool:
             "--num-processes 1 to stay alone. In Kubernetes jobs, install the package kubernetes."
         ) from error
     except (OSError, RuntimeError) as error:
-        who = (
-            f"process {index} of {count} at {address}" if explicit else "this process of a cluster"
-        )
-        raise ConnectionError(
-            f"{who} could not join the others ({error}): start them all, with the same address, and "
-            "a port that is free on the host of process 0."
+        who = f"process {index} of {count} at {address}" if explicit else "this process"
+        raise SystemExit(
+            f"{prog}: error: {who} could not join the others ({error}): start them all, with the "
+            "same address, and a port that is free on the host of process 0."
         ) from error
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     return True
@@ -160,16 +148,8 @@ def joined(
     If there is one process, errors are the caller's. Among several, an error inside ends the process
     here, because the way out through the interpreter would wait for the others: with exit status 2,
     which launchers do not start again, for ``user_errors``, and with 1 for any other.
-
-    Raises:
-        InputError: if flags or environment make no sense.
-        SystemExit: with status 1, if the other processes are not there in time.
     """
-    try:
-        several = initialize(flags)
-    except ConnectionError as error:
-        raise SystemExit(f"{prog}: error: {error}") from error
-    if not several:
+    if not initialize(flags, prog):
         yield
         return
     done = threading.Event()
@@ -186,32 +166,34 @@ def joined(
 
 def _watch_for_failure(done: threading.Event) -> None:
     """Ends this process when another reports an error. It polls: a call that blocks can't be ended."""
-    client = global_state.client
-    assert client is not None
+    assert global_state.client is not None
     while not done.wait(POLL_SECONDS):
         try:
-            failures = client.key_value_dir_get(FAILURE)
+            failures = global_state.client.key_value_dir_get(FAILURE)
         except jax.errors.JaxRuntimeError:  # the service is gone: JAX ends this process
             return
         for _, value in failures:
             status, message = json.loads(value)
-            _write(f"\n{message}\n")
+            sys.stderr.write(f"\n{message}\n")
             os._exit(status)
 
 
 def _fail(error: BaseException, prog: str, user_error: bool, done: threading.Event) -> NoReturn:
-    """Ends this process, and with it the others, because of an error in this one."""
+    """Ends this process, and with it the others, because of an error in this one.
+
+    Every message is one write, lest processes that end together mix their lines.
+    """
     # Gloo's errors are sometimes ValueErrors.
     of_collective = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
     user_error = user_error and not of_collective
     if user_error:
-        _write(f"{prog}: error: {error}\n")
+        sys.stderr.write(f"{prog}: error: {error}\n")
     else:
         traceback.print_exception(error)
     if of_collective:
         # A collective fails at once if another process dies. Which one it was is known only when its
         # heartbeats have been missed for long enough: JAX then writes it and ends this process.
-        _write(f"Did another process die? JAX tells within {HEARTBEAT_SECONDS} s.\n")
+        sys.stderr.write(f"Did another process die? JAX tells within {HEARTBEAT_SECONDS} s.\n")
         time.sleep(HEARTBEAT_SECONDS + 10)
     done.set()
     status, index = 2 if user_error else 1, jax.process_index()
@@ -226,12 +208,6 @@ def _fail(error: BaseException, prog: str, user_error: bool, done: threading.Eve
     os._exit(status)
 
 
-def _write(text: str) -> None:
-    """Writes to stderr in one piece, lest processes that end together mix their lines."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
 def broadcast(name: str, text: str) -> str:
     """Returns process 0's text on every process, however long it takes. A name serves once."""
     client = global_state.client
@@ -239,7 +215,6 @@ def broadcast(name: str, text: str) -> str:
         return text
     if jax.process_index() == 0:
         client.key_value_set(f"dit_jax/{name}", text)
-        return text
     return client.blocking_key_value_get(f"dit_jax/{name}", 7 * DAY_SECONDS * 1000)
 
 
@@ -250,22 +225,11 @@ def barrier(name: str) -> None:
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
-    """The rows of a global batch that lie, wholly or in part, on this process's devices.
-
-    Raises:
-        ValueError: if the rows do not divide over the mesh.
-    """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
-        raise ValueError(
-            f"{rows} rows of a batch do not divide over mesh.data x mesh.fsdp = {parts}: make the "
-            f"rows (data.packing.rows) a multiple of {parts}, or shard tokens (mesh.context) instead."
-        )
+    """The rows of a global batch that lie, wholly or in part, on this process's devices."""
+    assert rows % batch_shards(mesh) == 0, f"{rows} rows do not divide over {batch_shards(mesh)}"
     indices = batch_sharding(mesh, 1, tokens=False).addressable_devices_indices_map((rows,))
-    local: set[int] = set()
-    for index in indices.values():
-        local.update(range(*(index[0] if index else slice(None)).indices(rows)))
-    return tuple(sorted(local))
+    slices = (index[0] if index else slice(None) for index in indices.values())
+    return tuple(sorted({row for part in slices for row in range(*part.indices(rows))}))
 
 
 def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> Any:
@@ -273,17 +237,15 @@ def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> A
 
     Token fields (``types.TOKENS``) are sharded over ``context`` too, if it divides them.
     """
-    local_index = {row: i for i, row in enumerate(rows)}
+    place = {row: i for i, row in enumerate(rows)}
 
     def put(of_tokens: bool, field: np.ndarray) -> jax.Array:
         along_tokens = of_tokens and field.shape[1] % mesh.shape["context"] == 0
         sharding = batch_sharding(mesh, field.ndim, along_tokens, rows=total)
 
-        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            shard_rows = range(*index[0].indices(total))
-            local = field[local_index[shard_rows[0]] : local_index[shard_rows[-1]] + 1]
-            return local[(slice(None), *index[1:])]
+        def shard(index: Any) -> np.ndarray:
+            held = range(*index[0].indices(total))
+            return field[place[held[0]] : place[held[-1]] + 1][(slice(None), *index[1:])]
 
         return jax.make_array_from_callback((total, *field.shape[1:]), sharding, shard)
 

@@ -288,7 +288,7 @@ class Loop(Context):
         return [self.video] if self.video else []
 
     def generation(self, job: Job, template: Request) -> Generation:
-        space, window = job.pipeline.space, job.pipeline.config.model.dit.band
+        space, window = job.pipeline.space, job.pipeline.config.model.dit.window
         if self.video is not None:
             clip = job.media[self.video][: job.frames if self.duration else None]
             gap, context = job.gap(self.gap), job.whole(self.context)

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.parallel import check_rules, parameter_shardings, state_shardings
+from dit_jax.parallel import parameter_shardings, state_shardings
 from dit_jax.types import Params
 
 
@@ -64,7 +64,6 @@ def abstract_params(
 ) -> tuple[Params, Params]:
     """Shapes of the parameters and the sharding of each, without allocating any."""
     boxed = jax.eval_shape(init, jax.random.key(0))
-    check_rules(boxed)
     return nn.unbox(boxed), parameter_shardings(mesh, boxed, over_context)
 
 

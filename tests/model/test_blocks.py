@@ -16,7 +16,7 @@ from dit_jax.parallel import xla_attention
 from dit_jax.types import Runtime
 
 
-def no_attention(q, k, v, q_segment_ids, k_segment_ids, *, band=None):
+def no_attention(q, k, v, q_segment_ids, k_segment_ids, *, window=None):
     """Attention that mixes nothing: tokens go their way alone."""
     return jnp.zeros_like(q)
 

@@ -74,18 +74,18 @@ def test_every_matrix_product_is_counted(cross_attention, text):
 
 
 @pytest.mark.parametrize(("depth", "every"), [(6, 2), (6, 3), (6, 6), (6, 1)])
-@pytest.mark.parametrize("band", [1, 5, 63, 64, 1000])
-def test_banded_layers_count_the_pairs_that_they_see(band, depth, every):
-    dit = dataclasses.replace(CONFIG.dit, depth=depth, band=band, dense_every=every)
+@pytest.mark.parametrize("window", [1, 5, 63, 64, 1000])
+def test_windowed_layers_count_the_pairs_that_they_see(window, depth, every):
+    dit = dataclasses.replace(CONFIG.dit, depth=depth, window=window, global_every=every)
     config = dataclasses.replace(CONFIG, dit=dit)
     tokens = np.array([0, 1, 2, 5, 6, 7, 40, 64])
     counts = forward_flops(config, tokens, np.full(len(tokens), 12))
-    banded = depth - depth // every
+    windowed = depth - depth // every
     for l, count in zip(tokens.tolist(), counts.tolist(), strict=True):
         one = np.ones((1, l), np.int32)
-        pairs = int(visible(one, one, Window(band)).sum())
+        pairs = int(visible(one, one, Window(window)).sum())
         # A pair is a score and a share of the values, each of `width` multiplications and additions.
-        unseen = banded * (l * l - pairs) * 2 * 2 * dit.width
+        unseen = windowed * (l * l - pairs) * 2 * 2 * dit.width
         assert count == counted_by_hand(config, l, 12) - unseen
 
 

@@ -1,4 +1,4 @@
-"""Shared modulation, bands, rematerialisation and groups: the layers' other ways, by their values."""
+"""Shared modulation, windows, rematerialisation and groups: the layers' other ways, by their values."""
 
 import collections
 import functools
@@ -126,7 +126,7 @@ def test_shared_modulation_is_the_same_scanned(shared, tiny, loss_and_gradients)
     assert_same(loss_and_gradients(model, params), unrolled)
 
 
-# --- bands ---
+# --- windows ---
 
 
 def regrouped(params, every):
@@ -144,9 +144,9 @@ def regrouped(params, every):
 
 @pytest.fixture(scope="module")
 def wide(tiny, params_of, loss_and_gradients):
-    """Parameters of four layers and what they give with a band that reaches over the whole row."""
+    """Parameters of four layers and what they give with a window that reaches over the whole row."""
     params = regrouped(params_of(tiny(depth=4)), 2)
-    return params, loss_and_gradients(tiny(depth=4, band=31, scan=True), params)
+    return params, loss_and_gradients(tiny(depth=4, window=31, scan=True), params)
 
 
 def test_a_band_as_wide_as_the_row_is_dense(tiny, params_of, wide, loss_and_gradients):
@@ -155,13 +155,13 @@ def test_a_band_as_wide_as_the_row_is_dense(tiny, params_of, wide, loss_and_grad
     assert_same(wide[1], (loss, regrouped(gradients, 2)))
 
 
-def test_banded_layers_are_the_same_scanned_and_rematerialised(tiny, wide, loss_and_gradients):
+def test_windowed_layers_are_the_same_scanned_and_rematerialised(tiny, wide, loss_and_gradients):
     params, (loss, _) = wide
-    unrolled = loss_and_gradients(tiny(depth=4, band=3), params)
+    unrolled = loss_and_gradients(tiny(depth=4, window=3), params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(unrolled))
-    scanned = tiny(depth=4, band=3, scan=True, remat="projections")
+    scanned = tiny(depth=4, window=3, scan=True, remat="projections")
     assert_same(loss_and_gradients(scanned, params), unrolled)
-    # And the band is there.
+    # And the window is there.
     assert abs(loss - unrolled[0]) > 1e-3 * abs(loss)
 
 
@@ -191,26 +191,28 @@ def reach(segment, packed, jit):
     return see
 
 
-def test_layers_see_as_far_as_their_band(tiny, params_of, reach):
-    model = tiny(depth=3, band=4, dense_every=3)
+def test_layers_see_as_far_as_their_window(tiny, params_of, reach):
+    model = tiny(depth=3, window=4, global_every=3)
     params = params_of(model)
     # Bit for bit: what a layer does not see does not enter its sums. Only layer_1: 4 tokens away.
     assert reach(model, params, ["layer_0", "layer_2"]) == list(range(7))
-    # One after another, two banded layers see twice as far, ...
+    # One after another, two windowed layers see twice as far, ...
     assert reach(model, params, ["layer_2"]) == list(range(11))
     # ... and the last of the three the whole segment (and no padding).
     assert reach(model, params, ["layer_0", "layer_1"]) == list(range(24))
     assert reach(model, params, ["layer_0", "layer_1", "layer_2"]) == [2]
 
 
-@pytest.mark.parametrize("fields", [{"band": 0}, {"dense_every": 0}, {"dense_every": 5}])
+@pytest.mark.parametrize("fields", [{"window": 0}, {"global_every": 0}, {"global_every": 5}])
 def test_bands_that_do_not_fit_are_refused(fields):
-    band, every = fields.get("band", 8), fields.get("dense_every", 2)
-    message = f"dit.band {band} and dense_every {every} are at least 1, and dense_every divides the"
+    window, every = fields.get("window", 8), fields.get("global_every", 2)
+    message = (
+        f"dit.window {window} and global_every {every} are at least 1, and global_every divides the"
+    )
     with pytest.raises(ValueError, match=f"{message} depth, 12"):
-        DiTConfig(band=band, dense_every=every)
-    # Without a band the layers are not grouped, and need not divide.
-    DiTConfig(**{**fields, "band": None})
+        DiTConfig(window=window, global_every=every)
+    # Without a window the layers are not grouped, and need not divide.
+    DiTConfig(**{**fields, "window": None})
 
 
 # --- what the backward pass keeps ---

@@ -99,13 +99,13 @@ def test_cross_attention_and_bands_are_plain_products():
     q, slope = draw(40, 16, 0), draw(40, 16, 3)
     ids = jnp.asarray(segments(40))
     keys, values, key_ids = draw(24, 16, 1), draw(24, 16, 2), jnp.asarray(segments(24))
-    for k, v, k_ids, band in [(keys, values, key_ids, None), (q + 1, slope, None, 5)]:
-        run = partial(flash, k_segment_ids=k_ids, q_segment_ids=ids, band=band)
+    for k, v, k_ids, window in [(keys, values, key_ids, None), (q + 1, slope, None, 5)]:
+        run = partial(flash, k_segment_ids=k_ids, q_segment_ids=ids, window=window)
         assert kernels(run, q, k, v) == []
         real = np.isin(ids, [1, 3]) & (np.arange(3) < 2)[:, None]
         np.testing.assert_allclose(
             np.asarray(run(q, k, v))[real],
-            xla_attention(q, k, v, ids, k_ids, band=band)[real],
+            xla_attention(q, k, v, ids, k_ids, window=window)[real],
             rtol=0,
             atol=TOLERANCE,
         )

@@ -117,7 +117,7 @@ def test_one_step_runs():
 
 
 @pytest.mark.parametrize(
-    "dit", [{}, {"modulation": "shared"}, {"band": 4}], ids=["layer", "shared", "band"]
+    "dit", [{}, {"modulation": "shared"}, {"window": 4}], ids=["layer", "shared", "window"]
 )
 def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, Any]):
     _, model, params = model_on(**dit)
@@ -133,7 +133,7 @@ def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, An
 
     condition = linear(of_dit["time"]["out"], silu(linear(of_dit["time"]["up"], features)))
     blocks = of_dit["blocks"]
-    blocks = jax.tree.map(lambda leaf: leaf[0], blocks["layer_0"] if "band" in dit else blocks)
+    blocks = jax.tree.map(lambda leaf: leaf[0], blocks["layer_0"] if "window" in dit else blocks)
     whole = (of_dit if "modulation" in dit else blocks)["modulation"]["linear"]
     made = linear(whole, silu(condition)) + blocks.get("modulation_table", 0)
     found = np.concatenate([made[:, :32], 1 + made[:, 32:64]], 1)

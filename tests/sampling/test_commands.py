@@ -71,7 +71,7 @@ def test_options_that_make_no_sense_are_refused(mode: str, options: dict[str, An
 
 
 def test_a_loop_of_text_needs_frames_and_attention_all_around():
-    job = Job(pipeline(band=16, dense_every=2), 9, 24, 24, 8.0, FILES)
+    job = Job(pipeline(window=16, global_every=2), 9, 24, 24, 8.0, FILES)
     with pytest.raises(ValueError, match="16 tokens"):
         command("loop").generation(job, TEMPLATE)
     command("loop", video="a").generation(job, TEMPLATE)

@@ -104,7 +104,7 @@ def changed(config: VideoRun, name: str, value: object) -> VideoRun:
         ("model.dit.time_scale", -1.0),
         ("model.dit.time_divisor", 127),
         ("model.dit.absolute_positions", "thw"),
-        ("model.dit.band", 8),
+        ("model.dit.window", 8),
         ("model.patch.reference_fps", 8.0),
         ("diffusion.prediction", "x0"),
         ("diffusion.path.timesteps", 500),

@@ -130,13 +130,13 @@ def test_text_states_survive_json(latents):
 
 
 def test_configs_stored_before_there_were_states_still_load():
-    """The text encoder had no ``type``, and attention, bands and modulation were not chosen."""
+    """The text encoder had no ``type``, and attention, windows and modulation were not chosen."""
     model = dataclasses.replace(VideoRun().model, text=ByteEncoderConfig(width=16, heads=2))
     config = dataclasses.replace(VideoRun(), model=model)
     values = json.loads(json.dumps(to_dict(config)))
     assert values["model"]["text"].pop("type") == "ByteEncoderConfig"
     del values["attention"]
-    for name in ("modulation", "band", "dense_every"):
+    for name in ("modulation", "window", "global_every"):
         del values["model"]["dit"][name]
     again = stored_config(values, "run/config.json")
     assert again == config and again.attention == AttentionConfig()
