@@ -350,7 +350,8 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def held_out() -> Batch:
         held = held_out_source(config)
         held = held if encoder is None else encoded(held, encoder)
-        loader = load(held, to_tokens, seed=0, rows=rows)
+        # Its bad records are left out as those of training are.
+        loader = load(Reader(held, len(held)), to_tokens, seed=0, rows=rows)
         batch = next(loader)
         loader.close()
         return batch

@@ -139,9 +139,9 @@ def test_side_by_side_shows_input_output_and_difference(tmp_path):
         [100] * 2,
         [107] * 2,
         [156] * 2,
-        [20, 64],
-        [17, 64],
-        [116, 64],
+        [20, 128],
+        [17, 128],
+        [116, 128],
     ]
 
 
