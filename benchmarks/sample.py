@@ -262,17 +262,17 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from dit_jax.evaluate import ShapeEvaluator
     from dit_jax.sampling import Generator, make_clips
     from dit_jax.sampling.media import mean_psnr
     from dit_jax.sampling.pipeline import load_run
-    from dit_jax.training.cases import Cases
+    from dit_jax.training.video_task import eval_requests
 
     pipeline = load_run(given.checkpoint, codec=given.codec)
     config, mesh, params = pipeline.config, pipeline.mesh, pipeline.params
-    evaluation = dataclasses.replace(config.evaluation, prompts=given.clips)
-    cases = Cases(dataclasses.replace(config, evaluation=evaluation))
-    requests = pipeline.encode_text(cases.requests)
-    requests = requests[: given.clips]
+    requests, true = eval_requests(config, pipeline.codec, given.clips)
+    measure = ShapeEvaluator().measure(config, requests, true)
+    requests = pipeline.encode_text(requests)
     codec, model = pipeline.codec, pipeline.model
     table: list[dict[str, Any]] = []
     for text in ("", *(given.settings or SETTINGS)):
@@ -293,7 +293,7 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     for row in table:
         clips = make(row)
         base = base or clips
-        row["measured"] = cases.measure(clips)
+        row["measured"] = measure(clips)
         same = all((a == b).all() for a, b in zip(clips, base, strict=True))
         row["psnr to the run's own"] = None if same else float(mean_psnr(clips, base))
     theirs: list[float] = []

@@ -11,7 +11,7 @@ Not measured: built and checked without data, and not trained.
 
 import dataclasses
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig, TimeConfig
 from dit_jax.model import PRESETS, ModelConfig, PatchConfig, TextStatesConfig
@@ -45,5 +45,4 @@ def get_config() -> VideoRun:
         checkpoint=CheckpointConfig(every=1000),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(frames=17, height=64, width=64, fps=8.0, steps=50, cfg_scale=6.0),
-        evaluation=EvaluationConfig(prompts=0),
     )

@@ -19,7 +19,7 @@ Not trained here. Compiled for v5e:4x8 (32 chips) with a batch of 1024 (``python
 import dataclasses
 
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, PathConfig, TimeConfig
 from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
@@ -76,5 +76,4 @@ def get_config() -> VideoRun:
             cfg_scale=1.5,
             cfg_channels=3,
         ),
-        evaluation=EvaluationConfig(prompts=0),
     )

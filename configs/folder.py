@@ -12,7 +12,7 @@ Not measured: no number is made of its clips.
 
 import dataclasses
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
@@ -45,5 +45,4 @@ def get_config() -> VideoRun:
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(draw_every=150, draw_count=4),
         sampling=SamplingConfig(frames=17, height=24, width=40, fps=8.0, steps=20, cfg_scale=1.5),
-        evaluation=EvaluationConfig(prompts=0),
     )

@@ -15,12 +15,13 @@ Without guidance (``--sampling.cfg-scale 1``) it is 93 % and 1.1; with a scale o
 
 import dataclasses
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
+from dit_jax.evaluate import ClassEvaluator
 from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, OptimizerConfig
+from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig
 
 
 def get_config() -> VideoRun:
@@ -49,5 +50,5 @@ def get_config() -> VideoRun:
         sampling=SamplingConfig(
             frames=1, height=32, width=32, fps=24.0, steps=24, cfg_scale=1.5, batch=100
         ),
-        evaluation=EvaluationConfig(prompts=500, classifier_split="test"),
+        evaluators=(HeldOutLoss(), ClassEvaluator(prompts=500, split="test")),
     )

@@ -16,9 +16,10 @@ import dataclasses
 from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, ShapesConfig
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
+from dit_jax.evaluate import ShapeEvaluator
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, OptimizerConfig
+from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig
 
 
 def get_config() -> VideoRun:
@@ -54,4 +55,5 @@ def get_config() -> VideoRun:
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(draw_every=500),
         sampling=SamplingConfig(frames=9, height=32, width=32, fps=8.0, steps=24, cfg_scale=1.5),
+        evaluators=(HeldOutLoss(), ShapeEvaluator()),
     )

@@ -14,12 +14,13 @@ shared cores; the mean clip of each action scores 20.1.
 
 import dataclasses
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
+from dit_jax.evaluate import RecordsEvaluator
 from dit_jax.model import PRESETS, ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, OptimizerConfig
+from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig
 
 
 def get_config() -> VideoRun:
@@ -29,6 +30,7 @@ def get_config() -> VideoRun:
         data=DataConfig(
             source=RecordsConfig(path="data/sprites/1.0.0"),
             packing=PackingConfig(rows=16, row_tokens=128, row_text=224, row_segments=4),
+            eval_split="test",
         ),
         model=ModelConfig(
             dit=dataclasses.replace(
@@ -50,5 +52,5 @@ def get_config() -> VideoRun:
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(draw_every=500),
         sampling=SamplingConfig(frames=8, height=32, width=32, fps=8.0, steps=20, cfg_scale=1.5),
-        evaluation=EvaluationConfig(prompts=270, records_split="test"),
+        evaluators=(HeldOutLoss(), RecordsEvaluator(prompts=270)),
     )

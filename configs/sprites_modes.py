@@ -19,9 +19,10 @@ import dataclasses
 
 from sprites import get_config as sprites
 
-from dit_jax.config import EvaluationConfig, VideoRun
+from dit_jax.config import VideoRun
 from dit_jax.data import RecordsConfig
 from dit_jax.diffusion import MaskConfig
+from dit_jax.training import HeldOutLoss
 
 
 def get_config() -> VideoRun:
@@ -45,5 +46,5 @@ def get_config() -> VideoRun:
         data=dataclasses.replace(base.data, source=source, packing=packing),
         model=dataclasses.replace(base.model, patch=dataclasses.replace(base.model.patch, t=1)),
         diffusion=dataclasses.replace(base.diffusion, masks=masks),
-        evaluation=EvaluationConfig(prompts=0),
+        evaluators=(HeldOutLoss(),),
     )

@@ -17,7 +17,8 @@ from sprites import get_config as sprites
 
 from dit_jax.config import VideoRun
 from dit_jax.diffusion import MaskConfig
-from dit_jax.upscale import LowRes
+from dit_jax.training import HeldOutLoss
+from dit_jax.upscale import LowRes, SuperResolutionEvaluator
 
 
 def get_config() -> VideoRun:
@@ -37,4 +38,5 @@ def get_config() -> VideoRun:
         ),
         diffusion=dataclasses.replace(base.diffusion, masks=MaskConfig.only(none=1)),
         sampling=dataclasses.replace(base.sampling, steps=2, cfg_scale=1.0),
+        evaluators=(HeldOutLoss(), SuperResolutionEvaluator(prompts=270)),
     )

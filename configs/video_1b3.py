@@ -15,7 +15,7 @@ One guided denoising step over 64 chips (``--what sample --mesh.data 2 --mesh.fs
 32``) takes 24.4 ms at least on v5p:4x4x4 and 17.0 ms on v6e:8x8.
 """
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, TimeConfig
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
@@ -56,5 +56,4 @@ def get_config() -> VideoRun:
         checkpoint=CheckpointConfig(every=1000),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(frames=21, height=60, width=104, fps=4.0, steps=50, cfg_scale=5.0),
-        evaluation=EvaluationConfig(prompts=0),
     )

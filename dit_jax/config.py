@@ -35,13 +35,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax.data import MixtureConfig, PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
+from dit_jax.data import PackingConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.files import InputError, absolute, local_copy, read_bytes
 from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig, Task
+from dit_jax.training import CheckpointConfig, ClipsEvaluator, HeldOutLoss, OptimizerConfig, Task
 from dit_jax.types import (
     Codec,
     FrameGrid,
@@ -59,7 +59,7 @@ from dit_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run tells while it goes."""
+    """What a run logs and pictures."""
 
     every: PositiveInt = 20
     """Steps from one line of scalars to the next."""
@@ -87,8 +87,8 @@ class Run:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     evaluators: tuple[Any, ...] = (HeldOutLoss(),)
-    """What is measured while it trains, besides what the task itself measures: objects with a method
-    ``build(parts) -> Evaluator``, of any module (``dit_jax.training.evaluators``)."""
+    """What is measured while it trains and at its end: objects with a method ``build(parts) ->
+    Evaluator``, of any module (``dit_jax.training.task``; on the command line by their places)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -97,13 +97,13 @@ class Run:
                 raise InputError(message)
 
     def constraints(self) -> Iterator[tuple[bool, str]]:
-        """What must not be true of the fields together, and what to say if it is; in order: the checks
+        """What must not be true of the fields together, and the message if it is; in order: the checks
         behind one that fails are not evaluated."""
-        accumulate = self.optimizer.accumulate
+        parts = self.optimizer.accumulate
         yield (
-            self.rows % accumulate > 0,
-            f"{self.ROWS} {self.rows} does not divide into optimizer.accumulate {accumulate} parts: "
-            "make rows a multiple of it.",
+            self.rows % parts > 0,
+            f"{self.ROWS} {self.rows} does not divide into optimizer.accumulate {parts} parts: make "
+            "rows a multiple of it.",
         )
 
     @property
@@ -132,10 +132,13 @@ class DataConfig:
     packing: PackingConfig = PackingConfig()
     transform: TransformConfig = TransformConfig()
     bad_records: Literal["skip", "refuse"] = "skip"
-    """What becomes of records that cannot be packed, read or trained on: they are left out, counted and
-    named, or the run is refused before it begins (as far as the sizes in the data's metadata tell)."""
+    """Whether records that cannot be packed, read or trained on are left out, counted and named, or the
+    run is refused before it begins (as far as the sizes in the data's metadata tell)."""
     max_bad_records: NonNegativeInt = 1000
     """Records that may be left out in the middle of a run, besides those known before it."""
+    eval_split: str | None = None
+    """For recorded data: the split that is held out; its captions are the prompts of pictures and
+    reports, its clips the truth. Unset, these are of the training data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +158,7 @@ class CodecConfig:
     is refused from then on."""
 
     def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of so many frames of so many pixels.
-
-        Raises ``ValueError`` if the strides do not divide them.
-        """
+        """Latent frames, rows and columns of so many frames of so many pixels."""
         if height % self.h or width % self.w:
             raise ValueError(
                 f"{height} x {width} pixels have no whole latents of {self.h} x {self.w}: give "
@@ -206,19 +206,6 @@ class StatesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """What a run measures when it is done, where its data has a judge or true clips."""
-
-    prompts: NonNegativeInt = 96
-    """Clips made for it; 0 measures nothing."""
-    records_split: str | None = None
-    """For recorded data: the split whose captions are prompts and whose clips are the truth."""
-    classifier_split: str | None = None
-    """For images with labels: the split that a small classifier is trained on, which then judges what
-    was made; a fifth of it is kept to judge the classifier by."""
-
-
-@dataclasses.dataclass(frozen=True)
 class VideoRun(Run):
     """A run of training: a text-to-video model, or one of classes and images."""
 
@@ -231,65 +218,55 @@ class VideoRun(Run):
     codec: CodecConfig = CodecConfig()
     text_encoder: StatesConfig = StatesConfig()
     sampling: SamplingConfig = SamplingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
 
     def with_hashes(self) -> VideoRun:
-        """The config with the hashes of its codec and its text encoder.
-
-        Raises:
-            ValueError: if the data, the folders and the config name different ones.
-        """
-        from dit_jax.training.kinds import with_hashes  # It imports this module.
+        """See ``Run.with_hashes``: of its codec and its text encoder."""
+        from dit_jax.training.video_task import with_hashes  # It imports this module.
 
         return with_hashes(self)
 
     def build(self, mesh: Mesh) -> Task:
-        """See ``Run.build``."""
         from dit_jax.training.video_task import build_text_to_video  # It imports this module.
 
         return build_text_to_video(self, mesh)
 
     def constraints(self) -> Iterator[tuple[bool, str]]:
-        """See ``Run.constraints``."""
         yield from super().constraints()
         packing, model, sampling = self.data.packing, self.model, self.sampling
+        channels, source = model.patch.channels, self.data.source
+        latents = channels != PixelCodec.channels and self.codec.path is None
         yield (
             model.text.max_tokens > packing.row_text,
             f"data.packing.row_text {packing.row_text} is smaller than one caption of "
             f"{model.text.max_tokens} tokens: raise it, or lower the limit in model.text.",
         )
-        sampling.check(self.diffusion, model.patch.channels)
+        sampling.check(self.diffusion, channels)
         size = (sampling.frames, sampling.height, sampling.width)
         try:
             model.patch.grid(*self.codec.latent_size(*size))
         except ValueError as error:
-            yield (
-                True,
-                f"sampling.frames, height, width = {', '.join(map(str, size))} do not fit the model's "
-                f"patches: {error}",
-            )
-        source, latents = self.data.source, model.patch.channels != 3 and self.codec.path is None
+            sizes = ", ".join(map(str, size))
+            yield True, f"sampling.frames, height, width = {sizes} do not fit the patches: {error}"
         if isinstance(source, ShapesConfig):
             yield (
                 latents,
-                f"model.patch.channels is {model.patch.channels}: moving shapes have 3 (pixels). "
-                "Give codec.path, a codec whose latents have so many.",
+                f"model.patch.channels is {channels}: moving shapes have 3 (pixels). Give codec.path, "
+                "a codec whose latents have so many.",
             )
             clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
             images = [(1, h, w) for h, w in source.image_sizes] if source.image_fraction else []
-            for clip in clips + images:
-                count = model.patch.num_tokens(*self.codec.latent_size(*clip))
+            for t, h, w in clips + images:
+                count = model.patch.num_tokens(*self.codec.latent_size(t, h, w))
                 yield (
                     count > packing.row_tokens,
-                    f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: "
-                    f"{clip[0]} x {clip[1]} x {clip[2]} has {count} tokens. Raise it to at least "
-                    f"{count}, or use larger patches.",
+                    f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: {t} x "
+                    f"{h} x {w} has {count} tokens. Raise it to at least {count}, or use larger "
+                    "patches.",
                 )
         yield (
-            latents and bool(self.log.draw_every or self.evaluation.prompts),
-            f"model.patch.channels is {model.patch.channels}: these are latents, which cannot be drawn "
-            "as pictures without codec.path. Give it, or set log.draw_every and evaluation.prompts to "
-            "0.",
+            latents and bool(self.log.draw_every or any(map(_draws, self.evaluators))),
+            f"model.patch.channels is {channels}: these are latents, which cannot be drawn as pictures "
+            "without codec.path. Give it, or set log.draw_every to 0, and the prompts of evaluators.",
         )
         yield (
             bool(self.text_encoder.path) and not isinstance(model.text, TextStatesConfig),
@@ -301,15 +278,11 @@ class VideoRun(Run):
             "diffusion.variance is 'learned_range', and the model has no second output for it: set "
             "model.learned_variance, or another variance.",
         )
-        shown = source.shown_set if isinstance(source, MixtureConfig) else source
-        unlabelled = isinstance(shown, ShapesConfig) or (
-            isinstance(shown, RecordsConfig) and shown.label_key is None
-        )
-        yield (
-            self.evaluation.classifier_split is not None and unlabelled,
-            f"evaluation.classifier_split is {self.evaluation.classifier_split!r}, and the data "
-            "have no labels: give data.source.label_key, or leave it unset.",
-        )
+
+
+def _draws(evaluator: Any) -> bool:
+    """Whether an evaluator needs clips of pixels."""
+    return isinstance(evaluator, ClipsEvaluator) and evaluator.prompts > 0
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -335,11 +308,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def load_config(path: str, kind: type[Kind] = VideoRun) -> Kind:
-    """The config that the file's ``get_config()`` builds, for a kind of run.
-
-    Raises:
-        InputError: if the file is absent, no such file, or fails; the message names the line.
-    """
+    """The config that the file's ``get_config()`` builds, for a kind of run; errors name the line."""
     file = local_copy(path)
     spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
     if spec is None or spec.loader is None or not file.is_file():
@@ -380,11 +349,13 @@ def _of_kind(config: Any, kind: type[Kind], where: str) -> Kind:
 def parse_config(
     arguments: Sequence[str], prog: str, description: str, kind: type[Kind] = VideoRun
 ) -> Kind:
-    """A config of a ``kind`` of run from ``--config FILE`` and dotted overrides.
-
-    Prints a message and exits with 2 if something is wrong, before anything else is done.
-    """
-    arguments = [part for one in arguments for part in _split_option(one, "--config")]
+    """A config of a ``kind`` of run from ``--config FILE`` and dotted overrides; prints a message and
+    exits with 2 if something is wrong, before anything else is done."""
+    arguments = [
+        part
+        for one in arguments  # --config=FILE is --config FILE
+        for part in (one.split("=", 1) if one.startswith("--config=") else [one])
+    ]
     try:
         if "--config" in arguments[:-1]:
             at = arguments.index("--config")
@@ -407,18 +378,10 @@ def parse_config(
         raise SystemExit(2) from error
 
 
-def _split_option(argument: str, name: str) -> list[str]:
-    """``--name=value`` as two arguments; others as they are."""
-    return argument.split("=", 1) if argument.startswith(f"{name}=") else [argument]
-
-
 def absolute_paths(config: Any) -> Any:
     """The config with absolute paths, as a run stores it: it means the same from any directory.
 
     ``~`` is expanded and ``gs://`` kept. Which fields are paths each config says (``paths``).
-
-    Raises:
-        InputError: for an empty path, one that names no bucket, or one on Cloud Storage without gcsfs.
     """
     if isinstance(config, tuple):
         return tuple(absolute_paths(one) for one in config)
@@ -455,6 +418,7 @@ RENAMED: dict[str, str] = {
     "diffusion.masks.free": "diffusion.masks.none",
     "model.dit.band": "model.dit.window",
     "model.dit.dense_every": "model.dit.global_every",
+    "evaluation.records_split": "data.eval_split",
 }
 """Dotted names of fields in format 1, and what they are called now."""
 REMOVED: dict[str, tuple[Any, ...]] = {
@@ -469,6 +433,11 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "text_encoder.layer": ("last",),
 }
 """Dotted names of fields in format 1 that are gone, and the values of which nothing is lost."""
+SATELLITES = {
+    "codec": "dit_jax.codec.config:LatentCodecConfig",
+    "text_encoder": "dit_jax.text.config:TextEncoderConfig",
+}
+EVALUATORS = "dit_jax.evaluate.evaluators"
 FIRST_EDITION = "dit_jax 0.1 (commit 57ee8cf)"
 
 
@@ -483,10 +452,6 @@ def _class_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.split(".")[0] == __package__
-
-
 def to_dict(config: Any, declared: Any = None) -> Any:
     """A config as JSON values; see the top of this module. ``declared`` is the type of its field."""
     if isinstance(config, tuple | list):
@@ -498,7 +463,7 @@ def to_dict(config: Any, declared: Any = None) -> Any:
     if config is None or isinstance(config, str | int | float):
         return config
     kind = type(config)
-    ours = next((one for one in kind.__mro__ if _is_ours(one)), None)
+    ours = next((one for one in kind.__mro__ if one.__module__.split(".")[0] == __package__), None)
     if ours is None or not dataclasses.is_dataclass(ours):
         return {"type": _class_name(kind), "external": True}
     hints = _field_types(ours)
@@ -509,74 +474,35 @@ def to_dict(config: Any, declared: Any = None) -> Any:
     return ({"format": FORMAT} if isinstance(config, Run) else {}) | tag | fields
 
 
-def from_dict(kind: Any, values: Any, name: str = "") -> Any:
-    """The dataclass that JSON values describe: objects for dataclasses, lists for tuples.
-
-    ``kind`` is the type of the field that holds the values, and ``name`` its dotted name.
-
-    Raises:
-        InputError: for unknown fields and values of wrong types, by their dotted names.
-    """
-    if isinstance(values, dict) and values.get("external"):
-        return External(str(values.get("type")))
-    own: list[Any] = [one for one in _options(kind) if dataclasses.is_dataclass(one)]
-    if isinstance(values, dict) and (own or "type" in values):
-        values = {key: value for key, value in values.items() if key not in ("format", "subclass")}
-        if "type" in values:
-            own = [_named_class(values.pop("type"), own, f"{name}.type" if name else "type")]
-        known = _field_types(own[0])
-        for field in sorted(set(values) - set(known))[:1]:
-            raise InputError(
-                f"the stored config has {field!r}, which {own[0].__name__} does not: the run was "
-                "made by another version of dit_jax; use that version to read it."
-            )
-        return own[0](
-            **{
-                field: from_dict(known[field], value, f"{name}.{field}" if name else field)
-                for field, value in values.items()
-            }
-        )
-    if isinstance(values, list):
-        kinds = next((one for one in _options(kind) if typing.get_origin(one) is tuple), None)
-        if kinds:
-            kinds = _item_types(kinds, len(values))
-            values = tuple(
-                from_dict(kinds[min(i, len(kinds) - 1)], value, f"{name}[{i}]")
-                for i, value in enumerate(values)
-            )
-    elif isinstance(values, dict) and typing.get_origin(kind) is dict:
-        inner = typing.get_args(kind)[1]
-        values = {key: from_dict(inner, value, f"{name}.{key}") for key, value in values.items()}
-    check_value(values, kind, name or "the config")
-    return values
+def from_dict(kind: Any, values: Any) -> Any:
+    """The dataclass that JSON values describe: objects for dataclasses, lists for tuples."""
+    return _walk(values, kind, "", stored=True)
 
 
 def _named_class(tag: Any, declared: Sequence[Any], name: str) -> Any:
     """The dataclass "module:Class" of ours; of those that the field may hold, if it says which."""
     module, _, title = tag.partition(":") if isinstance(tag, str) else ("", "", "")
-    found: Any = None
+    kind: Any = None
     if module.startswith(f"{__package__}."):
         with contextlib.suppress(ImportError):
-            found = getattr(importlib.import_module(module), title, None)
-    base = tuple(declared) or object
-    if not (
-        isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, base)
-    ):
+            kind = getattr(importlib.import_module(module), title, None)
+    fits = isinstance(kind, type) and issubclass(kind, tuple(declared) or object)
+    if not (fits and dataclasses.is_dataclass(kind)):
         raise InputError(
             f"{name} is {_repr.repr(tag)}: it is the name of a class of dit_jax, module:Class"
             + (f", such as {', '.join(map(_class_name, declared))}." if declared else ".")
         )
-    return found
+    return kind
 
 
 def stored_config(values: Any, where: str | Path, kind: type[Kind] = VideoRun) -> Kind:
-    """The config that was stored in the file ``where`` as these values, of a kind of run."""
+    """The config that was stored in the file ``where`` as these values."""
     version = "the version that wrote it"
     try:
         if isinstance(values, dict) and "format" not in values:
             version, values = FIRST_EDITION, migrate(values)
         config = from_dict(Run, values)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"{str(where)!r} holds no config that this version of dit_jax can use "
             f"({error}): restore the file, or use {version}."
@@ -596,37 +522,46 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
         tag = {"type": TYPES.get(tag, tag)} if isinstance(tag, str) else {}
         return {key: tagged(one) for key, one in value.items()} | tag
 
-    values = tagged(values)
-    values.setdefault("type", _class_name(VideoRun))
-    for field, satellite in (
-        ("codec", "dit_jax.codec.config:LatentCodecConfig"),
-        ("text_encoder", "dit_jax.text.config:TextEncoderConfig"),
-    ):
-        if isinstance(part := values.get(field), dict):
-            if part.get("path") is not None:
-                part["type"] = satellite
-            else:
-                keep = ("t", "h", "w", "hash")
-                values[field] = {key: one for key, one in part.items() if key in keep}
+    def holder(name: str) -> tuple[dict[str, Any], str]:
+        """The object that holds the field of a dotted name, and the field's own."""
+        *way, last = name.split(".")
+        inner = values
+        for part in way:
+            inner = inner.get(part) or {}
+        return inner, last
+
+    values = {"type": _class_name(VideoRun)} | tagged(values)
+    if values["type"] != _class_name(VideoRun):
+        return values
     for name, fine in REMOVED.items():
-        inner, last = _inner(values, name)
+        inner, last = holder(name)
         if last in inner and inner[last] in fine:
             del inner[last]
     for name, new in RENAMED.items():
-        inner, last = _inner(values, name)
+        inner, last = holder(name)
         if last in inner:
             value = inner.pop(last)
-            inner, last = _inner(values, new)
+            inner, last = holder(new)
             inner[last] = value
+    # One class had the folder of weights and what is known without them.
+    for field, satellite in SATELLITES.items():
+        if isinstance(part := values.get(field), dict) and part.get("path") is not None:
+            part["type"] = satellite
+        elif isinstance(part, dict):
+            for one in ("path", "tiles"):
+                part.pop(one, None)
+    # What was measured at the end followed from the data; now evaluators say it.
+    if isinstance(old := values.pop("evaluation", None), dict):
+        data, prompts = values.get("data") or {}, {"prompts": old.get("prompts", 96)}
+        shapes = (data.get("source") or {}).get("type") == TYPES["ShapesConfig"]
+        values["evaluators"] = [{"type": _class_name(HeldOutLoss)}]
+        if (split := old.get("classifier_split")) is not None:
+            one = {"type": f"{EVALUATORS}:ClassEvaluator", **prompts, "split": split}
+            values["evaluators"].append(one)
+        elif shapes or data.get("eval_split") is not None:
+            kind = "ShapeEvaluator" if shapes else "RecordsEvaluator"
+            values["evaluators"].append({"type": f"{EVALUATORS}:{kind}", **prompts})
     return values
-
-
-def _inner(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The object that holds the field of a dotted name, and the field's own."""
-    *way, last = name.split(".")
-    for part in way:
-        values = values.get(part) or {}
-    return values, last
 
 
 def read_config(path: str | Path, kind: type[Kind] = VideoRun) -> Kind:
@@ -675,6 +610,53 @@ SCALARS = {
 }
 
 
+def check_types(config: Any, name: str = "") -> None:
+    """Raises ``InputError`` for a field, however deep, whose value is not of its type or in its range.
+    Call it where a user's values enter: on a config or on the arguments of a command."""
+    for field, hint in _field_types(type(config)).items():
+        _walk(getattr(config, field), hint, f"{name}.{field}" if name else field)
+
+
+def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
+    """A value of the field ``name``, checked against its type with all that is inside it; a stored one
+    is converted on the way."""
+    prefix = f"{name}." if name else ""
+    if stored and isinstance(value, dict):
+        if value.get("external"):
+            return External(str(value.get("type")))
+        own: list[Any] = [one for one in _options(hint) if dataclasses.is_dataclass(one)]
+        if own or "type" in value:
+            kind = _named_class(value["type"], own, f"{prefix}type") if "type" in value else own[0]
+            inner = {k: v for k, v in value.items() if k not in ("format", "type", "subclass")}
+            hints = _field_types(kind)
+            for field in sorted(set(inner) - set(hints))[:1]:
+                raise InputError(
+                    f"the stored config has {field!r}, which {kind.__name__} does not: the run was "
+                    "made by another version of dit_jax; use that version to read it."
+                )
+            return kind(**{k: _walk(v, hints[k], prefix + k, stored) for k, v in inner.items()})
+    if stored and isinstance(value, list):
+        value = tuple(value)
+
+    option = next((one for one in _options(hint) if _is(value, one)), None)
+    if option is None:
+        choices = [str(one) for kind in _options(hint) for one in typing.get_args(kind)]
+        near = isinstance(value, str) and difflib.get_close_matches(value, choices, 1, 0.5)
+        raise InputError(
+            f"{name or 'the config'} is {_repr.repr(value)}: it is {_describe(hint)}."
+            + (f" Perhaps {near[0]!r} was meant." if near else "")
+        )
+    if typing.get_origin(option) is tuple:
+        kinds = enumerate(zip(value, _item_types(option, len(value)), strict=True))
+        return tuple(_walk(item, kind, f"{name}[{i}]", stored) for i, (item, kind) in kinds)
+    if isinstance(value, dict):
+        kind = (*typing.get_args(option), Any, Any)[1]
+        return {key: _walk(item, kind, f"{prefix}{key}", stored) for key, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        check_types(value, name)
+    return value
+
+
 @functools.cache
 def _field_types(kind: type) -> dict[str, Any]:
     """The types of a dataclass's fields, by name."""
@@ -684,17 +666,38 @@ def _field_types(kind: type) -> dict[str, Any]:
 
 def _options(hint: Any) -> tuple[Any, ...]:
     """What a union may be; the type itself if it is none."""
-    if typing.get_origin(hint) is typing.Annotated:
-        bounds = any(isinstance(one, Range) for one in typing.get_args(hint))
-        return (hint,) if bounds else _options(typing.get_args(hint)[0])
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
+    args, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return (hint,) if any(isinstance(one, Range) for one in args) else _options(args[0])
+    return args if origin in (typing.Union, types.UnionType) else (hint,)
 
 
 def _item_types(hint: Any, count: int) -> tuple[Any, ...]:
     """The types of the items of a tuple that has ``count`` of them."""
     args = typing.get_args(hint)
     return args[:1] * count if args[-1] is Ellipsis else args
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type and in its range; of a tuple, whether it has as many items."""
+    args, origin = typing.get_args(hint), typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Annotated:
+        return _is(value, args[0]) and all(value in one for one in args if isinstance(one, Range))
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in args)
+    if hint is float:
+        # A whole number may stand for a float. NaN compares false; any int can be compared.
+        return (_is(value, int) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str:
+        # Surrogates stand for bytes that are no UTF-8, and could not be stored.
+        return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+    if origin is tuple:
+        return isinstance(value, tuple) and len(_item_types(hint, len(value))) == len(value)
+    return isinstance(value, origin or hint)
 
 
 def _describe(hint: Any) -> str:
@@ -711,58 +714,3 @@ def _describe(hint: Any) -> str:
     if len(_options(hint)) > 1:
         return ", or ".join(_describe(one) for one in _options(hint))
     return SCALARS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type and in its range; of a tuple, whether it has as many items."""
-    args, origin = typing.get_args(hint), typing.get_origin(hint)
-    if hint is Any:
-        return True
-    if origin is typing.Annotated:
-        return _is(value, args[0]) and all(value in one for one in args if isinstance(one, Range))
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in args)
-    if hint is float:
-        # NaN compares false, and a whole number of any size can be compared.
-        return (_is(value, int) or isinstance(value, float)) and abs(value) <= sys.float_info.max
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is str:
-        # Surrogates stand for bytes that are no UTF-8, and could not be stored.
-        return isinstance(value, str) and value == value.encode(errors="ignore").decode()
-    if origin is tuple:
-        return isinstance(value, tuple) and len(_item_types(hint, len(value))) == len(value)
-    return isinstance(value, origin or hint)
-
-
-def check_value(value: Any, hint: Any, name: str) -> None:
-    """Raises ``InputError`` if a value, or one inside it, is not of its type, or out of its range.
-
-    A whole number may stand for a float. ``name`` is the dotted name of the field that holds it.
-    """
-    own = next((one for one in _options(hint) if _is(value, one)), None)
-    if own is None:
-        choices = [str(one) for kind in _options(hint) for one in typing.get_args(kind)]
-        near = isinstance(value, str) and difflib.get_close_matches(value, choices, 1, 0.5)
-        raise InputError(
-            f"{name} is {_repr.repr(value)}: it is {_describe(hint)}."
-            + (f" Perhaps {near[0]!r} was meant." if near else "")
-        )
-    if typing.get_origin(own) is tuple:
-        for i, (item, kind) in enumerate(zip(value, _item_types(own, len(value)), strict=True)):
-            check_value(item, kind, f"{name}[{i}]")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            check_value(item, (*typing.get_args(own), Any, Any)[1], f"{name}.{key}")
-    if dataclasses.is_dataclass(value):
-        check_types(value, name)
-
-
-def check_types(config: Any, name: str = "") -> None:
-    """Raises ``InputError`` for a field, however deep, whose value is not of its type, or not finite.
-
-    Call it where a user's values enter: on a config or on the arguments of a command. ``name`` is the
-    dotted name of the config itself.
-    """
-    for field, hint in _field_types(type(config)).items():
-        check_value(getattr(config, field), hint, f"{name}.{field}" if name else field)

@@ -26,7 +26,6 @@ from dit_jax import interop
 from dit_jax.config import (
     CodecConfig,
     DataConfig,
-    EvaluationConfig,
     LogConfig,
     Run,
     VideoRun,
@@ -242,7 +241,6 @@ def run_config(file: DiTFile, output: str, codec: CodecConfig) -> VideoRun:
         codec=codec,
         log=LogConfig(draw_every=0),
         sampling=sampling,
-        evaluation=EvaluationConfig(prompts=0),
     )
 
 

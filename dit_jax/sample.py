@@ -52,7 +52,7 @@ from dit_jax.sampling.media import (
 from dit_jax.sampling.pipeline import Pipeline, load_run, stored_sampling
 from dit_jax.sampling.request import Request
 from dit_jax.sampling.sampler import SamplerConfig
-from dit_jax.training.frozen import cut_note
+from dit_jax.training.video_task import cut_note
 
 PROG = "python -m dit_jax.sample"
 OLD_FLAGS = {

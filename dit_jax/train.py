@@ -4,12 +4,11 @@ config -> processes -> mesh -> task -> state -> data -> loop. A run is a directo
 Storage: if it holds a checkpoint, the run goes on from there and ends up, bit for bit, where it would
 have without the interruption.
 
-Exit status: 0, the run is complete; 2, something that the user gave is wrong, and the message says
-what (only before the loop begins: starting again would not help); 143 or 130 (128 + the signal, as
-shells count), SIGTERM or SIGINT stopped it after it saved its step; 1, something failed by itself (a
-full disk, storage that does not answer, an error in another process of the run); 134, JAX aborted this
-process because another died. What did not end in 0 or 2 goes on when all its processes are started
-again.
+Exit status: 0, the run is complete; 2, the command line, the config or the data are wrong (only before
+the loop begins: starting again would not help); 143 or 130 (128 + the signal, as shells count), SIGTERM
+or SIGINT stopped it after it saved its step; 1, something failed by itself (a full disk, storage that
+does not answer, another process of the run); 134, JAX aborted this process because another died. What
+did not end in 0 or 2 goes on when all its processes are started again.
 """
 
 from __future__ import annotations
@@ -27,13 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.config import (
-    Run,
-    absolute_paths,
-    parse_config,
-    read_config,
-    to_dict,
-)
+from dit_jax.config import Run, absolute_paths, parse_config, read_config, to_dict
 from dit_jax.data import DataError, RowStreams
 from dit_jax.files import (
     InputError,
@@ -120,11 +113,7 @@ class DivergedError(RuntimeError):
 
 
 def prepare_directory(config: Run) -> tuple[Path, Run | None]:
-    """Makes the run's directory; returns it and the stored config of the run that it holds, if any.
-
-    Raises:
-        InputError: if it cannot be written, or holds a run of another model or data.
-    """
+    """Makes the run's directory; returns it and the stored config of the run that it holds, if any."""
     directory = check_writable(config.output)
     stored = None
     if (directory / "config.json").exists() and (directory / "checkpoints").is_dir():
@@ -140,11 +129,7 @@ def prepare_directory(config: Run) -> tuple[Path, Run | None]:
 
 
 def train(config: Run) -> str | None:
-    """Trains; returns the name of the signal that stopped the run, if one did.
-
-    Raises:
-        InputError: if something that the user gave is wrong; only before the loop begins.
-    """
+    """Trains; returns the name of the signal that stopped the run, if one did."""
     with contextlib.ExitStack() as stack:
         with checking_input():
             # Relative paths would mean something else to whoever resumes or samples from elsewhere.
@@ -229,7 +214,7 @@ def train(config: Run) -> str | None:
                 progress.flush()
             for evaluator in () if stopping or done == config.steps else task.evaluators:
                 if evaluator.every and done % evaluator.every == 0:
-                    evaluate(evaluator, state.ema, frozen, done, directory, progress)
+                    evaluate(evaluator, state, frozen, directory, progress)
             progress.away(time.perf_counter() - clock)
             if stopping:
                 progress.say(f"{stop.name}: saving step {done}; the same command resumes there.")
@@ -239,7 +224,7 @@ def train(config: Run) -> str | None:
         finished = int(state.step) >= config.steps
         if finished:
             # Also of a run that was complete before: its report may have been what failed.
-            conclude(task, state, frozen, progress, directory, loader)
+            conclude(task, state, frozen, directory, progress, loader)
         checkpointer.close()
     return None if finished else stop.name
 
@@ -255,42 +240,30 @@ def introduction(task: Task, mesh: Mesh, shapes: TrainState, start: int) -> str:
 
 
 def evaluate(
-    evaluator: Evaluator,
-    ema: Params,
-    frozen: Params,
-    step: int,
-    directory: Path,
-    progress: Progress,
+    evaluator: Evaluator, state: TrainState, frozen: Params, directory: Path, progress: Progress
 ) -> Mapping[str, float]:
-    """Runs an evaluator and logs what it finds. A picture that cannot be written ends no run."""
+    """Runs an evaluator and logs what it measures. A picture that cannot be written ends no run."""
     scalars: Mapping[str, float] = {}
+    step, name = int(state.step), evaluator.name
     try:
-        scalars, picture = evaluator.evaluate(ema, frozen, step, directory)
-        tag = {
-            name if "/" in name else f"{evaluator.name}/{name}": x for name, x in scalars.items()
-        }
-        progress.scalars(step, tag)
+        scalars, picture = evaluator.evaluate(state.ema, frozen, step, directory)
+        progress.scalars(step, {k if "/" in k else f"{name}/{k}": x for k, x in scalars.items()})
         if picture is not None:
-            progress.image(step, evaluator.name, picture)
+            progress.image(step, name, picture)
     except Exception as error:
         if not is_storage_error(error):
             raise
-        progress.say(f"warning: {evaluator.name} of step {step} not written ({explain(error)}).")
+        progress.say(f"warning: {name} of step {step} not written ({explain(error)}).")
     return scalars
 
 
 def conclude(
-    task: Task,
-    state: TrainState,
-    frozen: Params,
-    progress: Progress,
-    directory: Path,
-    loader: RowStreams[Any],
+    task: Task, state: TrainState, frozen: Params, directory: Path, progress: Progress, loader: Any
 ) -> None:
-    """Measures the finished model, says what came of it, and stores it as ``report.json``."""
+    """Measures the finished model, prints the report, and stores it as ``report.json``."""
     report: dict[str, Any] = {}
     for evaluator in task.evaluators:
-        report |= evaluate(evaluator, state.ema, frozen, int(state.step), directory, progress)
+        report |= evaluate(evaluator, state, frozen, directory, progress)
     if report:
         text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
         pictures = directory / "samples.png"
@@ -307,7 +280,7 @@ def conclude(
 
 
 def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
-    """What of the data was not trained on; empty if everything was."""
+    """Which of the data were not trained on; empty if all were."""
     reader = loader.reader
     left_out = gather_data_state(loader.save())["run"]["left_out"]
     before = 0 if reader.unfit is None else int(reader.unfit.sum())

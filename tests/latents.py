@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.sampling import SamplingConfig
@@ -72,5 +72,4 @@ def latents(latent_records):
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="constant"),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(frames=2, height=4, width=4, steps=2, cfg_scale=2.0),
-        evaluation=EvaluationConfig(prompts=0),
     )

@@ -26,7 +26,7 @@ def start(
         verbs.train(
             output,  # pyright: ignore[reportArgumentType]
             *("--steps", LAST, "--checkpoint.every", EVERY, "--model.dit.depth", 1),
-            *("--log.draw-every", 0, "--evaluation.prompts", 0, "--mesh.fsdp", 2),
+            *("--log.draw-every", 0, "--evaluators.1.prompts", 0, "--mesh.fsdp", 2),
             devices=2 // processes,
             place=(index, processes, port) if processes > 1 else None,
             stop=stop if index == processes - 1 else None,

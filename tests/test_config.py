@@ -12,7 +12,6 @@ import pytest
 from dit_jax.codec.run import CodecRun
 from dit_jax.config import (
     DataConfig,
-    EvaluationConfig,
     LogConfig,
     Run,
     VideoRun,
@@ -27,10 +26,11 @@ from dit_jax.config import (
 )
 from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
 from dit_jax.diffusion import DiffusionConfig
+from dit_jax.evaluate import ClassEvaluator, ShapeEvaluator
 from dit_jax.model import DiTConfig, PatchConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, OptimizerConfig
+from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig
 from dit_jax.training.video_task import init_params, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,7 +236,7 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
         (["--seed", str(2**32)], [f"seed is {2**32}: it is in"]),
         (["--log.every", "0"], ["log.every is 0", "at least 1"]),
         (["--log.draw-count", "0"], ["log.draw_count is 0", "at least 1"]),
-        (["--evaluation.prompts", "-1"], ["evaluation.prompts is -1: it is at least 0"]),
+        (["--evaluators.1.prompts", "-1"], ["evaluators[1].prompts is -1: it is at least 0"]),
         (["--data.packing.rows", "0"], ["packing.rows is 0: it is at least 1"]),
         (["--optimizer.accumulate", "3"], ["packing.rows 16 does not divide into", "accumulate 3"]),
         (
@@ -256,7 +256,7 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
         (["--mesh.data", "0"], ["mesh.data is 0", "at least 1"]),
         (["--diffusion.caption-dropout", "1"], ["caption_dropout is 1.0"]),
         (["--sampling.cfg-scale", "-1"], ["sampling.cfg_scale is -1.0: it is at least 0"]),
-        (["--checkpoint.keep-period", "0"], ["keep_period is 0: it is at least 1, or unset"]),
+        (["--checkpoint.keep-period", "0"], ["keep_period is 0: it is at least 1"]),
         (["--data.source.image-fraction", "2"], ["image_fraction is 2.0"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -316,11 +316,17 @@ def test_config_file_of_another_kind_is_refused(refused, tmp_path):
     ("make", "message"),
     [
         (lambda: VideoRun(log=LogConfig(draw_every=-1)), "draw_every is -1: it is at least 0"),
-        (lambda: VideoRun(evaluation=EvaluationConfig(prompts=-2)), "evaluation.prompts is -2"),
+        (lambda: VideoRun(evaluators=(ShapeEvaluator(prompts=-2),)), "prompts is -2"),
         (lambda: check_types(PackingConfig(row_tokens=0)), "row_tokens is 0: it is at least 1"),
         (lambda: MeshConfig(-1, -1), "one of them may be -1"),
-        (lambda: OptimizerConfig(b2=1.0), r"optimizer.b2 is 1.0: it is in \[0, 1\)"),
-        (lambda: CheckpointConfig(every=0), "checkpoint.every 0"),
+        (
+            lambda: VideoRun(optimizer=OptimizerConfig(b2=1.0)),
+            r"optimizer.b2 is 1.0: it is in \[0, 1\)",
+        ),
+        (
+            lambda: VideoRun(checkpoint=CheckpointConfig(every=0)),
+            "checkpoint.every is 0: it is at least 1",
+        ),
         (lambda: SamplingConfig(batch=0), "sampling.batch is 0: it is at least 1"),
         (lambda: SamplingConfig(fps=0.0), "sampling.fps is 0.0: it is above 0"),
         (lambda: SamplingConfig(shift=0.0), r"sampling.shift is 0.0: it is above 0 \(1 is none\)"),
@@ -379,10 +385,27 @@ def test_round_trip_through_json(name):
     config = VARIANTS[name]
     text = json.dumps(to_dict(config))
     again = stored_config(json.loads(text), "run/config.json", type(config))
-    assert again == config and hash(again) == hash(config)  # tuples, not lists
+    assert again == config  # Tuples, not lists.
     assert type(again.data.source) is type(config.data.source)
     kind = type(config.data.source)
     assert json.loads(text)["data"]["source"]["type"] == f"{kind.__module__}:{kind.__name__}"
+
+
+def test_a_config_of_the_first_edition_is_todays_quickstart():
+    """Stored by a run of commit 57ee8cf."""
+    file = Path(__file__).with_name("first_edition_config.json")
+    quickstart = load_config(str(QUICKSTART))
+    assert list(differences(quickstart, read_config(file))) == [
+        ("output", "runs/quickstart", "/runs/quickstart")
+    ]
+    values = json.loads(file.read_text())
+    values["evaluation"] = {"prompts": 5, "records_split": "test", "classifier_split": "valid"}
+    old = stored_config(values, "run/config.json")
+    assert old.data.eval_split == "test"
+    assert old.evaluators == (HeldOutLoss(), ClassEvaluator(prompts=5, split="valid"))
+    values["model"]["upscale"] = 2
+    with pytest.raises(ValueError, match="'upscale', which ModelConfig .*commit 57ee8cf"):
+        stored_config(values, "run/config.json")
 
 
 def test_absent_fields_get_their_defaults():

@@ -278,9 +278,9 @@ def test_verbs_refuse_numbers_that_are_not_finite(
 @pytest.mark.parametrize(
     "make",
     [
-        lambda x: OptimizerConfig(learning_rate=x),
-        lambda x: OptimizerConfig(clip_norm=x),
-        lambda x: OptimizerConfig(weight_decay=x),
+        lambda x: VideoRun(optimizer=OptimizerConfig(learning_rate=x)),
+        lambda x: VideoRun(optimizer=OptimizerConfig(clip_norm=x)),
+        lambda x: VideoRun(optimizer=OptimizerConfig(weight_decay=x)),
         lambda x: TimeConfig(shift=x),
         lambda x: TimeConfig(std=x),
         lambda x: DiffusionConfig(min_snr_gamma=x),

@@ -20,7 +20,7 @@ from dit_jax.prepare.writing import write_records
 from tests.runs import Verbs, end, scalars, steps
 
 CONFIG = """
-from dit_jax.config import VideoRun, DataConfig, EvaluationConfig, LogConfig
+from dit_jax.config import VideoRun, DataConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig
@@ -42,7 +42,6 @@ def get_config():
         optimizer=OptimizerConfig(warmup_steps=0),
         checkpoint=CheckpointConfig(every=50),
         log=LogConfig(every=10, draw_every=0),
-        evaluation=EvaluationConfig(prompts=0),
     )
 """
 LONG, NOT_FINITE = (5, 17, 29), (8, 22)

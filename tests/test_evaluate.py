@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.kl_weights import autoencoder_map
-from dit_jax.config import CodecConfig, DataConfig, EvaluationConfig, LogConfig, VideoRun, to_dict
+from dit_jax.config import CodecConfig, DataConfig, LogConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluate import INCEPTION, VIDEO, write_npz
 from dit_jax.evaluate import __main__ as evaluate
@@ -389,7 +389,6 @@ def classes_config(latents: bool) -> VideoRun:
         codec=LatentCodecConfig(path="elsewhere", h=4, w=4) if latents else CodecConfig(),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(frames=1, height=24, width=24, steps=2, batch=8),
-        evaluation=EvaluationConfig(prompts=0),
     )
 
 

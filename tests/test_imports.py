@@ -88,14 +88,9 @@ def all_violations() -> set[str]:
     return out
 
 
-NOT_YET = set(Path(__file__).with_name("imports_not_yet.txt").read_text().splitlines())
-"""Imports that are still to go: this list only shrinks."""
-
-
 def test_the_core_imports_no_satellite_and_satellites_no_other():
     found = all_violations()
-    assert not found - NOT_YET, "\n" + "\n".join(sorted(found - NOT_YET))
-    assert not NOT_YET - found, "take these out of the list:\n" + "\n".join(sorted(NOT_YET - found))
+    assert not found, "\n" + "\n".join(sorted(found))
 
 
 @pytest.mark.parametrize(

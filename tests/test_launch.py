@@ -673,7 +673,7 @@ def test_slurm_tasks_find_each_other(tmp_path: Path):
     ended = run(
         "slurm.sbatch",
         *(str(CONFIG), str(output), "--model.dit.depth", "1", "--steps", "2"),
-        *("--log.draw-every", "0", "--evaluation.prompts", "0"),
+        *("--log.draw-every", "0", "--evaluators.1.prompts", "0"),
         path=folder,
         SLURM_JOB_ID=str(os.getpid()),  # from which JAX takes the port
         PYTHON=sys.executable,

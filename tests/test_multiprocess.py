@@ -21,7 +21,7 @@ LAST, EVERY = 20, 5
 MESH = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.context", 2)
 PLAIN = (
     *("--model.dit.depth", 1, "--checkpoint.every", EVERY),
-    *("--log.draw-every", 0, "--evaluation.prompts", 0),
+    *("--log.draw-every", 0, "--evaluators.1.prompts", 0),
 )
 """Little to compile, for every process does: one block, neither pictures nor report."""
 TOLERANCE = 1e-5

@@ -48,7 +48,7 @@ def test_files_are_enlarged_on_every_mesh(verbs: Verbs, tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 3), np.uint8)
     write_video(file, pixels.repeat(4, 1).repeat(4, 2), 8)
     training = ["--config", UPSCALE, "--output", run, "--steps", 2]
-    training += ["--evaluation.prompts", 0, "--log.draw-every", 50]
+    training += ["--evaluators.1.prompts", 0, "--log.draw-every", 50]
     (ended,) = end(verbs.start("train", training))
     assert ended.status == 0, ended.text
     one = tmp_path / "one.png"

@@ -1,7 +1,8 @@
-"""What the documentation says of a source of one's own: its code is what is run here."""
+"""What the documentation says of one's own sources and objectives: its code is what is run here."""
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -12,21 +13,31 @@ import numpy as np
 import pytest
 
 from dit_jax import train
-from dit_jax.config import External, Run, parse_config, read_config
-from dit_jax.parallel import make_mesh
+from dit_jax.config import External, Run, VideoRun, parse_config, read_config
+from dit_jax.parallel import global_batch, local_rows, make_mesh
 from dit_jax.training import (
+    Checkpointer,
     Progress,
     abstract_params,
+    abstract_state,
+    init_frozen,
+    make_optimizer,
+    make_step,
     open_run,
 )
 from dit_jax.training.video_task import init_params, make_model
+from tests.codecs import quick_compilation
 
+pytestmark = pytest.mark.usefixtures("cached", quick_compilation.__name__)
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     *("--model.dit.width", "48", "--model.dit.heads", "4", "--model.text.width", "32"),
     *("--model.text.depth", "1", "--data.packing.rows", "8", "--checkpoint.every", "2"),
-    *("--log.every", "1", "--log.draw-every", "0", "--evaluation.prompts", "0"),
+    *("--log.every", "1", "--log.draw-every", "0"),
 )
+NO_CLIPS = ("--evaluators.1.prompts", 0)
+CONSTANT = re.compile(r"\w+\[([\d,]*)\][^=\n]*constant\(")
+"""The sizes of constants in optimized HLO."""
 
 
 def write_page(page: str, folder: Path) -> None:
@@ -38,8 +49,8 @@ def write_page(page: str, folder: Path) -> None:
 
 
 def run(config: Path, output: Path, *more: object) -> Any:
-    given = ["--config", config, "--output", output, "--steps", 5, *SMALL, *more]
-    return parse_config([str(one) for one in given], "train", "Trains.", Run)
+    arguments = ["--config", config, "--output", output, "--steps", 5, *SMALL, *more]
+    return parse_config([str(one) for one in arguments], "train", "Trains.", Run)
 
 
 def killed(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +92,44 @@ def test_a_source_of_ones_own_is_resumed_bit_by_bit(tmp_path: Path, monkeypatch:
     jax.tree.map(np.testing.assert_array_equal, averages(whole), averages(again))
     stored = read_config(tmp_path / "again" / "config.json")
     assert stored.data.source == External("my_source:GrowingBars")
+
+
+def test_a_student_learns_from_a_teacher_that_is_no_part_of_it(tmp_path: Path, monkeypatch: Any):
+    write_page("objectives.md", tmp_path)
+    teacher = run(
+        tmp_path / "quickstart.py", tmp_path / "teacher", "--model.dit.depth", 2, *NO_CLIPS
+    )
+    train.train(teacher)
+    more = ("--model.dit.depth", 1, "--teacher", tmp_path / "teacher", *NO_CLIPS)
+    whole = run(tmp_path / "student.py", tmp_path / "whole", *more)
+    train.train(whole)
+    again = run(tmp_path / "student.py", tmp_path / "again", *more)
+    killed(again, monkeypatch)
+    train.train(again)
+    # Of the student's shapes: a teacher beside it would be refused.
+    jax.tree.map(np.testing.assert_array_equal, averages(whole), averages(again))
+    stored = read_config(tmp_path / "again" / "config.json")
+    assert type(stored) is VideoRun and stored.model.dit.depth == 1
+
+    mesh = make_mesh(whole.mesh)
+    task = whole.build(mesh)
+    optimizer = make_optimizer(whole.optimizer, 5)
+    shapes, shardings = abstract_state(task.init, optimizer, mesh, task.trainable)
+    assert set(shapes.params) == {"params"}
+    frozen = init_frozen(task.init, mesh, jax.random.key(0), task.trainable, task.load_frozen)
+    kept = Checkpointer(tmp_path / "teacher", whole.checkpoint)
+    of_teacher = frozen["teacher"]
+    same = kept.restore_ema(5, of_teacher, jax.tree.map(lambda leaf: leaf.sharding, of_teacher))
+    kept.close()
+    jax.tree.map(np.testing.assert_array_equal, same, frozen["teacher"])
+    rows = local_rows(mesh, task.rows)
+    loader = task.loader(rows)
+    batch = global_batch(mesh, next(loader), rows, task.rows)
+    loader.close()
+    step = make_step(task.loss, optimizer, whole.optimizer, whole.seed, shardings)
+    program = step.lower(shapes, batch, frozen).compile()
+    sizes = CONSTANT.findall(program.as_text())
+    constant = max(math.prod(int(n) for n in one.split(",") if n) for one in sizes)
+    assert constant < max(leaf.size for leaf in jax.tree.leaves(frozen)) / 4
+    taken = len(jax.tree.leaves(program.input_shardings[0]))
+    assert taken == len(jax.tree.leaves((shapes, batch, frozen)))

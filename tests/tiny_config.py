@@ -1,10 +1,11 @@
 """The smallest run that has everything: clips of two lengths and images, packed, drawn, reported."""
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, ShapesConfig
+from dit_jax.evaluate import ShapeEvaluator
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.sampling import SamplingConfig
-from dit_jax.training import CheckpointConfig, OptimizerConfig
+from dit_jax.training import CheckpointConfig, HeldOutLoss, OptimizerConfig
 
 
 def get_config() -> VideoRun:
@@ -27,5 +28,5 @@ def get_config() -> VideoRun:
         sampling=SamplingConfig(
             frames=5, height=24, width=24, fps=8.0, steps=3, cfg_scale=2.0, batch=2
         ),
-        evaluation=EvaluationConfig(prompts=3),
+        evaluators=(HeldOutLoss(), ShapeEvaluator(prompts=3)),
     )

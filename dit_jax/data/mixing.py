@@ -42,7 +42,7 @@ class MixtureConfig:
     sets: tuple[MixedSetConfig, ...]
     shown: int | None = None
     """Which set, from 0, a run's pictures and reports are about: its captions are the prompts, and
-    splits (``evaluation.records_split``) are its own. Unset: the first that is captioned."""
+    splits (``data.eval_split``) are its own. Unset: the first that is captioned."""
 
     def __post_init__(self) -> None:
         message = (

@@ -5,6 +5,9 @@ from dit_jax.evaluate.distances import frechet_distance as frechet_distance
 from dit_jax.evaluate.distances import inception_score as inception_score
 from dit_jax.evaluate.distances import precision_recall as precision_recall
 from dit_jax.evaluate.distances import small_sample_note as small_sample_note
+from dit_jax.evaluate.evaluators import ClassEvaluator as ClassEvaluator
+from dit_jax.evaluate.evaluators import RecordsEvaluator as RecordsEvaluator
+from dit_jax.evaluate.evaluators import ShapeEvaluator as ShapeEvaluator
 from dit_jax.evaluate.features import FeatureFunction as FeatureFunction
 from dit_jax.evaluate.features import NetworkFeatures as NetworkFeatures
 from dit_jax.evaluate.i3d import I3D as I3D

@@ -57,7 +57,7 @@ from dit_jax.parallel import (
 )
 from dit_jax.sampling import Request, SamplingConfig, check_request, plain, read_prompts
 from dit_jax.sampling.pipeline import load_run, stored_sampling
-from dit_jax.training.frozen import cut_note, open_text_encoder, with_states
+from dit_jax.training.video_task import cut_note, open_text_encoder, with_states
 
 PROG = "python -m dit_jax.evaluate"
 SHARD = 256

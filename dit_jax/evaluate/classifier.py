@@ -129,7 +129,7 @@ def judge_classes(
     if correct < LEAST_CORRECT:
         raise ValueError(
             f"the classifier gets {correct:.1%} of the real images kept from it right, too few to "
-            "judge others: give it more images (evaluation.classifier_split), or unset it."
+            "judge others: give it more images (ClassEvaluator.split), or leave it out."
         )
     logits, features = see(made)
     _, other_features = see(others)

@@ -21,8 +21,7 @@ from dit_jax.model import TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
 from dit_jax.sampling import Generator, Request, make_inputs
 from dit_jax.training import abstract_params
-from dit_jax.training.state import Filter, InitParams, everything
-from dit_jax.training.step import LossFn
+from dit_jax.training.step import Filter, InitParams, LossFn, everything
 from dit_jax.training.video_task import batch_loss, check_layout, init_params, make_model
 from dit_jax.types import Batch, is_token_field
 

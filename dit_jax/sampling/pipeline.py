@@ -27,8 +27,14 @@ from dit_jax.sampling.modes import Generation, make_generations
 from dit_jax.sampling.request import Request, Space
 from dit_jax.sampling.sampler import Generator, SamplingConfig
 from dit_jax.training import Checkpointer, abstract_params, open_run
-from dit_jax.training.frozen import check_reads, open_codec, open_text_encoder, with_states
-from dit_jax.training.video_task import init_params, make_model
+from dit_jax.training.video_task import (
+    check_reads,
+    init_params,
+    make_model,
+    open_codec,
+    open_text_encoder,
+    with_states,
+)
 from dit_jax.types import Codec, Params
 
 

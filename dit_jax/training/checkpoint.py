@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 
 from dit_jax.data import merge_states
 from dit_jax.files import InputError, as_path, check_exists, explain, passes, retry
-from dit_jax.training.state import TrainState
-from dit_jax.types import Params
+from dit_jax.training.step import TrainState
+from dit_jax.types import Params, PositiveInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +33,15 @@ class CheckpointConfig:
 
     paths: ClassVar[tuple[str, ...]] = ("initial",)
 
-    every: int = 1000
+    every: PositiveInt = 1000
     """Steps from one save to the next; the last step is always saved."""
-    max_to_keep: int = 3
+    max_to_keep: PositiveInt = 3
     """Older checkpoints are deleted."""
-    keep_period: int | None = None
+    keep_period: PositiveInt | None = None
     """Checkpoints at multiples of this are never deleted."""
     initial: str | None = None
     """Directory of a run (a converted one, say) whose averaged parameters a new run begins with, in
     place of fresh ones. A run that goes on takes its own."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.max_to_keep < 1:
-            raise ValueError(
-                f"checkpoint.every {self.every} and max_to_keep {self.max_to_keep} are at least 1."
-            )
-        if self.keep_period is not None and self.keep_period < 1:
-            raise ValueError(
-                f"checkpoint.keep_period is {self.keep_period}: it is at least 1, or unset."
-            )
 
 
 def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -88,21 +78,16 @@ class Checkpointer:
         )
 
     def latest(self) -> int | None:
-        """The newest step saved, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """All steps saved, in order."""
         return sorted(self._manager.all_steps())
 
     def save(
         self, state: TrainState, data: dict[str, Any], config: dict[str, Any], step: int
     ) -> None:
-        """Starts to save; returns as soon as the state is copied. Does nothing if already saved.
-
-        What fails by an error of storage that passes is tried again. If the save before failed so in
-        the background, that is said, and this one takes its place.
-        """
+        """Starts to save; returns as soon as the state is copied. Errors of storage that pass are tried
+        again; if the save before failed by one, this one takes its place."""
         if step == self._manager.latest_step():
             return
         counters = {"step": state.step, "skipped": state.skipped}
@@ -130,25 +115,18 @@ class Checkpointer:
     def restore(
         self, step: int, shapes: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state at ``step``, laid out by ``shardings``, and the data state."""
+        """The state at ``step``, sharded by ``shardings``, and the data state."""
         target = jax.tree.map(_abstract, shapes, shardings)
         opt = {"opt_state": target.opt_state, "step": target.step, "skipped": target.skipped}
         self._check_arrays(step, "params", target.params)
-        found = self._read(
+        out = self._read(
             step,
             params=ocp.args.StandardRestore(target.params),
             ema=ocp.args.StandardRestore(target.ema),
             opt=ocp.args.StandardRestore(opt),
             data=ocp.args.JsonRestore(),
         )
-        state = TrainState(
-            step=found["opt"]["step"],
-            skipped=found["opt"]["skipped"],
-            params=found["params"],
-            ema=found["ema"],
-            opt_state=found["opt"]["opt_state"],
-        )
-        return state, found["data"]
+        return TrainState(params=out["params"], ema=out["ema"], **out["opt"]), out["data"]
 
     def restore_ema(self, step: int, shapes: Params, shardings: Params) -> Params:
         """The averaged parameters alone."""
@@ -172,16 +150,16 @@ class Checkpointer:
             return retry(read, f"reading step {step}")
 
     def _check_arrays(self, step: int, item: str, target: Params) -> None:
-        """Raises ``ValueError`` where an item's arrays are not those of the model."""
+        """Raises ``ValueError`` if an item's arrays are not those of the model."""
         with self._reading(step):
             path: Any = self.path(step) / item  # Orbax types a kind of its own, and takes any.
             stored = _shapes(ocp.StandardCheckpointHandler().metadata(path).tree)
-        wanted = _shapes(target)
-        for name in sorted(stored | wanted):
-            if stored.get(name) != wanted.get(name):
+        expected = _shapes(target)
+        for name in sorted(stored | expected):
+            if stored.get(name) != expected.get(name):
                 raise InputError(
                     f"{str(self.path(step))!r} is a checkpoint of another model: {item} {name!r} is "
-                    f"{stored.get(name, 'absent')} there and {wanted.get(name, 'absent')} in the "
+                    f"{stored.get(name, 'absent')} there and {expected.get(name, 'absent')} in the "
                     "model of the config. Use the config that the checkpoint was made with."
                 )
 
@@ -242,11 +220,7 @@ def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def open_run(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:
-    """The checkpoints of a finished or running run, to read, and the step asked for or the newest.
-
-    Raises:
-        ValueError: where there is no such checkpoint.
-    """
+    """The checkpoints of a finished or running run, to read, and the step asked for or the newest."""
     hint = "give the output directory of a training run (it has a folder 'checkpoints')"
     directory = check_exists(directory, "the run", hint)
     if not (directory / "checkpoints").is_dir():

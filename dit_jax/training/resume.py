@@ -1,7 +1,7 @@
 """Which stored runs a run can go on from, or begin with: by their configs.
 
-A run that is resumed must be made of the same (``FIXED``), and is told what changes. A run that begins
-with another's averaged parameters (``checkpoint.initial``) must mean the same by them (``MEANT``).
+A run that is resumed must be made of the same (``FIXED``); what changes is printed. A run that begins
+with the averaged parameters of another (``checkpoint.initial``) must mean the same by them.
 
 A video model may begin with an image model (``Inflation``). The transformer has no layers of images or
 of time: attention sees all tokens of a clip, so its weights go over as they are, and a clip of one
@@ -31,19 +31,26 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.config import Run, VideoRun, differences, stored_config
+from dit_jax.files import InputError
 from dit_jax.training.checkpoint import open_run
-from dit_jax.training.optimizer import learning_rate
-from dit_jax.training.state import TrainState
+from dit_jax.training.step import TrainState, learning_rate
 from dit_jax.types import Params
 
 FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
 """What a run is made of: a resumed run must have the same."""
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat", "bad_records", "max_bad_records")
+MAY_CHANGE += ("eval_split",)
 """Fields in these that a resumed run may change all the same: where the data lies, and how the same
 numbers are computed."""
 PACKING = "data.packing."
 """So it may these: they decide which samples share a row, and not what is learnt from a sample."""
-MEANT = ("model", "diffusion.prediction", "diffusion.path", "codec.hash", "text_encoder.hash")
+SAME_MEANING = (
+    "model",
+    "diffusion.prediction",
+    "diffusion.path",
+    "codec.hash",
+    "text_encoder.hash",
+)
 """What parameters mean: a run that begins with another's must have the same of it."""
 MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
 """Fields in these that it may have otherwise: how the same is computed, what shapes tell, how fresh
@@ -56,7 +63,7 @@ def check_same_run(config: Run, stored: Run, directory: Path) -> None:
         fixed = any(f"{name}.".startswith(f"{part}.") for part in FIXED)
         free = name.split(".")[-1] in MAY_CHANGE or name.startswith(PACKING)
         if fixed and not free:
-            raise ValueError(
+            raise InputError(
                 f"{str(directory)!r} holds a run with {name} = {before!r}, and not {now!r}: give a new "
                 "--output, or the config that the run was made with."
             )
@@ -76,19 +83,15 @@ def changes(config: Run, stored: Run, step: int) -> str:
 
 
 def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> Inflation | None:
-    """How a run under this config begins with the parameters of a run whose stored config is
-    ``values``: as they are, or inflated, which is said.
-
-    Raises:
-        ValueError: where they would mean something else.
-    """
+    """How a run begins with the parameters of a run whose stored config is ``values``: as they are, or
+    inflated. Raises ``ValueError`` if they would mean something else."""
     stored = stored_config(values, where, Run)
     inflated = inflation(config, stored)
     covered = inflated.fields if inflated else ()
     for name, now, before in differences(config, stored):
-        meant = any(f"{name}.".startswith(f"{part}.") for part in MEANT)
-        if meant and name.split(".")[-1] not in MAY_DIFFER and name not in covered:
-            raise ValueError(
+        same = any(f"{name}.".startswith(f"{part}.") for part in SAME_MEANING)
+        if same and name.split(".")[-1] not in MAY_DIFFER and name not in covered:
+            raise InputError(
                 f"checkpoint.initial {config.checkpoint.initial!r} is a run with {name} = {before!r}, "
                 f"and not {now!r}, under which its parameters mean something else: set {name} as there "
                 f"({str(where.parents[2] / 'config.json')!r}), or begin with another run."
@@ -102,23 +105,22 @@ def init_from(
     config: Run, fresh: TrainState, shapes: TrainState, shardings: TrainState
 ) -> TrainState:
     """The state that a new run begins with: the newest averaged parameters of ``checkpoint.initial``,
-    if it names a run, in place of fresh ones.
-
-    Raises:
-        ValueError: if there is no such run, or its parameters would mean something else.
-    """
+    if it names a run, in place of fresh ones."""
     if config.checkpoint.initial is None:
         return fresh
     checkpointer, step = open_run(config.checkpoint.initial)
-    stored, where = checkpointer.config(step), checkpointer.path(step) / "config"
-    inflated = check_same_meaning(config, stored, where)
+    where = checkpointer.path(step) / "config"
+    inflated = check_same_meaning(config, checkpointer.config(step), where)
     read = partial(checkpointer.restore_ema, step)
-    params = (inflated.load if inflated else lambda f, *of: f(*of))(read, shapes.ema, shardings.ema)
+    if inflated:
+        params = inflated.load(read, shapes.ema, shardings.ema)
+    else:
+        params = read(shapes.ema, shardings.ema)
     checkpointer.close()
     return dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-PATCH_FRAMES, CLOCK = "model.patch.t", "model.patch.reference_fps"
+PATCH_FRAMES, REFERENCE_FPS = "model.patch.t", "model.patch.reference_fps"
 ABSOLUTE = "model.dit.absolute_positions"
 READS = (["dit", "patch_embedding"], ["conditioners_low_res", "embedding"])
 WRITES = (["dit", "final"],)
@@ -130,7 +132,7 @@ class Inflation:
     """How the parameters of an image model become those of a video model."""
 
     frames: int
-    """Of a patch, where the image model's has one; 1 if that stays."""
+    """Of a patch, if the image model's has one; 1 if that stays."""
     outputs: int
     """For each number of a patch: 2 with a learned variance."""
     fields: tuple[str, ...]
@@ -139,42 +141,42 @@ class Inflation:
     def load(
         self, read: Callable[[Params, Params], Params], shapes: Params, shardings: Params
     ) -> Params:
-        """The video model's parameters, where ``read(shapes, shardings)`` gives the image model's."""
+        """The video model's parameters; ``read(shapes, shardings)`` reads the image model's."""
 
         def shape(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            axis, sizes = _grown(path), list(leaf.shape)
+            axis, sizes = patch_axis(path), list(leaf.shape)
             if axis is not None:
                 sizes[axis] //= self.frames
             return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
 
         def sharding(path: Any, leaf: NamedSharding) -> NamedSharding:
             # An image's patch may not divide over the devices that a video's does.
-            return leaf if _grown(path) is None else NamedSharding(leaf.mesh, PartitionSpec())
+            return leaf if patch_axis(path) is None else NamedSharding(leaf.mesh, PartitionSpec())
+
+        def inflate(path: Any, leaf: jax.Array) -> jax.Array:
+            axis = patch_axis(path)
+            if axis is None:
+                return leaf
+            if axis == 0 and leaf.ndim == 2:  # Reads: [p, d] of the first frame, and zeros.
+                return jnp.pad(leaf, ((0, (self.frames - 1) * leaf.shape[0]), (0, 0)))
+            each = leaf.reshape(*leaf.shape[:-1], self.outputs, 1, -1)  # Writes: all frames alike.
+            return jnp.repeat(each, self.frames, -2).reshape(*leaf.shape[:-1], -1)
 
         over = jax.tree_util.tree_map_with_path
         params = read(over(shape, shapes), over(sharding, shardings))
-        return jax.jit(lambda p: over(self._inflated, p), out_shardings=shardings)(params)
-
-    def _inflated(self, path: Any, leaf: jax.Array) -> jax.Array:
-        axis = _grown(path)
-        if axis is None:
-            return leaf
-        if axis == 0 and leaf.ndim == 2:
-            return jnp.pad(leaf, ((0, (self.frames - 1) * leaf.shape[0]), (0, 0)))
-        each = leaf.reshape(*leaf.shape[:-1], self.outputs, 1, -1)
-        return jnp.repeat(each, self.frames, -2).reshape(*leaf.shape[:-1], -1)
+        return jax.jit(lambda p: over(inflate, p), out_shardings=shardings)(params)
 
     def __str__(self) -> str:
         how = {
             PATCH_FRAMES: f"patches of {self.frames} frames read their first frame and write it in all",
             ABSOLUTE: "positions have features of time that are 0 in the first frame",
-            CLOCK: "positions have another clock, which still images do not know",
+            REFERENCE_FPS: "positions have another clock, which still images do not know",
         }
         return "inflated: " + "; ".join(how[name] for name in self.fields)
 
 
-def _grown(path: Any) -> int | None:
-    """The axis of a parameter that counts a patch's numbers; None where none does."""
+def patch_axis(path: Any) -> int | None:
+    """The axis of a parameter that counts a patch's numbers, if it has one."""
     names = [entry.key for entry in path]
     if names[-3:-1] in READS:
         return 0 if names[-1] == "kernel" else None
@@ -184,19 +186,15 @@ def _grown(path: Any) -> int | None:
 
 
 def inflation(config: Run, stored: Run) -> Inflation | None:
-    """What makes the parameters of a run under the config ``stored`` those that ``config`` begins with;
-    None where they go over as they are, or the models differ in what no inflation covers.
-
-    Raises:
-        ValueError: where the first frame would not be what the image was.
-    """
+    """What makes the parameters of a run ``stored`` those that ``config`` begins with; None if they go
+    over as they are, or the models differ in what no inflation covers."""
     if not isinstance(config, VideoRun) or not isinstance(stored, VideoRun):
         return None
     now, before, fields = config.model, stored.model, []
     if before.patch.t == 1 and now.patch.t > 1:
         fields.append(PATCH_FRAMES)
         if config.diffusion.prediction != "x0":
-            raise ValueError(
+            raise InputError(
                 f"checkpoint.initial {config.checkpoint.initial!r} is a run with model.patch.t 1, and "
                 f"not {now.patch.t}, of diffusion.prediction {config.diffusion.prediction!r}: the "
                 "frames that fill the first patch have noise of their own, of which that model says "
@@ -205,8 +203,6 @@ def inflation(config: Run, stored: Run) -> Inflation | None:
     if (before.dit.absolute_positions, now.dit.absolute_positions) == ("wh", "wht"):
         fields.append(ABSOLUTE)
     if stored.sampling.frames == 1 and before.patch.reference_fps != now.patch.reference_fps:
-        fields.append(CLOCK)
-    if not fields:
-        return None
+        fields.append(REFERENCE_FPS)
     frames = now.patch.t if PATCH_FRAMES in fields else 1
-    return Inflation(frames, 1 + now.learned_variance, tuple(fields))
+    return Inflation(frames, 1 + now.learned_variance, tuple(fields)) if fields else None

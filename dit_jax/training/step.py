@@ -1,35 +1,266 @@
-"""The train step: one compiled, sharded, donated function of (state, batch, frozen parameters)."""
+"""The state of a run, its optimizer, and the compiled step.
+
+A task's parameters are one tree. A filter over paths splits it into what is trained and what is frozen
+(a teacher, the VGG of a perceptual loss, the base under an adapter). The state, and so the optimizer,
+the averaged parameters and the checkpoints, holds the trainable ones alone; the frozen ones are sharded
+by the same rules and are arguments of the compiled step. With gradients g of the mean loss::
+
+    (1)  g = sum over parts of the batch of d(sum of losses) / sum of their weights
+    (2)  params += update(clip(g))                         AdamW or Muon
+    (3)  ema = r ema + (1 - r) params,                     r = min(decay, (1 + step) / (10 + step))
+
+A step whose loss or gradients are not finite changes only the counters.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from flax import linen as nn
+from flax import struct, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.training.optimizer import OptimizerConfig, ema_rate
-from dit_jax.training.state import TrainState
-from dit_jax.types import Params, Totals
+from dit_jax.parallel import parameter_shardings, state_shardings
+from dit_jax.types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Totals,
+)
 
+InitParams = Callable[[jax.Array], Params]
+"""``init(key) -> params`` whose leaves still carry their logical axes."""
+Filter = Callable[[str], bool]
+"""Whether the parameter at a path ("params/dit/final/kernel") is trained."""
+LoadFrozen = Callable[[Params, Params], Params]
+"""``load(shapes, shardings) -> params``: the frozen parameters, from wherever they are kept."""
 LossFn = Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
 """``loss(trainable, frozen, batch, key, step) -> (sum, totals)``: the batch's loss is the quotient of
 the sum and the totals' weight, and of several parts of a batch the quotient of what these add up to."""
-
 Metrics = dict[str, jax.Array]
-StepFn = Callable[..., tuple[TrainState, Metrics]]
-"""``step(state, batch, frozen) -> (state, metrics)``; without ``frozen`` there are none."""
 
 
-def _parts(batch: Any, count: int) -> Any:
-    """Splits every field's rows ``[b, ...]`` into ``[count, b / count, ...]``.
+# ---------------------------------------------------------------------------------------------------
+# The optimizer
+# ---------------------------------------------------------------------------------------------------
 
-    A part takes every ``count``-th row, so that each device has rows of every part.
-    """
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer: AdamW (Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization"), or
+    Muon for the matrices of the blocks (Jordan 2024; Liu et al. 2025, "Muon is Scalable for LLM
+    Training", whose scaling of updates lets both share a learning rate) and AdamW with Nesterov
+    momentum for the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: PositiveFloat = 1e-4
+    """Peak, reached after the warm-up."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: constant, or down to ``final_fraction`` along half a cosine."""
+    warmup_steps: NonNegativeInt = 100
+    final_fraction: Fraction = 0.0
+    b1: Fraction = 0.9
+    b2: Fraction = 0.99
+    weight_decay: NonNegativeFloat = 0.0
+    """Applied to matrices and embeddings, never to biases and norm scales."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm; None leaves them as they are."""
+    ema_decay: Fraction = 0.999
+    """Of the averaged parameters that sampling uses; lower at the start of a run, see (3)."""
+    accumulate: PositiveInt = 1
+    """Parts that the rows of a batch are split in, computed one after another."""
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate at each of ``steps`` steps: a linear warm-up, then the schedule."""
+    peak, warmup = config.learning_rate, min(config.warmup_steps, max(steps - 1, 0))
+    after = optax.constant_schedule(peak)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_fraction)
+    if warmup == 0:
+        return after
+    # The first step already moves: its rate is one part of the warm-up, not zero.
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def decayed(params: Params) -> Params:
+    """Which parameters decay: matrices, by name, since scanned layers stack their vectors too."""
+    names = ("kernel", "embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
+
+
+MUON_LAYERS = ("self_attention", "cross_attention", "mlp")
+MUON_RMS = 0.2
+"""Size of Muon's updates, matched to AdamW's (Liu et al. 2025, section 2.2)."""
+CONVOLUTION_AXES = 5
+"""Of the kernels of convolutions over time and space, ``[t, h, w, in, out]``."""
+
+
+def muon_axes(params: Params) -> Params:
+    """Which parameters Muon orthogonalises: the layers' matrices; their last two axes are in and out,
+    whether or not a scan has stacked the layers. Of convolutions over time, everything that goes into
+    one output is in."""
+
+    def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [entry.key for entry in path]
+        if names[-1] == "kernel" and leaf.ndim == CONVOLUTION_AXES:
+            return optax.contrib.MuonDimensionNumbers((0, 1, 2, 3), 4)
+        if names[-1] != "kernel" or not set(names) & set(MUON_LAYERS):
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The gradient transformation for a run of ``steps`` steps."""
+    rate, decay = learning_rate(config, steps), config.weight_decay
+    if config.kind == "muon":
+        update = optax.contrib.muon(
+            rate,
+            weight_decay=decay,
+            weight_decay_mask=decayed,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=decay,
+            muon_weight_dimension_numbers=muon_axes,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay, mask=decayed)
+    limit = config.clip_norm
+    clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
+    return optax.chain(clip, update)
+
+
+def ema_rate(decay: float, step: jax.Array) -> jax.Array:
+    """The decay at ``step`` (3): a short run's average forgets its initialisation."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The state, sharded from the start: no device ever holds the whole model
+# ---------------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes; all that a checkpoint must hold besides the data's state."""
+
+    step: jax.Array
+    """Batches seen; also what the randomness of the next step is made of."""
+    skipped: jax.Array
+    """Steps whose gradients were not finite, and which changed nothing else."""
+    params: Params
+    """The trainable ones."""
+    ema: Params
+    opt_state: Any
+
+
+def everything(path: str) -> bool:
+    """The filter of a task that trains all of its parameters."""
+    return True
+
+
+def split(params: Params, trainable: Filter) -> tuple[Params, Params]:
+    """The trainable and the frozen leaves of a tree, each as a tree of its own."""
+    if trainable is everything:
+        return params, {}
+    parts: tuple[dict, dict] = {}, {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        parts[not trainable("/".join(path))][path] = leaf
+    trained, frozen = (traverse_util.unflatten_dict(part) for part in parts)
+    return trained, frozen
+
+
+def abstract_params(
+    init: InitParams, mesh: Mesh, over_context: bool = True
+) -> tuple[Params, Params]:
+    """Shapes of the parameters and the sharding of each, without allocating any."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return nn.unbox(boxed), parameter_shardings(mesh, boxed, over_context)
+
+
+def abstract_state(
+    init: InitParams,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trainable: Filter = everything,
+) -> tuple[TrainState, TrainState]:
+    """Shapes of a run's state and the shardings of each of its arrays, without allocating any."""
+    params, of_params = (split(one, trainable)[0] for one in abstract_params(init, mesh))
+    opt_state = jax.eval_shape(optimizer.init, params)
+    whole: Any = NamedSharding(mesh, PartitionSpec())
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = TrainState(scalar, scalar, params, params, opt_state)
+    # Moments and averages lie like the parameters they belong to.
+    of_opt = state_shardings(mesh, opt_state, of_params)
+    return shapes, TrainState(whole, whole, of_params, of_params, of_opt)
+
+
+def make_init(
+    init: InitParams,
+    optimizer: optax.GradientTransformation,
+    shardings: Any,
+    trainable: Filter = everything,
+) -> Callable[[jax.Array], TrainState]:
+    """The jitted function ``key -> state`` of fresh states; each device initialises its own part."""
+
+    def fresh(key: jax.Array) -> TrainState:
+        params, _ = split(nn.unbox(init(key)), trainable)
+        zero, ema = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
+        return TrainState(zero, zero, params, ema, optimizer.init(params))
+
+    return jax.jit(fresh, out_shardings=shardings)
+
+
+def init_state(
+    init: InitParams,
+    optimizer: optax.GradientTransformation,
+    shardings: Any,
+    key: jax.Array,
+    trainable: Filter = everything,
+) -> TrainState:
+    """A fresh state."""
+    return make_init(init, optimizer, shardings, trainable)(key)
+
+
+def init_frozen(
+    init: InitParams,
+    mesh: Mesh,
+    key: jax.Array,
+    trainable: Filter = everything,
+    load: LoadFrozen | None = None,
+) -> Params:
+    """The frozen parameters, sharded: loaded, or those that ``init`` draws; {} if all are trained."""
+    shapes, shardings = (split(one, trainable)[1] for one in abstract_params(init, mesh))
+    if not shapes or load is not None:
+        return load(shapes, shardings) if shapes and load else {}
+    return jax.jit(lambda k: split(nn.unbox(init(k)), trainable)[1], out_shardings=shardings)(key)
+
+
+def place(params: Params, shardings: Params) -> Params:
+    """Arrays of the host, the same on every process, laid out over a mesh."""
     return jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]),
+        params,
+        shardings,
     )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The step
+# ---------------------------------------------------------------------------------------------------
 
 
 def loss_and_gradients(
@@ -41,7 +272,8 @@ def loss_and_gradients(
     step: jax.Array,
     accumulate: int,
 ) -> tuple[Totals, Params]:
-    """The mean loss of a batch and its terms, and the gradients; the rows in ``accumulate`` parts."""
+    """The mean loss of a batch and its terms, and the gradients (1); the rows in ``accumulate`` parts,
+    each of which takes every n-th row, so that each device has rows of every part."""
 
     def part(params: Params, rows: Any) -> tuple[Totals, Params]:
         def loss(p: Params) -> tuple[jax.Array, Totals]:
@@ -53,7 +285,10 @@ def loss_and_gradients(
     if accumulate == 1:
         totals, gradients = part(params, batch)
     else:
-        parts = _parts(batch, accumulate)
+        rows = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), batch)
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(x, 0, 1), rows
+        )  # [accumulate, b / accumulate, ...]
         one = jax.eval_shape(lambda rows: part(params, rows), jax.tree.map(lambda x: x[0], parts))
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
 
@@ -62,9 +297,8 @@ def loss_and_gradients(
 
         (totals, gradients), _ = jax.lax.scan(add, start, parts)
     weight = jnp.maximum(totals.weight, 1.0)
-    mean = Totals(
-        totals.loss / weight, weight, {name: x / weight for name, x in totals.parts.items()}
-    )
+    means = {name: x / weight for name, x in totals.parts.items()}
+    mean = Totals(totals.loss / weight, weight, means)
     return mean, jax.tree.map(lambda g: g / weight, gradients)
 
 
@@ -74,14 +308,11 @@ def make_step(
     config: OptimizerConfig,
     seed: int,
     shardings: Any,
-) -> StepFn:
-    """Compiles ``step(state, batch, frozen)``; the old state's memory is reused.
-
-    A step whose loss or gradients are not finite changes only the counters. The randomness of
-    step i is ``fold_in(key(seed), i)``.
-    """
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Compiles ``step(state, batch, frozen) -> (state, metrics)``; the old state's memory is reused."""
 
     def step(state: TrainState, batch: Any, frozen: Params = None) -> tuple[TrainState, Metrics]:
+        # All of a step's randomness: a resumed run draws what the run would have drawn.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mean, gradients = loss_and_gradients(
             loss_fn, state.params, frozen, batch, key, state.step, config.accumulate

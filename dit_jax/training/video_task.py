@@ -1,15 +1,19 @@
-"""Text to video: captioned clips, packed, and a transformer that learns to make them.
+"""Text to video: captioned clips, packed, and a transformer that learns to generate them.
 
 This is where the rooms meet: a sample becomes patches, positions and text tokens; a batch becomes
 noise levels, a prediction and a loss; the averaged parameters become clips.
+
+The frozen networks around the model, its codec and text encoder, are opened by their configs (what
+makes latents and states is in satellites) and known by hashes, on which the data, the folders and the
+config of a run must agree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +26,34 @@ from dit_jax.config import DataConfig, VideoRun
 from dit_jax.data import (
     Augment,
     Loader,
+    MixedSource,
+    MixtureConfig,
     Reader,
+    RecordsConfig,
+    RecordsSource,
+    ShapesConfig,
     Tokenized,
     TransformConfig,
+    caption,
     check_fits,
     check_tokenized,
     checked_reader,
     choose_caption,
     crop,
     flip,
+    held_out_scenes,
     open_source,
+    render,
 )
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, noise_batch, sample_keys, token_loss
+from dit_jax.files import InputError
 from dit_jax.model import (
     ByteEncoderConfig,
+    ClassLabels,
     Field,
     Fields,
     ModelConfig,
+    NoTextConfig,
     TextStatesConfig,
     TextToVideo,
     check_fields,
@@ -63,12 +78,247 @@ from dit_jax.parallel import (
 )
 from dit_jax.sampling import Generator, Request, make_clips, to_float
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work
-from dit_jax.training.cases import Cases, write_sheet
-from dit_jax.training.evaluators import LEVELS
-from dit_jax.training.frozen import check_codec, encoded, open_codec, open_for_data, with_states
-from dit_jax.types import PAD, Batch, Codec, DenoiserInputs, Params, Runtime, Sample, Source, Totals
+from dit_jax.training.task import LEVELS, write_sheet
+from dit_jax.types import (
+    PAD,
+    Batch,
+    Codec,
+    DenoiserInputs,
+    Params,
+    Runtime,
+    Sample,
+    Source,
+    TextEncoder,
+    Totals,
+)
 
 AS_THEY_ARE = TransformConfig()
+CAPTIONS_KEPT = 1024
+"""States that are kept while data are read whose captions are encoded on the way."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# The codec
+# ---------------------------------------------------------------------------------------------------
+
+
+def open_codec(config: VideoRun, mesh: Mesh | None = None) -> Codec | None:
+    """The codec of a run; without a folder pixels are their own, and latents have none."""
+    return config.codec.open(config.model.patch.channels, mesh)
+
+
+def with_hashes(config: VideoRun) -> VideoRun:
+    """The config with the hashes of its codec and text encoder, as far as these are known: of the data,
+    or else of the folders. Raises ``ValueError`` if data, folders and config name different ones."""
+    codec = config.codec
+    sets = [RecordsSource(one) for one in getattr(config.data.source, "record_sets", ())]
+    hashes = [codec.hash, *(one.codec for one in sets), codec.weights_hash()]
+    known = list(dict.fromkeys(one for one in hashes if one))
+    if len(known) > 1:
+        raise InputError(
+            f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are not "
+            f"of one codec: {', '.join(map(repr, known))}. Give the one that made the latents."
+        )
+    if known:
+        config = dataclasses.replace(config, codec=dataclasses.replace(codec, hash=known[0]))
+    if not isinstance(config.model.text, TextStatesConfig):
+        return config
+
+    digest = None
+    for one in sets:
+        if one.config.text_states_key or not isinstance(config.data.source, MixtureConfig):
+            digest = check_states(config, one) or digest
+    if (own := config.text_encoder.identity()) is not None:
+        config = _with_text_hash(config, digest)
+        check_encoder(config, *own, f"text_encoder.path {config.text_encoder.path!r} is")
+        digest = own[1]
+    return _with_text_hash(config, digest)
+
+
+def _with_text_hash(config: VideoRun, digest: str | None) -> VideoRun:
+    encoder = dataclasses.replace(config.text_encoder, hash=digest or config.text_encoder.hash)
+    return dataclasses.replace(config, text_encoder=encoder)
+
+
+def check_codec(codec: Codec | None, source: Source) -> None:
+    """Raises ``ValueError`` if the latents of the data are another codec's."""
+    for records in getattr(source, "record_sets", ()):
+        if codec is not None and records.codec not in (None, codec.hash):
+            raise InputError(
+                f"the latents of {records.config.path!r} were made by the codec {records.codec!r}, "
+                f"and codec.path is {codec.hash!r} ({codec.name}): give the one that made them."
+            )
+
+
+def to_latents(codec: Codec | None, video: np.ndarray, caption: str = "") -> np.ndarray:
+    """Pixels uint8 as what the model generates: latents, or float pixels; latents as they are."""
+    if video.dtype != np.uint8 or codec is None:
+        return video if video.dtype != np.uint8 else to_float(video)
+    try:
+        return np.asarray(codec.encode(to_float(video)), np.float32)
+    except ValueError as error:
+        raise ValueError(
+            f"the clip {caption[:60]!r} cannot be encoded: {error} Or leave such clips out "
+            "(data.transform crops pictures, not lengths)."
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# The text encoder
+# ---------------------------------------------------------------------------------------------------
+
+
+def check_encoder(config: VideoRun, name: str | None, digest: str | None, what: str) -> None:
+    """Raises ``ValueError`` if an encoder is another than the config's: by the hashes, or if one is
+    unknown by the names."""
+    text, expected = config.model.text, config.text_encoder.hash
+    assert isinstance(text, TextStatesConfig)
+    if expected is not None and digest is not None:
+        other = expected != digest
+    else:
+        other = name is not None and name != text.encoder
+    if other:
+        raise InputError(
+            f"{what} the encoder {name!r} ({digest or 'no hash'}), and the model reads states of "
+            f"{text.encoder!r} ({expected or 'no hash'}): give the one that it is trained on "
+            "(text_encoder.path, data.source), or name it (model.text.encoder)."
+        )
+
+
+def check_states(config: VideoRun, records: RecordsSource) -> str | None:
+    """The hash of the encoder whose states the records have, if it is known and the config's."""
+    name, digest = records.text_encoder_name, records.text_encoder
+    check_encoder(config, name, digest, f"the states of {records.config.path!r} were made by")
+    return digest
+
+
+def open_text_encoder(config: VideoRun, mesh: Mesh | None = None) -> TextEncoder | None:
+    """The encoder at ``config.text_encoder.path``, if there is one: spread over a mesh, for all
+    processes together, or on a device of this process."""
+    path, text = config.text_encoder.path, config.model.text
+    if not isinstance(text, TextStatesConfig):
+        return None
+
+    def check(name: str, digest: str, dim: int) -> None:
+        if dim != text.dim:
+            raise InputError(
+                f"text_encoder.path {path!r} makes states of {dim} numbers, and the model reads "
+                f"{text.dim} (model.text.dim): make them the same."
+            )
+        check_encoder(config, name, digest, f"text_encoder.path {path!r} is")
+
+    return config.text_encoder.open(mesh, check)
+
+
+def open_for_data(config: VideoRun, source: Source) -> TextEncoder | None:
+    """The encoder if the data have captions without states: for each process alone, as it reads."""
+    states = isinstance(config.model.text, TextStatesConfig)
+    read = [records for records in getattr(source, "record_sets", ()) if records.config.captioned]
+    bare = [records.config.path for records in read if records.config.text_states_key is None]
+    for records in read:
+        if states and records.config.text_states_key is not None:
+            check_states(config, records)
+    if states and bare and isinstance(source, MixedSource) and config.text_encoder.path is None:
+        raise InputError(
+            f"the model reads states of captions, and the set {bare[0]!r} of data.source has none: "
+            "name their feature (text_states_key), give the encoder (text_encoder.path), or set "
+            "captioned to False."
+        )
+    return None if read and not bare else open_text_encoder(config)
+
+
+def encoded(source: Source, encoder: TextEncoder | None) -> Source:
+    """A source whose samples have states: made by the encoder, if there is one, if they lack them."""
+    if encoder is None:
+        return source
+    if isinstance(source, MixedSource):
+        return MixedSource([encoded(part, encoder) for part in source.parts], source.weights)
+    if isinstance(source, RecordsSource):
+        if source.config.text_states_key is not None or not source.config.captioned:
+            return source
+    return EncodedSource(source, encoder)
+
+
+class EncodedSource:
+    """A source whose samples get the states of their captions, of all that may be drawn."""
+
+    def __init__(self, source: Source, encoder: TextEncoder) -> None:
+        self._source = source
+        self._states = lru_cache(CAPTIONS_KEPT)(lambda caption: encoder.encode([caption])[0])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample: Sample = {**self._source[index]}
+        sample["text_states"] = self._states(sample["caption"])
+        if captions := sample.get("captions"):
+            states = {name: self._states(text) for name, text in captions.items() if text}
+            sample["captions_states"] = states
+        return sample
+
+
+def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
+    """Requests with the states of their prompts and negative prompts: made by the encoder, if there is
+    one, if they lack them."""
+    if encoder is None:
+        return list(requests)
+    bare = [r.prompt for r in requests if r.text_states is None]
+    bare += [r.negative for r in requests if r.negative and r.negative_states is None]
+    bare = list(dict.fromkeys(bare))
+    states: dict[str, Any] = dict(zip(bare, encoder.encode(bare), strict=True))
+    out = []
+    for r in requests:
+        text = states[r.prompt] if r.text_states is None else r.text_states
+        negative = r.negative_states
+        if r.negative and negative is None:
+            negative = states[r.negative]
+        out.append(dataclasses.replace(r, text_states=text, negative_states=negative))
+    return out
+
+
+def prompt_length(config: VideoRun) -> tuple[Callable[[str], int], int] | None:
+    """How the model counts a prompt, and how much of one it reads, in bytes or tokens; None for a model
+    of classes, and for one of states without their encoder."""
+    text = config.model.text
+    if isinstance(text, ByteEncoderConfig):
+        return lambda prompt: text.length(prompt) - 1, text.max_bytes
+    counted = config.text_encoder.length() if isinstance(text, TextStatesConfig) else None
+    if counted is None:
+        return None
+    length, most = counted
+    return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
+
+
+def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:
+    """A warning of texts of which the model does not read all: how many, and the first."""
+    texts = list(dict.fromkeys(texts))
+    if not texts or (counted := prompt_length(config)) is None:
+        return None
+    length, limit = counted
+    cut = [text for text in texts if length(text) > limit]
+    if not cut:
+        return None
+    unit = "bytes" if isinstance(config.model.text, ByteEncoderConfig) else "tokens"
+    return (
+        f"{len(cut)} of {len(texts)} texts are longer than the {limit} {unit} that the model "
+        f"reads, and cut there. The first has {length(cut[0])}: {cut[0][:200]!r}"
+    )
+
+
+def check_reads(config: VideoRun, run: str) -> None:
+    """Raises ``ValueError`` if the model of a run reads states, and no encoder makes them."""
+    text = config.model.text
+    if isinstance(text, TextStatesConfig) and config.text_encoder.path is None:
+        raise InputError(
+            f"the model of {run!r} reads prompts as states of the text encoder {text.encoder!r}: give "
+            "--text-encoder, its folder."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------
 
 
 def make_augment(config: DataConfig) -> Augment | None:
@@ -84,46 +334,22 @@ def make_augment(config: DataConfig) -> Augment | None:
     return augment
 
 
-def make_model(
-    config: ModelConfig, mesh: Mesh, attention: AttentionConfig = DEFAULT_ATTENTION
-) -> TextToVideo:
-    """The model, told how to attend and how to lie on the mesh."""
-    heads, tensor = config.dit.heads, mesh.shape["tensor"]
-    if heads % tensor:
-        raise ValueError(
-            f"mesh.tensor {tensor} does not divide the transformer's {heads} heads, each lying "
-            f"on one device: make it {math.gcd(heads, tensor)}, or spread tokens (mesh.context)."
-        )
-    return TextToVideo(
-        config.on(platform(mesh)),
-        Runtime(
-            attention=choose_attention(mesh, attention),
-            constrain=make_constrain(mesh),
-            dot_general=choose_dot_general(mesh),
-            block_dot_general=choose_dot_general(mesh, config.matmul),
-        ),
-    )
-
-
-def check_layout(config: VideoRun, mesh: Mesh) -> None:
-    """Raises ``ValueError`` where batches of the config cannot be laid out over the mesh."""
-    packing, parts, context = config.data.packing, batch_shards(mesh), mesh.shape["context"]
-    accumulate = config.optimizer.accumulate
-    if packing.rows // accumulate % parts:
-        each = f" in each of optimizer.accumulate {accumulate} parts" if accumulate > 1 else ""
-        raise ValueError(
-            f"data.packing.rows {packing.rows}: {packing.rows // accumulate} rows{each} do not divide "
-            f"over mesh.data x mesh.fsdp = {parts}. Make rows a multiple of {accumulate * parts}, or "
-            "spread tokens (mesh.context) instead."
-        )
-    multiple = token_multiple(mesh, config.attention)
-    if packing.row_tokens % multiple:
-        raise ValueError(
-            f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: "
-            f"make them a multiple of {multiple}."
-        )
-    if context > 1:
-        ulysses_size(config.attention, context, config.model.dit.heads // mesh.shape["tensor"])
+def with_fields(
+    model: ModelConfig, sample: Sample, transform: TransformConfig, codec: Codec | None
+) -> Sample:
+    """The sample cropped, with every field that the model reads: some conditioners derive theirs from
+    the clip, and clips beside the clip become what the model generates."""
+    beside = {name: crop(transform, v) for name, v in sample.get("pixel_fields", {}).items()}
+    sample = {**sample, "video": crop(transform, sample["video"]), "pixel_fields": beside}
+    for name, conditioner in model.conditioners.items():
+        sample = conditioner.derive(name, sample)
+    pixels = {
+        name: to_latents(codec, video, sample["caption"])
+        for name, video in sample.get("pixel_fields", {}).items()
+        if name in model.conditioners
+    }
+    frames = {k: v for k, v in sample.get("frame_fields", {}).items() if k in model.conditioners}
+    return {**sample, "frame_fields": frames, "pixel_fields": pixels}
 
 
 def tokenize(
@@ -138,28 +364,18 @@ def tokenize(
     Pixels pass through ``codec`` if there is one. ``time_stride`` is that of the codec that made the
     data, if they are latents.
     """
-    strides = (1, 1, 1) if codec is None else codec.strides
-
-    def grid(video: np.ndarray) -> np.ndarray:
-        """Pixels as what the model generates; latents as they are."""
-        if video.dtype != np.uint8:
-            return video
-        return to_float(video) if codec is None else _encoded(codec, to_float(video), sample)
-
-    beside = {name: crop(transform, v) for name, v in sample.get("pixel_fields", {}).items()}
-    sample = {**sample, "video": crop(transform, sample["video"]), "pixel_fields": beside}
-    for name, conditioner in model.conditioners.items():
-        sample = conditioner.derive(name, sample)
-    video, fps = grid(sample["video"]), sample["fps"]
+    sample = with_fields(model, sample, transform, codec)
+    video, fps = to_latents(codec, sample["video"], sample["caption"]), sample["fps"]
     if sample["video"].dtype == np.uint8:
-        fps, time_stride = fps / strides[0], strides[0]
+        time_stride = 1 if codec is None else codec.strides[0]
+        fps = fps / time_stride
     places, frame_ids = positions(model.patch, *video.shape[:3], fps=fps)
     token_fields = field_tokens(
         model.patch,
         time_stride or 1,
         (video.shape[0], video.shape[1], video.shape[2]),
-        {k: v for k, v in sample.get("frame_fields", {}).items() if k in model.conditioners},
-        {k: grid(v) for k, v in sample.get("pixel_fields", {}).items() if k in model.conditioners},
+        sample.get("frame_fields", {}),
+        sample.get("pixel_fields", {}),
     )
     segment_fields = dict(sample.get("segment_fields", {}), fps=fps)
     check_fields(model, token_fields, segment_fields, "the sample")
@@ -199,20 +415,117 @@ def check_record_size(config: VideoRun, frames: int, height: int, width: int, pi
     check_fits(packing, patch.num_tokens(*size), 0, " x ".join(map(str, (frames, height, width))))
 
 
-def _encoded(codec: Codec, video: np.ndarray, sample: Sample) -> np.ndarray:
-    """A clip's latents; raises ``ValueError`` with its caption where it has none."""
-    try:
-        return np.asarray(codec.encode(video), np.float32)
-    except ValueError as error:
-        raise ValueError(
-            f"the clip {sample['caption'][:60]!r} cannot be encoded: {error} Or leave such clips out "
-            "(data.transform crops pictures, not lengths)."
-        ) from error
+def held_out_source(config: VideoRun) -> Source:
+    """Samples that training does not see: of ``data.eval_split``, or those that the source says; if it
+    says none, its own."""
+    shown, split = config.data.source, config.data.eval_split
+    shown = getattr(shown, "shown_set", shown)  # Of a mixture, one of its sets.
+    if split is not None and isinstance(shown, RecordsConfig):
+        shown = dataclasses.replace(shown, split=split)
+    source: Any = open_source(shown)
+    return source.eval_set() if hasattr(source, "eval_set") else source
+
+
+def eval_requests(
+    config: VideoRun, codec: Codec | None, count: int
+) -> tuple[list[Request], list[np.ndarray]]:
+    """At most ``count`` requests for held-out prompts, or classes in turn, and the true clips uint8 as
+    far as the data are pixels."""
+    source, sizes, latents = config.data.source, config.sampling, config.codec
+    source, size = getattr(source, "shown_set", source), (sizes.frames, sizes.height, sizes.width)
+    labels, text = config.model.conditioners.get("label"), config.model.text
+    alone = isinstance(text, NoTextConfig) and len(config.model.conditioners) == 1
+    if alone and isinstance(labels, ClassLabels) and not isinstance(source, ShapesConfig):
+        grid, fps = latents.latent_size(*size), latents.latent_fps(sizes.fps)
+        fields = [{"label": i % labels.classes} for i in range(count)]
+        return [Request("", *grid, fps, i, segment_fields=one) for i, one in enumerate(fields)], []
+
+    def samples() -> Iterator[Sample]:
+        if isinstance(source, ShapesConfig):
+            for scene in held_out_scenes(count, config.seed, *size):
+                yield {"video": render(scene), "caption": caption(scene), "fps": source.fps}
+        else:
+            held = held_out_source(config)
+            yield from (held[i] for i in range(min(len(held), count)))
+
+    # Shapes are drawn at the size of sampling.
+    transform = AS_THEY_ARE if isinstance(source, ShapesConfig) else config.data.transform
+    requests, true = [], []
+    for i, sample in enumerate(samples()):
+        sample = with_fields(config.model, sample, transform, codec)
+        video, fps = sample["video"], sample["fps"]
+        t, h, w, _ = video.shape
+        if video.dtype == np.uint8:
+            (t, h, w), fps = latents.latent_size(t, h, w), latents.latent_fps(fps)
+            true.append(video)
+        requests.append(
+            Request(
+                sample["caption"],
+                t,
+                h,
+                w,
+                fps,
+                i,
+                sample.get("text_states"),
+                segment_fields=sample.get("segment_fields", {}),
+                frame_fields=sample.get("frame_fields", {}),
+                pixel_fields=sample.get("pixel_fields", {}),
+                time_stride=latents.t,
+            )
+        )
+    return requests, true
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model and its loss
+# ---------------------------------------------------------------------------------------------------
+
+
+def make_model(
+    config: ModelConfig, mesh: Mesh, attention: AttentionConfig = DEFAULT_ATTENTION
+) -> TextToVideo:
+    """The model, with the attention and the sharding of a mesh."""
+    heads, tensor = config.dit.heads, mesh.shape["tensor"]
+    if heads % tensor:
+        raise InputError(
+            f"mesh.tensor {tensor} does not divide the transformer's {heads} heads, each lying "
+            f"on one device: make it {math.gcd(heads, tensor)}, or spread tokens (mesh.context)."
+        )
+    return TextToVideo(
+        config.on(platform(mesh)),
+        Runtime(
+            attention=choose_attention(mesh, attention),
+            constrain=make_constrain(mesh),
+            dot_general=choose_dot_general(mesh),
+            block_dot_general=choose_dot_general(mesh, config.matmul),
+        ),
+    )
+
+
+def check_layout(config: VideoRun, mesh: Mesh) -> None:
+    """Raises ``ValueError`` if batches of the config cannot be laid out over the mesh."""
+    packing, parts, context = config.data.packing, batch_shards(mesh), mesh.shape["context"]
+    accumulate = config.optimizer.accumulate
+    if packing.rows // accumulate % parts:
+        each = f" in each of optimizer.accumulate {accumulate} parts" if accumulate > 1 else ""
+        raise InputError(
+            f"data.packing.rows {packing.rows}: {packing.rows // accumulate} rows{each} do not divide "
+            f"over mesh.data x mesh.fsdp = {parts}. Make rows a multiple of {accumulate * parts}, or "
+            "spread tokens (mesh.context) instead."
+        )
+    multiple = token_multiple(mesh, config.attention)
+    if packing.row_tokens % multiple:
+        raise InputError(
+            f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: "
+            f"make them a multiple of {multiple}."
+        )
+    if context > 1:
+        ulysses_size(config.attention, context, config.model.dit.heads // mesh.shape["tensor"])
 
 
 def init_params(model: TextToVideo, key: jax.Array) -> Params:
     """Fresh parameters that carry their logical axes (the shapes do not depend on the batch)."""
-    # Attention has no parameters, and its kernels do not take the single token given here.
+    # Attention has no parameters, and its kernels do not take a single token.
     model = model.clone(runtime=dataclasses.replace(model.runtime, attention=no_attention))
     ids = jnp.zeros((1, 1), jnp.int32)
     tokens = jnp.zeros((1, 1, model.config.patch.dim))
@@ -223,8 +536,8 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
         return {k: jnp.zeros((1, 1, *f.shape), f.dtype) for k, f in fields.items() if f.of == of}
 
     keys = jax.random.split(key, (1, 1))
-    given = Fields(zeros("token"), {"fps": jnp.ones((1, 1)), **zeros("segment")})
-    given = prepare_fields(config.conditioners, keys, ids, ids, given, False)
+    blank = Fields(zeros("token"), {"fps": jnp.ones((1, 1)), **zeros("segment")})
+    blank = prepare_fields(config.conditioners, keys, ids, ids, blank, False)
     inputs = DenoiserInputs(
         tokens=tokens,
         positions=jnp.zeros((1, 1, 3)),
@@ -234,8 +547,8 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
         text=jnp.zeros((1, 1, text.dim)) if isinstance(text, TextStatesConfig) else ids,
         text_segment_ids=ids,
         dropped=jnp.zeros((1, 1)),
-        token_fields=given.tokens,
-        segment_fields=given.segments,
+        token_fields=blank.tokens,
+        segment_fields=blank.segments,
     )
     return model.init(key, inputs)
 
@@ -280,12 +593,15 @@ def batch_work(model: ModelConfig, batch: Batch) -> Work:
 def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
-    source = open_source(config.data.source)
-    packing = config.data.packing
+    source, packing, conditioners = (
+        open_source(config.data.source),
+        config.data.packing,
+        config.model.conditioners,
+    )
     codec = open_codec(config, mesh)
     check_codec(codec, source)
-    if (encoder := open_for_data(config, source)) is not None:
-        source = encoded(source, encoder)
+    encoder = open_for_data(config, source)
+    source = encoded(source, encoder)
     to_tokens = partial(
         tokenize,
         config.model,
@@ -301,7 +617,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
 
     pixels = Reader(source).first(check_first)
     if config.data.transform.flip and not pixels:
-        raise ValueError(
+        raise InputError(
             "data.transform.flip is set and the data are latents, which cannot be mirrored: write both "
             "when they are made (scripts/images_to_latents.py --flip), and unset it."
         )
@@ -316,40 +632,28 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
             reader.note_cut(sample["caption"], length, most)
         return to_tokens(sample)
 
-    model = make_model(config.model, mesh, config.attention)
-    generator = Generator(model, config.diffusion, config.sampling)
-    cases = Cases(config, codec)
-    wanted = with_states(cases.requests, encoder)
-    augment = make_augment(config.data)
-    decode = None if codec is None else codec.decode
-    kinds = {name: one.field(config.model).of for name, one in config.model.conditioners.items()}
-    token_fields = [name for name, of in kinds.items() if of == "token"]
-    segment_fields = ["fps", *(name for name, of in kinds.items() if of == "segment")]
-
-    def sample(params: Params, requests: Sequence[Request], mean: bool = False) -> list[np.ndarray]:
-        return make_clips(generator, params, requests, config.model, mesh, mean, decode)
-
-    def sheet(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
-        path = directory / f"samples_{step:07d}.png"
-        write_sheet(sample(ema, wanted[: config.log.draw_count]), path)
-        return Evaluation(picture=path)
-
-    def report(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
-        clips = sample(ema, wanted[: config.evaluation.prompts], True)
-        write_sheet(clips, directory / "samples.png")
-        return Evaluation(cases.measure(clips), directory / "samples.png")
-
-    evaluators = (
-        [Evaluator("samples", config.log.draw_every, sheet)] if config.log.draw_every else []
+    kinds = {name: one.field(config.model).of for name, one in conditioners.items()}
+    load = partial(
+        Loader,
+        config=packing,
+        token_fields=[name for name, of in kinds.items() if of == "token"],
+        segment_fields=["fps", *(name for name, of in kinds.items() if of == "segment")],
     )
-    if cases.measurable:
-        evaluators.append(Evaluator("report", 0, report))
-    load = partial(Loader, config=packing, token_fields=token_fields, segment_fields=segment_fields)
-    rows = local_rows(mesh, packing.rows)
+    model, rows = make_model(config.model, mesh, config.attention), local_rows(mesh, packing.rows)
+
+    # What is measured and pictured.
+    generator = Generator(model, config.diffusion, config.sampling)
+    decode = None if codec is None else codec.decode
+
+    def eval_set(count: int) -> tuple[list[Request], list[np.ndarray]]:
+        requests, true = eval_requests(config, codec, count)
+        return with_states(requests, encoder), true
+
+    def sample(params: Params, requests: Sequence[Request], progress: bool) -> list[np.ndarray]:
+        return make_clips(generator, params, requests, config.model, mesh, progress, decode)
 
     def held_out() -> Batch:
-        held = held_out_source(config)
-        held = held if encoder is None else encoded(held, encoder)
+        held = encoded(held_out_source(config), encoder)
         # Its bad records are left out as those of training are.
         loader = load(Reader(held, len(held)), to_tokens, seed=0, rows=rows)
         batch = next(loader)
@@ -364,26 +668,29 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def loss_at(params: Params, frozen: Params, batch: Batch, key: jax.Array, level: jax.Array):
         return batch_loss(model, plain, params, frozen, batch, key, time=level)
 
-    parts = Parts(config, mesh, rows, loss_at, LEVELS, held_out, sample)
+    evaluators = []
+    if config.log.draw_every:
+        shown, _ = eval_set(config.log.draw_count)
+
+        def sheet(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
+            path = directory / f"samples_{step:07d}.png"
+            write_sheet(sample(ema, shown, False), path)
+            return Evaluation(picture=path)
+
+        evaluators.append(Evaluator("samples", config.log.draw_every, sheet))
+    parts = Parts(config, mesh, rows, loss_at, LEVELS, held_out, eval_set, sample)
     return Task(
         name="text_to_video",
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
         loader=lambda rows: load(
-            reader, to_tokens_counted, seed=config.seed, rows=rows, augment=augment
+            reader,
+            to_tokens_counted,
+            seed=config.seed,
+            rows=rows,
+            augment=make_augment(config.data),
         ),
         rows=packing.rows,
         work=partial(batch_work, config.model),
         evaluators=(*evaluators, *(one.build(parts) for one in config.evaluators)),
     )
-
-
-def held_out_source(config: VideoRun) -> Source:
-    """Samples that training does not see: of the split that is named for it, or those that the source
-    says; if it says none, its own."""
-    shown, split = config.data.source, config.evaluation.records_split
-    shown = getattr(shown, "shown_set", shown)  # Of a mixture, one of its sets.
-    if split is not None:
-        return open_source(dataclasses.replace(shown, split=split))
-    source: Any = open_source(shown)
-    return source.eval_set() if hasattr(source, "eval_set") else source

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dit_jax.config import VideoRun
+from dit_jax.files import InputError
 from dit_jax.sampling import Generation, Request, check_request, to_float
 from dit_jax.sampling.media import mean_psnr
 from dit_jax.sampling.request import filled
+from dit_jax.training import ClipsEvaluator
 from dit_jax.types import Codec
 from dit_jax.upscale.low_res import LEVEL, NAME, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
@@ -36,6 +38,22 @@ def fidelity(clips: Sequence[np.ndarray], true: Sequence[np.ndarray], factor: in
     bicubic = [enlarge(shrink(video, factor), factor) for video in true]
     made, plain = mean_psnr(clips, true), mean_psnr(bicubic, true)
     return {"psnr": made, "bicubic_psnr": plain, "gain": made - plain, "count": len(true)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SuperResolutionEvaluator(ClipsEvaluator):
+    """PSNR of held-out clips that are enlarged, beside that of bicubic enlargement."""
+
+    def measure(
+        self, config: VideoRun, requests: Sequence[Request], true: Sequence[np.ndarray]
+    ) -> Callable[[Sequence[np.ndarray]], dict]:
+        factor = factor_of(config.model)
+        if factor == 1 or len(true) < len(requests):
+            raise InputError(
+                "evaluators has a SuperResolutionEvaluator: give model.conditioners a LowRes, and "
+                "data.eval_split clips of pixels."
+            )
+        return lambda clips: fidelity(clips, true, factor)
 
 
 def enlarging(

@@ -12,7 +12,7 @@ import pytest
 
 from dit_jax.codec import folders
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, open_source
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, unpatchify
 from dit_jax.parallel import MeshConfig, make_mesh
@@ -20,8 +20,7 @@ from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer
-from dit_jax.training.frozen import open_codec
-from dit_jax.training.video_task import tokenize
+from dit_jax.training.video_task import open_codec, tokenize
 from tests.codecs import SMALL, quick_compilation, random_params
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
@@ -74,7 +73,6 @@ def config(records: Path, folder: Path) -> VideoRun:
         codec=LatentCodecConfig(path=str(folder), t=4, h=2, w=2),
         log=LogConfig(draw_every=5, draw_count=1),
         sampling=SamplingConfig(frames=9, height=16, width=8, fps=8.0, steps=2, batch=1),
-        evaluation=EvaluationConfig(prompts=1),
     )
 
 

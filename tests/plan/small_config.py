@@ -1,6 +1,6 @@
 """A small transformer on latents whose attention is the TPU's kernel: quick to compile."""
 
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig
@@ -20,6 +20,5 @@ def get_config() -> VideoRun:
         ),
         mesh=MeshConfig(data=1, fsdp=-1),
         log=LogConfig(draw_every=0),
-        evaluation=EvaluationConfig(prompts=0),
         sampling=SamplingConfig(frames=4, height=32, width=32, fps=4.0, cfg_scale=5.0),
     )

@@ -32,10 +32,15 @@ from dit_jax.text.folders import load_text_encoder, text_encoder_identity
 from dit_jax.text.t5 import T5EncoderConfig
 from dit_jax.text.text_encoder import StatesEncoder
 from dit_jax.training import CheckpointConfig, Checkpointer
-from dit_jax.training.cases import Cases
-from dit_jax.training.frozen import check_reads, prompt_length, with_states
 from dit_jax.training.resume import check_same_run
-from dit_jax.training.video_task import init_params, make_model
+from dit_jax.training.video_task import (
+    check_reads,
+    eval_requests,
+    init_params,
+    make_model,
+    prompt_length,
+    with_states,
+)
 from tests import tiny_config
 from tests.codecs import quick_compilation
 from tests.prepare.chat_server import Response, serving
@@ -213,7 +218,7 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     assert matches(bare, [none]) > 2
     mixed = of(recorded, 2, 0)
     assert mixed.with_hashes().text_encoder.hash == encoder.hash
-    assert [request.prompt for request in Cases(mixed).requests] == PROMPTS
+    assert [one.prompt for one in eval_requests(mixed, None, 8)[0]] == PROMPTS
     other = dataclasses.replace(mixed, text_encoder=TextEncoderConfig(hash="other"))
     with pytest.raises(ValueError, match="were made by the encoder"):
         other.build(mesh)

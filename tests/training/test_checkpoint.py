@@ -309,11 +309,11 @@ def test_damaged_checkpoint_is_refused(saved, rig, tmp_path, item):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"every": 0}, "checkpoint.every 0 and max_to_keep 3 are at least 1"),
-        ({"max_to_keep": 0}, "max_to_keep 0 are at least 1"),
-        ({"keep_period": 0}, "checkpoint.keep_period is 0: it is at least 1, or unset"),
+        ({"every": 0}, "checkpoint.every is 0: it is at least 1"),
+        ({"max_to_keep": 0}, "max_to_keep is 0: it is at least 1"),
+        ({"keep_period": 0}, "checkpoint.keep_period is 0: it is at least 1"),
     ],
 )
 def test_config_refuses(change, message):
     with pytest.raises(ValueError, match=message):
-        CheckpointConfig(**change)
+        VideoRun(checkpoint=CheckpointConfig(**change))

@@ -15,9 +15,9 @@ from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.kl_weights import autoencoder_map
-from dit_jax.config import DataConfig, EvaluationConfig, LogConfig, VideoRun
+from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
-from dit_jax.evaluate import judge_classes
+from dit_jax.evaluate import ClassEvaluator, judge_classes
 from dit_jax.interop import write_folder
 from dit_jax.model import (
     ClassLabels,
@@ -31,7 +31,7 @@ from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
-from dit_jax.training.frozen import check_codec
+from dit_jax.training.video_task import check_codec
 from tests.codecs import diffusers_config
 from tests.scripts import load_script
 
@@ -99,7 +99,7 @@ def config_of(records, **changes):
         optimizer=OptimizerConfig(warmup_steps=1, schedule="constant"),
         log=LogConfig(draw_every=0),
         sampling=SamplingConfig(frames=1, height=16, width=16, steps=2, cfg_scale=2.0),
-        evaluation=EvaluationConfig(prompts=9, classifier_split="test"),
+        evaluators=(ClassEvaluator(prompts=9),),
     )
     return dataclasses.replace(config, **changes)
 
@@ -201,7 +201,7 @@ def test_latents_are_written_once_and_trained_on(
         ),
         model=model,
         codec=LatentCodecConfig(str(codec_path), h=2, w=2),
-        evaluation=EvaluationConfig(prompts=0),
+        evaluators=(),
     )
     _, batch = first_batch(config)
     assert batch.tokens.shape == (2, 32, 16)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dit_jax.training import OptimizerConfig, make_optimizer
-from dit_jax.training.optimizer import MUON_RMS, muon_axes
+from dit_jax.training.step import MUON_RMS, muon_axes
 
 RATE = 1e-2
 SETTINGS = {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9}

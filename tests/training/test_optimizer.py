@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from dit_jax.config import VideoRun
 from dit_jax.training import OptimizerConfig, learning_rate, make_optimizer
-from dit_jax.training.optimizer import decayed
+from dit_jax.training.step import decayed
 
 STEPS = 12
 # Learning rates and moments are float32 there and float64 here.
@@ -136,20 +137,17 @@ def test_steps_are_those_of_adamw(schedule: Any):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"learning_rate": 0.0},
-            r"learning_rate 0.0 and clip_norm 1.0 must be above 0 \(1e-4 and 1",
-        ),
-        ({"clip_norm": -1.0}, "clip_norm -1.0 must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: it is above 0"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0: it is above 0"),
         ({"b1": 1.0}, r"optimizer.b1 is 1.0: it is in \[0, 1\)"),
         ({"b2": -0.1}, r"optimizer.b2 is -0.1: it is in \[0, 1\)"),
         ({"ema_decay": 1.0}, r"optimizer.ema_decay is 1.0: it is in \[0, 1\)"),
         ({"final_fraction": 1.5}, r"optimizer.final_fraction is 1.5"),
-        ({"warmup_steps": -1}, "warmup_steps -1 and weight_decay 0.0 are at least 0"),
-        ({"weight_decay": -0.1}, "weight_decay -0.1 are at least 0"),
-        ({"accumulate": 0}, "accumulate 0 at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps is -1: it is at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: it is at least 0"),
+        ({"accumulate": 0}, "accumulate is 0: it is at least 1"),
     ],
 )
 def test_config_refuses(change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        OptimizerConfig(**change)
+        VideoRun(optimizer=OptimizerConfig(**change))

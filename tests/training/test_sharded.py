@@ -17,7 +17,7 @@ from dit_jax.model import DiTConfig, ModelConfig, TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.parallel.mesh import PARAMETER_RULES, ROWS
 from dit_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer
-from dit_jax.training.state import make_init
+from dit_jax.training.step import make_init
 from dit_jax.training.video_task import init_params, make_model
 
 MESHES = [

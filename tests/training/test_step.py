@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from dit_jax.training import init_state
-from dit_jax.training.optimizer import ema_rate
-from dit_jax.training.step import loss_and_gradients
+from dit_jax.training.step import ema_rate, loss_and_gradients
 from dit_jax.types import Totals
 
 MESH = (2, 1, 2, 2)

@@ -22,11 +22,11 @@ from dit_jax.sampling import (
     to_uint8,
 )
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
-from dit_jax.training.cases import Cases
-from dit_jax.training.video_task import make_model, tokenize
+from dit_jax.training.video_task import eval_requests, make_model, tokenize
 from dit_jax.upscale.low_res import LowRes, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 from dit_jax.upscale.super_resolution import (
+    SuperResolutionEvaluator,
     cut_again,
     enlarging,
     fidelity,
@@ -246,11 +246,12 @@ def test_the_report_compares_with_bicubic_enlargement():
 
 
 def test_cases_are_given_true_clips_at_low_resolution():
-    cases = Cases(CONFIG, PixelCodec())
-    assert len(cases.requests) == 3 and cases.measurable
-    low = [to_uint8(request.pixel_fields["low_res"]) for request in cases.requests]
+    requests, true = eval_requests(CONFIG, PixelCodec(), 3)
+    measure = SuperResolutionEvaluator().measure(CONFIG, requests, true)
+    assert len(requests) == len(true) == 3
+    low = [to_uint8(request.pixel_fields["low_res"]) for request in requests]
     assert low[0].shape == (5, 24, 24, 3)
-    assert cases.measure(low)["gain"] == 0
+    assert measure(low)["gain"] == 0
 
 
 # --- files ---
@@ -318,4 +319,4 @@ def test_the_sprites_config_is_given_half_of_each_side():
     config = load_config(str(CONFIGS / "sprites_upscale.py"))
     tokens = config.model.patch.num_tokens(8, 32, 32)
     assert (factor_of(config.model), tokens) == (2, config.data.packing.row_tokens)
-    assert config.evaluation.records_split == "test"
+    assert config.data.eval_split == "test"

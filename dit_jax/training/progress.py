@@ -1,16 +1,19 @@
-"""What a run tells while it goes: a progress bar, scalars, and how well the hardware is used."""
+"""What a run shows (a progress bar, scalars, use of the hardware), and signals that end it."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 # Protocol buffers make their classes when they are imported; no stub says so.
@@ -22,11 +25,41 @@ from dit_jax.parallel import peak_flops
 from dit_jax.training.task import Work
 
 
+class StopSignal:
+    """A clean stop on SIGTERM and SIGINT: knows whether the run was asked to stop; all processes learn
+    it at the same step. A second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        # With several processes JAX's own preemption service spreads a SIGTERM to all of them.
+        self._several = jax.process_count() > 1
+        if self._several:
+            signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+        else:
+            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; called by every process at every step."""
+        if (
+            self._several
+            and self.name is None
+            and multihost_utils.reached_preemption_sync_point(step)
+        ):
+            self.name = "SIGTERM"
+        return self.name is not None
+
+
 class Events:
     """TensorBoard's files in a directory, local or on Cloud Storage.
 
     Storage has no appending: there the files grow in a temporary directory and are copied at each
-    ``flush``. A directory that cannot be written ends no run: that is said once, and logging stops.
+    ``flush``. A directory that cannot be written ends no run: one warning, and logging stops.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -53,11 +86,11 @@ class Events:
                 flush=True,
             )
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """Logs a number."""
-        if self._writer:
-            with self._unless_broken():
-                self._writer.add_scalar(name, value, step)
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            if self._writer:
+                with self._unless_broken():
+                    self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, encoded: bytes, step: int) -> None:
         """Logs a picture, an encoded PNG."""
@@ -129,7 +162,7 @@ class Progress:
             if self._peak:
                 scalars["mfu"] = flops * share / seconds / self._peak
             self._work = []
-        self._log(step, scalars)
+        self.scalars(step, scalars)
         shown = {
             "loss": f"{scalars['loss']:.4f}",
             "tok/s": f"{scalars.get('tokens_per_second', 0):.0f}",
@@ -141,19 +174,15 @@ class Progress:
             shown["skipped"] = f"{scalars['skipped']:.0f}"
         self._bar.set_postfix(shown)
 
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        if self._events:
-            for name, value in values.items():
-                self._events.scalar(name, value, step)
-
     def flush(self) -> None:
         """Puts on disk what was written: a resumed run does not write again what it has saved."""
         if self._events:
             self._events.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes other scalars, such as a final report."""
-        self._log(step, values)
+        """Writes scalars, such as those of an evaluator."""
+        if self._events:
+            self._events.scalars(values, step)
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Logs a picture, the PNG file at ``path``."""
