@@ -64,9 +64,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(source, ShapesConfig):
         raise SystemExit(f"{given.checkpoint!r} was not trained on moving shapes.")
     codec, space, trained_length = pipeline.codec, pipeline.space, max(source.frames)
-    length, frames = space.latents(given.window or trained_length), given.times * trained_length
+    length, frames = (
+        space.grid.latents(given.window or trained_length),
+        given.times * trained_length,
+    )
     history = default_history(length, space.patch)
-    history = space.latents(given.history) if given.history else history
+    history = space.grid.latents(given.history) if given.history else history
     latents = 1 + -(-(frames - 1) // codec.strides[0])
     windows = plan_windows(latents, length, history)
 
@@ -97,7 +100,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         write_png(given.sheet, contact_sheet(videos[:12], 12, 2))
     report = {"truth": judged(true, scenes, trained_length)}
     report["made"] = judged(videos, scenes, trained_length)
-    what = {"frames": frames, "windows": len(windows), "history": space.frames(history)}
+    what = {"frames": frames, "windows": len(windows), "history": space.grid.frames(history)}
     return {**{k: str(v) for k, v in vars(given).items()}, **what, **report}
 
 

@@ -20,15 +20,10 @@ import jax
 import numpy as np
 import tyro
 
-from dit_jax.config import check_types
+from dit_jax.config import check_types, load_config
 from dit_jax.files import InputError, as_path, local_copy, run_verb
 from dit_jax.model import ClassLabels, NoTextConfig
-from dit_jax.parallel import (
-    PROCESS_HELP,
-    joined,
-    make_mesh,
-    take_process_flags,
-)
+from dit_jax.parallel import PROCESS_HELP, joined, make_mesh, take_process_flags
 from dit_jax.sampling.commands import (
     COMMANDS,
     Command,
@@ -55,42 +50,22 @@ from dit_jax.sampling.sampler import SamplerConfig
 from dit_jax.training.video_task import cut_note
 
 PROG = "python -m dit_jax.sample"
-OLD_FLAGS = {
-    **dict.fromkeys(("--image", "--last-image", "--keyframe"), "image"),
-    **dict.fromkeys(("--video", "--strength"), "video --video FILE --strength X"),
-    **dict.fromkeys(("--extend", "--forward", "--backward"), "extend --video FILE --forward 2s"),
-    **dict.fromkeys(("--connect", "--gap", "--blend"), "connect --videos A B --gap 1s"),
-    "--loop": "loop [--video FILE]",
-    "--interpolate": "interpolate --video FILE --factor N",
-    **dict.fromkeys(("--long", "--storyboard"), "long --length 60s [--start FILE]"),
-    "--super-resolve": "upscale --videos FILE [FILE ...]",
-}
-"""The modes that options of earlier versions, which had none, are now."""
 
 
 def parse(arguments: Sequence[str]) -> Command:
     """The options of a mode, whose defaults are those of the run's own config."""
-    name = arguments[0] if arguments and arguments[0] in COMMANDS else "text"
-    arguments = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
-    flags = [one.partition("=")[0].replace("_", "-") for one in arguments]
-    if name == "text" and (old := [flag for flag in flags if flag in OLD_FLAGS]):
-        raise InputError(f"{old[0]} is now the mode {PROG} {OLD_FLAGS[old[0]]} ...")
-    if name == "text" and "--upsample" in flags:
-        raise InputError(
-            "--upsample is now python -m dit_jax.prepare.upsample, whose file --prompts-file reads."
-        )
-    command, stored = COMMANDS[name], stored_sampling(arguments)
+    name, rest = "text", list(arguments)
+    if rest and rest[0] in COMMANDS:
+        name = rest.pop(0)
+    command, stored = COMMANDS[name], stored_sampling(rest)
     names = [field.name for field in dataclasses.fields(SamplerConfig)]
     settings = SamplerConfig(**{name: getattr(stored, name) for name in names})
-    required = {
-        field.name: tyro.MISSING
-        for field in dataclasses.fields(command)
-        if field.default is dataclasses.MISSING
-    }
+    fields = dataclasses.fields(command)
+    required = {one.name: tyro.MISSING for one in fields if one.default is dataclasses.MISSING}
     others = ", ".join(one for one in COMMANDS if one != name)
     return tyro.cli(
         command,
-        args=list(arguments),
+        args=rest,
         prog=f"{PROG} {name}",
         description=f"{command.__doc__} Other modes: {others}. {PROCESS_HELP}",
         default=command(**required, sampling=settings),
@@ -116,27 +91,17 @@ def sample(command: Command) -> None:
     output = as_path(command.output)
     single = bool(output.suffix) and not output.is_dir()
     check_output(output if single else output / f"0.{command.format}")
-    limits = {
-        "num": (1, math.inf),
-        "scale": (1, math.inf),
-        "strength": (1e-3, 1),
-        "noise": (0, 0.999),
-    }
-    for name, (low, high) in limits.items():
-        value = getattr(command, name, None)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name} {value}: give {low} to {high}.")
     prompts = command.prompts
     if isinstance(command, Upscale) and not prompts:
         prompts += [""] * command.num
     if not prompts:
-        raise ValueError(
+        raise InputError(
             'nothing to make: give --prompt "...", --prompts-file FILE or --label NUMBER.'
         )
     settings = {**vars(command.sampling)}
-    if isinstance(command, Text):
-        size = {name: getattr(command, name) for name in ("frames", "height", "width", "fps")}
-        settings |= {name: value for name, value in size.items() if value is not None}
+    for name in ("frames", "height", "width", "fps"):
+        if (value := getattr(command, name, None)) is not None:
+            settings[name] = value
     pipeline = load_run(
         command.checkpoint,
         command.step,
@@ -144,6 +109,7 @@ def sample(command: Command) -> None:
         command.text_encoder,
         make_mesh(command.mesh),
         command.spread_parameters,
+        load_config(command.config) if command.config else None,
         **settings,
     )
     if isinstance(command, Upscale):
@@ -154,7 +120,7 @@ def sample(command: Command) -> None:
     if jax.process_index() != 0:
         return
     if single and len(set(rates)) > 1:
-        raise ValueError(
+        raise InputError(
             f"--output {output} would show clips of {sorted(set(rates))} frames a second side by side: "
             "name a directory, which gets a file for each."
         )
@@ -181,21 +147,16 @@ def make_requests(
     model, negative = pipeline.config.model, command.negative_prompt
     labels = model.conditioners.get("label")
     classes = labels.classes if isinstance(labels, ClassLabels) else 0
+    reads = f"--label with numbers of 0 to {classes - 1}" if classes else "--prompt"
     for prompt in prompts:
         if isinstance(prompt, int) != bool(classes) or classes and not -1 < int(prompt) < classes:
-            raise ValueError(
-                f"{str(prompt)[:60]!r}: "
-                + (
-                    f"give --label with numbers of 0 to {classes - 1}, "
-                    if classes
-                    else "give --prompt, "
-                )
-                + f"because that is what the model of {command.checkpoint!r} reads."
+            raise InputError(
+                f"{str(prompt)[:60]!r}: give {reads}, because that is what the model of "
+                f"{command.checkpoint!r} reads."
             )
-    if negative and (
-        isinstance(model.text, NoTextConfig) or not pipeline.config.sampling.guidance.active
-    ):
-        raise ValueError(
+    guided = pipeline.config.sampling.guidance.active
+    if negative and (isinstance(model.text, NoTextConfig) or not guided):
+        raise InputError(
             "--negative-prompt needs a model of text, and guidance (--cfg-scale above 1): leave it out."
         )
     texts = [*(str(prompt) for prompt in prompts), *more, negative]
@@ -217,21 +178,17 @@ def open_job(command: Text, pipeline: Pipeline) -> Job:
         *sides, rate, still = video_shape(files[0])
         # An asked side scales the other; what is asked for of neither is the picture's own.
         scales = [a / b for a, b in zip((command.height, command.width), sides, strict=True) if a]
+        scale = scales[0] if scales else 1.0
         fitted = [
-            math.floor(side * (scales or [1.0])[0] / by + 1e-6) * by
+            max(math.floor(side * scale / by + 1e-6) * by, by)
             for side, by in zip(sides, space.multiple, strict=True)
         ]
         height, width = command.height or fitted[0], command.width or fitted[1]
-        if not (height and width):
-            raise ValueError(
-                f"{files[0]!r} shows {sides[0]} x {sides[1]} pixels, less than one patch of "
-                f"{space.multiple[0]} x {space.multiple[1]}: give --height and --width to enlarge it."
-            )
         if command.fps is None and not still and not command.pictures:
             fps = rate
     frames = config.frames
     if command.duration is not None:
-        frames = space.whole(seconds_of(command.duration, fps), fps)
+        frames = space.grid.nearest(seconds_of(command.duration, fps), fps)
     space.check_size(frames, height, width)
     count = 1 if command.pictures else None
     media = {file: read_video(file, height, width, fps, count)[0] for file in set(files)}
@@ -243,27 +200,26 @@ def sample_clips(
 ) -> tuple[Clips, list[float]]:
     """The clips of any mode but upscale, and their rates."""
     config, job = pipeline.config, open_job(command, pipeline)
+    board = None
+    if isinstance(command, Long) and command.storyboard:
+        board = read_storyboard(command.storyboard)
+    requests = make_requests(command, pipeline, prompts, board.prompts if board else ())
     size = config.codec.latent_size(job.frames, job.height, job.width)
     shape = dict(zip(("frames", "height", "width"), size, strict=True))
-    board = (
-        read_storyboard(command.storyboard)
-        if isinstance(command, Long) and command.storyboard
-        else None
-    )
-    requests = make_requests(command, pipeline, prompts, board.prompts if board else ())
     rate = config.codec.latent_fps(job.fps)
     templates = [dataclasses.replace(one, **shape, fps=rate) for one in requests]
     if not isinstance(command, Long):
-        made = [command.generation(job, one) for one in pipeline.encode_text(templates)]
+        generations = [command.generation(job, one) for one in pipeline.encode_text(templates)]
         fps = job.fps * (command.factor if isinstance(command, Interpolate) else 1)
-        return [[clip] for clip in pipeline.sample(made, progress=True)], [fps] * len(made)
-    start = job.media[command.start] if command.start else None
+        return [[clip] for clip in pipeline.sample(generations, progress=True)], [fps] * len(
+            generations
+        )
     plan = plan_long(
         pipeline.space,
-        max(round(job.seconds(command.length) * job.fps), 1),
+        max(round(seconds_of(command.length, job.fps) * job.fps), 1),
         job.frames,
         job.whole(command.history),
-        start,
+        job.media[command.start] if command.start else None,
         job.whole(command.context),
     )
     flat = sum(plan.requests(templates, board, job.fps), [])
@@ -292,7 +248,7 @@ def upscale_clips(
     conditioners = pipeline.config.model.conditioners.values()
     conditioner: Any = next((one for one in conditioners if hasattr(one, "enlarge")), None)
     if conditioner is None:
-        raise ValueError(
+        raise InputError(
             f"the model of {command.checkpoint!r} does not enlarge clips: give a run of "
             "super-resolution."
         )
@@ -305,14 +261,14 @@ def upscale_clips(
     if len(prompts) == command.num:
         prompts = prompts * len(files)
     if len(prompts) != len(videos) or not videos:
-        raise ValueError(
+        raise InputError(
             f"{len(prompts) // command.num} prompts for {len(files)} clips of --videos: give clips "
             f"({', '.join(EXTENSIONS)}), and a prompt for each, one for all, or none."
         )
     requests = pipeline.encode_text(make_requests(command, pipeline, prompts))
     config, codec = pipeline.config, pipeline.codec
-    made = conditioner.enlarge(requests, videos, config, codec, command.augmentation)
-    clips = [[clip] for clip in pipeline.sample(made, progress=True)]
+    generations = conditioner.enlarge(requests, videos, config, codec, command.augmentation)
+    clips = [[clip] for clip in pipeline.sample(generations, progress=True)]
     return prompts, clips, [fps for _, fps in videos]
 
 

@@ -100,11 +100,10 @@ def test_several_prompts_share_a_grid_or_a_directory(
 
 
 def test_a_long_clip_begins_as_the_plain_one_and_follows_its_storyboard(
-    whole: Run, sampled: Sampled, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    whole: Run, sampled: Sampled, tmp_path: Path
 ):
     strip = sampled("--length", 13, mode="long")
     assert strip.shape == (1, 24, 13 * 24, 3) and strip.std() > 0
-    assert "1 clip(s) of 13 frames in 5 windows" in capfd.readouterr().out
     np.testing.assert_array_equal(strip[:, :, : 5 * 24], sampled())
 
     board, told = tmp_path / "board.txt", tmp_path / "told.png"
@@ -240,14 +239,14 @@ def refused(whole: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Re
     [
         ([], ["nothing to make: give --prompt"]),
         (["--prompts-file", "/none"], ["'/none'", "check the path"]),
-        (["--frames", "4"], ["frames 4", "3 and 5"]),
+        (["--frames", "4"], ["4 frames", "3 and 5"]),
         (["--height", "20"], ["height 20", "16 and 24"]),
         (["--width", "-8"], ["width is -8"]),
         (["--fps", "inf"], ["fps is inf"]),
         (["--frames", "x"], ["'x'", "--frames"]),
         (["--speed", "2"], ["--speed"]),
         (["--steps", "0"], ["steps is 0"]),
-        (["--num", "0"], ["--num 0"]),
+        (["--num", "0"], ["num is 0"]),
         (["--mesh.context", "3"], ["context 3", "8 device(s)", "Change mesh.*"]),
         (["--step", "3"], ["no checkpoint of step 3: there are [4, 8, 12, 16, 20]"]),
         (["--output", "clip.avi"], ["extension '.avi'", ".mp4, .gif, .png"]),

@@ -23,21 +23,20 @@ A time is seconds (``3.5s`` or ``3.5``), minutes and seconds or hours, minutes a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from dit_jax.files import MiB, read_bytes
+from dit_jax.files import InputError, MiB, read_bytes
 from dit_jax.model import ModelConfig, PatchConfig, unpatchify
 from dit_jax.sampling.media import to_uint8
 from dit_jax.sampling.request import KnownLatents, Request, Space, check_request
-from dit_jax.sampling.sampler import Generator, clips_at_once, make_rows
+from dit_jax.sampling.sampler import Generator, clips_at_once, make_rows, progress_bar
 from dit_jax.types import Codec, Params
 
 NOISE = 0.05
@@ -64,24 +63,20 @@ def read_storyboard(path: str | Path) -> Storyboard:
     """Reads a file of lines ``time: prompt``; see the module."""
     text = read_bytes(path, MiB, "the storyboard").decode("utf-8-sig", errors="replace")
     board: dict[float, str] = {}
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
-        if not line or line.startswith("#"):
-            continue
+    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1)]
+    lines = [(i, line) for i, line in lines if line and not line.startswith("#")]
+    for number, line in lines or [(1, "")]:
         match = LINE.fullmatch(line)
         hours, minutes, seconds, prompt = match.groups() if match else (None, None, "inf", "")
         time = 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
-        below = float(seconds) < (60 if minutes else math.inf) and int(minutes or 0) < (
-            60 if hours else math.inf
-        )
-        if match is None or not below or (time <= max(board) if board else time != 0):
-            raise ValueError(
+        fine = minutes is None or float(seconds) < 60 and (hours is None or int(minutes) < 60)
+        if match is None or not fine or (time <= max(board) if board else time != 0):
+            raise InputError(
                 f'{path}:{number}: {line[:60]!r} is no next line "time: prompt", such as "3.5s: a red '
                 'ball" or "1:05: a red ball": the first is at 0s, times rise, and minutes and seconds '
                 "are below 60."
             )
         board[time] = prompt
-    if not board:
-        raise ValueError(f'{path} is an empty storyboard: write lines such as "0s: a red ball".')
     return Storyboard(tuple(board), tuple(board.values()))
 
 
@@ -134,26 +129,22 @@ def window_requests(
     """The request of every window, still without its history.
 
     A window's prompt is the one in force in the middle of its new frames. The first has the template's
-    seed, so that it is the clip which the template alone makes.
-
-    Args:
-        start: when the first window begins, in seconds of the storyboard.
-        head: known latent frames of the first window.
+    seed, so that it is the clip which the template alone makes. The first window begins at ``start``
+    seconds of the storyboard, with ``head`` known latent frames.
     """
-    requests = []
-    for number, window in enumerate(windows):
+
+    def request(number: int, window: Window) -> Request:
         state = np.random.SeedSequence((template.seed % 2**32, number)).generate_state(1)
-        requests.append(
-            dataclasses.replace(
-                template,
-                prompt=storyboard.at(start + window.middle(head) / template.fps),
-                frames=window.length,
-                seed=int(state[0]) if number else template.seed,
-                frame_fields=_sliced(template.frame_fields, window, template.time_stride),
-                pixel_fields=_sliced(template.pixel_fields, window, 1),
-            )
+        return dataclasses.replace(
+            template,
+            prompt=storyboard.at(start + window.middle(head) / template.fps),
+            frames=window.length,
+            seed=int(state[0]) if number else template.seed,
+            frame_fields=_sliced(template.frame_fields, window, template.time_stride),
+            pixel_fields=_sliced(template.pixel_fields, window, 1),
         )
-    return requests
+
+    return [request(number, window) for number, window in enumerate(windows)]
 
 
 def _sliced(fields: Mapping[str, np.ndarray], window: Window, stride: int) -> dict[str, np.ndarray]:
@@ -193,21 +184,19 @@ class LongPlan:
         ``fps`` counts frames of pixels: the storyboard's times begin with the start.
         """
         begin, head = self.before / fps, self.head
-        if storyboard is not None:
-            middles = [begin + w.middle(head) / templates[0].fps for w in self.windows]
-            known = (self.before + self.context) / fps
-            ends = [*storyboard.times[1:], math.inf]
-            for time, end in zip(storyboard.times, ends, strict=True):
-                # A prompt that is over before the start ends is not missed.
-                if end > known and not any(time <= middle < end for middle in middles):
-                    near = sorted(sorted(middles, key=lambda x: abs(x - time))[:3])
-                    raise ValueError(
-                        f"the storyboard's prompt at {time:g} s is in force in no window. A window has "
-                        "the prompt of the middle of its new frames; the nearest of these are at "
-                        f"{', '.join(f'{x:.2f}' for x in near)} s. Change its time, give a longer "
-                        "--length or --history, or shorter windows (--frames)."
-                    )
         boards = [storyboard or Storyboard((0.0,), (one.prompt,)) for one in templates]
+        middles = [begin + w.middle(head) / templates[0].fps for w in self.windows]
+        known, times = (self.before + self.context) / fps, [*boards[0].times, math.inf]
+        for time, end in itertools.pairwise(times):
+            # A prompt that is over before the start ends is not missed.
+            if storyboard and end > known and not any(time <= at < end for at in middles):
+                near = sorted(sorted(middles, key=lambda x: abs(x - time))[:3])
+                raise InputError(
+                    f"the storyboard's prompt at {time:g} s is in force in no window. A window has "
+                    "the prompt of the middle of its new frames; the nearest of these are at "
+                    f"{', '.join(f'{x:.2f}' for x in near)} s. Change its time, give a longer "
+                    "--length or --history, or shorter windows (--frames)."
+                )
         return [
             window_requests(one, self.windows, board, begin, head)
             for one, board in zip(templates, boards, strict=True)
@@ -243,25 +232,24 @@ def plan_long(
         start: a picture or clip uint8 ``[t, h, w, 3]`` that it begins with.
         context: frames of the start's end that the first window is given. Unset: as many as a history.
     """
-    length = space.latents(window)
-    known = space.frames(default_history(length, space.patch)) if history is None else history
+    length = space.grid.latents(window)
+    known = space.grid.frames(default_history(length, space.patch)) if history is None else history
     if start is not None:
         whole = 1 + (len(start) - 1) // space.stride * space.stride
         context = min(known, whole) if context is None else context
     count = 0 if start is None else len(start)
     if not 0 < known < window or not (context or 0) <= min(count, window - 1) or frames <= count:
-        raise ValueError(
+        raise InputError(
             f"--length is {frames} frames in windows (--frames) of {window} with a --history of "
-            f"{known}"
-            + ("" if start is None else f", from a clip of {count} with a --context of {context}")
-            + f": a window has at least {1 + space.stride} frames, history and context are shorter "
-            "than it, and the clip is longer than its start."
+            f"{known}, from a clip of {count} with a --context of {context or 0}: a window has at "
+            f"least {1 + space.stride} frames, history and context are shorter than it, and the clip "
+            "is longer than its start."
         )
-    head = space.latents(context) if context else 0
+    head = space.grid.latents(context) if context else 0
     plan = LongPlan(frames, (), start, context or 0, head)
     # Enough latents for the last frame: the first holds one, and each other a stride.
     latents = 1 + -(-(frames - plan.before - 1) // space.codec.strides[0])
-    windows = plan_windows(latents, length, space.latents(known))
+    windows = plan_windows(latents, length, space.grid.latents(known))
     return dataclasses.replace(plan, windows=tuple(windows))
 
 
@@ -293,13 +281,8 @@ def make_long(
     form = [_with_history(clips[0][0], w.history, None, noise, model) for w in windows[:2]]
     batches = -(-len(clips) // clips_at_once(generator, len(clips), mesh))
     past, out = (None if heads is None else np.stack(heads)), []
-    with tqdm(
-        total=len(windows) * batches * generator.config.steps,
-        unit="step",
-        desc=f"{len(windows)} windows",
-        disable=not progress or jax.process_index() != 0,
-        dynamic_ncols=True,
-    ) as bar:
+    total = len(windows) * batches * generator.config.steps
+    with progress_bar(total, f"{len(windows)} windows", progress) as bar:
         for number, window in enumerate(windows):
             known = 0 if past is None else past.shape[1]
             requests = [
@@ -328,8 +311,7 @@ def _with_history(
     clean = np.zeros((*request.size, model.patch.channels), np.float32)
     caps = np.ones(request.frames, np.float32)
     caps[:count] = noise
-    if past is not None:
-        clean[:count] = past
+    clean[:count] = 0 if past is None else past
     return dataclasses.replace(request, known=KnownLatents(clean, caps))
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av.codec.context
 import av.container
@@ -27,7 +27,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from dit_jax.data import centre, resized
-from dit_jax.files import as_path, atomic_path, check_file, local_copy
+from dit_jax.files import InputError, as_path, atomic_path, check_file, local_copy
 
 EXTENSIONS = (".mp4", ".gif", ".png")
 GIF_TICK = Fraction(1, 100)  # GIF's unit of time, in seconds
@@ -76,7 +76,7 @@ def read_video(
 ) -> tuple[np.ndarray, float]:
     """Reads a video or picture as a player shows it: frames ``[t, h, w, 3]``, and frames a second.
 
-    Frames are turned and stretched as the file says, deinterlaced, and set before white where they
+    Frames are turned and stretched as the file says, deinterlaced, and set before white if they
     are transparent. Colour profiles (ICC) are not applied, and sound is left out.
 
     Args:
@@ -89,31 +89,32 @@ def read_video(
     try:
         # An open file and not a name, in which FFmpeg would see protocols ("a:") and "%d".
         with local_copy(path).open("rb") as file, av.open(file, "r") as container:
-            if not container.streams.video:
-                raise ValueError(f"{str(path)!r} has no video stream: give a video or an image.")
-            stream = container.streams.video[0]
-            for frame in _decoded(container, stream, path):
+            stream: Any = next(iter(container.streams.video), None)
+            for frame in _decoded(container, stream, path) if stream else ():
                 if times and frame.time is not None and frame.time <= times[-1]:
                     continue  # damage: a frame that comes late
                 pixels = _displayed(frame, float(stream.sample_aspect_ratio or 1))
-                frames.append(
-                    pixels if height is None or width is None else _cover(pixels, height, width)
-                )
+                if height and width:
+                    h, w = pixels.shape[:2]
+                    scale = max(height / h, width / w)
+                    size = max(round(h * scale), height), max(round(w * scale), width)
+                    pixels = centre(resized(pixels[None], *size), height, width)[0]
+                frames.append(pixels)
                 times.append(len(times) if frame.time is None else frame.time)
-                if fps is None and len(frames) == max_frames:
+                if max_frames and len(frames) == max_frames and fps is None:
                     break
-                if fps and max_frames and (times[-1] - times[0]) * fps >= max_frames:
+                if max_frames and (times[-1] - times[0]) * (fps or 0) >= max_frames:
                     break
-            rate = _rate_of(stream, times)
+            rate = _rate_of(stream, times) if stream else 0.0
     except (OSError, FFmpegError) as error:
-        raise ValueError(
+        raise InputError(
             f"cannot read {str(path)!r} as a video ({error.strerror or error}): check the path, or "
             "convert it to mp4 with ffmpeg."
         ) from error
     sizes = {frame.shape[:2] for frame in frames}
     if len(sizes) != 1:
-        raise ValueError(
-            f"{str(path)!r} has frames of sizes {sorted(sizes)}: it needs some of one."
+        raise InputError(
+            f"{str(path)!r} has frames of sizes {sorted(sizes)}: give a video or picture of one."
         )
     video = np.stack(frames)
     if fps is not None and len(video) > 1:
@@ -121,8 +122,7 @@ def read_video(
         clock = (np.array(times) - times[0]) * fps
         count = max(math.ceil(clock[-1] + 0.5 - 1e-6), 1)
         middles = (clock[1:] + clock[:-1]) / 2
-        video = video[np.searchsorted(middles - 1e-6, np.arange(count), "right")]
-        rate = fps
+        video, rate = video[np.searchsorted(middles - 1e-6, np.arange(count), "right")], fps
     return video[:max_frames], rate
 
 
@@ -145,35 +145,34 @@ def _decoded(container: Any, stream: Any, path: str | os.PathLike) -> Iterator[a
                 yield frame
                 continue
             if hdr and "zscale" not in filters_available:
-                raise ValueError(
+                raise InputError(
                     f"{str(path)!r} is HDR, and this build of FFmpeg cannot map its tones: convert it "
                     "first (ffmpeg -vf zscale=t=linear:npl=203,tonemap=mobius,zscale=t=bt709)."
                 )
-            graph = graph or _filters(frame, [("bwdif", "deint=interlaced:mode=send_frame")], hdr)
+            if graph is None:
+                graph = Graph()
+                graph.threads = 1
+                size = {"width": frame.width, "height": frame.height}
+                start = graph.add_buffer(**size, format=frame.format, time_base=frame.time_base)
+                chain = ("bwdif", "deint=interlaced:mode=send_frame"), *(_TO_SDR if hdr else ())
+                nodes = [graph.add(*one) for one in chain]
+                graph.link_nodes(start, *nodes, graph.add("buffersink")).configure()
             graph.vpush(frame)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    yield graph.vpull()
+            yield from _filtered(graph)
     except FFmpegError as error:
         warnings.warn(
             f"{str(path)!r} is damaged ({error.strerror}): used up to there", stacklevel=2
         )
     if graph is not None:
         graph.vpush(None)
-        with contextlib.suppress(FFmpegEOFError, BlockingIOError):
-            while True:
-                yield graph.vpull()
+        yield from _filtered(graph)
 
 
-def _filters(frame: av.VideoFrame, chain: list[tuple[str, str]], hdr: bool) -> Graph:
-    graph = Graph()
-    graph.threads = 1
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
-    )
-    nodes = [graph.add(*one) for one in [*chain, *(_TO_SDR if hdr else ())]]
-    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
-    return graph
+def _filtered(graph: Graph) -> Iterator[av.VideoFrame]:
+    """The frames that a graph of filters holds ready."""
+    with contextlib.suppress(FFmpegEOFError, BlockingIOError):
+        while True:
+            yield graph.vpull()
 
 
 def _displayed(frame: av.VideoFrame, aspect: float) -> np.ndarray:
@@ -181,7 +180,7 @@ def _displayed(frame: av.VideoFrame, aspect: float) -> np.ndarray:
     alpha = any(part.is_alpha for part in frame.format.components) or frame.format.has_palette
     rgb = frame.format.is_rgb or frame.format.has_palette
     full = rgb or frame.color_range == 2 or frame.format.name.startswith("yuvj")
-    # Of a picture that names no matrix: BT.709 where it is large, BT.601 below, as players guess.
+    # Of a picture that names no matrix: BT.709 if it is large, BT.601 below, as players guess.
     large = frame.height >= 720 or frame.width >= 1280
     guess = Colorspace.ITU709 if large else Colorspace.ITU601
     image = frame.reformat(
@@ -197,25 +196,16 @@ def _displayed(frame: av.VideoFrame, aspect: float) -> np.ndarray:
     if alpha:
         part = image[..., 3:].astype(np.float32) / 255
         image = np.rint(image[..., :3] * part + 255 * (1 - part)).astype(np.uint8)
-    side_data: Any = frame.side_data
+    matrix, side_data = None, cast(Any, frame.side_data)
     with contextlib.suppress(ValueError):  # data of a kind that PyAV does not know
         matrix = next((d for d in side_data.keys() if d.type == Type.DISPLAYMATRIX), None)
-        if matrix is None:
-            return image
+    if matrix is not None:
         # ISO 14496-12: nine int32, row by row; a negative determinant mirrors left to right.
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
         if a * d - b * c < 0:
             image, a, b = image[:, ::-1], -a, -b
         image = np.rot90(image, -round(math.degrees(math.atan2(b, a)) / 90))
     return np.ascontiguousarray(image)
-
-
-def _cover(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales a picture until it covers a size, in its own aspect ratio, and crops the centre."""
-    h, w = frame.shape[:2]
-    scale = max(height / h, width / w)
-    size = max(round(h * scale), height), max(round(w * scale), width)
-    return centre(resized(frame[None], *size), height, width)[0]
 
 
 def _rate_of(stream: Any, times: Sequence[float]) -> float:
@@ -234,7 +224,7 @@ def check_output(path: str | os.PathLike) -> Path:
     """Refuses a path that ``write_video`` could not write, before the long work starts."""
     path = as_path(path)
     if path.suffix.lower() not in EXTENSIONS:
-        raise ValueError(
+        raise InputError(
             f"output {str(path)!r} has extension {path.suffix!r}: give one of {', '.join(EXTENSIONS)}."
         )
     return check_file(path, "output")
@@ -258,21 +248,37 @@ def write_video(
     assert first.dtype == np.uint8 and first.ndim == 4 and first.shape[-1] == 3, first.shape
     if extension == ".png":
         return write_png(path, np.concatenate(list(first), axis=1))
-    rate = Fraction(fps).limit_denominator(1001)
+    rate, (h, w) = Fraction(fps).limit_denominator(1001), first.shape[1:3]
     if extension == ".gif":
         if rate > GIF_MAX_FPS:
             warnings.warn(f"{path}: {fps} frames/s, but players stop at 50: slower", stacklevel=2)
-        with _writing(path) as scratch:
-            _encode_gif(scratch, first, min(rate, Fraction(GIF_MAX_FPS)))
+        rate = min(rate, Fraction(GIF_MAX_FPS))
+        # Times are rounded to 1/100 s each, and not delays, so that the clip keeps its length.
+        ticks = [round(i / rate / GIF_TICK) for i in range(len(first) + 1)]
+        options = {"loop": "0", "final_delay": str(min(ticks[-1] - ticks[-2], 65535))}
+        with _encoder(path, "gif", "pal8", rate, (h, w), **options) as (container, stream):
+            stream.codec_context.time_base = GIF_TICK
+            for frame in _paletted(first, ticks):
+                container.mux(stream.encode(frame))
         return path
-    h, w = first.shape[1:3]
-    even = ((0, 0), (0, h % 2), (0, w % 2), (0, 0))
     if h % 2 or w % 2:
-        size = f"{h}x{w} becomes {h + h % 2}x{w + w % 2}"
-        warnings.warn(f"{path}: H.264 needs even sizes: {size}, edges repeated", stacklevel=2)
-    padded = (np.pad(part, even, "edge") for part in itertools.chain([first], parts))
-    with _writing(path) as scratch:
-        _encode_mp4(scratch, itertools.chain.from_iterable(padded), (h + h % 2, w + w % 2), rate)
+        warnings.warn(f"{path}: H.264 needs even sizes: {h}x{w} gets more edge", stacklevel=2)
+    even = ((0, 0), (0, h % 2), (0, w % 2), (0, 0))
+    images = (x for part in itertools.chain([first], parts) for x in np.pad(part, even, "edge"))
+    bt709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+    size = h + h % 2, w + w % 2
+    opened = _encoder(path, "libx264", "yuv420p", rate, size, movflags="+faststart")
+    with opened as (container, stream):
+        # No B-frames and no macroblock trees, on one thread: with them x264's assembler gave other
+        # bytes for the same small frames in up to one run of eight.
+        stream.options = {"crf": "12", "preset": "medium", "x264-params": "bframes=0:no-mbtree=1"}
+        encoder = stream.codec_context
+        encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
+        encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for i, image in enumerate(images):
+            frame = _frame(image, i, 1 / rate)
+            frame = frame.reformat(format="yuv420p", interpolation=_SCALER, threads=1, **bt709)
+            container.mux(stream.encode(frame))
     return path
 
 
@@ -295,10 +301,26 @@ def _writing(path: Path) -> Iterator[Path]:
     except FFmpegError as error:
         if error.errno in errno.errorcode and error.errno != errno.EINVAL:
             raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk, say
-        raise ValueError(
+        raise InputError(
             f"cannot write {str(path)!r} ({error.strerror or error}): its size must be one that the "
             f"format allows; try another of {', '.join(EXTENSIONS)}."
         ) from error
+
+
+@contextlib.contextmanager
+def _encoder(
+    path: Path, codec: str, pixels: str, rate: Fraction, size: tuple[int, int], **options: str
+) -> Iterator[tuple[Any, Any]]:
+    """A container and its one stream, whose bytes depend on the frames alone."""
+    opened, kind = _writing(path), path.suffix[1:].lower()
+    with opened as scratch, av.open(str(scratch), "w", format=kind, options=options) as container:
+        container.flags |= av.container.Flags.bitexact.value
+        stream: Any = container.add_stream(codec, rate)
+        stream.height, stream.width, stream.pix_fmt = *size, pixels
+        stream.codec_context.thread_count = 1
+        stream.codec_context.flags |= av.codec.context.Flags.bitexact.value
+        yield container, stream
+        container.mux(stream.encode(None))
 
 
 def _frame(image: np.ndarray, pts: int, time_base: Fraction) -> av.VideoFrame:
@@ -307,69 +329,29 @@ def _frame(image: np.ndarray, pts: int, time_base: Fraction) -> av.VideoFrame:
     return frame
 
 
-def _encode_mp4(
-    path: Path, video: Iterable[np.ndarray], size: tuple[int, int], rate: Fraction
-) -> None:
-    # One thread, no B-frames, no macroblock trees: with them x264's assembler gave other bytes for
-    # the same small frames in up to one run of eight.
-    quality = {"crf": "12", "preset": "medium", "x264-params": "bframes=0:no-mbtree=1"}
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        container.flags |= av.container.Flags.bitexact.value
-        stream = container.add_stream("libx264", rate, options=quality)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        encoder = stream.codec_context
-        encoder.thread_count = 1
-        encoder.flags |= av.codec.context.Flags.bitexact.value
-        encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
-        encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for i, image in enumerate(video):
-            frame = _frame(image, i, 1 / rate).reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=_SCALER,
-                threads=1,
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _encode_gif(path: Path, video: np.ndarray, rate: Fraction) -> None:
-    # Times are rounded to 1/100 s each, and not delays, so that the clip keeps its length.
-    ticks = [round(i / rate / GIF_TICK) for i in range(len(video) + 1)]
-    options = {"loop": "0", "final_delay": str(min(ticks[-1] - ticks[-2], 65535))}
-    with av.open(str(path), "w", format="gif", options=options) as container:
-        container.flags |= av.container.Flags.bitexact.value
-        stream = container.add_stream("gif", rate)
-        stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "pal8"
-        stream.codec_context.time_base = GIF_TICK
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact.value
-        for i, frame in enumerate(_paletted(video)):
-            frame.pts, frame.duration, frame.time_base = ticks[i], ticks[i + 1] - ticks[i], GIF_TICK
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _paletted(video: np.ndarray) -> Iterator[av.VideoFrame]:
-    """The frames in one palette of 256 colours chosen over the whole clip."""
+def _paletted(video: np.ndarray, ticks: Sequence[int]) -> Iterator[av.VideoFrame]:
+    """The frames, at their times, in one palette of 256 colours chosen over the whole clip."""
     h, w = video.shape[1:3]
     graph = Graph()
     graph.threads = 1
-    source = graph.add_buffer(None, w, h, av.VideoFormat("rgb24", w, h), time_base=GIF_TICK)
+    start = graph.add_buffer(None, w, h, av.VideoFormat("rgb24", w, h), time_base=GIF_TICK)
     split = graph.add("split")
     palette = graph.add("palettegen", "reserve_transparent=0:stats_mode=full")
-    # Ordered dithering: still pixels stay still, where error diffusion flickers.
+    # Ordered dithering: still pixels stay still, while error diffusion flickers.
     use = graph.add("paletteuse", "dither=bayer:bayer_scale=5")
-    source.link_to(split)
+    start.link_to(split)
     split.link_to(use, 0, 0)
     split.link_to(palette, 1, 0)
     palette.link_to(use, 0, 1)
     use.link_to(graph.add("buffersink"))
     graph.configure()
     for i, image in enumerate(video):
-        source.push(_frame(image, i, GIF_TICK))
-    source.push(None)
-    yield from (graph.vpull() for _ in video)
+        start.push(_frame(image, i, GIF_TICK))
+    start.push(None)
+    for now, after in itertools.pairwise(ticks):
+        frame = graph.vpull()
+        frame.pts, frame.duration, frame.time_base = now, after - now, GIF_TICK
+        yield frame
 
 
 # --- pictures of several clips ---
@@ -385,11 +367,8 @@ def grid(videos: Sequence[np.ndarray], columns: int | None = None, pad: int = 2)
     t, h, w = (max(video.shape[axis] for video in videos) for axis in range(3))
     n, cell = len(videos), (h + pad, w + pad)
     if columns is None:  # as near to a square as can be
-
-        def off_square(c: int) -> float:
-            return abs(math.log(c * cell[1] / (math.ceil(n / c) * cell[0])))
-
-        columns = min(range(n, 0, -1), key=off_square)
+        ratios = {c: c * cell[1] / (math.ceil(n / c) * cell[0]) for c in range(n, 0, -1)}
+        columns = min(ratios, key=lambda c: abs(math.log(ratios[c])))
     rows = math.ceil(n / columns)
     canvas = np.full((t, rows * cell[0] + pad, columns * cell[1] + pad, 3), GREY, np.uint8)
     for i, video in enumerate(videos):

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from dit_jax.files import InputError
 from dit_jax.model import ModelConfig
 from dit_jax.sampling.request import KnownLatents, Request, Space, filled
 from dit_jax.sampling.sampler import Decode, Generator, make_clips
@@ -72,30 +73,22 @@ def image_to_video(
         images: uint8 ``[h, w, 3]`` by the number of their frame; from the end, if below 0.
         noise: cap of known tokens; a little (0.02 to 0.1) frees motion that is frozen.
     """
-    count, part = space.frames(template.frames), space.patch.t
+    count, part = space.grid.frames(template.frames), space.patch.t
     clean, caps = _all_generated(space, template)
-    pasted: dict[int, np.ndarray] = {}
-    tokens: dict[int, int] = {}
-    for number, image in images.items():
-        frame = number + count if number < 0 else number
-        token = math.ceil(frame / space.stride)
-        assert 0 <= frame < count, f"frame {number} of a clip of {count}"
-        if token in tokens:
-            raise ValueError(
-                f"frames {tokens[token]} and {frame} share a token of {space.stride} frames: give "
-                "frames that are further apart, or leave one out."
-            )
-        tokens[token] = frame
+    frames = {number + count if number < 0 else number: image for number, image in images.items()}
+    tokens = [math.ceil(frame / space.stride) for frame in frames]
+    assert all(0 <= frame < count for frame in frames), (list(frames), count)
+    for token, image in zip(tokens, frames.values(), strict=True):
         known = slice(max(1 + (token - 1) * part, 0), 1 + token * part)
         clean[known] = space.still(image) if token else space.encode(image[None])
         caps[known] = noise
-        pasted[frame] = image[None]
-    if images and (caps < 1).all():
-        raise ValueError(
-            f"all {len(tokens)} tokens along time are known and nothing is generated: give fewer "
-            "pictures, or more --frames. (To remake a picture, use the mode video with --strength.)"
+    if len(set(tokens)) < len(tokens) or frames and (caps < 1).all():
+        raise InputError(
+            f"frames {', '.join(map(str, sorted(frames)))} are known of a clip of {count}, of which "
+            f"each token holds {space.stride}: give at most one for a token, and leave a token to "
+            "generate (more --frames). (To remake a picture, use the mode video with --strength.)"
         )
-    return _pasting(template, clean, caps, pasted)
+    return _pasting(template, clean, caps, {at: image[None] for at, image in frames.items()})
 
 
 def restyle(space: Space, template: Request, clip: np.ndarray, strength: float) -> Generation:
@@ -157,7 +150,11 @@ def connect(
 
     ``context`` frames (``1 + n stride``) of each clip are seen by the model.
     """
-    request, start = _gap(space, template, first, second, gap, context, noise)
+    assert gap >= 1 and not (gap + 1) % space.stride, gap
+    shorter = min(len(first), len(second))
+    # Each clip gets half of what the gap leaves.
+    start = _context(space, template, shorter, gap + 1, context, parts=2)
+    request = _between(space, template, first[-start:], second[:start], gap + 1, noise)
     return Generation(
         (request,), lambda clips: np.concatenate([first, clips[0][start : start + gap], second])
     )
@@ -172,10 +169,8 @@ def loop_clip(
     noise: float = 0.0,
 ) -> Generation:
     """The clip, and ``gap`` frames that lead from its end back to its beginning; see ``connect``."""
-    request, start = _gap(space, template, clip, clip, gap, context, noise)
-    return Generation(
-        (request,), lambda clips: np.concatenate([clip, clips[0][start : start + gap]])
-    )
+    twice = connect(space, template, clip, clip, gap, context, noise)
+    return Generation(twice.requests, lambda clips: twice.finish(clips)[: -len(clip)])
 
 
 def loop_text(space: Space, template: Request) -> Generation:
@@ -200,11 +195,13 @@ def blend(
 ) -> Generation:
     """One clip turns into the other while both go on: their latents are mixed over ``overlap`` frames
     (``1 + n stride``), and remade from noise that is ``strength`` in the middle and 0 at both ends."""
-    _check_length(min(len(first), len(second)), overlap, "the overlap")
     assert 0 < strength <= 1, strength
-    count = space.latents(overlap)
-    if count < 2 + space.patch.t:
-        raise ValueError(f"an overlap of {overlap} frames has no middle: give more.")
+    count, shorter = space.grid.latents(overlap), min(len(first), len(second))
+    if overlap > shorter or count < 2 + space.patch.t:
+        raise InputError(
+            f"an overlap of {overlap} frames of clips of at least {shorter}: it is not longer than the "
+            f"clips, and has at least {1 + 2 * space.stride} frames, or it has no middle."
+        )
     share = np.linspace(0, 1, 1 + (count - 1) // space.patch.t)  # by token, then by latent
     share = np.repeat(share, [1] + [space.patch.t] * (len(share) - 1)).astype(np.float32)
     weight = share[:, None, None, None]
@@ -229,7 +226,7 @@ def interpolate(
     if frames share tokens.
     """
     if factor < 2 or len(clip) < 2:
-        raise ValueError(f"{len(clip)} frames, {factor} times: give at least 2 of both.")
+        raise InputError(f"{len(clip)} frames, {factor} times: give at least 2 of both.")
     strength = (1.0 if space.stride == 1 else 0.4) if strength is None else strength
     assert 0 < strength <= 1, strength
     count = 1 + (len(clip) - 1) * factor
@@ -277,31 +274,17 @@ def _pasting(
     return Generation((dataclasses.replace(template, known=KnownLatents(clean, caps)),), finish)
 
 
-def _gap(
-    space: Space,
-    template: Request,
-    first: np.ndarray,
-    second: np.ndarray,
-    gap: int,
-    context: int | None,
-    noise: float,
-) -> tuple[Request, int]:
-    """The request that leads from one clip to another, and its first new frame."""
-    assert gap >= 1 and not (gap + 1) % space.stride, gap
-    shorter = min(len(first), len(second))
-    # Each clip gets half of what the gap leaves.
-    count = _context(space, template, shorter, gap + 1, context, parts=2)
-    return _between(space, template, first[-count:], second[:count], gap + 1, noise), count
-
-
 def _context(
     space: Space, template: Request, length: int, new: int, context: int | None, parts: int = 1
 ) -> int:
     """How many frames of a clip the model sees beside ``new`` ones."""
     if context is None:
-        left = (space.frames(template.frames) - 1 - new) // parts // space.stride
+        left = (space.grid.frames(template.frames) - 1 - new) // parts // space.stride
         context = 1 + min(max(left, 1), (length - 1) // space.stride) * space.stride
-    _check_length(length, context, "the context")
+    if context > length:
+        raise InputError(
+            f"--context is {context} frames, of clips of at least {length}: give less."
+        )
     return context
 
 
@@ -319,7 +302,7 @@ def _between(
     known = sum(len(part) - 1 for part in (before, after) if part is not None)
     if after is not None and space.stands_still(after):
         known += space.stride  # behind the new frames, the last of which is the picture itself
-    template = dataclasses.replace(template, frames=space.latents(1 + new + known))
+    template = dataclasses.replace(template, frames=space.grid.latents(1 + new + known))
     clean, caps = _all_generated(space, template)
     if start is not None:
         clean[: len(start)], caps[: len(start)] = start, noise
@@ -329,8 +312,3 @@ def _between(
     tokens = caps[1:].reshape(-1, space.patch.t)
     tokens[(tokens < 1) & (tokens.max(1, keepdims=True) == 1)] = 0
     return dataclasses.replace(template, known=KnownLatents(clean, caps))
-
-
-def _check_length(length: int, count: int, name: str) -> None:
-    if count > length:
-        raise ValueError(f"{name} has {count} frames, and a clip {length}: give less, or more.")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.config import VideoRun, stored_config
+from dit_jax.config import VideoRun, differences, stored_config, to_dict
 from dit_jax.files import InputError, absolute, as_path
 from dit_jax.model import TextToVideo
 from dit_jax.parallel import MeshConfig, make_mesh
@@ -107,39 +107,38 @@ def load_run(
     text_encoder: str | None = None,
     mesh: Mesh | None = None,
     over_context: bool = False,
+    own: VideoRun | None = None,
     **sampling: Any,
 ) -> Pipeline:
     """Opens a checkpoint of a run: the step, or the newest.
 
-    ``codec`` and ``text_encoder`` are folders in place of those that the run's config names, and
-    ``sampling`` are fields of its ``SamplingConfig`` in place of its own.
+    ``codec`` and ``text_encoder`` are folders in place of those that the run's config names,
+    ``sampling`` are fields of its ``SamplingConfig`` in place of its own, and ``own`` is the config
+    that it was trained with, for conditioners of a user's own module, which are not stored.
     """
     checkpointer, step, config = _open_run(run, step)
-    config = dataclasses.replace(
-        config,
-        sampling=dataclasses.replace(config.sampling, **sampling),
-        codec=_with_path(config.codec, codec, "--codec"),
-        text_encoder=_with_path(config.text_encoder, text_encoder, "--text-encoder"),
-    )
-    config.sampling.check(config.diffusion, config.model.patch.channels)
+    model, parts = config.model, {}
+    if own is not None:
+        before, model = model, dataclasses.replace(model, conditioners=own.model.conditioners)
+        for name, now, then in differences(to_dict(model), to_dict(before), "model"):
+            raise InputError(f"{name} is {now!r} in --config, and {then!r} in {str(run)!r}.")
+    for name, path in (("codec", codec), ("text_encoder", text_encoder)):
+        if path is not None:
+            if "path" not in vars(part := getattr(config, name)):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} {path!r}: the run's model uses none. Leave it out.")
+            parts[name] = dataclasses.replace(part, path=absolute(path))
+    sampling_config = dataclasses.replace(config.sampling, **sampling)
+    config = dataclasses.replace(config, model=model, sampling=sampling_config, **parts)
     check_reads(config, str(run))
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     opened = open_codec(config, mesh)
     if opened is None:
-        raise ValueError(
+        raise InputError(
             f"the model of {str(run)!r} makes latents of {config.model.patch.channels} channels: give "
             "--codec, the folder of the autoencoder that turns them into pixels."
         )
     return Pipeline(config, mesh, opened, checkpointer, step, over_context)
-
-
-def _with_path(part: Any, path: str | None, option: str) -> Any:
-    """The config of a codec or text encoder with another folder, if one is named."""
-    if path is None:
-        return part
-    if "path" not in vars(part):
-        raise InputError(f"{option} {path!r}: the run's model uses none. Leave it out.")
-    return dataclasses.replace(part, path=absolute(path))
 
 
 def stored_sampling(arguments: Sequence[str]) -> SamplingConfig:
@@ -149,9 +148,9 @@ def stored_sampling(arguments: Sequence[str]) -> SamplingConfig:
     parser.add_argument("--checkpoint")
     parser.add_argument("--step", type=int)
     named = parser.parse_known_args(list(arguments))[0]
-    if named.checkpoint is None:
-        return SamplingConfig()
-    return stored_run(named.checkpoint, named.step).sampling
+    return (
+        stored_run(named.checkpoint, named.step).sampling if named.checkpoint else SamplingConfig()
+    )
 
 
 def stored_run(run: str | os.PathLike, step: int | None = None) -> VideoRun:

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +36,7 @@ from dit_jax.model import (
     positions,
 )
 from dit_jax.sampling.media import to_float
-from dit_jax.types import PAD, TOKENS, Codec
+from dit_jax.types import PAD, TOKENS, Codec, FrameGrid
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,18 +116,21 @@ class Request:
 
 
 def check_request(request: Request, model: ModelConfig) -> None:
-    """Raises ``ValueError`` if the model cannot generate such a clip, with what it can."""
-    patch = model.patch
+    """Raises ``InputError`` if the model cannot generate such a clip, with what it can."""
+    patch, known, times = model.patch, request.known, request.times
     if not request.loop:
         patch.grid(*request.size)
-    token_positions(request, patch)
-    known = request.known
     shape = (*request.size, patch.channels)
-    if not 0 < request.fps < math.inf or known is not None and known.clean.shape != shape:
-        raise ValueError(
-            f"a request of {shape} at {request.fps} frames a second, of which latents "
-            f"{known and known.clean.shape} are known: rates are above 0 and finite, and known "
-            "latents of the request's size."
+    wrong = request.loop and request.frames % patch.t
+    wrong = wrong or times is not None and np.shape(times) != (request.frames,)
+    wrong = wrong or not 0 < request.fps < math.inf
+    if wrong or known is not None and known.clean.shape != shape:
+        raise InputError(
+            f"a {'loop' if request.loop else 'request'} of {request.frames} frames, of size {shape} at "
+            f"{request.fps} frames a second, with times {None if times is None else np.shape(times)} "
+            f"and known latents {known and known.clean.shape}: rates are above 0 and finite, times "
+            f"are one for each latent frame, known latents of the request's size, and a loop has "
+            f"{patch.t}n frames."
         )
     check_fields(model, *request.fields(patch), "the request")
 
@@ -138,20 +141,7 @@ def token_positions(request: Request, patch: PatchConfig) -> np.ndarray:
     A token stands at the mean of the times of its latents. In a loop no token holds a first frame:
     there are ``patch.t * n`` latent frames, the first at 1.
     """
-    loop, times = request.loop, request.times
-    if (
-        loop
-        and request.frames % patch.t
-        or times is not None
-        and np.shape(times) != (request.frames,)
-    ):
-        low = max(request.frames // patch.t, 1) * patch.t
-        raise ValueError(
-            f"a loop of {request.frames} frames with {None if times is None else np.shape(times)} "
-            f"times: with temporal patches of {patch.t} a loop has {patch.t}n (the nearest: {low} and "
-            f"{low + patch.t}), and times are one for each latent frame."
-        )
-    frames, height, width = request.size
+    loop, times, (frames, height, width) = request.loop, request.times, request.size
     grid, frame_ids = positions(patch, frames + loop, height, width, request.fps)
     _, h, w = patch.grid(1, height, width)
     if times is not None:
@@ -196,14 +186,11 @@ class SamplerInputs:
     def unconditioned(self) -> SamplerInputs:
         """The same rows with the negative prompt, or the empty one: of every text the first token
         alone is seen."""
-        if self.negative is not None:
-            assert self.negative_segment_ids is not None
-            return dataclasses.replace(
-                self, text=self.negative, text_segment_ids=self.negative_segment_ids
-            )
-        first = jnp.arange(self.text_segment_ids.shape[1]) == 0
-        ids = jnp.where(first, self.text_segment_ids, PAD)
-        return dataclasses.replace(self, text_segment_ids=ids)
+        text, ids = self.negative, self.negative_segment_ids
+        if text is None:
+            first = jnp.arange(self.text_segment_ids.shape[1]) == 0
+            text, ids = self.text, jnp.where(first, self.text_segment_ids, PAD)
+        return dataclasses.replace(self, text=text, text_segment_ids=ids)
 
 
 def make_inputs(
@@ -219,38 +206,36 @@ def make_inputs(
         together: all requests whose inputs are to have one form, that a step compiled for one
             serves them all.
     """
-    every, patch = [*requests, *together], model.patch
+    every, patch, b = [*requests, *together], model.patch, len(requests)
     grids = [token_positions(request, patch) for request in requests]
-    b, length = len(requests), row_tokens or max(map(len, grids))
+    length = row_tokens or max(map(len, grids))
 
-    def rows(values: Sequence[np.ndarray | None], fill: float = 0, dtype: Any = None) -> np.ndarray:
-        """Values ``[l, ...]`` of requests, each padded to a row; None is a row of ``fill``."""
-        example = next(one for one in values if one is not None)
-        out = np.full((b, length, *example.shape[1:]), fill, dtype or example.dtype)
+    def rows(values: Sequence[np.ndarray], fill: float = 0, dtype: Any = None) -> np.ndarray:
+        """Values ``[l, ...]`` of requests, each padded to a row."""
+        out = np.full((b, length, *values[0].shape[1:]), fill, dtype or values[0].dtype)
         for row, one in zip(out, values, strict=True):
-            if one is not None:
-                row[: len(one)] = one
+            row[: len(one)] = one
         return out
 
-    known = [r.known and _known_tokens(patch, r.known, r.loop) for r in requests]
-    empty = KnownTokens(
-        np.zeros((0, patch.dim), np.float32), np.ones(0, np.float32), np.zeros((0, patch.dim), bool)
-    )
-    known = [one or empty for one in known]
+    known_of_all = [_known_tokens(patch, request) for request in every]
+    clean, caps, kept = zip(*known_of_all[:b], strict=True)
     # Tokens of a modulation group share a cap; a row that knows nothing has one group of cap 1.
-    groups = [np.unique(one.noise_caps, return_inverse=True) for one in known]
-    caps = [np.unique(r.known.noise_caps) if r.known else np.ones(1) for r in every]
-    group_caps = np.ones((b, max(map(len, caps))), np.float32)
+    groups = [np.unique(one, return_inverse=True) for one in caps]
+    most = max(len(np.unique(r.known.noise_caps)) if r.known else 1 for r in every)
+    group_caps = np.ones((b, most), np.float32)
     for row, (values, _) in zip(group_caps, groups, strict=True):
         row[: len(values)] = values
-    text, text_segments = _text_rows(
-        [model.text_tokens(r.prompt, r.text_states) for r in requests], model
-    )
-    fields = [request.fields(patch) for request in requests]
+    text = [model.text_tokens(r.prompt, r.text_states) for r in requests]
+    text, text_segments = _text_rows(text, model)
+    tokens, segments = zip(*(request.fields(patch) for request in requests), strict=True)
     dtypes = {name: one.field(model).dtype for name, one in model.conditioners.items()}
+
+    def kind(name: str) -> Any:
+        return dtypes.get(name, np.float32)
+
     arrays: dict[str, Any] = dict(
-        clean=rows([one.clean for one in known]),
-        noise_caps=rows([one.noise_caps for one in known], 1),
+        clean=rows(clean),
+        noise_caps=rows(caps, 1),
         group_ids=rows([ids.astype(np.int32) for _, ids in groups]),
         group_noise_caps=group_caps,
         positions=rows(grids, dtype=np.float32),
@@ -260,19 +245,16 @@ def make_inputs(
         text_segment_ids=text_segments,
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
         token_fields={
-            name: rows([own[name] for own, _ in fields], dtype=dtypes.get(name, np.float32))
-            for name in fields[0][0]
+            name: rows([own[name] for own in tokens], dtype=kind(name)) for name in tokens[0]
         },
         segment_fields={
-            name: np.stack([own[name] for _, own in fields])[:, None].astype(
-                dtypes.get(name, np.float32)
-            )
-            for name in fields[0][1]
+            name: np.stack([own[name] for own in segments])[:, None].astype(kind(name))
+            for name in segments[0]
         },
     )
     # All rows of a compiled step have these, or none has.
-    if any(r.known and _known_tokens(patch, r.known, r.loop).kept.any() for r in every):
-        arrays["kept"] = rows([one.kept for one in known])
+    if any(numbers.any() for _, _, numbers in known_of_all):
+        arrays["kept"] = rows(kept)
     if any(r.loop for r in every):
         cycles = [_cycle(grid, r.loop) for grid, r in zip(grids, requests, strict=True)]
         arrays["cycles"] = np.array(cycles, np.float32)
@@ -282,30 +264,26 @@ def make_inputs(
     return SamplerInputs(**arrays)
 
 
-class KnownTokens(NamedTuple):
-    """``KnownLatents`` token by token."""
+def _known_tokens(
+    patch: PatchConfig, request: Request
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The request's known latents ``[l, p]``, their noise caps ``[l]``, and which numbers are kept in
+    tokens that are not kept as a whole, bool ``[l, p]``: no tokens if it knows nothing."""
+    known = request.known
+    if known is None:
+        none = np.zeros((0, patch.dim), np.float32)
+        return none, np.ones(0, np.float32), none != 0
 
-    clean: np.ndarray
-    """``[l, p]``"""
-    noise_caps: np.ndarray
-    """``[l]``"""
-    kept: np.ndarray
-    """bool ``[l, p]``: the numbers that are kept in tokens that are not kept as a whole."""
-
-
-def _known_tokens(patch: PatchConfig, known: KnownLatents, loop: bool) -> KnownTokens:
     def tokens(video: np.ndarray) -> np.ndarray:
-        if not loop:
+        if not request.loop:
             return patchify(patch, video)
         _, h, w = patch.grid(1, *video.shape[1:3])
         return patchify(patch, np.concatenate([video[:1], video]))[h * w :]
 
-    caps = known.noise_caps
-    caps = caps if np.ndim(caps) == 3 else caps[:, None, None]
-    each = tokens(np.broadcast_to(caps[..., None], known.clean.shape).astype(np.float32))
+    caps = known.noise_caps if np.ndim(known.noise_caps) == 3 else known.noise_caps[:, None, None]
+    each = tokens(np.broadcast_to(caps[..., None], known.clean.shape).astype(np.float32))  # [l, p]
     highest = each.max(-1)
-    kept = (each == 0) & (highest > 0)[:, None]
-    return KnownTokens(tokens(known.clean.astype(np.float32)), highest, kept)
+    return tokens(known.clean.astype(np.float32)), highest, (each == 0) & (highest > 0)[:, None]
 
 
 def _cycle(positions: np.ndarray, loop: bool) -> tuple[float, float, float]:
@@ -353,9 +331,14 @@ class Space:
     patch: PatchConfig
 
     @property
+    def grid(self) -> FrameGrid:
+        """Which frames share latents and tokens."""
+        return FrameGrid(self.codec.strides[0], self.patch.t)
+
+    @property
     def stride(self) -> int:
         """Frames of a token, but for the first, which holds one."""
-        return self.codec.strides[0] * self.patch.t
+        return self.grid.token_frames
 
     @property
     def multiple(self) -> tuple[int, int]:
@@ -365,34 +348,7 @@ class Space:
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raises ``ValueError`` if the model's tokens do not fill a clip of this size, in pixels."""
-        sides = {"frames": (frames - 1, self.stride, 1)}
-        sides |= {
-            name: (side, by, 0)
-            for name, side, by in zip(
-                ("height", "width"), (height, width), self.multiple, strict=True
-            )
-        }
-        for name, (length, by, first) in sides.items():
-            if length < (0 if first else by) or length % by:
-                low = max(length // by, 1 - first) * by + first
-                rule = f"1 + {by}n" if first else f"a multiple of {by}"
-                raise ValueError(
-                    f"{name} {length + first}: give {rule}, because a token holds {by} of them"
-                    f"{' and the first one' if first else ''}. The nearest are {low} and {low + by}."
-                )
-
-    def frames(self, latents: int) -> int:
-        """Frames of this many latent frames, the first of which holds one."""
-        return 1 + (latents - 1) * self.codec.strides[0]
-
-    def latents(self, frames: int) -> int:
-        """Latent frames of ``1 + n stride`` frames."""
-        self.check_size(frames, *self.multiple)
-        return 1 + (frames - 1) // self.codec.strides[0]
-
-    def whole(self, seconds: float, fps: float) -> int:
-        """Frames ``1 + n stride`` that last about this long."""
-        return 1 + round(max(seconds * fps - 1, 0) / self.stride) * self.stride
+        PatchConfig(self.stride, *self.multiple).grid(frames, height, width)
 
     def new(self, seconds: float, fps: float) -> int:
         """Frames ``n stride`` (at least one token) that last about this long: added to a clip."""

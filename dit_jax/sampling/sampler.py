@@ -16,10 +16,9 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +47,7 @@ from dit_jax.diffusion import (
     token_noise,
     velocity_of,
 )
+from dit_jax.files import InputError
 from dit_jax.model import (
     DiTConfig,
     Fields,
@@ -63,7 +63,15 @@ from dit_jax.model import (
 from dit_jax.parallel import batch_shards, global_batch, token_multiple
 from dit_jax.sampling.media import to_uint8
 from dit_jax.sampling.request import Request, SamplerInputs, check_request, make_inputs
-from dit_jax.types import PAD, DenoiserInputs, Params
+from dit_jax.types import (
+    PAD,
+    DenoiserInputs,
+    NonNegativeFloat,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+)
 
 STEP_NOISE = 2**32 - 1
 """Sets the noise of steps apart from that of tokens, whose indices are smaller."""
@@ -80,110 +88,81 @@ Decode = Callable[[np.ndarray], np.ndarray]
 class SamplerConfig:
     """How clips of any size are sampled."""
 
-    steps: int = 30
+    steps: PositiveInt = 30
     """Steps of the solver."""
     solver: Literal["euler", "heun", "ddim", "ddpm", "sde", "dpmpp_2m", "unipc"] = "euler"
     """See ``diffusion.solvers``: sde follows velocities, the others any path."""
-    eta: float = 0.0
+    eta: Annotated[float, Range(0, 1)] = 0.0
     """Noise of ddim: 0 is none, 1 as much as ddpm."""
-    sde_strength: float = 1.0
+    sde_strength: NonNegativeFloat = 1.0
     """Noise of sde: its diffusion is this times sigma."""
     spacing: Spacing = "linear"
     """Of the noise levels: trailing and linspace (DiT) pick indices of the discrete path."""
-    last_step: float | None = None
+    last_step: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
     """Level from which the last step of a linear spacing goes to 0 (0.04 for SiT's sde, before the
     shift). None: all steps are alike."""
-    shift: float | None = None
+    shift: PositiveFloat | None = None
     """Of the noise schedule towards noise. None: the shift that training used for such a size."""
-    cfg_scale: float = 4.0
+    cfg_scale: NonNegativeFloat = 4.0
     """Guidance; 1 is none and halves the work."""
-    cfg_channels: int | None = None
+    cfg_channels: PositiveInt | None = None
     """Guide only this many channels, from the first (DiT: 3 of 4). None: all."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only at noise levels low < t <= high; outside, steps have half the work."""
-    cfg_rescale: float = 0.0
+    cfg_rescale: Annotated[float, Range(0, 1)] = 0.0
     """Share in which the guided prediction keeps the deviation of the conditional (0.7 is usual)."""
-    cache_threshold: float = 0.0
+    cache_threshold: NonNegativeFloat = 0.0
     """Feature caching: steps reuse what the transformer's blocks added, until the noise level's part
     of the first block's input has changed by this share in all (docs/long.md). 0 is off, as loops
     always are: their positions turn."""
-    batch: int = 32
+    batch: PositiveInt = 32
     """Clips made at once."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}: it is at least 1.")
-        if self.shift is not None and not self.shift > 0:
-            raise ValueError(f"sampling.shift is {self.shift}: it is above 0 (1 is none), or None.")
-        if self.last_step is not None and not (0 < self.last_step < 1 and self.steps > 1):
-            raise ValueError(
-                f"sampling.last_step is {self.last_step} of {self.steps} step(s): a level between 0 "
-                "and 1 of several steps, or None."
-            )
-        if not 0 <= self.cache_threshold < math.inf:
-            raise ValueError(
-                f"sampling.cache_threshold is {self.cache_threshold}: it is at least 0 (nothing is "
-                "reused) and finite; 0.1 is moderate."
-            )
-        assert self.guidance and SolverConfig(eta=self.eta, strength=self.sde_strength)
 
     @property
     def guidance(self) -> GuidanceConfig:
         return GuidanceConfig(
-            scale=self.cfg_scale,
-            channels=self.cfg_channels,
-            interval=self.cfg_interval,
-            rescale=self.cfg_rescale,
+            self.cfg_scale, self.cfg_channels, self.cfg_interval, self.cfg_rescale
         )
 
     def check(self, diffusion: DiffusionConfig, channels: int) -> None:
-        """Raises ``ValueError`` if a model trained like this cannot be sampled like this."""
-        path = diffusion.path
-        if SOLVERS[self.solver].continuous and path.discrete:
-            raise ValueError(
-                f"sampling.solver {self.solver!r} follows a velocity, and path.kind 'ddpm' has none: "
-                "use 'ddpm' or 'ddim' with eta for noise, or another solver for none."
-            )
-        if self.spacing != "linear":
-            if self.shift not in (None, 1) or self.last_step is not None:
-                raise ValueError(
-                    f"sampling.spacing {self.spacing!r} takes no shift ({self.shift}) and no last_step "
-                    f"({self.last_step}): set both to None, or spacing to 'linear'."
-                )
-            if not path.discrete or self.steps > path.timesteps:
-                raise ValueError(
-                    f"sampling.spacing {self.spacing!r} picks {self.steps} indices of path.kind 'ddpm',"
-                    f" and the path is {path.kind!r} of {path.timesteps}: use 'linear', or fewer steps."
-                )
-        if self.cache_threshold and SOLVERS[self.solver].evaluations > 1:
-            raise ValueError(
-                f"sampling.cache_threshold is {self.cache_threshold} and the solver {self.solver!r}, "
-                "whose step looks twice to see a difference: take 'euler', 'dpmpp_2m' or 'unipc', or 0."
-            )
-        if self.cfg_channels is not None and self.cfg_channels > channels:
-            raise ValueError(
-                f"sampling.cfg_channels is {self.cfg_channels}, and the model's patches have "
-                f"{channels} channels: guide at most so many, or None for all."
-            )
+        """Raises ``InputError`` if a model trained like this cannot be sampled like this."""
+        path, solver, spaced = diffusion.path, SOLVERS[self.solver], self.spacing != "linear"
+        rules = {
+            f"last_step is {self.last_step} of {self.steps} step: give several steps, or None.": (
+                self.last_step is not None and self.steps < 2
+            ),
+            f"solver {self.solver!r} follows a velocity, and path.kind 'ddpm' has none: use 'ddpm' or "
+            "'ddim' with eta for noise, or another solver for none.": (
+                solver.continuous and path.discrete
+            ),
+            f"spacing {self.spacing!r} takes no shift ({self.shift}) and no last_step "
+            f"({self.last_step}): set both to None, or spacing to 'linear'.": (
+                spaced and (self.shift not in (None, 1) or self.last_step is not None)
+            ),
+            f"spacing {self.spacing!r} picks {self.steps} indices of path.kind 'ddpm', and the path is "
+            f"{path.kind!r} of {path.timesteps}: use 'linear', or fewer steps.": (
+                spaced and (not path.discrete or self.steps > path.timesteps)
+            ),
+            f"cache_threshold is {self.cache_threshold} and the solver {self.solver!r}, whose step "
+            "looks twice to see a difference: take 'euler', 'dpmpp_2m' or 'unipc', or 0.": (
+                self.cache_threshold > 0 and solver.evaluations > 1
+            ),
+            f"cfg_channels is {self.cfg_channels}, and the model's patches have {channels} channels: "
+            "guide at most so many, or None for all.": (self.guidance.channels or 0) > channels,
+        }
+        for message, broken in rules.items():
+            if broken:
+                raise InputError(f"sampling.{message}")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(SamplerConfig):
     """How clips are sampled, and their size by default."""
 
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    fps: float = 24.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("frames", "height", "width", "fps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"sampling.{name} is {getattr(self, name)}: it is above 0, finite."
-                )
+    frames: PositiveInt = 17
+    height: PositiveInt = 256
+    width: PositiveInt = 256
+    fps: PositiveFloat = 24.0
 
 
 class Carry(NamedTuple):
@@ -205,9 +184,7 @@ class Generator:
         self, model: TextToVideo, diffusion: DiffusionConfig, config: SamplerConfig
     ) -> None:
         config.check(diffusion, model.config.patch.channels)
-        self.config = config
-        self._model = model
-        self._diffusion = diffusion
+        self.config, self._model, self._diffusion = config, model, diffusion
         self._solver = SOLVERS[config.solver]
         self._constants = SolverConfig(diffusion.variance, config.eta, config.sde_strength)
         self.begin = jax.jit(self._begin)
@@ -266,11 +243,11 @@ class Generator:
         plain = both = text, inputs.text_segment_ids
         if self.config.guidance.active:
             other = inputs.unconditioned()
-            without = self._encode(params, other.text, other.text_segment_ids)
-            both = (
-                jnp.concatenate([text, without]),
-                jnp.concatenate([inputs.text_segment_ids, other.text_segment_ids]),
+            without = (
+                self._encode(params, other.text, other.text_segment_ids),
+                other.text_segment_ids,
             )
+            both = tuple(map(jnp.concatenate, zip(plain, without, strict=True)))
         filled = inputs.segment_ids != PAD
         levels = self.levels(int(filled.sum(1).max()))
         # Above the highest cap nothing moves: those steps are not made.
@@ -385,30 +362,17 @@ class Generator:
         t: Float[Array, ""],
     ) -> Estimate:
         """What the network predicts, guided if its output has twice the rows (with text first)."""
-        diffusion = self._diffusion
+        diffusion, guided = self._diffusion, len(output) > len(x)
         tau = jnp.minimum(t, inputs.noise_caps)
         prediction, fraction = split_output(diffusion, output, x.shape[-1])
-        guided = output.shape[0] > x.shape[0]
-
-        def twice(y: jax.Array) -> jax.Array:
-            return jnp.concatenate([y, y]) if guided else y
-
         if guided_kind(diffusion) != diffusion.prediction:
-            kind = diffusion.prediction
-            prediction = velocity_of(diffusion.path, kind, prediction, twice(x), twice(tau))
+            twice = [jnp.concatenate([y, y]) if guided else y for y in (x, tau)]
+            prediction = velocity_of(diffusion.path, diffusion.prediction, prediction, *twice)
         if guided:
-            conditional, without = jnp.split(prediction, 2)
-            prediction = guide(
-                self.config.guidance,
-                conditional,
-                without,
-                t,
-                tau,
-                inputs.segment_ids,
-                inputs.seeds.shape[1],
-                self._model.config.patch.channels,
-            )
-            fraction = None if fraction is None else fraction[: x.shape[0]]
+            segments, channels = inputs.seeds.shape[1], self._model.config.patch.channels
+            both, ids = jnp.split(prediction, 2), inputs.segment_ids
+            prediction = guide(self.config.guidance, *both, t, tau, ids, segments, channels)
+            fraction = None if fraction is None else fraction[: len(x)]
         return estimate(diffusion, prediction, x, tau, fraction)
 
     def _guided(self, t: float, t_next: float) -> bool:
@@ -556,18 +520,18 @@ def make_clips(
         check_request(request, model)
     keys = collections.Counter(map(generator.batch_key, requests))
     batches = sum(-(-n // clips_at_once(generator, n, mesh)) for n in keys.values())
-    with tqdm(
-        total=batches * generator.config.steps,
-        unit="step",
-        desc="sampling",
-        disable=not progress or jax.process_index() != 0,
-        dynamic_ncols=True,
-    ) as bar:
+    with progress_bar(batches * generator.config.steps, "sampling", progress) as bar:
         rows = make_rows(generator, params, requests, model, mesh, bar.update)
         return [
             to_uint8(_pixels(request, row, model.patch, decode))
             for request, row in zip(requests, rows, strict=True)
         ]
+
+
+def progress_bar(total: int, what: str, shown: bool) -> tqdm:
+    """A bar of the solver's steps, on the first process alone."""
+    hidden = not shown or jax.process_index() != 0
+    return tqdm(total=total, unit="step", desc=what, disable=hidden, dynamic_ncols=True)
 
 
 def clips_at_once(generator: Generator, count: int, mesh: Mesh) -> int:

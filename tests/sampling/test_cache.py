@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dit_jax.config import check_types
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.model import (
     ByteEncoderConfig,
@@ -239,7 +240,7 @@ def test_a_mesh_makes_what_one_device_makes():
 @pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf")])
 def test_nonsense_thresholds_are_refused(threshold: float):
     with pytest.raises(ValueError, match="sampling.cache_threshold is"):
-        SamplingConfig(cache_threshold=threshold)
+        check_types(SamplingConfig(cache_threshold=threshold), "sampling")
 
 
 def test_a_solver_that_looks_twice_is_refused():

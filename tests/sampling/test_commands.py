@@ -109,8 +109,7 @@ def test_size_and_rate_are_asked_for_or_the_first_files(monkeypatch: pytest.Monk
     assert opened("video", "picture", video="a")[3] == 8.0
     assert opened("image", "picture", image="a") == opened("image", "video", image="a")
     shown["video"] = (7, 30, 8.0, False)
-    with pytest.raises(ValueError, match="7 x 30 pixels"):
-        opened("video", "video", video="a")
+    assert opened("video", "video", video="a")[1:3] == (8, 24)  # no less than one patch
     for size in ({"frames": 4}, {"height": 20}, {"width": 7}):
         (value,) = size.values()
         with pytest.raises(ValueError, match=str(value)):
@@ -122,9 +121,9 @@ def test_sizes_that_latents_do_not_fill_are_told_in_pixels():
         dataclasses.replace(PixelCodec(), strides=(4, 8, 8)), PatchConfig(2, 8, 4, 3, 8.0)
     )
     for size, message in (
-        ((9, 72, 64), "height 72: give a multiple of 64.*64 and 128"),
-        ((9, 64, 16), "width 16: give a multiple of 32.*32 and 64"),
-        ((13, 64, 64), "frames 13: give 1 [+] 8n.*9 and 17"),
+        ((9, 72, 64), "height 72 .*64 and 128"),
+        ((9, 64, 16), "width 16 .*32 and 64"),
+        ((13, 64, 64), "13 frames.*1 [+] 8n.*9 and 17"),
     ):
         with pytest.raises(ValueError, match=message):
             space.check_size(*size)
@@ -188,25 +187,6 @@ def test_every_mode_has_a_help_of_its_own(mode: str, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert error.value.code == 0 and f"dit_jax.sample {mode}" in out and "--checkpoint" in out
     assert ("--strength" in out) == (mode in ("video", "connect", "interpolate"))
-
-
-@pytest.mark.parametrize(
-    ("flag", "mode"),
-    [
-        ("--image a", "image"),
-        ("--video=a", "video --video"),
-        ("--extend a", "extend --video"),
-        ("--connect a b", "connect --videos"),
-        ("--loop", "loop"),
-        ("--interpolate 2x", "interpolate"),
-        ("--long 9s", "long --length"),
-        ("--super_resolve a", "upscale"),
-        ("--upsample", "dit_jax.prepare.upsample"),
-    ],
-)
-def test_options_of_earlier_versions_name_their_mode(flag: str, mode: str):
-    with pytest.raises(ValueError, match=mode):
-        parse(f"--checkpoint run --prompt a {flag}")
 
 
 # --- long clips ---

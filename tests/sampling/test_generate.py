@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.diffusion import SOLVERS, DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.diffusion.paths import alphas_cumprod
 from dit_jax.sampling import Generator, SamplerInputs, SamplingConfig
@@ -270,7 +271,8 @@ def test_what_a_model_cannot_be_asked_is_refused_at_once(diffusion, fields, mess
 )
 def test_nonsense_sampling_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        SamplingConfig(**fields)
+        check_types(SamplingConfig(**fields), "sampling")
+        generator(**fields)
 
 
 def test_a_network_without_variances_cannot_be_sampled_with_learned_ones():

@@ -20,6 +20,7 @@ from dit_jax.sampling import (
     Space,
     Storyboard,
     blend,
+    check_request,
     connect,
     extend,
     image_to_video,
@@ -35,8 +36,9 @@ from dit_jax.sampling import (
     to_float,
     window_requests,
 )
-from dit_jax.sampling.sampler import decode_loop
+from dit_jax.sampling.sampler import decode_loop, on_two_cuts
 from dit_jax.training.video_task import init_params, make_model
+from tests.denoiser import struct
 from tests.training.conftest import QUICK
 
 
@@ -67,7 +69,9 @@ def clip(count, first=0, side=8):
 
 def like(space, frames=9, **fields):
     _, h, w = space.codec.strides
-    made = Request("a ball", space.latents(frames), 8 // h, 8 // w, 8.0 / space.codec.strides[0], 1)
+    made = Request(
+        "a ball", space.grid.latents(frames), 8 // h, 8 // w, 8.0 / space.codec.strides[0], 1
+    )
     return dataclasses.replace(made, **fields)
 
 
@@ -90,7 +94,7 @@ def shown(request):
 def blank(edit, space):
     """What the mode makes of clips in which every frame is 200."""
     counts = [
-        space.frames(r.frames) if not r.loop else r.frames * space.codec.strides[0]
+        space.grid.frames(r.frames) if not r.loop else r.frames * space.codec.strides[0]
         for r in edit.requests
     ]
     return edit.finish([np.full((n, 8, 8, 3), 200, np.uint8) for n in counts])[:, 0, 0, 0].tolist()
@@ -115,7 +119,7 @@ def test_extension_forward_encodes_the_tail_as_a_clip_of_its_own(name):
     space = SPACES[name]
     edit = extend(space, like(space), clip(12), forward=4)
     (request,) = edit.requests
-    assert space.frames(request.frames) == 9
+    assert space.grid.frames(request.frames) == 9
     # Frames 7 to 11 are given: the first of them alone, as a clip's first always is.
     assert shown(request)[0] == 7
     np.testing.assert_array_equal(
@@ -184,9 +188,61 @@ def test_blends_restyles_and_interpolates():
 
 def test_lengths_are_those_that_fit():
     assert PAIRS.stride == 2 and CAUSAL.stride == 2 and PIXELS.stride == 1
-    assert [PAIRS.whole(s, 8) for s in (0, 0.5, 1.1)] == [1, 5, 9]
+    assert [PAIRS.grid.nearest(s, 8) for s in (0, 0.5, 1.1)] == [1, 5, 9]
     assert [PAIRS.new(s, 8) for s in (0, 0.5)] == [2, 4]
     assert [PAIRS.gap(s, 8) for s in (0, 0.4)] == [1, 3] and PIXELS.gap(0, 8) == 1
+
+
+def test_single_frames_leave_as_much_to_make_as_was_asked_for():
+    """Through a causal codec a picture at the end stands still for a token, behind the new frames."""
+    a, b = clip(1), clip(1, 100)
+    for space, marks in ((PIXELS, "-+++-"), (PAIRS, "-+++-"), (CAUSAL, "-++-")):
+        edit = connect(space, like(space), a, b, gap=3)
+        assert free(edit.requests[0]) == marks
+        assert blank(edit, space) == [0, 200, 200, 200, 100]
+        edit = extend(space, like(space), b, backward=4)
+        assert free(edit.requests[0]) == ("+++-" if space is CAUSAL else "++++-")
+        assert blank(edit, space) == [200, 200, 200, 200, 100]
+
+
+def test_noise_on_what_is_given_leaves_none_of_it_out():
+    edit = extend(PAIRS, like(PAIRS), clip(3), backward=4, noise=0.25)
+    (request,) = edit.requests
+    # Latent 4 shares a token with 3, which is free: it is put back, as without noise.
+    np.testing.assert_array_equal(given(request).noise_caps, [1, 1, 1, 1, 0, 0.25, 0.25])
+    known = make_inputs([request], MODEL)
+    assert known.noise_caps.tolist() == [[1, 1, 1, 0.25]]
+    assert known.kept is not None and known.kept.any(-1).tolist() == [[False, False, True, False]]
+
+
+# --- what does not fit together ---
+
+IMAGE = clip(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: image_to_video(PAIRS, like(PAIRS), {3: IMAGE, 4: IMAGE}),
+            "frames 3, 4 are known of a clip of 9",
+        ),
+        (
+            lambda: image_to_video(PAIRS, like(PAIRS, frames=3), {0: IMAGE, 1: IMAGE}),
+            "frames 0, 1 are known of a clip of 3",
+        ),
+        (lambda: extend(PAIRS, like(PAIRS), clip(3), 2, context=5), "context is 5 frames"),
+        (lambda: blend(PAIRS, like(PAIRS), clip(5), clip(5), 7), "overlap of 7 frames"),
+        (lambda: blend(PAIRS, like(PAIRS), clip(5), clip(5), 3), "has no middle"),
+        (lambda: interpolate(PAIRS, like(PAIRS), clip(5), 1), "give at least 2"),
+        (lambda: KnownLatents(np.zeros((2, 1, 1, 3)), np.array([0, 1.5])), "1.5"),
+        (lambda: KnownLatents(np.zeros((2, 1, 1, 3)), np.zeros(3)), r"\(3,\)"),
+        (lambda: check_request(like(PAIRS, loop=True), MODEL), "a loop of 9 frames"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # --- made by a model ---
@@ -281,7 +337,8 @@ def test_windows_are_the_same_on_eight_devices(makers):
 
 
 def test_every_mode_alone_is_what_it_is_beside_others(makers, on_one):
-    for edit, beside in zip(every_mode(), on_one, strict=True):
+    for number in (2, 4, 8):  # an image, two requests, a loop
+        edit, beside = every_mode()[number], on_one[number]
         (alone,) = makers["one"][0](generations=[edit])
         assert alone.shape == beside.shape and np.abs(alone.astype(int) - beside).max() <= 1
 
@@ -384,3 +441,36 @@ def test_times_of_a_request_are_its_tokens():
     np.testing.assert_array_equal(condition.clean[0], tokens)
     assert condition.noise_caps.tolist() == [[0, 1, 0.25]]
     assert condition.group_noise_caps[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]
+
+
+def test_the_two_cuts_of_a_loop_are_half_a_turn_apart():
+    where = np.zeros((2, 6, 3), np.float32)
+    where[:, :, 0] = 2 + 0.5 * np.arange(6)
+    cycles = np.array([[6, 2, 0.5], [0, 0, 0]], np.float32)
+    asked = []
+
+    def evaluate(inputs):
+        asked.append((inputs.positions[..., 0], inputs.group_t[:, 0]))
+        return inputs.tokens * inputs.positions[..., :1]
+
+    x = np.ones((4, 6, 2), np.float32)  # with guidance: prompts, and then empty ones
+    made = on_two_cuts(evaluate, jnp.asarray(cycles), jnp.int32(0))(
+        struct(
+            tokens=x,
+            positions=jnp.tile(where, (2, 1, 1)),
+            segment_ids=np.ones((4, 6)),
+            group_ids=np.zeros((4, 6)),
+            group_t=np.arange(4)[:, None],
+        )
+    )
+    ((clock, level),) = asked
+    assert level.tolist() == [0, 1, 2, 3] * 2 and clock.shape == (8, 6)
+    number = (np.asarray(clock) - 2) / 0.5
+    assert number[0].tolist() == [0, 1, 2, 3, 4, 5] == number[1].tolist() == number[5].tolist()
+    assert number[4].tolist() == [3, 4, 5, 0, 1, 2] == number[6].tolist()
+    # Equal shares half way between the cuts, and the least next to one.
+    share = np.sin(np.pi * (np.arange(6) + 0.5) / 6) ** 2
+    expected = share * clock[0] + (1 - share) * clock[4]
+    np.testing.assert_allclose(made[0, :, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(made[2], made[0])
+    np.testing.assert_allclose(made[1, :, 0], where[1, :, 0], rtol=1e-6)
