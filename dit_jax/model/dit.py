@@ -504,7 +504,7 @@ class ModelConfig:
     learned_variance: bool = False
     """Whether the network's output has a second half: the variance of the reverse step, for every
     number of the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
-    conditioners: dict[str, Conditioner] = dataclasses.field(default_factory=dict)
+    conditioners: dict[str, Conditioner] = dataclasses.field(default_factory=dict, hash=False)
     """What else the model is conditioned on: a conditioner for each field, under the field's name."""
 
     def __post_init__(self) -> None:
