@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, TypedDict
 
@@ -39,11 +40,8 @@ the product that its inputs are made from, and what enters the block."""
 
 
 class Sample(TypedDict):
-    """One training example, as a source yields it.
-
-    Besides the clip and its caption it may carry fields of any name; the model reads those that its
-    conditioners are named after (``model.conditioners``).
-    """
+    """One training example, as a source yields it. Besides the clip and its caption it may carry fields
+    of any name: the model reads those that its conditioners are named after."""
 
     video: np.ndarray
     """uint8 [t, h, w, c], or float latents."""
@@ -63,8 +61,8 @@ class Sample(TypedDict):
     frame_fields: NotRequired[Mapping[str, np.ndarray]]
     """One value for every frame of pixels: ``[t, ...]``."""
     pixel_fields: NotRequired[Mapping[str, np.ndarray]]
-    """Clips beside the clip: uint8 of its size in pixels, which is encoded as the clip is, or float
-    ``[t, h, w, c]`` on the grid of what the model generates."""
+    """Clips beside the clip: uint8 of its size in pixels, encoded as the clip is, or float ``[t, h, w,
+    c]`` on the grid of what the model generates."""
 
 
 class Source(Protocol):
@@ -75,6 +73,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+# Metadata, and not a list of names: a struct of any room may have fields along the tokens.
 TOKENS = {"tokens": True}
 """Metadata of a struct's field that has values for every token, ``[b, l, ...]``, or is a dict of such.
 Those are laid out over the mesh's ``context`` axis too; all other fields over rows alone."""
@@ -180,11 +179,9 @@ class Totals:
 class Attention(Protocol):
     """Scaled dot-product attention within segments, chosen in ``parallel`` and handed to models.
 
-    Queries see the keys of their own segment id only; the output at padding is finite and
-    otherwise unspecified. Without ``k_segment_ids`` the keys are of the queries' own tokens
-    (self-attention), and are spread over devices as those are; with them they are others (text),
-    whole on every device. ``window`` limits self-attention to keys at most so many tokens away in
-    the row, on either side.
+    The output at padding is finite and otherwise unspecified. Without ``k_segment_ids`` the keys are of
+    the queries' own tokens, and are laid out over devices as those are; with them they are others
+    (text), whole on every device. ``window`` limits self-attention to keys at most so many tokens away.
     """
 
     def __call__(
@@ -221,8 +218,8 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: object) -> bool:
-        """False for NaN, which compares to nothing."""
         assert isinstance(value, int | float)
+        # NaN compares to nothing, so that it is in no range.
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 
@@ -239,12 +236,23 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1, open_high=True)]
 """In [0, 1): a decay, a probability of dropping."""
+UnitInterval = Annotated[float, Range(0, 1)]
+
+
+def require(prefix: str, config: Any, *rules: tuple[str, bool, str]) -> None:
+    """Raises ``ValueError`` for the first of the rules ``(field, whether it holds, what must be)`` of a
+    config's fields together that does not hold; ranges of single fields are in their types."""
+    for name, holds, rule in rules:
+        if not holds:
+            value = operator.attrgetter(name)(config)
+            raise ValueError(f"{prefix}{name} is {value!r}: it must be {rule}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """How a model computes: what depends on the machine, and not on the mathematics."""
 
+    # Functions: which kernel runs is decided in `parallel`, which models do not import.
     attention: Attention
     constrain: Constrain = unconstrained
     dtype: Any = jnp.float32
@@ -275,8 +283,7 @@ class FrameGrid:
         return self.stride * self.multiple
 
     def check(self, frames: int, what: str = "") -> None:
-        """Raises ``ValueError`` with the nearest numbers unless a clip of so many frames has whole
-        tokens."""
+        """Raises ``ValueError``, with the nearest numbers, unless so many frames are whole tokens."""
         if frames < 1 or (frames - 1) % self.token_frames:
             low = self.whole(max(frames, 1))
             raise ValueError(
@@ -298,18 +305,12 @@ class FrameGrid:
         """Frames of so many latent frames."""
         return 1 + (latents - 1) * self.stride
 
-    def nearest(self, seconds: float, fps: float) -> int:
-        """Frames of whole tokens that last about so long."""
-        return 1 + round(max(seconds * fps - 1, 0) / self.token_frames) * self.token_frames
-
     def per_token(self, values: np.ndarray, loop: bool = False) -> np.ndarray:
-        """The values ``[t, ...]`` of frames, token by token along time: ``[n, token_frames, ...]``.
-
-        The first frame is repeated to fill its token, as its pixels are. In a ``loop`` no frame is a
-        first one.
-        """
+        """The values ``[t, ...]`` of frames, token by token along time: ``[n, token_frames, ...]``. The
+        first frame is repeated to fill its token, as its pixels are; in a ``loop`` none is first."""
         if not loop:
             self.check(len(values))
+            # [1 + n token_frames, ...] to [(1 + n) token_frames, ...]
             values = np.concatenate([np.repeat(values[:1], self.token_frames - 1, 0), values])
         return values.reshape(-1, self.token_frames, *values.shape[1:])
 
@@ -331,13 +332,11 @@ class Codec(Protocol):
         ...
 
     @property
-    def channels(self) -> int:
-        """Of a latent."""
-        ...
+    def channels(self) -> int: ...
 
     @property
     def shift(self) -> Any:
-        """Of all channels (a number) or of each (an array)."""
+        """Of all channels (a number) or of each (an array), as ``scale``."""
         ...
 
     @property
@@ -345,7 +344,7 @@ class Codec(Protocol):
 
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
         """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` float32, shifted
-        and scaled: the mean, or with a key a draw from their distribution."""
+        and scaled: the mean, or with a key a sample of their distribution."""
         ...
 
     def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
@@ -361,14 +360,15 @@ class Codec(Protocol):
         ...
 
 
-PART = 16
-"""Frames at a time, where a clip of pixels is taken in parts."""
+PIXEL_FRAMES = 16
+"""Frames at a time, if a clip of pixels is taken in parts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelCodec:
     """The identity: models of pixels."""
 
+    # Not a hash of weights, of which there are none: pixels are of no other codec.
     name: str = "pixels"
     hash: str = "pixels"
     strides: tuple[int, int, int] = (1, 1, 1)
@@ -377,25 +377,18 @@ class PixelCodec:
     scale: float = 1.0
 
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        """The video."""
-        del key
         check_floating(video)
         return video
 
     def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        """The videos."""
         return self.encode(videos, key)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """The latents."""
-        check_floating(latents)
-        return latents
+        return self.encode(latents)
 
     def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """The latents, some frames at a time."""
-        video = self.decode(latents)
-        for start in range(0, len(video), PART):
-            yield video[start : start + PART]
+        for start in range(0, len(latents), PIXEL_FRAMES):
+            yield self.decode(latents[start : start + PIXEL_FRAMES])
 
 
 def check_floating(clip: np.ndarray) -> None:
@@ -424,7 +417,7 @@ class TextEncoder(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """Longer captions are cut there, the token that ends them included."""
+        """Longer captions are cut there, the token that ends them counted."""
         ...
 
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]:

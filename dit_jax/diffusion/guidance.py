@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_jax.types import PAD
+from dit_jax.types import PAD, require
 
 Tokens = Float[Array, "b l p"]
+ByToken = Float[Array, "b l"]
+Ids = Int[Array, "b l"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,15 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         low, high = self.interval
-        for name, valid, rule in (
-            ("scale", self.scale >= 0, "it is at least 0"),
-            ("channels", self.channels is None or self.channels >= 1, "guide at least 1, or None"),
+        channels = self.channels is None or self.channels >= 1
+        require(
+            "sampling.cfg_",
+            self,
+            ("scale", self.scale >= 0, "at least 0"),
+            ("channels", channels, "at least 1, or None"),
             ("interval", 0 <= low < high <= 1, "noise levels 0 <= low < high <= 1"),
-            ("rescale", 0 <= self.rescale <= 1, "it is in [0, 1] (0.7 is usual)"),
-        ):
-            if not valid:
-                raise ValueError(f"sampling.cfg_{name} is {getattr(self, name)}: {rule}.")
+            ("rescale", 0 <= self.rescale <= 1, "in [0, 1] (0.7 is usual)"),
+        )
 
     @property
     def active(self) -> bool:
@@ -56,20 +59,16 @@ class GuidanceConfig:
         return self.active and bool(low < np.float32(t) <= high)
 
 
-def classifier_free(
-    conditional: Tokens, unconditional: Tokens, scale: Float[Array, ""] | float
-) -> Tokens:
+def classifier_free(conditional: Tokens, unconditional: Tokens, scale: float) -> Tokens:
     """Extrapolates from the unconditional to the conditional prediction (1)."""
     return unconditional + scale * (conditional - unconditional)
 
 
-def deviation(
-    x: Tokens, counted: Bool[Array, "b l"], segment_ids: Int[Array, "b l"], segments: int
-) -> Float[Array, "b l"]:
+def deviation(x: Tokens, counted: Bool[Array, "b l"], segment_ids: Ids, segments: int) -> ByToken:
     """The standard deviation of each token's segment, over all numbers of its counted tokens."""
     member = (segment_ids[..., None] == jnp.arange(1, segments + 1)).astype(x.dtype)  # [b, l, n]
 
-    def segment_sum(values: Float[Array, "b l"]) -> Float[Array, "b l"]:
+    def segment_sum(values: ByToken) -> ByToken:
         values = jnp.where(counted, values, 0)
         return jnp.einsum("bln,bn->bl", member, jnp.einsum("bln,bl->bn", member, values))
 
@@ -83,18 +82,15 @@ def guide(
     conditional: Tokens,
     unconditional: Tokens,
     t: Float[Array, ""],
-    tau: Float[Array, "b l"],
-    segment_ids: Int[Array, "b l"],
+    tau: ByToken,
+    segment_ids: Ids,
     segments: int,
     channels: int,
 ) -> Tokens:
-    """Returns the guided prediction.
+    """The guided prediction at level ``t`` of the schedule, of rows with at most so many ``segments``.
 
-    Args:
-        t: the noise level of the schedule, for the interval.
-        tau: that of each token: conditioning tokens (0) count in no segment's statistics.
-        segments: the most segments of a row.
-        channels: of the data; the numbers of a token are ordered (t, h, w, c).
+    Conditioning tokens (tau 0) count in no segment's statistics; the numbers of a token are ordered
+    (t, h, w, c), with so many ``channels``.
     """
     guided = classifier_free(conditional, unconditional, config.scale)
     if config.rescale:

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from dit_jax.types import NonNegativeFloat, Range, UnitInterval, require
 
 Ints = Int[Array, "*b"]
 Floats = Float[Array, "*b"]
@@ -75,44 +77,34 @@ random choice."""
 class MaskConfig:
     """Relative weights of the conditioning masks, and the noise on conditioning tokens."""
 
-    none: float = 0.6
+    none: NonNegativeFloat = 0.6
     """All frames are generated: text to video, and restyling."""
-    first: float = 0.1
+    first: NonNegativeFloat = 0.1
     """The first latent frame conditions: image to video."""
-    head: float = 0.05
+    head: NonNegativeFloat = 0.05
     """The first frames, any number: extension forward."""
-    tail: float = 0.05
+    tail: NonNegativeFloat = 0.05
     """The last frames, any number: extension backward."""
-    ends: float = 0.05
+    ends: NonNegativeFloat = 0.05
     """Some of both: connecting two clips, loops."""
-    every: float = 0.05
+    every: NonNegativeFloat = 0.05
     """Every 2nd, 3rd or 4th frame: interpolation."""
-    keyframes: float = 0.05
+    keyframes: NonNegativeFloat = 0.05
     """Any frames, any number."""
-    window: float = 0.05
+    window: NonNegativeFloat = 0.05
     """The first frames, any number, and never without noise: the windows of long clips."""
-    independent: float = 0.0
+    independent: NonNegativeFloat = 0.0
     """All frames are generated, each at its own level (diffusion forcing: Chen et al. 2024)."""
-    levels: int = 16
+    levels: Annotated[int, Range(2)] = 16
     """The most levels of an ``independent`` segment: frames this far apart share one. Each is a
     modulation group of every segment of the batch."""
-    noisy: float = 0.5
+    noisy: UnitInterval = 0.5
     """Probability of noise on the conditioning tokens, against frozen motion and drift."""
-    max_noise: float = 0.1
+    max_noise: UnitInterval = 0.1
     """The highest cap of (2)."""
 
     def __post_init__(self) -> None:
-        for name in MASKS:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"masks.{name} is {getattr(self, name)}: weights are at least 0.")
-        for name, valid, rule in (
-            ("weights", sum(self.weights) > 0, "at least one mask has a weight above 0"),
-            ("noisy", 0 <= self.noisy <= 1, "it is in [0, 1]"),
-            ("max_noise", 0 <= self.max_noise <= 1, "it is in [0, 1]"),
-            ("levels", self.levels >= 2, "it is at least 2 (16 is usual)"),
-        ):
-            if not valid:
-                raise ValueError(f"masks.{name} is {getattr(self, name)}: {rule}.")
+        require("masks.", self, ("weights", sum(self.weights) > 0, "above 0 for at least one mask"))
 
     @classmethod
     def only(cls, **weights: float) -> MaskConfig:

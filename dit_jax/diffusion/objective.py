@@ -20,9 +20,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,16 @@ from dit_jax.diffusion.paths import (
     squared_error_factor,
     velocity_of,
 )
-from dit_jax.types import PAD, Batch, DenoiserInputs, Target
+from dit_jax.types import (
+    PAD,
+    Batch,
+    DenoiserInputs,
+    Fraction,
+    PositiveFloat,
+    Range,
+    Target,
+    require,
+)
 
 OF_FRAMES, OF_LEVELS = 4, 5
 """Sets a segment's random numbers for these apart from those of ``split(key, 4)``."""
@@ -56,6 +64,7 @@ Tokens = Float[Array, "b l p"]
 ByToken = Float[Array, "b l"]
 Ids = Int[Array, "b l"]
 Numbers = Float[Array, "*b"]
+Output = Float[Array, "b l _"]
 HALF_BIN = 1 / 255
 SMALLEST_PROBABILITY = 1e-12
 
@@ -69,9 +78,9 @@ class DiffusionConfig:
     width (Li & He 2025, "Back to Basics")."""
     time: TimeConfig = TimeConfig()
     masks: MaskConfig = MaskConfig()
-    caption_dropout: float = 0.1
+    caption_dropout: Fraction = 0.1
     """Probability that a segment is trained without its caption and its fields, for guidance."""
-    min_t: float = 0.05
+    min_t: Annotated[float, Range(0, 1, True, True)] = 0.05
     """Floor of t in the velocity loss of predicted x0, whose error is divided by t: a higher one lets a
     young model learn the whole picture before the last of the noise."""
     path: PathConfig = PathConfig()
@@ -80,33 +89,25 @@ class DiffusionConfig:
     weighting: Literal["none", "min_snr", "snr", "truncated_snr"] = "none"
     """weight(tau) of (1), stated as the weight of the error of x0: min(SNR, gamma) (Hang et al. 2023);
     SNR, which is eps's own error; max(SNR, 1) (Salimans & Ho 2022)."""
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: PositiveFloat = 5.0
     variance: Variance = "fixed_small"
     """Of ancestral sampling. learned_range: the network has two outputs for each number, and the second
     is trained by (4)."""
 
     def __post_init__(self) -> None:
-        chain, of_x0 = (
-            self.path.discrete,
-            not (self.path.ends_in_noise and self.prediction == "eps"),
+        chain, uniform = self.path.discrete, self.time.distribution == "uniform"
+        path = f"for the path {self.path.kind!r} (zero_terminal_snr {self.path.zero_terminal_snr})"
+        # eps does not determine x0 at t = 1 if no signal is left there.
+        of_x0 = not (self.path.ends_in_noise and self.prediction == "eps")
+        require(
+            "diffusion.",
+            self,
+            ("prediction", not chain or self.prediction != "velocity", f"eps, v or x0 {path}"),
+            ("loss", not chain or self.loss != "velocity", f"'prediction' {path}"),
+            ("prediction", of_x0, f"v or x0 {path}"),
+            ("variance", chain or self.variance != "learned_range", f"'fixed_small' {path}"),
+            ("time.distribution", not chain or uniform, f"'uniform' {path}"),
         )
-        for name, valid, rule in (
-            ("caption_dropout", 0 <= self.caption_dropout < 1, "in [0, 1)"),
-            ("min_t", 0 < self.min_t < 1, "between 0 and 1"),
-            ("min_snr_gamma", self.min_snr_gamma > 0, "above 0 (5 is usual)"),
-            ("prediction", not chain or self.prediction != "velocity", "'eps', 'v' or 'x0'"),
-            ("loss", not chain or self.loss != "velocity", "'prediction'"),
-            # eps does not determine x0 at t = 1 if no signal is left there.
-            ("prediction", of_x0, "'v' or 'x0'"),
-            ("variance", chain or self.variance != "learned_range", "'fixed_small'"),
-            ("time.distribution", not chain or self.time.distribution == "uniform", "'uniform'"),
-        ):
-            if not valid:
-                path = f"{self.path.kind!r} (zero_terminal_snr {self.path.zero_terminal_snr})"
-                value = operator.attrgetter(name)(self)
-                raise ValueError(
-                    f"diffusion.{name} is {value!r}: for the path {path} it must be {rule}."
-                )
 
 
 # --- Noised batches ---
@@ -140,11 +141,8 @@ def token_noise(keys: jax.Array, segment_ids: Ids, token_ids: Ids, dim: int) -> 
 def noise_batch(
     config: DiffusionConfig, key: jax.Array, batch: Batch, time: jax.Array | None = None
 ) -> tuple[DenoiserInputs, Target]:
-    """Samples times, masks, noise and dropout for every segment of a batch.
-
-    On the discrete chain all levels are on its grid: if times are uniform, so are indices. With
-    ``time`` every segment has that noise level, in place of one that is drawn.
-    """
+    """Samples times, masks, noise and dropout for every segment of a batch; with ``time``, every
+    segment has that noise level. On the discrete chain all levels are on its grid."""
     masks, path, ids = config.masks, config.path, batch.segment_ids
     keys = sample_keys(key, batch.sample_ids)
     split = each(lambda k: jax.random.split(k, 4))(keys)
@@ -153,18 +151,16 @@ def noise_batch(
     def segment_time(key: jax.Array, tokens: Int[Array, ""]) -> Float[Array, ""]:
         return sample_time(config.time, key, tokens)
 
-    if time is None:
-        t = each(segment_time)(time_keys, batch.num_tokens)
-    else:
+    t = each(segment_time)(time_keys, batch.num_tokens)
+    if time is not None:
         t = jnp.full(batch.num_tokens.shape, time, jnp.float32)
     t = on_grid(path, t, up=True)
     sample = each(functools.partial(sample_mask, masks))(mask_keys, batch.num_frames)
     cap = on_grid(path, sample.cap, up=False)
 
     def frame_chance(segment_key: jax.Array, frame: Int[Array, ""]) -> Float[Array, ""]:
-        return jax.random.uniform(
-            jax.random.fold_in(jax.random.fold_in(segment_key, OF_FRAMES), frame)
-        )
+        frames_key = jax.random.fold_in(segment_key, OF_FRAMES)
+        return jax.random.uniform(jax.random.fold_in(frames_key, frame))
 
     chance = jnp.ones(ids.shape)
     if masks.keyframes:
@@ -221,14 +217,10 @@ def drop_captions(
 # --- The network's output ---
 
 
-def split_output(
-    config: DiffusionConfig, output: Float[Array, "b l _"], dim: int
-) -> tuple[Tokens, Tokens | None]:
-    """The prediction, and the fraction of a learned variance (or None).
-
-    SiT's published networks have a second output for each number that no one trained: it is ignored.
-    """
+def split_output(config: DiffusionConfig, output: Output, dim: int) -> tuple[Tokens, Tokens | None]:
+    """The prediction, and the fraction of a learned variance (or None)."""
     learned = config.variance == "learned_range"
+    # SiT's published networks have a second output for each number that no one trained.
     outputs = (2 * dim,) if learned else (dim, 2 * dim)
     assert output.shape[-1] in outputs, f"{output.shape[-1]} outputs a token, not {outputs}"
     return output[..., :dim], output[..., dim:] if learned else None
@@ -255,11 +247,8 @@ def estimate(
 
 
 def token_weight(config: DiffusionConfig, tau: ByToken) -> ByToken:
-    """weight(tau) of (1); any number at level 0.
-
-    It is the weight of the error of x0, divided by what that error is multiplied by in the space of the
-    loss. For a loss of eps, v and x0, min_snr is min(SNR, gamma) / SNR, / (SNR + 1) and itself.
-    """
+    """weight(tau) of (1), any number at level 0: the weight of the error of x0, divided by what that
+    error is multiplied by in the space of the loss."""
     if config.weighting == "none":
         return jnp.ones_like(tau)
     # SNR has no bound towards data.
@@ -276,11 +265,7 @@ def token_weight(config: DiffusionConfig, tau: ByToken) -> ByToken:
 
 
 def token_loss(
-    config: DiffusionConfig,
-    output: Float[Array, "b l _"],
-    inputs: DenoiserInputs,
-    target: Target,
-    batch: Batch,
+    config: DiffusionConfig, output: Output, inputs: DenoiserInputs, target: Target, batch: Batch
 ) -> tuple[ByToken, ByToken]:
     """The loss of every token, and its weight (0 or 1) in the loss of the batch.
 
@@ -347,10 +332,8 @@ def variational_bound(
 ) -> Tokens:
     """The term (4) at each token's index, in bits of each number.
 
-    Args:
-        guess: x0 as predicted.
-        fraction: 2 f - 1 of (3): -1 for the smallest variance, 1 for the largest.
-        tau: on the grid of the chain; at data (0) the term is that of index 0.
+    ``guess`` is x0 as predicted, ``fraction`` is 2 f - 1 of (3), and ``tau`` on the grid of the chain;
+    at data (0) the term is that of index 0.
     """
     index = jnp.round(tau * config.timesteps).astype(jnp.int32) - 1
     table = jnp.asarray(posterior(config), x0.dtype)[jnp.maximum(index, 0)]

@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from dit_jax.types import PositiveFloat, PositiveInt, Range, require
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 Points = Float[Array, "*b p"]
@@ -51,25 +53,24 @@ class PathConfig:
     betas: Literal["linear", "scaled_linear", "cosine"] = "linear"
     """For ddpm: evenly spaced; evenly spaced roots (Rombach et al. 2022); those of a squared cosine
     (Nichol & Dhariwal 2021, eq. 17)."""
-    timesteps: int = 1000
+    timesteps: Annotated[int, Range(2)] = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
     zero_terminal_snr: bool = False
     """For ddpm: rescale the betas so that no signal is left at the last step (Lin et al. 2023)."""
 
     def __post_init__(self) -> None:
-        if self.timesteps < 2:
-            raise ValueError(f"path.timesteps is {self.timesteps}: at least 2 (1000 is usual).")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"path.beta_start {self.beta_start} and beta_end {self.beta_end}: 0 < beta_start <= "
-                "beta_end < 1 (1e-4 and 0.02 are usual)."
-            )
-        if self.zero_terminal_snr and self.kind != "ddpm":
-            raise ValueError(
-                f"path.zero_terminal_snr rescales the betas of ddpm, and path.kind is {self.kind!r}: "
-                "leave it False (rectified_flow ends in pure noise anyway)."
-            )
+        start, chain = (
+            0 < self.beta_start <= self.beta_end,
+            self.discrete or not self.zero_terminal_snr,
+        )
+        require(
+            "path.",
+            self,
+            ("beta_start", start, f"above 0 and at most beta_end {self.beta_end} (1e-4 is usual)"),
+            ("beta_end", self.beta_end < 1, "below 1 (0.02 is usual)"),
+            ("zero_terminal_snr", chain, f"False for path.kind {self.kind!r}, which ends in noise"),
+        )
 
     @property
     def discrete(self) -> bool:
@@ -199,12 +200,7 @@ def clean_and_noise(
 
 
 def velocity_of(
-    path: PathConfig,
-    kind: Prediction,
-    output: Points,
-    xt: Points,
-    t: Times,
-    floor: float = SMALLEST_SIGMA,
+    path: PathConfig, kind: Prediction, output: Points, xt: Points, t: Times, floor: float = 1e-4
 ) -> Points:
     """dx/dt at ``xt`` from a prediction of the kind, on the straight path; ``floor`` bounds the sigma
     that the error of a predicted x0 is divided by."""
@@ -243,21 +239,12 @@ class TimeConfig:
     distribution: Literal["uniform", "logit_normal"] = "logit_normal"
     mean: float = 0.0
     """Of logit(t) before the shift, for logit_normal."""
-    std: float = 1.0
-    shift: float = 1.0
+    std: PositiveFloat = 1.0
+    shift: PositiveFloat = 1.0
     """r of (5): above 1 moves times towards noise."""
-    reference_tokens: int | None = None
+    reference_tokens: PositiveInt | None = None
     """If set, r is ``shift`` for a segment of this many tokens and grows with the square root of their
     number; if None, every segment has the same r."""
-
-    def __post_init__(self) -> None:
-        for name, valid in (
-            ("shift", self.shift > 0),
-            ("std", self.std > 0),
-            ("reference_tokens", self.reference_tokens is None or self.reference_tokens > 0),
-        ):
-            if not valid:
-                raise ValueError(f"time.{name} is {getattr(self, name)}: it is above 0.")
 
 
 def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Float[AnyArray, "*b"]:

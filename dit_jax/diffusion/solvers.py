@@ -41,6 +41,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
+from dit_jax.types import require
 
 Spacing = Literal["linear", "trailing", "linspace"]
 Tokens = Float[Array, "b l p"]
@@ -60,10 +61,8 @@ class SolverConfig:
     """w of sde, in (5)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"sampling.eta is {self.eta}: it is in [0, 1] (0 takes no noise).")
-        if not self.strength >= 0:
-            raise ValueError(f"sampling.sde_strength is {self.strength}: it is at least 0.")
+        require("sampling.", self, ("eta", 0 <= self.eta <= 1, "in [0, 1] (0 takes no noise)"))
+        require("sampling.sde_", self, ("strength", self.strength >= 0, "at least 0"))
 
 
 # --- What a step works on ---
@@ -226,9 +225,9 @@ def sde(s: StepInput) -> StepOutput:
     return step.update(s.x, x), s.history
 
 
-# --- multistep solvers ---
-# Multistep solvers: (6), with x0 as a polynomial through the last predictions. A token whose history
-# does not reach back that far, because it only just began to move, takes a step of lower order.
+# --- Multistep solvers ---
+# (6), with x0 as a polynomial through the last predictions. A token whose history does not reach back
+# that far, because it only just began to move, takes a step of lower order.
 
 
 def _constant_x0(step: Interval, x: Tokens, x0: Tokens) -> Tokens:
@@ -312,10 +311,9 @@ def noise_levels(
 ) -> Float[np.ndarray, "k"]:
     """``steps + 1`` noise levels from 1 to 0, float32.
 
-    Linear ones are evenly spaced, then shifted towards noise (Esser et al. 2024, eq. 23); with
-    ``last``, evenly from 1 to it, and the last step goes from there to 0 (SiT's sampler: 0.04). The
-    others pick indices of the discrete chain (Lin et al. 2023, table 2); linspace is how the code of
-    DiT respaces its chain.
+    Linear ones are evenly spaced (with ``last``, to it, and then to 0: SiT's sampler, 0.04), then
+    shifted towards noise (Esser et al. 2024, eq. 23). The others pick indices of the discrete chain
+    (Lin et al. 2023, table 2); linspace is how the code of DiT respaces its chain.
     """
     if spacing == "linear":
         levels = np.linspace(1.0, 0.0, steps + 1)

@@ -18,9 +18,9 @@ from dit_jax.model.dit import TextToVideo as TextToVideo
 from dit_jax.model.dit import TimeEmbedding as TimeEmbedding
 from dit_jax.model.dit import denoise_and_keep as denoise_and_keep
 from dit_jax.model.dit import first_modulation as first_modulation
+from dit_jax.model.dit import forward_flops as forward_flops
 from dit_jax.model.dit import no_attention as no_attention
 from dit_jax.model.dit import published as published
-from dit_jax.model.flops import forward_flops as forward_flops
 from dit_jax.model.layers import as_computed as as_computed
 from dit_jax.model.layers import dense as dense
 from dit_jax.model.patches import PatchConfig as PatchConfig

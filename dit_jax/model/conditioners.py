@@ -14,6 +14,7 @@ classifier-free guidance: its conditioners leave the field out, or put a learned
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
@@ -26,10 +27,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
 from dit_jax.model.layers import dense
-from dit_jax.types import DenoiserInputs, Runtime, Sample
+from dit_jax.types import DenoiserInputs, PositiveInt, Runtime, Sample
 
 if TYPE_CHECKING:
     from dit_jax.model.dit import ModelConfig
+
+
+BySegment = Shaped[Array, "b n *rest"]
+Ids = Int[Array, "b l"]
 
 
 class Field(NamedTuple):
@@ -57,21 +62,21 @@ class Conditioning(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditioner:
+class Conditioner(abc.ABC):
     """The config of a conditioner. Subclass it: ``field`` and ``build`` are all that most need.
 
     ``name`` is always the field's name, the conditioner's key in ``ModelConfig.conditioners``.
     """
 
+    @abc.abstractmethod
     def field(self, model: ModelConfig) -> Field:
         """What it reads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def build(self, name: str, model: ModelConfig, runtime: Runtime) -> nn.Module:
         """The module: a function of ``DenoiserInputs`` that returns a ``Conditioning``."""
-        raise NotImplementedError
 
-    def check(self, name: str, value: np.ndarray) -> None:
+    def check(self, name: str, value: np.ndarray) -> None:  # noqa: B027
         """Raises ``ValueError`` for the value of a sample or a request that the model does not know."""
 
     def derive(self, name: str, sample: Sample) -> Sample:
@@ -82,42 +87,40 @@ class Conditioner:
         self,
         name: str,
         keys: Shaped[Array, "b n"],
-        segment_ids: Int[Array, "b l"],
-        token_ids: Int[Array, "b l"],
+        segment_ids: Ids,
+        token_ids: Ids,
         fields: Fields,
         train: bool,
     ) -> Fields:
         """The fields as the model reads them, once before every step of training or before the first
-        step of sampling: the place for noise on the condition.
-
-        Args:
-            keys: of each segment's sample or seed; fold in a number of your own.
-        """
+        step of sampling: the place for noise on the condition. ``keys`` are of each segment's sample or
+        seed; fold in a number of your own."""
         return fields
 
 
-def per_token(
-    inputs: DenoiserInputs, values: Shaped[Array, "b n *rest"]
-) -> Shaped[Array, "b l *rest"]:
+def per_token(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b l *rest"]:
     """The values of segments, for each of their tokens; anything at padding."""
     return jax.vmap(lambda row, ids: row[ids])(values, jnp.maximum(inputs.segment_ids - 1, 0))
 
 
-def per_group(
-    inputs: DenoiserInputs, values: Shaped[Array, "b n *rest"]
-) -> Shaped[Array, "b k *rest"]:
-    """The values of segments, for each of their modulation groups; anything for empty groups."""
+def group_segments(inputs: DenoiserInputs) -> Int[Array, "b k"]:
+    """The segment of each modulation group; 0 for a group without tokens."""
     groups = jnp.arange(inputs.group_t.shape[1])
     member = inputs.group_ids[:, None, :] == groups[None, :, None]  # [b, k, l]
-    segment = jnp.where(member, inputs.segment_ids[:, None, :], 0).max(-1)
-    return jax.vmap(lambda row, ids: row[ids])(values, jnp.maximum(segment - 1, 0))
+    return jnp.where(member, inputs.segment_ids[:, None, :], 0).max(-1)
+
+
+def per_group(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b k *rest"]:
+    """The values of segments, for each of their modulation groups; anything for empty groups."""
+    segments = jnp.maximum(group_segments(inputs) - 1, 0)
+    return jax.vmap(lambda row, ids: row[ids])(values, segments)
 
 
 def prepare_fields(
     conditioners: Mapping[str, Conditioner],
     keys: Shaped[Array, "b n"],
-    segment_ids: Int[Array, "b l"],
-    token_ids: Int[Array, "b l"],
+    segment_ids: Ids,
+    token_ids: Ids,
     fields: Fields,
     train: bool,
 ) -> Fields:
@@ -157,9 +160,6 @@ def check_fields(
 # Class labels
 # ---------------------------------------------------------------------------------------------------
 
-EMBEDDING_STD = 0.02
-"""Of fresh class embeddings, as DiT's."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels(Conditioner):
@@ -169,11 +169,7 @@ class ClassLabels(Conditioner):
     2022, section 3.2). With no text and one frame this is DiT as published.
     """
 
-    classes: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.classes < 1:
-            raise ValueError(f"classes is {self.classes}: a model of classes has at least 1.")
+    classes: PositiveInt = 1000
 
     def field(self, model: ModelConfig) -> Field:
         return Field("segment", (), np.int32)
@@ -199,9 +195,8 @@ class ClassEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: DenoiserInputs) -> Conditioning:
-        init = nn.with_logical_partitioning(
-            nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed_out")
-        )
+        normal = nn.initializers.normal(0.02)  # As DiT's.
+        init = nn.with_logical_partitioning(normal, ("vocab", "embed_out"))
         # Flax types the boxed initial value; `param` returns it unboxed.
         table: Any = self.param("embedding", init, (self.classes + 1, self.width))
         labels = jnp.where(inputs.dropped > 0, self.classes, inputs.segment_fields[self.field])

@@ -3,9 +3,9 @@
 One block of the transformer, with shift, scale and gate of the token's modulation group (adaLN-Zero,
 Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2)::
 
-    x = x + gate1 attention((1 + scale1) norm(x) + shift1)     within segments
-    x = x + cross_attention(norm(x), text)                     to the segment's own text
-    x = x + gate2 mlp((1 + scale2) norm(x) + shift2)
+    x = x + gate1 attention((1 + scale1) norm(x) + shift1)     within segments             (1)
+    x = x + cross_attention(norm(x), text)                     to the segment's own text   (2)
+    x = x + gate2 mlp((1 + scale2) norm(x) + shift2)                                       (3)
 
 Every branch ends in a zero at initialisation, so a fresh block is the identity. Tokens of any number of
 clips and images lie side by side in a row; noise levels, and the modulation made of them, come by
@@ -20,6 +20,7 @@ With class labels and no text, no cross-attention and one frame this is DiT as p
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -29,40 +30,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from dit_jax.model.conditioners import Conditioner, Conditioning
-from dit_jax.model.layers import (
-    MLP,
-    XAVIER,
-    ZERO,
-    Dtype,
-    Modulation,
-    RMSNorm,
-    SelfAttention,
-    dense,
-    gather_parts,
-    layer_norm,
+from dit_jax.model.conditioners import Conditioner, Conditioning, group_segments
+from dit_jax.model.layers import MLP, ZERO, Attention, Modulation, dense, gather_parts, layer_norm
+from dit_jax.model.patches import ABSOLUTE, PatchConfig, rotary_angles
+from dit_jax.model.text import ByteEncoderConfig, NoTextConfig, TextConfig
+from dit_jax.types import (
+    ATTENTION,
+    QKV,
+    RESIDUAL,
+    DenoiserInputs,
+    Params,
+    PositiveFloat,
+    PositiveInt,
+    Runtime,
+    require,
 )
-from dit_jax.model.patches import (
-    PatchConfig,
-    axis_dims,
-    grid_features,
-    grid_time_features,
-    rotary_angles,
-    sincos_features,
-)
-from dit_jax.model.text import (
-    BEGIN,
-    ByteEncoder,
-    ByteEncoderConfig,
-    NoTextConfig,
-    StatesProjection,
-    TextStatesConfig,
-    byte_tokens,
-    with_beginning,
-)
-from dit_jax.types import ATTENTION, QKV, RESIDUAL, DenoiserInputs, Params, Runtime
+
+Tokens = Float[Array, "b l d"]
+Output = Float[Array, "b l o"]
 
 policies = jax.checkpoint_policies
 REMAT_POLICIES = {
@@ -81,7 +68,6 @@ REMAT_POLICIES = {
 }
 """What a block keeps for its backward pass (``DiTConfig.remat`` says it in words)."""
 
-ABSOLUTE = {"thw": sincos_features, "wh": grid_features, "wht": grid_time_features}
 TIME_FREQUENCIES = 256
 """Sinusoids that a noise level is embedded in, as in DiT."""
 
@@ -90,11 +76,11 @@ TIME_FREQUENCIES = 256
 class DiTConfig:
     """Size and execution of the transformer. Presets are in ``PRESETS``."""
 
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_dim: int | None = None
-    """Hidden width of the MLP; four times the width if not given."""
+    width: PositiveInt = 384
+    depth: PositiveInt = 12
+    heads: PositiveInt = 6
+    mlp_dim: PositiveInt | None = None
+    """Hidden width of the MLP; unset: four times the width."""
     rope_theta: float = 1e4
     """Ratio of rotary wavelengths (see ``model.patches``)."""
     rotary: bool = True
@@ -107,27 +93,27 @@ class DiTConfig:
     model learns where things are much sooner; sizes never trained on are then a little harder."""
     time_scale: float = 1000.0
     time_offset: float = 0.0
-    """The network is told ``time_scale * t + time_offset`` of a noise level t in [0, 1]. 1000 and -1
-    count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's clock."""
-    time_divisor: int = TIME_FREQUENCIES // 2
+    """The network reads ``time_scale * t + time_offset`` for a noise level t in [0, 1]. 1000 and -1
+    count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's convention."""
+    time_divisor: PositiveInt = TIME_FREQUENCIES // 2
     """The i-th sinusoid's rate is 10,000 to the power of ``-i / time_divisor``: 128 in DiT and SiT; 127
     is what Diffusers' class computes from the same weights."""
-    time_std: float | None = None
+    time_std: PositiveFloat | None = None
     """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
     cross_attention: bool = True
     """Attend to the text in every block; without it only ``pooled_text`` reads the text."""
     pooled_text: bool = False
-    """Also condition the modulation on the mean of the text states, and not by attention alone."""
+    """Also condition the modulation on the mean of the text states."""
     modulation: Literal["layer", "shared"] = "layer"
     """Whether every layer makes its modulation from the condition by a matrix of its own
     (adaLN-Zero), or one matrix serves all and a layer adds a table (PixArt-alpha's adaLN-single: a
     quarter to a third fewer parameters)."""
-    window: int | None = None
-    """Tokens on either side, in the row's order, that the windowed layers attend to: n tokens are
-    n / (h w) latent frames of h w patches. Unset, every layer attends to the whole segment."""
-    global_every: int = 2
-    """With a window: every n-th layer attends to the whole segment, the others within the window (the
-    alternating pattern of Child et al. 2019, "Sparse Transformers", as in GPT-3)."""
+    window: PositiveInt | None = None
+    """Local attention window: tokens on either side, in the row's order, that local layers attend to (n
+    tokens are n / (h w) latent frames of h w patches). Unset: every layer attends to the segment."""
+    global_every: PositiveInt = 2
+    """With a window, every n-th layer attends to the whole segment (Child et al. 2019, "Sparse
+    Transformers", as in GPT-3)."""
     scan: bool | None = None
     """Compile one block and loop over the layers (quick to compile), or unroll them (quick to run
     on a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs."""
@@ -135,47 +121,26 @@ class DiTConfig:
     """What the backward pass has from the forward pass, and does not compute again. none: all that it
     needs. dots: the results of linear layers and of attention. projections: attention's results and the
     product its inputs are made from. attention: its results. full: only what enters the block. offload:
-    attention's results on the device, that product and the block's input in the host's memory (TPUs and
-    GPUs)."""
+    attention's results on the device, that product and the block's input in the host's memory."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"dit.{name} is {getattr(self, name)}: it must be at least 1. Take a preset "
-                    "(dit_jax.model.PRESETS) if unsure."
-                )
-        if self.width % self.heads:
-            raise ValueError(
-                f"dit.width {self.width} does not divide into {self.heads} heads; "
-                f"make it a multiple, such as {self.width // self.heads * self.heads or self.heads}."
-            )
-        if self.rotary:
-            axis_dims(self.width // self.heads)
-        if self.window is not None and (
-            self.window < 1 or self.global_every < 1 or self.depth % self.global_every
-        ):
-            raise ValueError(
-                f"dit.window {self.window} and global_every {self.global_every} are at least 1, and "
-                f"global_every divides the depth, {self.depth}."
-            )
-        if self.absolute_positions in ("wh", "wht") and self.width % 4:
-            raise ValueError(
-                f"dit.width {self.width} is not a multiple of 4, as sines and cosines of columns and "
-                f"rows (absolute_positions {self.absolute_positions!r}) need: change the width, or "
-                "take 'thw'."
-            )
-        if self.time_divisor < 1:
-            raise ValueError(f"dit.time_divisor is {self.time_divisor}: it is at least 1 (128).")
-        if self.time_scale == 0 or not (self.time_std is None or self.time_std > 0):
-            raise ValueError(
-                f"dit.time_scale {self.time_scale} must not be 0, nor time_std {self.time_std} below "
-                "or equal to 0 (1000 and unset are usual)."
-            )
-        if self.mlp_dim is not None and self.mlp_dim < 1:
-            raise ValueError(
-                f"dit.mlp_dim is {self.mlp_dim}: it must be at least 1, or unset for 4 x width."
-            )
+        heads, every = max(self.heads, 1), max(self.global_every, 1)
+        fit = max(self.width // heads, 1) * heads
+        dim, grid = self.width // heads, self.absolute_positions in ("wh", "wht")
+        turned = not self.rotary or (dim % 2 == 0 and dim >= 6)
+        require(
+            "dit.",
+            self,
+            ("width", self.width % heads == 0, f"a multiple of heads {heads}, as {fit}"),
+            ("width", turned, "so wide that each head has an even number of dimensions, 6 or more"),
+            ("width", not grid or self.width % 4 == 0, "a multiple of 4 for positions of rows"),
+            (
+                "depth",
+                not self.window or self.depth % every == 0,
+                f"a multiple of global_every {every}",
+            ),
+            ("time_scale", self.time_scale != 0, "1000 (DiT), -1 (SiT) or another but 0"),
+        )
 
     @property
     def hidden(self) -> int:
@@ -195,18 +160,12 @@ PRESETS = {
 def published(preset: str) -> DiTConfig:
     """A preset as in Peebles & Xie 2022: fixed positions, no QK-norm, no text.
 
-    To be used with ``NoTextConfig``, the conditioner ``ClassLabels`` and patches of one frame;
-    ``ModelConfig.learned_variance`` is theirs too.
+    To be used with ``NoTextConfig``, the conditioner ``ClassLabels``, patches of one frame and
+    ``ModelConfig.learned_variance``.
     """
-    return dataclasses.replace(
-        PRESETS[preset],
-        rotary=False,
-        qk_norm=False,
-        absolute_positions="wh",
-        cross_attention=False,
-        time_offset=-1.0,
-        time_std=0.02,
-    )
+    plain: Any = {"rotary": False, "qk_norm": False, "cross_attention": False}
+    changes: Any = {"absolute_positions": "wh", "time_offset": -1.0, "time_std": 0.02}
+    return dataclasses.replace(PRESETS[preset], **plain, **changes)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -215,10 +174,7 @@ def published(preset: str) -> DiTConfig:
 
 
 def time_features(
-    t: Float[Array, "b k"],
-    scale: float = 1000.0,
-    offset: float = 0.0,
-    divisor: int = TIME_FREQUENCIES // 2,
+    t: Float[Array, "b k"], scale: float = 1e3, offset: float = 0.0, divisor: int = 128
 ) -> Float[Array, "b k f"]:
     """Sinusoids of noise levels in [0, 1], counted in thousandths as DDPM's steps are."""
     half = TIME_FREQUENCIES // 2
@@ -237,7 +193,7 @@ class TimeEmbedding(nn.Module):
     def __call__(self, t: Float[Array, "b k"]) -> Float[Array, "b k d"]:
         config, constrain = self.config, self.runtime.constrain
         features = time_features(t, config.time_scale, config.time_offset, config.time_divisor)
-        init = XAVIER if config.time_std is None else nn.initializers.normal(config.time_std)
+        init = nn.initializers.normal(config.time_std) if config.time_std else None
         linear = partial(dense, config.width, dtype=jnp.float32, init=init, precision="highest")
         hidden = linear(("time", "embed"), name="up")(features)
         hidden = constrain(nn.silu(hidden), "batch", None, "width")
@@ -246,49 +202,12 @@ class TimeEmbedding(nn.Module):
 
 
 def pool_text(
-    text: Float[Array, "b s e"],
-    text_segment_ids: Int[Array, "b s"],
-    segment_ids: Int[Array, "b l"],
-    group_ids: Int[Array, "b l"],
-    groups: int,
+    text: Float[Array, "b s e"], text_segment_ids: Int[Array, "b s"], segments: Int[Array, "b k"]
 ) -> Float[Array, "b k e"]:
-    """The mean text state, float32, of the segment that each of ``groups`` groups belongs to."""
-    member = group_ids[:, None, :] == jnp.arange(groups)[None, :, None]
-    segment = jnp.where(member, segment_ids[:, None, :], 0).max(-1)
-    mine = (segment[:, :, None] == text_segment_ids[:, None, :]).astype(jnp.float32)
+    """The mean text state, float32, of each modulation group's segment."""
+    mine = (segments[:, :, None] == text_segment_ids[:, None, :]).astype(jnp.float32)  # [b, k, s]
     weights = mine / jnp.maximum(mine.sum(-1, keepdims=True), 1.0)
     return jnp.einsum("bks,bse->bke", weights, text.astype(jnp.float32), precision="highest")
-
-
-class CrossAttention(nn.Module):
-    """Attention of tokens to the text of their own segment; its output is zero at init."""
-
-    heads: int
-    runtime: Runtime
-    qk_norm: bool = True
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        text: Float[Array, "b s e"],
-        segment_ids: Int[Array, "b l"],
-        text_segment_ids: Int[Array, "b s"],
-    ) -> Float[Array, "b l d"]:
-        run, (b, l, width) = self.runtime, x.shape
-        d = width // self.heads
-        linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
-        q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, d)
-        kv = linear(2 * width, ("embed", "heads"), name="kv")(text)
-        kv = kv.reshape(b, text.shape[1], self.heads, 2, d)
-        k, v = kv[..., 0, :], kv[..., 1, :]
-        if self.qk_norm:
-            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
-        q = run.constrain(q, "batch", "tokens", "heads", None)
-        k, v = (run.constrain(y, "batch", "text_tokens", "heads", None) for y in (k, v))
-        out = run.attention(q, k, v, segment_ids, text_segment_ids)
-        out = run.constrain(out, "batch", "tokens", "heads", None).reshape(b, l, width)
-        return linear(width, ("heads", "embed"), name="out", init=ZERO)(out)
 
 
 class DiTBlock(nn.Module):
@@ -301,25 +220,21 @@ class DiTBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b l d"],
+        x: Tokens,
         condition: Float[Array, "b k x"],
         group_ids: Int[Array, "b l"],
         segment_ids: Int[Array, "b l"],
         rotary: tuple[jax.Array, jax.Array] | None,
         text: Float[Array, "b s e"] | None,
         text_segment_ids: Int[Array, "b s"] | None,
-    ) -> tuple[Float[Array, "b l d"], None]:
+    ) -> tuple[Tokens, None]:
         config, run, width = self.config, self.runtime, x.shape[-1]
-        attend: dict[str, Any] = {
-            "heads": config.heads,
-            "runtime": run,
-            "qk_norm": config.qk_norm,
-        }
 
         def whole(y: jax.Array) -> jax.Array:
             # Unconstrained, the compiler splits widths over `tensor` and gathers them at every product.
             return run.constrain(y, "batch", "tokens", "width")
 
+        attention = partial(Attention, config.heads, run, qk_norm=config.qk_norm)
         x = checkpoint_name(x, RESIDUAL)
         if config.modulation == "layer":
             groups = Modulation(width, branches=2, name="modulation")(condition)  # [b, k, 6 d]
@@ -331,16 +246,16 @@ class DiTBlock(nn.Module):
         groups = run.constrain(groups, "batch", None, None)
         shift1, scale1, gate1, shift2, scale2, gate2 = gather_parts(groups, group_ids, 6)
 
-        h = whole((layer_norm(x) * (1 + scale1) + shift1).astype(run.dtype))
-        attention = SelfAttention(window=self.window, name="self_attention", **attend)
-        branch = whole(attention(h, segment_ids, rotary))
+        # The residual stream has the dtype of activations; norms, shifts and gates are float32.
+        h = whole((layer_norm(x) * (1 + scale1) + shift1).astype(run.dtype))  # (1)
+        branch = whole(attention(self.window, name="self_attention")(h, segment_ids, rotary))
         x = x + (gate1 * branch.astype(jnp.float32)).astype(x.dtype)
         if config.cross_attention:
             assert text is not None and text_segment_ids is not None
-            h = whole(layer_norm(x).astype(run.dtype))
-            cross = CrossAttention(name="cross_attention", **attend)
-            x = x + whole(cross(h, text, segment_ids, text_segment_ids)).astype(x.dtype)
-        h = whole((layer_norm(x) * (1 + scale2) + shift2).astype(run.dtype))
+            h = whole(layer_norm(x).astype(run.dtype))  # (2)
+            cross = attention(name="cross_attention")
+            x = x + whole(cross(h, segment_ids, None, (text, text_segment_ids))).astype(x.dtype)
+        h = whole((layer_norm(x) * (1 + scale2) + shift2).astype(run.dtype))  # (3)
         branch = whole(MLP(config.hidden, run, name="mlp")(h))
         x = x + (gate2 * branch.astype(jnp.float32)).astype(x.dtype)
         return whole(x), None
@@ -354,9 +269,7 @@ class LayerGroup(nn.Module):
     runtime: Runtime
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b l d"], *others: Any
-    ) -> tuple[Float[Array, "b l d"], None]:
+    def __call__(self, x: Tokens, *others: Any) -> tuple[Tokens, None]:
         for i in range(self.config.global_every):
             window = self.config.window if i < self.config.global_every - 1 else None
             x, _ = self.block(self.config, self.runtime, window, name=f"layer_{i}")(x, *others)
@@ -366,22 +279,6 @@ class LayerGroup(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # The transformer
 # ---------------------------------------------------------------------------------------------------
-
-
-def with_text(
-    text: Float[Array, "b s e"] | None,
-    text_segment_ids: Int[Array, "b s"] | None,
-    added: Sequence[Conditioning],
-) -> tuple[Float[Array, "b t e"] | None, Int[Array, "b t"] | None]:
-    """Text states and their segments, with those of conditioners behind them."""
-    more = [one.text for one in added if one.text is not None]
-    if not more:
-        return text, text_segment_ids
-    if text is not None and text_segment_ids is not None:
-        more = [(text, text_segment_ids), *more]
-    states, ids = zip(*more, strict=True)
-    return jnp.concatenate(states, 1), jnp.concatenate(ids, 1)
-
 
 RESIDUALS = "residuals"
 """The collection of what all blocks together added to their input, for steps that run none (feature
@@ -400,58 +297,60 @@ class DiT(nn.Module):
         self,
         inputs: DenoiserInputs,
         added: Sequence[Conditioning] = (),
-        residual: Float[Array, "b l d"] | None = None,
-    ) -> Float[Array, "b l o"]:
-        """Returns float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
+        residual: Tokens | None = None,
+    ) -> Output:
+        """Float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
 
         ``inputs.text`` are text states, or None if the config uses none; ``added`` is what conditioners
         add. A ``residual`` is added in place of running the blocks.
         """
         config, run, positions = self.config, self.runtime, inputs.positions
-        segment_ids, group_ids = inputs.segment_ids, inputs.group_ids
+        width, theta, group_ids = config.width, config.rope_theta, inputs.group_ids
         text, text_segment_ids = inputs.text, inputs.text_segment_ids
         linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
 
-        # Tokens, and the fixed features of their place.
-        embed = linear(config.width, ("patch", "embed"), name="patch_embedding")
+        # Tokens [b, l, d], and the fixed features of their place.
+        embed = linear(width, ("patch", "embed"), name="patch_embedding")
         x = embed(inputs.tokens.astype(run.dtype))
         for one in added:
             x = x if one.tokens is None else x + one.tokens.astype(run.dtype)
         if config.absolute_positions != "none":
-            features = ABSOLUTE[config.absolute_positions]
-            x = x + features(positions, config.width, config.rope_theta).astype(run.dtype)
+            features = ABSOLUTE[config.absolute_positions](positions, width, theta)
+            x = x + features.astype(run.dtype)
         x = run.constrain(x, "batch", "tokens", "width")
 
         # The condition [b, k, d] of every modulation group, float32.
         condition = TimeEmbedding(config, run, name="time")(inputs.group_t)
         for one in added:
             condition = condition if one.modulation is None else condition + one.modulation
-        rotary = None
-        if config.rotary:
-            rotary = rotary_angles(positions, config.width // config.heads, config.rope_theta)
+        rotary = rotary_angles(positions, width // config.heads, theta) if config.rotary else None
         if config.pooled_text:
             assert text is not None and text_segment_ids is not None
-            groups = inputs.group_t.shape[1]
-            pooled = pool_text(text, text_segment_ids, segment_ids, group_ids, groups)
             exact = partial(dense, dtype=jnp.float32, precision="highest")
-            condition += exact(config.width, ("embed", "embed_out"), name="pooled")(pooled)
-        text, text_segment_ids = with_text(text, text_segment_ids, added)
-        if text is not None:
-            text = text.astype(run.dtype)
+            pooled = pool_text(text, text_segment_ids, group_segments(inputs))
+            condition += exact(width, ("embed", "embed_out"), name="pooled")(pooled)
         of_layers = condition = run.constrain(condition, "batch", None, "width")
         if config.modulation == "shared":
-            of_layers = Modulation(config.width, 2, name="modulation")(condition)
+            of_layers = Modulation(width, 2, name="modulation")(condition)
             of_layers = run.constrain(of_layers, "batch", None, None)
 
+        # Text states [b, s, e], those of conditioners behind the caption's.
+        texts = [] if text is None or text_segment_ids is None else [(text, text_segment_ids)]
+        texts += [one.text for one in added if one.text is not None]
+        if texts:
+            states, ids = zip(*texts, strict=True)
+            text, text_segment_ids = jnp.concatenate(states, 1), jnp.concatenate(ids, 1)
+            text = text.astype(run.dtype)
+
         if residual is None:
-            others = (of_layers, group_ids, segment_ids, rotary, text, text_segment_ids)
+            others = (of_layers, group_ids, inputs.segment_ids, rotary, text, text_segment_ids)
             start, (x, _) = x, self.blocks()(x, *others)
             if self.is_mutable_collection(RESIDUALS) and not self.is_initializing():
                 self.put_variable(RESIDUALS, "blocks", x - start)
         else:
             x = x + residual
 
-        groups = Modulation(config.width, 1, gated=False, name="final_modulation")(condition)
+        groups = Modulation(width, 1, gated=False, name="final_modulation")(condition)
         groups = run.constrain(groups, "batch", None, None)
         shift, scale = gather_parts(groups, group_ids, 2)
         x = (layer_norm(x) * (1 + scale) + shift).astype(run.dtype)
@@ -466,14 +365,11 @@ class DiT(nn.Module):
         block: Any = DiTBlock
         if config.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        unit, count = partial(block, config, run), config.depth
+        unit, arguments, count = block, (config, run), config.depth
         if config.window is not None:
-            unit, count = (
-                partial(LayerGroup, block, config, run),
-                config.depth // config.global_every,
-            )
+            unit, arguments, count = LayerGroup, (block, config, run), count // config.global_every
         scanned: Any = nn.scan(
-            unit.func,
+            unit,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
@@ -481,7 +377,7 @@ class DiT(nn.Module):
             unroll=1 if scan else count,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(*unit.args, name="blocks")
+        return scanned(*arguments, name="blocks")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -495,7 +391,7 @@ class ModelConfig:
 
     dit: DiTConfig = DiTConfig()
     patch: PatchConfig = PatchConfig()
-    text: ByteEncoderConfig | TextStatesConfig | NoTextConfig = ByteEncoderConfig()
+    text: TextConfig = ByteEncoderConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
     matmul: Literal["full", "int8", "fp8"] = "full"
@@ -509,11 +405,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         reads = self.dit.pooled_text or self.dit.cross_attention
-        if isinstance(self.text, NoTextConfig) and reads:
-            raise ValueError(
-                "model.text is NoTextConfig, and dit.pooled_text or dit.cross_attention is set: there "
-                "is nothing to read. Unset both."
-            )
+        rule = "of a kind, or unset dit.pooled_text and cross_attention, which have nothing to read"
+        require("model.", self, ("text", not (reads and isinstance(self.text, NoTextConfig)), rule))
 
     @property
     def output_dim(self) -> int:
@@ -523,7 +416,7 @@ class ModelConfig:
     @property
     def text_width(self) -> int:
         """Numbers of a text state as the transformer sees it."""
-        return self.text.width if isinstance(self.text, ByteEncoderConfig) else self.dit.width
+        return self.text.state_width(self.dit.width)
 
     def on(self, platform: str) -> ModelConfig:
         """The same with what is left to the platform (cpu, gpu, tpu) decided for this one."""
@@ -531,27 +424,8 @@ class ModelConfig:
         dtype: Any = jnp.dtype(self.compute_dtype(platform)).name
         return dataclasses.replace(self, dtype=dtype, dit=dataclasses.replace(self.dit, scan=scan))
 
-    def text_tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
-        """What the model reads: int32 bytes ``[s]`` of the caption, or its states float32 ``[s, e]``.
-        An empty caption is one that was dropped, whatever its states."""
-        if isinstance(self.text, ByteEncoderConfig):
-            return byte_tokens(caption, self.text.max_bytes)
-        if isinstance(self.text, NoTextConfig):
-            return np.array([BEGIN], np.int32)
-        if states is not None and not caption:
-            states = np.zeros((0, self.text.dim), np.float32)
-        if states is None or states.ndim != 2 or states.shape[1] != self.text.dim:
-            found = "none" if states is None else f"an array of shape {states.shape}"
-            raise ValueError(
-                f"the model reads captions as states [s, {self.text.dim}] of the text encoder "
-                f"{self.text.encoder!r}, and {found} came with {caption[:60]!r}: give records that "
-                "have them (data.source.text_states_key), the encoder itself (text_encoder.path), or a "
-                "model with a byte encoder (model.text)."
-            )
-        return with_beginning(states, self.text.max_tokens)
-
-    def compute_dtype(self, backend: str | None = None) -> Dtype:
-        """The dtype of activations on ``backend`` (this process's, if not given)."""
+    def compute_dtype(self, backend: str | None = None) -> Any:
+        """The dtype of activations on ``backend`` (unset: this process's)."""
         if self.dtype == "auto":
             cpu = (backend or jax.default_backend()) == "cpu"
             return jnp.float32 if cpu else jnp.bfloat16
@@ -567,54 +441,42 @@ class TextToVideo(nn.Module):
     def setup(self) -> None:
         config = self.config
         run = dataclasses.replace(self.runtime, dtype=config.compute_dtype())
-        if isinstance(config.text, ByteEncoderConfig):
-            self.text = ByteEncoder(config.text, run)
-        elif isinstance(config.text, TextStatesConfig):
-            self.text = StatesProjection(config.dit.width, run)
+        self.text: Any = config.text.build(config.dit.width, run)
         self.conditioners = {
             name: one.build(name, config, run) for name, one in config.conditioners.items()
         }
         self.dit = DiT(config.dit, config.output_dim, run)
 
     def encode_text(
-        self,
-        text: Int[Array, "b s"] | Float[Array, "b s x"],
-        text_segment_ids: Int[Array, "b s"] | None,
+        self, text: Shaped[Array, "b s *x"], text_segment_ids: Int[Array, "b s"] | None
     ) -> Float[Array, "b s e"] | Int[Array, "b s"]:
         """Text states, needed once for all steps of a solver; without text, the tokens as they are."""
-        if isinstance(self.config.text, NoTextConfig):
-            return text
-        encoder: Any = self.text
-        if isinstance(self.config.text, TextStatesConfig):
-            return encoder(text)
-        return encoder(text, text_segment_ids)
+        return text if self.text is None else self.text(text, text_segment_ids)
 
-    def denoise(
-        self, inputs: DenoiserInputs, residual: Float[Array, "b l d"] | None = None
-    ) -> Float[Array, "b l o"]:
-        """Conditioners and the transformer, on encoded text. See ``DiT`` for ``residual``."""
-        if isinstance(self.config.text, NoTextConfig):
-            inputs = inputs.replace(text=None)  # pyright: ignore[reportAttributeAccessIssue]
+    def denoise(self, inputs: DenoiserInputs, residual: Tokens | None = None) -> Output:
+        """The same of text that ``encode_text`` has encoded. See ``DiT`` for ``residual``."""
+        return self(inputs, residual, encoded=True)
+
+    def __call__(
+        self, inputs: DenoiserInputs, residual: Tokens | None = None, encoded: bool = False
+    ) -> Output:
+        text = inputs.text if encoded else self.encode_text(inputs.text, inputs.text_segment_ids)
+        inputs = dataclasses.replace(inputs, text=None if self.text is None else text)
         added = [conditioner(inputs) for conditioner in self.conditioners.values()]
         return self.dit(inputs, added, residual)
 
-    def __call__(self, inputs: DenoiserInputs) -> Float[Array, "b l o"]:
-        text = self.encode_text(inputs.text, inputs.text_segment_ids)
-        return self.denoise(inputs.replace(text=text))  # pyright: ignore[reportAttributeAccessIssue]
-
 
 def no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """Stands in for attention, which has no parameters, where only parameters matter."""
+    """Stands in for attention, which has no parameters, if only parameters matter."""
     return q
 
 
 def denoise_and_keep(
     model: TextToVideo, params: Params, inputs: DenoiserInputs
-) -> tuple[Float[Array, "b l o"], Float[Array, "b l d"]]:
+) -> tuple[Output, Tokens]:
     """``TextToVideo.denoise``, and what the blocks added, in the dtype of activations."""
     out: Any = model.apply(params, inputs, method="denoise", mutable=[RESIDUALS])
-    output, collections = out
-    return output, collections[RESIDUALS]["dit"]["blocks"]
+    return out[0], out[1][RESIDUALS]["dit"]["blocks"]
 
 
 def first_modulation(
@@ -625,17 +487,51 @@ def first_modulation(
 
     ``params`` are those of ``DiT``, without boxes.
     """
-    condition: Any = TimeEmbedding(config, Runtime(no_attention)).apply(
-        {"params": params["time"]}, t[None]
-    )
-    blocks = params["blocks"]
-    first = blocks["layer_0"] if config.window is not None else blocks
-    modulation = Modulation(config.width, 2)
+    time: Any = TimeEmbedding(config, Runtime(no_attention))
+    condition = time.apply({"params": params["time"]}, t[None])
+    first = params["blocks"]["layer_0"] if config.window is not None else params["blocks"]
+    modulation: Any = Modulation(config.width, 2)
     if config.modulation == "shared":
-        made: Any = modulation.apply({"params": params["modulation"]}, condition)
-        made = made + first["modulation_table"][0]
+        out = modulation.apply({"params": params["modulation"]}, condition)
+        out = out + first["modulation_table"][0]
     else:
         own = jax.tree.map(lambda leaf: leaf[0], first["modulation"])
-        made = modulation.apply({"params": own}, condition)
-    shift, scale, *_ = jnp.split(made[0], 6, -1)
+        out = modulation.apply({"params": own}, condition)
+    shift, scale, *_ = jnp.split(out[0], 6, -1)
     return jnp.concatenate([shift, 1 + scale], -1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What it costs
+# ---------------------------------------------------------------------------------------------------
+
+
+def forward_flops(
+    config: ModelConfig,
+    num_tokens: Int[np.ndarray, "*b"],
+    num_text: Int[np.ndarray, "*b"],
+    encode_text: bool = True,
+) -> Float[np.ndarray, "*b"]:
+    """Flops of a forward pass over segments of so many tokens, each with so many text tokens; without
+    ``encode_text``, of the transformer alone, as a solver runs it.
+
+    A multiplication and an addition count as two. Only what the mathematics asks for is counted:
+    attention within segments (and windows), one noise level a segment, no recomputation, no padding.
+    """
+    dit, d, width = config.dit, config.dit.width, config.text_width
+    tokens, letters = num_tokens.astype(np.float64), num_text.astype(np.float64)
+    block = (8 * d * d + 4 * d * dit.hidden) * tokens + 4 * d * tokens * tokens
+    if dit.cross_attention:
+        block += 4 * d * d * tokens + 4 * width * d * letters + 4 * d * tokens * letters
+    fields = [one.field(config) for one in config.conditioners.values()]
+    beside = sum(math.prod(field.shape) for field in fields if field.of == "token")
+    total = dit.depth * block + 2 * (config.patch.dim + beside + config.output_dim) * d * tokens
+    # Once a segment: its noise level's embedding, the pooled text's, and the modulation.
+    matrices = 6 * (dit.depth if dit.modulation == "layer" else 1) + 2
+    condition = (TIME_FREQUENCIES + d) * d + dit.pooled_text * width * d + matrices * d * d
+    total += 2 * condition * (tokens > 0)
+    if dit.window is not None:  # Windowed layers see 2 r + 1 keys a token, fewer near both ends.
+        reach = np.minimum(dit.window, np.maximum(tokens - 1, 0))
+        seen = tokens * (2 * reach + 1) - reach * (reach + 1)
+        total -= (dit.depth - dit.depth // dit.global_every) * 4 * d * (tokens * tokens - seen)
+    return total + config.text.flops(letters, d) if encode_text else total

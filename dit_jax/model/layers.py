@@ -22,8 +22,10 @@ from dit_jax.types import QKV, DotGeneral, Runtime
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
+Tokens = Float[Array, "b l d"]
+Ids = Int[Array, "b l"]
+ByGroup = Float[Array, "b k d"]
 
-XAVIER = nn.initializers.xavier_uniform()
 ZERO = nn.initializers.zeros_init()
 NORM_EPS = 1e-6
 
@@ -33,33 +35,33 @@ def dense(
     axes: tuple[str, str],
     dtype: Dtype,
     name: str,
-    init: Initializer = XAVIER,
+    init: Initializer | None = None,
     dot_general: DotGeneral = jax.lax.dot_general,
     precision: Literal["highest"] | None = None,
 ) -> nn.Dense:
     """A linear layer whose kernel ``[in, out]`` carries logical axes.
 
-    On TPUs a product of float32 is one only where ``precision`` is "highest". A bias along "embed" is
-    whole on every device: gathering it in every layer costs more than its room.
+    It is Xavier's without ``init``. On TPUs a product of float32 is one only if ``precision`` is
+    "highest".
     """
-    of_bias = "embed_vector" if axes[1] == "embed" else axes[1]
+    init = init or nn.initializers.xavier_uniform()
+    # A bias along "embed" is whole on every device: to gather it in every layer costs more than room.
+    bias_axis = "embed_vector" if axes[1] == "embed" else axes[1]
     return nn.Dense(
         features,
         dtype=dtype,
         dot_general=dot_general,
         precision=precision,
         kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(ZERO, (of_bias,)),
+        bias_init=nn.with_logical_partitioning(ZERO, (bias_axis,)),
         name=name,
     )
 
 
 @jax.custom_vjp
 def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Layer norm without parameters, in float32; the result is float32.
-
-    The backward pass is written out (here and in ``gelu``) so that it keeps the input alone.
-    """
+    """Layer norm without parameters, in float32; the result is float32."""
+    # The backward pass is written out (here and in `gelu`) so that it keeps the input alone.
     return _layer_norm_forward(x)[0]
 
 
@@ -117,14 +119,12 @@ class RMSNorm(nn.Module):
 
 
 FEW_GROUPS = 4
-"""So many are chosen from by comparisons, which XLA fuses into what uses them: nothing as long as the
-row is stored."""
+"""Up to so many, groups are chosen by comparisons, which XLA fuses into what uses the values: nothing
+of the row's length is stored."""
 
 
-def gather_groups(
-    per_group: Float[Array, "b k d"], group_ids: Int[Array, "b l"]
-) -> Float[Array, "b #l d"]:
-    """What each token's conditioning group has, token by token (one for all if it is the only)."""
+def gather_groups(per_group: ByGroup, group_ids: Ids) -> Float[Array, "b #l d"]:
+    """The values of each token's modulation group; one for all tokens if there is one group."""
     if per_group.shape[1] <= FEW_GROUPS:
         out = per_group[:, :1]
         for i in range(1, per_group.shape[1]):
@@ -133,6 +133,13 @@ def gather_groups(
     # A product with a one-hot matrix: exact, and its gradient is a product too, not a scatter.
     chosen = jax.nn.one_hot(group_ids, per_group.shape[1], dtype=per_group.dtype)
     return jnp.einsum("blk,bkd->bld", chosen, per_group, precision="highest")
+
+
+def gather_parts(per_group: ByGroup, group_ids: Ids, parts: int) -> list[jax.Array]:
+    """``gather_groups`` of each of so many equal parts: ``[b, l or 1, d / parts]``."""
+    if per_group.shape[1] <= FEW_GROUPS:
+        return [gather_groups(part, group_ids) for part in jnp.split(per_group, parts, -1)]
+    return jnp.split(gather_groups(per_group, group_ids), parts, -1)
 
 
 FLOAT32_LAYERS = {"time", "pooled", "modulation", "final_modulation"}
@@ -147,15 +154,6 @@ def as_computed(path: Sequence[str], leaf: jax.Array, dtype: Dtype) -> jax.Array
     return leaf.astype(dtype) if linear else leaf
 
 
-def gather_parts(
-    per_group: Float[Array, "b k d"], group_ids: Int[Array, "b l"], parts: int
-) -> list[Float[Array, "b #l m"]]:
-    """``gather_groups`` of each of so many equal parts."""
-    if per_group.shape[1] <= FEW_GROUPS:
-        return [gather_groups(part, group_ids) for part in jnp.split(per_group, parts, -1)]
-    return jnp.split(gather_groups(per_group, group_ids), parts, -1)
-
-
 class Modulation(nn.Module):
     """Shift, scale and gate of ``branches`` residual branches for every group; zero at init.
 
@@ -168,16 +166,17 @@ class Modulation(nn.Module):
     gated: bool = True
 
     @nn.compact
-    def __call__(self, condition: Float[Array, "b k d"]) -> Float[Array, "b k m"]:
+    def __call__(self, condition: ByGroup) -> Float[Array, "b k m"]:
         each = 3 if self.gated else 2
-        layer = dense(
-            self.branches * each * self.width, ("embed", "modulation"), jnp.float32, "linear", ZERO
-        )
-        return layer(nn.silu(condition))
+        features, axes = self.branches * each * self.width, ("embed", "modulation")
+        return dense(features, axes, jnp.float32, "linear", ZERO)(nn.silu(condition))
 
 
-class SelfAttention(nn.Module):
-    """Attention of a row's tokens to those of their own segment, within ``window`` if there is one."""
+class Attention(nn.Module):
+    """Attention of tokens to those of their own segment, within ``window`` if there is one.
+
+    With ``text`` it is cross-attention: to the text of the segment, and zero at initialisation.
+    """
 
     heads: int
     runtime: Runtime
@@ -189,27 +188,42 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b l d"],
-        segment_ids: Int[Array, "b l"],
-        rotary: tuple[jax.Array, jax.Array] | None,
-    ) -> Float[Array, "b l d"]:
+        x: Tokens,
+        segment_ids: Ids,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        text: tuple[Float[Array, "b s e"], Int[Array, "b s"]] | None = None,
+    ) -> Tokens:
         run, (b, l, width) = self.runtime, x.shape
         linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
+        d, source, keys = (
+            width // self.heads,
+            self.axis,
+            None if self.axis == "tokens" else segment_ids,
+        )
         # Queries, keys and values of one head lie side by side, so that splitting the heads over
         # devices splits the kernel in whole heads. Named before the norms, whose backward pass needs
         # what enters them: kept after them alone, the product would be computed again.
-        qkv = checkpoint_name(linear(3 * width, ("embed", "heads"), name="qkv")(x), QKV)
-        qkv = qkv.reshape(b, l, self.heads, 3, width // self.heads)
-        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]  # [b, l, a, d]
+        if text is None:
+            qkv = checkpoint_name(linear(3 * width, ("embed", "heads"), name="qkv")(x), QKV)
+            qkv = qkv.reshape(b, l, self.heads, 3, d)
+            q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]  # [b, l, a, d]
+        else:
+            states, keys = text
+            source = "text_tokens"
+            q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, d)
+            kv = linear(2 * width, ("embed", "heads"), name="kv")(states)
+            kv = kv.reshape(b, states.shape[1], self.heads, 2, d)
+            k, v = kv[..., 0, :], kv[..., 1, :]  # [b, s, a, d]
         if self.qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (run.constrain(y, "batch", self.axis, "heads", None) for y in (q, k, v))
-        keys = None if self.axis == "tokens" else segment_ids
+        q = run.constrain(q, "batch", self.axis, "heads", None)
+        k, v = (run.constrain(y, "batch", source, "heads", None) for y in (k, v))
         out = run.attention(q, k, v, segment_ids, keys, window=self.window)
         out = run.constrain(out, "batch", self.axis, "heads", None).reshape(b, l, width)
-        return linear(width, ("heads", "embed"), name="out")(out)
+        init = None if text is None else ZERO
+        return linear(width, ("heads", "embed"), name="out", init=init)(out)
 
 
 class MLP(nn.Module):
@@ -220,7 +234,7 @@ class MLP(nn.Module):
     axis: str = "tokens"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def __call__(self, x: Tokens) -> Tokens:
         run = self.runtime
         linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
         hidden = linear(self.hidden, ("embed", "mlp"), name="up")(x)

@@ -23,31 +23,24 @@ import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
-from dit_jax.types import FrameGrid
+from dit_jax.types import FrameGrid, PositiveFloat, PositiveInt
+
+Places = Float[Array, "b l 3"]
+Features = Float[Array, "b l d"]
+Angles = Float[Array, "b l f"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchConfig:
-    """Patch size in latent frames, rows and columns, and the clock of the positions."""
+    """Patch size in latent frames, rows and columns, and the unit of time of the positions."""
 
-    t: int = 1
-    h: int = 2
-    w: int = 2
-    channels: int = 4
+    t: PositiveInt = 1
+    h: PositiveInt = 2
+    w: PositiveInt = 2
+    channels: PositiveInt = 4
     """Channels of a latent (3 for pixels)."""
-    reference_fps: float = 24.0
+    reference_fps: PositiveFloat = 24.0
     """The frame rate at which one latent frame is one unit of time."""
-
-    def __post_init__(self) -> None:
-        for name in ("t", "h", "w", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"patch.{name} is {getattr(self, name)}: patch sizes and channels are at least 1."
-                )
-        if not self.reference_fps > 0:
-            raise ValueError(
-                f"patch.reference_fps is {self.reference_fps}: a frame rate is above 0."
-            )
 
     @property
     def dim(self) -> int:
@@ -55,11 +48,8 @@ class PatchConfig:
         return self.t * self.h * self.w * self.channels
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Tokens along (t, h, w) of a clip of that size.
-
-        Raises:
-            ValueError: where the patch does not divide the clip, with the nearest sizes that do.
-        """
+        """Tokens along (t, h, w) of a clip of that size; raises ``ValueError``, with the nearest sizes
+        that fit, if the patch does not divide it."""
         FrameGrid(multiple=self.t).check(frames)
         for name, size, patch in (("height", height, self.h), ("width", width, self.w)):
             if size < 1 or size % patch:
@@ -87,32 +77,18 @@ def patchify(config: PatchConfig, video: np.ndarray) -> np.ndarray:
         )
     first = repeat(video[:1], "1 h w c -> pt h w c", pt=config.t)
     filled = np.concatenate([first, video[1:]]) if config.t > 1 else video
-    return rearrange(
-        filled,
-        "(t pt) (h ph) (w pw) c -> (t h w) (pt ph pw c)",
-        pt=config.t,
-        ph=config.h,
-        pw=config.w,
-    )
+    sizes = {"pt": config.t, "ph": config.h, "pw": config.w}
+    return rearrange(filled, "(t pt) (h ph) (w pw) c -> (t h w) (pt ph pw c)", **sizes)
 
 
 def unpatchify(
     config: PatchConfig, tokens: np.ndarray, frames: int, height: int, width: int
 ) -> np.ndarray:
-    """Puts tokens ``[l, p]`` together to a clip ``[t, h, w, c]``.
-
-    The first frame is the mean of the copies that fill its patch.
-    """
+    """Puts tokens ``[l, p]`` together to a clip ``[t, h, w, c]``; its first frame is the mean of the
+    copies that fill its patch."""
     t, h, _ = config.grid(frames, height, width)
-    video = rearrange(
-        tokens,
-        "(t h w) (pt ph pw c) -> (t pt) (h ph) (w pw) c",
-        t=t,
-        h=h,
-        pt=config.t,
-        ph=config.h,
-        pw=config.w,
-    )
+    sizes = {"t": t, "h": h, "pt": config.t, "ph": config.h, "pw": config.w}
+    video = rearrange(tokens, "(t h w) (pt ph pw c) -> (t pt) (h ph) (w pw) c", **sizes)
     if config.t == 1:
         return video
     return np.concatenate([video[: config.t].mean(0, keepdims=True), video[config.t :]])
@@ -121,18 +97,18 @@ def unpatchify(
 def positions(
     config: PatchConfig, frames: int, height: int, width: int, fps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates float32 ``[l, 3]`` and latent-frame index int32 ``[l]`` of a clip's tokens.
+    """Coordinates float32 ``[l, 3]`` and latent frames int32 ``[l]`` of a clip's tokens.
 
     Time is counted in latent frames at ``reference_fps``: a patch stands at the middle of the
-    frames it holds, so clips of any frame rate share one clock. Rows and columns count patches.
+    frames it holds, so that clips of any frame rate share one unit. Rows and columns count patches.
     """
     if not fps > 0:
         raise ValueError(f"fps is {fps}: a frame rate is above 0; give the clip's own.")
     t, h, w = config.grid(frames, height, width)
     index = np.arange(t, dtype=np.float32)
     middle = np.where(index == 0, 0.0, (index - 1) * config.t + 1 + (config.t - 1) / 2)
-    clock = middle / config.t * (config.reference_fps / fps)
-    axes = np.meshgrid(clock, np.arange(h), np.arange(w), indexing="ij")
+    time = middle / config.t * (config.reference_fps / fps)
+    axes = np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")
     coordinates = np.stack(axes, -1).reshape(-1, 3).astype(np.float32)
     return coordinates, np.repeat(np.arange(t, dtype=np.int32), h * w)
 
@@ -147,33 +123,24 @@ def field_tokens(
 ) -> dict[str, np.ndarray]:
     """The fields of a clip's frames and pixels, token by token: ``[l, ...]``.
 
-    A token gets the values ``[frames, ...]`` of its patch's frames, and the numbers ``[q]`` of its
-    patch in clips beside the clip.
-
-    Args:
-        stride: of the codec in time.
-        size: latent frames, rows and columns of the clip.
-        frame_fields: ``[t, ...]``, a value for every frame of pixels.
-        pixel_fields: float ``[t, h, w, c]`` on the grid of the latents.
-        loop: no frame is a first one (see ``sampling.sampler``).
+    A token gets the values ``[frames, ...]`` of its patch's frames of ``frame_fields [t, ...]`` (a
+    value for every frame of pixels), and the numbers of its patch of ``pixel_fields [t, h, w, c]``
+    (float, on the grid of the latents). ``stride`` is the codec's in time, ``size`` the latent frames,
+    rows and columns of the clip; in a ``loop`` no frame is a first one.
     """
     frames, height, width = size
-    _, h, w = config.grid(1, height, width)
-    grid, fields = FrameGrid(stride, config.t), {}
-    for name, values in frame_fields.items():
-        expected = frames * stride if loop else grid.frames(frames)
-        if len(values) != expected:
+    grid, fields, (_, h, w) = FrameGrid(stride, config.t), {}, config.grid(1, height, width)
+    of_frames = (frames * stride if loop else grid.frames(frames),)
+    for name, values in [*frame_fields.items(), *pixel_fields.items()]:
+        expected = of_frames if name in frame_fields else size
+        if np.shape(values)[: len(expected)] != expected:
             raise ValueError(
-                f"the field {name!r} has values of {len(values)} frames, and the clip {expected} "
-                "frames of pixels: give one for each."
+                f"the field {name!r} is of the shape {np.shape(values)}, and the clip asks for "
+                f"{expected} (frames of pixels; or latent frames, rows and columns): give as many."
             )
+    for name, values in frame_fields.items():
         fields[name] = np.repeat(grid.per_token(np.asarray(values), loop), h * w, 0)
     for name, values in pixel_fields.items():
-        if values.shape[:3] != size:
-            raise ValueError(
-                f"the field {name!r} is of {values.shape[:3]} latent frames, rows and columns, and the "
-                f"clip of {size}: give as many."
-            )
         patch = dataclasses.replace(config, channels=values.shape[3])
         if loop:  # A first frame is put before, and its tokens taken away again.
             values = np.concatenate([values[:1], values])
@@ -188,11 +155,7 @@ def field_tokens(
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
     """Dimensions of a head that turn with (t, h, w); even, and 44, 42, 42 for 128."""
-    if head_dim % 2 or head_dim < 6:
-        raise ValueError(
-            f"head dimension {head_dim}: rotary embedding needs an even number of at least 6, a pair "
-            "for each of t, h and w. Change width or heads."
-        )
+    assert head_dim % 2 == 0 and head_dim >= 6, head_dim  # A pair for each; DiTConfig sees to it.
     side = head_dim // 6 * 2
     return head_dim - 2 * side, side, side
 
@@ -202,8 +165,7 @@ def frequencies(head_dim: int, theta: float) -> Float[np.ndarray, "3 f"]:
 
     ``theta`` is (nearly) the ratio of the longest wavelength to the shortest, which is 2 pi units.
     """
-    rows = np.zeros((3, head_dim // 2), np.float32)
-    start = 0
+    rows, start = np.zeros((3, head_dim // 2), np.float32), 0
     for axis, dim in enumerate(axis_dims(head_dim)):
         pairs = dim // 2
         rows[axis, start : start + pairs] = theta ** (-np.arange(pairs) / pairs)
@@ -211,14 +173,9 @@ def frequencies(head_dim: int, theta: float) -> Float[np.ndarray, "3 f"]:
     return rows
 
 
-def sincos_features(
-    positions: Float[Array, "b l 3"], width: int, theta: float
-) -> Float[Array, "b l d"]:
-    """Sines and cosines of the coordinates, float32, a third of ``width`` for each of t, h and w.
-
-    The fixed embedding of Vaswani et al. 2017 (section 3.5), as DiT adds it to its patches; what
-    does not divide by six stays zero.
-    """
+def sincos_features(positions: Places, width: int, theta: float) -> Features:
+    """Sines and cosines of the coordinates, float32, a third of ``width`` for each of t, h and w: the
+    fixed embedding of Vaswani et al. 2017 (section 3.5). What does not divide by six stays zero."""
     pairs = width // 6
     rates = theta ** (-np.arange(pairs, dtype=np.float32) / pairs)
     angles = (positions[..., None] * rates).reshape(*positions.shape[:2], 3 * pairs)
@@ -226,13 +183,9 @@ def sincos_features(
     return jnp.pad(features, ((0, 0), (0, 0), (0, width - 6 * pairs)))
 
 
-def grid_features(
-    positions: Float[Array, "b l 3"], width: int, theta: float
-) -> Float[Array, "b l d"]:
-    """Sines and cosines of the column and then of the row, float32, half of ``width`` for each.
-
-    The fixed embedding of MAE (He et al. 2022, section A.1) and of DiT; time does not enter.
-    """
+def grid_features(positions: Places, width: int, theta: float) -> Features:
+    """Sines and cosines of the column and then of the row, float32, half of ``width`` for each: the
+    fixed embedding of MAE (He et al. 2022, section A.1) and of DiT. Time does not enter."""
     pairs = width // 4
     rates = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
     angles = positions[..., [2, 1], None] * rates.astype(np.float32)
@@ -240,13 +193,9 @@ def grid_features(
     return features.reshape(*positions.shape[:2], width)
 
 
-def grid_time_features(
-    positions: Float[Array, "b l 3"], width: int, theta: float
-) -> Float[Array, "b l d"]:
-    """``grid_features``, and sines and cosines of time less those of time 0, float32.
-
-    The first frame of a clip is placed as ``grid_features`` places an image.
-    """
+def grid_time_features(positions: Places, width: int, theta: float) -> Features:
+    """``grid_features``, and sines and cosines of time less those of time 0, float32: the first frame
+    of a clip is placed as ``grid_features`` places an image."""
     pairs = width // 2
     rates = theta ** (-np.arange(pairs, dtype=np.float32) / pairs)
     angles = positions[..., :1] * rates
@@ -254,9 +203,11 @@ def grid_time_features(
     return grid_features(positions, width, theta) + of_time
 
 
-def rotary_angles(
-    positions: Float[Array, "b l 3"], head_dim: int, theta: float
-) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
+ABSOLUTE = {"thw": sincos_features, "wh": grid_features, "wht": grid_time_features}
+"""Functions of ``DiTConfig.absolute_positions``."""
+
+
+def rotary_angles(positions: Places, head_dim: int, theta: float) -> tuple[Angles, Angles]:
     """Cosine and sine, float32, of every token's angles; made once for all layers."""
     angles = jnp.einsum("blx,xf->blf", positions, frequencies(head_dim, theta), precision="highest")
     # XLA would compute both again wherever they are used, in every layer for every head (for CPUs it
@@ -266,9 +217,7 @@ def rotary_angles(
     return cos, sin
 
 
-def rotate(
-    x: Float[Array, "b l a d"], cos: Float[Array, "b l f"], sin: Float[Array, "b l f"]
-) -> Float[Array, "b l a d"]:
+def rotate(x: Float[Array, "b l a d"], cos: Angles, sin: Angles) -> Float[Array, "b l a d"]:
     """Turns the pairs of queries or keys by their token's angles, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,34 +21,47 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dit_jax.model.layers import MLP, SelfAttention, dense, gelu, layer_norm
-from dit_jax.types import Runtime
+from dit_jax.model.layers import MLP, Attention, dense, gelu, layer_norm
+from dit_jax.types import NonNegativeInt, PositiveInt, Range, Runtime, require
 
 BEGIN = 1
 FIRST_BYTE = 2
 VOCABULARY = FIRST_BYTE + 256
 
 
+class BaseTextConfig:
+    """What a model asks of the config of its text; here, of a model that reads none."""
+
+    def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
+        """What the model reads of a caption: tokens int32 ``[s]``, or states float32 ``[s, e]``."""
+        return np.array([BEGIN], np.int32)
+
+    def state_width(self, width: int) -> int:
+        """Numbers of a state that a transformer of this width attends to."""
+        return width
+
+    def build(self, width: int, runtime: Runtime) -> nn.Module | None:
+        """The text encoder of a transformer of this width, if there is one."""
+        return None
+
+    def flops(self, letters: Any, width: int) -> Any:
+        """Of encoding captions of so many tokens."""
+        return 0 * letters
+
+
 @dataclasses.dataclass(frozen=True)
-class ByteEncoderConfig:
+class ByteEncoderConfig(BaseTextConfig):
     """Size of the byte encoder."""
 
-    width: int = 128
-    depth: int = 2
-    heads: int = 4
-    max_bytes: int = 63
+    width: PositiveInt = 128
+    depth: NonNegativeInt = 2
+    heads: PositiveInt = 4
+    max_bytes: PositiveInt = 63
     """Longer captions are cut there; one more token stands for the beginning."""
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.depth < 0 or self.heads < 1 or self.max_bytes < 1:
-            raise ValueError(
-                f"text encoder width {self.width}, depth {self.depth}, heads {self.heads}, max_bytes "
-                f"{self.max_bytes}: depth is at least 0 and the others at least 1."
-            )
-        if self.width % self.heads:
-            raise ValueError(
-                f"text.width {self.width} does not divide into {self.heads} heads; make it a multiple."
-            )
+        heads = max(self.heads, 1)
+        require("text.", self, ("width", self.width % heads == 0, f"a multiple of heads {heads}"))
 
     @property
     def max_tokens(self) -> int:
@@ -58,28 +71,57 @@ class ByteEncoderConfig:
         """Tokens that a caption is before it is cut to ``max_tokens``."""
         return 1 + len(caption.encode())
 
+    def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
+        return byte_tokens(caption, self.max_bytes)
+
+    def state_width(self, width: int) -> int:
+        return self.width
+
+    def build(self, width: int, runtime: Runtime) -> nn.Module | None:
+        return ByteEncoder(self, runtime)
+
+    def flops(self, letters: Any, width: int) -> Any:
+        e = self.width
+        layer = 24 * e * e * letters + 4 * e * letters * letters
+        return self.depth * layer + 2 * e * e * letters
+
 
 @dataclasses.dataclass(frozen=True)
-class TextStatesConfig:
+class TextStatesConfig(BaseTextConfig):
     """Captions that come as the states of a text encoder, made when the data was prepared."""
 
     encoder: str = "umt5-xxl"
     """The encoder's name: its states cannot stand in for another's, which are refused (by the hash of
-    its weights, ``text_encoder.hash``, where that is known, and else by this)."""
-    dim: int = 4096
+    its weights, ``text_encoder.hash``, if that is known, and else by this)."""
+    dim: PositiveInt = 4096
     """Numbers of a state."""
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Range(2)] = 512
     """The beginning and the states of a caption; longer captions are cut there."""
 
-    def __post_init__(self) -> None:
-        if self.dim < 1 or self.max_tokens < 2:
+    def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
+        """Float32 states ``[s, e]`` behind a zero one; an empty caption is a dropped one."""
+        if states is not None and not caption:
+            states = np.zeros((0, self.dim), np.float32)
+        if states is None or states.ndim != 2 or states.shape[1] != self.dim:
+            actual = "none" if states is None else f"an array of shape {states.shape}"
             raise ValueError(
-                f"text.dim {self.dim} is at least 1 and max_tokens {self.max_tokens} at least 2."
+                f"the model reads captions as states [s, {self.dim}] of the text encoder "
+                f"{self.encoder!r}, and {actual} came with {caption[:60]!r}: give records that "
+                "have them (data.source.text_states_key), the encoder itself (text_encoder.path), or a "
+                "model with a byte encoder (model.text)."
             )
+        cut = states[: self.max_tokens - 1].astype(np.float32)
+        return np.concatenate([np.zeros((1, self.dim), np.float32), cut])
+
+    def build(self, width: int, runtime: Runtime) -> nn.Module | None:
+        return StatesProjection(width, runtime)
+
+    def flops(self, letters: Any, width: int) -> Any:
+        return 2 * (self.dim + width) * width * letters
 
 
 @dataclasses.dataclass(frozen=True)
-class NoTextConfig:
+class NoTextConfig(BaseTextConfig):
     """No text: a model of classes, or of other fields, alone (``ModelConfig.conditioners``)."""
 
     max_tokens: ClassVar[int] = 1
@@ -89,17 +131,9 @@ class NoTextConfig:
 TextConfig = ByteEncoderConfig | TextStatesConfig | NoTextConfig
 
 
-def with_beginning(states: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Text states ``[s, e]`` after a zero state, cut to ``max_tokens``; float32."""
-    cut = states[: max_tokens - 1].astype(np.float32)
-    return np.concatenate([np.zeros((1, states.shape[1]), np.float32), cut])
-
-
 def byte_tokens(caption: str, max_bytes: int) -> np.ndarray:
-    """A caption as int32 tokens ``[s]``: the beginning, then its UTF-8 bytes, cut to ``max_bytes``.
-
-    A character is never cut in two.
-    """
+    """A caption as int32 tokens ``[s]``: the beginning, then its UTF-8 bytes, cut to ``max_bytes``, but
+    no character in two."""
     encoded = caption.encode("utf-8")[:max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
     body = np.frombuffer(encoded, np.uint8).astype(np.int32) + FIRST_BYTE
     return np.concatenate([np.array([BEGIN], np.int32), body])
@@ -121,7 +155,7 @@ class TextBlock(nn.Module):
             # Unconstrained, the compiler splits the states by their width, as their kernels are.
             return run.constrain(y, "batch", "text_tokens", "width")
 
-        attention = SelfAttention(config.heads, run, axis="text_tokens", name="self_attention")
+        attention = Attention(config.heads, run, axis="text_tokens", name="self_attention")
         x = whole(x + whole(attention(whole(layer_norm(x).astype(run.dtype)), segment_ids, None)))
         mlp = MLP(4 * config.width, run, axis="text_tokens", name="mlp")
         return whole(x + whole(mlp(whole(layer_norm(x).astype(run.dtype)))))
@@ -138,18 +172,16 @@ class ByteEncoder(nn.Module):
         self, tokens: Int[Array, "b s"], segment_ids: Int[Array, "b s"]
     ) -> Float[Array, "b s e"]:
         config, run, width = self.config, self.runtime, self.config.width
-        normal = nn.initializers.normal(1.0)
-        table = nn.with_logical_partitioning(normal, ("vocab", "embed_out"))
-        x = nn.Embed(VOCABULARY, width, embedding_init=table, name="bytes")(tokens)
+
+        def embed(count: int, axis: str, name: str) -> nn.Embed:
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (axis, "embed_out"))
+            return nn.Embed(count, width, embedding_init=init, name=name)
+
+        x = embed(VOCABULARY, "vocab", "bytes")(tokens)
         # A learned place for every byte of its own caption: words are told apart by order.
         starts = jnp.argmax(segment_ids[:, :, None] == segment_ids[:, None, :], axis=-1)
         place = jnp.minimum(jnp.arange(tokens.shape[1]) - starts, config.max_bytes)
-        places = nn.Embed(
-            config.max_tokens,
-            width,
-            embedding_init=nn.with_logical_partitioning(normal, ("text_place", "embed_out")),
-            name="places",
-        )(place)
+        places = embed(config.max_tokens, "text_place", "places")(place)
         # Or the compiler may split the states by their width, as the tables are.
         x = run.constrain((x + places).astype(run.dtype), "batch", "text_tokens", "width")
         for i in range(config.depth):
@@ -169,7 +201,9 @@ class StatesProjection(nn.Module):
     runtime: Runtime
 
     @nn.compact
-    def __call__(self, states: Float[Array, "b s e"]) -> Float[Array, "b s d"]:
+    def __call__(
+        self, states: Float[Array, "b s e"], segment_ids: Int[Array, "b s"] | None
+    ) -> Float[Array, "b s d"]:
         run = self.runtime
         linear = partial(dense, self.width, dtype=run.dtype, dot_general=run.dot_general)
         hidden = linear(("text_states", "embed"), name="up")(states)

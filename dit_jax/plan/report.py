@@ -48,7 +48,7 @@ class Flops:
     """Of one step, on one device."""
 
     model: float
-    """What the mathematics asks for (``models.forward_flops``)."""
+    """What the mathematics asks for (``model.forward_flops``)."""
     compiled: float
     """Products that the compiled program executes, recomputation and kernels included."""
     kernels: float

@@ -225,7 +225,7 @@ def make_inputs(
     group_caps = np.ones((b, most), np.float32)
     for row, (values, _) in zip(group_caps, groups, strict=True):
         row[: len(values)] = values
-    text = [model.text_tokens(r.prompt, r.text_states) for r in requests]
+    text = [model.text.tokens(r.prompt, r.text_states) for r in requests]
     text, text_segments = _text_rows(text, model)
     tokens, segments = zip(*(request.fields(patch) for request in requests), strict=True)
     dtypes = {name: one.field(model).dtype for name, one in model.conditioners.items()}
@@ -311,7 +311,7 @@ def _negative_tokens(request: Request, model: ModelConfig) -> np.ndarray:
     states = request.negative_states
     if states is None and isinstance(model.text, TextStatesConfig) and not request.negative:
         states = np.zeros((0, model.text.dim), np.float32)
-    return model.text_tokens(request.negative, states)
+    return model.text.tokens(request.negative, states)
 
 
 # --- clips as latents ---

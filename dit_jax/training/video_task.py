@@ -385,7 +385,7 @@ def tokenize(
         "tokens": patchify(model.patch, video),
         "positions": places,
         "frame_ids": frame_ids,
-        "text": model.text_tokens(sample["caption"], sample.get("text_states")),
+        "text": model.text.tokens(sample["caption"], sample.get("text_states")),
         "token_fields": {k: v.astype(kinds[k].dtype) for k, v in token_fields.items()},
         "segment_fields": {
             k: np.asarray(v, kinds[k].dtype) for k, v in segment_fields.items() if k in kinds

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.diffusion import MaskConfig
 from dit_jax.diffusion.masks import MASKS, conditioning_mask, sample_mask
 
@@ -166,4 +167,4 @@ def test_groups_are_two_or_the_levels():
 )
 def test_weights_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        MaskConfig(**fields)
+        check_types(MaskConfig(**fields), "masks")

@@ -11,6 +11,7 @@ import pytest
 from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
+from dit_jax.config import check_types
 from dit_jax.diffusion import (
     DiffusionConfig,
     MaskConfig,
@@ -470,4 +471,4 @@ ZERO = {"path": PathConfig("ddpm", zero_terminal_snr=True), "time": TimeConfig("
 )
 def test_objectives_that_are_not_defined_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        DiffusionConfig(**fields)
+        check_types(DiffusionConfig(**fields), "diffusion")

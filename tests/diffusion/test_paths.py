@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
+from dit_jax.config import check_types
 from dit_jax.diffusion import PathConfig, TimeConfig, resolution_shift
 from dit_jax.diffusion.paths import (
     alphas_cumprod,
@@ -131,14 +132,14 @@ def test_times_are_rounded_to_the_grid():
     ("fields", "message"),
     [
         ({"timesteps": 1}, "path.timesteps is 1"),
-        ({"beta_start": 0.0}, "path.beta_start 0.0 and beta_end 0.02"),
-        ({"beta_end": 1.0}, "beta_end 1.0"),
-        ({"zero_terminal_snr": True}, "path.kind is 'rectified_flow'"),
+        ({"beta_start": 0.0}, "path.beta_start is 0.0"),
+        ({"beta_end": 1.0}, "path.beta_end is 1.0"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr is True.*'rectified_flow'"),
     ],
 )
 def test_paths_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        PathConfig(**fields)
+        check_types(PathConfig(**fields), "path")
 
 
 # --- predictions ---
@@ -284,7 +285,7 @@ def test_times_have_the_distribution_of_their_config(config, tokens, r, jit):
 )
 def test_times_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        TimeConfig(**fields)
+        check_types(TimeConfig(**fields), "time")
 
 
 def test_a_wrong_shape_or_kind_is_caught():

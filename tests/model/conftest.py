@@ -199,3 +199,17 @@ def forward(model, jit) -> Callable[..., np.ndarray]:
     """``forward(params, **inputs)``: the compiled model, unrolled, in float32."""
     apply = jit(model.apply)
     return lambda params, **inputs: np.asarray(apply(params, struct(inputs)))
+
+
+@pytest.fixture(scope="session")
+def loss_and_gradients(inputs, jit):
+    """``loss_and_gradients(model, params)`` of a loss that every output counts in."""
+    weights = np.random.default_rng(5).normal(size=inputs["tokens"].shape).astype(np.float32)
+
+    def compute(model, params):
+        def loss(params, inputs):
+            return (model.apply(params, struct(inputs)) * weights).mean()
+
+        return jax.tree.map(np.asarray, jit(jax.value_and_grad(loss))(params, inputs))
+
+    return compute

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from dit_jax.config import check_types
 from dit_jax.model import PRESETS, DiT, DiTConfig, TextToVideo
+from dit_jax.model.conditioners import group_segments
 from dit_jax.model.dit import pool_text, time_features
 from dit_jax.parallel import host_attention, xla_attention
 from dit_jax.parallel.matmul import flat_dot_general
 from dit_jax.parallel.mesh import ACTIVATION_RULES, PARAMETER_RULES
 from dit_jax.types import Runtime
-from tests.denoiser import struct
+from tests.denoiser import assert_same, struct
 
 
 def leaves_with_names(boxed):
@@ -121,7 +122,16 @@ def test_pooled_text_is_the_mean_of_each_groups_segment(jit):
     text_ids = np.array([[1, 1, 2, 2, 2, 0], [2, 1, 1, 1, 0, 0]], np.int32)
     ids = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 0, 0]], np.int32)
     groups = np.array([[0, 1, 2, 2, 0], [0, 3, 2, 0, 0]], np.int32)
-    pooled = np.asarray(jit(pool_text, static_argnums=4)(text, text_ids, ids, groups, 4))
+    tokens = np.zeros((2, 5, 1), np.float32)
+    inputs = struct(
+        tokens=tokens,
+        positions=np.zeros((2, 5, 3), np.float32),
+        segment_ids=ids,
+        group_ids=groups,
+        group_t=np.zeros((2, 4), np.float32),
+    )
+    pool = jit(lambda text, ids, x: pool_text(text, ids, group_segments(x)))
+    pooled = np.asarray(pool(text, text_ids, inputs))
     one, two = text[0, :2].mean(0), text[0, 2:5].mean(0)
     np.testing.assert_allclose(pooled[0, :3], [one, one, two], rtol=1e-6, atol=1e-6)  # float32
     one, two = text[1, 1:4].mean(0), text[1, 0]
@@ -167,15 +177,15 @@ def test_activations_are_laid_out_by_axes_that_the_rules_know(model, params, inp
         ({"width": 0}, "dit.width is 0"),
         ({"depth": 0}, "dit.depth is 0"),
         ({"heads": 0}, "dit.heads is 0"),
-        ({"width": 100, "heads": 3}, "does not divide into 3 heads.*such as 99"),
-        ({"width": 2, "heads": 4}, "does not divide into 4 heads.*such as 4"),
-        ({"width": 32, "heads": 8}, "head dimension 4"),
+        ({"width": 100, "heads": 3}, "dit.width is 100.*heads 3, as 99"),
+        ({"width": 2, "heads": 4}, "dit.width is 2.*heads 4, as 4"),
+        ({"width": 32, "heads": 8}, "dit.width is 32.*even number of dimensions"),
         ({"mlp_dim": 0}, "dit.mlp_dim is 0"),
     ],
 )
 def test_nonsense_sizes_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        DiTConfig(**fields)
+        check_types(DiTConfig(**fields), "dit")
 
 
 def test_time_features_are_sinusoids_of_thousandths(jit):
@@ -192,86 +202,20 @@ def test_time_features_are_sinusoids_of_thousandths(jit):
 
 
 @pytest.fixture(scope="module")
-def projections(inputs):
-    return np.random.default_rng(5).normal(size=inputs["tokens"].shape).astype(np.float32)
+def scanned(tiny, params, loss_and_gradients):
+    return loss_and_gradients(tiny(scan=True), params)
 
 
-def loss_of(model, projections):
-    """A loss that every output counts in, and its gradient, to be compiled."""
-
-    def loss(params, inputs):
-        return (model.apply(params, struct(inputs)) * projections).mean()
-
-    return jax.value_and_grad(loss)
-
-
-@pytest.fixture(scope="module")
-def loss_and_gradients(tiny, params, inputs, projections, jit):
-    """``loss_and_gradients(**changes of the config)``, each compiled once."""
-    done = {}
-
-    def compute(**changes):
-        key = tuple(changes.items())
-        if key not in done:
-            done[key] = jit(loss_of(tiny(**changes), projections))(params, inputs)
-        return done[key]
-
-    return compute
-
-
-def assert_same(a, b):
-    (loss_a, gradients_a), (loss_b, gradients_b) = a, b
-    # float32 sums in another order, through two blocks.
-    np.testing.assert_allclose(loss_a, loss_b, rtol=1e-5)
-    for (path, x), y in zip(
-        jax.tree_util.tree_flatten_with_path(gradients_a)[0],
-        jax.tree.leaves(gradients_b),
-        strict=True,
-    ):
-        scale = np.abs(y).max()
-        assert scale > 0, jax.tree_util.keystr(path)
-        np.testing.assert_allclose(
-            x, y, rtol=1e-4, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path)
-        )
-
-
-def test_scanned_equals_unrolled(loss_and_gradients, forward, tiny, params, inputs, jit):
-    assert_same(loss_and_gradients(scan=True), loss_and_gradients(scan=False))
-    scanned = jit(tiny(scan=True).apply)(params, struct(inputs))
+def test_scanned_equals_unrolled(scanned, loss_and_gradients, forward, tiny, params, inputs, jit):
+    assert_same(scanned, loss_and_gradients(tiny(scan=False), params))
+    out = jit(tiny(scan=True).apply)(params, struct(inputs))
     # As above; outputs reach 10.
-    np.testing.assert_allclose(scanned, forward(params, **inputs), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, forward(params, **inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_kernels_of_cpus_change_nothing(loss_and_gradients):
-    ours = loss_and_gradients(scan=True, attention=host_attention, dot_general=flat_dot_general)
-    assert_same(ours, loss_and_gradients(scan=True))
-
-
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_nothing(loss_and_gradients, remat):
-    assert_same(loss_and_gradients(scan=True, remat=remat), loss_and_gradients(scan=True))
-
-
-def count_products(jaxpr):
-    """Matrix products in a program, its inner programs included."""
-    count = 0
-    for equation in jaxpr.eqns:
-        count += equation.primitive.name == "dot_general"
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(inner, (ClosedJaxpr, Jaxpr)):
-                    count += count_products(getattr(inner, "jaxpr", inner))
-    return count
-
-
-@pytest.mark.parametrize("scan", [True, False])
-def test_remat_computes_again_what_it_does_not_keep(tiny, params, inputs, projections, scan):
-    products = {}
-    for remat in ("none", "dots", "full"):
-        gradient = loss_of(tiny(scan=scan, remat=remat), projections)
-        products[remat] = count_products(jax.make_jaxpr(gradient)(params, inputs).jaxpr)
-    # "dots" keeps what linear layers give and repeats attention, in which two products are batched.
-    assert products["none"] < products["dots"] < products["full"]
+def test_kernels_of_cpus_change_nothing(scanned, loss_and_gradients, tiny, params):
+    model = tiny(scan=True, attention=host_attention, dot_general=flat_dot_general)
+    assert_same(loss_and_gradients(model, params), scanned)
 
 
 def test_unset_scan_unrolls_on_a_cpu(tiny, params, inputs):

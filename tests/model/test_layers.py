@@ -10,11 +10,12 @@ import pytest
 from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from dit_jax.model import DiTConfig, blocks
+from dit_jax.config import check_types
+from dit_jax.model import DiTConfig, layers
 from dit_jax.model.dit import REMAT_POLICIES
 from dit_jax.model.layers import gather_groups, gather_parts
 from dit_jax.parallel import AttentionConfig, MeshConfig, choose_attention, make_mesh
-from tests.denoiser import struct
+from tests.denoiser import assert_same, struct
 
 WIDTH = 32
 """Of the tiny model; its rows have 32 tokens."""
@@ -29,31 +30,6 @@ def changed(params, change):
     copy = jax.tree.map(lambda leaf: leaf, params)
     change(copy["params"]["dit"])
     return copy
-
-
-@pytest.fixture(scope="module")
-def loss_and_gradients(inputs, jit):
-    """``loss_and_gradients(model, params)`` of a loss that every output counts in."""
-    weights = np.random.default_rng(5).normal(size=inputs["tokens"].shape).astype(np.float32)
-
-    def compute(model, params):
-        def loss(params, inputs):
-            return (model.apply(params, struct(inputs)) * weights).mean()
-
-        return jax.tree.map(np.asarray, jit(jax.value_and_grad(loss))(params, inputs))
-
-    return compute
-
-
-def assert_same(ours, theirs):
-    """Losses and gradients within float32 rounding: sums of the same terms in another order."""
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
-    found, structure = jax.tree_util.tree_flatten_with_path(ours[1])
-    assert structure == jax.tree.structure(theirs[1])
-    for (path, x), y in zip(found, jax.tree.leaves(theirs[1]), strict=True):
-        where, scale = jax.tree_util.keystr(path), np.abs(y).max()
-        assert scale > 0, where
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * scale, err_msg=where)
 
 
 # --- one modulation for all layers ---
@@ -203,16 +179,14 @@ def test_layers_see_as_far_as_their_window(tiny, params_of, reach):
     assert reach(model, params, ["layer_0", "layer_1", "layer_2"]) == [2]
 
 
+def test_layers_without_a_band_need_not_divide():
+    assert DiTConfig(window=None, global_every=5).depth == 12
+
+
 @pytest.mark.parametrize("fields", [{"window": 0}, {"global_every": 0}, {"global_every": 5}])
 def test_bands_that_do_not_fit_are_refused(fields):
-    window, every = fields.get("window", 8), fields.get("global_every", 2)
-    message = (
-        f"dit.window {window} and global_every {every} are at least 1, and global_every divides the"
-    )
-    with pytest.raises(ValueError, match=f"{message} depth, 12"):
-        DiTConfig(window=window, global_every=every)
-    # Without a window the layers are not grouped, and need not divide.
-    DiTConfig(**{**fields, "window": None})
+    with pytest.raises(ValueError, match=r"dit.(window|global_every) is 0|dit.depth is 12.* 5"):
+        check_types(DiTConfig(**{"window": 8, **fields}), "dit")
 
 
 # --- what the backward pass keeps ---
@@ -230,7 +204,6 @@ def kept(tiny, params, ring, loss_and_gradients):
     return loss_and_gradients(tiny(ring, scan=True), params)
 
 
-# "dots" and "full" are compared in test_dit.py, without attention's names.
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_every_policy_gives_the_same(tiny, params, ring, kept, loss_and_gradients, remat):
     assert_same(loss_and_gradients(tiny(ring, scan=True, remat=remat), params), kept)
@@ -298,7 +271,7 @@ def test_groups_are_gathered_alike_in_both_ways(groups, monkeypatch, jit):
 
     def gather(values, ids, few):
         with monkeypatch.context() as patch:
-            patch.setattr(blocks, "FEW_GROUPS", few)
+            patch.setattr(layers, "FEW_GROUPS", few)
             whole = jnp.broadcast_to(gather_groups(values, ids), slopes.shape)
             parts = [jnp.broadcast_to(x, (2, 9, 4)) for x in gather_parts(values, ids, 3)]
         return (whole * slopes).sum() + (jnp.concatenate(parts, -1) * slopes).sum(), (whole, parts)
@@ -322,7 +295,7 @@ def test_groups_are_gathered_alike_in_both_ways(groups, monkeypatch, jit):
 
 @pytest.mark.parametrize("few", [0, 8])
 def test_ids_that_no_group_has_disturb_no_other_token(few, monkeypatch):
-    monkeypatch.setattr(blocks, "FEW_GROUPS", few)
+    monkeypatch.setattr(layers, "FEW_GROUPS", few)
     values = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
     ids = np.array([[2, 3, 1, 99, -1, 0]], np.int32)
     real = (ids >= 0) & (ids < 3)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.model import PatchConfig, patchify, positions, unpatchify
 
 
@@ -151,4 +152,4 @@ def test_a_frame_rate_is_above_zero(fps):
 @pytest.mark.parametrize("field", ["t", "h", "w", "channels", "reference_fps"])
 def test_nonsense_patches_are_refused(field):
     with pytest.raises(ValueError, match=f"patch.{field} is 0"):
-        PatchConfig(**{field: 0})
+        check_types(PatchConfig(**{field: 0}), "patch")

@@ -47,7 +47,7 @@ def test_dimensions_are_shared_out_evenly(head_dim, dims):
 
 @pytest.mark.parametrize("head_dim", [-2, 0, 2, 4, 7, 33])
 def test_odd_or_small_heads_are_refused(head_dim):
-    with pytest.raises(ValueError, match=f"head dimension {head_dim}: .*Change width or heads"):
+    with pytest.raises(AssertionError, match=str(head_dim)):
         axis_dims(head_dim)
 
 

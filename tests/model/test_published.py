@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dit_jax.config import check_types
 from dit_jax.model import (
     ByteEncoderConfig,
     ClassLabels,
@@ -58,7 +59,7 @@ def inputs(config, labels, l=4, t=0.5):
     """One row for each label, each one segment of a column of tokens; None is a dropped label."""
     b = len(labels)
     ids = jnp.ones((b, l), jnp.int32)
-    text = jnp.asarray([config.text_tokens("")] * b)
+    text = jnp.asarray([config.text.tokens("")] * b)
     return struct(
         tokens=jnp.ones((b, l, config.patch.dim)),
         positions=jnp.zeros((b, l, 3)).at[..., 1].set(jnp.arange(l)),
@@ -192,9 +193,9 @@ def test_what_cannot_be_is_refused():
         check_fields(SMALL, {}, {"fps": np.float32(8)}, "the sample")
     with pytest.raises(ValueError, match="nothing to read"):
         ModelConfig(DiTConfig(), text=NoTextConfig())
-    with pytest.raises(ValueError, match="classes is 0"):
-        ClassLabels(0)
-    with pytest.raises(ValueError, match="not a multiple of 4"):
+    with pytest.raises(ValueError, match="label.classes is 0"):
+        check_types(ClassLabels(0), "label")
+    with pytest.raises(ValueError, match="width is 18.*multiple of 4"):
         DiTConfig(width=18, heads=3, absolute_positions="wh")
     with pytest.raises(ValueError, match="time_scale"):
         DiTConfig(time_scale=0)

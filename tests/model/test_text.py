@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dit_jax.config import check_types
 from dit_jax.diffusion import drop_captions
 from dit_jax.model import (
     ByteEncoderConfig,
@@ -18,7 +19,7 @@ from dit_jax.model import (
     as_computed,
     byte_tokens,
 )
-from dit_jax.model.text import BEGIN, FIRST_BYTE, VOCABULARY, with_beginning
+from dit_jax.model.text import BEGIN, FIRST_BYTE, VOCABULARY
 from dit_jax.types import PAD
 from tests.denoiser import struct
 
@@ -69,15 +70,15 @@ def test_long_captions_are_cut_to_the_limit():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"width": 0}, "width 0"),
-        ({"depth": -1}, "depth -1"),
-        ({"max_bytes": 0}, "max_bytes 0"),
-        ({"width": 10, "heads": 4}, "10 does not divide into 4 heads"),
+        ({"width": 0}, "text.width is 0"),
+        ({"depth": -1}, "text.depth is -1"),
+        ({"max_bytes": 0}, "text.max_bytes is 0"),
+        ({"width": 10, "heads": 4}, "text.width is 10.*heads 4"),
     ],
 )
 def test_nonsense_encoders_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        ByteEncoderConfig(**fields)
+        check_types(ByteEncoderConfig(**fields), "text")
 
 
 # --- the encoder ---
@@ -181,7 +182,7 @@ STATES = TextStatesConfig(encoder="other", dim=6, max_tokens=5)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
 def test_states_follow_a_zero_state_and_are_cut(length, kept, dtype):
     states = np.random.default_rng(0).normal(size=(length, 6)).astype(dtype)
-    read = with_beginning(states, 5)
+    read = STATES.tokens("a red circle", states)
     assert read.dtype == np.float32 and read.shape == (1 + kept, 6)
     assert not read[0].any()
     assert np.array_equal(read[1:], states[:4].astype(np.float32))
@@ -190,10 +191,10 @@ def test_states_follow_a_zero_state_and_are_cut(length, kept, dtype):
 def test_the_model_reads_states_or_bytes():
     config = ModelConfig(DiTConfig(width=32, depth=1, heads=2), text=STATES)
     states = np.arange(12, dtype=np.float16).reshape(2, 6)
-    assert np.array_equal(config.text_tokens("not read", states), with_beginning(states, 5))
+    assert np.array_equal(config.text.tokens("not read", states)[1:], states)
     assert config.text_width == 32
     of_bytes = dataclasses.replace(config, text=ByteEncoderConfig(width=16, max_bytes=2))
-    assert of_bytes.text_tokens("abc", states).tolist() == [BEGIN, 2 + 0x61, 2 + 0x62]
+    assert of_bytes.text.tokens("abc", states).tolist() == [BEGIN, 2 + 0x61, 2 + 0x62]
     assert of_bytes.text_width == 16
 
 
@@ -212,19 +213,19 @@ def test_captions_without_fitting_states_are_refused(states, found):
         r"'a red circle': give records that have them \(data.source.text_states_key\), the encoder"
     )
     with pytest.raises(ValueError, match=message):
-        config.text_tokens("a red circle", states)
+        config.text.tokens("a red circle", states)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dim": 0}, "text.dim 0 is at least 1"),
-        ({"max_tokens": 1}, "max_tokens 1 at least 2"),
+        ({"dim": 0}, "text.dim is 0"),
+        ({"max_tokens": 1}, "text.max_tokens is 1"),
     ],
 )
 def test_nonsense_states_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        TextStatesConfig(**fields)
+        check_types(TextStatesConfig(**fields), "text")
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,9 @@ def of_states(tiny):
     ids = jnp.zeros((1, 1), jnp.int32)
 
     def shapes(key, x):
-        return model.init(key, x, x[..., :3], ids, ids, x[..., 0], x[..., :6], ids)
+        fields = {"tokens": x, "positions": x[..., :3], "group_t": x[..., 0], "text": x[..., :6]}
+        more = dict.fromkeys(("segment_ids", "group_ids", "text_segment_ids"), ids)
+        return model.init(key, struct(fields, **more))
 
     shaped = jax.eval_shape(
         shapes, jax.random.key(0), jax.ShapeDtypeStruct((1, 1, 12), jnp.float32)
