@@ -318,7 +318,7 @@ def test_config_file_of_another_kind_is_refused(refused, tmp_path):
         (lambda: VideoRun(log=LogConfig(draw_every=-1)), "draw_every is -1: it is at least 0"),
         (lambda: VideoRun(evaluators=(ShapeEvaluator(prompts=-2),)), "prompts is -2"),
         (lambda: check_types(PackingConfig(row_tokens=0)), "row_tokens is 0: it is at least 1"),
-        (lambda: MeshConfig(-1, -1), "one of them may be -1"),
+        (lambda: make_mesh(MeshConfig(-1, -1)), "-1"),
         (
             lambda: VideoRun(optimizer=OptimizerConfig(b2=1.0)),
             r"optimizer.b2 is 1.0: it is in \[0, 1\)",

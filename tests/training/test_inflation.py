@@ -24,6 +24,7 @@ from dit_jax.training import (
 from dit_jax.training.resume import inflation, init_from
 from dit_jax.training.video_task import make_model
 from dit_jax.upscale import LowRes
+from tests.denoiser import struct
 
 IMAGE = VideoRun(
     data=DataConfig(
@@ -97,18 +98,18 @@ def one_frame(config, params, tokens, t):
     places = np.meshgrid(np.arange(3), np.arange(2), indexing="ij")
     positions = np.stack([0 * places[0], *places], -1).reshape(1, count, 3).astype(np.float32)
     ids, text = np.ones((1, count), np.int32), np.array([[5, 6, 7]], np.int32)
-    return np.asarray(
-        jax.jit(model.apply)(
-            params,
-            jnp.asarray(np.tile(tokens, (1, 1, frames))),
-            positions,
-            ids,
-            0 * ids,
-            np.float32([[t]]),
-            text,
-            np.ones_like(text),
-        )
-    ).reshape(1, count, frames, -1)
+    inputs = struct(
+        tokens=jnp.asarray(np.tile(tokens, (1, 1, frames))),
+        positions=positions,
+        segment_ids=ids,
+        group_ids=0 * ids,
+        group_t=jnp.float32([[t]]),
+        text=text,
+        text_segment_ids=np.ones_like(text),
+        token_fields={},
+        segment_fields={},
+    )
+    return np.asarray(jax.jit(model.apply)(params, inputs)).reshape(1, count, frames, -1)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])

@@ -137,7 +137,7 @@ def test_configs_stored_before_there_were_states_still_load():
     model = dataclasses.replace(VideoRun().model, text=ByteEncoderConfig(width=16, heads=2))
     config = dataclasses.replace(VideoRun(), model=model)
     values = json.loads(json.dumps(to_dict(config)))
-    assert values["model"]["text"].pop("type") == "ByteEncoderConfig"
+    assert values["model"]["text"].pop("type").endswith(":ByteEncoderConfig")
     del values["attention"]
     for name in ("modulation", "window", "global_every"):
         del values["model"]["dit"][name]
