@@ -296,6 +296,10 @@ class FrameGrid:
         """The most frames up to so many that have whole tokens."""
         return 1 + (frames - 1) // self.token_frames * self.token_frames
 
+    def nearest(self, seconds: float, fps: float) -> int:
+        """The number of frames with whole tokens that lasts about so long."""
+        return 1 + round(max(seconds * fps - 1, 0) / self.token_frames) * self.token_frames
+
     def latents(self, frames: int) -> int:
         """Latent frames of so many frames; raises ``ValueError`` as ``check`` does."""
         self.check(frames)

@@ -225,9 +225,11 @@ class Extend(Context):
     def generation(self, job: Job, template: Request) -> Generation:
         if not (self.forward or self.backward):
             raise InputError("extend: give --forward LENGTH, --backward LENGTH or both.")
-        new = [job.count(x, job.space.new) if x else 0 for x in (self.forward, self.backward)]
+        forward, backward = (
+            job.count(x, job.space.new) if x else 0 for x in (self.forward, self.backward)
+        )
         clip, context = job.media[self.video], job.whole(self.context)
-        return modes.extend(job.space, template, clip, *new, context, self.noise)
+        return modes.extend(job.space, template, clip, forward, backward, context, self.noise)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,11 +243,11 @@ class Connect(Context):
     strength: Strength = 0.9  # How much of the middle of a --blend is made anew, above 0 to 1.
 
     def generation(self, job: Job, template: Request) -> Generation:
-        clips = [job.media[file] for file in self.videos]
+        first, second = (job.media[file] for file in self.videos)
         if (overlap := job.whole(self.blend)) is not None:
-            return modes.blend(job.space, template, *clips, overlap, self.strength)
+            return modes.blend(job.space, template, first, second, overlap, self.strength)
         gap, context = job.count(self.gap, job.space.gap), job.whole(self.context)
-        return modes.connect(job.space, template, *clips, gap, context, self.noise)
+        return modes.connect(job.space, template, first, second, gap, context, self.noise)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

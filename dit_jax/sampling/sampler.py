@@ -366,12 +366,13 @@ class Generator:
         tau = jnp.minimum(t, inputs.noise_caps)
         prediction, fraction = split_output(diffusion, output, x.shape[-1])
         if guided_kind(diffusion) != diffusion.prediction:
-            twice = [jnp.concatenate([y, y]) if guided else y for y in (x, tau)]
-            prediction = velocity_of(diffusion.path, diffusion.prediction, prediction, *twice)
+            xs, taus = (jnp.concatenate([y, y]) if guided else y for y in (x, tau))
+            prediction = velocity_of(diffusion.path, diffusion.prediction, prediction, xs, taus)
         if guided:
             segments, channels = inputs.seeds.shape[1], self._model.config.patch.channels
-            both, ids = jnp.split(prediction, 2), inputs.segment_ids
-            prediction = guide(self.config.guidance, *both, t, tau, ids, segments, channels)
+            (with_text, without), ids = jnp.split(prediction, 2), inputs.segment_ids
+            guidance = self.config.guidance
+            prediction = guide(guidance, with_text, without, t, tau, ids, segments, channels)
             fraction = None if fraction is None else fraction[: len(x)]
         return estimate(diffusion, prediction, x, tau, fraction)
 
