@@ -75,7 +75,7 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
 
     def held_out() -> ClipBatch:
         plain = dataclasses.replace(crop, flip=False)
-        loader = CropLoader(Reader(held, len(held)), plain, model.stride[0], 0, rows)
+        loader = CropLoader(Reader(held, len(held), quiet=True), plain, model.stride[0], 0, rows)
         batch = next(loader)
         loader.close()
         return batch

@@ -66,12 +66,19 @@ class Reader:
 
     ``limit`` records may be left out in the middle of a run; one more raises ``DataError``. Those of
     ``unfit``, bool ``[len(source)]``, are known beforehand: they are not read, and do not count.
+    A ``quiet`` reader names none on the terminal: another reader of the same records does.
     """
 
-    def __init__(self, source: Source, limit: int = 0, unfit: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        limit: int = 0,
+        unfit: np.ndarray | None = None,
+        quiet: bool = False,
+    ) -> None:
         message = "the dataset is empty: check data.source's path, split and filters."
         refuse_if([(not len(source), message)])
-        self.source, self.limit, self.unfit = source, limit, unfit
+        self.source, self.limit, self.unfit, self.quiet = source, limit, unfit, quiet
         self.left_out: dict[int, str] = {}
         """Why each record was left out, by its index in the data set."""
         self.cut_captions = 0
@@ -114,7 +121,8 @@ class Reader:
                 f"{count} of {len(self.source)} records cannot be used, and at most {self.limit} may "
                 f"be left out (data.max_bad_records). The last: {reason}"
             ) from error
-        tqdm.write(f"left out: {reason}")
+        if not self.quiet:
+            tqdm.write(f"left out: {reason}")
 
     def first(self, function: Callable[[Sample, str], T]) -> T:
         """``function`` of the first sample that can be used.

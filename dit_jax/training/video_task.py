@@ -655,7 +655,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def held_out() -> Batch:
         held = encoded(held_out_source(config), encoder)
         # Its bad records are left out as those of training are.
-        loader = load(Reader(held, len(held)), to_tokens, seed=0, rows=rows)
+        loader = load(Reader(held, len(held), quiet=True), to_tokens, seed=0, rows=rows)
         batch = next(loader)
         loader.close()
         return batch
