@@ -247,10 +247,11 @@ def test_bad_value_is_refused(refused: Refused, arguments: list[str], parts: lis
 
 
 def test_bad_config_file_is_refused(refused: Refused, tmp_path: Path):
-    assert "none.py" in refused(config=tmp_path / "none.py")
+    absent = refused(config=tmp_path / "none.py")
+    assert "none.py' is not a Python file. In configs/ there are: configs/" in absent
     file = tmp_path / "config.py"
     file.write_text("def get_config():\n    return 3\n")
-    assert "returned int, not a VideoRun" in refused(config=file)
+    assert "config.py' is a int: give a Run" in refused(config=file)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_data_that_cannot_be_used_is_refused(refused: Refused, tmp_path: Path):
         return refused("--mesh.data", 4, "--mesh.context", 2, config=config)
 
     assert "split 'train[:0]' of" in (empty := message("train[:0]"))
-    assert "choose of" in empty
+    assert "is empty or malformed" in empty and "choose of" in empty
     assert "split 'validation' is not in" in message("validation")
     assert "153 tokens and a row holds 64: raise data.packing.row_tokens" in message("long")
     assert "height 28 is not a multiple of the patch's 8" in message("odd")

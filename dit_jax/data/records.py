@@ -508,7 +508,8 @@ def _faults(builder: Any, config: RecordsConfig) -> Iterator[tuple[bool, str]]:
     # "train[:10%]+test" names two splits; what is in brackets TFDS reads itself.
     names = [name.strip() for name in re.sub(r"\[[^]]*\]", "", config.split).split("+")]
     absent = [name for name in names if name not in splits]
-    yield bool(absent), f"split {absent} is not in {path!r}: choose one of {choices}"
+    named = ", ".join(map(repr, absent))
+    yield bool(absent), f"split {named} is not in {path!r}: choose one of {choices}"
     keys = {"video_key": (config.video_key,), **config.text_keys}
     # The default frame rate stands in for the default key only: another key is meant to exist.
     keys["fps_key"] = () if config.fps_key in (None, "fps") else (config.fps_key,)
