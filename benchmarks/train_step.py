@@ -99,8 +99,8 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
         "ids": jnp.ones((BATCH, length), jnp.int32),
     }
 
-    def forward(params: object, b: dict[str, jax.Array]) -> jax.Array:
-        inputs = DenoiserInputs(
+    def inputs(b: dict[str, jax.Array]) -> DenoiserInputs:
+        return DenoiserInputs(
             tokens=b["x"],
             positions=b["positions"],
             segment_ids=b["ids"],
@@ -110,19 +110,16 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
             text_segment_ids=b["ids"][:, :1],
             dropped=jnp.zeros_like(b["t"]),
         )
-        return model.apply(params, inputs)
 
     def loss(
         params: object, frozen: object, b: dict[str, jax.Array], key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Totals]:
         del frozen, key, step
-        mean = jnp.square(forward(params, b) - b["target"]).mean()
+        mean = jnp.square(model.apply(params, inputs(b)) - b["target"]).mean()
         return mean, Totals(mean, jnp.ones(()), {})
 
     def init(key: jax.Array) -> object:
-        ids = jnp.zeros((1, 1), jnp.int32)
-        x, places, t = jnp.zeros((1, 1, dim)), jnp.zeros((1, 1, 3)), jnp.zeros((1, 1))
-        return model.init(key, x, places, ids, ids, t, None, None)
+        return model.init(key, inputs({name: leaf[:1] for name, leaf in batch.items()}))
 
     return init, loss, batch
 

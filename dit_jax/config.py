@@ -21,6 +21,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import reprlib
 import sys
@@ -464,7 +465,8 @@ def to_dict(config: Any, declared: Any = None) -> Any:
         return config
     kind = type(config)
     ours = next((one for one in kind.__mro__ if one.__module__.split(".")[0] == __package__), None)
-    if ours is None or not dataclasses.is_dataclass(ours):
+    # An abstract base (Conditioner) could not be made again from its fields.
+    if ours is None or not dataclasses.is_dataclass(ours) or inspect.isabstract(ours):
         return {"type": _class_name(kind), "external": True}
     hints = _field_types(ours)
     fields = {name: to_dict(getattr(config, name), hint) for name, hint in hints.items()}

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test compiles, its neighbours, the processes that they start and the next session find again.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
@@ -33,6 +37,19 @@ install_import_hook(
 )
 # Imported below the hook, which checks only what is imported after it.
 from tests.latents import latent_records, latents  # noqa: E402, F401
+
+
+# One room's own tests each, all in one process in two minutes: what one runs while working.
+CORE = ("test_imports.py", "data/", "diffusion/", "model/test_dit.py", "model/test_layers.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of CORE."""
+    tests = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(tests).as_posix()
+        if path.startswith(CORE) and not item.get_closest_marker("slow"):
+            item.add_marker("core")
 
 
 @pytest.fixture(scope="session")

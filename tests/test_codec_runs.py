@@ -113,7 +113,7 @@ def test_a_codecs_run_is_not_resumed_as_another(runs: tuple[Path, Path, list[End
 
 def test_verbs_of_models_refuse_a_codecs_run(tmp_path: Path, capsys):
     run = run_with(SMALL, tmp_path / "run")
-    said = "is of a run of a codec (CodecRun): give one of a model (VideoRun)"
+    said = "is a CodecRun: give a VideoRun"
     given = ["--checkpoint", run, "--prompt", "a", "--output", tmp_path / "a.png"]
     assert sample.main([str(one) for one in given]) == 2
     assert said in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_clips_that_have_no_whole_latents_are_refused_by_name(config: VideoRun):
     data = dataclasses.replace(config.data, source=source, bad_records="refuse")
     with pytest.raises(ValueError, match="1 of 2 records cannot be packed") as error:
         dataclasses.replace(config, data=data).build(one_device())
-    assert "record 1 of" in str(error.value) and "6 frames of 16 x 8" in str(error.value)
+    assert "record 1 of" in str(error.value) and "1 of 6 x 16 x 8" in str(error.value)
     # Of a set without sizes in its metadata it is told when the clip is read.
     said = r"the clip 'clip 1' cannot be encoded: a clip of 6 frames of 16 x 8: small takes 1 \+ 4n"
     with pytest.raises(ValueError, match=said) as error:
