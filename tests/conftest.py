@@ -9,10 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one test compiles, its neighbours, the processes that they start and the next session find again.
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
@@ -21,6 +17,15 @@ from jaxtyping import install_import_hook
 from tests.runs import Run, Verbs, end, free_port
 
 jax.config.update("jax_num_cpu_devices", 8)
+# What one test compiles, its neighbours, the processes that they start and the next session find again.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+for name, value in (
+    ("COMPILATION_CACHE_DIR", str(CACHE)),
+    ("PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.1),
+):
+    if f"JAX_{name}" not in os.environ:
+        os.environ[f"JAX_{name}"] = str(value)  # for processes
+        jax.config.update(f"jax_{name.lower()}", value)
 
 # From here on the annotated shapes and dtypes of these rooms are checked at every call (once per
 # trace where a function is compiled); an int may stand for a float, as for type checkers.
@@ -37,7 +42,6 @@ install_import_hook(
 )
 # Imported below the hook, which checks only what is imported after it.
 from tests.latents import latent_records, latents  # noqa: E402, F401
-
 
 # One room's own tests each, all in one process in two minutes: what one runs while working.
 CORE = ("test_imports.py", "data/", "diffusion/", "model/test_dit.py", "model/test_layers.py")

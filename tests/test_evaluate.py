@@ -262,7 +262,7 @@ MADE, TRUE = ["--samples", "SETS/made.npz"], ["--reference", "SETS/true"]
     [
         ([], ["nothing to evaluate", "--samples", "--checkpoint"]),
         (MADE, ["nothing to measure", "--metrics"]),
-        ([*MADE, "--checkpoint", "x"], ["both given"]),
+        ([*MADE, "--checkpoint", "RUN"], ["both given"]),
         ([*MADE, "--metrics", "fid"], ["fid compares with a reference", "--reference PATH"]),
         (
             [*MADE, *TRUE, "--metrics", "fid"],

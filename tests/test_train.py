@@ -220,7 +220,7 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
             ["--mesh.context", "3"],
             ["context 3", "does not divide 8 device(s)", "Change mesh.*"],
         ),
-        (["--mesh.data", "0"], ["'data': 0", "at least 1"]),
+        (["--mesh.data", "0"], ["mesh.data is 0", "at least 1"]),
         ([], ["4 rows", "= 8", "a multiple of 8"]),
         (
             ["--mesh.data", "1", "--mesh.context", "8", "--data.packing.row-tokens", "60"],

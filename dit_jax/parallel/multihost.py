@@ -226,7 +226,11 @@ def barrier(name: str) -> None:
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     """The rows of a global batch that lie, wholly or in part, on this process's devices."""
-    assert rows % batch_shards(mesh) == 0, f"{rows} rows do not divide over {batch_shards(mesh)}"
+    if rows % (shards := batch_shards(mesh)):
+        raise ValueError(
+            f"{rows} rows do not divide over mesh.data x mesh.fsdp = {shards}: make data.packing.rows "
+            f"a multiple of {shards}, or spread tokens (mesh.context) instead."
+        )
     indices = batch_sharding(mesh, 1, tokens=False).addressable_devices_indices_map((rows,))
     slices = (index[0] if index else slice(None) for index in indices.values())
     return tuple(sorted({row for part in slices for row in range(*part.indices(rows))}))
