@@ -149,7 +149,8 @@ def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
 
 def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
     model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
-    config = config_of(records, model=model, codec=LatentCodecConfig(str(codec_path), h=2, w=2))
+    codec = LatentCodecConfig(str(codec_path), h=2, w=2)
+    config = config_of(records, model=model, codec=codec, log=LogConfig(draw_every=7))
     task, batch = first_batch(config)
     codec, source = load_codec(codec_path), RecordsSource(config.data.source)
     latents = [patchify(model.patch, codec.encode(to_float(source[i]["video"]))) for i in range(90)]
