@@ -177,11 +177,11 @@ def train(config: Run) -> str | None:
         stop = StopSignal()
         schedule = learning_rate(config.optimizer, config.steps)
         # The loader reads ahead: its state is taken right behind the batch that is trained on.
-        data_state = loader.save()
+        data_state = loader.get_state()
         reported, healthy, skipped = start, start, int(state.skipped)
         for step in range(start, config.steps):
             local = next(loader)
-            data_state = loader.save()
+            data_state = loader.get_state()
             # Returns before the devices are done; nothing below waits for them but a report or a save.
             state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows), frozen)
             done = step + 1
@@ -282,7 +282,7 @@ def conclude(
 def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
     """Which of the data were not trained on; empty if all were."""
     reader = loader.reader
-    left_out = gather_data_state(loader.save())["run"]["left_out"]
+    left_out = gather_data_state(loader.get_state())["run"]["left_out"]
     before = 0 if reader.unfit is None else int(reader.unfit.sum())
     if not left_out and not before and not reader.cut_captions:
         return {}

@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import grain
 import numpy as np
 
-from dit_jax.data.packing import Reader, RowStreams, read_options, sample_stream
+from dit_jax.data import Reader, RowStreams
 from dit_jax.types import ClipBatch, FrameGrid, NonNegativeInt, PositiveInt, Sample, Source
 
 
@@ -86,19 +85,10 @@ class CropLoader(RowStreams[ClipBatch]):
         seed: int,
         rows: Sequence[int] | None = None,
     ) -> None:
-        reader = source if isinstance(source, Reader) else Reader(source)
-
         def window(sample: Sample, name: str, place: int) -> dict[str, np.ndarray]:
             frames = cut(config, time, sample, np.random.default_rng((seed, place)), name)
             missing = config.frames - len(frames)
             video = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
             return {"video": video, "num_frames": np.array(len(frames), np.int32)}
 
-        windows = sample_stream(reader, window, seed)
-
-        def stream(row: int, start: int) -> grain.IterDataset:
-            return windows[start + row :: config.rows].to_iter_dataset(read_options(config.threads))
-
-        super().__init__(
-            reader, stream, tuple(range(config.rows) if rows is None else rows), _stack
-        )
+        super().__init__(source, window, config, seed, rows, _stack)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -45,59 +45,46 @@ class MixtureConfig:
     splits (``data.eval_split``) are its own. Unset: the first that is captioned."""
 
     def __post_init__(self) -> None:
-        message = (
-            f"shown={self.shown} of {len(self.sets)} sets: give one or more, and the number of one"
-        )
+        message = f"shown={self.shown} of {len(self.sets)} sets: give sets, and the number of one"
         refuse_if([((self.shown or 0) not in range(len(self.sets)), message)])
 
     @property
     def shown_set(self) -> MixedSetConfig:
         """The set that pictures and reports are about."""
-        if self.shown is not None:
-            return self.sets[self.shown]
-        return next((one for one in self.sets if one.captioned), self.sets[0])
+        captioned = (i for i, one in enumerate(self.sets) if one.captioned)
+        return self.sets[next(captioned, 0) if self.shown is None else self.shown]
 
     @property
     def record_sets(self) -> tuple[RecordsConfig, ...]:
-        """All sets of records in this source's config."""
+        """The configs of all sets of records."""
         return self.sets
 
     def open(self) -> MixedSource:
         """Opens all sets. Raises ``InputError`` if one model cannot learn from all of them."""
         parts = [RecordsSource(one) for one in self.sets]
-        refuse_if(_differences(parts))
+        kinds = [_kind(part) for part in parts]
+        for name in kinds[0]:
+            values = [(set_.path, kind[name]) for set_, kind in zip(self.sets, kinds, strict=True)]
+            (first, expected), *others = [one for one in values if one[1] is not None] or [
+                ("", None)
+            ]
+            for path, value in others:
+                message = f"data.source.sets: {first!r} has {expected} and {path!r} has {value}"
+                refuse_if([(value != expected, f"{message}: prepare them alike (docs/prepare.md)")])
         return MixedSource(parts, [one.weight for one in self.sets])
 
 
-def _differences(parts: Sequence[RecordsSource]) -> Iterator[tuple[bool, str]]:
-    """For ``refuse_if``: properties that all sets must have in common, compared with the first's."""
-    properties = [(part.config.path, _common(part)) for part in parts]
-    for remedy in properties[0][1]:
-        known = [(path, one[remedy]) for path, one in properties if one[remedy]]
-        for path, value in known:
-            first, expected = known[0]
-            both = f"{first!r} has {expected} and {path!r} has {value}"
-            yield value != expected, f"data.source.sets: {both}: {remedy}."
-
-
-def _common(part: RecordsSource) -> dict[str, str | None]:
-    """What the sets of a mixture must have in common, by the remedy if they have not; None agrees with
-    everything."""
-    config, video = part.config, part[0]["video"]
+def _kind(part: RecordsSource) -> dict[str, str | None]:
+    """What the sets of a mixture must have in common; None agrees with everything."""
+    config, feature = part.config, part.features[part.config.video_key]
+    latents = np.dtype(getattr(feature, "np_dtype", np.uint8)).kind in "fV"  # V is bfloat16.
     encoder = part.text_encoder if config.captioned and config.text_states_key else None
-    labels = "labels" if config.label_key else "no labels"
     return {
-        "prepare all with one --codec, or all without": (
-            "pixels" if video.dtype == np.uint8 else "latents"
-        ),
-        "prepare all sets with one codec, of as many channels": f"{video.shape[-1]} channels",
-        "prepare all sets with one codec": part.codec and f"latents of the codec {part.codec!r}",
-        "prepare all captioned sets with one text encoder": (
-            encoder and f"states of the text encoder {encoder!r}"
-        ),
-        "give label_key for each, or captioned=False for those without": (
-            labels if config.captioned else None
-        ),
+        "values": "latents" if latents else "pixels",
+        "channels": f"{feature.shape[-1]} channels" if latents else None,
+        "codec": part.codec and f"latents of the codec {part.codec!r}",
+        "encoder": encoder and f"states of the text encoder {encoder!r}",
+        "labels": ("labels" if config.label_key else "no labels") if config.captioned else None,
     }
 
 
@@ -110,62 +97,54 @@ class MixedSource:
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
         self.parts, self.weights = tuple(parts), tuple(float(weight) for weight in weights)
         self._ends = list(itertools.accumulate(len(part) for part in self.parts))
-        assert len(self.parts) == len(self.weights) and all(map(len, self.parts)), "an empty set"
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        part, inside = self.locate(index)
+        part, inside = self._locate(index)
         return {**self.parts[part][inside], "part": part}
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """The set that a sample is of, and its index there."""
+    def _locate(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]
         part = bisect.bisect_right(self._ends, index)
         return part, index - (self._ends[part - 1] if part else 0)
 
     def name(self, index: int) -> str:
         """How messages name a sample: as its set does."""
-        part, inside = self.locate(index)
+        part, inside = self._locate(index)
         return sample_name(self.parts[part], inside)
 
     @property
     def record_sets(self) -> tuple[RecordsSource, ...]:
-        """All sets of records in this source."""
+        """The open sets of records."""
         return tuple(one for part in self.parts for one in getattr(part, "record_sets", ()))
 
     @property
-    def sizes(self) -> np.ndarray | None:
-        """See ``RecordsSource.sizes``; zeros for sets that do not say, None if no set does."""
+    def sizes(self) -> np.ndarray:
+        """See ``RecordsSource.sizes``; zeros for sets that do not say."""
         sizes = [getattr(part, "sizes", None) for part in self.parts]
-        if all(one is None for one in sizes):
-            return None
         pairs = zip(sizes, self.parts, strict=True)
-        return np.concatenate(
-            [np.zeros((len(p), 3), np.int32) if s is None else s for s, p in pairs]
-        )
+        return np.concatenate([np.zeros((len(p), 3), int) if s is None else s for s, p in pairs])
 
     def order(self, seed: int) -> grain.MapDataset:
         """The endless mixed order of indices. Proportions are Grain's: the weights, to within 1 %."""
         starts = [0, *self._ends[:-1]]
-        seeds = np.random.SeedSequence(seed).generate_state(len(self.parts) + 1)
         # A seed for each set's own order, and one for the windows.
+        *seeds, last = np.random.SeedSequence(seed).generate_state(len(self.parts) + 1).tolist()
         orders = [
-            grain.MapDataset.range(start, end).seed(int(own)).shuffle().repeat()
-            for start, end, own in zip(starts, self._ends, seeds, strict=False)
+            grain.MapDataset.range(start, end).seed(own).shuffle().repeat()
+            for start, end, own in zip(starts, self._ends, seeds, strict=True)
         ]
         mixed = grain.MapDataset.mix(orders, self.weights)
         # A window adds its number to the seed, which must not overflow by that.
-        return grain.experimental.WindowShuffleMapDataset(
-            mixed, window_size=WINDOW, seed=int(seeds[-1]) // 2
-        )
+        return grain.experimental.WindowShuffleMapDataset(mixed, window_size=WINDOW, seed=last // 2)
 
 
 def sample_order(source: Source, seed: int) -> grain.MapDataset:
     """The indices of a source's samples in the endless order that training takes them in."""
-    if hasattr(source, "order"):
-        return source.order(seed)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(source, MixedSource):
+        return source.order(seed)
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
 

@@ -2,18 +2,21 @@
 
 ``RecordsSource`` is the random-access source over one split of a builder that ``prepare`` wrote, or of
 any with a suitable feature: a video tensor, or an image, which is a video of one frame. Encoded videos
-and images are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenCV or Pillow.
+and images are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenCV or Pillow. TFRecord
+files and TFDS's Video feature are not read: both need TensorFlow.
 
-Opening reads the metadata and one record, however many shards there are: a shard is opened when one of
-its records is read. What is wrong with a record is a ``BadRecord``, which names it; what is wrong with
-the disk keeps its own type. TFRecord files and the Video feature of TFDS are not read: both need
-TensorFlow.
+Opening reads the metadata alone: a shard is opened when one of its records is read. What is wrong with
+a record is a ``BadRecord``, which names it; what is wrong with the disk keeps its own type. The shards
+of a split lie one behind another, and a record's number in its shard is
+
+    number = index + skip of the shard - records before the shard                                  (1)
 """
 
 from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import errno
 import functools
 import io
@@ -22,9 +25,6 @@ import json
 import os
 import re
 import string
-import sys
-import threading
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,34 +38,27 @@ from av.error import FFmpegError
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
-from dit_jax.data.transforms import take_caption
+from dit_jax.data.transforms import with_caption
 from dit_jax.files import InputError, MiB, as_path, explain, is_remote, read_bytes, refuse_if
 from dit_jax.types import PositiveFloat, Sample
 
+# Keys of a builder's metadata: hash and name of the codec that made its latents and of the text
+# encoder that made the states of its captions; which of its features of bytes are encoded videos.
 CODEC, CODEC_NAME = "codec", "codec_name"
-"""Where a builder's metadata say which codec made its latents: its hash, and its name."""
 TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
-"""The same of the text encoder that made the states of captions."""
+ENCODED_VIDEOS = "encoded_videos"
 STATES = "text_states"
 """The feature that holds the states of captions."""
-ENCODED_VIDEOS = "encoded_videos"
-"""Where a builder's metadata say which of its features of bytes are encoded videos, and how."""
 FRAMES_TAG = "FRAMES"
 """The tag of encoded videos that says how many frames they have; Matroska keeps tags in upper case."""
 SIZES = ("frames", "height", "width", "caption bytes", "text states")
 """Columns of sizes-SPLIT.npy, int32, beside the shards: a row for each record, as it is stored."""
 OPEN_SHARDS = 256
 """Shards that are open at once: each takes a file descriptor and the index of its records."""
-FIRST_TRIES = 16
-"""Records, spread over the split, of which one must be readable for a source to be opened."""
-OURS = "tensorflow_datasets."
-"""TFDS imports the classes of features by their names: no other module is imported for a data set."""
-NO_STATES = np.zeros((0, 1), np.float32)
-"""The states of a caption that is absent, or was dropped."""
 LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it (docs/storage.md)"
-STORE_AGAIN = "store them again by dit_jax.prepare.writing.write_records"
+STORE_AGAIN = "store it again by dit_jax.prepare.writing.write_records"
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
-_MODULE = re.compile(re.escape(OURS) + r"[\w.]+")
+_CLASS = re.compile(r"tensorflow_datasets\.[\w.]+")
 _SHARD = re.compile(r".*-(\w+)\.array_record-(\d+)-of-\d+")
 _ERRNO = {os.strerror(number): number for number in errno.errorcode}
 
@@ -106,38 +99,32 @@ class RecordsConfig:
     every sample is as one whose caption was dropped."""
 
     def __post_init__(self) -> None:
-        refuse_if(self._constraints())
-
-    def _constraints(self) -> Iterator[tuple[bool, str]]:
-        """What must not be true of the fields, and what to say if it is."""
-        yield not self.path, "path is empty: give a builder's directory or the name of a data set"
-        for name in ("path", "data_dir"):
-            value = getattr(self, name)
-            yield is_remote(value or ""), f"data.source.{name} is {value!r}, and {LOCAL}."
-        template = f"caption_template={self.caption_template!r}"
+        template, names = self.caption_template, [name for name, _ in self.caption_mix]
         try:
-            keys = self.template_keys
+            keys, why = self.template_keys, "names no feature"
         except ValueError as error:
-            yield True, f"{template} is no template ({error}): write a brace itself twice"
-            return
-        yield (
-            self.caption_template is not None and not keys,
-            f"{template} names no feature: put one in braces, as in 'a handwritten digit {{label}}'",
-        )
-        yield (
-            bool(self.label_names) and len(keys) != 1,
-            f"label_names with {template}: give a template with exactly one feature in braces",
-        )
-        names = [name for name, _ in self.caption_mix]
-        yield (
-            len(set(names)) < len(names),
-            f"caption_mix={self.caption_mix}: name each feature once",
-        )
-        count = len(names) if self.text_states_key is not None else 0
-        yield (
-            len(self.caption_mix_states) != count,
-            f"caption_mix_states={self.caption_mix_states}: with caption_mix of {len(names)} and "
-            f"text_states_key {self.text_states_key!r} there are {count}, the states of each caption",
+            keys, why = (), f"is no template ({error})"
+        states = len(names) if self.text_states_key is not None else 0
+        remote = [one for one in (self.path, self.data_dir) if is_remote(one or "")]
+        refuse_if(
+            [
+                (not self.path, "path is empty: give a builder's directory or a data set's name"),
+                (bool(remote), f"{remote} is on Cloud Storage, and {LOCAL}"),
+                (
+                    template is not None and not keys,
+                    f"caption_template={template!r} {why}: put features in braces, as in 'a {{label}}'",
+                ),
+                (
+                    bool(self.label_names) and len(keys) != 1,
+                    f"label_names need one feature, not {keys}",
+                ),
+                (len(set(names)) < len(names), f"caption_mix={names}: name each feature once"),
+                (
+                    len(self.caption_mix_states) != states,
+                    f"caption_mix_states={self.caption_mix_states}: give {states}, the states of each "
+                    "caption of caption_mix if text_states_key is given, else none",
+                ),
+            ]
         )
 
     @property
@@ -147,19 +134,15 @@ class RecordsConfig:
         return tuple(dict.fromkeys(field for _, field, _, _ in fields if field is not None))
 
     @property
-    def text_keys(self) -> dict[str, tuple[str, ...]]:
-        """Features of text and labels that are read, by the fields that name them."""
+    def text_keys(self) -> tuple[str, ...]:
+        """Features of text and labels that are read."""
         if not self.captioned:
-            return {}
-        whole = self.caption_template is None and self.label_key is None
-        return {
-            "caption_template": self.template_keys,
-            "caption_key": (self.caption_key,) if whole else (),
-            "label_key": () if self.label_key is None else (self.label_key,),
-            "caption_mix": tuple(name for name, _ in self.caption_mix),
-            "caption_mix_states": self.caption_mix_states,
-            "text_states_key": () if self.text_states_key is None else (self.text_states_key,),
-        }
+            return ()
+        mix = (name for name, _ in self.caption_mix)
+        keys = [self.label_key, self.text_states_key, *self.template_keys, *mix]
+        if self.caption_template is None and self.label_key is None:
+            keys.append(self.caption_key)
+        return tuple(filter(None, [*keys, *self.caption_mix_states]))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -168,7 +151,7 @@ class RecordsConfig:
 
     @property
     def record_sets(self) -> tuple[RecordsConfig, ...]:
-        """All sets of records in this source's config."""
+        """The configs of all sets of records."""
         return (self,)
 
     def open(self) -> RecordsSource:
@@ -177,22 +160,16 @@ class RecordsConfig:
 
 
 class BadRecord(ValueError):
-    """A record that cannot be read or is no sample; ``index`` is its own in the split, as it is sliced.
+    """A record that cannot be read or is no sample: training leaves it out and counts it."""
 
-    Training leaves it out and counts it.
+
+def storage_error(error: Exception, path: Path) -> Exception | None:
+    """The error of the disk or the memory behind one that reading or writing records raised, or None.
+
+    Those of ArrayRecord are all RuntimeErrors.
     """
-
-    def __init__(self, where: str, index: int, reason: str) -> None:
-        # Exceptions are pickled by these arguments.
-        super().__init__(where, index, reason)
-        self.index, self.reason, self._where = index, reason, where
-
-    def __str__(self) -> str:
-        return f"record {self.index} of {self._where}: {self.reason}"
-
-
-def storage_error(error: RuntimeError, path: Path) -> OSError | None:
-    """The error of the disk behind one of ArrayRecord's, which are all RuntimeErrors; or None."""
+    if isinstance(error, OSError | MemoryError):
+        return error
     match = re.search(r"\w+\(\) failed: ([^;]+)", str(error))
     number = _ERRNO.get(match[1].strip()) if match else None
     # A shard that is missing from its directory will not come back by waiting.
@@ -201,108 +178,69 @@ def storage_error(error: RuntimeError, path: Path) -> OSError | None:
     return OSError(number, os.strerror(number), str(path))
 
 
-class _Shards:
-    """The bytes of a split's records, by index."""
-
-    def __init__(self, instructions: list[Any]) -> None:
-        self._paths = [Path(one.filename) for one in instructions]
-        self._skips = [one.skip for one in instructions]
-        self._ends = list(itertools.accumulate(one.take for one in instructions))
-        self._readers: collections.OrderedDict[Path, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    @property
-    def spans(self) -> list[tuple[Path, int, int]]:
-        """The shards, and the first and the end of the records of each that are read."""
-        takes = np.diff(self._ends, prepend=0).tolist()
-        spans = zip(self._paths, self._skips, takes, strict=True)
-        return [(path, skip, skip + take) for path, skip, take in spans]
-
-    def place(self, index: int) -> tuple[Path, int]:
-        """The shard of a record, and its number there."""
-        shard = bisect.bisect_right(self._ends, index)
-        before = self._ends[shard - 1] if shard else 0
-        return self._paths[shard], self._skips[shard] + index - before
-
-    def read(self, index: int) -> bytes:
-        """Raises ArrayRecord's RuntimeError for a damaged record, OSError for the disk's errors."""
-        path, number = self.place(index)
-        try:
-            return self._reader(path).read([number])[0]
-        except RuntimeError as error:
-            # A reader that failed once goes on failing: the next try opens the file anew.
-            with self._lock:
-                self._readers.pop(path, None)
-            raise storage_error(error, path) or error from error
-
-    def _reader(self, path: Path) -> Any:
-        with self._lock:
-            if path in self._readers:
-                self._readers.move_to_end(path)
-                return self._readers[path]
-        # Opened outside the lock: on network storage it takes a while. No read-ahead: the order is
-        # random.
-        options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
-        reader: Any = ArrayRecordReader(str(path), **options)
-        with self._lock:
-            self._readers[path] = reader
-            # One that another thread reads from is closed when it has done so.
-            if len(self._readers) > OPEN_SHARDS:
-                self._readers.popitem(last=False)
-        return reader
-
-
 class RecordsSource:
     """The random-access source over one split of a builder: deterministic, picklable (files are opened
     again) and usable from threads.
 
     A sample's video is uint8 [t, h, w, 3], or float32 [t, h, w, c] if it holds latents. Opening raises
-    InputError for data that are absent, foreign, empty or no clips. Reading raises BadRecord for a
-    record that cannot be used, and OSError for the errors of the disk.
+    InputError for data that are absent, foreign or empty. Reading raises BadRecord for a record that
+    cannot be used, and OSError for the errors of the disk.
     """
 
     def __init__(self, config: RecordsConfig) -> None:
         self.config = config
-        self._open()
-        # Proves that there is a record to read.
-        errors: list[BadRecord] = []
-        for index in np.unique(np.linspace(0, len(self) - 1, FIRST_TRIES).astype(int)).tolist():
-            try:
-                self[index]
-                return
-            except BadRecord as error:
-                errors.append(error)
-        raise InputError(f"{errors[0]} (and so are all of {len(errors)} records that were tried)")
+        info = find_builder(config.path, config.data_dir).info
+        self.features, self._splits = info.features, info.splits
+        shards = self._check(info)
+        self._paths = [Path(shard.filename) for shard in shards]
+        self._ends = list(itertools.accumulate(shard.take for shard in shards))
+        # Of equation (1): what is added to an index.
+        self._offsets = [s.skip + s.take - end for s, end in zip(shards, self._ends, strict=True)]
+        self._open_shard = functools.lru_cache(OPEN_SHARDS)(_open_shard)
+        self._failures: collections.Counter[Path] = collections.Counter()
 
-    def _open(self) -> None:
-        config = self.config
-        builder = find_builder(config.path, config.data_dir)
-        self._features = features = builder.info.features
-        refuse_if(_faults(builder, config))
-        metadata = builder.info.metadata or {}
-        self._videos = set(metadata.get(ENCODED_VIDEOS) or ())
-        # Images are handed over as they are encoded, also those that nobody asked for.
-        self._images = {k for k in features if isinstance(features[k], tfds.features.Image)}
-        self._decoders = {key: tfds.decode.SkipDecoding() for key in self._images}
+        metadata = info.metadata or {}
         # Hashes of the codec that made the latents, and of the text encoder that made the states.
         self.codec: str | None = metadata.get(CODEC)
         self.text_encoder: str | None = metadata.get(TEXT_ENCODER)
         self.text_encoder_name: str | None = metadata.get(TEXT_ENCODER_NAME)
-        self._has_fps = config.fps_key is not None and config.fps_key in features
-        self._names = {
-            key: config.label_names or tuple(getattr(features[key], "names", None) or ())
-            for key in (config.template_keys if config.captioned else ())
-        }
-        self._repaired = False
-        self._records = _Shards(builder.info.splits[config.split].file_instructions)
-        self._lengths = {k: list(v.shard_lengths) for k, v in builder.info.splits.items()}
+        self._videos = set(metadata.get(ENCODED_VIDEOS) or ())
+        # Images are handed over as they are encoded, also those that nobody asked for.
+        images = (k for k, v in self.features.items() if isinstance(v, tfds.features.Image))
+        self._decoders = {key: tfds.decode.SkipDecoding() for key in images}
+
+    def _check(self, info: Any) -> list[Any]:
+        """The shards that are read; ``InputError`` if the config does not fit the builder."""
+        config, path = self.config, self.config.path
+        keys = [config.video_key, *config.text_keys]
+        # The default frame rate stands in for the default key only: another key is meant to exist.
+        keys += [config.fps_key] if config.fps_key not in (None, "fps") else []
+        absent = [key for key in keys if key not in info.features]
+        try:
+            shards, why = info.splits[config.split].file_instructions, "no records"
+        except Exception as error:  # TFDS parses the split, and its errors are of several types.
+            shards, why = [], explain(error)
+        choices = ", ".join(f"{k} ({v.num_examples})" for k, v in info.splits.items())
+        has = ", ".join(sorted(info.features))
+        refuse_if(
+            [
+                (
+                    not shards,
+                    f"split {config.split!r} is not in {path!r} ({why}): choose of {choices}",
+                ),
+                (bool(absent), f"no features {absent} in {path!r}: data.source may name {has}"),
+                (
+                    info.file_format != tfds.core.FileFormat.ARRAY_RECORD,
+                    f"{path!r} is stored as {info.file_format}, which needs TensorFlow: convert it by "
+                    "`tfds convert_format --out_file_format=array_record`",
+                ),
+            ]
+        )
+        return shards
 
     @property
     def record_sets(self) -> tuple[RecordsSource, ...]:
-        """All sets of records in this source."""
+        """The open sets of records."""
         return (self,)
 
     @functools.cached_property
@@ -311,32 +249,28 @@ class RecordsSource:
         does not say them."""
         if self.config.video_key != "video":  # The table is of that feature.
             return None
-        parts, tables = [], {}
+        parts, first = [], 0
+        load = functools.cache(lambda table: np.load(table, mmap_mode="r"))
         try:
-            for path, first, end in self._records.spans:
+            for path, end, offset in zip(self._paths, self._ends, self._offsets, strict=True):
                 match = _SHARD.fullmatch(path.name)
                 assert match is not None
-                lengths, number = self._lengths[match[1]], int(match[2])
-                table = path.parent / f"sizes-{match[1]}.npy"
-                if table not in tables:
-                    tables[table] = np.load(table, mmap_mode="r")
-                if tables[table].shape != (sum(lengths), len(SIZES)):
+                lengths = self._splits[match[1]].shard_lengths
+                table = load(path.parent / f"sizes-{match[1]}.npy")
+                if table.shape != (sum(lengths), len(SIZES)):
                     return None
-                before = sum(lengths[:number])
-                parts.append(tables[table][before + first : before + end, :3])
+                shift = sum(lengths[: int(match[2])]) + offset
+                parts.append(table[shift + first : shift + end, :3])
+                first = end
         except (OSError, ValueError):
             return None
         return np.concatenate(parts)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config = state["config"]
-        self._open()
+    def __reduce__(self) -> Any:
+        return RecordsSource, (self.config,)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._ends[-1]
 
     def name(self, index: int) -> str:
         """How messages name a record."""
@@ -344,127 +278,126 @@ class RecordsSource:
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
+        shard = bisect.bisect_right(self._ends, index)
+        path, number = self._paths[shard], index + self._offsets[shard]
+        failures = self._failures[path]
         try:
-            return self._sample(self._records.read(index))
-        except (ImportError, AttributeError) as error:
-            raise InputError(
-                f"record {index} of {self.config.path!r} has features that cannot be decoded without "
-                f"TensorFlow ({error}): {STORE_AGAIN}"
-            ) from error
-        except (OSError, MemoryError):
-            raise
+            data = self._open_shard(path, failures).read([number])[0]
+            return self._sample(data)
         # Damage may raise anything in the parsers of ArrayRecord, protobuf, zlib, TFDS and FFmpeg.
         except Exception as error:
-            path, number = self._records.place(index)
-            where = f"{self.config.path!r} (number {number} of {path.name})"
-            raise BadRecord(where, index, explain(error)) from error
+            # A reader that failed once goes on failing: another key of the cache opens the file anew.
+            self._failures[path] = failures + isinstance(error, RuntimeError)
+            reason = explain(error)
+            if isinstance(error, ImportError | AttributeError):
+                reason = f"it cannot be decoded without TensorFlow ({reason}): {STORE_AGAIN}"
+            bad = BadRecord(f"{self.name(index)} (number {number} of {path.name}): {reason}")
+            raise storage_error(error, path) or bad from error
 
     def _sample(self, data: bytes) -> Sample:
         config, key = self.config, self.config.video_key
         # ArrayRecord gives no bytes of a file that was cut while it is open.
-        record = (
-            self._features.deserialize_example_np(data, decoders=self._decoders) if data else {}
-        )
-        keys = [key, *itertools.chain(*config.text_keys.values())]
-        keys += [config.fps_key] if self._has_fps else []
-        missing = [str(name) for name in keys if record.get(name) is None]
-        _expect(not missing, f"it has no {', '.join(missing)}" if data else "the file was cut")
+        refuse_if([(not data, "the file was cut")])
+        record = self.features.deserialize_example_np(data, decoders=self._decoders)
+        fps_key = config.fps_key if config.fps_key in self.features else None
+        keys = [key, *config.text_keys, *filter(None, [fps_key])]
+        missing = ", ".join(name for name in keys if record.get(name) is None)
+        refuse_if([(bool(missing), f"it has no {missing}")])
         video = record[key]
-        if key in self._videos or key in self._images:
-            video = (decode_video if key in self._videos else _decode_image)(video)
+        if key in self._videos or key in self._decoders:
+            video = decode_video(video, image=key in self._decoders)
         sample: Sample = {
-            "video": _finite(as_video(video, f"feature {key!r}"), key),
+            "video": as_video(video, f"feature {key!r}"),
             "caption": "",
-            "fps": float(record[config.fps_key]) if self._has_fps else config.fps,
+            "fps": float(record[fps_key]) if fps_key else config.fps,
         }
-        _expect(0 < sample["fps"] < float("inf"), f"its frame rate is {sample['fps']}")
+        bad_fps = not 0 < sample["fps"] < float("inf")
+        refuse_if([(bad_fps, f"its frame rate is {sample['fps']}")])
         if not config.captioned:
-            sample["text_states"] = NO_STATES
+            sample["text_states"] = np.zeros((0, 1), np.float32)
             return sample
         if config.caption_template is not None:
             words = {key: self._word(key, record[key]) for key in config.template_keys}
             sample["caption"] = config.caption_template.format(**words)
-        elif config.caption_key in self._features:
-            sample["caption"] = self._text(record[config.caption_key])
+        elif config.caption_key in self.features:
+            sample["caption"] = _text(record[config.caption_key])
         if config.text_states_key is not None:
-            sample["text_states"] = _read_states(record, config.text_states_key)
+            sample["text_states"] = _states(record, config.text_states_key)
         if config.label_key is not None:
             sample["segment_fields"] = {"label": int(record[config.label_key])}
         if config.caption_mix:
             names = [name for name, _ in config.caption_mix]
-            sample["captions"] = captions = {name: self._text(record[name]) for name in names}
+            sample["captions"] = captions = {name: _text(record[name]) for name in names}
             if config.caption_mix_states:
                 pairs = zip(names, config.caption_mix_states, strict=True)
-                sample["captions_states"] = {n: _read_states(record, key) for n, key in pairs}
+                sample["captions_states"] = {name: _states(record, key) for name, key in pairs}
             first = next((name for name in names if captions[name]), None)
             if not sample["caption"] and first is not None:
-                take_caption(sample, first)
+                return with_caption(sample, first)
         return sample
 
     def _word(self, key: str, value: Any) -> str:
-        names = self._names[key]
+        """A value of the template, by name if its feature or the config has names."""
+        names = self.config.label_names or getattr(self.features[key], "names", None)
         if not names:
-            return self._text(value)
-        _expect(
-            0 <= int(value) < len(names),
-            f"{key}={value} has no name among label_names, which has {len(names)}",
-        )
+            return _text(value)
+        message = f"{key}={value} has no name among label_names, which has {len(names)}"
+        refuse_if([(not 0 <= int(value) < len(names), message)])
         return names[int(value)]
 
-    def _text(self, value: Any) -> str:
-        if not isinstance(value, bytes):
-            return str(value)
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            if not self._repaired:
-                self._repaired = True
-                print(
-                    f"a text of {self.config.path!r} is not UTF-8 ({explain(error)}): its bytes "
-                    f"{value[:60]!r} are read with U+FFFD, and so are others like it.",
-                    file=sys.stderr,
-                )
-            return value.decode(errors="replace")
+
+def _open_shard(path: Path, failures: int) -> Any:
+    del failures  # Of readers of this shard: a part of the cache's key.
+    # No read-ahead: the order is random.
+    options: Any = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+    return ArrayRecordReader(str(path), **options)
+
+
+def _text(value: Any) -> str:
+    # What is not UTF-8 gets U+FFFD, rather than costing the record.
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _states(record: dict[str, Any], key: str) -> np.ndarray:
+    states = np.asarray(record[key], np.float32)
+    message = f"feature {key!r} is {list(states.shape)}: states are [s, e]"
+    refuse_if([(states.ndim != 2, message)])
+    return states
 
 
 def find_builder(name: str, data_dir: str | None = None) -> Any:
-    """The read-only builder at a directory or of a name, sought in ``data_dir``; or InputError.
+    """The read-only builder at a directory or of a name, sought in ``data_dir``; or ``InputError``.
 
     No code of the data set's is run: a feature whose class is not one of TFDS's is refused.
     """
-    path = Path(name).expanduser()
+    path, info = Path(name).expanduser(), "dataset_info.json"
+    is_folder = path.is_dir()
+    # NAMESPACE:NAME loads code of others, and NAME/a=1 passes arguments to a builder's code.
+    known = (path / info).is_file() if is_folder else bool(_NAME.fullmatch(name))
+    inside = [] if known else sorted(str(one.parent) for one in path.glob(f"**/{info}"))
+    what = "is neither the name of a TFDS data set nor a builder's directory, such as name/1.0.0"
+    what += f"; it holds {', '.join(inside)}" if inside else ""
+    refuse_if([(is_remote(name), f"{name!r}: {LOCAL}"), (not known, f"{name!r} {what}")])
     try:
-        if is_remote(name):
-            why = LOCAL
-        elif not path.is_dir():
-            # NAMESPACE:NAME loads code of others, and NAME/a=1 passes arguments to a builder's code.
-            _expect(_NAME.fullmatch(name) is not None, "it is no name")
-            stem = naming.parse_builder_name_kwargs(name)[0].name
-            for folder in file_utils.list_data_dirs(given_data_dir=data_dir):
-                for file in Path(folder).expanduser().glob(f"{stem}/**/features.json"):
-                    _check_classes(file.parent)
-            builder = tfds.builder(name, try_gcs=False, data_dir=data_dir)
-            if builder.is_prepared():
-                return builder
-            why = f"it is not prepared in {builder.data_dir}: run `tfds build {name} "
-            why += "--file_format=array_record`, or give the right data_dir"
-        elif (path / "dataset_info.json").is_file():
+        if is_folder:
             _check_classes(path)
             return tfds.builder_from_directory(path)
-        else:
-            inside = ", ".join(sorted(str(p.parent) for p in path.glob("**/dataset_info.json")))
-            why = "it has no dataset_info.json" + (f"; it holds {inside}" if inside else "")
-            why += ": give the directory of a builder's version, such as name/1.0.0"
-    except ImportError as error:
-        why = f"it has features that need TensorFlow ({error}): {STORE_AGAIN}"
-    except (InputError, OSError):
+        stem = naming.parse_builder_name_kwargs(name)[0].name
+        for root in file_utils.list_data_dirs(given_data_dir=data_dir):
+            for file in Path(root).expanduser().glob(f"{stem}/**/features.json"):
+                _check_classes(file.parent)
+        builder = tfds.builder(name, try_gcs=False, data_dir=data_dir)
+    except OSError:
         raise
     # A name may be refused in several ways, and the parsers of metadata have errors of their own.
     except Exception as error:
-        why = "it is neither a directory nor the name of a TFDS data set: check the spelling"
-        if path.is_dir():
-            why = f"its metadata cannot be read ({explain(error)}): write or copy it again"
-    raise InputError(f"{name!r}: {why}")
+        raise InputError(f"{name!r} {what} ({explain(error)})") from error
+    message = (
+        f"{name!r} is not prepared in {builder.data_dir}: run `tfds build {name} "
+        "--file_format=array_record`, or give the right data_dir"
+    )
+    refuse_if([(not builder.is_prepared(), message)])
+    return builder
 
 
 def _check_classes(folder: Path) -> None:
@@ -473,86 +406,30 @@ def _check_classes(folder: Path) -> None:
     Names are in ``pythonClassName``, or in ``type`` in older files, at any depth; also in JSON within
     strings, which TFDS parses too.
     """
+    classes: set[str] = set()
+
+    def visit(value: dict[str, Any]) -> None:
+        for key, item in value.items():
+            for one in item if isinstance(item, list) else [item]:
+                if key in ("pythonClassName", "python_class_name", "type") and isinstance(one, str):
+                    classes.add(one)
+                elif isinstance(one, str) and one.lstrip()[:1] in ("{", "["):
+                    # What is no JSON here is none for TFDS, either.
+                    with contextlib.suppress(json.JSONDecodeError):
+                        json.loads(one, object_hook=visit)
+
     for file in (folder / "features.json", folder / "dataset_info.json"):
-        if not file.is_file():
-            continue
-        values: list[Any] = [read_bytes(file, 64 * MiB).decode(errors="replace")]
-        classes: set[Any] = set()
-        while values:
-            value = values.pop()
-            if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-                try:
-                    values.append(json.loads(value))
-                except RecursionError:
-                    classes.add("nested too deeply to be read")
-                except ValueError:
-                    continue  # It is no JSON for TFDS, either.
-            elif isinstance(value, list):
-                values += value
-            elif isinstance(value, dict):
-                values += value.values()
-                names = (value.get(key) for key in ("pythonClassName", "python_class_name", "type"))
-                classes |= {name for name in names if isinstance(name, str)}
-        foreign = sorted(name for name in classes if not _MODULE.fullmatch(name))
-        message = (
-            f"{str(file)!r} has features of classes {foreign}, whose modules TFDS would import and so "
-            f"run: only classes of {OURS[:-1]} are read. Store the data again with those."
-        )
-        refuse_if([(bool(foreign), message)])
+        if file.is_file():
+            text = read_bytes(file, 64 * MiB).decode(errors="replace")
+            json.loads(text, object_hook=visit)
+    foreign = sorted(one for one in classes if not _CLASS.fullmatch(one))
+    message = f"its features are of the classes {foreign}, and only those of TFDS itself are read"
+    refuse_if([(bool(foreign), message)])
 
 
-def _faults(builder: Any, config: RecordsConfig) -> Iterator[tuple[bool, str]]:
-    """What must not be true of a builder, and what to say if it is; in order."""
-    path, features, splits = config.path, builder.info.features, builder.info.splits
-    choices = ", ".join(f"{k} ({v.num_examples})" for k, v in splits.items()) or "none"
-    # "train[:10%]+test" names two splits; what is in brackets TFDS reads itself.
-    names = [name.strip() for name in re.sub(r"\[[^]]*\]", "", config.split).split("+")]
-    absent = [name for name in names if name not in splits]
-    named = ", ".join(map(repr, absent))
-    yield bool(absent), f"split {named} is not in {path!r}: choose one of {choices}"
-    keys = {"video_key": (config.video_key,), **config.text_keys}
-    # The default frame rate stands in for the default key only: another key is meant to exist.
-    keys["fps_key"] = () if config.fps_key in (None, "fps") else (config.fps_key,)
-    for field, key in ((field, key) for field, names in keys.items() for key in names):
-        yield (
-            key not in features,
-            f"{field}: no feature {key!r} in {path!r}; it has {', '.join(sorted(features))}: set "
-            f"{field} to one of them",
-        )
-    yield (
-        builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD,
-        f"{path!r} is stored as {builder.info.file_format}, which needs TensorFlow to be read: convert "
-        "it with `tfds convert_format --out_file_format=array_record`",
-    )
-    why = "no records"
-    try:
-        empty = not splits[config.split].file_instructions
-    except Exception as error:  # TFDS parses the split, and its errors are of several types.
-        empty, why = True, str(error)
-    message = (
-        f"split {config.split!r} of {path!r} is empty or malformed ({why}): choose of {choices}"
-    )
-    yield empty, message
-
-
-def _expect(condition: bool, message: str) -> None:
-    """Raises ``ValueError`` unless a record is sound; ``__getitem__`` makes it a ``BadRecord``."""
-    if not condition:
-        raise ValueError(message)
-
-
-def _decode_image(data: bytes) -> np.ndarray:
-    """Encoded png or jpeg to uint8 [1, h, w, 3]."""
-    return _decode(data, True)
-
-
-def decode_video(data: bytes) -> np.ndarray:
-    """uint8 RGB ``[t, h, w, 3]`` of the bytes that ``prepare.encoded.encode_video`` makes."""
-    return _decode(data, False)
-
-
-def _decode(data: bytes, image: bool) -> np.ndarray:
-    """Raises ``ValueError`` for damaged bytes: FFmpeg would fill the gaps with what it guesses."""
+def decode_video(data: bytes, image: bool = False) -> np.ndarray:
+    """uint8 RGB ``[t, h, w, 3]`` of what ``prepare.encoded.encode_video`` makes, or of a PNG or JPEG;
+    ``ValueError`` if it is damaged."""
     frames: list[np.ndarray] = []
     try:
         with av.open(io.BytesIO(data), "r") as container:
@@ -562,42 +439,31 @@ def _decode(data: bytes, image: bool) -> np.ndarray:
             stream.thread_type = "NONE"
             if image:  # Or the rest of a JPEG that was cut is grey.
                 stream.codec_context.options = {"err_detect": "explode"}
-            for frame in container.decode(stream):
-                _expect(image or not frame.is_corrupt, f"encoded frame {len(frames)} is damaged")
+            for frame in itertools.islice(container.decode(stream), 1 if image else None):
+                # FFmpeg fills the gaps with what it guesses.
+                damaged = frame.is_corrupt and not image
+                refuse_if([(damaged, f"encoded frame {len(frames)} is damaged")])
                 frames.append(frame.to_ndarray(format="rgb24" if image else None))
-                if image:
-                    break
+    # Some of FFmpeg's errors are OSErrors, and yet not the disk's.
     except (FFmpegError, IndexError) as error:
         raise ValueError(f"{len(data)} encoded bytes could not be decoded ({error})") from error
-    _expect(str(len(frames)) == count, f"{len(frames)} of {count} encoded frames are there")
+    refuse_if([(str(len(frames)) != count, f"{len(frames)} of {count} encoded frames are there")])
     return np.stack(frames)
 
 
 def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
-    """uint8 [t, h, w, 3] of [t, h, w, c] or [h, w, c] with c 1 or 3, or, if they may be `latents`,
-    float32 of any c; `where` starts the error."""
+    """uint8 [t, h, w, 3] of [t, h, w, c] or [h, w, c] with c 1 or 3, or, if they may be ``latents``,
+    float32 of any c; ``where`` begins the error."""
     video = np.asarray(value)
     if video.ndim == 3:
         video = video[None]
     whole = video.ndim == 4 and min(video.shape) > 0
     if latents and whole and jnp.issubdtype(video.dtype, jnp.floating):
         return video.astype(np.float32)
-    other = ", or float latents," if latents else ""
-    _expect(
-        whole and video.shape[-1] in (1, 3) and video.dtype == np.uint8,
+    message = (
         f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or [h, w, c] with "
-        f"c of 1 or 3{other} and no axis empty; choose another feature or convert it",
+        f"c of 1 or 3{', or float latents,' if latents else ''} and no axis empty"
     )
+    sound = whole and video.shape[-1] in (1, 3) and video.dtype == np.uint8
+    refuse_if([(not sound, message)])
     return np.repeat(video, 3, axis=-1) if video.shape[-1] == 1 else video
-
-
-def _finite(values: np.ndarray, key: str) -> np.ndarray:
-    finite = values.dtype == np.uint8 or bool(np.isfinite(values).all())
-    _expect(finite, f"feature {key!r} has numbers that are NaN or infinite")
-    return values
-
-
-def _read_states(record: Mapping[str, Any], key: str) -> np.ndarray:
-    states = np.asarray(record[key], np.float32)
-    _expect(states.ndim == 2, f"feature {key!r} is {list(states.shape)}: states are [s, e]")
-    return _finite(states, key)

@@ -1,12 +1,11 @@
 """What is done to a sample before it becomes tokens: resized, cropped, mirrored, one caption chosen.
 
-Nothing by default: every clip keeps its size and aspect ratio. Image sets whose pictures are larger
-than a row are shrunk to one square: the shorter side resized, the centre cropped (the framing of
-Dhariwal & Nichol 2021 and of DiT, with another filter).
+Nothing by default: every clip keeps its size and aspect ratio. The square crop is the framing of
+Dhariwal & Nichol 2021 and of DiT, with another filter. Synthetic captions are mixed with those that
+came with the data, which keeps a model from overfitting to the habits of a captioner (Betker et al.
+2023, section 3: DALL-E 3 was trained on 95 % synthetic ones). Caption i of weight w_i is drawn with
 
-Synthetic captions are mixed with those that came with the data, which keeps a model from overfitting to
-the habits of a captioner (Betker et al. 2023, "Improving Image Generation with Better Captions",
-section 3: DALL-E 3 was trained on 95 % synthetic ones).
+    p_i = w_i / sum of the w_j of all captions that are not empty                                  (1)
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 import av
 import numpy as np
 
+from dit_jax.files import refuse_if
 from dit_jax.types import PositiveInt, Sample
 
 
@@ -35,12 +35,11 @@ def resized(video: np.ndarray, height: int, width: int) -> np.ndarray:
     otherwise."""
     if video.shape[1:3] == (height, width):
         return video
-    shrinks = height <= video.shape[1] and width <= video.shape[2]
-    how = "AREA" if shrinks else "BICUBIC"
+    # Bicubic interpolation looks at four pixels a side: it would skip most of a picture that shrinks.
+    how = "AREA" if height <= video.shape[1] and width <= video.shape[2] else "BICUBIC"
     frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24") for x in video]
-    return np.stack(
-        [x.reformat(width, height, interpolation=how).to_ndarray(format="rgb24") for x in frames]
-    )
+    frames = [x.reformat(width, height, interpolation=how) for x in frames]
+    return np.stack([x.to_ndarray(format="rgb24") for x in frames])
 
 
 def centre(video: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -55,6 +54,7 @@ def crop(config: TransformConfig, video: np.ndarray) -> np.ndarray:
         return video
     side, (height, width) = config.crop, video.shape[1:3]
     scale = side / min(height, width)
+    # Rounding must not leave a side one pixel short of the square.
     video = resized(video, max(round(height * scale), side), max(round(width * scale), side))
     return centre(video, side, side)
 
@@ -64,8 +64,7 @@ def flip(sample: Sample, rng: np.random.Generator) -> Sample:
     clip are not the mirrored latents."""
     if rng.random() < 0.5:
         return sample
-    mirrored = sample.copy()
-    mirrored["video"] = sample["video"][:, :, ::-1]
+    mirrored: Sample = {**sample, "video": sample["video"][:, :, ::-1]}
     if "pixel_fields" in sample:
         mirrored["pixel_fields"] = {k: v[:, :, ::-1] for k, v in sample["pixel_fields"].items()}
     return mirrored
@@ -74,10 +73,11 @@ def flip(sample: Sample, rng: np.random.Generator) -> Sample:
 def choose_caption(
     sample: Sample, rng: np.random.Generator, mix: Sequence[tuple[str, float]]
 ) -> Sample:
-    """The sample with one of its ``captions``, of those that are not empty, by the weights of ``mix``.
+    """The sample with one of its ``captions``, by equation (1) with the weights of ``mix``.
 
-    One random number is taken, whatever the captions are. A sample without any keeps its caption.
+    A sample whose captions are all empty keeps the one that it has.
     """
+    # One random number whatever the captions are, so that what is drawn next does not depend on them.
     point = rng.random()
     captions = sample.get("captions", {})
     choices = [(name, weight) for name, weight in mix if captions.get(name)]
@@ -85,23 +85,21 @@ def choose_caption(
         return sample
     edges = np.cumsum([weight for _, weight in choices])
     chosen = int(np.searchsorted(edges, point * edges[-1], side="right"))
-    sample = sample.copy()
-    take_caption(sample, choices[min(chosen, len(choices) - 1)][0])
-    return sample
+    # Rounding may put the point on the last edge.
+    return with_caption(sample, choices[min(chosen, len(choices) - 1)][0])
 
 
-def take_caption(sample: Sample, name: str) -> None:
-    """Makes one of the sample's captions, and its states, the one that is used; in place.
-
-    Raises ``ValueError`` if the sample has states, and none of this caption.
-    """
+def with_caption(sample: Sample, name: str) -> Sample:
+    """The sample with one of its ``captions``, and that caption's states, as the one that is used."""
     caption, states = sample.get("captions", {})[name], sample.get("captions_states", {})
+    out: Sample = {**sample, "caption": caption}
     if name in states:
-        sample["text_states"] = states[name]
-    elif "text_states" in sample and caption != sample["caption"]:
-        raise ValueError(
-            f"the caption {name!r} ({caption[:60]!r}) was drawn and has no text states, and those of "
-            f"{sample['caption'][:60]!r} are not its own: give states for each caption of the mix "
-            "(captions_states), or draw none (data.source.caption_mix)."
+        out["text_states"] = states[name]
+    else:
+        foreign = "text_states" in sample and caption != sample["caption"]
+        message = (
+            f"the caption {name!r} ({caption[:60]!r}) was drawn and has no text states: give states "
+            "for each caption of the mix (captions_states), or draw none (data.source.caption_mix)."
         )
-    sample["caption"] = caption
+        refuse_if([(foreign, message)])
+    return out

@@ -102,7 +102,7 @@ def test_a_saved_stream_goes_on_as_if_never_stopped():
         next(stopped)
     state = json.loads(json.dumps(stopped.get_state()))
     stopped.close()
-    assert set(state) == {"0", "1", "2", "3"}
+    assert set(state) == {"0", "1", "2", "3", "run"}
     resumed = loader(3)
     resumed.set_state(state)
     assert same(once[3:], taken(resumed, 4))
@@ -111,7 +111,7 @@ def test_a_saved_stream_goes_on_as_if_never_stopped():
     part.set_state(state)
     np.testing.assert_array_equal(taken(part, 1)[0].video, once[3].video[1:3])
     other = loader(3)
-    with pytest.raises(ValueError, match=r"not rows \[2"):
+    with pytest.raises(ValueError, match=r"no rows \[2"):
         other.set_state({"0": state["0"], "1": state["1"]})
     other.close()
 

@@ -2,9 +2,9 @@
 
 import errno
 import io
+import itertools
 import json
 import os
-import pickle
 import shutil
 import sys
 
@@ -17,7 +17,13 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dit_jax.data import records
-from dit_jax.data.records import BadRecord, RecordsConfig, RecordsSource, find_builder
+from dit_jax.data.records import (
+    BadRecord,
+    RecordsConfig,
+    RecordsSource,
+    decode_video,
+    find_builder,
+)
 from dit_jax.files import InputError
 from dit_jax.prepare.recorded import find_records
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
@@ -83,15 +89,14 @@ def bad_ones(source):
         try:
             source[i]
         except BadRecord as error:
-            assert error.index == i and error.reason and str(i) in str(error)
+            assert f"record {i} of" in str(error)
             found[i] = error
     return found
 
 
 @pytest.mark.parametrize("damage", ["cut", "footer", "empty", "garbage", "missing", "middle"])
-@pytest.mark.parametrize("shard", [0, 1])
-def test_a_damaged_shard_costs_its_own_records(builder, shard, damage):
-    file = shards(builder)[shard]
+def test_a_damaged_shard_costs_its_own_records(builder, damage):
+    file = shards(builder)[1]
     data = file.read_bytes()
     if damage == "missing":
         file.unlink()
@@ -108,12 +113,9 @@ def test_a_damaged_shard_costs_its_own_records(builder, shard, damage):
     source = RecordsSource(RecordsConfig(str(builder)))
     assert len(source) == COUNT
     bad = bad_ones(source)
-    expected = [3 * shard + i for i in range(3)]
-    assert set(bad) <= set(expected) and bad
-    assert damage == "middle" or list(bad) == expected
+    assert set(bad) <= {3, 4, 5} and bad
+    assert damage == "middle" or list(bad) == [3, 4, 5]
     assert file.name in str(bad[min(bad)]) and str(builder) in str(bad[min(bad)])
-    copy = pickle.loads(pickle.dumps(bad[min(bad)]))
-    assert str(copy) == str(bad[min(bad)]) and copy.index == min(bad)
 
 
 def test_a_shard_that_is_cut_while_it_is_open(builder):
@@ -138,7 +140,7 @@ def test_a_damaged_record_and_one_of_other_features(builder):
 
     rewrite(shards(builder)[1], change)
     bad = bad_ones(RecordsSource(RecordsConfig(str(builder))))
-    assert list(bad) == [3, 4, 5] and "caption" in bad[4].reason
+    assert list(bad) == [3, 4, 5] and "caption" in str(bad[4])
     # Those of a slice are counted from its beginning.
     assert list(bad_ones(RecordsSource(RecordsConfig(str(builder), "train[3:]")))) == [0, 1, 2]
 
@@ -174,66 +176,34 @@ def test_images_that_are_cut(tmp_path):
 
     for codec, pix_fmt in (("png", "rgb24"), ("mjpeg", "yuvj444p")):
         data = encoded(codec, pix_fmt)
-        assert records._decode_image(data).shape == (1, 64, 48, 3)
+        assert decode_video(data, image=True).shape == (1, 64, 48, 3)
         for end in (0, 20, len(data) // 2, len(data) * 9 // 10):
             with pytest.raises(ValueError):
-                records._decode_image(data[:end])
+                decode_video(data[:end], image=True)
 
 
-def test_text_that_is_not_utf8_is_read_and_said_once(builder, capsys):
+def test_text_that_is_not_utf8_is_read(builder):
+    rewrite(shards(builder)[1], lambda _, data: data.replace(b"clip 4", b"caf\xe9 4"))
+    source = RecordsSource(RecordsConfig(str(builder)))
+    assert not bad_ones(source) and source[4]["caption"] == "caf\ufffd 4"
+
+
+def test_frame_rates_and_clips_that_are_none(builder):
     def change(number, data):
-        return data.replace(b"clip 4", b"caf\xe9 4").replace(b"clip 5", b"caf\xe9 5")
+        example = tf_example_pb2.Example.FromString(data)
+        feature = example.features.feature
+        if number == 2:
+            shape = next(key for key in feature if key.startswith("video") and "shape" in key)
+            feature[shape].int64_list.value[0] = 0
+        else:
+            feature["fps"].float_list.value[0] = [0.0, float("nan")][number]
+        return example.SerializeToString()
 
     rewrite(shards(builder)[1], change)
-    source = RecordsSource(RecordsConfig(str(builder)))
-    assert not bad_ones(source)
-    assert source[4]["caption"] == "caf\ufffd 4" and source[5]["caption"] == "caf\ufffd 5"
-    assert capsys.readouterr().err.count("not UTF-8") == 1
+    assert list(bad_ones(RecordsSource(RecordsConfig(str(builder))))) == [3, 4, 5]
 
 
-def test_numbers_that_are_not_finite(tmp_path):
-    class Latents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-        name = "latents"
-
-        def _info(self):
-            floats = {"dtype": np.float32, "encoding": "bytes"}
-            features = {
-                "video": tfds.features.Tensor(shape=(None, None, None, 3), **floats),
-                "states": tfds.features.Tensor(shape=(None, 2), **floats),
-                "caption": tfds.features.Text(),
-                "fps": tfds.features.Scalar(np.float32),
-            }
-            features = tfds.features.FeaturesDict(features)
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(6):
-                fine = {"video": np.ones((1, 2, 2, 3), np.float32), "caption": "", "fps": 8.0}
-                fine["states"] = np.ones((1, 2), np.float32)
-                wrong = [
-                    {"video": np.full((1, 2, 2, 3), np.nan, np.float32)},
-                    {},
-                    {"states": np.full((1, 2), -np.inf, np.float32)},
-                    {"fps": np.nan},
-                    {"fps": 0.0},
-                    {"video": np.ones((0, 2, 2, 3), np.float32)},
-                ][i]
-                yield i, {**fine, **wrong}
-
-    Latents(data_dir=str(tmp_path), file_format="array_record").download_and_prepare(
-        download_dir=str(tmp_path / "downloads")
-    )
-    path = str(tmp_path / "latents" / "1.0.0")
-    source = RecordsSource(RecordsConfig(path, text_states_key="states"))
-    assert set(bad_ones(source)) == {0, 2, 3, 4, 5}
-    assert set(bad_ones(RecordsSource(RecordsConfig(path)))) == {0, 3, 4, 5}
-
-
-def test_nothing_to_read_is_refused_and_errors_of_the_disk_keep_their_type(builder, monkeypatch):
+def test_errors_of_the_disk_keep_their_type(builder, monkeypatch):
     source = RecordsSource(RecordsConfig(str(builder)))
 
     class Broken:
@@ -243,40 +213,12 @@ def test_nothing_to_read_is_refused_and_errors_of_the_disk_keep_their_type(build
     with monkeypatch.context() as patch:
         patch.setattr(records, "ArrayRecordReader", Broken)
         with pytest.raises(OSError) as raised:
-            RecordsSource(RecordsConfig(str(builder)))
-        assert raised.value.errno == errno.EIO and not isinstance(raised.value, ValueError)
-        with pytest.raises(OSError):
             source[8]
+        assert raised.value.errno == errno.EIO and not isinstance(raised.value, ValueError)
     assert source[8]["caption"] == "clip 8"
-    for file in shards(builder):
-        file.write_bytes(b"")
-    with pytest.raises(InputError, match="record 0"):
-        RecordsSource(RecordsConfig(str(builder)))
     shutil.rmtree(builder)
     with pytest.raises(FileNotFoundError):  # A mount that is gone, say.
-        RecordsSource.__getitem__(pickle.loads(pickle.dumps(Reopened(source))), 0)
-
-
-class Reopened:
-    """Pickles the open shards' names alone: a source whose directory is gone."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __reduce__(self):
-        return _reopened, (self.source.config, self.source._records._paths)
-
-
-def _reopened(config, paths):
-    source = RecordsSource.__new__(RecordsSource)
-    source.config = config
-
-    class Instruction:
-        def __init__(self, path):
-            self.filename, self.skip, self.take = str(path), 0, 3
-
-    source._records = records._Shards([Instruction(path) for path in paths])
-    return source
+        source[0]
 
 
 def test_few_shards_are_open_at_once(builder, monkeypatch):
@@ -284,49 +226,44 @@ def test_few_shards_are_open_at_once(builder, monkeypatch):
     source = RecordsSource(RecordsConfig(str(builder)))
     for _ in range(2):
         assert [one["caption"] for one in source] == [f"clip {i}" for i in range(COUNT)]
-    assert len(source._records._readers) == 2
+    assert source._open_shard.cache_info().currsize == 2
 
 
-EVIL = "import pathlib\npathlib.Path({!r}).touch()\n"
 TEXT = {"pythonClassName": "evil.Text", "text": {}}
+TFDS = "tensorflow_datasets.core.features"
 NESTED = [
-    {"pythonClassName": "evil.Text", "text": {}},
     {"python_class_name": "evil.Text", "text": {}},
     {"type": "evil.Text", "content": {}},
     {
-        "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+        "pythonClassName": f"{TFDS}.sequence_feature.Sequence",
         "sequence": {"feature": TEXT, "length": "-1"},
     },
     {
-        "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
-        "featuresDict": {"features": {"deep": TEXT}},
-    },
-    {
-        "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+        "pythonClassName": f"{TFDS}.features_dict.FeaturesDict",
         "jsonFeature": {"json": json.dumps({"x": {"type": "evil.Text", "content": "{}"}})},
     },
     {"pythonClassName": "tensorflow_datasets.x/../evil.Text", "text": {}},
 ]
 
 
-@pytest.mark.parametrize("feature", NESTED)
-@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
-def test_opening_a_data_set_runs_no_code(builder, tmp_path, monkeypatch, feature, file):
+def test_opening_a_data_set_runs_no_code(builder, tmp_path, monkeypatch):
     mark = tmp_path / "evil ran"
-    (tmp_path / "evil.py").write_text(EVIL.format(str(mark)))
+    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    features = json.loads((builder / "features.json").read_text())
-    features["featuresDict"]["features"]["caption"] = feature
-    if file == "dataset_info.json":
-        info = json.loads((builder / file).read_text())
-        features = {**info, "features": features}
-    (builder / file).write_text(json.dumps(features))
+    texts = {name: (builder / name).read_text() for name in ("features.json", "dataset_info.json")}
     by_name = RecordsConfig("clips", data_dir=str(builder.parents[1]))
-    for config in (RecordsConfig(str(builder)), by_name):
+    for feature, file in itertools.product(NESTED, texts):
+        features = json.loads(texts["features.json"])
+        features["featuresDict"]["features"]["caption"] = feature
+        if file == "dataset_info.json":
+            features = {**json.loads(texts[file]), "features": features}
+        for name, text in texts.items():
+            (builder / name).write_text(json.dumps(features) if name == file else text)
+        for config in (RecordsConfig(str(builder)), by_name):
+            with pytest.raises(InputError, match=r"evil\.Text"):
+                RecordsSource(config)
         with pytest.raises(InputError, match=r"evil\.Text"):
-            RecordsSource(config)
-    with pytest.raises(InputError, match=r"evil\.Text"):
-        find_records(f"tfds:{builder}")  # As ``prepare --input`` does.
+            find_records(f"tfds:{builder}")  # As ``prepare --input`` does.
     assert not mark.exists() and "evil" not in sys.modules
 
 
@@ -336,7 +273,7 @@ def test_names_that_would_load_code_are_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tfds, "builder", load)
     for name in ("evil:Text", "huggingface:mnist", "kaggle:x/y", "mnist/a=1", "../evil", "a b"):
-        with pytest.raises(InputError, match="neither a directory nor the name"):
+        with pytest.raises(InputError, match="neither the name"):
             find_builder(name, str(tmp_path))
     with pytest.raises(InputError, match="gcsfuse"):
         find_builder("gs://bucket/clips/1.0.0")

@@ -92,10 +92,10 @@ def test_records_hold_further_texts(builder: Path):
     assert source[2]["caption"] == "short 2"
 
 
-def config_of(builder: Path, flip: bool = False) -> DataConfig:
+def config_of(builder: Path) -> DataConfig:
     source = RecordsConfig(str(builder), caption_mix=MIX)
     packing = PackingConfig(rows=2, row_tokens=4, row_text=40, row_segments=3, bins=2)
-    return DataConfig(source, packing, TransformConfig(flip=flip))
+    return DataConfig(source, packing, TransformConfig(flip=True))
 
 
 MODEL = ModelConfig(
@@ -111,9 +111,8 @@ def captions(batch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_training_draws_anew_in_every_epoch_and_resumes_with_the_same(builder: Path, flip: bool):
-    config = config_of(builder, flip)
+def test_training_draws_anew_in_every_epoch_and_resumes_with_the_same(builder: Path):
+    config = config_of(builder)
 
     def loader() -> Loader:
         assert isinstance(config.source, RecordsConfig)
@@ -176,39 +175,27 @@ def test_the_states_of_another_caption_are_not_taken():
     sample = sample_of(short="s", caption="fixed")
     sample["text_states"] = np.zeros((2, 4), np.float32)
     assert drawn(sample, 5, (("caption", 1.0),)) == {"fixed": 5}
-    with pytest.raises(
-        ValueError, match="the caption 'short' .'s'. was drawn and has no text states"
-    ):
+    with pytest.raises(ValueError, match="the caption 'short' .'s'."):
         drawn(sample, 5, (("short", 1.0),))
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"caption_mix": (("a", 0.0),)}, "is 0.0: it is above 0"),
-        ({"caption_mix": (("a", float("nan")),)}, "is nan: it is above 0"),
-        ({"caption_mix": (("a", 1.0), ("a", 2.0))}, "name each feature once"),
-        ({"caption_mix": MIX, "text_states_key": "t5"}, "there are 3, the states of each caption"),
-        ({"caption_mix_states": ("t5",)}, "there are 0"),
-    ],
-)
-def test_bad_mixes_are_refused(changes, said: str):
-    with pytest.raises(ValueError, match=said):
-        check_types(RecordsConfig("x", **changes))
+def test_bad_mixes_are_refused():
+    for changes, said in (
+        ({"caption_mix": (("a", float("nan")),)}, "is nan"),
+        ({"caption_mix": (("a", 1.0), ("a", 2.0))}, "once"),
+        ({"caption_mix": MIX, "text_states_key": "t5"}, "give 3"),
+        ({"caption_mix_states": ("t5",)}, "give 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_types(RecordsConfig("x", **changes))
 
 
 def test_mixes_of_what_is_not_there_are_refused(builder: Path, tmp_path: Path):
-    with pytest.raises(
-        ValueError, match="caption_mix: no feature 'long' in .*; it has caption, desc"
-    ):
+    with pytest.raises(ValueError, match="no features .*'long'.*caption, desc"):
         RecordsSource(RecordsConfig(str(builder), caption_mix=(("long", 1.0),)))
     good = {"video": np.zeros((1, 4, 4, 3), np.uint8), "caption": "x", "fps": 8.0}
     for sample, texts, said in (
-        (
-            {**good, "short": 3},
-            ("short",),
-            "sample 0 of split 'train' has the short 3: need a string",
-        ),
+        ({**good, "short": 3}, ("short",), "sample 0 of split 'train' has the short 3"),
         (good, ("short",), r"lacks \['short'\]"),
         (good, ("caption",), r"texts hold \['caption'\]"),
         (good, ("a", "a"), r"texts hold \['a'\]"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,15 +76,15 @@ def same(one, other):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
 
 
-def test_sets_are_drawn_by_weight_in_every_lane_and_each_in_whole_epochs():
+def test_sets_are_drawn_by_weight_in_every_row_and_each_in_whole_epochs():
     source = mixed()
     places = sample_order(source, 3)
-    taken = [source[places[i]] for i in range(2048)]
+    taken = [source[places[i]] for i in range(1024)]
     parts = np.array([sample["part"] for sample in taken])
-    # Two whole windows, in which Grain's interleaving is exact to one sample.
-    assert np.abs(np.bincount(parts) - [1024, 512, 512]).max() <= 1
-    for row in range(8):  # 256 places each: a deviation of 0.03 were they drawn freely.
-        assert np.abs(np.bincount(parts[row::8]) / 256 - [0.5, 0.25, 0.25]).max() < 0.12
+    # A whole window, in which Grain's interleaving is exact to one sample.
+    assert np.abs(np.bincount(parts) - [512, 256, 256]).max() <= 1
+    for row in range(8):  # 128 places each: a deviation of 0.04 were they drawn freely.
+        assert np.abs(np.bincount(parts[row::8]) / 128 - [0.5, 0.25, 0.25]).max() < 0.17
     # Weights need not sum to 1, and a set is not repeated before it was seen whole.
     for part, count in enumerate((7, 30, 11)):
         numbers = [int(s["video"].flat[0]) - 50 * part for s in taken if s["part"] == part]
@@ -176,13 +177,16 @@ def test_what_cannot_be_mixed_is_refused(tmp_path):
             opened(*sets)
 
     refused("has pixels and .*latents_a.* has latents", {"path": pixels}, {"path": latents["a"]})
-    refused("codec 'a'.* codec 'b'.*one codec", {"path": latents["a"]}, {"path": latents["b"]})
+    refused("codec 'a'.* codec 'b'", {"path": latents["a"]}, {"path": latents["b"]})
     refused("4 channels.* 16 channels", {"path": latents["a"]}, {"path": latents["c"]})
     x, y = ({"path": states[name], "text_states_key": "text_states"} for name in "xy")
-    refused("encoder 'x'.* encoder 'y'.*one text encoder", x, y)
+    refused("encoder 'x'.* encoder 'y'", x, y)
     refused("no labels and .*has labels", {"path": pixels}, {"path": pixels, "label_key": "label"})
     assert len(opened(x, y | {"captioned": False})) == 4
     assert len(opened(x, {"path": pixels})) == 4  # Where an encoder is given, the rest is encoded.
+    # Opening reads no record: a set whose first is damaged loses that one alone.
+    next(Path(pixels).glob("*.array_record-*")).write_bytes(b"")
+    assert len(opened({"path": pixels})) == 2
     for sets, said in [((), "0 sets"), ((MixedSetConfig("p"),), "shown=3 of 1")]:
         with pytest.raises(ValueError, match=said):
             MixtureConfig(sets, shown=3)

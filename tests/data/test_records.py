@@ -68,12 +68,13 @@ def foreign_builder(root, features, examples, file_format="array_record"):
 
 
 @pytest.mark.parametrize("encoding", ["zlib", "bytes"])
-def test_round_trip_is_exact_and_keeps_the_order(tmp_path, encoding):
-    path = write_records(
-        tmp_path, "clips", {"train": samples()}, description="d", encoding=encoding
-    )
-    assert path == tmp_path / "clips" / "1.0.0"
-    assert [p.name for p in tmp_path.iterdir()] == ["clips"]
+def test_round_trip_is_exact_and_keeps_the_order(tmp_path, builder, encoding):
+    path = builder
+    if encoding != "zlib":
+        splits = {"train": samples()}
+        path = write_records(tmp_path, "clips", splits, description="d", encoding=encoding)
+        assert path == tmp_path / "clips" / "1.0.0"
+        assert [p.name for p in tmp_path.iterdir()] == ["clips"]
     source = RecordsSource(RecordsConfig(str(path)))
     assert len(source) == 4
     for i, expected in enumerate(samples()):
@@ -122,6 +123,9 @@ def test_captions_of_labels_and_frame_rates(builder):
     assert RecordsSource(both)[2]["caption"] == "Nº 2: 2"
     assert RecordsSource(both)[2]["fps"] == 24.0
     assert RecordsSource(RecordsConfig(path, fps_key="kind"))[2]["fps"] == 2.0
+    one = RecordsConfig(path, caption_template="a {kind}", label_names=("cat",))
+    with pytest.raises(ValueError, match="kind=1 .* has 1"):
+        RecordsSource(one)[1]
 
 
 def test_image_features_are_one_frame_videos(tmp_path):
@@ -212,13 +216,11 @@ def test_latents_of_an_image_are_one_frame_and_half_precision_widens(latents):
 
 
 def test_text_states_that_are_not_there_are_refused(latents, builder):
-    message = "text_states_key: no feature 't5' in .*; it has caption, half, latents, states: set"
+    message = "no features .*'t5'.*caption, half, latents, states"
     with pytest.raises(ValueError, match=message):
         RecordsSource(RecordsConfig(latents[0], video_key="latents", text_states_key="t5"))
     # A caption is none, and neither are latents a caption's states where they are not asked for.
-    with pytest.raises(
-        ValueError, match="text_states_key: no feature 'states' .* has caption, fps"
-    ):
+    with pytest.raises(ValueError, match="no features .*'states'.*caption, fps"):
         RecordsSource(RecordsConfig(str(builder), text_states_key="states"))
 
 
@@ -234,57 +236,45 @@ def test_features_that_need_tensorflow_are_refused(tmp_path):
     if importlib.util.find_spec("PIL") or importlib.util.find_spec("cv2"):
         pytest.skip("Pillow or OpenCV is installed, and TFDS decodes the sequence with it")
     with pytest.raises(ValueError, match="cannot be decoded without TensorFlow"):
-        RecordsSource(RecordsConfig(path))
+        RecordsSource(RecordsConfig(path))[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"split": "val"}, r"'val'.* choose one of train \(4\), test \(2\)"),
-        ({"split": "train[:0]"}, "is empty or malformed"),
-        ({"video_key": "image"}, "no feature 'image' .* has caption, fps, kind, video"),
+def test_source_refuses(builder):
+    for changes, message in (
+        ({"split": "val"}, r"'val'.* choose of train \(4\), test \(2\)"),
+        ({"split": "train[:0]"}, "no records"),
+        ({"video_key": "image"}, "'image'.*caption, fps, kind, video"),
         ({"video_key": "caption"}, "record 0 of .*'caption'"),
-        ({"caption_key": "text"}, "caption_key: no feature 'text'"),
-        ({"caption_template": "a {label}"}, "caption_template: no feature 'label'"),
-        ({"fps_key": "rate"}, "fps_key: no feature 'rate'"),
-    ],
-)
-def test_source_refuses(builder, changes, message):
-    with pytest.raises(ValueError, match=message):
-        RecordsSource(RecordsConfig(str(builder), **changes))
+        ({"caption_key": "text"}, "'text'"),
+        ({"caption_template": "a {label}"}, "'label'"),
+        ({"fps_key": "rate"}, "'rate'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RecordsSource(RecordsConfig(str(builder), **changes))[0]
 
 
 def test_source_refuses_places_without_a_builder(builder, tmp_path):
-    with pytest.raises(ValueError, match=r"no dataset_info.json; it holds .*clips/1.0.0"):
+    with pytest.raises(ValueError, match=r"it holds .*clips/1.0.0"):
         RecordsSource(RecordsConfig(str(builder.parents[1])))
-    with pytest.raises(ValueError, match="neither a directory nor the name"):
+    with pytest.raises(ValueError, match="neither the name"):
         RecordsSource(RecordsConfig(str(tmp_path / "absent")))
-    with pytest.raises(ValueError, match="neither a directory nor the name"):
+    with pytest.raises(ValueError, match="neither the name"):
         RecordsSource(RecordsConfig("no_such_data_set", data_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="not prepared in"):
         RecordsSource(RecordsConfig("mnist", data_dir=str(tmp_path)))
 
 
-def test_a_label_without_a_name_is_refused(builder):
-    config = RecordsConfig(str(builder), caption_template="a {kind}", label_names=("cat",))
-    with pytest.raises(ValueError, match="kind=1 .* has 1"):
-        RecordsSource(config)[1]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_config_refuses():
+    for changes, message in (
         ({"path": ""}, "path is empty"),
         ({"fps": 0.0}, "fps is 0.0"),
         ({"caption_template": "a digit"}, "names no feature"),
         ({"caption_template": "a {digit"}, "is no template"),
-        ({"label_names": ("a",)}, "exactly one feature"),
-        ({"label_names": ("a",), "caption_template": "{x} {y}"}, "exactly one feature"),
-    ],
-)
-def test_config_refuses(changes, message):
-    with pytest.raises(ValueError, match=message):
-        check_types(RecordsConfig(**{"path": "x", **changes}))
+        ({"label_names": ("a",)}, "label_names"),
+        ({"label_names": ("a",), "caption_template": "{x} {y}"}, "label_names.*'x', 'y'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_types(RecordsConfig(**{"path": "x", **changes}))
 
 
 GOOD = {"video": np.zeros((1, 4, 4, 3), np.uint8), "caption": "x", "fps": 8.0}

@@ -119,7 +119,7 @@ def test_what_is_no_set_of_videos_is_refused(builder, tmp_path):
     for given, why in [
         (f"tfds:{path}", "none is a video"),
         (f"tfds:{builder}:absent", "split 'absent' is not in"),
-        (f"tfds:{Path(builder).parent}", "has no dataset_info.json"),
+        (f"tfds:{Path(builder).parent}", "nor a builder's directory"),
         ("tfds:", "give tfds:NAME"),
     ]:
         with pytest.raises(ValueError, match=why):
