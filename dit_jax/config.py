@@ -15,14 +15,13 @@ subclass of one of our dataclasses is stored as ours, with its own name under "s
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
-import json
 import reprlib
 import sys
 import traceback
@@ -38,7 +37,7 @@ from jax.sharding import Mesh
 
 from dit_jax.data import PackingConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.files import InputError, absolute, local_copy, read_bytes
+from dit_jax.files import InputError, absolute, checking_input, local_copy, read_json, refuse_if
 from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
@@ -54,30 +53,30 @@ from dit_jax.types import (
 )
 
 # ---------------------------------------------------------------------------------------------------
-# What a run is
+# What a run is. Comments above fields are the help of the command line.
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run logs and pictures."""
+    """What a run logs and plots."""
 
+    # Steps from one line of scalars to the next.
     every: PositiveInt = 20
-    """Steps from one line of scalars to the next."""
+    # Steps from one grid of samples to the next, the last one always; 0 makes none.
     draw_every: NonNegativeInt = 1000
-    """Steps from one grid of samples to the next, the last one always; 0 draws none."""
+    # Clips in a grid.
     draw_count: PositiveInt = 8
-    """Clips in a grid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run of training: what the loop needs to know of it. Subclasses say what is trained."""
 
+    # The dotted name of the field that says how many rows the global batch has.
     ROWS: ClassVar[str]
-    """The dotted name of the field that says how many rows the global batch has."""
+    # Fields that hold paths: stored absolute. Any config may have this attribute.
     paths: ClassVar[tuple[str, ...]] = ("output",)
-    """Fields that hold paths: stored absolute. Any config may have this attribute."""
 
     output: str = "runs/default"
     """Directory of the run: checkpoints, logs and samples. A run found there is resumed."""
@@ -87,24 +86,20 @@ class Run:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    # What is measured while it trains and at its end: objects of any module with a method
+    # `build(parts) -> Evaluator` (on the command line by their places).
     evaluators: tuple[Any, ...] = (HeldOutLoss(),)
-    """What is measured while it trains and at its end: objects with a method ``build(parts) ->
-    Evaluator``, of any module (``dit_jax.training.task``; on the command line by their places)."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        for wrong, message in self.constraints():
-            if wrong:
-                raise InputError(message)
+        refuse_if(self.constraints())
 
     def constraints(self) -> Iterator[tuple[bool, str]]:
-        """What must not be true of the fields together, and the message if it is; in order: the checks
-        behind one that fails are not evaluated."""
-        parts = self.optimizer.accumulate
+        """What must not be true of the fields together, and the message if it is, in order."""
+        rows, parts = self.rows, self.optimizer.accumulate
         yield (
-            self.rows % parts > 0,
-            f"{self.ROWS} {self.rows} does not divide into optimizer.accumulate {parts} parts: make "
-            "rows a multiple of it.",
+            rows % parts > 0,
+            f"{self.ROWS} {rows} does not divide into optimizer.accumulate {parts}: give a multiple.",
         )
 
     @property
@@ -132,39 +127,36 @@ class DataConfig:
     """A config with a method ``open() -> Source``, or a ``Source`` itself, of any module."""
     packing: PackingConfig = PackingConfig()
     transform: TransformConfig = TransformConfig()
+    # Whether records that cannot be packed, read or trained on are left out, counted and named, or the
+    # run is refused before it begins (as far as the sizes in the data's metadata tell).
     bad_records: Literal["skip", "refuse"] = "skip"
-    """Whether records that cannot be packed, read or trained on are left out, counted and named, or the
-    run is refused before it begins (as far as the sizes in the data's metadata tell)."""
+    # Records that may be left out in the middle of a run, besides those known before it.
     max_bad_records: NonNegativeInt = 1000
-    """Records that may be left out in the middle of a run, besides those known before it."""
+    # For recorded data: the split that is held out, whose captions are the prompts of evaluators and
+    # whose clips the truth. Unset, these are of the training data.
     eval_split: str | None = None
-    """For recorded data: the split that is held out; its captions are the prompts of pictures and
-    reports, its clips the truth. Unset, these are of the training data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
-    """What the data's latents are to pixels. By itself it encodes nothing: it is for models of pixels,
-    and for records of latents. ``dit_jax.codec.config.LatentCodecConfig`` has a folder of weights."""
+    """What the data's latents are to pixels, for models of pixels and records of latents; with a folder
+    of weights it is a ``dit_jax.codec.config.LatentCodecConfig``."""
 
     path: ClassVar[str | None] = None
 
+    # Frames, rows and columns of pixels to one latent: 1 x 8 x 8 for Stable Diffusion's. The first
+    # frame has a latent of its own. Sizes in `sampling` count pixels.
     t: PositiveInt = 1
     h: PositiveInt = 1
     w: PositiveInt = 1
-    """Frames, rows and columns of pixels to one latent: 1 x 8 x 8 for Stable Diffusion's. The first
-    frame has a latent of its own. Sizes in ``sampling`` count pixels."""
+    # Of the codec's weights. Filled in when a run begins, from the data or the folder; another codec is
+    # refused from then on.
     hash: str | None = None
-    """Of the codec's weights. Filled in when a run begins, from the data or the folder; another codec
-    is refused from then on."""
 
     def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of so many frames of so many pixels."""
-        if height % self.h or width % self.w:
-            raise ValueError(
-                f"{height} x {width} pixels have no whole latents of {self.h} x {self.w}: give "
-                "multiples of these."
-            )
+        odd = height % self.h + width % self.w > 0
+        refuse_if([(odd, f"{height} x {width} pixels: give multiples of {self.h} x {self.w}.")])
         return FrameGrid(self.t).latents(frames), height // self.h, width // self.w
 
     def latent_fps(self, fps: float) -> float:
@@ -173,37 +165,31 @@ class CodecConfig:
 
     def open(self, channels: int, mesh: Mesh | None = None) -> Codec | None:
         """The codec for a model of so many channels: of pixels, or None for latents alone."""
-        del mesh
         return PixelCodec() if channels == PixelCodec.channels else None
 
     def weights_hash(self) -> str | None:
-        """Of the folder's weights, if there is one."""
-        return None
+        """The hash of the folder's weights, if there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StatesConfig:
-    """Which text encoder made the caption states that the model reads (``model.text``). By itself it
-    encodes nothing: ``dit_jax.text.config.TextEncoderConfig`` has a folder of weights."""
+    """Which text encoder made the caption states that the model reads; with a folder of weights it is a
+    ``dit_jax.text.config.TextEncoderConfig``."""
 
     path: ClassVar[str | None] = None
 
+    # Of the encoder's weights. Filled in when a run begins, from the data or the folder; states of
+    # another encoder are refused from then on.
     hash: str | None = None
-    """Of the encoder's weights. Filled in when a run begins, from the data or the folder; states of
-    another encoder are refused from then on."""
 
     def open(self, mesh: Mesh | None = None, check: Any = None) -> TextEncoder | None:
         """The encoder, if there is a folder; ``check(name, hash, width)`` may refuse it."""
-        del mesh, check
-        return None
 
     def identity(self) -> tuple[str, str] | None:
         """Name and hash of the encoder in the folder, if there is one."""
-        return None
 
     def length(self) -> tuple[Callable[[str], int], int] | None:
         """How many tokens a text is, and how many are read, if there is a folder."""
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +207,6 @@ class VideoRun(Run):
     sampling: SamplingConfig = SamplingConfig()
 
     def with_hashes(self) -> VideoRun:
-        """See ``Run.with_hashes``: of its codec and its text encoder."""
         from dit_jax.training.video_task import with_hashes  # It imports this module.
 
         return with_hashes(self)
@@ -234,56 +219,46 @@ class VideoRun(Run):
     def constraints(self) -> Iterator[tuple[bool, str]]:
         yield from super().constraints()
         packing, model, sampling = self.data.packing, self.model, self.sampling
-        channels, source = model.patch.channels, self.data.source
+        channels, source, limit = model.patch.channels, self.data.source, model.text.max_tokens
         latents = channels != PixelCodec.channels and self.codec.path is None
         yield (
-            model.text.max_tokens > packing.row_text,
-            f"data.packing.row_text {packing.row_text} is smaller than one caption of "
-            f"{model.text.max_tokens} tokens: raise it, or lower the limit in model.text.",
+            limit > packing.row_text,
+            f"data.packing.row_text {packing.row_text} is smaller than one caption of {limit} tokens: "
+            "raise it, or lower the limit in model.text.",
         )
         sampling.check(self.diffusion, channels)
         size = (sampling.frames, sampling.height, sampling.width)
-        try:
+        with checking_input(f"sampling.frames, height, width = {size} do not fit", "change them"):
             model.patch.grid(*self.codec.latent_size(*size))
-        except ValueError as error:
-            sizes = ", ".join(map(str, size))
-            yield True, f"sampling.frames, height, width = {sizes} do not fit the patches: {error}"
         if isinstance(source, ShapesConfig):
             yield (
                 latents,
-                f"model.patch.channels is {channels}: moving shapes have 3 (pixels). Give codec.path, "
-                "a codec whose latents have so many.",
+                f"model.patch.channels is {channels}: moving shapes have 3, so give codec.path.",
             )
             clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
-            images = [(1, h, w) for h, w in source.image_sizes] if source.image_fraction else []
-            for t, h, w in clips + images:
+            clips += [(1, h, w) for h, w in source.image_sizes if source.image_fraction]
+            for t, h, w in clips:
                 count = model.patch.num_tokens(*self.codec.latent_size(t, h, w))
                 yield (
                     count > packing.row_tokens,
-                    f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: {t} x "
-                    f"{h} x {w} has {count} tokens. Raise it to at least {count}, or use larger "
-                    "patches.",
+                    f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: {t} x {h} "
+                    f"x {w} has {count} tokens. Raise it to at least {count}, or use larger patches.",
                 )
+        plots = any(isinstance(one, ClipsEvaluator) and one.prompts for one in self.evaluators)
         yield (
-            latents and bool(self.log.draw_every or any(map(_draws, self.evaluators))),
-            f"model.patch.channels is {channels}: these are latents, which cannot be drawn as pictures "
-            "without codec.path. Give it, or set log.draw_every to 0, and the prompts of evaluators.",
+            latents and bool(self.log.draw_every or plots),
+            f"model.patch.channels is {channels}: these are latents, plotted by codec.path. Give it, "
+            "or set log.draw_every to 0, and the prompts of evaluators.",
         )
         yield (
             bool(self.text_encoder.path) and not isinstance(model.text, TextStatesConfig),
-            f"text_encoder.path is {self.text_encoder.path!r}, and the model reads no states "
-            "(model.text): leave it out, or give the model a TextStatesConfig.",
+            f"text_encoder.path is {self.text_encoder.path!r}, and the model reads no states: leave "
+            "it out, or give model.text a TextStatesConfig.",
         )
         yield (
             self.diffusion.variance == "learned_range" and not model.learned_variance,
-            "diffusion.variance is 'learned_range', and the model has no second output for it: set "
-            "model.learned_variance, or another variance.",
+            "diffusion.variance is 'learned_range': set model.learned_variance, or another variance.",
         )
-
-
-def _draws(evaluator: Any) -> bool:
-    """Whether an evaluator needs clips of pixels."""
-    return isinstance(evaluator, ClipsEvaluator) and evaluator.prompts > 0
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -291,59 +266,38 @@ def _draws(evaluator: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    """A config may import what lies beside it: ``from video_1b3 import ...``.
-
-    Each folder's files are read anew under their bare names, and modules of the same names that were
-    imported before keep these afterwards.
-    """
-    names = {file.stem for file in folder.glob("*.py")} - sys.stdlib_module_names
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.pop(0)
-        sys.modules.update(others)
-
-
 def load_config(path: str, kind: type[Kind] = VideoRun) -> Kind:
     """The config that the file's ``get_config()`` builds, for a kind of run; errors name the line."""
     file = local_copy(path)
+    near = ", ".join(sorted(map(str, Path("configs").glob("*.py")))) or "a path to one"
+    absent = file.suffix != ".py" or not file.is_file()
+    refuse_if([(absent, f"--config {path!r} is not a Python file: give one, of {near}.")])
     spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        raise InputError(
-            f"--config {path!r} is not a Python file. "
-            + (f"In configs/ there are: {near}." if near else "Give a path to one.")
-        )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    assert spec and spec.loader
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    # A config may import what lies beside it (`from video_1b3 import ...`): each folder's files are
+    # read anew under their bare names, and other modules of these names keep them afterwards.
+    folder = file.parent.resolve()
+    names = {other.stem for other in folder.glob("*.py")} - sys.stdlib_module_names
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
     try:
-        with _importing_from(file.parent.resolve()):
-            spec.loader.exec_module(module)
-            config = module.get_config()
-    except InputError:
-        raise
+        spec.loader.exec_module(module)
+        config = module.get_config()
     except Exception as error:
-        # A value of a wrong type fails first where its own config compares it: in a __post_init__ that
-        # the error passed through. Its type says more than the comparison.
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            this = frame.f_locals.get("self")
-            if frame.f_code.co_name == "__post_init__" and dataclasses.is_dataclass(this):
-                check_types(this, type(this).__name__)
-        lines = [at for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)]
-        line = f", line {lines[-1].lineno}" if lines else ""
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(file)][-1:]
         what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise InputError(f"--config {path!r}{line}: {what}{error}") from error
+        raise InputError(f"--config {path!r}{''.join(lines)}: {what}{error}") from error
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.update(others)
     return _of_kind(config, kind, f"--config {path!r}")
 
 
 def _of_kind(config: Any, kind: type[Kind], where: str) -> Kind:
-    """The config. Raises ``InputError`` if it is not of the kind of run that is asked for."""
-    if not isinstance(config, kind):
-        raise InputError(f"{where} is a {type(config).__name__}: give a {kind.__name__}.")
+    other = not isinstance(config, kind)
+    refuse_if([(other, f"{where} is a {type(config).__name__}: give a {kind.__name__}.")])
     return config
 
 
@@ -352,40 +306,30 @@ def parse_config(
 ) -> Kind:
     """A config of a ``kind`` of run from ``--config FILE`` and dotted overrides; prints a message and
     exits with 2 if something is wrong, before anything else is done."""
-    arguments = [
-        part
-        for one in arguments  # --config=FILE is --config FILE
-        for part in (one.split("=", 1) if one.startswith("--config=") else [one])
-    ]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
     try:
-        if "--config" in arguments[:-1]:
-            at = arguments.index("--config")
-            default = load_config(arguments[at + 1], kind)
-            del arguments[at : at + 2]
-        elif {"-h", "--help"} & set(arguments):
-            default = _of_kind(VideoRun(), kind, "the default")
-        else:
-            raise InputError("--config FILE is required, e.g. --config configs/quickstart.py.")
+        given, rest = parser.parse_known_args(arguments)
+        bare = given.config is None and not {"-h", "--help"} & set(arguments)
+        refuse_if([(bare, "--config FILE is required, e.g. --config configs/quickstart.py.")])
+        default = load_config(given.config, kind) if given.config else VideoRun()
         return tyro.cli(
             type(default),
-            args=arguments,
+            args=rest,
             default=default,
             prog=f"{prog} --config FILE",
             description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        sys.exit(2)
 
 
 def absolute_paths(config: Any) -> Any:
-    """The config with absolute paths, as a run stores it: it means the same from any directory.
-
-    ``~`` is expanded and ``gs://`` kept. Which fields are paths each config says (``paths``).
-    """
+    """The config with absolute paths, as a run stores it: it means the same from any directory."""
     if isinstance(config, tuple):
-        return tuple(absolute_paths(one) for one in config)
+        return tuple(map(absolute_paths, config))
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return config
     paths, changes = getattr(config, "paths", ()), {}
@@ -393,8 +337,7 @@ def absolute_paths(config: Any) -> Any:
         value: Any = getattr(config, field.name)
         is_path = field.name in paths and isinstance(value, str)
         new = absolute(value) if is_path else absolute_paths(value)
-        if new != value:
-            changes[field.name] = new
+        changes |= {field.name: new} if new != value else {}
     return dataclasses.replace(config, **changes) if changes else config
 
 
@@ -402,44 +345,7 @@ def absolute_paths(config: Any) -> Any:
 # To JSON and back
 # ---------------------------------------------------------------------------------------------------
 
-FORMAT = 2
-MAX_BYTES = 2**20
-"""Of a stored config, which has some kB."""
-TYPES = {
-    "CodecRun": "dit_jax.codec.run:CodecRun",
-    "ShapesConfig": "dit_jax.data.shapes:ShapesConfig",
-    "RecordsConfig": "dit_jax.data.records:RecordsConfig",
-    "MixtureConfig": "dit_jax.data.mixing:MixtureConfig",
-    "ByteEncoderConfig": "dit_jax.model.text:ByteEncoderConfig",
-    "TextStatesConfig": "dit_jax.model.text:TextStatesConfig",
-}
-"""Format 1 named these classes by their bare names."""
-RENAMED: dict[str, str] = {
-    "diffusion.ceilings": "diffusion.masks",
-    "diffusion.masks.free": "diffusion.masks.none",
-    "model.dit.band": "model.dit.window",
-    "model.dit.dense_every": "model.dit.global_every",
-    "evaluation.records_split": "data.eval_split",
-}
-"""Dotted names of fields in format 1, and what they are called now."""
-REMOVED: dict[str, tuple[Any, ...]] = {
-    "model.upscale": (1,),
-    "diffusion.augmentation": (0.3,),
-    "sampling.augmentation": (0.0,),
-    "sampling.cfg_zero_star": (False,),
-    "sampling.cfg_zero_init": (0,),
-    "data.packing.packer": ("first_fit",),
-    "data.transform.max_area": (None,),
-    "data.transform.whole_patches": (False,),
-    "text_encoder.layer": ("last",),
-}
-"""Dotted names of fields in format 1 that are gone, and the values of which nothing is lost."""
-SATELLITES = {
-    "codec": "dit_jax.codec.config:LatentCodecConfig",
-    "text_encoder": "dit_jax.text.config:TextEncoderConfig",
-}
-EVALUATORS = "dit_jax.evaluate.evaluators"
-FIRST_EDITION = "dit_jax 0.1 (commit 57ee8cf)"
+MAX_BYTES = 2**20  # Of a stored config, which has some kB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,12 +374,12 @@ def to_dict(config: Any, declared: Any = None) -> Any:
     # An abstract base (Conditioner) could not be made again from its fields.
     if ours is None or not dataclasses.is_dataclass(ours) or inspect.isabstract(ours):
         return {"type": _class_name(kind), "external": True}
-    hints = _field_types(ours)
-    fields = {name: to_dict(getattr(config, name), hint) for name, hint in hints.items()}
-    tag = {} if ours is declared and ours is kind else {"type": _class_name(ours)}
-    if ours is not kind:
-        tag["subclass"] = _class_name(kind)
-    return ({"format": FORMAT} if isinstance(config, Run) else {}) | tag | fields
+    out: dict[str, Any] = {"format": 2} if isinstance(config, Run) else {}
+    if ours is not declared or ours is not kind:
+        out["type"] = _class_name(ours)
+    for name, hint in _field_types(ours).items():
+        out[name] = to_dict(getattr(config, name), hint)
+    return out if ours is kind else out | {"subclass": _class_name(kind)}
 
 
 def from_dict(kind: Any, values: Any) -> Any:
@@ -481,135 +387,122 @@ def from_dict(kind: Any, values: Any) -> Any:
     return _walk(values, kind, "", stored=True)
 
 
-def _named_class(tag: Any, declared: Sequence[Any], name: str) -> Any:
-    """The dataclass "module:Class" of ours; of those that the field may hold, if it says which."""
-    module, _, title = tag.partition(":") if isinstance(tag, str) else ("", "", "")
-    kind: Any = None
-    if module.startswith(f"{__package__}."):
-        with contextlib.suppress(ImportError):
-            kind = getattr(importlib.import_module(module), title, None)
-    fits = isinstance(kind, type) and issubclass(kind, tuple(declared) or object)
-    if not (fits and dataclasses.is_dataclass(kind)):
-        raise InputError(
-            f"{name} is {_repr.repr(tag)}: it is the name of a class of dit_jax, module:Class"
-            + (f", such as {', '.join(map(_class_name, declared))}." if declared else ".")
-        )
-    return kind
-
-
 def stored_config(values: Any, where: str | Path, kind: type[Kind] = VideoRun) -> Kind:
     """The config that was stored in the file ``where`` as these values."""
-    version = "the version that wrote it"
-    try:
-        if isinstance(values, dict) and "format" not in values:
-            version, values = FIRST_EDITION, migrate(values)
-        config = from_dict(Run, values)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{str(where)!r} holds no config that this version of dit_jax can use "
-            f"({error}): restore the file, or use {version}."
-        ) from error
+    old = isinstance(values, dict) and "format" not in values
+    version = "dit_jax 0.1 (commit 57ee8cf)" if old else "the version that wrote it"
+    prefix = f"{str(where)!r} holds no config that this version of dit_jax can use"
+    with checking_input(prefix, f"restore the file, or use {version}"):
+        config = from_dict(Run, migrate(values) if old else values)
     return _of_kind(config, kind, repr(str(where)))
 
 
+def read_config(path: str | Path, kind: type[Kind] = VideoRun) -> Kind:
+    """The config that was stored in a file, local or on Cloud Storage, of a kind of run."""
+    return stored_config(read_json(path, "the config", MAX_BYTES), path, kind)
+
+
+def flatten(values: Any, name: str = "") -> dict[str, Any]:
+    """The values in nested objects and lists of objects by their dotted names."""
+    if isinstance(values, list) and values and isinstance(values[0], dict):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict) or not values:
+        return {name: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields, by their dotted names, in which two configs are not the same, and both values."""
+    pair = [to_dict(one) if isinstance(one, Run) else one for one in (now, before)]
+    now, before = (flatten(one, name) for one in pair)
+    for field in sorted(now | before):
+        # A stored config was read as one of ours, whatever subclass of it made it.
+        if now.get(field) != before.get(field) and not field.endswith("subclass"):
+            yield field, now.get(field), before.get(field)
+
+
+# Format 1 was that of dit_jax 0.1. It named these classes by their bare names,
+CLASSES = {
+    "CodecRun": "dit_jax.codec.run:CodecRun",
+    "ShapesConfig": "dit_jax.data.shapes:ShapesConfig",
+    "RecordsConfig": "dit_jax.data.records:RecordsConfig",
+    "MixtureConfig": "dit_jax.data.mixing:MixtureConfig",
+    "ByteEncoderConfig": "dit_jax.model.text:ByteEncoderConfig",
+    "TextStatesConfig": "dit_jax.model.text:TextStatesConfig",
+}
+# had one class for what now has another if there is a folder of weights,
+FOLDERS = {
+    "codec": "dit_jax.codec.config:LatentCodecConfig",
+    "text_encoder": "dit_jax.text.config:TextEncoderConfig",
+}
+# called these fields otherwise,
+RENAMED = {
+    "diffusion.ceilings": "diffusion.masks",
+    "diffusion.masks.free": "diffusion.masks.none",
+    "model.dit.band": "model.dit.window",
+    "model.dit.dense_every": "model.dit.global_every",
+    "evaluation.records_split": "data.eval_split",
+}
+# and had these, of whose values nothing is lost; with others they are refused by name.
+REMOVED = {
+    "model.upscale": 1,
+    "diffusion.augmentation": 0.3,
+    "sampling.augmentation": 0.0,
+    "sampling.cfg_zero_star": False,
+    "sampling.cfg_zero_init": 0,
+    "data.packing.packer": "first_fit",
+    "data.transform.max_area": None,
+    "data.transform.whole_patches": False,
+    "text_encoder.layer": "last",
+}
+
+
 def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """A config of format 1 as one of format 2; what is gone stays, and is refused by its name."""
+    """A config of format 1 as one of format 2; its evaluators are those of a config by default."""
 
     def tagged(value: Any) -> Any:
         if isinstance(value, list):
             return [tagged(one) for one in value]
         if not isinstance(value, dict):
-            return value
-        tag = value.get("type")
-        tag = {"type": TYPES.get(tag, tag)} if isinstance(tag, str) else {}
-        return {key: tagged(one) for key, one in value.items()} | tag
+            return CLASSES.get(value, value) if isinstance(value, str) else value
+        return {key: tagged(one) for key, one in value.items()}
 
     def holder(name: str) -> tuple[dict[str, Any], str]:
-        """The object that holds the field of a dotted name, and the field's own."""
-        *way, last = name.split(".")
-        inner = values
-        for part in way:
-            inner = inner.get(part) or {}
-        return inner, last
+        *path, field = name.split(".")
+        return functools.reduce(lambda inner, key: inner.get(key, {}), path, values), field
 
     values = {"type": _class_name(VideoRun)} | tagged(values)
     if values["type"] != _class_name(VideoRun):
         return values
-    for name, fine in REMOVED.items():
-        inner, last = holder(name)
-        if last in inner and inner[last] in fine:
-            del inner[last]
+    for name, lossless in REMOVED.items():
+        inner, field = holder(name)
+        if field in inner and inner[field] == lossless:
+            del inner[field]
     for name, new in RENAMED.items():
-        inner, last = holder(name)
-        if last in inner:
-            value = inner.pop(last)
-            inner, last = holder(new)
-            inner[last] = value
-    # One class had the folder of weights and what is known without them.
-    for field, satellite in SATELLITES.items():
-        if isinstance(part := values.get(field), dict) and part.get("path") is not None:
-            part["type"] = satellite
-        elif isinstance(part, dict):
-            for one in ("path", "tiles"):
-                part.pop(one, None)
-    # What was measured at the end followed from the data; now evaluators say it.
-    if isinstance(old := values.pop("evaluation", None), dict):
-        data, prompts = values.get("data") or {}, {"prompts": old.get("prompts", 96)}
-        shapes = (data.get("source") or {}).get("type") == TYPES["ShapesConfig"]
-        values["evaluators"] = [{"type": _class_name(HeldOutLoss)}]
-        if (split := old.get("classifier_split")) is not None:
-            one = {"type": f"{EVALUATORS}:ClassEvaluator", **prompts, "split": split}
-            values["evaluators"].append(one)
-        elif shapes or data.get("eval_split") is not None:
-            kind = "ShapeEvaluator" if shapes else "RecordsEvaluator"
-            values["evaluators"].append({"type": f"{EVALUATORS}:{kind}", **prompts})
+        inner, field = holder(name)
+        if field in inner:
+            value, (inner, field) = inner.pop(field), holder(new)
+            inner[field] = value
+    for name, folder in FOLDERS.items():
+        inner = values.get(name, {})
+        inner |= {"type": folder} if inner.get("path") is not None else {}
+        for field in ("path", "tiles") if inner.get("path") is None else ():
+            inner.pop(field, None)
+    values.pop("evaluation", None)
     return values
 
 
-def read_config(path: str | Path, kind: type[Kind] = VideoRun) -> Kind:
-    """The config that was stored in a file, local or on Cloud Storage, of a kind of run."""
-    try:
-        values = json.loads(read_bytes(path, MAX_BYTES, "the config"))
-    except (RecursionError, ValueError) as error:
-        raise InputError(
-            f"{str(path)!r} cannot be read as JSON ({error}): restore it (every checkpoint has a copy, "
-            "in checkpoints/STEP/config/metadata)."
-        ) from error
-    return stored_config(values, path, kind)
-
-
-def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The fields, by their dotted names, in which two configs are not the same, and both values."""
-    if isinstance(now, Run):
-        now, before = to_dict(now), to_dict(before)
-    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
-        if all(isinstance(one, dict) for one in now + before):
-            now, before = dict(enumerate(now)), dict(enumerate(before))
-    if isinstance(now, dict) and isinstance(before, dict):
-        for key in sorted(now | before):
-            # A stored config was read as one of ours, whatever subclass of it made it.
-            if key != "subclass":
-                inner = f"{name}.{key}" if name else str(key)
-                yield from differences(now.get(key), before.get(key), inner)
-    elif now != before:
-        yield name, now, before
-
-
 # ---------------------------------------------------------------------------------------------------
-# The values of fields, checked against their types: Python itself checks none
+# The values of fields, checked against their types
 # ---------------------------------------------------------------------------------------------------
-# A config file is Python and a stored config is JSON, so steps=1e1 or scan="False" would be noticed
-# late or never. The command line is read by tyro, which takes nan for a float.
+# Python itself checks none: a config file is Python and a stored config is JSON, so steps=1e1 or
+# scan="False" would be noticed late or never. The command line is read by tyro, which takes nan.
 
 _repr = reprlib.Repr()  # Cut: values may be large or deeply nested.
 _repr.maxstring = _repr.maxother = 200
-SCALARS = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "True or False",
-    str: "text in quotes",
-    types.NoneType: "None",
-}
 
 
 def check_types(config: Any, name: str = "") -> None:
@@ -626,37 +519,47 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
     if stored and isinstance(value, dict):
         if value.get("external"):
             return External(str(value.get("type")))
-        own: list[Any] = [one for one in _options(hint) if dataclasses.is_dataclass(one)]
-        if own or "type" in value:
-            kind = _named_class(value["type"], own, f"{prefix}type") if "type" in value else own[0]
-            inner = {k: v for k, v in value.items() if k not in ("format", "type", "subclass")}
-            hints = _field_types(kind)
-            for field in sorted(set(inner) - set(hints))[:1]:
-                raise InputError(
-                    f"the stored config has {field!r}, which {kind.__name__} does not: the run was "
-                    "made by another version of dit_jax; use that version to read it."
-                )
-            return kind(**{k: _walk(v, hints[k], prefix + k, stored) for k, v in inner.items()})
+        kinds: list[Any] = [one for one in _options(hint) if dataclasses.is_dataclass(one)]
+        if kinds or "type" in value:
+            kind = _named_class(value["type"], kinds, prefix) if "type" in value else kinds[0]
+            hints, inner = _field_types(kind), value.keys() - {"format", "type", "subclass"}
+            message = f"the stored config has {{!r}}, which {kind.__name__} does not"
+            refuse_if((True, message.format(field)) for field in sorted(inner - hints.keys()))
+            return kind(**{k: _walk(value[k], hints[k], prefix + k, stored) for k in sorted(inner)})
     if stored and isinstance(value, list):
         value = tuple(value)
 
     option = next((one for one in _options(hint) if _is(value, one)), None)
     if option is None:
-        choices = [str(one) for kind in _options(hint) for one in typing.get_args(kind)]
-        near = isinstance(value, str) and difflib.get_close_matches(value, choices, 1, 0.5)
-        raise InputError(
-            f"{name or 'the config'} is {_repr.repr(value)}: it is {_describe(hint)}."
-            + (f" Perhaps {near[0]!r} was meant." if near else "")
-        )
-    if typing.get_origin(option) is tuple:
-        kinds = enumerate(zip(value, _item_types(option, len(value)), strict=True))
-        return tuple(_walk(item, kind, f"{name}[{i}]", stored) for i, (item, kind) in kinds)
+        text = f"{name or 'the config'} is {_repr.repr(value)}"
+        raise InputError(f"{text}: it is {_describe(hint, value)}.")
+    if isinstance(value, tuple) and typing.get_origin(option) is tuple:
+        args = typing.get_args(option)
+        hints = args[:1] * len(value) if args[-1] is Ellipsis else args
+        items = enumerate(zip(value, hints, strict=True))
+        return tuple(_walk(item, one, f"{name}[{i}]", stored) for i, (item, one) in items)
     if isinstance(value, dict):
-        kind = (*typing.get_args(option), Any, Any)[1]
-        return {key: _walk(item, kind, f"{prefix}{key}", stored) for key, item in value.items()}
+        hint = (*typing.get_args(option), Any, Any)[1]
+        return {key: _walk(item, hint, f"{prefix}{key}", stored) for key, item in value.items()}
     if dataclasses.is_dataclass(value):
         check_types(value, name)
     return value
+
+
+def _named_class(tag: Any, kinds: list[Any], prefix: str) -> Any:
+    """The dataclass "module:Class" of ours; of those that the field may hold, if it says which."""
+    module, _, title = tag.partition(":") if isinstance(tag, str) else ("", "", "")
+    kind: Any = None
+    if module.startswith(f"{__package__}."):
+        with contextlib.suppress(ImportError):
+            kind = getattr(importlib.import_module(module), title, None)
+    fits = isinstance(kind, type) and issubclass(kind, tuple(kinds) or object)
+    names = ", ".join(map(_class_name, kinds)) or "module:Class"
+    other = not fits or not dataclasses.is_dataclass(kind)
+    refuse_if(
+        [(other, f"{prefix}type is {_repr.repr(tag)}: it is a class of dit_jax, as {names}.")]
+    )
+    return kind
 
 
 @functools.cache
@@ -674,12 +577,6 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return args if origin in (typing.Union, types.UnionType) else (hint,)
 
 
-def _item_types(hint: Any, count: int) -> tuple[Any, ...]:
-    """The types of the items of a tuple that has ``count`` of them."""
-    args = typing.get_args(hint)
-    return args[:1] * count if args[-1] is Ellipsis else args
-
-
 def _is(value: Any, hint: Any) -> bool:
     """Whether a value is of a type and in its range; of a tuple, whether it has as many items."""
     args, origin = typing.get_args(hint), typing.get_origin(hint)
@@ -694,25 +591,17 @@ def _is(value: Any, hint: Any) -> bool:
         return (_is(value, int) or isinstance(value, float)) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint is str:
-        # Surrogates stand for bytes that are no UTF-8, and could not be stored.
-        return isinstance(value, str) and value == value.encode(errors="ignore").decode()
     if origin is tuple:
-        return isinstance(value, tuple) and len(_item_types(hint, len(value))) == len(value)
+        return isinstance(value, tuple) and (args[-1] is Ellipsis or len(args) == len(value))
     return isinstance(value, origin or hint)
 
 
-def _describe(hint: Any) -> str:
-    """What a type takes, for readers of an error."""
-    args, origin = typing.get_args(hint), typing.get_origin(hint)
-    if origin is tuple:
-        inner = dict.fromkeys(_describe(one) for one in args if one is not Ellipsis)
-        count = "any number" if args[-1] is Ellipsis else str(len(args))
-        return f"a tuple of {count}, each {' or '.join(inner)}"
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, args))}"
-    if origin is typing.Annotated:
-        return str(next((one for one in args if isinstance(one, Range)), _describe(args[0])))
-    if len(_options(hint)) > 1:
-        return ", or ".join(_describe(one) for one in _options(hint))
-    return SCALARS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+def _describe(hint: Any, value: Any) -> str:
+    """What a type takes, for readers of an error about a value."""
+    if len(options := _options(hint)) > 1:
+        return " or ".join(_describe(one, value) for one in options)
+    args = typing.get_args(hint)
+    if ranges := [str(one) for one in args if isinstance(one, Range)]:
+        return ranges[0] if _is(value, args[0]) else f"{_describe(args[0], value)}, {ranges[0]}"
+    text = hint.__name__ if isinstance(hint, type) else str(hint)
+    return text.replace("typing.", "").replace("Literal", "one of ")

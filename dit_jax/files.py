@@ -5,7 +5,7 @@ Storage is an ``etils.epath.Path``, which has the same methods and needs ``pip i
 What reads local files only (FFmpeg, memory maps) goes through ``local_copy`` and ``atomic_path``.
 
 Errors of the user (a path that is not there, a bucket without permission) are ``InputError`` and are
-raised before any long work. Errors of the world (a full disk, a server that answers 503) keep their own
+raised before any long work. Errors of storage (a full disk, a server that answers 503) keep their own
 type; ``retry`` tries those that pass by themselves again.
 """
 
@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -30,19 +31,18 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 REMOTE = "gs://"
-PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR)
-"""Errors of storage that may be gone at the next try. A full disk (ENOSPC) is not among them."""
-TRIES = 4
-WAIT_SECONDS = 1.0
-"""Before the second try; doubled for each one after it."""
-HEARTBEAT_SECONDS = 30.0
-"""From one sign of life in a lock to the next."""
-STALE_SECONDS = 100.0
-"""A lock of another host without a sign of life for this long is taken over."""
-CLIENTS = ("gcsfs", "aiohttp", "google.")
-"""How the modules begin whose exceptions are those of Cloud Storage."""
 MiB = 2**20
 SURROGATES = re.compile("[\ud800-\udfff]")
+# Errors that may be gone at the next try: of disks (a full one, ENOSPC, is not among them), of HTTP,
+# and as TensorStore's ValueErrors begin, by gRPC's names.
+PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.EINTR)
+HTTP_PASSING = ("429", "500", "502", "503", "504")
+GRPC_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Service Unavailable")
+LASTING = ("No space left", "Disk quota", "File too large", "Read-only file system")
+TRIES = 4
+WAIT_SECONDS = 1.0  # Before the second try; doubled for each one after it.
+HEARTBEAT_SECONDS = 30.0  # From one sign of life in a lock to the next.
+STALE_SECONDS = 100.0  # A lock of another host without a sign of life for so long is taken over.
 T = TypeVar("T")
 
 
@@ -52,24 +52,20 @@ class InputError(ValueError):
 
 
 def refuse_if(faults: Iterable[tuple[bool, str]]) -> None:
-    """Raises ``InputError`` with the message of the first fault that is true.
-
-    The faults behind it are not evaluated: they may rely on its absence.
-    """
+    """Raises ``InputError`` with the message of the first fault that is true; the faults behind it are
+    not evaluated, so that they may rely on its absence."""
     for wrong, message in faults:
         if wrong:
             raise InputError(message)
 
 
 @contextlib.contextmanager
-def checking_input() -> Iterator[None]:
-    """While a command is set up, a ``ValueError`` is about what the user gave: ``InputError``."""
+def checking_input(prefix: str, remedy: str) -> Iterator[None]:
+    """Within it any error is about what the user gave: an ``InputError``, with words around it."""
     try:
         yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    except Exception as error:  # Clients of storage have their own exceptions.
+        raise InputError(f"{prefix} ({explain(error)}): {remedy}.") from error
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -84,17 +80,12 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 @functools.cache
 def _configure_storage() -> None:
-    """Imports the client of Cloud Storage, once."""
+    missing = importlib.util.find_spec("gcsfs") is None
+    refuse_if([(missing, f"paths at {REMOTE} need the package gcsfs: pip install -e '.[gcs]'.")])
     # Its probe of the bucket's kind asks another server, and warns for every bucket without one.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    try:
-        import fsspec.config
-        import gcsfs  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"paths that begin with {REMOTE} need the package gcsfs ({error}): "
-            "pip install -e '.[gcs]'."
-        ) from error
+    import fsspec.config
+
     # Each try that fails logs its trace; what failed in the end is raised, and printed in a line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Listings are not cached: TensorStore and other processes write there, too.
@@ -106,13 +97,9 @@ def _configure_storage() -> None:
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """The absolute path of what a user wrote: ``~`` is expanded, ``gs://`` is kept.
-
-    On Cloud Storage the result is an ``etils.epath.Path``: it has the methods of ``pathlib.Path`` that
-    make sense there. Raises ``InputError`` if the path is empty or names no bucket.
-    """
+    """The absolute path of what a user wrote: ``~`` is expanded, ``gs://`` is kept."""
     text = os.fspath(path)
-    empty = not text.removeprefix(REMOTE).strip("/") and (not text or is_remote(text))
+    empty = not text or (is_remote(text) and not text.removeprefix(REMOTE).strip("/"))
     refuse_if([(empty, f"the path {text!r} is empty: give a local one or {REMOTE}BUCKET/PATH.")])
     if not is_remote(text):
         return Path(os.path.abspath(os.path.expanduser(text)))
@@ -127,32 +114,25 @@ def absolute(path: str | os.PathLike) -> str:
     return os.fspath(as_path(path))
 
 
-def _remedy(path: str | os.PathLike) -> str:
-    if not is_remote(path):
-        return "give another path, or mend its permissions"
-    bucket = os.fspath(path).removeprefix(REMOTE).split("/")[0]
+def _remedy(path: str | os.PathLike, local: str) -> str:
     return (
-        f"check that the bucket {bucket!r} exists, that this machine reaches it, and that its "
-        "credentials may use it (gcloud auth application-default login; TPU VMs need the scope "
-        "cloud-platform)"
+        "check that the bucket exists and that this machine's credentials may use it (gcloud auth "
+        "application-default login; TPU VMs need the scope cloud-platform)"
+        if is_remote(path)
+        else local
     )
 
 
 def check_writable(directory: str | os.PathLike, name: str = "--output") -> Path:
-    """Makes a directory and proves by writing that files can be written there; ``name`` is the option
-    that gave it."""
+    """Makes the directory that the option ``name`` gave, and proves that files can be written there."""
     path = as_path(directory)
     # Permission bits say nothing to root or about a read-only mount.
     probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
-    try:
+    prefix = f"{name} {os.fspath(directory)!r} cannot be written"
+    with checking_input(prefix, _remedy(path, "give another path, or mend its permissions")):
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
-    except Exception as error:  # Each client of storage has its own exceptions.
-        raise InputError(
-            f"{name} {os.fspath(directory)!r} cannot be written ({explain(error)}): "
-            f"{_remedy(directory)}."
-        ) from error
     return path
 
 
@@ -160,24 +140,19 @@ def check_file(path: str | os.PathLike, name: str = "--output") -> Path:
     """The path of a file that can be written, in a directory that is made."""
     place = as_path(path)
     check_writable(place.parent, name)
-    try:
-        why = "is a directory: give a file in it" if place.is_dir() else ""
-    except OSError as error:  # Of a name that is too long, say.
-        why = f"cannot be ({explain(error)})"
-    refuse_if([(bool(why), f"{name} {os.fspath(path)!r} {why}.")])
+    with checking_input(f"{name} {os.fspath(path)!r} cannot be written", "give another name"):
+        folder = place.is_dir()  # Fails for a name that is too long, say.
+    refuse_if([(folder, f"{name} {os.fspath(path)!r} is a directory: give a file in it.")])
     return place
 
 
 def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path") -> Path:
     """The path of something that must be there already."""
-    place = as_path(path)
-    try:
-        why = (
-            "" if place.exists() else f"is not there: {_remedy(path) if is_remote(path) else hint}"
-        )
-    except Exception as error:
-        why = f"cannot be read ({explain(error)}): {_remedy(path)}"
-    refuse_if([(bool(why), f"{name} {os.fspath(path)!r} {why}.")])
+    place, prefix = as_path(path), f"{name} {os.fspath(path)!r}"
+    remedy = _remedy(place, hint)
+    with checking_input(f"{prefix} cannot be read", remedy):
+        absent = not place.exists()
+    refuse_if([(absent, f"{prefix} is not there: {remedy}.")])
     return place
 
 
@@ -188,44 +163,37 @@ def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path
 
 def explain(error: BaseException) -> str:
     """An error of storage in one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = next((line.strip() for line in str(text).splitlines() if line.strip()), "")
-    return line[:300] or type(error).__name__
+    text = str(getattr(error, "strerror", None) or error).strip()
+    return text.split("\n")[0][:300].strip() or type(error).__name__
 
 
 def passes(error: BaseException) -> bool:
     """Whether an error of storage may be gone at the next try."""
-    if isinstance(error, TimeoutError | ConnectionError):
-        return True
-    if isinstance(error, OSError) and error.errno in PASSING:
-        return True
-    # gcsfs says the status as ``code``; TensorStore's ValueErrors begin with gRPC's name of it.
-    code, words = str(getattr(error, "code", None)), str(error)
-    names = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Service Unavailable")
-    return code in ("429", "500", "502", "503", "504") or any(name in words for name in names)
+    return (
+        isinstance(error, TimeoutError | ConnectionError)
+        or (isinstance(error, OSError) and error.errno in PASSING)
+        or str(getattr(error, "code", None)) in HTTP_PASSING
+        or any(name in str(error) for name in GRPC_PASSING)
+    )
 
 
 def is_storage_error(error: BaseException) -> bool:
     """Whether a disk or a storage server failed, for a while or for good (no space is left)."""
-    words = ("No space left", "Disk quota", "File too large", "Read-only file system")
-    return isinstance(error, OSError) or passes(error) or any(one in str(error) for one in words)
+    of_client = type(error).__module__.startswith(("gcsfs", "aiohttp", "google."))
+    lasting = any(words in str(error) for words in LASTING)
+    return isinstance(error, OSError) or of_client or lasting or passes(error)
 
 
 def retry(function: Callable[[], T], what: str) -> T:
-    """What ``function`` returns; errors of storage that pass by themselves are tried again.
-
-    Each failed try is printed on stderr, where ``what`` names the work. Raises the last error.
-    """
+    """What ``function`` returns; errors of storage that pass by themselves are tried again."""
     for attempt in range(1, TRIES):
         try:
             return function()
         except Exception as error:
             if not passes(error):
                 raise
-            wait = WAIT_SECONDS * 2 ** (attempt - 1)
-            _print(
-                f"{what} failed ({explain(error)}): try {attempt + 1} of {TRIES} in {wait:.0f} s"
-            )
+            wait, why = WAIT_SECONDS * 2 ** (attempt - 1), explain(error)
+            _print(f"{what} failed ({why}): try {attempt + 1} of {TRIES} in {wait:.0f} s")
             time.sleep(wait)
     return function()
 
@@ -234,29 +202,32 @@ def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_verb(prog: str, work: Callable[[], Any]) -> int:
+def run_verb(
+    prog: str,
+    work: Callable[[], Any],
+    wrong: type[Exception] = ValueError,
+    failures: tuple[type[Exception], ...] = (),
+) -> int:
     """Does the work of a command; returns its exit status, after an error was printed in a line.
 
-    0: done. 2: something given is wrong. 1: storage failed, and the same command may succeed later.
+    0 or what ``work`` returns: done. 2: something that was given is ``wrong``. 1: storage failed, or
+    one of ``failures``, and the same command may succeed later. Other errors are raised.
     """
     with contextlib.suppress(AttributeError):
         # A file's name may be no UTF-8: printing it must not end what is done already.
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        work()
-    except ValueError as error:
+        return work() or 0
+    except wrong as error:
         _print(f"{prog}: error: {error}")
         return 2
     except Exception as error:
-        # Clients of Cloud Storage have their own exceptions.
-        client = type(error).__module__.startswith(CLIENTS)
-        if not client and not is_storage_error(error):
+        if not isinstance(error, failures) and not is_storage_error(error):
             raise
         name = getattr(error, "filename", None)
         where = f"{os.fsdecode(name)!r}: " if isinstance(name, str | bytes) else ""
         _print(f"{prog}: failed: {where}{explain(error)}")
         return 1
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -266,29 +237,21 @@ def run_verb(prog: str, work: Callable[[], Any]) -> int:
 
 def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> bytes:
     """The bytes of a file of at most ``limit`` bytes; ``InputError`` if it is absent or larger."""
-    try:
-        with as_path(path).open("rb") as file:
-            # Not by its size: a pipe or a device that never ends must not fill the memory.
-            data = file.read(limit + 1)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"cannot read {name} {os.fspath(path)!r} ({explain(error)}): check the path."
-        ) from error
-    message = f"{name} {os.fspath(path)!r} has more than {limit:,} bytes: give a smaller file."
-    refuse_if([(len(data) > limit, message)])
+    place, prefix = as_path(path), f"{name} {os.fspath(path)!r}"
+    with checking_input(f"{prefix} cannot be read", "check the path"), place.open("rb") as file:
+        # Not by its size: a pipe or a device that never ends must not fill the memory.
+        data = file.read(limit + 1)
+    large = len(data) > limit
+    refuse_if([(large, f"{prefix} has more than {limit:,} bytes: give a smaller file.")])
     return data
 
 
 def read_json(path: str | os.PathLike, name: str = "the file", limit: int = 64 * MiB) -> Any:
     """The value of a JSON file of at most ``limit`` bytes; ``InputError`` as ``read_bytes``."""
     data = read_bytes(path, limit, name)
-    try:
-        return json.loads(data)
     # Not UTF-8, no JSON, or nested too deeply.
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} {os.fspath(path)!r} is no JSON ({error}): restore it.") from error
+    with checking_input(f"{name} {os.fspath(path)!r} is no JSON", "restore it"):
+        return json.loads(data)
 
 
 def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
@@ -315,31 +278,20 @@ def encodable(text: str) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A local path to write, which becomes ``path`` if the block ends without an error.
-
-    The block makes a file there, or a folder if there is none yet at ``path``. The local path has the
-    same name; directories above ``path`` are made.
-    """
-    target = as_path(path)
-    remote = is_remote(target)
-    if not remote:
+    """A local path of the same name for a file or a new folder, which becomes ``path`` if the block
+    ends without an error; directories above ``path`` are made."""
+    target, place = as_path(path), None
+    if not is_remote(target):
         target = Path(os.path.realpath(target))  # A link stays a link.
-        target.parent.mkdir(parents=True, exist_ok=True)
-    # On the target's own disk: only there a file is moved at once.
-    place = None if remote else target.parent
+        place = target.parent  # Only on the target's own disk a file is moved at once.
+        place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dit_jax-", dir=place) as scratch:
         fresh = Path(scratch) / target.name
         yield fresh
-        if remote:  # An object of Cloud Storage appears when its upload is complete.
+        if place is None:  # An object of Cloud Storage appears when its upload is complete.
             retry(lambda: _copy(fresh, target), f"writing {os.fspath(target)!r}")
         else:
             os.replace(fresh, target)
-
-
-def copy_file(source: Path, target: str | os.PathLike) -> None:
-    """Copies a local file to a path, where it appears whole."""
-    with atomic_path(target) as fresh:
-        shutil.copyfile(source, fresh)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -356,11 +308,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def local_copy(path: str | os.PathLike) -> Path:
-    """A local path with the same contents: the path itself if it is local already.
-
-    A file or folder of Cloud Storage is copied once per process to the machine's temporary directory,
-    and removed when the process ends.
-    """
+    """A local path with the same contents: the path itself, or a copy in the machine's temporary
+    directory, made once per process and removed when that ends."""
     source = as_path(path)
     return _fetch(os.fspath(source)) if is_remote(source) else source
 
@@ -374,26 +323,21 @@ def _fetch(name: str) -> Path:
     return folder / source.name
 
 
-# ---------------------------------------------------------------------------------------------------
-# Locks
-# ---------------------------------------------------------------------------------------------------
-
-
 class Lock:
     """A file that says which process uses a directory, with a sign of life; ``InputError`` if another
     living process holds it.
 
-    On one host the process id tells whether the holder lives. The holder on another host lives if its
-    sign of life changes within ``STALE_SECONDS``; else the lock is taken over (a pod that a launcher
-    starts again comes up on another host). Local and network disks share no compare-and-swap, so two
-    starts within the same second may both succeed.
+    On one host the process id tells whether the holder lives; on another it lives if its sign of life
+    changes within ``STALE_SECONDS``, and else the lock is taken over (a launcher may start a pod again
+    on another host). Local and network disks share no compare-and-swap, so two starts within the same
+    second may both succeed.
     """
 
     def __init__(self, directory: Path, what: str = "run") -> None:
         self.path = directory / "lock.json"
         self._me = {"host": socket.gethostname(), "pid": os.getpid()}
         holder = self._holder()
-        if holder is not None and any(holder.get(k) != v for k, v in self._me.items()):
+        if any(holder.get(key, value) != value for key, value in self._me.items()):
             name = f"process {holder.get('pid')} on {holder.get('host')}"
             message = (
                 f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
@@ -406,12 +350,10 @@ class Lock:
         # A thread, since a step or a compilation may take longer than a lock stays fresh.
         threading.Thread(target=self._beat_on, name="lock", daemon=True).start()
 
-    def _holder(self) -> dict[str, Any] | None:
-        try:
-            value = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+    def _holder(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            return dict(json.loads(self.path.read_bytes()))
+        return {}
 
     def _lives(self, holder: dict[str, Any], name: str) -> bool:
         if holder.get("host") == self._me["host"]:
@@ -422,12 +364,11 @@ class Lock:
             return True
         _print(f"the lock of {name} is there: waiting {STALE_SECONDS:.0f} s for a sign of life.")
         deadline = time.monotonic() + STALE_SECONDS
-        while time.monotonic() < deadline:
+        now = holder
+        while time.monotonic() < deadline and now.get("time") == holder.get("time"):
             time.sleep(min(STALE_SECONDS / 10, 5.0))
             now = self._holder()
-            if now is None or now.get("time") != holder.get("time"):
-                return now is not None
-        return False
+        return bool(now) and now.get("time") != holder.get("time")
 
     def _beat(self) -> None:
         with contextlib.suppress(Exception):  # What cannot be written is tried again next time.

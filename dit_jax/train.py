@@ -24,103 +24,50 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
+from dit_jax import parallel, training
 from dit_jax.config import Run, absolute_paths, parse_config, read_config, to_dict
 from dit_jax.data import DataError, RowStreams
 from dit_jax.files import (
     InputError,
     Lock,
     check_writable,
-    checking_input,
     explain,
     is_storage_error,
+    run_verb,
     write_json,
-)
-from dit_jax.parallel import (
-    PROCESS_HELP,
-    global_batch,
-    joined,
-    local_rows,
-    make_mesh,
-    take_process_flags,
-)
-from dit_jax.training import (
-    Checkpointer,
-    Evaluator,
-    Progress,
-    StopSignal,
-    Task,
-    TrainState,
-    abstract_state,
-    gather_data_state,
-    init_frozen,
-    init_state,
-    learning_rate,
-    make_optimizer,
-    make_step,
 )
 from dit_jax.training.resume import changes, check_same_run, init_from
 from dit_jax.types import Params
 
 PROG = "python -m dit_jax.train"
+DESCRIPTION = "Trains a model. Any field of the config can be given by its dotted name. "
+# A run whose last steps, this many, all had gradients that are not finite has diverged: it ends.
 LOST_STEPS = 200
-"""A run whose last steps, this many, all had gradients that are not finite has diverged: it ends."""
 NAMES_IN_REPORT = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains what the command line says; returns the exit status."""
-    arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
-    config = parse_config(
-        arguments,
-        prog=PROG,
-        description="Trains a model. Any field of the config can be given by its dotted name. "
-        + PROCESS_HELP,
-        kind=Run,
-    )
-    # Of a save that fails Orbax logs every trace, and TensorStore prints one for every array.
+    arguments, flags = parallel.take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    config = parse_config(arguments, PROG, DESCRIPTION + parallel.PROCESS_HELP, Run)
+    # Of a save that fails Orbax and TensorStore log a trace for every array, and Python one for those
+    # that are still written afterwards: hundreds of lines would hide the one that matters.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = without_closed_loops
-    try:
-        with joined(flags, PROG, InputError):
+    closed = "Event loop is closed"
+    sys.unraisablehook = lambda x: str(x.exc_value) == closed or sys.__unraisablehook__(x)
+
+    def work() -> int:
+        with parallel.joined(flags, PROG, InputError):
             stopped = train(config)
-    except InputError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if not isinstance(error, DataError | DivergedError) and not is_storage_error(error):
-            raise
-        # Several hundred lines of traces would hide the one that matters.
-        print(
-            f"{PROG}: failed: {type(error).__name__}: {explain(error)}\nWhen the cause is mended, the "
-            "same command goes on from the newest checkpoint.",
-            file=sys.stderr,
-        )
-        return 1
-    return 128 + signal.Signals[stopped] if stopped else 0
+        return 128 + signal.Signals[stopped] if stopped else 0
 
-
-def without_closed_loops(unraisable: Any) -> None:
-    """``sys.unraisablehook``, but for arrays that are written after their save has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+    return run_verb(PROG, work, InputError, (DataError, DivergedError))
 
 
 class DivergedError(RuntimeError):
     """The gradients of many steps in a row were not finite."""
-
-
-def prepare_directory(config: Run) -> tuple[Path, Run | None]:
-    """Makes the run's directory; returns it and the stored config of the run that it holds, if any."""
-    directory = check_writable(config.output)
-    stored = None
-    if (directory / "config.json").exists() and (directory / "checkpoints").is_dir():
-        if any(one.name.isdigit() for one in (directory / "checkpoints").iterdir()):
-            stored = read_config(directory / "config.json", Run)
-            check_same_run(config, stored, directory)
-    return directory, stored
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -131,40 +78,55 @@ def prepare_directory(config: Run) -> tuple[Path, Run | None]:
 def train(config: Run) -> str | None:
     """Trains; returns the name of the signal that stopped the run, if one did."""
     with contextlib.ExitStack() as stack:
-        with checking_input():
+        try:
             # Relative paths would mean something else to whoever resumes or samples from elsewhere.
             config = absolute_paths(config).with_hashes()
-            directory, stored = prepare_directory(config)
+            directory, stored = check_writable(config.output), None
+            saved = directory / "checkpoints"
+            if saved.is_dir() and (directory / "config.json").exists():
+                if any(one.name.isdigit() for one in saved.iterdir()):
+                    stored = read_config(directory / "config.json", Run)
+                    check_same_run(config, stored, directory)
             if jax.process_index() == 0:
                 stack.callback(Lock(directory).release)
                 write_json(directory / "config.json", to_dict(config))
 
             # What is trained, and on what: the config knows, and the loop does not.
-            mesh = make_mesh(config.mesh)
-            rows = local_rows(mesh, config.rows)
+            mesh = parallel.make_mesh(config.mesh)
+            rows = parallel.local_rows(mesh, config.rows)
             task = config.build(mesh)
             loader = task.loader(rows)
             stack.callback(loader.close)
 
             # The state, sharded from the start: no device ever holds the whole model.
-            optimizer = make_optimizer(config.optimizer, config.steps)
-            shapes, shardings = abstract_state(task.init, optimizer, mesh, task.trainable)
-            step_fn = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)
+            optimizer = training.make_optimizer(config.optimizer, config.steps)
+            shapes, shardings = training.abstract_state(task.init, optimizer, mesh, task.trainable)
+            step_fn = training.make_step(
+                task.loss, optimizer, config.optimizer, config.seed, shardings
+            )
             key = jax.random.key(config.seed)
-            frozen = init_frozen(task.init, mesh, key, task.trainable, task.load_frozen)
-            checkpointer = Checkpointer(directory, config.checkpoint)
+            frozen = training.init_frozen(task.init, mesh, key, task.trainable, task.load_frozen)
+            checkpointer = training.Checkpointer(directory, config.checkpoint)
             latest, repacked = checkpointer.latest(), False
             if latest is None:
-                state = init_state(task.init, optimizer, shardings, key, task.trainable)
+                state = training.init_state(task.init, optimizer, shardings, key, task.trainable)
                 state = init_from(config, state, shapes, shardings)
             else:
                 state, data_state = checkpointer.restore(latest, shapes, shardings)
                 repacked = not loader.set_state(data_state)
+        except ValueError as error:
+            # Only what the user gave was looked at: exit status 2, which launchers do not start again.
+            raise InputError(str(error)) from error
         start = int(state.step)
 
-        progress = Progress(directory, start, config.steps)
+        progress = training.Progress(directory, start, config.steps)
         stack.callback(progress.close)
-        progress.say(introduction(task, mesh, shapes, start))
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        progress.say(
+            f"{task.name}: {count / 1e6:.1f} M parameters, {len(jax.devices())} x "
+            f"{jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}, "
+            + (f"resumed at step {start}" if start else "compiling the step...")
+        )
         if stored is not None and start and (text := changes(config, stored, start)):
             progress.say(text)
         if repacked:
@@ -174,16 +136,17 @@ def train(config: Run) -> str | None:
             )
         # Whatever is raised below, the save under way is finished first.
         stack.enter_context(checkpointer)
-        stop = StopSignal()
-        schedule = learning_rate(config.optimizer, config.steps)
+        stop = training.StopSignal()
+        schedule = training.learning_rate(config.optimizer, config.steps)
         # The loader reads ahead: its state is taken right behind the batch that is trained on.
         data_state = loader.get_state()
         reported, healthy, skipped = start, start, int(state.skipped)
         for step in range(start, config.steps):
             local = next(loader)
             data_state = loader.get_state()
+            batch = parallel.global_batch(mesh, local, rows, task.rows)
             # Returns before the devices are done; nothing below waits for them but a report or a save.
-            state, metrics = step_fn(state, global_batch(mesh, local, rows, task.rows), frozen)
+            state, metrics = step_fn(state, batch, frozen)
             done = step + 1
             progress.advance(task.work(local))
 
@@ -222,25 +185,33 @@ def train(config: Run) -> str | None:
 
         checkpointer.wait()
         finished = int(state.step) >= config.steps
-        if finished:
-            # Also of a run that was complete before: its report may have been what failed.
-            conclude(task, state, frozen, directory, progress, loader)
+        report: dict[str, Any] = {}
+        # Also of a run that was complete before: its report may have been what failed.
+        for evaluator in task.evaluators if finished else ():
+            report |= evaluate(evaluator, state, frozen, directory, progress)
+        if report:
+            text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
+            sheet = directory / "samples.png"
+            where = f"\npictures: {sheet}" if sheet.exists() else ""
+            progress.say(f"{task.name} report: {text}{where}")
+        if finished and (left_out := data_report(loader)):
+            report |= left_out
+            progress.say(
+                f"{left_out['records_left_out']} records were left out, and captions were cut "
+                f"{left_out['captions_cut']} times (report.json names them)."
+            )
+        if report and jax.process_index() == 0:
+            write_json(directory / "report.json", report)
         checkpointer.close()
     return None if finished else stop.name
 
 
-def introduction(task: Task, mesh: Mesh, shapes: TrainState, start: int) -> str:
-    """What is trained on what, in a line."""
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes.params))
-    return (
-        f"{task.name}: {count / 1e6:.1f} M parameters, {len(jax.devices())} x "
-        f"{jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}, "
-        + (f"resumed at step {start}" if start else "compiling the step...")
-    )
-
-
 def evaluate(
-    evaluator: Evaluator, state: TrainState, frozen: Params, directory: Path, progress: Progress
+    evaluator: training.Evaluator,
+    state: training.TrainState,
+    frozen: Params,
+    directory: Path,
+    progress: training.Progress,
 ) -> Mapping[str, float]:
     """Runs an evaluator and logs what it measures. A picture that cannot be written ends no run."""
     scalars: Mapping[str, float] = {}
@@ -257,42 +228,18 @@ def evaluate(
     return scalars
 
 
-def conclude(
-    task: Task, state: TrainState, frozen: Params, directory: Path, progress: Progress, loader: Any
-) -> None:
-    """Measures the finished model, prints the report, and stores it as ``report.json``."""
-    report: dict[str, Any] = {}
-    for evaluator in task.evaluators:
-        report |= evaluate(evaluator, state, frozen, directory, progress)
-    if report:
-        text = ", ".join(f"{name} {value:.3g}" for name, value in report.items())
-        pictures = directory / "samples.png"
-        where = f"\npictures: {pictures}" if pictures.exists() else ""
-        progress.say(f"{task.name} report: {text}{where}")
-    data = data_report(loader)
-    if data:
-        progress.say(
-            f"{data['records_left_out']} records were left out, and captions were cut "
-            f"{data['captions_cut']} times (report.json names them)."
-        )
-    if (report or data) and jax.process_index() == 0:
-        write_json(directory / "report.json", {**report, **data})
-
-
 def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
-    """Which of the data were not trained on; empty if all were."""
+    """Which of the data were not trained on; empty if all were. Every process calls it."""
     reader = loader.reader
-    left_out = gather_data_state(loader.get_state())["run"]["left_out"]
-    before = 0 if reader.unfit is None else int(reader.unfit.sum())
-    if not left_out and not before and not reader.cut_captions:
-        return {}
+    left_out = training.gather_data_state(loader.get_state())["run"]["left_out"]
     names = [f"{name}: it does not fit" for name in reader.unfit_names(NAMES_IN_REPORT)]
-    return {
-        "records_left_out": len(left_out) + before,
-        "captions_cut": reader.cut_captions,
-        "left_out": [*names, *left_out.values()][:NAMES_IN_REPORT],
-    }
+    count = len(left_out) + (0 if reader.unfit is None else int(reader.unfit.sum()))
+    if not count and not reader.cut_captions:
+        return {}
+    names = [*names, *left_out.values()][:NAMES_IN_REPORT]
+    cut = reader.cut_captions
+    return {"records_left_out": count, "captions_cut": cut, "left_out": names}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

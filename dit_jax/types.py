@@ -9,9 +9,8 @@ Axis letters, used in every shape of this project::
 
 A *row* holds several *segments* (clips, images) side by side, as NaViT packs images
 (Dehghani et al. 2023, "Patch n' Pack"). A *modulation group* is a set of tokens of one segment
-that share a noise level. What a clip carries besides its video and its caption (a class, a camera,
-a clip of low resolution) travels by name, as a *field*: of tokens ``[b, l, ...]`` or of segments
-``[b, n, ...]``.
+that share a noise level. What a clip carries besides its video and its caption travels by name, as
+a *field*: of tokens ``[b, l, ...]`` or of segments ``[b, n, ...]``.
 """
 
 from __future__ import annotations
@@ -26,61 +25,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-Params = Any
-"""A nested dict of parameters, as Flax Linen makes it."""
+Params = Any  # A nested dict of parameters, as Flax Linen makes it.
+PAD = 0  # The segment id of padding; segments of a row are numbered 1, 2, ...
 
-PAD = 0
-"""The segment id of padding; segments of a row are numbered 1, 2, ..."""
-
+# Names under which rematerialisation policies know what a block computes: the results of attention,
+# the product that its inputs are made from, and what enters the block.
 ATTENTION, QKV, RESIDUAL = "attention", "qkv", "residual"
-"""Names under which rematerialisation policies know what a block computes: the results of attention,
-the product that its inputs are made from, and what enters the block."""
 
 
 class Sample(TypedDict):
-    """One training example, as a source yields it. Besides the clip and its caption it may carry fields
-    of any name: the model reads those that its conditioners are named after."""
+    """One training example, as a source yields it; the model reads the fields that its conditioners are
+    named after."""
 
+    # uint8 [t, h, w, c], or float latents.
     video: np.ndarray
-    """uint8 [t, h, w, c], or float latents."""
+    # The caption that is used if none is chosen at random.
     caption: str
-    """The caption that is used if none is chosen at random."""
     fps: float
+    # float [s, e]: the caption as the states of a text encoder.
     text_states: NotRequired[np.ndarray]
-    """float [s, e]: the caption as the states of a text encoder."""
+    # All captions that the clip may be trained on, by feature, and the states [s, e] of each.
     captions: NotRequired[Mapping[str, str]]
-    """All captions that the clip may be trained on, by feature."""
     captions_states: NotRequired[Mapping[str, np.ndarray]]
-    """The states [s, e] of each."""
+    # Which data set of a mixture the sample is of, from 0.
     part: NotRequired[int]
-    """Which data set of a mixture the sample is of, from 0."""
+    # One value for the whole clip, of any shape ({"label": 3}), or for every frame of pixels [t, ...].
     segment_fields: NotRequired[Mapping[str, Any]]
-    """One value for the whole clip, of any shape: ``{"label": 3}``."""
     frame_fields: NotRequired[Mapping[str, np.ndarray]]
-    """One value for every frame of pixels: ``[t, ...]``."""
+    # Clips beside the clip: uint8 of its size in pixels, encoded as the clip is, or float [t, h, w, c]
+    # on the grid of what the model generates.
     pixel_fields: NotRequired[Mapping[str, np.ndarray]]
-    """Clips beside the clip: uint8 of its size in pixels, encoded as the clip is, or float ``[t, h, w,
-    c]`` on the grid of what the model generates."""
 
 
 class Source(Protocol):
     """Random access to samples; the same index gives the same sample in every process."""
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> Sample: ...
 
 
-# Metadata, and not a list of names: a struct of any room may have fields along the tokens.
+# Metadata of a struct's field with values for every token, [b, l, ...], or a dict of such: those are
+# sharded over the mesh's `context` axis too, all others over rows alone. Not a list of names, since a
+# struct of any module may have token fields.
 TOKENS = {"tokens": True}
-"""Metadata of a struct's field that has values for every token, ``[b, l, ...]``, or is a dict of such.
-Those are laid out over the mesh's ``context`` axis too; all other fields over rows alone."""
 
 
 def is_token_field(values: Any) -> Any:
-    """A struct like ``values`` that has True in place of every array of a token field, else False."""
+    """A struct like ``values`` with True for every array of a token field, and False for others."""
 
     def flags(field: dataclasses.Field[Any]) -> Any:
         flag = bool(field.metadata.get("tokens"))
@@ -91,54 +84,49 @@ def is_token_field(values: Any) -> Any:
 
 @struct.dataclass
 class Batch:
-    """Rows of packed clean tokens, and what is known of each segment.
+    """Rows of packed clean tokens. Segment slot ``j`` of the ``[b, n]`` fields describes the tokens
+    whose segment id is ``j + 1``; an empty slot has ``num_tokens == 0``."""
 
-    Segment slot ``j`` of the ``[b, n]`` fields describes the tokens whose segment id is
-    ``j + 1``; an empty slot has ``num_tokens == 0``.
-    """
-
+    # Clean patches (see `model.patches`); zero at padding.
     tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
-    """Clean patches (see ``model.patches``); zero where padded."""
+    # (t, h, w), with t in latent frames at the reference frame rate.
     positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
-    """(t, h, w) coordinates; t in latent frames at the reference frame rate."""
+    # 0 is padding; attention never crosses segments.
     segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    """0 is padding; attention never crosses segments."""
+    # Latent frame and index of each token within its segment, from 0.
     frame_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    """Latent frame of each token within its segment, from 0."""
     token_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    """Index of each token within its segment, from 0."""
+    # Text tokens of the captions, or states of a text encoder, packed the same way.
     text: Int[Array, "b s"] | Float[Array, "b s e"]
-    """Text tokens of the captions, or states of a text encoder, packed the same way."""
     text_segment_ids: Int[Array, "b s"]
+    # Identity of each segment's sample: the randomness of its noise, wherever it is packed.
     sample_ids: UInt[Array, "b n"]
-    """Identity of each segment's sample: the randomness of its noise, wherever it is packed."""
     num_tokens: Int[Array, "b n"]
     num_frames: Int[Array, "b n"]
-    """Latent frames of each segment."""
     token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
         metadata=TOKENS, default_factory=dict
     )
+    # Always has "fps", the latent frames a second.
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
-    """Always has "fps", the latent frames a second."""
 
 
 @struct.dataclass
 class DenoiserInputs:
     """All that the denoiser sees: one struct from the objective and the sampler to every layer."""
 
+    # Noised patches x_tau.
     tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
-    """Noised patches x_tau."""
     positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
     segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     group_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
+    # Noise level of each modulation group.
     group_t: Float[Array, "b k"]
-    """Noise level of each modulation group."""
+    # Text tokens [b, s] or states [b, s, e], or what `TextToVideo.encode_text` returned.
     text: Any
-    """Text tokens [b, s] or states [b, s, e], or after ``TextToVideo.encode_text`` what that made."""
+    # PAD behind the first token of a dropped caption.
     text_segment_ids: Int[Array, "b s"] | None
-    """Of a dropped caption, PAD behind its first token."""
+    # 1 if the segment is unconditional: conditioners then leave their field out.
     dropped: Float[Array, "b n"]
-    """1 if the segment is unconditional: conditioners then leave their field out."""
     token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
         metadata=TOKENS, default_factory=dict
     )
@@ -150,38 +138,27 @@ class Target:
     """What the output of the denoiser is measured against."""
 
     eps: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
+    # Noise level of each token: min(t of its segment, its noise cap). 0 is data, 1 is noise.
     tau: Float[Array, "b l"] = struct.field(metadata=TOKENS)
-    """Noise level of each token: min(t of its segment, its noise cap). 0 is data, 1 is noise."""
+    # Whether the token is generated, and no conditioning token.
     generated: Bool[Array, "b l"] = struct.field(metadata=TOKENS)
-    """Whether the token is generated, and no conditioning token."""
-
-
-@struct.dataclass
-class ClipBatch:
-    """Windows of clips, for an autoencoder."""
-
-    video: UInt8[Array, "b t h w 3"]
-    num_frames: Int[Array, "b"]
-    """Frames of each row that count; those behind fill it up."""
 
 
 @struct.dataclass
 class Totals:
-    """The loss of a batch's rows together, and what it is made of."""
+    """The mean loss of a batch's rows times ``weight``, and the terms to log, each times ``weight``."""
 
     loss: Float[Array, ""]
-    """The mean, times ``weight``."""
     weight: Float[Array, ""]
     parts: dict[str, Float[Array, ""]]
-    """Terms to log, each times ``weight``."""
 
 
 class Attention(Protocol):
     """Scaled dot-product attention within segments, chosen in ``parallel`` and handed to models.
 
     The output at padding is finite and otherwise unspecified. Without ``k_segment_ids`` the keys are of
-    the queries' own tokens, and are laid out over devices as those are; with them they are others
-    (text), whole on every device. ``window`` limits self-attention to keys at most so many tokens away.
+    the queries' own tokens, and are sharded as those are; with them they are others (text), whole on
+    every device. ``window`` limits self-attention to keys at most so many tokens away.
     """
 
     def __call__(
@@ -196,17 +173,30 @@ class Attention(Protocol):
     ) -> Float[Array, "b l a d"]: ...
 
 
+# `constrain(x, *logical_axes) -> x` shards x over the mesh.
 Constrain = Callable[..., jax.Array]
-"""``constrain(x, *logical_axes) -> x``: lays ``x`` out over the mesh; the identity off-mesh."""
-
+# What linear layers multiply with; the signature is that of `jax.lax.dot_general`.
 DotGeneral = Callable[..., jax.Array]
-"""What linear layers multiply with; the signature is ``jax.lax.dot_general``'s."""
 
 
 def unconstrained(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """The layout function of a single device: ``x`` as it is."""
+    """Returns ``x`` as it is: the ``Constrain`` of a single device."""
     del logical_axes
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a model computes: what depends on the machine, and not on the mathematics."""
+
+    # Functions: which kernel runs is decided in `parallel`, which models do not import.
+    attention: Attention
+    constrain: Constrain = unconstrained
+    # Of activations and matrix products; the float32 islands are named where they are.
+    dtype: Any = jnp.float32
+    dot_general: DotGeneral = jax.lax.dot_general
+    # That of the transformer's blocks, which may multiply in 8 bits.
+    block_dot_general: DotGeneral = jax.lax.dot_general
 
 
 class Range(NamedTuple):
@@ -219,11 +209,11 @@ class Range(NamedTuple):
 
     def __contains__(self, value: object) -> bool:
         assert isinstance(value, int | float)
-        # NaN compares to nothing, so that it is in no range.
+        # Not by its negation: NaN compares to nothing, so that it is in no range.
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if self.high == math.inf:
             return f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
         start, end = "(" if self.open_low else "[", ")" if self.open_high else "]"
@@ -234,14 +224,13 @@ PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 PositiveFloat = Annotated[float, Range(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1, open_high=True)]
-"""In [0, 1): a decay, a probability of dropping."""
+Fraction = Annotated[float, Range(0, 1, open_high=True)]  # A decay, a probability of dropping.
 UnitInterval = Annotated[float, Range(0, 1)]
 
 
 def require(prefix: str, config: Any, *rules: tuple[str, bool, str]) -> None:
-    """Raises ``ValueError`` for the first of the rules ``(field, whether it holds, what must be)`` of a
-    config's fields together that does not hold; ranges of single fields are in their types."""
+    """Raises ``ValueError`` for the first rule ``(field, whether it holds, what must be)`` of fields
+    together that does not hold; the ranges of single fields are in their types."""
     for name, holds, rule in rules:
         if not holds:
             value = operator.attrgetter(name)(config)
@@ -249,33 +238,17 @@ def require(prefix: str, config: Any, *rules: tuple[str, bool, str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Runtime:
-    """How a model computes: what depends on the machine, and not on the mathematics."""
-
-    # Functions: which kernel runs is decided in `parallel`, which models do not import.
-    attention: Attention
-    constrain: Constrain = unconstrained
-    dtype: Any = jnp.float32
-    """Of activations and matrix products; the float32 islands are named where they are."""
-    dot_general: DotGeneral = jax.lax.dot_general
-    block_dot_general: DotGeneral = jax.lax.dot_general
-    """That of the transformer's blocks, which may multiply in 8 bits."""
-
-
-@dataclasses.dataclass(frozen=True)
 class FrameGrid:
     """The one place that knows which frames share a latent frame, and which latent frames a token.
 
     The first frame of a clip stands alone, in a latent frame and a token of its own; every other
-    latent frame holds ``stride`` frames, and every other token ``multiple`` latent frames::
+    latent frame holds ``stride`` frames (of the codec), every other token ``multiple`` latent frames::
 
         frames = 1 + n stride multiple,  latent frames = 1 + n multiple,  tokens = 1 + n
     """
 
     stride: int = 1
-    """Of the codec in time."""
     multiple: int = 1
-    """Latent frames of a patch."""
 
     @property
     def token_frames(self) -> int:
@@ -287,9 +260,8 @@ class FrameGrid:
         if frames < 1 or (frames - 1) % self.token_frames:
             low = self.whole(max(frames, 1))
             raise ValueError(
-                f"{what}{frames} frames: the first frame has a token of its own and the others share "
-                f"one by {self.token_frames}, so give 1 + {self.token_frames}n. The nearest are {low} "
-                f"and {low + self.token_frames}."
+                f"{what}{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token "
+                f"of its own. The nearest are {low} and {low + self.token_frames}."
             )
 
     def whole(self, frames: int) -> int:
@@ -320,110 +292,69 @@ class FrameGrid:
 
 
 class Codec(Protocol):
-    """Pixels to latents and back."""
+    """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` and back."""
 
     @property
     def name(self) -> str: ...
-
+    # Of the weights' bytes: latents of another hash are of another codec.
     @property
-    def hash(self) -> str:
-        """Of the weights' bytes: latents of another hash are of another codec."""
-        ...
-
+    def hash(self) -> str: ...
+    # Frames, rows and columns of pixels in one latent.
     @property
-    def strides(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels in one latent."""
-        ...
-
+    def strides(self) -> tuple[int, int, int]: ...
     @property
     def channels(self) -> int: ...
-
-    @property
-    def shift(self) -> Any:
-        """Of all channels (a number) or of each (an array), as ``scale``."""
-        ...
-
-    @property
-    def scale(self) -> Any: ...
-
-    def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` float32, shifted
-        and scaled: the mean, or with a key a sample of their distribution."""
-        ...
-
-    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        """Clips ``[b, t, h, w, 3]`` of one size at once."""
-        ...
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents ``[t', h', w', c]`` to pixels ``[t, h, w, 3]``; float32, not clipped to [-1, 1]."""
-        ...
-
-    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        """``decode``, some frames ``[n, h, w, 3]`` at a time, for clips too long to hold in memory."""
-        ...
-
-
-PIXEL_FRAMES = 16
-"""Frames at a time, if a clip of pixels is taken in parts."""
+    # Float32, shifted and scaled: the mean, or with a key a sample of their distribution.
+    def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
+    # Clips [b, t, h, w, 3] of one size at once.
+    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
+    # Float32, not clipped to [-1, 1].
+    def decode(self, latents: np.ndarray) -> np.ndarray: ...
+    # The same, some frames [n, h, w, 3] at a time, for clips too long to hold in memory.
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelCodec:
     """The identity: models of pixels."""
 
-    # Not a hash of weights, of which there are none: pixels are of no other codec.
     name: str = "pixels"
     hash: str = "pixels"
     strides: tuple[int, int, int] = (1, 1, 1)
     channels: int = 3
-    shift: float = 0.0
-    scale: float = 1.0
 
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
         check_floating(video)
         return video
 
     def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        return self.encode(videos, key)
+        return self.encode(videos)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         return self.encode(latents)
 
-    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(latents), PIXEL_FRAMES):
-            yield self.decode(latents[start : start + PIXEL_FRAMES])
+    def decode_parts(self, latents: np.ndarray, frames: int = 16) -> Iterator[np.ndarray]:
+        for start in range(0, len(latents), frames):
+            yield self.decode(latents[start : start + frames])
 
 
 def check_floating(clip: np.ndarray) -> None:
-    """Raises ``ValueError`` for whole numbers, which would be taken for what they do not mean."""
+    """Raises ``ValueError`` for whole numbers, which would be taken for pixels in [-1, 1]."""
     if not jnp.issubdtype(clip.dtype, jnp.floating):
-        raise ValueError(
-            f"a clip of {clip.dtype}: give floating point (pixels in [-1, 1], not 0 to 255)."
-        )
+        raise ValueError(f"a clip of {clip.dtype}: give floating point in [-1, 1], not 0 to 255.")
 
 
 class TextEncoder(Protocol):
-    """Captions to states."""
+    """Captions to states ``[s, e]`` without padding, bfloat16."""
 
     @property
     def name(self) -> str: ...
-
+    # Of the weights' bytes: states of another hash are of another encoder.
     @property
-    def hash(self) -> str:
-        """Of the weights' bytes: states of another hash are of another encoder."""
-        ...
-
+    def hash(self) -> str: ...
     @property
-    def dim(self) -> int:
-        """Numbers of a state."""
-        ...
-
+    def dim(self) -> int: ...
+    # Longer captions are cut there; the token that ends them counts.
     @property
-    def max_tokens(self) -> int:
-        """Longer captions are cut there, the token that ends them counted."""
-        ...
-
-    def encode(self, captions: Sequence[str]) -> list[np.ndarray]:
-        """The states ``[s, e]`` of each caption, bfloat16, without padding."""
-        ...
+    def max_tokens(self) -> int: ...
+    def encode(self, captions: Sequence[str]) -> list[np.ndarray]: ...

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.run import CodecRun
 from dit_jax.config import (
     DataConfig,
@@ -26,7 +27,7 @@ from dit_jax.config import (
 )
 from dit_jax.data import PackingConfig, RecordsConfig, ShapesConfig
 from dit_jax.diffusion import DiffusionConfig
-from dit_jax.evaluate import ClassEvaluator, ShapeEvaluator
+from dit_jax.evaluate import ShapeEvaluator
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig
@@ -64,8 +65,9 @@ def refused(capsys):
 
 
 def test_file_alone_is_what_it_builds():
-    assert parse("--config", QUICKSTART) == parse(f"--config={QUICKSTART}")
     config = parse("--config", QUICKSTART)
+    assert config == parse(f"--config={QUICKSTART}")
+    assert parse("--steps", 9, "--config", QUICKSTART).steps == 9
     assert config == load_config(str(QUICKSTART))
     assert config.data.packing.row_tokens == 128 and config.model.patch.h == 8
 
@@ -86,24 +88,6 @@ def test_dotted_names_override_the_file():
     assert config.mesh == MeshConfig(tensor=2) and config.data.packing.rows == 16
     assert isinstance(config.data.source, ShapesConfig) and config.data.source.frames == (3, 5)
     assert config.checkpoint.keep_period == 500 and config.diffusion.time.shift == 2.0
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_the_file_may_come_anywhere(order):
-    file, change = ["--config", str(QUICKSTART)], ["--steps", "9"]
-    config = parse(*(file + change if order == "before" else change + file))
-    assert config.steps == 9 and config.output == "runs/quickstart"
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_file_builds_a_config(file):
-    kind = CodecRun if file.stem.startswith("codec") else VideoRun
-    assert isinstance(parse("--config", file), kind)
-
-
-def test_the_large_configs_are_among_them():
-    names = {file.stem for file in FILES}
-    assert {"video_1b3", "video_14b", "minute_1080p", "dit_xl2_imagenet256"} <= names
 
 
 def linear(inputs, outputs):
@@ -172,7 +156,7 @@ def test_imagenet_is_one_image_a_row():
     assert (dit.width, dit.depth, dit.heads) == (1152, 28, 16)
 
 
-@pytest.mark.parametrize("given", [["--help"], ["-h"], ["--config", QUICKSTART, "--help"]])
+@pytest.mark.parametrize("given", [["-h"], ["--config", QUICKSTART, "--help"]])
 def test_help(given, capsys):
     with pytest.raises(SystemExit) as error:
         parse(*given)
@@ -238,7 +222,7 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
         (["--log.draw-count", "0"], ["log.draw_count is 0", "at least 1"]),
         (["--evaluators.1.prompts", "-1"], ["evaluators[1].prompts is -1: it is at least 0"]),
         (["--data.packing.rows", "0"], ["packing.rows is 0: it is at least 1"]),
-        (["--optimizer.accumulate", "3"], ["packing.rows 16 does not divide into", "accumulate 3"]),
+        (["--optimizer.accumulate", "3"], ["packing.rows 16 does not", "accumulate 3"]),
         (
             ["--data.packing.row-text", "40"],
             ["row_text 40 is smaller than one caption of 48 tokens", "raise it, or lower"],
@@ -248,8 +232,7 @@ def test_mistyped_argument_is_refused(refused, arguments, parts):
             ["row_tokens 60 is smaller than one clip: 9 x 32 x 32 has", "Raise it to at least"],
         ),
         (["--model.patch.channels", "4"], ["model.patch.channels is 4: moving shapes have 3"]),
-        (["--sampling.frames", "8"], ["sampling.frames, height, width = 8, 32, 32 do not fit"]),
-        (["--sampling.frames", "8"], ["1 + 2n. The nearest are 7 and 9"]),
+        (["--sampling.frames", "8"], ["sampling.frames, height, width = (8, 32, 32)", "7 and 9"]),
         (["--data.source.frames", "4"], ["4 frames", "The nearest are 3 and 5"]),
         (["--data.source.sizes", "36", "36"], ["not a multiple of the patch's 8", "32 and 40"]),
         (["--model.dit.heads", "5"], ["dit.width is 192", "a multiple of heads 5"]),
@@ -268,19 +251,18 @@ def test_bad_value_is_refused(refused, arguments, parts):
 
 
 def test_config_file_is_required(refused):
-    for arguments in ([], ["--steps", "3"], ["--steps", "3", "--config"]):
-        assert "--config FILE is required, e.g. --config configs/quickstart.py" in refused(
-            *arguments
-        )
+    assert "--config FILE is required" in refused("--steps", "3")
+    assert "--config" in refused("--steps", "3", "--config")
 
 
-def test_missing_config_file_is_refused(refused, tmp_path, monkeypatch):
+def test_a_file_that_is_no_config_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     message = refused("--config", "configs/quickstar.py")
-    assert "--config 'configs/quickstar.py' is not a Python file." in message
-    assert "In configs/ there are:" in message and "configs/quickstart.py" in message
-    monkeypatch.chdir(tmp_path)
-    assert "Give a path to one." in refused("--config", "x.py")
+    assert "--config 'configs/quickstar.py' is not a Python file" in message
+    assert "configs/quickstart.py" in message
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: 3\n")
+    assert "is not a Python file" in refused("--config", file)
 
 
 @pytest.mark.parametrize(
@@ -301,15 +283,6 @@ def test_bad_config_file_is_refused(refused, tmp_path, text, message):
     file = tmp_path / "mine.py"
     file.write_text(text)
     assert re.search(message, refused("--config", file))
-
-
-def test_config_file_of_another_kind_is_refused(refused, tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("steps: 3\n")
-    assert "is not a Python file" in refused("--config", file)
-
-
-# Every check on its own: the value, the constraint, the remedy.
 
 
 @pytest.mark.parametrize(
@@ -338,6 +311,9 @@ def test_config_file_of_another_kind_is_refused(refused, tmp_path):
         (lambda: VideoRun(model=ModelConfig(DiTConfig(depth=0))), "model.dit.depth is 0"),
         (lambda: check_types(ShapesConfig(frames=(1, 5))), r"frames\[0\] is 1: it is at least 2"),
         (lambda: RecordsConfig(path=""), "path is empty: give a builder's directory or the name"),
+        (lambda: VideoRun(attention=AttentionConfig(kernel="flsh")), "kernel is 'flsh'.*'flash'"),
+        (lambda: VideoRun(sampling=SamplingConfig(solver="Euler")), "solver is 'Euler'.*'euler'"),
+        (lambda: VideoRun(optimizer=OptimizerConfig(kind="sgd")), "kind is 'sgd': it is one of"),
     ],
 )
 def test_value_constraint_and_remedy(make, message):
@@ -386,6 +362,7 @@ VARIANTS = dict(variants())
 @pytest.mark.parametrize("name", VARIANTS)
 def test_round_trip_through_json(name):
     config = VARIANTS[name]
+    assert isinstance(config, CodecRun if name.startswith("codec") else VideoRun)
     text = json.dumps(to_dict(config))
     again = stored_config(json.loads(text), "run/config.json", type(config))
     assert again == config  # Tuples, not lists.
@@ -398,14 +375,15 @@ def test_a_config_of_the_first_edition_is_todays_quickstart():
     """Stored by a run of commit 57ee8cf."""
     file = Path(__file__).with_name("first_edition_config.json")
     quickstart = load_config(str(QUICKSTART))
-    assert list(differences(quickstart, read_config(file))) == [
-        ("output", "runs/quickstart", "/runs/quickstart")
-    ]
+    changed = {name: before for name, _, before in differences(quickstart, read_config(file))}
+    # What is measured the config file says, and not the run that is resumed.
+    assert {name for name in changed if not name.startswith("evaluators.")} == {"output"}
     values = json.loads(file.read_text())
-    values["evaluation"] = {"prompts": 5, "records_split": "test", "classifier_split": "valid"}
+    values["evaluation"]["records_split"] = "test"
     old = stored_config(values, "run/config.json")
-    assert old.data.eval_split == "test"
-    assert old.evaluators == (HeldOutLoss(), ClassEvaluator(prompts=5, split="valid"))
+    assert old.data.eval_split == "test" and old.evaluators == (HeldOutLoss(),)
+    values["codec"]["path"] = "/codec"
+    assert stored_config(values, "run/config.json").codec == LatentCodecConfig(path="/codec")
     values["model"]["upscale"] = 2
     with pytest.raises(ValueError, match="'upscale', which ModelConfig .*commit 57ee8cf"):
         stored_config(values, "run/config.json")
@@ -420,9 +398,7 @@ def test_absent_fields_get_their_defaults():
 def test_unknown_field_is_refused_by_name():
     values = to_dict(VideoRun())
     values["model"]["dit"]["mixture"] = 8
-    with pytest.raises(
-        ValueError, match="'mixture', which DiTConfig does not: the run was made by"
-    ):
+    with pytest.raises(ValueError, match="'mixture', which DiTConfig does not"):
         from_dict(VideoRun, values)
 
 
@@ -449,9 +425,9 @@ def test_read_config(tmp_path):
     file.write_text(json.dumps(to_dict(VideoRun(steps=3))))
     assert read_config(file) == VideoRun(steps=3)
     file.write_text("{")
-    with pytest.raises(ValueError, match=r"config.json' cannot be read as JSON .* restore it"):
+    with pytest.raises(ValueError, match=r"config.json' is no JSON"):
         read_config(file)
-    with pytest.raises(ValueError, match="cannot be read as JSON"):
+    with pytest.raises(ValueError, match="none.json' cannot be read"):
         read_config(tmp_path / "none.json")
 
 
@@ -472,25 +448,3 @@ def test_differences():
     )
     assert found["data.source.path"] == (None, "p")
     assert all(name.split(".")[0] in ("steps", "model", "data") for name in found)
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (
-            lambda: VideoRun(attention=AttentionConfig(kernel="flsh")),
-            r"attention.kernel is 'flsh'.*'flash' was",
-        ),
-        (
-            lambda: VideoRun(sampling=SamplingConfig(solver="Euler")),
-            "sampling.solver is 'Euler'.*'euler' was meant",
-        ),
-        (
-            lambda: VideoRun(optimizer=OptimizerConfig(kind="sgd")),
-            r"optimizer.kind is 'sgd': it is one of",
-        ),
-    ],
-)
-def test_choices_are_checked_in_files_too(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()

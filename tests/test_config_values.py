@@ -39,7 +39,6 @@ WRONG = [
     ("steps", True),
     ("steps", "10"),
     ("output", Path("runs/x")),
-    ("output", "caf\udce9"),
     ("optimizer.learning_rate", "1e-3"),
     ("optimizer.learning_rate", math.nan),
     ("optimizer.learning_rate", math.inf),

@@ -84,14 +84,13 @@ def test_resuming_what_is_complete_only_reports(whole: Run, verbs: Verbs, tmp_pa
 
 @pytest.fixture(scope="module")
 def interrupted(whole: Run, verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run killed at a random moment, resumed and stopped by SIGTERM, resumed and stopped by
-    SIGINT, and resumed to its end, by the same command all along."""
+    """A run killed at a random moment, resumed and stopped by SIGINT, and resumed to its end, by the
+    same command all along. (SIGTERM stops the run of two processes.)"""
     seed = int(os.environ.get("DIT_JAX_TEST_SEED", time.time_ns() % 10**6))
     rng = random.Random(seed)
     stops = [
         ("SIGKILL", rng.randint(1, 11), rng.uniform(0, 0.05)),
-        ("SIGTERM", rng.randint(1, 3), 0),
-        ("SIGINT", rng.randint(1, 2), 0),
+        ("SIGINT", rng.randint(1, 3), 0),
         None,
     ]
     print(f"DIT_JAX_TEST_SEED={seed}: {stops}")
@@ -108,11 +107,10 @@ def test_killed_run_resumes_from_its_last_checkpoint(interrupted: Run):
     assert re.search(r"resumed at step (4|8|12)\b|compiling the step", resumed.text)
 
 
-@pytest.mark.parametrize(("place", "name", "status"), [(1, "SIGTERM", 143), (2, "SIGINT", 130)])
-def test_signal_saves_the_very_step(interrupted: Run, place: int, name: str, status: int):
-    ended, resumed = interrupted.ended[place : place + 2]
-    assert ended.status == status
-    said = re.search(rf"{name}: saving step (\d+); the same command resumes there\.", ended.text)
+def test_signal_saves_the_very_step(interrupted: Run):
+    ended, resumed = interrupted.ended[1:]
+    assert ended.status == 130
+    said = re.search(r"SIGINT: saving step (\d+); the same command resumes there\.", ended.text)
     assert said and "report" not in ended.text and "Traceback" not in ended.text
     assert int(said[1]) in steps(interrupted.directory)
     assert f"resumed at step {said[1]}" in resumed.text
@@ -205,17 +203,7 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (
-            ["--optimizer.learning-rat", "1"],
-            ["--optimizer.learning-rat", "Perhaps you meant: --optimizer.learning-rate FLOAT"],
-        ),
-        (["--steps", "many"], ["'many'", "--steps INT"]),
-        (["--model.dit.width", "1.5"], ["'1.5'", "--model.dit.width INT"]),
         (["--steps", "0"], ["steps is 0: it is at least 1"]),
-        (
-            ["--data.packing.row-tokens", "26"],
-            ["row_tokens 26 is smaller than one clip: 5 x 24 x 24 has 27 tokens", "at least 27"],
-        ),
         (
             ["--mesh.context", "3"],
             ["context 3", "does not divide 8 device(s)", "Change mesh.*"],
@@ -226,15 +214,6 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
             ["--mesh.data", "1", "--mesh.context", "8", "--data.packing.row-tokens", "60"],
             ["row_tokens 60", "mesh.context 8", "a multiple"],
         ),
-        (["--data.source.frames", "4"], ["4 frames", "1 + 2n", "nearest are 3 and 5"]),
-        (
-            ["--data.source.sizes", "24", "28"],
-            ["width 28 is not a multiple of the patch's 8", "24 and 32"],
-        ),
-        (["--sampling.frames", "4"], ["sampling.frames", "4 frames", "nearest are 3 and 5"]),
-        (["--sampling.height", "20"], ["height 20", "nearest are 16 and 24"]),
-        (["--model.patch.h", "7"], ["height 24 is not a multiple of the patch's 7", "21 and 28"]),
-        (["--optimizer.accumulate", "3"], ["rows 4", "accumulate 3", "a multiple"]),
         (["--output", "/proc/run"], ["'/proc/run' cannot be written", "--output"]),
         (["--output", f"{CONFIG}/run"], ["cannot be written (Not a directory)", "--output"]),
     ],
@@ -246,38 +225,11 @@ def test_bad_value_is_refused(refused: Refused, arguments: list[str], parts: lis
         assert part in message
 
 
-def test_bad_config_file_is_refused(refused: Refused, tmp_path: Path):
-    absent = refused(config=tmp_path / "none.py")
-    assert "none.py' is not a Python file. In configs/ there are: configs/" in absent
-    file = tmp_path / "config.py"
-    file.write_text("def get_config():\n    return 3\n")
-    assert "config.py' is a int: give a Run" in refused(config=file)
-
-
 @pytest.mark.parametrize(
     ("environment", "part"),
     [
         ({"JAX_NUM_PROCESSES": "2"}, "--coordinator None, --num-processes 2, --process-id None"),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_PROCESS_ID": "0"},
-            "--num-processes None",
-        ),
-        (
-            {
-                "JAX_COORDINATOR_ADDRESS": "localhost",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": "0",
-            },
-            "--coordinator localhost, ",
-        ),
-        (
-            {
-                "JAX_COORDINATOR_ADDRESS": "localhost:1",
-                "JAX_NUM_PROCESSES": "two",
-                "JAX_PROCESS_ID": "0",
-            },
-            "'two'",
-        ),
+        ({"JAX_NUM_PROCESSES": "two"}, "'two'"),
         (
             {
                 "JAX_COORDINATOR_ADDRESS": "localhost:1",
@@ -332,9 +284,7 @@ def test_data_that_cannot_be_used_is_refused(refused: Refused, tmp_path: Path):
     ("arguments", "part"),
     [
         (["--model.dit.width", "64"], "model.dit.width = 32, and not 64"),
-        (["--seed", "1"], "seed = 0, and not 1"),
         (["--optimizer.kind", "muon"], "optimizer.kind = 'adamw', and not 'muon'"),
-        (["--data.transform.flip", "True"], "data.transform.flip = False, and not True"),
         (["--data.source.num-examples", "61"], "data.source.num_examples = 60, and not 61"),
     ],
 )
@@ -352,11 +302,8 @@ def test_run_of_another_config_is_not_resumed(
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("{", "cannot be read as JSON"),
-        ("[]", "holds no config that this version"),
+        ("{", "is no JSON"),
         ('{"model": 5}', "holds no config that this version"),
-        ('{"steps": "x"}', "holds no config that this version"),
-        ('{"data": {"source": {"type": "Other"}}}', "holds no config that this version"),
         ('{"speed": 1}', "'speed'"),
     ],
 )

@@ -11,13 +11,14 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder
+from dit_jax.codec.crops import ClipBatch
 from dit_jax.codec.flops import autoencoder_flops
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.sharding import clip_sharding, make_clip_constrain
 from dit_jax.codec.train import batch_loss, make_loss
 from dit_jax.codec.video_codec import part_step
 from dit_jax.parallel import batch_sharding, platform
-from dit_jax.types import ClipBatch, FrameGrid
+from dit_jax.types import FrameGrid
 
 
 def abstract_array(shape: Any, dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -12,9 +12,19 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from flax import struct
+from jaxtyping import Array, Int, UInt8
 
 from dit_jax.data import Reader, RowStreams
-from dit_jax.types import ClipBatch, FrameGrid, NonNegativeInt, PositiveInt, Sample, Source
+from dit_jax.types import FrameGrid, NonNegativeInt, PositiveInt, Sample, Source
+
+
+@struct.dataclass
+class ClipBatch:
+    """Windows of clips, for an autoencoder; only the first ``num_frames`` of a row count."""
+
+    video: UInt8[Array, "b t h w 3"]
+    num_frames: Int[Array, "b"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
-from dit_jax.codec.crops import CropConfig, CropLoader, check_window, cut
+from dit_jax.codec.crops import ClipBatch, CropConfig, CropLoader, check_window, cut
 from dit_jax.codec.flops import autoencoder_flops
 from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.codec.measures import reconstruction_report, resize_baseline, side_by_side
@@ -33,7 +33,7 @@ from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader, op
 from dit_jax.parallel import batch_shards, local_rows, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work, everything
-from dit_jax.types import ClipBatch, Params, Source, Totals
+from dit_jax.types import Params, Source, Totals
 
 FOLDER = "codec"
 """Of the finished codec, in a run's output."""

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,8 +34,8 @@ from dit_jax.files import (
     InputError,
     Lock,
     as_path,
+    atomic_path,
     check_writable,
-    copy_file,
     encodable,
     is_remote,
     run_verb,
@@ -438,7 +439,8 @@ class Preparation:
                 files = sorted(one.name for one in (self.output / records).iterdir())
                 names += [records / name for name in files if name != MARK] + [mark]
         for name in names:
-            copy_file(self.output / name, out / name)
+            with atomic_path(out / name) as fresh:
+                shutil.copyfile(self.output / name, fresh)
 
 
 def places(config: PrepareConfig) -> tuple[Path, Path]:
