@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from dit_jax import train
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.prepare.writing import write_records
 from tests.runs import Verbs, end, scalars, steps
@@ -28,20 +29,21 @@ from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 def get_config():
     return VideoRun(
-        steps=200,
+        steps=20,
         data=DataConfig(
             source=RecordsConfig({path!r}),
             packing=PackingConfig(rows=2, row_tokens=64, row_text=64, row_segments=6, bins=2),
         ),
         model=ModelConfig(
-            dit=DiTConfig(width=16, depth=1, heads=2),
+            dit=DiTConfig(width=32, depth=1, heads=2),
             patch=PatchConfig(t=1, h=2, w=2, channels=4),
             text=ByteEncoderConfig(width=16, depth=0, heads=2, max_bytes=15),
         ),
         mesh=MeshConfig(data=1),
-        optimizer=OptimizerConfig(warmup_steps=0),
-        checkpoint=CheckpointConfig(every=50),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
+        checkpoint=CheckpointConfig(every=10),
         log=LogConfig(every=10, draw_every=0),
+        evaluators=(),
     )
 """
 LONG, NOT_FINITE = (5, 17, 29), (8, 22)
@@ -101,94 +103,87 @@ def dirty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
     return folder / "config.py", lost - set(NOT_FINITE)
 
 
-def test_what_cannot_be_used_is_left_out_and_named(dirty, verbs: Verbs, tmp_path: Path):
-    config, lost = dirty
-    assert lost and lost == set(range(min(lost), 40))
-    (ended,) = end(verbs.start("train", ["--config", config, "--output", tmp_path / "run"]))
-    assert ended.status == 0 and steps(tmp_path / "run")[-1] == 200
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    expected = {*LONG, *NOT_FINITE, *lost}
-    assert report["records_left_out"] == len(expected)
-    for index in expected:
-        assert sum(f"record {index} of" in line for line in report["left_out"]) == 1, index
-    assert "3 of 40 records cannot be packed" in ended.text and "record 5 of" in ended.text
-    for index in {*NOT_FINITE, *lost}:
-        assert ended.text.count(f"left out: record {index} of") == 1, index
-    assert report["captions_cut"] > 0 and ended.text.count("is cut to") == 1
-    logged = scalars(tmp_path / "run", "records_left_out")
-    assert logged[200] == len({*NOT_FINITE, *lost})
-    losses = scalars(tmp_path / "run", "loss")
-    assert np.isfinite(list(losses.values())).all() and losses[200] < losses[1]
-    assert set(scalars(tmp_path / "run", "skipped").values()) == {0}
+@pytest.fixture(scope="module")
+def whole(dirty, verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of several epochs that nothing interrupts, and what it printed."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    status, text = run(verbs, dirty[0], output)
+    assert status == 0 and steps(output) == [10, 20]
+    return output, text
 
 
 def run(verbs: Verbs, config: Path, output: Path, *extra) -> tuple[int, str]:
-    """Trains on one device; the exit status and what was said."""
+    """Trains on one device; the exit status and what was printed."""
     (ended,) = end(verbs.start("train", ["--config", config, "--output", output, *extra]))
     return ended.status, ended.text
 
 
-def test_records_known_not_to_fit_can_be_refused(dirty, verbs: Verbs, tmp_path: Path):
-    output = tmp_path / "run"
-    status, text = run(verbs, dirty[0], output, "--data.bad-records", "refuse")
-    assert status == 2 and "3 of 40 records cannot be packed" in text
-    assert not (output / "checkpoints").exists() and not (output / "lock.json").exists()
+def test_what_cannot_be_used_is_left_out_and_named(dirty, whole):
+    lost, (output, text) = dirty[1], whole
+    assert lost and lost == set(range(min(lost), 40))
+    report = json.loads((output / "report.json").read_text())
+    expected = {*LONG, *NOT_FINITE, *lost}
+    assert report["records_left_out"] == len(expected)
+    for index in expected:
+        assert sum(f"record {index} of" in line for line in report["left_out"]) == 1, index
+    assert "3 of 40 records cannot be packed" in text and "record 5 of" in text
+    for index in {*NOT_FINITE, *lost}:
+        assert text.count(f"left out: record {index} of") == 1, index
+    assert report["captions_cut"] > 0 and text.count("is cut to") == 1
+    assert scalars(output, "records_left_out")[20] == len({*NOT_FINITE, *lost})
+    losses = scalars(output, "loss")
+    assert np.isfinite(list(losses.values())).all() and losses[20] < losses[1]
+    assert set(scalars(output, "skipped").values()) == {0}
 
 
 def test_past_the_limit_the_save_under_way_is_finished_first(dirty, verbs: Verbs, tmp_path: Path):
+    """Nor do logs that cannot be written end a run."""
     output = tmp_path / "run"
+    output.mkdir()
+    (output / "logs").write_text("a file, where a folder should be")
     limit = ("--data.max-bad-records", 4)
     status, text = run(verbs, dirty[0], output, "--checkpoint.every", 1, *limit)
     assert status == 1 and "data.max_bad_records" in text and "Traceback" not in text
     assert steps(output) and f"saved: {steps(output)}" in text
-    # Every restart with a higher limit goes on from there.
-    status, text = run(verbs, dirty[0], output, "--steps", steps(output)[-1] + 1)
-    assert status == 0 and f"resumed at step {steps(output)[-2]}" in text
+    assert text.count("logs cannot be written") == 1
 
 
-def test_a_full_disk_is_no_fault_of_the_user(dirty, verbs: Verbs, tmp_path: Path):
-    """A limit on the size of files stands for a disk without space: writing fails in the middle."""
-    output, extra = tmp_path / "run", ("--steps", 12, "--checkpoint.every", 6)
+def test_a_full_disk_is_no_fault_of_the_user(dirty, whole, verbs: Verbs, tmp_path: Path):
+    """A limit on the size of files stands for a disk without space: writing fails in the middle of a
+    run that is resumed, with changes that are printed."""
+    output = tmp_path / "run"
+    shutil.copytree(whole[0], output)
+    shutil.rmtree(output / "checkpoints" / "20")
+    extra = ("--steps", 12, "--data.packing.row-tokens", 128, "--data.packing.rows", 4)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
     try:
-        started = verbs.start(
-            "train", ["--config", dirty[0], "--output", output, *extra, "--model.dit.width", 32]
-        )
+        started = verbs.start("train", ["--config", dirty[0], "--output", output, *extra])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (ended,) = end(started)
     assert ended.status == 1 and "File too large" in ended.text
     assert len(re.findall("^Traceback", ended.text, re.MULTILINE)) <= 1, ended.text
-    status, _ = run(verbs, dirty[0], output, *extra, "--model.dit.width", 32)
-    assert status == 0 and steps(output)[-1] == 12  # The same command goes on.
+    status, text = run(verbs, dirty[0], output, *extra)  # The same command goes on.
+    assert status == 0 and steps(output) == [10, 12]
+    for one in (ended.text, text):
+        assert "resumed at step 10" in one and "packed anew" in one
+    for words in ("steps: 12 (it was 20)", "data.packing.row_tokens: 128 (it was 64)"):
+        assert words in ended.text
+    rates = re.search(r"learning rate at step 10: (\S+) \(it was (\S+)\)", ended.text)
+    assert 0 < float(rates[1]) < float(rates[2])
 
 
-def test_logs_that_cannot_be_written_end_no_run(dirty, verbs: Verbs, tmp_path: Path):
-    output = tmp_path / "run"
-    output.mkdir()
-    (output / "logs").write_text("a file, where a folder should be")
-    status, text = run(verbs, dirty[0], output, "--steps", 3)
-    assert status == 0 and text.count("logs cannot be written") == 1
+def test_records_known_not_to_fit_can_be_refused(dirty, tmp_path: Path, capsys):
+    output, mesh = tmp_path / "run", ("--mesh.data", 8, "--data.packing.rows", 8)
+    given = ("--config", dirty[0], "--output", output, "--data.bad-records", "refuse", *mesh)
+    assert train.main([str(one) for one in given]) == 2
+    assert "3 of 40 records cannot be packed" in capsys.readouterr().err
+    assert not (output / "checkpoints").exists() and not (output / "lock.json").exists()
 
 
-def test_resuming_says_what_changes_and_packs_anew(dirty, verbs: Verbs, tmp_path: Path):
-    output = tmp_path / "run"
-    assert run(verbs, dirty[0], output, "--steps", 100)[0] == 0
-    shutil.rmtree(output / "checkpoints" / "100")
-    packing = ("--data.packing.row-tokens", 128, "--data.packing.rows", 4)
-    status, text = run(verbs, dirty[0], output, "--steps", 60, *packing)
-    assert status == 0 and "resumed at step 50" in text
-    assert "steps: 60 (it was 100)" in text and "data.packing.row_tokens: 128 (it was 64)" in text
-    assert "the learning rate at step 50" in text and "packed anew" in text
-    start, stop = re.search(r"learning rate at step 50: (\S+) \(it was (\S+)\)", text).groups()
-    assert 0 < float(start) < float(stop)
-
-
-def test_a_directory_in_use_is_refused(dirty, verbs: Verbs, tmp_path: Path):
-    output = tmp_path / "run"
-    output.mkdir()
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": 0.0}
-    (output / "lock.json").write_text(json.dumps(holder))
-    status, text = run(verbs, dirty[0], output)
-    assert status == 2 and f"process {os.getpid()} on" in text
+def test_a_directory_in_use_is_refused(dirty, tmp_path: Path, capsys):
+    holder = {"host": socket.gethostname(), "pid": os.getppid(), "time": 0.0}
+    (tmp_path / "lock.json").write_text(json.dumps(holder))
+    assert train.main(["--config", str(dirty[0]), "--output", str(tmp_path)]) == 2
+    assert f"process {os.getppid()} on" in capsys.readouterr().err

@@ -27,7 +27,6 @@ from dit_jax.codec.adversarial import (
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder
 from dit_jax.codec.discriminator import Discriminator, DiscriminatorConfig
 from dit_jax.codec.vgg import VGG, PerceptualNetwork
-from dit_jax.training import place
 from dit_jax.types import Params, Totals
 
 FROZEN = ("params/vgg/", "params/lpips/")
@@ -113,7 +112,7 @@ class ReconstructionLoss:
         params = {"vgg": self.network.params["params"]}
         if self.network.weights:
             params["lpips"] = {str(i): one for i, one in enumerate(self.network.weights)}
-        return place(jax.tree.map(np.asarray, {"params": params}), shardings)
+        return jax.device_put(jax.tree.map(np.asarray, {"params": params}), shardings)
 
     def _network(self, frozen: Params) -> PerceptualNetwork | None:
         """The perceptual network with the step's arguments for its weights."""

@@ -1,18 +1,17 @@
-"""Checkpoints: Orbax items apart, asynchronous, restorable onto another mesh.
+"""Checkpoints: asynchronous, in items that are read apart, restorable onto another mesh.
 
-A run's directory holds ``config.json`` and ``checkpoints/<step>/`` with the items ``params``,
-``ema``, ``opt`` (moments and counters), ``data`` (where every row's stream stands) and ``config``.
-Sampling restores ``ema`` alone. The directory is local or on Cloud Storage.
+A run's directory, local or on Cloud Storage, holds ``config.json`` and ``checkpoints/<step>/`` with the
+items ``params``, ``ema``, ``opt`` (moments and counters), ``data`` (where every row's stream stands)
+and ``config``. Sampling restores ``ema`` alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dit_jax.data import merge_states
-from dit_jax.files import InputError, as_path, check_exists, explain, passes, retry
+from dit_jax.files import InputError, as_path, check_exists, explain, passes, refuse_if, retry
 from dit_jax.training.step import TrainState
 from dit_jax.types import Params, PositiveInt
 
@@ -40,40 +39,35 @@ class CheckpointConfig:
     keep_period: PositiveInt | None = None
     """Checkpoints at multiples of this are never deleted."""
     initial: str | None = None
-    """Directory of a run (a converted one, say) whose averaged parameters a new run begins with, in
-    place of fresh ones. A run that goes on takes its own."""
+    """Directory of a run (a converted one, say) whose averaged parameters a new run begins with. A run
+    that goes on takes its own."""
 
 
 def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
     """The data state of all processes' rows, on every process."""
     if jax.process_count() == 1:
-        return merge_states([state])
+        return state
+    # Only arrays of one shape are gathered: JSON as bytes, padded to the longest.
     mine = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([mine.size]))
+    sizes = multihost_utils.process_allgather(np.array([mine.size])).ravel()
     padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
-    gathered = multihost_utils.process_allgather(padded)
-    rows = zip(sizes.ravel(), gathered, strict=True)
-    return merge_states([json.loads(bytes(row[: int(size)]).decode()) for size, row in rows])
+    rows = zip(multihost_utils.process_allgather(padded), sizes, strict=True)
+    return merge_states([json.loads(bytes(row[:size])) for row, size in rows])
 
 
 class Checkpointer:
-    """Saves and restores the states of one run.
-
-    As a context it ends only when the save under way has: whatever is raised inside, nothing that was
-    begun is lost.
-    """
+    """Saves and restores the states of one run; as a context it ends when the last save has."""
 
     def __init__(self, directory: str | os.PathLike, config: CheckpointConfig) -> None:
         self.directory = as_path(directory)  # Orbax reads no relative paths.
-        self._again: Callable[[], None] | None = None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.max_to_keep,
-            keep_period=config.keep_period,
-            enable_async_checkpointing=True,
-        )
+        self._last: tuple[int, Any] | None = None
         self._manager = ocp.CheckpointManager(
             self.directory / "checkpoints",
-            options=options,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.max_to_keep,
+                keep_period=config.keep_period,
+                enable_async_checkpointing=True,
+            ),
             item_names=("params", "ema", "opt", "data", "config"),
         )
 
@@ -83,116 +77,85 @@ class Checkpointer:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.directory / "checkpoints" / str(step)
+
     def save(
         self, state: TrainState, data: dict[str, Any], config: dict[str, Any], step: int
     ) -> None:
-        """Starts to save; returns as soon as the state is copied. Errors of storage that pass are tried
-        again; if the save before failed by one, this one takes its place."""
-        if step == self._manager.latest_step():
+        """Starts to save; returns as soon as the state is copied. If the save before failed by an error
+        of storage that passes, this one takes its place."""
+        if step == self.latest():
             return
-        counters = {"step": state.step, "skipped": state.skipped}
-        args = ocp.args.Composite(
+        opt = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+        items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             ema=ocp.args.StandardSave(state.ema),
-            opt=ocp.args.StandardSave({"opt_state": state.opt_state, **counters}),
+            opt=ocp.args.StandardSave(opt),
             data=ocp.args.JsonSave(gather_data_state(data)),
             config=ocp.args.JsonSave(config),
         )
-
-        def begin() -> None:
-            self._manager.save(step, force=True, args=args)
-
-        retry(begin, f"saving step {step}")
-        self._again = begin
+        retry(lambda: self._save(step, items), f"saving step {step}")
 
     def save_weights(self, params: Params, config: dict[str, Any], step: int = 0) -> None:
-        """Saves averaged weights alone, to sample from, as what came from elsewhere has no more."""
-        items = ocp.args.Composite(
-            ema=ocp.args.StandardSave(params), config=ocp.args.JsonSave(config)
-        )
+        """Saves EMA weights alone, for converted models, which have no optimizer state."""
+        ema, settings = ocp.args.StandardSave(params), ocp.args.JsonSave(config)
+        self._save(step, ocp.args.Composite(ema=ema, config=settings))
+
+    def _save(self, step: int, items: Any) -> None:
+        self._last = step, items
         self._manager.save(step, force=True, args=items)
 
     def restore(
         self, step: int, shapes: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state at ``step``, sharded by ``shardings``, and the data state."""
-        target = jax.tree.map(_abstract, shapes, shardings)
-        opt = {"opt_state": target.opt_state, "step": target.step, "skipped": target.skipped}
-        self._check_arrays(step, "params", target.params)
-        out = self._read(
-            step,
-            params=ocp.args.StandardRestore(target.params),
-            ema=ocp.args.StandardRestore(target.ema),
-            opt=ocp.args.StandardRestore(opt),
-            data=ocp.args.JsonRestore(),
-        )
+        like = jax.tree.map(_abstract, shapes, shardings)
+        opt = {"opt_state": like.opt_state, "step": like.step, "skipped": like.skipped}
+        out = self._read(step, params=like.params, ema=like.ema, opt=opt, data=None)
         return TrainState(params=out["params"], ema=out["ema"], **out["opt"]), out["data"]
 
     def restore_ema(self, step: int, shapes: Params, shardings: Params) -> Params:
         """The averaged parameters alone."""
-        target = jax.tree.map(_abstract, shapes, shardings)
-        self._check_arrays(step, "ema", target)
-        return self._read(step, ema=ocp.args.StandardRestore(target))["ema"]
+        return self._read(step, ema=jax.tree.map(_abstract, shapes, shardings))["ema"]
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that made a checkpoint."""
-        return self._read(step, config=ocp.args.JsonRestore())["config"]
+        return self._read(step, config=None)["config"]
 
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return self.directory / "checkpoints" / str(step)
-
-    def _read(self, step: int, **items: Any) -> Any:
-        def read() -> Any:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-        with self._reading(step):
-            return retry(read, f"reading step {step}")
-
-    def _check_arrays(self, step: int, item: str, target: Params) -> None:
-        """Raises ``ValueError`` if an item's arrays are not those of the model."""
-        with self._reading(step):
-            path: Any = self.path(step) / item  # Orbax types a kind of its own, and takes any.
-            stored = _shapes(ocp.StandardCheckpointHandler().metadata(path).tree)
-        expected = _shapes(target)
-        for name in sorted(stored | expected):
-            if stored.get(name) != expected.get(name):
-                raise InputError(
-                    f"{str(self.path(step))!r} is a checkpoint of another model: {item} {name!r} is "
-                    f"{stored.get(name, 'absent')} there and {expected.get(name, 'absent')} in the "
-                    "model of the config. Use the config that the checkpoint was made with."
-                )
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Turns what is wrong with a checkpoint into ``InputError``; a disk or server that does not
-        answer is no fault of the checkpoint, and its errors stay what they are."""
+    def _read(self, step: int, **templates: Any) -> Any:
+        """Items of a checkpoint: arrays as their templates, JSON for None."""
+        items = {
+            name: ocp.args.JsonRestore() if one is None else ocp.args.StandardRestore(one)
+            for name, one in templates.items()
+        }
         try:
-            yield
+            return retry(
+                lambda: self._manager.restore(step, args=ocp.args.Composite(**items)),
+                f"reading step {step}",
+            )
         except (KeyError, OSError, TypeError, ValueError) as error:
+            # A disk or a server that does not answer is no fault of the checkpoint.
             if passes(error):
                 raise
             raise InputError(
-                f"{str(self.path(step))!r} cannot be read ({explain(error)}): the checkpoint is "
-                f"damaged. Take another of {self.steps()}: sampling does with --step, and training "
-                "goes on from the newest that is left when this one is moved away."
+                f"{str(self.path(step))!r} cannot be read ({explain(error)}): it is damaged, or of "
+                f"another model than the config's. There are the steps {self.steps()}: sampling takes "
+                "another with --step, and training the newest that has not been moved away."
             ) from error
 
     def wait(self) -> None:
-        """Returns when everything begun is on disk; what went wrong and passes is tried again."""
-        try:
+        """Returns when everything is on disk; a save that fails by an error that passes is repeated."""
+        attempts = itertools.count()
+
+        def finish() -> None:
+            if next(attempts) and self._last:
+                self._save(*self._last)
             self._manager.wait_until_finished()
-        except Exception as error:
-            if self._again is None or not passes(error):
-                raise
-            again = self._again
 
-            def save() -> None:
-                again()
-                self._manager.wait_until_finished()
-
-            retry(save, f"saving again after {explain(error)}")
-        self._again = None
+        retry(finish, "saving")
+        self._last = None
 
     def close(self) -> None:
         self._manager.close()
@@ -203,16 +166,12 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             return
-        try:  # The error that ends the run is the one to raise; of another it is said.
+        try:  # The error that ends the run is the one to raise, not one of its last save.
             self._manager.wait_until_finished()
-            print(f"saved: {self.steps()}", file=sys.stderr, flush=True)
+            text = f"saved: {self.steps()}"
         except Exception as error:
-            print(f"the save under way failed, too: {explain(error)}", file=sys.stderr, flush=True)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+            text = f"the save under way failed, too: {explain(error)}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -223,15 +182,18 @@ def open_run(directory: str | os.PathLike, step: int | None = None) -> tuple[Che
     """The checkpoints of a finished or running run, to read, and the step asked for or the newest."""
     hint = "give the output directory of a training run (it has a folder 'checkpoints')"
     directory = check_exists(directory, "the run", hint)
-    if not (directory / "checkpoints").is_dir():
-        raise InputError(f"{str(directory)!r} holds no checkpoints: {hint}.")
+    name, there = repr(str(directory)), (directory / "checkpoints").is_dir()
+    refuse_if([(not there, f"{name} holds no checkpoints: {hint}.")])
     checkpointer = Checkpointer(directory, CheckpointConfig())
     steps = checkpointer.steps()
-    if not steps:
-        raise InputError(
-            f"{str(directory)!r} has no finished checkpoint yet: wait for the first save "
-            "(checkpoint.every steps), or give another run."
-        )
-    if step is not None and step not in steps:
-        raise InputError(f"{str(directory)!r} has no checkpoint of step {step}: there are {steps}.")
+    first = (
+        f"{name} has no finished checkpoint yet: wait for the first save (checkpoint.every steps)."
+    )
+    missing = step is not None and step not in steps
+    refuse_if(
+        [
+            (not steps, first),
+            (missing, f"{name} has no checkpoint of step {step}: there are {steps}."),
+        ]
+    )
     return checkpointer, steps[-1] if step is None else step

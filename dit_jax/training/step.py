@@ -1,9 +1,9 @@
 """The state of a run, its optimizer, and the compiled step.
 
-A task's parameters are one tree. A filter over paths splits it into what is trained and what is frozen
-(a teacher, the VGG of a perceptual loss, the base under an adapter). The state, and so the optimizer,
-the averaged parameters and the checkpoints, holds the trainable ones alone; the frozen ones are sharded
-by the same rules and are arguments of the compiled step. With gradients g of the mean loss::
+A filter over the paths of a task's parameters splits them into trainable and frozen ones (a teacher,
+the VGG of a perceptual loss, the base under an adapter). The state, and so the optimizer, the EMA and
+the checkpoints, holds the trainable ones alone; the frozen ones are sharded by the same rules and are
+arguments of the compiled step. With gradients g of the mean loss::
 
     (1)  g = sum over parts of the batch of d(sum of losses) / sum of their weights
     (2)  params += update(clip(g))                         AdamW or Muon
@@ -44,8 +44,8 @@ Filter = Callable[[str], bool]
 LoadFrozen = Callable[[Params, Params], Params]
 """``load(shapes, shardings) -> params``: the frozen parameters, from wherever they are kept."""
 LossFn = Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
-"""``loss(trainable, frozen, batch, key, step) -> (sum, totals)``: the batch's loss is the quotient of
-the sum and the totals' weight, and of several parts of a batch the quotient of what these add up to."""
+"""``loss(trainable, frozen, batch, key, step) -> (sum, totals)``: the loss of a batch is the sum over
+``totals.weight``; if the batch is split, sums and weights of the parts are added first."""
 Metrics = dict[str, jax.Array]
 
 
@@ -56,10 +56,8 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer: AdamW (Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization"), or
-    Muon for the matrices of the blocks (Jordan 2024; Liu et al. 2025, "Muon is Scalable for LLM
-    Training", whose scaling of updates lets both share a learning rate) and AdamW with Nesterov
-    momentum for the rest."""
+    """AdamW (Loshchilov & Hutter 2017), or Muon for the matrices of the blocks (Jordan 2024) and AdamW
+    with Nesterov momentum for the rest, both at one learning rate (Liu et al. 2025)."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
@@ -94,36 +92,34 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Params:
-    """Which parameters decay: matrices, by name, since scanned layers stack their vectors too."""
+    """Which parameters decay: matrices and embeddings."""
+    # By name and not by rank, since a scan over the layers stacks their vectors too.
     names = ("kernel", "embedding")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 
-MUON_LAYERS = ("self_attention", "cross_attention", "mlp")
+MUON_LAYERS = {"self_attention", "cross_attention", "mlp"}
 MUON_RMS = 0.2
 """Size of Muon's updates, matched to AdamW's (Liu et al. 2025, section 2.2)."""
-CONVOLUTION_AXES = 5
-"""Of the kernels of convolutions over time and space, ``[t, h, w, in, out]``."""
 
 
 def muon_axes(params: Params) -> Params:
-    """Which parameters Muon orthogonalises: the layers' matrices; their last two axes are in and out,
-    whether or not a scan has stacked the layers. Of convolutions over time, everything that goes into
-    one output is in."""
+    """The input and output axes of the parameters that Muon orthogonalises; None for the others."""
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         names = [entry.key for entry in path]
-        if names[-1] == "kernel" and leaf.ndim == CONVOLUTION_AXES:
+        if names[-1] == "kernel" and leaf.ndim == 5:  # A convolution's: [t, h, w, in, out].
             return optax.contrib.MuonDimensionNumbers((0, 1, 2, 3), 4)
-        if names[-1] != "kernel" or not set(names) & set(MUON_LAYERS):
+        if names[-1] != "kernel" or MUON_LAYERS.isdisjoint(names):
             return None
+        # The last two axes, whether or not a scan has stacked the layers.
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The gradient transformation for a run of ``steps`` steps."""
+    """The update (2) for a run of ``steps`` steps."""
     rate, decay = learning_rate(config, steps), config.weight_decay
     if config.kind == "muon":
         update = optax.contrib.muon(
@@ -143,13 +139,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(clip, update)
 
 
-def ema_rate(decay: float, step: jax.Array) -> jax.Array:
-    """The decay at ``step`` (3): a short run's average forgets its initialisation."""
-    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-
-
 # ---------------------------------------------------------------------------------------------------
-# The state, sharded from the start: no device ever holds the whole model
+# The state: no device ever holds the whole model
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -157,12 +148,9 @@ def ema_rate(decay: float, step: jax.Array) -> jax.Array:
 class TrainState:
     """Everything that a step changes; all that a checkpoint must hold besides the data's state."""
 
-    step: jax.Array
-    """Batches seen; also what the randomness of the next step is made of."""
-    skipped: jax.Array
-    """Steps whose gradients were not finite, and which changed nothing else."""
-    params: Params
-    """The trainable ones."""
+    step: jax.Array  # Batches seen; also what the randomness of the next step is made of.
+    skipped: jax.Array  # Steps whose gradients were not finite, and which changed nothing else.
+    params: Params  # The trainable ones.
     ema: Params
     opt_state: Any
 
@@ -179,7 +167,7 @@ def split(params: Params, trainable: Filter) -> tuple[Params, Params]:
     parts: tuple[dict, dict] = {}, {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         parts[not trainable("/".join(path))][path] = leaf
-    trained, frozen = (traverse_util.unflatten_dict(part) for part in parts)
+    trained, frozen = map(traverse_util.unflatten_dict, parts)
     return trained, frozen
 
 
@@ -202,26 +190,10 @@ def abstract_state(
     opt_state = jax.eval_shape(optimizer.init, params)
     whole: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    shapes = TrainState(scalar, scalar, params, params, opt_state)
     # Moments and averages lie like the parameters they belong to.
     of_opt = state_shardings(mesh, opt_state, of_params)
+    shapes = TrainState(scalar, scalar, params, params, opt_state)
     return shapes, TrainState(whole, whole, of_params, of_params, of_opt)
-
-
-def make_init(
-    init: InitParams,
-    optimizer: optax.GradientTransformation,
-    shardings: Any,
-    trainable: Filter = everything,
-) -> Callable[[jax.Array], TrainState]:
-    """The jitted function ``key -> state`` of fresh states; each device initialises its own part."""
-
-    def fresh(key: jax.Array) -> TrainState:
-        params, _ = split(nn.unbox(init(key)), trainable)
-        zero, ema = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
-        return TrainState(zero, zero, params, ema, optimizer.init(params))
-
-    return jax.jit(fresh, out_shardings=shardings)
 
 
 def init_state(
@@ -231,8 +203,14 @@ def init_state(
     key: jax.Array,
     trainable: Filter = everything,
 ) -> TrainState:
-    """A fresh state."""
-    return make_init(init, optimizer, shardings, trainable)(key)
+    """A fresh state; each device initialises its own part."""
+
+    def fresh(key: jax.Array) -> TrainState:
+        params, _ = split(nn.unbox(init(key)), trainable)
+        zero, ema = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
+        return TrainState(zero, zero, params, ema, optimizer.init(params))
+
+    return jax.jit(fresh, out_shardings=shardings)(key)
 
 
 def init_frozen(
@@ -244,18 +222,11 @@ def init_frozen(
 ) -> Params:
     """The frozen parameters, sharded: loaded, or those that ``init`` draws; {} if all are trained."""
     shapes, shardings = (split(one, trainable)[1] for one in abstract_params(init, mesh))
-    if not shapes or load is not None:
-        return load(shapes, shardings) if shapes and load else {}
+    if not shapes:
+        return {}
+    if load is not None:
+        return load(shapes, shardings)
     return jax.jit(lambda k: split(nn.unbox(init(k)), trainable)[1], out_shardings=shardings)(key)
-
-
-def place(params: Params, shardings: Params) -> Params:
-    """Arrays of the host, the same on every process, laid out over a mesh."""
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]),
-        params,
-        shardings,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -272,33 +243,30 @@ def loss_and_gradients(
     step: jax.Array,
     accumulate: int,
 ) -> tuple[Totals, Params]:
-    """The mean loss of a batch and its terms, and the gradients (1); the rows in ``accumulate`` parts,
-    each of which takes every n-th row, so that each device has rows of every part."""
+    """The mean loss of a batch and its terms, and the gradients (1)."""
 
-    def part(params: Params, rows: Any) -> tuple[Totals, Params]:
-        def loss(p: Params) -> tuple[jax.Array, Totals]:
-            return loss_fn(p, frozen, rows, key, step)
-
-        (_, totals), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    def part(rows: Any) -> tuple[Totals, Params]:
+        (_, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, frozen, rows, key, step
+        )
         return totals, gradients
 
+    def add(carry: Any, rows: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, part(rows)), None
+
     if accumulate == 1:
-        totals, gradients = part(params, batch)
+        totals, gradients = part(batch)
     else:
-        rows = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]), batch)
+        # Each part takes every n-th row, so that each device has rows of every part.
         parts = jax.tree.map(
-            lambda x: jnp.swapaxes(x, 0, 1), rows
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )  # [accumulate, b / accumulate, ...]
-        one = jax.eval_shape(lambda rows: part(params, rows), jax.tree.map(lambda x: x[0], parts))
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
-
-        def add(carry: Any, rows: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, part(params, rows)), None
-
-        (totals, gradients), _ = jax.lax.scan(add, start, parts)
-    weight = jnp.maximum(totals.weight, 1.0)
-    means = {name: x / weight for name, x in totals.parts.items()}
-    mean = Totals(totals.loss / weight, weight, means)
+        shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (totals, gradients), _ = jax.lax.scan(add, zeros, parts)
+    weight = jnp.maximum(totals.weight, 1.0)  # A batch of padding weighs nothing.
+    terms = {name: x / weight for name, x in totals.parts.items()}
+    mean = Totals(totals.loss / weight, weight, terms)
     return mean, jax.tree.map(lambda g: g / weight, gradients)
 
 
@@ -317,18 +285,18 @@ def make_step(
         mean, gradients = loss_and_gradients(
             loss_fn, state.params, frozen, batch, key, state.step, config.accumulate
         )
-        loss = mean.loss
-        norm = optax.tree.norm(gradients)
+        loss, norm = mean.loss, optax.tree.norm(gradients)
         # Of a NaN anywhere the norm is NaN: one flag on the device, and no wait for it on the host.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        rate = ema_rate(config.ema_decay, state.step - state.skipped)
+        taken = state.step - state.skipped
+        # (3): the average of a short run forgets the initialisation.
+        rate = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
         ema = jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, state.ema, params)
 
-        new = (params, ema, opt_state)
-        old = (state.params, state.ema, state.opt_state)
+        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         metrics = {"loss": loss, **mean.parts, "gradient_norm": norm, "skipped": skipped}

@@ -1,5 +1,4 @@
-"""A task is what the loop trains, and an evaluator what it measures: a name, a period, and a function
-from the averaged parameters to scalars and a picture.
+"""What is trained, what is measured, and what a run shows meanwhile.
 
 A config lists evaluators as objects with a method ``build(parts) -> Evaluator``, of any module; a task
 adds its own. The loop runs those that are due, and all of them at the end. Two are here.
@@ -18,16 +17,24 @@ Generated clips (``ClipsEvaluator``): subclasses say how clips for held-out prom
 from __future__ import annotations
 
 import dataclasses
+import signal
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from dit_jax.data import RowStreams
-from dit_jax.parallel import global_batch
+from dit_jax.files import explain, is_remote, write_whole
+from dit_jax.parallel import global_batch, peak_flops
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
 from dit_jax.training.step import Filter, InitParams, LoadFrozen, LossFn, everything
 from dit_jax.types import NonNegativeInt, Params, Totals
@@ -39,30 +46,24 @@ FRAMES_SHOWN, CLIPS_SHOWN, IMAGES_SHOWN, SHEET_SCALE = 5, 24, 100, 3
 class Work(NamedTuple):
     """What a batch is worth, for throughput: counted on the host."""
 
-    tokens: float
-    """Tokens that are not padding."""
-    capacity: float
-    """Tokens that there is room for."""
-    flops: float
-    """Model flops of a train step on it: three times the forward pass, recomputation left out."""
+    tokens: float  # That are not padding.
+    capacity: float  # Tokens that there is room for.
+    flops: float  # Of a train step: three forward passes, recomputation left out.
 
 
 class Evaluation(NamedTuple):
     """What an evaluator measured."""
 
     scalars: Mapping[str, float] = {}
-    picture: Path | None = None
-    """A PNG that it wrote, on the first process."""
+    picture: Path | None = None  # A PNG that it wrote, on the first process.
 
 
 class Evaluator(NamedTuple):
-    """Something to measure."""
+    """Something to measure; every process calls ``evaluate(ema, frozen, step, directory)``."""
 
     name: str
-    every: int
-    """Steps from one evaluation to the next; 0 is at the end only."""
+    every: int  # Steps from one evaluation to the next; 0 is at the end only.
     evaluate: Callable[[Params, Params, int, Path], Evaluation]
-    """``evaluate(ema, frozen, step, directory)``; every process calls it."""
 
 
 class Task(NamedTuple):
@@ -71,16 +72,17 @@ class Task(NamedTuple):
     name: str
     init: InitParams
     loss: LossFn
-    loader: Callable[[tuple[int, ...]], RowStreams[Any]]
-    """``loader(rows)``: batches of this process's rows of the global batch."""
-    rows: int
-    """Rows of the global batch."""
+    loader: Callable[[tuple[int, ...]], RowStreams[Any]]  # Of this process's rows of the batch.
+    rows: int  # Of the global batch.
     work: Callable[[Any], Work]
     evaluators: tuple[Evaluator, ...] = ()
-    trainable: Filter = everything
-    """Which parameters of ``init`` are trained; the others are the loss's ``frozen``."""
-    load_frozen: LoadFrozen | None = None
-    """Where the frozen ones come from; None: they are what ``init`` draws."""
+    trainable: Filter = everything  # The other parameters of ``init`` are the loss's ``frozen``,
+    load_frozen: LoadFrozen | None = None  # which ``init`` draws if this does not load them.
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluators
+# ---------------------------------------------------------------------------------------------------
 
 
 class Parts(NamedTuple):
@@ -88,30 +90,28 @@ class Parts(NamedTuple):
 
     config: Any
     mesh: Mesh
-    rows: tuple[int, ...]
-    """Of the global batch, this process's."""
+    rows: tuple[int, ...]  # This process's, of the global batch.
+    # loss(params, frozen, batch, key, level), at a fixed noise level.
     loss: Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
-    """``loss(params, frozen, batch, key, level)`` at a fixed noise level."""
-    levels: tuple[float, ...]
-    """Noise levels that mean something for this loss: one, if it has none."""
+    levels: tuple[float, ...]  # That mean something for this loss; one, if none do.
+    # A (local, NumPy) batch of samples that training does not see, as far as the data has some.
     held_out: Callable[[], Any]
-    """A (local, NumPy) batch of samples that training does not see, as far as the data has some."""
+    # eval_set(count): at most so many requests for held-out prompts or classes, and the true clips
+    # uint8, as far as the data are pixels; None if the task generates no clips.
     eval_set: Callable[[int], tuple[list[Request], list[np.ndarray]]] | None = None
-    """``eval_set(count)``: requests for held-out prompts or classes, at most so many, and the true
-    clips uint8, as far as the data are pixels; of tasks that generate some."""
+    # sample(params, requests, progress): clips uint8 on every process.
     sample: Callable[[Params, Sequence[Request], bool], list[np.ndarray]] | None = None
-    """``sample(params, requests, progress)``: clips uint8 on every process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutLoss:
-    """The loss of a fixed batch of held-out samples, with averaged parameters, by noise level."""
+    """The loss of a fixed batch of held-out samples, with averaged parameters, by noise level: eight
+    forward passes, which take as long as three steps."""
 
     every: NonNegativeInt = 1000
     """Steps from one evaluation to the next; 0 is at the end only."""
 
     def build(self, parts: Parts) -> Evaluator:
-        levels = parts.levels
         batch: list[Any] = []  # Read once, when it is first due.
 
         @jax.jit
@@ -121,14 +121,16 @@ class HeldOutLoss:
 
         def evaluate(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
             if not batch:
-                total = parts.config.rows
-                batch.append(global_batch(parts.mesh, parts.held_out(), parts.rows, total))
+                local = parts.held_out()
+                batch.append(global_batch(parts.mesh, local, parts.rows, parts.config.rows))
             # One program for all levels; the host waits once.
-            losses = [mean_loss(ema, frozen, batch[0], np.float32(level)) for level in levels]
+            losses = [mean_loss(ema, frozen, batch[0], np.float32(t)) for t in parts.levels]
             values = [float(loss) for loss in jax.device_get(losses)]
-            named = {f"{level:.2f}": value for level, value in zip(levels, values, strict=True)}
-            scalars = {**(named if len(levels) > 1 else {}), "mean": float(np.mean(values))}
-            return Evaluation({f"held_out_loss/{name}": value for name, value in scalars.items()})
+            scalars = {"held_out_loss/mean": float(np.mean(values))}
+            for level, value in zip(parts.levels, values, strict=True):
+                if len(values) > 1:
+                    scalars[f"held_out_loss/{level:.2f}"] = value
+            return Evaluation(scalars)
 
         return Evaluator("held_out_loss", self.every, evaluate)
 
@@ -173,3 +175,139 @@ def write_sheet(clips: Sequence[np.ndarray], path: Path) -> None:
     else:
         picture = contact_sheet(clips[:CLIPS_SHOWN], FRAMES_SHOWN, SHEET_SCALE)
     write_png(path, picture)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The progress bar, TensorBoard, and signals
+# ---------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Progress bar and TensorBoard's logs of a run; silent on all processes but the first.
+
+    Rates are measured from one report to the next, the time of saves and pictures left out. Logs that
+    cannot be written end no run: one warning, and logging stops.
+    """
+
+    def __init__(self, directory: Path, start: int, steps: int) -> None:
+        self._first = self._logging = jax.process_index() == 0
+        self._bar = tqdm(
+            initial=start, total=steps, unit="step", disable=not self._first, dynamic_ncols=True
+        )
+        self._work: list[Work] = []
+        self._clock, self._away = time.perf_counter(), 0.0
+        self._peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * len(jax.devices())
+        self._logs, self._writer, self._local = directory / "logs", None, None
+        if self._first and is_remote(self._logs):
+            # Storage has no appending: the files grow here, and are copied at each flush.
+            self._local = tempfile.TemporaryDirectory(prefix="dit_jax-logs-")
+
+    def _log(self, write: Callable[[Any], Any]) -> None:
+        """Calls ``write`` with the writer, if there is one."""
+        if not self._logging:
+            return
+        # Imported here, as it imports PyTorch if that is installed: seconds, for every other verb too.
+        from tensorboardX import SummaryWriter
+
+        try:
+            if self._writer is None:
+                self._writer = SummaryWriter(self._local.name if self._local else str(self._logs))
+            write(self._writer)
+        except Exception as error:  # Of the file system, or of a client of storage.
+            self._logging = False
+            text = f"logs cannot be written to {str(self._logs)!r} ({explain(error)})"
+            print(f"warning: {text}: the run goes on without.", file=sys.stderr, flush=True)
+
+    def advance(self, work: Work) -> None:
+        """Counts one step that was begun. The work is this process's share of it."""
+        self._work.append(work)
+        self._bar.update()
+
+    def away(self, seconds: float) -> None:
+        """Leaves time that was not spent on steps out of the rates."""
+        self._away += seconds
+
+    def report(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes scalars and the rates since the last report. Waits for the step."""
+        scalars = {name: float(value) for name, value in metrics.items()}
+        seconds = time.perf_counter() - self._clock - self._away
+        self._clock, self._away = time.perf_counter(), 0.0
+        shown = {"loss": f"{scalars['loss']:.4f}"}
+        if self._work:
+            tokens, capacity, flops = np.sum(self._work, 0).tolist()
+            rate = jax.process_count() / seconds
+            scalars["tokens_per_second"] = tokens * rate
+            scalars["packing_efficiency"] = tokens / capacity
+            scalars["seconds_per_step"] = seconds / len(self._work)
+            shown |= {"tok/s": f"{tokens * rate:.0f}", "packed": f"{tokens / capacity:.0%}"}
+            if self._peak:
+                scalars["mfu"] = flops * rate / self._peak
+                shown["mfu"] = f"{scalars['mfu']:.1%}"
+            self._work = []
+        if scalars["skipped"]:
+            shown["skipped"] = f"{scalars['skipped']:.0f}"
+        self.scalars(step, scalars)
+        self._bar.set_postfix(shown)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs scalars, such as those of an evaluator."""
+        self._log(lambda writer: [writer.add_scalar(*item, step) for item in values.items()])
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Logs a picture, the PNG file at ``path``."""
+
+        def write(writer: Any) -> None:
+            # Protocol buffers make their classes when they are imported; no stub says so.
+            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+
+            # The file as it is: tensorboardX would want Pillow to make it again.
+            image = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
+            writer.file_writer.add_summary(
+                Summary(value=[Summary.Value(tag=name, image=image)]), step
+            )
+
+        self._log(write)
+
+    def flush(self) -> None:
+        """Puts on disk what was logged: a resumed run does not log again what it has saved."""
+        self._log(lambda writer: writer.flush())
+        for file in Path(self._local.name).iterdir() if self._local else ():
+            self._log(lambda _, f=file: write_whole(self._logs / f.name, f.read_bytes()))
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar, once."""
+        if self._first:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+        self.flush()
+        self._log(lambda writer: writer.close())
+        if self._local:
+            self._local.cleanup()
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGINT asked the run to stop; all processes learn it at the same step. A
+    second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        # With several processes JAX's own preemption service spreads a SIGTERM to all of them.
+        self._several = jax.process_count() > 1
+        if self._several:
+            signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+        else:
+            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; called by every process at every step."""
+        if self._several and not self.name and multihost_utils.reached_preemption_sync_point(step):
+            self.name = "SIGTERM"
+        return self.name is not None

@@ -4,15 +4,14 @@ This is where the rooms meet: a sample becomes patches, positions and text token
 noise levels, a prediction and a loss; the averaged parameters become clips.
 
 The frozen networks around the model, its codec and text encoder, are opened by their configs (what
-makes latents and states is in satellites) and known by hashes, on which the data, the folders and the
-config of a run must agree.
+makes latents and states is in satellites) and known by the hashes of their weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,31 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dit_jax import data, parallel
 from dit_jax.config import DataConfig, VideoRun
-from dit_jax.data import (
-    Augment,
-    Loader,
-    MixedSource,
-    MixtureConfig,
-    Reader,
-    RecordsConfig,
-    RecordsSource,
-    ShapesConfig,
-    Tokenized,
-    TransformConfig,
-    caption,
-    check_fits,
-    check_tokenized,
-    checked_reader,
-    choose_caption,
-    crop,
-    flip,
-    held_out_scenes,
-    open_source,
-    render,
-)
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, noise_batch, sample_keys, token_loss
-from dit_jax.files import InputError
+from dit_jax.files import refuse_if
 from dit_jax.model import (
     ByteEncoderConfig,
     ClassLabels,
@@ -64,27 +42,15 @@ from dit_jax.model import (
     positions,
     prepare_fields,
 )
-from dit_jax.parallel import (
-    DEFAULT_ATTENTION,
-    AttentionConfig,
-    batch_shards,
-    choose_attention,
-    choose_dot_general,
-    local_rows,
-    make_constrain,
-    platform,
-    token_multiple,
-    ulysses_size,
-)
 from dit_jax.sampling import Generator, Request, make_clips, to_float
-from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work
-from dit_jax.training.task import LEVELS, write_sheet
+from dit_jax.training.task import LEVELS, Evaluation, Evaluator, Parts, Task, Work, write_sheet
 from dit_jax.types import (
     PAD,
     Batch,
     Codec,
     DenoiserInputs,
     Params,
+    PixelCodec,
     Runtime,
     Sample,
     Source,
@@ -92,13 +58,10 @@ from dit_jax.types import (
     Totals,
 )
 
-AS_THEY_ARE = TransformConfig()
-CAPTIONS_KEPT = 1024
-"""States that are kept while data are read whose captions are encoded on the way."""
-
+UNCHANGED = data.TransformConfig()
 
 # ---------------------------------------------------------------------------------------------------
-# The codec
+# Frozen networks: the codec and the text encoder
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -108,171 +71,106 @@ def open_codec(config: VideoRun, mesh: Mesh | None = None) -> Codec | None:
 
 
 def with_hashes(config: VideoRun) -> VideoRun:
-    """The config with the hashes of its codec and text encoder, as far as these are known: of the data,
-    or else of the folders. Raises ``ValueError`` if data, folders and config name different ones."""
+    """The config with the hashes of its codec and text encoder, as far as the data or the folders tell
+    them. Raises ``InputError`` if data, folders and config name different ones."""
     codec = config.codec
-    sets = [RecordsSource(one) for one in getattr(config.data.source, "record_sets", ())]
+    sets = [data.RecordsSource(one) for one in getattr(config.data.source, "record_sets", ())]
     hashes = [codec.hash, *(one.codec for one in sets), codec.weights_hash()]
     known = list(dict.fromkeys(one for one in hashes if one))
-    if len(known) > 1:
-        raise InputError(
-            f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are not "
-            f"of one codec: {', '.join(map(repr, known))}. Give the one that made the latents."
-        )
-    if known:
-        config = dataclasses.replace(config, codec=dataclasses.replace(codec, hash=known[0]))
-    if not isinstance(config.model.text, TextStatesConfig):
-        return config
-
-    digest = None
-    for one in sets:
-        if one.config.text_states_key or not isinstance(config.data.source, MixtureConfig):
-            digest = check_states(config, one) or digest
-    if (own := config.text_encoder.identity()) is not None:
-        config = _with_text_hash(config, digest)
-        check_encoder(config, *own, f"text_encoder.path {config.text_encoder.path!r} is")
-        digest = own[1]
-    return _with_text_hash(config, digest)
+    message = (
+        f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are of the "
+        f"codecs {', '.join(known)}: give the one that made the latents."
+    )
+    refuse_if([(len(known) > 1, message)])
+    codec = dataclasses.replace(codec, hash=next(iter(known), None))
+    config = dataclasses.replace(config, codec=codec)
+    if isinstance(config.model.text, TextStatesConfig):
+        for one in sets:
+            if one.config.captioned and one.config.text_states_key is not None:
+                what = f"the states of {one.config.path!r} were made by"
+                config = _with_encoder(config, one.text_encoder_name, one.text_encoder, what)
+        if (own := config.text_encoder.identity()) is not None:
+            what = f"text_encoder.path {config.text_encoder.path!r} is"
+            config = _with_encoder(config, *own, what)
+    return config
 
 
-def _with_text_hash(config: VideoRun, digest: str | None) -> VideoRun:
-    encoder = dataclasses.replace(config.text_encoder, hash=digest or config.text_encoder.hash)
+def _with_encoder(config: VideoRun, name: str | None, digest: str | None, what: str) -> VideoRun:
+    """The config with the hash of a text encoder. Raises ``InputError`` if it is not the config's: by
+    the hashes or, if one is unknown, by the names."""
+    text, expected = config.model.text, config.text_encoder.hash
+    assert isinstance(text, TextStatesConfig)
+    other = expected != digest if expected and digest else name not in (None, text.encoder)
+    message = (
+        f"{what} the encoder {name!r} ({digest or 'no hash'}), and the model reads states of "
+        f"{text.encoder!r} ({expected or 'no hash'}): give the one that it is trained on "
+        "(text_encoder.path, data.source), or name it (model.text.encoder)."
+    )
+    refuse_if([(other, message)])
+    encoder = dataclasses.replace(config.text_encoder, hash=digest or expected)
     return dataclasses.replace(config, text_encoder=encoder)
 
 
-def check_codec(codec: Codec | None, source: Source) -> None:
-    """Raises ``ValueError`` if the latents of the data are another codec's."""
-    for records in getattr(source, "record_sets", ()):
-        if codec is not None and records.codec not in (None, codec.hash):
-            raise InputError(
-                f"the latents of {records.config.path!r} were made by the codec {records.codec!r}, "
-                f"and codec.path is {codec.hash!r} ({codec.name}): give the one that made them."
-            )
-
-
-def to_latents(codec: Codec | None, video: np.ndarray, caption: str = "") -> np.ndarray:
-    """Pixels uint8 as what the model generates: latents, or float pixels; latents as they are."""
-    if video.dtype != np.uint8 or codec is None:
-        return video if video.dtype != np.uint8 else to_float(video)
-    try:
-        return np.asarray(codec.encode(to_float(video)), np.float32)
-    except ValueError as error:
-        raise ValueError(
-            f"the clip {caption[:60]!r} cannot be encoded: {error} Or leave such clips out "
-            "(data.transform crops pictures, not lengths)."
-        ) from error
-
-
-# ---------------------------------------------------------------------------------------------------
-# The text encoder
-# ---------------------------------------------------------------------------------------------------
-
-
-def check_encoder(config: VideoRun, name: str | None, digest: str | None, what: str) -> None:
-    """Raises ``ValueError`` if an encoder is another than the config's: by the hashes, or if one is
-    unknown by the names."""
-    text, expected = config.model.text, config.text_encoder.hash
-    assert isinstance(text, TextStatesConfig)
-    if expected is not None and digest is not None:
-        other = expected != digest
-    else:
-        other = name is not None and name != text.encoder
-    if other:
-        raise InputError(
-            f"{what} the encoder {name!r} ({digest or 'no hash'}), and the model reads states of "
-            f"{text.encoder!r} ({expected or 'no hash'}): give the one that it is trained on "
-            "(text_encoder.path, data.source), or name it (model.text.encoder)."
-        )
-
-
-def check_states(config: VideoRun, records: RecordsSource) -> str | None:
-    """The hash of the encoder whose states the records have, if it is known and the config's."""
-    name, digest = records.text_encoder_name, records.text_encoder
-    check_encoder(config, name, digest, f"the states of {records.config.path!r} were made by")
-    return digest
-
-
 def open_text_encoder(config: VideoRun, mesh: Mesh | None = None) -> TextEncoder | None:
-    """The encoder at ``config.text_encoder.path``, if there is one: spread over a mesh, for all
-    processes together, or on a device of this process."""
+    """The encoder at ``text_encoder.path``, if the model reads states and there is one: sharded over a
+    mesh for all processes together, or on a device of this process."""
     path, text = config.text_encoder.path, config.model.text
     if not isinstance(text, TextStatesConfig):
         return None
 
     def check(name: str, digest: str, dim: int) -> None:
-        if dim != text.dim:
-            raise InputError(
-                f"text_encoder.path {path!r} makes states of {dim} numbers, and the model reads "
-                f"{text.dim} (model.text.dim): make them the same."
-            )
-        check_encoder(config, name, digest, f"text_encoder.path {path!r} is")
+        message = f"text_encoder.path {path!r} makes states of {dim} numbers, and the model reads "
+        refuse_if([(dim != text.dim, f"{message}{text.dim}: change model.text.dim.")])
+        _with_encoder(config, name, digest, f"text_encoder.path {path!r} is")
 
     return config.text_encoder.open(mesh, check)
 
 
-def open_for_data(config: VideoRun, source: Source) -> TextEncoder | None:
-    """The encoder if the data have captions without states: for each process alone, as it reads."""
-    states = isinstance(config.model.text, TextStatesConfig)
-    read = [records for records in getattr(source, "record_sets", ()) if records.config.captioned]
-    bare = [records.config.path for records in read if records.config.text_states_key is None]
-    for records in read:
-        if states and records.config.text_states_key is not None:
-            check_states(config, records)
-    if states and bare and isinstance(source, MixedSource) and config.text_encoder.path is None:
-        raise InputError(
-            f"the model reads states of captions, and the set {bare[0]!r} of data.source has none: "
-            "name their feature (text_states_key), give the encoder (text_encoder.path), or set "
-            "captioned to False."
-        )
-    return None if read and not bare else open_text_encoder(config)
-
-
-def encoded(source: Source, encoder: TextEncoder | None) -> Source:
-    """A source whose samples have states: made by the encoder, if there is one, if they lack them."""
-    if encoder is None:
-        return source
-    if isinstance(source, MixedSource):
-        return MixedSource([encoded(part, encoder) for part in source.parts], source.weights)
-    if isinstance(source, RecordsSource):
-        if source.config.text_states_key is not None or not source.config.captioned:
-            return source
-    return EncodedSource(source, encoder)
+def check_reads(config: VideoRun, run: str) -> None:
+    """Raises ``InputError`` if the model of a run reads states, and no encoder makes them."""
+    text = config.model.text
+    if isinstance(text, TextStatesConfig):
+        message = f"the model of {run!r} reads prompts as states of {text.encoder!r}: give "
+        refuse_if([(config.text_encoder.path is None, f"{message}--text-encoder, its folder.")])
 
 
 class EncodedSource:
-    """A source whose samples get the states of their captions, of all that may be drawn."""
+    """A source whose samples get the states of their captions, if they lack them."""
 
     def __init__(self, source: Source, encoder: TextEncoder) -> None:
         self._source = source
-        self._states = lru_cache(CAPTIONS_KEPT)(lambda caption: encoder.encode([caption])[0])
+        # Sources repeat captions, and every epoch does.
+        self._states = lru_cache(1024)(lambda caption: encoder.encode([caption])[0])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)  # Its order, its sizes, its names of samples.
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Sample:
         sample: Sample = {**self._source[index]}
-        sample["text_states"] = self._states(sample["caption"])
-        if captions := sample.get("captions"):
-            states = {name: self._states(text) for name, text in captions.items() if text}
-            sample["captions_states"] = states
+        if "text_states" not in sample:
+            sample["text_states"] = self._states(sample["caption"])
+            texts = {name: text for name, text in sample.get("captions", {}).items() if text}
+            sample["captions_states"] = {name: self._states(text) for name, text in texts.items()}
         return sample
 
 
 def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
-    """Requests with the states of their prompts and negative prompts: made by the encoder, if there is
-    one, if they lack them."""
+    """Requests with the states of their prompts and negative prompts, if they lack them."""
     if encoder is None:
         return list(requests)
-    bare = [r.prompt for r in requests if r.text_states is None]
-    bare += [r.negative for r in requests if r.negative and r.negative_states is None]
-    bare = list(dict.fromkeys(bare))
-    states: dict[str, Any] = dict(zip(bare, encoder.encode(bare), strict=True))
+    texts = [r.prompt for r in requests if r.text_states is None]
+    texts += [r.negative for r in requests if r.negative and r.negative_states is None]
+    texts = list(dict.fromkeys(texts))
+    states: dict[str | None, Any] = dict(zip(texts, encoder.encode(texts), strict=True))
     out = []
     for r in requests:
-        text = states[r.prompt] if r.text_states is None else r.text_states
-        negative = r.negative_states
-        if r.negative and negative is None:
-            negative = states[r.negative]
+        text, negative = r.text_states, r.negative_states
+        text = states[r.prompt] if text is None else text
+        # An empty prompt has states, and an empty negative prompt is none.
+        negative = states.get(r.negative or None) if negative is None else negative
         out.append(dataclasses.replace(r, text_states=text, negative_states=negative))
     return out
 
@@ -292,28 +190,15 @@ def prompt_length(config: VideoRun) -> tuple[Callable[[str], int], int] | None:
 
 def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:
     """A warning of texts of which the model does not read all: how many, and the first."""
-    texts = list(dict.fromkeys(texts))
-    if not texts or (counted := prompt_length(config)) is None:
-        return None
-    length, limit = counted
-    cut = [text for text in texts if length(text) > limit]
+    length, limit = prompt_length(config) or (len, math.inf)
+    cut = [text for text in dict.fromkeys(texts) if length(text) > limit]
     if not cut:
         return None
     unit = "bytes" if isinstance(config.model.text, ByteEncoderConfig) else "tokens"
     return (
-        f"{len(cut)} of {len(texts)} texts are longer than the {limit} {unit} that the model "
+        f"{len(cut)} of {len(set(texts))} texts are longer than the {limit} {unit} that the model "
         f"reads, and cut there. The first has {length(cut[0])}: {cut[0][:200]!r}"
     )
-
-
-def check_reads(config: VideoRun, run: str) -> None:
-    """Raises ``ValueError`` if the model of a run reads states, and no encoder makes them."""
-    text = config.model.text
-    if isinstance(text, TextStatesConfig) and config.text_encoder.path is None:
-        raise InputError(
-            f"the model of {run!r} reads prompts as states of the text encoder {text.encoder!r}: give "
-            "--text-encoder, its folder."
-        )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -321,62 +206,62 @@ def check_reads(config: VideoRun, run: str) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def make_augment(config: DataConfig) -> Augment | None:
+def make_augment(config: DataConfig) -> data.Augment | None:
     """What is drawn anew for a sample in every epoch: its caption, its mirror image."""
     mixes = [one.caption_mix for one in getattr(config.source, "record_sets", ())]
     if not any(mixes):
-        return flip if config.transform.flip else None
+        return data.flip if config.transform.flip else None
 
     def augment(sample: Sample, rng: np.random.Generator) -> Sample:
-        sample = choose_caption(sample, rng, mixes[sample.get("part", 0)])
-        return flip(sample, rng) if config.transform.flip else sample
+        sample = data.choose_caption(sample, rng, mixes[sample.get("part", 0)])
+        return data.flip(sample, rng) if config.transform.flip else sample
 
     return augment
 
 
+def to_latents(codec: Codec | None, video: np.ndarray) -> np.ndarray:
+    """What the model generates, of pixels uint8: latents, or float pixels; latents as they are."""
+    if video.dtype != np.uint8:
+        return video
+    return np.asarray((codec or PixelCodec()).encode(to_float(video)), np.float32)
+
+
 def with_fields(
-    model: ModelConfig, sample: Sample, transform: TransformConfig, codec: Codec | None
+    model: ModelConfig, sample: Sample, transform: data.TransformConfig, codec: Codec | None
 ) -> Sample:
     """The sample cropped, with every field that the model reads: some conditioners derive theirs from
     the clip, and clips beside the clip become what the model generates."""
-    beside = {name: crop(transform, v) for name, v in sample.get("pixel_fields", {}).items()}
-    sample = {**sample, "video": crop(transform, sample["video"]), "pixel_fields": beside}
+    beside = {name: data.crop(transform, v) for name, v in sample.get("pixel_fields", {}).items()}
+    sample = {**sample, "video": data.crop(transform, sample["video"]), "pixel_fields": beside}
     for name, conditioner in model.conditioners.items():
         sample = conditioner.derive(name, sample)
-    pixels = {
-        name: to_latents(codec, video, sample["caption"])
-        for name, video in sample.get("pixel_fields", {}).items()
-        if name in model.conditioners
-    }
-    frames = {k: v for k, v in sample.get("frame_fields", {}).items() if k in model.conditioners}
+    frames, pixels = sample.get("frame_fields", {}), sample.get("pixel_fields", {})
+    frames = {k: v for k, v in frames.items() if k in model.conditioners}
+    pixels = {k: to_latents(codec, v) for k, v in pixels.items() if k in model.conditioners}
     return {**sample, "frame_fields": frames, "pixel_fields": pixels}
 
 
 def tokenize(
     model: ModelConfig,
     sample: Sample,
-    transform: TransformConfig = AS_THEY_ARE,
+    transform: data.TransformConfig = UNCHANGED,
     codec: Codec | None = None,
     time_stride: int | None = None,
-) -> Tokenized:
+) -> data.Tokenized:
     """A sample as clean patches, positions, text tokens and the fields that the model reads.
 
     Pixels pass through ``codec`` if there is one. ``time_stride`` is that of the codec that made the
     data, if they are latents.
     """
     sample = with_fields(model, sample, transform, codec)
-    video, fps = to_latents(codec, sample["video"], sample["caption"]), sample["fps"]
+    video, fps = to_latents(codec, sample["video"]), sample["fps"]
     if sample["video"].dtype == np.uint8:
-        time_stride = 1 if codec is None else codec.strides[0]
+        time_stride = (codec or PixelCodec()).strides[0]
         fps = fps / time_stride
-    places, frame_ids = positions(model.patch, *video.shape[:3], fps=fps)
-    token_fields = field_tokens(
-        model.patch,
-        time_stride or 1,
-        (video.shape[0], video.shape[1], video.shape[2]),
-        sample.get("frame_fields", {}),
-        sample.get("pixel_fields", {}),
-    )
+    t, h, w, _ = video.shape
+    places, frame_ids = positions(model.patch, t, h, w, fps=fps)
+    fields = sample.get("frame_fields", {}), sample.get("pixel_fields", {})
+    token_fields = field_tokens(model.patch, time_stride or 1, (t, h, w), *fields)
     segment_fields = dict(sample.get("segment_fields", {}), fps=fps)
     check_fields(model, token_fields, segment_fields, "the sample")
     kinds = {name: one.field(model) for name, one in model.conditioners.items()}
@@ -393,36 +278,14 @@ def tokenize(
     }
 
 
-def caption_length(model: ModelConfig, sample: Sample) -> tuple[int, int]:
-    """How long a sample's caption is, in bytes or text states, and how much of it is read."""
-    text = model.text
-    if isinstance(text, ByteEncoderConfig):
-        return text.length(sample["caption"]) - 1, text.max_bytes
-    if isinstance(text, TextStatesConfig):
-        return len(sample.get("text_states", ())), text.max_tokens - 1
-    return 0, 0
-
-
-def check_record_size(config: VideoRun, frames: int, height: int, width: int, pixels: bool) -> None:
-    """Raises ``ValueError`` if a record of this stored size cannot be packed."""
-    patch, codec = config.model.patch, config.codec
-    size = (frames, height, width)
-    if pixels:
-        if (side := config.data.transform.crop) is not None:
-            height = width = side
-        size = codec.latent_size(frames, height, width)
-    packing = config.data.packing
-    check_fits(packing, patch.num_tokens(*size), 0, " x ".join(map(str, (frames, height, width))))
-
-
 def held_out_source(config: VideoRun) -> Source:
     """Samples that training does not see: of ``data.eval_split``, or those that the source says; if it
     says none, its own."""
     shown, split = config.data.source, config.data.eval_split
     shown = getattr(shown, "shown_set", shown)  # Of a mixture, one of its sets.
-    if split is not None and isinstance(shown, RecordsConfig):
+    if split is not None and isinstance(shown, data.RecordsConfig):
         shown = dataclasses.replace(shown, split=split)
-    source: Any = open_source(shown)
+    source: Any = data.open_source(shown)
     return source.eval_set() if hasattr(source, "eval_set") else source
 
 
@@ -432,47 +295,33 @@ def eval_requests(
     """At most ``count`` requests for held-out prompts, or classes in turn, and the true clips uint8 as
     far as the data are pixels."""
     source, sizes, latents = config.data.source, config.sampling, config.codec
-    source, size = getattr(source, "shown_set", source), (sizes.frames, sizes.height, sizes.width)
-    labels, text = config.model.conditioners.get("label"), config.model.text
-    alone = isinstance(text, NoTextConfig) and len(config.model.conditioners) == 1
-    if alone and isinstance(labels, ClassLabels) and not isinstance(source, ShapesConfig):
+    size, conditioners = (sizes.frames, sizes.height, sizes.width), config.model.conditioners
+    labels, classes = conditioners.get("label"), isinstance(config.model.text, NoTextConfig)
+    shapes = source if isinstance(source, data.ShapesConfig) else None
+    if classes and isinstance(labels, ClassLabels) and len(conditioners) == 1 and not shapes:
         grid, fps = latents.latent_size(*size), latents.latent_fps(sizes.fps)
         fields = [{"label": i % labels.classes} for i in range(count)]
         return [Request("", *grid, fps, i, segment_fields=one) for i, one in enumerate(fields)], []
 
-    def samples() -> Iterator[Sample]:
-        if isinstance(source, ShapesConfig):
-            for scene in held_out_scenes(count, config.seed, *size):
-                yield {"video": render(scene), "caption": caption(scene), "fps": source.fps}
-        else:
-            held = held_out_source(config)
-            yield from (held[i] for i in range(min(len(held), count)))
-
-    # Shapes are drawn at the size of sampling.
-    transform = AS_THEY_ARE if isinstance(source, ShapesConfig) else config.data.transform
+    held: Any = held_out_source(config)
+    if shapes:  # Drawn at the size of sampling.
+        held = [
+            {"video": data.render(scene), "caption": data.caption(scene), "fps": shapes.fps}
+            for scene in data.held_out_scenes(count, config.seed, *size)
+        ]
+    transform = UNCHANGED if shapes else config.data.transform
     requests, true = [], []
-    for i, sample in enumerate(samples()):
-        sample = with_fields(config.model, sample, transform, codec)
-        video, fps = sample["video"], sample["fps"]
-        t, h, w, _ = video.shape
+    for i in range(min(len(held), count)):
+        sample: Any = with_fields(config.model, held[i], transform, codec)
+        video, fps, grid = sample["video"], sample["fps"], sample["video"].shape[:3]
         if video.dtype == np.uint8:
-            (t, h, w), fps = latents.latent_size(t, h, w), latents.latent_fps(fps)
+            grid, fps = latents.latent_size(*grid), latents.latent_fps(fps)
             true.append(video)
-        requests.append(
-            Request(
-                sample["caption"],
-                t,
-                h,
-                w,
-                fps,
-                i,
-                sample.get("text_states"),
-                segment_fields=sample.get("segment_fields", {}),
-                frame_fields=sample.get("frame_fields", {}),
-                pixel_fields=sample.get("pixel_fields", {}),
-                time_stride=latents.t,
-            )
-        )
+        names = ("text_states", "segment_fields", "frame_fields", "pixel_fields")
+        fields = {name: sample[name] for name in names if name in sample}
+        t, h, w = grid
+        fields["time_stride"] = latents.t
+        requests.append(Request(sample["caption"], t, h, w, fps, i, **fields))
     return requests, true
 
 
@@ -482,54 +331,55 @@ def eval_requests(
 
 
 def make_model(
-    config: ModelConfig, mesh: Mesh, attention: AttentionConfig = DEFAULT_ATTENTION
+    config: ModelConfig,
+    mesh: Mesh,
+    attention: parallel.AttentionConfig = parallel.DEFAULT_ATTENTION,
 ) -> TextToVideo:
     """The model, with the attention and the sharding of a mesh."""
     heads, tensor = config.dit.heads, mesh.shape["tensor"]
-    if heads % tensor:
-        raise InputError(
-            f"mesh.tensor {tensor} does not divide the transformer's {heads} heads, each lying "
-            f"on one device: make it {math.gcd(heads, tensor)}, or spread tokens (mesh.context)."
-        )
-    return TextToVideo(
-        config.on(platform(mesh)),
-        Runtime(
-            attention=choose_attention(mesh, attention),
-            constrain=make_constrain(mesh),
-            dot_general=choose_dot_general(mesh),
-            block_dot_general=choose_dot_general(mesh, config.matmul),
-        ),
+    message = (
+        f"mesh.tensor {tensor} does not divide the transformer's {heads} heads, each lying on one "
+        f"device: make it {math.gcd(heads, tensor)}, or spread tokens (mesh.context)."
     )
+    refuse_if([(heads % tensor > 0, message)])
+    runtime = Runtime(
+        attention=parallel.choose_attention(mesh, attention),
+        constrain=parallel.make_constrain(mesh),
+        dot_general=parallel.choose_dot_general(mesh),
+        block_dot_general=parallel.choose_dot_general(mesh, config.matmul),
+    )
+    return TextToVideo(config.on(parallel.platform(mesh)), runtime)
 
 
 def check_layout(config: VideoRun, mesh: Mesh) -> None:
-    """Raises ``ValueError`` if batches of the config cannot be laid out over the mesh."""
-    packing, parts, context = config.data.packing, batch_shards(mesh), mesh.shape["context"]
-    accumulate = config.optimizer.accumulate
-    if packing.rows // accumulate % parts:
-        each = f" in each of optimizer.accumulate {accumulate} parts" if accumulate > 1 else ""
-        raise InputError(
-            f"data.packing.rows {packing.rows}: {packing.rows // accumulate} rows{each} do not divide "
-            f"over mesh.data x mesh.fsdp = {parts}. Make rows a multiple of {accumulate * parts}, or "
-            "spread tokens (mesh.context) instead."
-        )
-    multiple = token_multiple(mesh, config.attention)
-    if packing.row_tokens % multiple:
-        raise InputError(
-            f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: "
-            f"make them a multiple of {multiple}."
-        )
+    """Raises ``InputError`` if batches of the config cannot be laid out over the mesh."""
+    packing, parts, context = (
+        config.data.packing,
+        config.optimizer.accumulate,
+        mesh.shape["context"],
+    )
+    shards, multiple = parallel.batch_shards(mesh), parallel.token_multiple(mesh, config.attention)
+    rows = (
+        f"data.packing.rows {packing.rows} in optimizer.accumulate {parts} parts do not divide over "
+        f"mesh.data x mesh.fsdp = {shards}: make rows a multiple of {parts * shards}, or spread tokens "
+        "(mesh.context) instead."
+    )
+    tokens = (
+        f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: make "
+        f"them a multiple of {multiple}."
+    )
+    faults = (packing.rows // parts % shards > 0, rows), (packing.row_tokens % multiple > 0, tokens)
+    refuse_if(faults)
     if context > 1:
-        ulysses_size(config.attention, context, config.model.dit.heads // mesh.shape["tensor"])
+        heads = config.model.dit.heads // mesh.shape["tensor"]
+        parallel.ulysses_size(config.attention, context, heads)
 
 
 def init_params(model: TextToVideo, key: jax.Array) -> Params:
     """Fresh parameters that carry their logical axes (the shapes do not depend on the batch)."""
     # Attention has no parameters, and its kernels do not take a single token.
     model = model.clone(runtime=dataclasses.replace(model.runtime, attention=no_attention))
-    ids = jnp.zeros((1, 1), jnp.int32)
-    tokens = jnp.zeros((1, 1, model.config.patch.dim))
-    config, text = model.config, model.config.text
+    config, text, ids = model.config, model.config.text, jnp.zeros((1, 1), jnp.int32)
     fields = {name: one.field(config) for name, one in config.conditioners.items()}
 
     def zeros(of: str) -> dict[str, jax.Array]:
@@ -539,7 +389,7 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
     blank = Fields(zeros("token"), {"fps": jnp.ones((1, 1)), **zeros("segment")})
     blank = prepare_fields(config.conditioners, keys, ids, ids, blank, False)
     inputs = DenoiserInputs(
-        tokens=tokens,
+        tokens=jnp.zeros((1, 1, config.patch.dim)),
         positions=jnp.zeros((1, 1, 3)),
         segment_ids=ids,
         group_ids=ids,
@@ -563,8 +413,8 @@ def batch_loss(
     step: jax.Array | None = None,
     time: jax.Array | None = None,
 ) -> tuple[jax.Array, Totals]:
-    """Sum of the tokens' losses, and the sum of their weights; the step does not matter. ``time`` is
-    every segment's noise level, if it is not drawn."""
+    """The sum of the tokens' losses and that of their weights; ``time`` is every segment's noise level,
+    if it is not drawn."""
     del frozen, step
     inputs, target = noise_batch(config, key, batch, time)
     tokens, segments = prepare_fields(
@@ -585,63 +435,87 @@ def batch_loss(
 def batch_work(model: ModelConfig, batch: Batch) -> Work:
     """What training on a (local, NumPy) batch takes."""
     segments = np.arange(batch.num_tokens.shape[1]) + 1
-    letters = (np.asarray(batch.text_segment_ids)[:, None] == segments[:, None]).sum(-1)
+    letters = (np.asarray(batch.text_segment_ids)[:, None] == segments[:, None]).sum(-1)  # [b, n]
     flops = 3 * forward_flops(model, np.asarray(batch.num_tokens), letters).sum()
     return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The task
+# ---------------------------------------------------------------------------------------------------
 
 
 def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
-    source, packing, conditioners = (
-        open_source(config.data.source),
-        config.data.packing,
-        config.model.conditioners,
-    )
+    packing, transform, text = config.data.packing, config.data.transform, config.model.text
     codec = open_codec(config, mesh)
-    check_codec(codec, source)
-    encoder = open_for_data(config, source)
-    source = encoded(source, encoder)
+    source, encoder = data.open_source(config.data.source), None
+
+    # The encoder is opened for each process alone, as it reads, if captions come without states.
+    sets = [one.config for one in getattr(source, "record_sets", ()) if one.config.captioned]
+    bare = [one.path for one in sets if one.text_states_key is None]
+    if bare or not sets:
+        encoder = open_text_encoder(config)
+    message = (
+        f"the model reads states of captions, and the set {', '.join(bare)!r} of data.source has none: "
+        "name a feature (text_states_key), give text_encoder.path, or set captioned to False."
+    )
+    missing = bool(bare) and encoder is None and isinstance(text, TextStatesConfig)
+    refuse_if([(missing, message)])
+
+    def encoded(source: Source) -> Source:
+        return source if encoder is None else EncodedSource(source, encoder)
+
     to_tokens = partial(
-        tokenize,
-        config.model,
-        transform=config.data.transform,
-        codec=codec,
-        time_stride=config.codec.t,
+        tokenize, config.model, transform=transform, codec=codec, time_stride=config.codec.t
     )
 
     def check_first(sample: Sample, name: str) -> bool:
-        first = to_tokens(sample)
-        check_tokenized(packing, first, name)
+        data.check_tokenized(packing, to_tokens(sample), name)
         return sample["video"].dtype == np.uint8
 
-    pixels = Reader(source).first(check_first)
-    if config.data.transform.flip and not pixels:
-        raise InputError(
-            "data.transform.flip is set and the data are latents, which cannot be mirrored: write both "
-            "when they are made (scripts/images_to_latents.py --flip), and unset it."
-        )
-    check_size = partial(check_record_size, config, pixels=pixels)
-    reader = checked_reader(
+    source = encoded(source)
+    pixels = data.Reader(source).first(check_first)
+    message = (
+        "data.transform.flip is set and the data are latents, which cannot be mirrored: write both when"
+        " they are made (scripts/images_to_latents.py --flip), and unset it."
+    )
+    refuse_if([(transform.flip and not pixels, message)])
+
+    def check_size(frames: int, height: int, width: int) -> None:
+        name, side = f"{frames} x {height} x {width}", transform.crop
+        size = frames, side or height, side or width
+        size = config.codec.latent_size(*size) if pixels else (frames, height, width)
+        data.check_fits(packing, config.model.patch.num_tokens(*size), 0, name)
+
+    reader = data.checked_reader(
         source, check_size, config.data.bad_records, config.data.max_bad_records
     )
 
-    def to_tokens_counted(sample: Sample) -> Tokenized:
-        length, most = caption_length(config.model, sample)
-        if length > most:
-            reader.note_cut(sample["caption"], length, most)
+    def to_tokens_counted(sample: Sample) -> data.Tokenized:
+        length, limit = 0, 0
+        if isinstance(text, ByteEncoderConfig):
+            length, limit = text.length(sample["caption"]), text.max_tokens
+        elif isinstance(text, TextStatesConfig):
+            length, limit = 1 + len(sample.get("text_states", ())), text.max_tokens
+        if length > limit:
+            reader.note_cut(sample["caption"], length - 1, limit - 1)
         return to_tokens(sample)
 
-    kinds = {name: one.field(config.model).of for name, one in conditioners.items()}
+    kinds = {name: one.field(config.model).of for name, one in config.model.conditioners.items()}
     load = partial(
-        Loader,
+        data.Loader,
         config=packing,
         token_fields=[name for name, of in kinds.items() if of == "token"],
         segment_fields=["fps", *(name for name, of in kinds.items() if of == "segment")],
     )
-    model, rows = make_model(config.model, mesh, config.attention), local_rows(mesh, packing.rows)
+    augment = make_augment(config.data)
+    train = partial(load, reader, to_tokens_counted, seed=config.seed, augment=augment)
+    model = make_model(config.model, mesh, config.attention)
 
     # What is measured and pictured.
+    rows = parallel.local_rows(mesh, packing.rows)
     generator = Generator(model, config.diffusion, config.sampling)
     decode = None if codec is None else codec.decode
 
@@ -653,22 +527,22 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         return make_clips(generator, params, requests, config.model, mesh, progress, decode)
 
     def held_out() -> Batch:
-        held = encoded(held_out_source(config), encoder)
-        # Its bad records are left out as those of training are.
-        loader = load(Reader(held, len(held), quiet=True), to_tokens, seed=0, rows=rows)
+        held = encoded(held_out_source(config))
+        reader = data.Reader(held, len(held), quiet=True)
+        loader = load(reader, to_tokens, seed=0, rows=rows)
         batch = next(loader)
         loader.close()
         return batch
 
     # Every token generated and every caption read: else the draws of these would be noise.
-    plain = dataclasses.replace(
-        config.diffusion, masks=MaskConfig.only(none=1.0), caption_dropout=0.0
-    )
+    masks = MaskConfig.only(none=1.0)
+    plain = dataclasses.replace(config.diffusion, masks=masks, caption_dropout=0.0)
 
     def loss_at(params: Params, frozen: Params, batch: Batch, key: jax.Array, level: jax.Array):
         return batch_loss(model, plain, params, frozen, batch, key, time=level)
 
-    evaluators = []
+    parts = Parts(config, mesh, rows, loss_at, LEVELS, held_out, eval_set, sample)
+    evaluators = [one.build(parts) for one in config.evaluators]
     if config.log.draw_every:
         shown, _ = eval_set(config.log.draw_count)
 
@@ -677,20 +551,13 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
             write_sheet(sample(ema, shown, False), path)
             return Evaluation(picture=path)
 
-        evaluators.append(Evaluator("samples", config.log.draw_every, sheet))
-    parts = Parts(config, mesh, rows, loss_at, LEVELS, held_out, eval_set, sample)
+        evaluators.insert(0, Evaluator("samples", config.log.draw_every, sheet))
     return Task(
         name="text_to_video",
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
-        loader=lambda rows: load(
-            reader,
-            to_tokens_counted,
-            seed=config.seed,
-            rows=rows,
-            augment=make_augment(config.data),
-        ),
+        loader=lambda rows: train(rows=rows),
         rows=packing.rows,
         work=partial(batch_work, config.model),
-        evaluators=(*evaluators, *(one.build(parts) for one in config.evaluators)),
+        evaluators=tuple(evaluators),
     )

@@ -107,7 +107,9 @@ def recorded(captioned, states) -> VideoRun:
     """The config of a run on records with states."""
     source = RecordsConfig(states, text_states_key="text_states")
     data = dataclasses.replace(captioned.data, source=source)
-    return dataclasses.replace(captioned, data=data, text_encoder=TextEncoderConfig())
+    return dataclasses.replace(
+        captioned, data=data, text_encoder=TextEncoderConfig(), evaluators=()
+    )
 
 
 def test_states_are_stored_in_half_and_say_their_encoder(states, encoder):
@@ -205,14 +207,15 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
 
     def of(config, *chosen):
         source = MixtureConfig(tuple(sets[i] for i in chosen))
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+        data = dataclasses.replace(config.data, source=source)
+        return dataclasses.replace(config, data=data, evaluators=())
 
     *known, _ = [s.astype(np.float32) for s in encoder.encode(PROMPTS)]
     none = np.zeros((0, 8), np.float32)
     batch = first_batch(of(captioned, 0, 1, 2), mesh)
     assert matches(batch, [*known, none]) > 4
     assert of(captioned, 1, 0).with_hashes().text_encoder.hash == encoder.hash
-    with pytest.raises(ValueError, match="has none: name their feature"):
+    with pytest.raises(ValueError, match="has none: name a feature"):
         of(recorded, 0, 1).build(mesh)
     bare = first_batch(of(recorded, 2), mesh)
     assert matches(bare, [none]) > 2
@@ -221,7 +224,7 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     assert [one.prompt for one in eval_requests(mixed, None, 8)[0]] == PROMPTS
     other = dataclasses.replace(mixed, text_encoder=TextEncoderConfig(hash="other"))
     with pytest.raises(ValueError, match="were made by the encoder"):
-        other.build(mesh)
+        other.with_hashes()
 
 
 def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, recorded, encoder):
@@ -276,7 +279,7 @@ def test_states_of_another_width_or_encoder_are_refused(captioned, recorded, mes
         wide.build(mesh)
     given = TextEncoderConfig(hash="other")
     with pytest.raises(ValueError, match="were made by the encoder 'tiny-umt5'"):
-        dataclasses.replace(recorded, text_encoder=given).build(mesh)
+        dataclasses.replace(recorded, text_encoder=given).with_hashes()
 
 
 @pytest.mark.parametrize(("axes", "bias"), [((2, 2, 1, 2), "shared"), ((1, 4, 2, 1), "layers")])
@@ -372,7 +375,7 @@ def test_other_encoders_are_refused_at_sampling(run, folder, other, tmp_path, ca
     assert "config.json' is not there" in capsys.readouterr().err
     assert not output.exists()
     config = dataclasses.replace(captioned, text_encoder=TextEncoderConfig())
-    with pytest.raises(ValueError, match="reads prompts as states .* 'tiny-umt5': give --text-en"):
+    with pytest.raises(ValueError, match="reads prompts as states of 'tiny-umt5': give --text-en"):
         check_reads(config, "run")
 
 

@@ -31,7 +31,6 @@ from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
-from dit_jax.training.video_task import check_codec
 from tests.codecs import diffusers_config
 from tests.scripts import load_script
 
@@ -206,9 +205,10 @@ def test_latents_are_written_once_and_trained_on(
     )
     _, batch = first_batch(config)
     assert batch.tokens.shape == (2, 32, 16)
-    foreign = load_codec(codec_path)
-    with pytest.raises(ValueError, match="were made by the codec"):
-        check_codec(dataclasses.replace(foreign, hash="other"), made)
+    assert config.with_hashes().codec.hash == codec.hash
+    foreign = dataclasses.replace(config.codec, hash="other")
+    with pytest.raises(ValueError, match=f"are of the codecs other, {codec.hash}"):
+        dataclasses.replace(config, codec=foreign).with_hashes()
 
 
 def test_the_judge_knows_right_from_wrong():

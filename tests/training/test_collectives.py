@@ -94,7 +94,13 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module", params=MESHES)
+SLOW = ("data", "fsdp", "context", "mixed")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in MESHES],
+)
 def step(request):
     sizes = MESHES[request.param]
     return sizes, compiled(sizes)

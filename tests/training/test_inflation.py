@@ -112,7 +112,7 @@ def one_frame(config, params, tokens, t):
     return np.asarray(jax.jit(model.apply)(params, inputs)).reshape(1, count, frames, -1)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize("frames", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_one_frame_is_what_the_image_model_makes_of_it(image, mesh, frames, capsys):
     run, weights = image
     config = video(frames, initial=run)
@@ -174,7 +174,7 @@ def test_time_moves_what_is_not_the_first_frame():
                 video(),
                 model=dataclasses.replace(video().model, conditioners={"low_res": LowRes()}),
             ),
-            "is a run with model.conditioners.low_res = None",
+            "is a run with model.conditioners",
         ),
     ],
 )
@@ -186,12 +186,10 @@ def test_what_would_not_be_the_image_is_refused(image, mesh, config, message):
 
 def test_models_of_clips_keep_their_clock_and_patches():
     clips = video(1, absolute="wh", fps=24.0)
-    assert inflation(video(1, absolute="wh", fps=8.0), clips) is None
-    assert inflation(video(4), video(2)) is None
-    assert inflation(video(2), video(2)) is None
-    found = inflation(video(2), IMAGE)
-    assert found is not None and (found.frames, found.outputs) == (2, 1)
-    assert set(found.fields) == {
+    assert inflation(video(1, absolute="wh", fps=8.0), clips) == {}
+    assert inflation(video(4), video(2)) == {}
+    assert inflation(video(2), video(2)) == {}
+    assert set(inflation(video(2), IMAGE)) == {
         "model.patch.t",
         "model.patch.reference_fps",
         "model.dit.absolute_positions",

@@ -104,7 +104,9 @@ def test_latents_that_would_be_drawn_are_refused(latents, change):
 def test_records_without_states_are_refused_before_training(latents, mesh):
     source = dataclasses.replace(latents.data.source, text_states_key=None)
     config = dataclasses.replace(latents, data=dataclasses.replace(latents.data, source=source))
-    with pytest.raises(ValueError, match=r"states \[s, 8\] .*, and none came with 'colour"):
+    with pytest.raises(
+        ValueError, match="the model reads states of captions, and the set .* has none"
+    ):
         config.build(mesh)
     text = dataclasses.replace(latents.model.text, dim=7)
     config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, text=text))
