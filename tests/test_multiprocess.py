@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -102,24 +104,15 @@ def assert_same_end(whole: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def one(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finish(verbs, tmp_path_factory.mktemp("one") / "run", 1)
-
-
-@pytest.fixture(scope="module")
-def two(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finish(verbs, tmp_path_factory.mktemp("two") / "run", 2)
-
-
-@pytest.fixture(scope="module")
-def four(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finish(verbs, tmp_path_factory.mktemp("four") / "run", 4)
+def whole(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
+    """Uninterrupted runs of so many processes, each made once."""
+    return functools.cache(lambda n: finish(verbs, tmp_path_factory.mktemp(f"of{n}") / "run", n))
 
 
 @pytest.mark.slow  # tests/test_train.py has two processes and fewer steps
-@pytest.mark.parametrize("processes", ["two", "four"])
-def test_losses_are_those_of_one_process(one: Run, processes: str, request: pytest.FixtureRequest):
-    run = request.getfixturevalue(processes)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_losses_are_those_of_one_process(whole: Callable[[int], Run], processes: int):
+    one, run = whole(1), whole(processes)
     alone, shared = scalars(one.directory, "loss"), scalars(run.directory, "loss")
     assert sorted(shared) == sorted(alone) == list(range(1, LAST + 1))
     np.testing.assert_allclose(
@@ -136,23 +129,27 @@ def test_losses_are_those_of_one_process(one: Run, processes: str, request: pyte
 
 
 @pytest.mark.slow
-def test_death_ends_all_and_the_relaunch_resumes(two: Run, verbs: Verbs, tmp_path: Path):
+def test_death_ends_all_and_the_relaunch_resumes(
+    whole: Callable[[int], Run], verbs: Verbs, tmp_path: Path
+):
     directory = tmp_path / "run"
     assert_named(kill(verbs, directory, 2, victim=1, step=8), 1)
     # Process 0 takes JAX's coordination service along.
     assert_named(kill(verbs, directory, 2, victim=0, step=3), 0)
     resumed = finish(verbs, directory, 2)
     assert re.search(r"resumed at step 5\b", resumed.ended[0].text)
-    assert_same_end(two.directory, directory)
+    assert_same_end(whole(2).directory, directory)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 2])
-def test_death_of_one_of_four(four: Run, verbs: Verbs, tmp_path: Path, victim: int):
+def test_death_of_one_of_four(
+    whole: Callable[[int], Run], verbs: Verbs, tmp_path: Path, victim: int
+):
     directory = tmp_path / "run"
     assert_named(kill(verbs, directory, 4, victim, step=8), victim)
     finish(verbs, directory, 4)
-    assert_same_end(four.directory, directory)
+    assert_same_end(whole(4).directory, directory)
 
 
 @pytest.mark.slow
@@ -231,16 +228,23 @@ def run_program(what: str, actor: int = 0) -> tuple[list[int], list[str], float]
             one.wait()
 
 
-def test_processes_share_a_text_and_end_together():
-    assert broadcast("prompts", "mine") == "mine"
+def assert_shared(texts: list[str]) -> None:
+    """Both have process 0's text."""
+    assert all("雪 of 0\n" in text for text in texts), texts
+
+
+@pytest.mark.slow  # tests/test_train.py has two processes that end together
+def test_processes_end_together():
     statuses, texts, _ = run_program("end")
     assert statuses == [0, 0], texts
-    assert all("雪 of 0\n" in text for text in texts)
+    assert_shared(texts)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_death_of_one_ends_the_other(victim: int):
+    assert broadcast("prompts", "mine") == "mine"
     statuses, texts, seconds = run_program("kill", victim)
+    assert_shared(texts)
     assert statuses[victim] == -signal.SIGKILL
     assert statuses[1 - victim] == -signal.SIGABRT, texts[1 - victim]
     assert seconds < LIMIT
@@ -249,7 +253,10 @@ def test_death_of_one_ends_the_other(victim: int):
 
 @pytest.mark.parametrize(
     ("actor", "what", "status", "error"),
-    [(0, "wrong", 2, "InputError: no rows"), (1, "fail", 1, "OSError: disk full")],
+    [
+        (0, "wrong", 2, "InputError: no rows"),
+        pytest.param(1, "fail", 1, "OSError: disk full", marks=pytest.mark.slow),
+    ],
 )
 def test_error_of_one_ends_the_other(actor: int, what: str, status: int, error: str):
     """At once, and with the status that says whether starting again is of use."""

@@ -4,12 +4,10 @@ Keys and values stream through the chip's fast memory in blocks and no matrix of
 stored (Dao et al. 2022, "FlashAttention"); segments are masked inside the kernels. ``interpret=True``
 runs the same kernels on a CPU, for tests.
 
-Splash attention takes a local window too, and skips the blocks that it hides. The parts of a ring
-need its backward pass with a result that is not its own: that is ``_splash_attention_bwd``, which JAX
-does not export (present in jax 0.10.2). Flash attention knows one array of segment ids, for queries
-and keys alike, and no window: cross-attention, windows and the parts of a ring are plain products
-there (``attention.HOST``). It was compared with the reference in interpret mode, and lowered to
-Triton's code, but not run on a GPU by us.
+Splash attention takes a local window too, and skips the blocks that it hides. Flash attention knows one
+array of segment ids, for queries and keys alike, and no window: cross-attention, windows and the parts
+of a ring are plain products there. It was compared with the reference in interpret mode, and lowered
+to Triton's code, but not run on a GPU by us.
 """
 
 from __future__ import annotations
@@ -26,13 +24,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from dit_jax.parallel.attention import HOST, NOBODY, Kernel, Operands, Window
+from dit_jax.parallel.attention import HOST, NOBODY, Arrays, Kernel, Operands, Window
 from dit_jax.types import ATTENTION, PAD, PositiveInt
 
-LANES = 128
-"""Splash attention's blocks are multiples of it."""
-PARTS = 32
-"""Copies of the queries' gradients that a fused backward pass may make, one for a block of keys."""
+LANES = 128  # splash attention's blocks are multiples of it
+PARTS = 32  # copies of the queries' gradients, one for a block of keys, of a fused backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +51,6 @@ class SplashConfig:
 
 def _fit(length: int, largest: int) -> int:
     """The largest block of about ``largest`` tokens at most that divides ``length``."""
-    assert length % LANES == 0, f"{length} tokens are not a multiple of {LANES}"  # `token_multiple`
     most = max(min(largest, length) // LANES, 1)
     return next(n * LANES for n in range(most, 0, -1) if length % (n * LANES) == 0)
 
@@ -64,13 +59,7 @@ def _is_fused(config: SplashConfig, k_length: int) -> bool:
     return config.fused_backward and k_length <= PARTS * _fit(k_length, config.block_kv_backward)
 
 
-def _splash(
-    config: SplashConfig,
-    interpret: bool,
-    x: Operands,
-    window: Window | None,
-    residuals: bool = False,
-) -> splash.SplashAttentionKernel:
+def _splash(config: SplashConfig, interpret: bool, x: Operands, window: Any, **options: Any) -> Any:
     """The kernel for operands of these shapes."""
     q, k = x.q.shape[2], x.k.shape[2]
     fused = _is_fused(config, k)
@@ -87,30 +76,18 @@ def _splash(
         block_kv_dq=None if fused else block_kv,
         use_fused_bwd_kernel=fused,
     )
-    options: Any = {
-        "block_sizes": sizes,
-        "save_residuals": residuals,
-        "mask_value": splash.DEFAULT_MASK_VALUE,
-        "residual_checkpoint_name": ATTENTION,
-        "attn_logits_soft_cap": None,
-        "interpret": interpret,
-    }
-    if window is None:
-        # Nothing is masked but by segments: no table of blocks, which for millions of tokens would
-        # not fit the chip's scalar memory.
-        nothing = MaskInfo(*[None] * 5)
-        return splash.SplashAttentionKernel(
-            nothing,
-            None if fused else nothing,
-            nothing,
-            is_mqa=False,
-            mask_function=None,
-            **options,
-        )
-    # Built anew at every trace: it holds arrays, which belong to the trace that they are made in.
-    mask = masks.LocalMask((q, k), (window.width, window.width), window.offset)
-    heads = masks.MultiHeadMask([mask] * x.q.shape[1])
-    return splash.make_splash_mha(heads, head_shards=1, q_seq_shards=1, **options)
+    options |= {"block_sizes": sizes, "interpret": interpret, "residual_checkpoint_name": ATTENTION}
+    if window is not None:
+        # Built anew at every trace: it holds arrays, which belong to the trace that they are made in.
+        mask = masks.LocalMask((q, k), (window.width, window.width), window.offset)
+        heads = masks.MultiHeadMask([mask] * x.q.shape[1])
+        return splash.make_splash_mha(heads, head_shards=1, q_seq_shards=1, **options)
+    # Nothing is masked but by segments: no table of blocks, which for millions of tokens would not fit
+    # the chip's scalar memory.
+    empty = MaskInfo(*[None] * 5)
+    options |= {"mask_value": splash.DEFAULT_MASK_VALUE, "attn_logits_soft_cap": None}
+    options = {"is_mqa": False, "mask_function": None, "save_residuals": False} | options
+    return splash.SplashAttentionKernel(empty, None if fused else empty, empty, **options)
 
 
 def splash_kernel(config: SplashConfig, interpret: bool = False) -> Kernel:
@@ -125,38 +102,38 @@ def splash_kernel(config: SplashConfig, interpret: bool = False) -> Kernel:
 
         length, (q, k, v) = x.q.shape[2], (pad(y, 2) for y in x[:3])
         x = Operands(q, k, v, pad(x.q_ids, 1), pad(x.k_ids, 1, NOBODY))
-        run: Any = kernel(x, window)
+        run = kernel(x, window)
         return jax.vmap(run)(q, k, v, splash.SegmentIds(x.q_ids, x.k_ids))[:, :, :length]
 
-    def forward(x: Operands, window: Window | None) -> tuple[jax.Array, jax.Array]:
-        run = kernel(x, window, residuals=True)
+    def forward(x: Operands, window: Window | None) -> Arrays:
+        run = kernel(x, window, save_residuals=True)
         out, (lse,) = jax.vmap(run)(*x[:3], splash.SegmentIds(x.q_ids, x.k_ids))
         # If the window skips every block of a query, the kernel divides by zero.
         return jnp.where(jnp.isneginf(lse)[..., None], 0, out), lse
 
-    def backward(x: Operands, window: Window | None, *others: jax.Array) -> tuple[jax.Array, ...]:
+    def backward(x: Operands, window: Window | None, *others: jax.Array) -> Arrays:
         length = x.k.shape[2]
         if window is None and config.fused_backward and not _is_fused(config, length):
             portion = _fit(length, PARTS * _fit(length, config.block_kv_backward))
 
-            def add_portion(dq: jax.Array, keys: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
-                k, v, ids = keys
-                more, dk, dv = backward(x._replace(k=k, v=v, k_ids=ids), None, *others)
-                return dq + more, (dk, dv)
+            def add_portion(dq: jax.Array, keys: Arrays) -> tuple[jax.Array, Any]:
+                some = Operands(x.q, keys[0], keys[1], x.q_ids, keys[2])
+                more, *of_keys = backward(some, None, *others)
+                return dq + more, of_keys
 
             def split(y: jax.Array, axis: int) -> jax.Array:  # m -> portions first, m / portions
                 y = y.reshape(*y.shape[:axis], -1, portion, *y.shape[axis + 1 :])
                 return jnp.moveaxis(y, axis, 0)
 
             portions = split(x.k, 2), split(x.v, 2), split(x.k_ids, 1)
-            dq, slopes = jax.lax.scan(add_portion, jnp.zeros(x.q.shape, jnp.float32), portions)
-            dk, dv = (jnp.moveaxis(y, 0, 2).reshape(x.k.shape) for y in slopes)
-            return dq, dk, dv
+            dq, of_keys = jax.lax.scan(add_portion, jnp.zeros(x.q.shape, jnp.float32), portions)
+            return dq, *(jnp.moveaxis(y, 0, 2).reshape(x.k.shape) for y in of_keys)
         run = kernel(x, window)
 
-        def row(x: Operands, out: Any, lse: Any, dout: Any) -> tuple[jax.Array, ...]:
+        def row(x: Operands, out: Any, lse: Any, dout: Any) -> Arrays:
             segments = splash.SegmentIds(x.q_ids, x.k_ids)
             residuals: Any = (*x[:3], segments, None, out, lse, run.dq_mask_info, run.dkv_mask_info)
+            # Not exported (jax 0.10.2), and needed: the parts of a ring have another's result.
             return splash._splash_attention_bwd(res=residuals, do=dout, **run.kwargs)[3:6]
 
         return jax.vmap(row)(x, *others)
@@ -164,46 +141,42 @@ def splash_kernel(config: SplashConfig, interpret: bool = False) -> Kernel:
     return Kernel(whole, forward, backward)
 
 
-# GPUs
+# --- GPUs ---
 
 MHA: Any = flash.mha
-BLOCK, BLOCK_BACKWARD = 128, 32
-"""Tokens of a block; shorter rows are one block of a power of two."""
-SMALLEST = 16
-"""Triton multiplies no smaller matrices."""
-
-
-def _flash_settings(length: int, interpret: bool) -> tuple[object, ...]:
-    """What the kernel takes after q, k, v and segment ids, in its order."""
-    block, backward = min(BLOCK, length), min(BLOCK_BACKWARD, length)
-    sizes = flash.BlockSizes(block, block, backward, backward, backward, backward)
-    scale, causal, warps, stages, grid, debug, residuals = 1.0, False, None, 2, None, False, False
-    return scale, causal, sizes, "triton", warps, stages, grid, interpret, debug, residuals
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-    """Attention of ``[b, l, a, d]`` within segments, ``l`` being a multiple of the block."""
-    return _flash_forward(interpret, q, k, v, ids)[0]
-
-
-def _flash_forward(interpret: bool, *operands: jax.Array) -> tuple[jax.Array, Any]:
-    settings = _flash_settings(operands[0].shape[1], interpret)
-    out, (*inputs, _, lse) = MHA.fwd(*operands, *settings)
-    # The kernel's own rule does not name what a rematerialisation policy may keep.
-    out, lse = checkpoint_name(out, ATTENTION), checkpoint_name(lse, ATTENTION)
-    return out, (*inputs, out, lse)
-
-
-def _flash_backward(interpret: bool, residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
-    return MHA.bwd(*_flash_settings(dout.shape[1], interpret), residuals, dout)
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
+BLOCK, BLOCK_BACKWARD = 128, 32  # tokens; shorter rows are one block of a power of two
+SMALLEST = 16  # Triton multiplies no smaller matrices
 
 
 def flash_kernel(interpret: bool = False) -> Kernel:
     """Attention on one GPU, if both segment ids are the same array; else plain products."""
+
+    def settings(length: int) -> tuple[object, ...]:
+        """What the kernel takes after q, k, v and segment ids, in its order."""
+        block, backward = min(BLOCK, length), min(BLOCK_BACKWARD, length)
+        sizes = flash.BlockSizes(block, block, backward, backward, backward, backward)
+        scale, causal, warps, stages, grid, debug, residuals = (
+            1.0,
+            False,
+            None,
+            2,
+            None,
+            False,
+            False,
+        )
+        return scale, causal, sizes, "triton", warps, stages, grid, interpret, debug, residuals
+
+    def forward(*operands: jax.Array) -> tuple[jax.Array, Any]:  # [b, l, a, d], ids [b, l]
+        out, (*inputs, _, lse) = MHA.fwd(*operands, *settings(operands[0].shape[1]))
+        # The kernel's own rule does not name what a rematerialisation policy may keep.
+        out, lse = checkpoint_name(out, ATTENTION), checkpoint_name(lse, ATTENTION)
+        return out, (*inputs, out, lse)
+
+    def backward(residuals: Any, dout: jax.Array) -> tuple[Any, ...]:
+        return MHA.bwd(*settings(dout.shape[1]), residuals, dout)
+
+    attend = jax.custom_vjp(lambda *operands: forward(*operands)[0])
+    attend.defvjp(forward, backward)
 
     def whole(x: Operands, window: Window | None) -> jax.Array:
         if x.q_ids is not x.k_ids or window is not None:
@@ -214,8 +187,7 @@ def flash_kernel(interpret: bool = False) -> Kernel:
         # Zeros add nothing to a score, and the tokens added are padding to all others.
         pad = ((0, 0), (0, more), (0, 0), (0, max(SMALLEST - d, 0)))
         ids = jnp.pad(x.q_ids, ((0, 0), (0, more)), constant_values=PAD)
-        q, k, v = (jnp.pad(y.swapaxes(1, 2), pad) for y in x[:3])
-        out: Any = _flash(interpret, q, k, v, ids)
+        out = attend(*(jnp.pad(y.swapaxes(1, 2), pad) for y in x[:3]), ids)
         return out[:, :length, :, :d].swapaxes(1, 2)
 
     return HOST._replace(whole=whole)
