@@ -104,6 +104,7 @@ def jax_problem(size: str, scan: bool, dtype: str) -> tuple[Any, Any, Any]:
             tokens=b["x"],
             positions=b["positions"],
             segment_ids=b["ids"],
+            token_ids=jnp.zeros_like(b["ids"]),
             group_ids=jnp.zeros_like(b["ids"]),
             group_t=b["t"],
             text=None,

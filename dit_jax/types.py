@@ -82,27 +82,22 @@ def is_token_field(values: Any) -> Any:
     return type(values)(**{field.name: flags(field) for field in dataclasses.fields(values)})
 
 
-@struct.dataclass
-class Batch:
-    """Rows of packed clean tokens. Segment slot ``j`` of the ``[b, n]`` fields describes the tokens
-    whose segment id is ``j + 1``; an empty slot has ``num_tokens == 0``."""
+@struct.dataclass(kw_only=True)
+class Rows:
+    """Packed rows of tokens and text, and the fields of their segments."""
 
-    # Clean patches (see `model.patches`); zero at padding.
+    # Patches (see `model.patches`): in a batch clean ones, zero at padding; to the denoiser noised ones.
     tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
     # (t, h, w), with t in latent frames at the reference frame rate.
     positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
     # 0 is padding; attention never crosses segments.
     segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    # Latent frame and index of each token within its segment, from 0.
-    frame_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
+    # Index of each token within its segment, from 0.
     token_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    # Text tokens of the captions, or states of a text encoder, packed the same way.
-    text: Int[Array, "b s"] | Float[Array, "b s e"]
-    text_segment_ids: Int[Array, "b s"]
-    # Identity of each segment's sample: the randomness of its noise, wherever it is packed.
-    sample_ids: UInt[Array, "b n"]
-    num_tokens: Int[Array, "b n"]
-    num_frames: Int[Array, "b n"]
+    # Text tokens [b, s] of captions, or states [b, s, e] of an encoder, packed the same way.
+    text: Any
+    # The segments of these [b, s]; to the denoiser, PAD behind the first token of a dropped caption.
+    text_segment_ids: Any
     token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
         metadata=TOKENS, default_factory=dict
     )
@@ -110,27 +105,28 @@ class Batch:
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 
-@struct.dataclass
-class DenoiserInputs:
+@struct.dataclass(kw_only=True)
+class Batch(Rows):
+    """Rows of clean tokens. Segment slot ``j`` of the ``[b, n]`` fields describes the tokens whose
+    segment id is ``j + 1``; an empty slot has ``num_tokens == 0``."""
+
+    # Latent frame of each token within its segment, from 0.
+    frame_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
+    # Identity of each segment's sample: the randomness of its noise, wherever it is packed.
+    sample_ids: UInt[Array, "b n"]
+    num_tokens: Int[Array, "b n"]
+    num_frames: Int[Array, "b n"]
+
+
+@struct.dataclass(kw_only=True)
+class DenoiserInputs(Rows):
     """All that the denoiser sees: one struct from the objective and the sampler to every layer."""
 
-    # Noised patches x_tau.
-    tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
-    positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
-    segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     group_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     # Noise level of each modulation group.
     group_t: Float[Array, "b k"]
-    # Text tokens [b, s] or states [b, s, e], or what `TextToVideo.encode_text` returned.
-    text: Any
-    # PAD behind the first token of a dropped caption.
-    text_segment_ids: Int[Array, "b s"] | None
     # 1 if the segment is unconditional: conditioners then leave their field out.
     dropped: Float[Array, "b n"]
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
-        metadata=TOKENS, default_factory=dict
-    )
-    segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

@@ -12,6 +12,7 @@ from dit_jax.types import DenoiserInputs
 def struct(fields: dict[str, Any] | None = None, **more: Any) -> DenoiserInputs:
     """``DenoiserInputs`` with nothing dropped, for as many segments as a row has modulation groups."""
     given = {**(fields or {}), **more}
+    given.setdefault("token_ids", jnp.zeros_like(given["segment_ids"]))
     given.setdefault("text", None)
     given.setdefault("text_segment_ids", None)
     given.setdefault("dropped", jnp.zeros(given["group_t"].shape))

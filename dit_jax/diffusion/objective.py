@@ -193,6 +193,7 @@ def noise_batch(
         tokens=interpolate(path, batch.tokens, eps, tau),
         positions=batch.positions,
         segment_ids=ids,
+        token_ids=batch.token_ids,
         group_ids=group_ids,
         group_t=group_t,
         text=batch.text,

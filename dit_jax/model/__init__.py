@@ -4,7 +4,6 @@ from dit_jax.model.conditioners import ClassLabels as ClassLabels
 from dit_jax.model.conditioners import Conditioner as Conditioner
 from dit_jax.model.conditioners import Conditioning as Conditioning
 from dit_jax.model.conditioners import Field as Field
-from dit_jax.model.conditioners import Fields as Fields
 from dit_jax.model.conditioners import Signal as Signal
 from dit_jax.model.conditioners import check_fields as check_fields
 from dit_jax.model.conditioners import per_group as per_group

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 BySegment = Shaped[Array, "b n *rest"]
-Ids = Int[Array, "b l"]
 
 
 class Field(NamedTuple):
@@ -43,13 +42,6 @@ class Field(NamedTuple):
     of: Literal["token", "segment"]
     shape: tuple[int, ...]
     dtype: Any = np.float32
-
-
-class Fields(NamedTuple):
-    """The fields of a batch, by name."""
-
-    tokens: dict[str, Shaped[Array, "b l *rest"]]
-    segments: dict[str, Shaped[Array, "b n *rest"]]
 
 
 class Conditioning(NamedTuple):
@@ -83,19 +75,11 @@ class Conditioner(abc.ABC):
         """The sample with the field, if the field is computed from the clip (or a source lacks it)."""
         return sample
 
-    def prepare(
-        self,
-        name: str,
-        keys: Shaped[Array, "b n"],
-        segment_ids: Ids,
-        token_ids: Ids,
-        fields: Fields,
-        train: bool,
-    ) -> Fields:
-        """The fields as the model reads them, once before every step of training or before the first
-        step of sampling: the place for noise on the condition. ``keys`` are of each segment's sample or
-        seed; fold in a number of your own."""
-        return fields
+    def prepare(self, name: str, keys: Shaped[Array, "b n"], rows: Any, train: bool) -> Any:
+        """The rows (a struct of any room) with their fields as the model reads them, once before every
+        step of training or before the first step of sampling: the place for noise on the condition.
+        ``keys`` are of each segment's sample or seed; fold in a number of your own."""
+        return rows
 
 
 def per_token(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b l *rest"]:
@@ -117,17 +101,12 @@ def per_group(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b k *
 
 
 def prepare_fields(
-    conditioners: Mapping[str, Conditioner],
-    keys: Shaped[Array, "b n"],
-    segment_ids: Ids,
-    token_ids: Ids,
-    fields: Fields,
-    train: bool,
-) -> Fields:
-    """The fields after every conditioner's ``prepare``."""
+    conditioners: Mapping[str, Conditioner], keys: Shaped[Array, "b n"], rows: Any, train: bool
+) -> Any:
+    """The rows after every conditioner's ``prepare``."""
     for name, conditioner in conditioners.items():
-        fields = conditioner.prepare(name, keys, segment_ids, token_ids, fields, train)
-    return fields
+        rows = conditioner.prepare(name, keys, rows, train)
+    return rows
 
 
 def check_fields(

@@ -50,7 +50,6 @@ from dit_jax.diffusion import (
 from dit_jax.files import InputError
 from dit_jax.model import (
     DiTConfig,
-    Fields,
     ModelConfig,
     PatchConfig,
     TextToVideo,
@@ -271,15 +270,8 @@ class Generator:
 
     def _prepare_fields(self, inputs: SamplerInputs) -> SamplerInputs:
         """The inputs with their fields as the model reads them (see ``Conditioner.prepare``)."""
-        tokens, segments = prepare_fields(
-            self._model.config.conditioners,
-            jax.vmap(jax.vmap(jax.random.key))(inputs.seeds),
-            inputs.segment_ids,
-            inputs.token_ids,
-            Fields(inputs.token_fields, inputs.segment_fields),
-            train=False,
-        )
-        return dataclasses.replace(inputs, token_fields=tokens, segment_fields=segments)
+        keys = jax.vmap(jax.vmap(jax.random.key))(inputs.seeds)
+        return prepare_fields(self._model.config.conditioners, keys, inputs, train=False)
 
     def _begin(self, inputs: SamplerInputs, t: Float[Array, ""]) -> Carry:
         eps = self._noise(inputs)
@@ -327,6 +319,7 @@ class Generator:
                 tokens=x,
                 positions=inputs.positions,
                 segment_ids=inputs.segment_ids,
+                token_ids=inputs.token_ids,
                 group_ids=inputs.group_ids,
                 group_t=jnp.minimum(t, inputs.group_noise_caps),
                 text=None,

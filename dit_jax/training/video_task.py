@@ -29,7 +29,6 @@ from dit_jax.model import (
     ByteEncoderConfig,
     ClassLabels,
     Field,
-    Fields,
     ModelConfig,
     NoTextConfig,
     TextStatesConfig,
@@ -385,21 +384,21 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
     def zeros(of: str) -> dict[str, jax.Array]:
         return {k: jnp.zeros((1, 1, *f.shape), f.dtype) for k, f in fields.items() if f.of == of}
 
-    keys = jax.random.split(key, (1, 1))
-    blank = Fields(zeros("token"), {"fps": jnp.ones((1, 1)), **zeros("segment")})
-    blank = prepare_fields(config.conditioners, keys, ids, ids, blank, False)
     inputs = DenoiserInputs(
         tokens=jnp.zeros((1, 1, config.patch.dim)),
         positions=jnp.zeros((1, 1, 3)),
         segment_ids=ids,
+        token_ids=ids,
         group_ids=ids,
         group_t=jnp.zeros((1, 1)),
         text=jnp.zeros((1, 1, text.dim)) if isinstance(text, TextStatesConfig) else ids,
         text_segment_ids=ids,
         dropped=jnp.zeros((1, 1)),
-        token_fields=blank.tokens,
-        segment_fields=blank.segments,
+        token_fields=zeros("token"),
+        segment_fields={"fps": jnp.ones((1, 1)), **zeros("segment")},
     )
+    keys = jax.random.split(key, (1, 1))
+    inputs = prepare_fields(config.conditioners, keys, inputs, train=False)
     return model.init(key, inputs)
 
 
@@ -416,16 +415,9 @@ def batch_loss(
     """The sum of the tokens' losses and that of their weights; ``time`` is every segment's noise level,
     if it is not drawn."""
     del frozen, step
+    keys = sample_keys(key, batch.sample_ids)
+    batch = prepare_fields(model.config.conditioners, keys, batch, train=True)
     inputs, target = noise_batch(config, key, batch, time)
-    tokens, segments = prepare_fields(
-        model.config.conditioners,
-        sample_keys(key, batch.sample_ids),
-        batch.segment_ids,
-        batch.token_ids,
-        Fields(batch.token_fields, batch.segment_fields),
-        train=True,
-    )
-    inputs = dataclasses.replace(inputs, token_fields=tokens, segment_fields=segments)
     output: Any = model.apply(params, inputs)
     error, weight = token_loss(config, output, inputs, target, batch)
     loss = error.sum()

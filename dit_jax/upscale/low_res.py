@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from dit_jax.diffusion import per_segment, token_noise
 from dit_jax.model import (
     Conditioner,
     Conditioning,
     Field,
-    Fields,
     ModelConfig,
     TimeEmbedding,
     dense,
@@ -78,28 +77,22 @@ class LowRes(Conditioner):
         low_res = enlarge(shrink(video, self.factor), self.factor)
         return {**sample, "pixel_fields": {**sample.get("pixel_fields", {}), name: low_res}}
 
-    def prepare(
-        self,
-        name: str,
-        keys: Shaped[Array, "b n"],
-        segment_ids: Int[Array, "b l"],
-        token_ids: Int[Array, "b l"],
-        fields: Fields,
-        train: bool,
-    ) -> Fields:
+    def prepare(self, name: str, keys: Shaped[Array, "b n"], rows: Any, train: bool) -> Any:
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
         if train:
             uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, maxval=self.augmentation)))
             level = uniform(fold(keys, OF_LEVEL))
         else:  # A request says how noisy its clip is to be (``sample --augmentation``).
-            level = fields.segments.get(name + LEVEL, jnp.zeros(keys.shape))
-        low_res = fields.tokens[name]
+            level = rows.segment_fields.get(name + LEVEL, jnp.zeros(keys.shape))
+        low_res = rows.token_fields[name]
         noise_keys = fold(keys, OF_NOISE if train else OF_SAMPLING)
-        eps = token_noise(noise_keys, segment_ids, token_ids, low_res.shape[-1])
-        at = per_segment(level, segment_ids)[..., None]  # [b, l, 1]
-        return Fields(
-            {**fields.tokens, name: (1 - at) * low_res + at * eps},
-            {**fields.segments, name + LEVEL: level},
+        eps = token_noise(noise_keys, rows.segment_ids, rows.token_ids, low_res.shape[-1])
+        at = per_segment(level, rows.segment_ids)[..., None]  # [b, l, 1]
+        noised = (1 - at) * low_res + at * eps
+        return dataclasses.replace(
+            rows,
+            token_fields={**rows.token_fields, name: noised},
+            segment_fields={**rows.segment_fields, name + LEVEL: level},
         )
 
     def enlarge(

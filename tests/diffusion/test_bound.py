@@ -101,6 +101,7 @@ def batch_of(x0, xt, eps, tau, segment_ids=None):
         tokens=jnp.asarray(xt),
         positions=batch.positions,
         segment_ids=batch.segment_ids,
+        token_ids=batch.token_ids,
         group_ids=jnp.asarray(0 * ids),
         group_t=jnp.asarray(tau[:, :1]),
         text=batch.text,

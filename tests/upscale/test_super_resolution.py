@@ -10,7 +10,7 @@ import pytest
 
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.config import load_config
-from dit_jax.model import Fields, forward_flops, patchify, unpatchify
+from dit_jax.model import forward_flops, patchify, unpatchify
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import (
@@ -35,6 +35,7 @@ from dit_jax.upscale.super_resolution import (
 )
 from tests import tiny_config
 from tests.codecs import quick_compilation
+from tests.denoiser import struct
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -215,14 +216,24 @@ def test_what_is_given_at_low_resolution_is_noised_in_training():
     keys = jax.random.split(jax.random.key(0), (64, 4))
     ids = jnp.tile(jnp.repeat(jnp.array([1, 2, 3, 4]), 3), (64, 1))
     low_res = jnp.sin(jnp.arange(64 * 12 * 8, dtype=np.float32)).reshape(64, 12, 8)
-    places = jnp.tile(jnp.arange(12), (64, 1))
-    fields = one.prepare("low_res", keys, ids, places, Fields({"low_res": low_res}, {}), True)
-    level = np.asarray(fields.segments["low_res_level"])
+    rows = struct(
+        tokens=low_res,
+        positions=jnp.zeros((64, 12, 3)),
+        segment_ids=ids,
+        token_ids=jnp.tile(jnp.arange(12), (64, 1)),
+        group_ids=ids,
+        group_t=jnp.zeros((64, 4)),
+        token_fields={"low_res": low_res},
+    )
+    rows = one.prepare("low_res", keys, rows, True)
+    level = np.asarray(rows.segment_fields["low_res_level"])
     # Uniform up to 0.2: Kolmogorov and Smirnov, passed by chance less often than once in 10^4.
     n = level.size
     assert np.abs(np.sort(level.ravel()) / 0.2 - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
     at = np.repeat(level, 3, 1)[..., None]
-    eps = (fields.tokens["low_res"] - (1 - at) * low_res)[at[..., 0] > 0.02] / at[at[..., 0] > 0.02]
+    eps = (rows.token_fields["low_res"] - (1 - at) * low_res)[at[..., 0] > 0.02] / at[
+        at[..., 0] > 0.02
+    ]
     assert (
         abs(eps.mean()) < 4.5 / eps.size**0.5 and abs(eps.var() - 1) < 4.5 * (2 / eps.size) ** 0.5
     )
