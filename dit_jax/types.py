@@ -86,7 +86,7 @@ def is_token_field(values: Any) -> Any:
 class Rows:
     """Packed rows of tokens and text, and the fields of their segments."""
 
-    # Patches (see `model.patches`): in a batch clean ones, zero at padding; to the denoiser noised ones.
+    # Patches (`model.patches`): in a batch clean ones, zero at padding; to the denoiser noised ones.
     tokens: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
     # (t, h, w), with t in latent frames at the reference frame rate.
     positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)

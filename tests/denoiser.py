@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.model import ByteEncoderConfig
 from dit_jax.types import DenoiserInputs
+
+
+def byte_tokens(caption: str, max_bytes: int) -> np.ndarray:
+    """A caption as the byte encoder reads it."""
+    return ByteEncoderConfig(max_bytes=max_bytes).tokens(caption)
 
 
 def struct(fields: dict[str, Any] | None = None, **more: Any) -> DenoiserInputs:

@@ -15,11 +15,12 @@ from dit_jax.model.dit import DiTConfig as DiTConfig
 from dit_jax.model.dit import ModelConfig as ModelConfig
 from dit_jax.model.dit import TextToVideo as TextToVideo
 from dit_jax.model.dit import TimeEmbedding as TimeEmbedding
+from dit_jax.model.dit import blank_inputs as blank_inputs
 from dit_jax.model.dit import denoise_and_keep as denoise_and_keep
 from dit_jax.model.dit import first_modulation as first_modulation
-from dit_jax.model.dit import forward_flops as forward_flops
 from dit_jax.model.dit import no_attention as no_attention
 from dit_jax.model.dit import published as published
+from dit_jax.model.flops import forward_flops as forward_flops
 from dit_jax.model.layers import as_computed as as_computed
 from dit_jax.model.layers import dense as dense
 from dit_jax.model.patches import PatchConfig as PatchConfig
@@ -27,8 +28,6 @@ from dit_jax.model.patches import field_tokens as field_tokens
 from dit_jax.model.patches import patchify as patchify
 from dit_jax.model.patches import positions as positions
 from dit_jax.model.patches import unpatchify as unpatchify
-from dit_jax.model.text import ByteEncoder as ByteEncoder
 from dit_jax.model.text import ByteEncoderConfig as ByteEncoderConfig
 from dit_jax.model.text import NoTextConfig as NoTextConfig
 from dit_jax.model.text import TextStatesConfig as TextStatesConfig
-from dit_jax.model.text import byte_tokens as byte_tokens

@@ -14,7 +14,6 @@ classifier-free guidance: its conditioners leave the field out, or put a learned
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
@@ -26,12 +25,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
+from dit_jax.files import InputError
 from dit_jax.model.layers import dense
 from dit_jax.types import DenoiserInputs, PositiveInt, Runtime, Sample
 
 if TYPE_CHECKING:
     from dit_jax.model.dit import ModelConfig
-
 
 BySegment = Shaped[Array, "b n *rest"]
 
@@ -42,6 +41,8 @@ class Field(NamedTuple):
     of: Literal["token", "segment"]
     shape: tuple[int, ...]
     dtype: Any = np.float32
+    classes: int | None = None
+    """Values are whole numbers below this."""
 
 
 class Conditioning(NamedTuple):
@@ -54,31 +55,28 @@ class Conditioning(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditioner(abc.ABC):
-    """The config of a conditioner. Subclass it: ``field`` and ``build`` are all that most need.
+class Conditioner:
+    """The config of a conditioner; most need ``field`` and ``build`` alone. ``name`` is the field's."""
 
-    ``name`` is always the field's name, the conditioner's key in ``ModelConfig.conditioners``.
-    """
-
-    @abc.abstractmethod
     def field(self, model: ModelConfig) -> Field:
         """What it reads."""
+        # Not an abstract class: a stored config has this one in place of one of a user's own module.
+        raise InputError(
+            "the model has a conditioner of a module outside dit_jax, of which a run stores nothing: "
+            "give the config that has it (--config)."
+        )
 
-    @abc.abstractmethod
-    def build(self, name: str, model: ModelConfig, runtime: Runtime) -> nn.Module:
+    def build(self, name: str, model: ModelConfig, runtime: Runtime) -> Any:
         """The module: a function of ``DenoiserInputs`` that returns a ``Conditioning``."""
-
-    def check(self, name: str, value: np.ndarray) -> None:  # noqa: B027
-        """Raises ``ValueError`` for the value of a sample or a request that the model does not know."""
 
     def derive(self, name: str, sample: Sample) -> Sample:
         """The sample with the field, if the field is computed from the clip (or a source lacks it)."""
         return sample
 
     def prepare(self, name: str, keys: Shaped[Array, "b n"], rows: Any, train: bool) -> Any:
-        """The rows (a struct of any room) with their fields as the model reads them, once before every
-        step of training or before the first step of sampling: the place for noise on the condition.
-        ``keys`` are of each segment's sample or seed; fold in a number of your own."""
+        """The rows (any struct that has fields) as the model reads them, once before every step of
+        training or the first step of sampling: the place for noise on the condition. ``keys`` are of
+        each segment's sample or seed; fold in a number of your own."""
         return rows
 
 
@@ -115,50 +113,34 @@ def check_fields(
     segment_fields: Mapping[str, Any],
     what: str,
 ) -> None:
-    """Raises ``ValueError`` unless a sample or a request (``what``) has every field that the model
-    reads, in its shape."""
+    """Refuses a sample or a request (``what``) whose fields are not those that the model reads."""
     for name, conditioner in model.conditioners.items():
         field = conditioner.field(model)
         there = token_fields if field.of == "token" else segment_fields
-        if name not in there:
-            raise ValueError(
-                f"{what} has no {field.of} field {name!r}, on which the model is conditioned "
-                f"(model.conditioners); it has {sorted([*token_fields, *segment_fields])}."
-            )
-        value = np.asarray(there[name])
+        value = np.asarray(there.get(name))
         shape = value.shape[1:] if field.of == "token" else value.shape
-        if shape != field.shape:
-            raise ValueError(
-                f"{what} has the field {name!r} of shape {shape} for every {field.of}, and the model "
-                f"reads {field.shape} (model.conditioners)."
+        problem = None
+        if name not in there:
+            problem = (
+                f"no {field.of} field {name!r} (only {sorted([*token_fields, *segment_fields])})"
             )
-        conditioner.check(name, value)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Class labels
-# ---------------------------------------------------------------------------------------------------
+        elif shape != field.shape:
+            problem = f"the field {name!r} of shape {shape} for every {field.of}, not {field.shape}"
+        elif field.classes and not (0 <= value.min() and value.max() < field.classes):
+            problem = f"the {name} {value}, and the model has 0 to {field.classes - 1}"
+        if problem:
+            raise ValueError(f"{what} has {problem}: see model.conditioners.{name}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels(Conditioner):
-    """Classes by number, a segment field: a table of embeddings, added to those of noise levels.
-
-    Dropped labels become the null class, whose number is ``classes`` (Ho & Salimans 2022; Peebles & Xie
-    2022, section 3.2). With no text and one frame this is DiT as published.
-    """
+    """Classes by number, a segment field: embeddings that are added to those of noise levels. Dropped
+    labels become the null class, whose number is ``classes`` (Ho & Salimans 2022)."""
 
     classes: PositiveInt = 1000
 
     def field(self, model: ModelConfig) -> Field:
-        return Field("segment", (), np.int32)
-
-    def check(self, name: str, value: np.ndarray) -> None:
-        if not 0 <= value < self.classes:
-            raise ValueError(
-                f"class {value}: the model has the classes 0 to {self.classes - 1} "
-                f"(model.conditioners.{name}.classes)."
-            )
+        return Field("segment", (), np.int32, self.classes)
 
     def build(self, name: str, model: ModelConfig, runtime: Runtime) -> nn.Module:
         return ClassEmbedding(name, self.classes, model.dit.width, runtime)
@@ -183,23 +165,14 @@ class ClassEmbedding(nn.Module):
         return Conditioning(modulation=self.runtime.constrain(embedded, "batch", None, "width"))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Signals
-# ---------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Signal(Conditioner):
-    """Numbers, such as a frame rate, an action or a camera's pose: two linear layers of them.
-
-    Those of segments are added to the modulation, those of tokens (of frames) to the patches. Nothing
-    is added for dropped ones.
-    """
+    """Numbers, such as a frame rate, an action or a camera's pose, through two linear layers: those of
+    segments added to the modulation, those of tokens (of frames) to the patches."""
 
     of: Literal["token", "segment"] = "segment"
     shape: tuple[int, ...] = ()
-    """Of a value. A token's are those of its frames: ``(frames, ...)``, with as many frames as the
-    codec's stride in time times ``patch.t``."""
+    """Of a value; of a token, ``(frames, ...)`` with the codec's stride in time times ``patch.t``."""
     scale: float = 1.0
     """What the numbers are multiplied by: they should then be about 1 in size."""
 
@@ -211,7 +184,7 @@ class Signal(Conditioner):
 
 
 class SignalEmbedding(nn.Module):
-    """See ``Signal``; computed in float32."""
+    """The embedding of numbers, float32; nothing for dropped segments."""
 
     field: str
     config: Signal

@@ -1,16 +1,15 @@
-"""The text-to-video model, top to bottom: text encoder, conditioners and the diffusion transformer.
+"""The text-to-video model, top to bottom: configuration, blocks, transformer, text and conditioners.
 
-One block of the transformer, with shift, scale and gate of the token's modulation group (adaLN-Zero,
-Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2)::
+One block, with shift, scale and gate of the token's modulation group (adaLN-Zero, Peebles & Xie 2022,
+"Scalable Diffusion Models with Transformers", section 3.2)::
 
     x = x + gate1 attention((1 + scale1) norm(x) + shift1)     within segments             (1)
     x = x + cross_attention(norm(x), text)                     to the segment's own text   (2)
     x = x + gate2 mlp((1 + scale2) norm(x) + shift2)                                       (3)
 
-Every branch ends in a zero at initialisation, so a fresh block is the identity. Tokens of any number of
-clips and images lie side by side in a row; noise levels, and the modulation made of them, come by
-modulation group and are gathered to tokens. The output has the shape of the input patches, or twice
-that (with learned variance); what it means is decided in ``diffusion``.
+Every branch is zero at initialisation, so a fresh block is the identity. Clips and images lie side by
+side in a row of tokens; noise levels, and the modulation computed from them, come by modulation group
+and are gathered to tokens. What the output means is decided in ``diffusion``.
 
 Also from: Dehghani et al. 2023 (packing; QK-norm from "Scaling Vision Transformers to 22 Billion
 Parameters"), Su et al. 2021 (rotary positions), Chen et al. 2023, "PixArt-alpha" (adaLN-single).
@@ -20,22 +19,32 @@ With class labels and no text, no cross-attention and one frame this is DiT as p
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
-from dit_jax.model.conditioners import Conditioner, Conditioning, group_segments
-from dit_jax.model.layers import MLP, ZERO, Attention, Modulation, dense, gather_parts, layer_norm
-from dit_jax.model.patches import ABSOLUTE, PatchConfig, rotary_angles
-from dit_jax.model.text import ByteEncoderConfig, NoTextConfig, TextConfig
+from dit_jax.model.conditioners import (
+    Conditioner,
+    Conditioning,
+    group_segments,
+    prepare_fields,
+)
+from dit_jax.model.layers import MLP, ZERO, Attention, Modulation, dense, gather_groups, layer_norm
+from dit_jax.model.patches import PatchConfig, absolute_features, rotary_angles
+from dit_jax.model.text import (
+    ByteEncoder,
+    ByteEncoderConfig,
+    NoTextConfig,
+    StatesProjection,
+    TextConfig,
+    TextStatesConfig,
+)
 from dit_jax.types import (
     ATTENTION,
     QKV,
@@ -51,13 +60,15 @@ from dit_jax.types import (
 Tokens = Float[Array, "b l d"]
 Output = Float[Array, "b l o"]
 
-policies = jax.checkpoint_policies
+TIME_FREQUENCIES = 256  # as in DiT
+policies, save = jax.checkpoint_policies, jax.checkpoint_policies.save_only_these_names
+# What a block keeps for its backward pass (`DiTConfig.remat` says it in words).
 REMAT_POLICIES = {
     "full": None,
-    "attention": policies.save_only_these_names(ATTENTION),
-    "projections": policies.save_only_these_names(ATTENTION, QKV),
+    "attention": save(ATTENTION),
+    "projections": save(ATTENTION, QKV),
     "dots": policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
+        policies.dots_with_no_batch_dims_saveable, save(ATTENTION)
     ),
     "offload": policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[ATTENTION],
@@ -66,10 +77,6 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-"""What a block keeps for its backward pass (``DiTConfig.remat`` says it in words)."""
-
-TIME_FREQUENCIES = 256
-"""Sinusoids that a noise level is embedded in, as in DiT."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +95,15 @@ class DiTConfig:
     qk_norm: bool = True
     """Normalise queries and keys (root mean square, a learned scale for each dimension of a head)."""
     absolute_positions: Literal["none", "thw", "wh", "wht"] = "none"
-    """Also add sines and cosines of the coordinates to the patches: of all three, or of columns and
-    rows alone as DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small
-    model learns where things are much sooner; sizes never trained on are then a little harder."""
+    """Also add sines and cosines of the coordinates to the patches: of all, or of columns and rows as
+    DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small model learns
+    where things are much sooner; sizes never trained on are then a little harder."""
     time_scale: float = 1000.0
     time_offset: float = 0.0
     """The network reads ``time_scale * t + time_offset`` for a noise level t in [0, 1]. 1000 and -1
     count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's convention."""
     time_divisor: PositiveInt = TIME_FREQUENCIES // 2
-    """The i-th sinusoid's rate is 10,000 to the power of ``-i / time_divisor``: 128 in DiT and SiT; 127
-    is what Diffusers' class computes from the same weights."""
+    """The i-th sinusoid's rate is 10,000^(-i / time_divisor): 128 in DiT and SiT, 127 in Diffusers."""
     time_std: PositiveFloat | None = None
     """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
     cross_attention: bool = True
@@ -105,40 +111,34 @@ class DiTConfig:
     pooled_text: bool = False
     """Also condition the modulation on the mean of the text states."""
     modulation: Literal["layer", "shared"] = "layer"
-    """Whether every layer makes its modulation from the condition by a matrix of its own
-    (adaLN-Zero), or one matrix serves all and a layer adds a table (PixArt-alpha's adaLN-single: a
-    quarter to a third fewer parameters)."""
+    """A matrix for every layer (adaLN-Zero), or one for all, to whose product a layer adds a table
+    (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters)."""
     window: PositiveInt | None = None
     """Local attention window: tokens on either side, in the row's order, that local layers attend to (n
     tokens are n / (h w) latent frames of h w patches). Unset: every layer attends to the segment."""
     global_every: PositiveInt = 2
-    """With a window, every n-th layer attends to the whole segment (Child et al. 2019, "Sparse
-    Transformers", as in GPT-3)."""
+    """With a window, every n-th layer attends to the whole segment (Child et al. 2019, as in GPT-3)."""
     scan: bool | None = None
     """Compile one block and loop over the layers (quick to compile), or unroll them (quick to run
     on a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs."""
     remat: Literal["none", "dots", "projections", "attention", "full", "offload"] = "none"
-    """What the backward pass has from the forward pass, and does not compute again. none: all that it
-    needs. dots: the results of linear layers and of attention. projections: attention's results and the
-    product its inputs are made from. attention: its results. full: only what enters the block. offload:
-    attention's results on the device, that product and the block's input in the host's memory."""
+    """What is kept for the backward pass, which computes the rest again. none: all of it. dots: results
+    of linear layers and attention. projections: attention's results and the product its inputs come
+    from. attention: its results. full: only what enters the block. offload: attention's results on the
+    device, that product and the block's input in the host's memory."""
 
     def __post_init__(self) -> None:
-        heads, every = max(self.heads, 1), max(self.global_every, 1)
-        fit = max(self.width // heads, 1) * heads
-        dim, grid = self.width // heads, self.absolute_positions in ("wh", "wht")
-        turned = not self.rotary or (dim % 2 == 0 and dim >= 6)
+        heads, every = max(self.heads, 1), max(self.global_every, 1)  # The types refuse 0 later.
+        dim, fit = self.width // heads, max(self.width // heads, 1) * heads
+        even, grid = dim % 2 == 0 and dim >= 6, self.absolute_positions in ("wh", "wht")
+        whole = not self.window or self.depth % every == 0
         require(
             "dit.",
             self,
             ("width", self.width % heads == 0, f"a multiple of heads {heads}, as {fit}"),
-            ("width", turned, "so wide that each head has an even number of dimensions, 6 or more"),
+            ("width", even or not self.rotary, "of an even number of dimensions a head, 6 or more"),
             ("width", not grid or self.width % 4 == 0, "a multiple of 4 for positions of rows"),
-            (
-                "depth",
-                not self.window or self.depth % every == 0,
-                f"a multiple of global_every {every}",
-            ),
+            ("depth", whole, f"a multiple of global_every {every}"),
             ("time_scale", self.time_scale != 0, "1000 (DiT), -1 (SiT) or another but 0"),
         )
 
@@ -158,28 +158,66 @@ PRESETS = {
 
 
 def published(preset: str) -> DiTConfig:
-    """A preset as in Peebles & Xie 2022: fixed positions, no QK-norm, no text.
-
-    To be used with ``NoTextConfig``, the conditioner ``ClassLabels``, patches of one frame and
-    ``ModelConfig.learned_variance``.
-    """
+    """A preset as in Peebles & Xie 2022, for ``NoTextConfig``, the conditioner ``ClassLabels``, patches
+    of one frame and ``ModelConfig.learned_variance``."""
     plain: Any = {"rotary": False, "qk_norm": False, "cross_attention": False}
     changes: Any = {"absolute_positions": "wh", "time_offset": -1.0, "time_std": 0.02}
     return dataclasses.replace(PRESETS[preset], **plain, **changes)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The blocks
-# ---------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes of the parameters, and how they are computed with."""
+
+    dit: DiTConfig = DiTConfig()
+    patch: PatchConfig = PatchConfig()
+    text: TextConfig = ByteEncoderConfig()
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
+    matmul: Literal["full", "int8", "fp8"] = "full"
+    """What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
+    bits (``parallel.matmul`` says what, in both passes; needs ``dit-jax[quant]``)."""
+    learned_variance: bool = False
+    """The network's output has a second half: the variance of the reverse step, for every number of the
+    patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
+    conditioners: dict[str, Conditioner] = dataclasses.field(default_factory=dict, hash=False)
+    """What else the model is conditioned on: a conditioner for each field, under the field's name."""
+
+    def __post_init__(self) -> None:
+        reads = self.dit.pooled_text or self.dit.cross_attention
+        rule = "of a kind, or unset dit.pooled_text and cross_attention, which have nothing to read"
+        require("model.", self, ("text", not (reads and isinstance(self.text, NoTextConfig)), rule))
+
+    @property
+    def output_dim(self) -> int:
+        return self.patch.dim * (2 if self.learned_variance else 1)
+
+    @property
+    def text_width(self) -> int:
+        """Numbers of a text state as the transformer sees it."""
+        return self.text.width if isinstance(self.text, ByteEncoderConfig) else self.dit.width
+
+    def on(self, platform: str) -> ModelConfig:
+        """The same with what is left to the platform (cpu, gpu, tpu) decided for this one."""
+        cpu = platform == "cpu"
+        scan = not cpu if self.dit.scan is None else self.dit.scan
+        dtype: Any = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
+        return dataclasses.replace(self, dtype=dtype, dit=dataclasses.replace(self.dit, scan=scan))
+
+    def compute_dtype(self) -> Any:
+        """The dtype of activations on this process's platform."""
+        return jnp.dtype(self.on(jax.default_backend()).dtype)
+
+
+# --- The blocks ---
 
 
 def time_features(
     t: Float[Array, "b k"], scale: float = 1e3, offset: float = 0.0, divisor: int = 128
 ) -> Float[Array, "b k f"]:
     """Sinusoids of noise levels in [0, 1], counted in thousandths as DDPM's steps are."""
-    half = TIME_FREQUENCIES // 2
-    rates = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / divisor)
-    angles = (scale * t + offset)[..., None] * rates
+    index = jnp.arange(TIME_FREQUENCIES // 2, dtype=jnp.float32)
+    angles = (scale * t + offset)[..., None] * jnp.exp(-jnp.log(1e4) * index / divisor)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
@@ -192,13 +230,11 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t: Float[Array, "b k"]) -> Float[Array, "b k d"]:
         config, constrain = self.config, self.runtime.constrain
-        features = time_features(t, config.time_scale, config.time_offset, config.time_divisor)
+        x = time_features(t, config.time_scale, config.time_offset, config.time_divisor)
         init = nn.initializers.normal(config.time_std) if config.time_std else None
         linear = partial(dense, config.width, dtype=jnp.float32, init=init, precision="highest")
-        hidden = linear(("time", "embed"), name="up")(features)
-        hidden = constrain(nn.silu(hidden), "batch", None, "width")
-        out = linear(("embed", "embed_out"), name="out")(hidden)
-        return constrain(out, "batch", None, "width")
+        x = constrain(nn.silu(linear(("time", "embed"), name="up")(x)), "batch", None, "width")
+        return constrain(linear(("embed", "embed_out"), name="out")(x), "batch", None, "width")
 
 
 def pool_text(
@@ -229,12 +265,12 @@ class DiTBlock(nn.Module):
         text_segment_ids: Int[Array, "b s"] | None,
     ) -> tuple[Tokens, None]:
         config, run, width = self.config, self.runtime, x.shape[-1]
+        attention = partial(Attention, config.heads, run, qk_norm=config.qk_norm)
 
         def whole(y: jax.Array) -> jax.Array:
             # Unconstrained, the compiler splits widths over `tensor` and gathers them at every product.
             return run.constrain(y, "batch", "tokens", "width")
 
-        attention = partial(Attention, config.heads, run, qk_norm=config.qk_norm)
         x = checkpoint_name(x, RESIDUAL)
         if config.modulation == "layer":
             groups = Modulation(width, branches=2, name="modulation")(condition)  # [b, k, 6 d]
@@ -244,7 +280,7 @@ class DiTBlock(nn.Module):
             table: Any = self.param("modulation_table", init, (6 * width,))
             groups = condition + table
         groups = run.constrain(groups, "batch", None, None)
-        shift1, scale1, gate1, shift2, scale2, gate2 = gather_parts(groups, group_ids, 6)
+        shift1, scale1, gate1, shift2, scale2, gate2 = gather_groups(groups, group_ids, 6)
 
         # The residual stream has the dtype of activations; norms, shifts and gates are float32.
         h = whole((layer_norm(x) * (1 + scale1) + shift1).astype(run.dtype))  # (1)
@@ -276,17 +312,12 @@ class LayerGroup(nn.Module):
         return x, None
 
 
-# ---------------------------------------------------------------------------------------------------
-# The transformer
-# ---------------------------------------------------------------------------------------------------
-
-RESIDUALS = "residuals"
-"""The collection of what all blocks together added to their input, for steps that run none (feature
-caching, see ``sampling.sampler``)."""
+# --- The transformer ---
 
 
 class DiT(nn.Module):
-    """The transformer: noised tokens, their noise levels and text in, a patch a token out."""
+    """The transformer: noised tokens, their noise levels and text states (if it uses any) in, a patch a
+    token out, float32; finite and otherwise unspecified at padding."""
 
     config: DiTConfig
     output_dim: int
@@ -296,14 +327,9 @@ class DiT(nn.Module):
     def __call__(
         self,
         inputs: DenoiserInputs,
-        added: Sequence[Conditioning] = (),
-        residual: Tokens | None = None,
+        added: Sequence[Conditioning] = (),  # by conditioners
+        residual: Tokens | None = None,  # in place of running the blocks
     ) -> Output:
-        """Float32 ``[b, l, output_dim]``; finite and otherwise unspecified at padding.
-
-        ``inputs.text`` are text states, or None if the config uses none; ``added`` is what conditioners
-        add. A ``residual`` is added in place of running the blocks.
-        """
         config, run, positions = self.config, self.runtime, inputs.positions
         width, theta, group_ids = config.width, config.rope_theta, inputs.group_ids
         text, text_segment_ids = inputs.text, inputs.text_segment_ids
@@ -315,7 +341,7 @@ class DiT(nn.Module):
         for one in added:
             x = x if one.tokens is None else x + one.tokens.astype(run.dtype)
         if config.absolute_positions != "none":
-            features = ABSOLUTE[config.absolute_positions](positions, width, theta)
+            features = absolute_features(config.absolute_positions, positions, width, theta)
             x = x + features.astype(run.dtype)
         x = run.constrain(x, "batch", "tokens", "width")
 
@@ -323,7 +349,6 @@ class DiT(nn.Module):
         condition = TimeEmbedding(config, run, name="time")(inputs.group_t)
         for one in added:
             condition = condition if one.modulation is None else condition + one.modulation
-        rotary = rotary_angles(positions, width // config.heads, theta) if config.rotary else None
         if config.pooled_text:
             assert text is not None and text_segment_ids is not None
             exact = partial(dense, dtype=jnp.float32, precision="highest")
@@ -342,94 +367,42 @@ class DiT(nn.Module):
             text, text_segment_ids = jnp.concatenate(states, 1), jnp.concatenate(ids, 1)
             text = text.astype(run.dtype)
 
+        # The blocks, one after another: their parameters are stacked along a first axis.
         if residual is None:
+            head_dim = width // config.heads
+            rotary = rotary_angles(positions, head_dim, theta) if config.rotary else None
+            block: Any = DiTBlock
+            if config.remat != "none":
+                block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+            of_blocks = dataclasses.replace(run, dot_general=run.block_dot_general)
+            unit, arguments, count = block, (config, of_blocks), config.depth
+            if config.window is not None:
+                unit, arguments = LayerGroup, (block, *arguments)
+                count //= config.global_every
+            stacked: Any = nn.scan(
+                unit,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
+                length=count,
+                unroll=1 if config.scan else count,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
             others = (of_layers, group_ids, inputs.segment_ids, rotary, text, text_segment_ids)
-            start, (x, _) = x, self.blocks()(x, *others)
-            if self.is_mutable_collection(RESIDUALS) and not self.is_initializing():
-                self.put_variable(RESIDUALS, "blocks", x - start)
+            start, (x, _) = x, stacked(*arguments, name="blocks")(x, *others)
+            self.sow("intermediates", "residual", x - start)
         else:
             x = x + residual
 
         groups = Modulation(width, 1, gated=False, name="final_modulation")(condition)
         groups = run.constrain(groups, "batch", None, None)
-        shift, scale = gather_parts(groups, group_ids, 2)
+        shift, scale = gather_groups(groups, group_ids, 2)
         x = (layer_norm(x) * (1 + scale) + shift).astype(run.dtype)
         x = linear(self.output_dim, ("embed", "patch"), name="final", init=ZERO)(x)
         return x.astype(jnp.float32)
 
-    def blocks(self) -> nn.Module:
-        """All blocks one after another, their parameters stacked, as one module that carries ``x``."""
-        config = self.config
-        scan = config.scan if config.scan is not None else jax.default_backend() != "cpu"
-        run = dataclasses.replace(self.runtime, dot_general=self.runtime.block_dot_general)
-        block: Any = DiTBlock
-        if config.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        unit, arguments, count = block, (config, run), config.depth
-        if config.window is not None:
-            unit, arguments, count = LayerGroup, (block, config, run), count // config.global_every
-        scanned: Any = nn.scan(
-            unit,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
-            length=count,
-            unroll=1 if scan else count,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scanned(*arguments, name="blocks")
 
-
-# ---------------------------------------------------------------------------------------------------
-# The model with its text encoder
-# ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Everything that decides the shapes of the parameters, and how they are computed with."""
-
-    dit: DiTConfig = DiTConfig()
-    patch: PatchConfig = PatchConfig()
-    text: TextConfig = ByteEncoderConfig()
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
-    matmul: Literal["full", "int8", "fp8"] = "full"
-    """What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
-    bits (``parallel.matmul`` says what, in both passes; needs ``dit-jax[quant]``)."""
-    learned_variance: bool = False
-    """Whether the network's output has a second half: the variance of the reverse step, for every
-    number of the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
-    conditioners: dict[str, Conditioner] = dataclasses.field(default_factory=dict, hash=False)
-    """What else the model is conditioned on: a conditioner for each field, under the field's name."""
-
-    def __post_init__(self) -> None:
-        reads = self.dit.pooled_text or self.dit.cross_attention
-        rule = "of a kind, or unset dit.pooled_text and cross_attention, which have nothing to read"
-        require("model.", self, ("text", not (reads and isinstance(self.text, NoTextConfig)), rule))
-
-    @property
-    def output_dim(self) -> int:
-        """Numbers that the network gives for a token: p, or 2 p with learned variance."""
-        return self.patch.dim * (2 if self.learned_variance else 1)
-
-    @property
-    def text_width(self) -> int:
-        """Numbers of a text state as the transformer sees it."""
-        return self.text.state_width(self.dit.width)
-
-    def on(self, platform: str) -> ModelConfig:
-        """The same with what is left to the platform (cpu, gpu, tpu) decided for this one."""
-        scan = self.dit.scan if self.dit.scan is not None else platform != "cpu"
-        dtype: Any = jnp.dtype(self.compute_dtype(platform)).name
-        return dataclasses.replace(self, dtype=dtype, dit=dataclasses.replace(self.dit, scan=scan))
-
-    def compute_dtype(self, backend: str | None = None) -> Any:
-        """The dtype of activations on ``backend`` (unset: this process's)."""
-        if self.dtype == "auto":
-            cpu = (backend or jax.default_backend()) == "cpu"
-            return jnp.float32 if cpu else jnp.bfloat16
-        return jnp.dtype(self.dtype)
+# --- The model with its text encoder and conditioners ---
 
 
 class TextToVideo(nn.Module):
@@ -439,9 +412,13 @@ class TextToVideo(nn.Module):
     runtime: Runtime
 
     def setup(self) -> None:
-        config = self.config
-        run = dataclasses.replace(self.runtime, dtype=config.compute_dtype())
-        self.text: Any = config.text.build(config.dit.width, run)
+        config = self.config.on(jax.default_backend())
+        run = dataclasses.replace(self.runtime, dtype=jnp.dtype(config.dtype))
+        self.text: Any = None
+        if isinstance(config.text, ByteEncoderConfig):
+            self.text = ByteEncoder(config.text, run)
+        elif isinstance(config.text, TextStatesConfig):
+            self.text = StatesProjection(config.dit.width, run)
         self.conditioners = {
             name: one.build(name, config, run) for name, one in config.conditioners.items()
         }
@@ -466,6 +443,34 @@ class TextToVideo(nn.Module):
         return self.dit(inputs, added, residual)
 
 
+def blank_inputs(config: ModelConfig, l: int = 1, s: int = 1) -> DenoiserInputs:
+    """A row of zeros of ``l`` tokens and ``s`` text tokens, to trace what depends on shapes alone."""
+    token_fields, segment_fields = {}, {"fps": jnp.ones((1, 1))}
+    for name, conditioner in config.conditioners.items():
+        of, shape, dtype, _ = conditioner.field(config)
+        fields, count = (token_fields, l) if of == "token" else (segment_fields, 1)
+        fields[name] = jnp.zeros((1, count, *shape), dtype)
+    ids, text_ids = jnp.zeros((1, l), jnp.int32), jnp.zeros((1, s), jnp.int32)
+    text = text_ids
+    if isinstance(config.text, TextStatesConfig):
+        text = jnp.zeros((1, s, config.text.dim))
+    inputs = DenoiserInputs(
+        tokens=jnp.zeros((1, l, config.patch.dim)),
+        positions=jnp.zeros((1, l, 3)),
+        segment_ids=ids,
+        token_ids=ids,
+        group_ids=ids,
+        group_t=jnp.zeros((1, 1)),
+        text=text,
+        text_segment_ids=text_ids,
+        dropped=jnp.zeros((1, 1)),
+        token_fields=token_fields,
+        segment_fields=segment_fields,
+    )
+    keys = jax.random.split(jax.random.key(0), (1, 1))
+    return prepare_fields(config.conditioners, keys, inputs, train=False)
+
+
 def no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
     """Stands in for attention, which has no parameters, if only parameters matter."""
     return q
@@ -474,64 +479,21 @@ def no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
 def denoise_and_keep(
     model: TextToVideo, params: Params, inputs: DenoiserInputs
 ) -> tuple[Output, Tokens]:
-    """``TextToVideo.denoise``, and what the blocks added, in the dtype of activations."""
-    out: Any = model.apply(params, inputs, method="denoise", mutable=[RESIDUALS])
-    return out[0], out[1][RESIDUALS]["dit"]["blocks"]
+    """``TextToVideo.denoise``, and what the blocks added, for steps that run none (feature caching)."""
+    out: Any = model.apply(params, inputs, method="denoise", mutable=["intermediates"])
+    return out[0], out[1]["intermediates"]["dit"]["residual"][0]
 
 
 def first_modulation(
     config: DiTConfig, params: Params, t: Float[Array, "k"]
 ) -> Float[Array, "k m"]:
-    """Shift and scale (1 added) of what enters the first block, ``m = 2 d``, at noise levels ``t`` and
-    with no text: the part of that input which the level alone decides.
-
-    ``params`` are those of ``DiT``, without boxes.
-    """
+    """Shift and 1 + scale of what enters the first block, ``m = 2 d``, at noise levels ``t`` and with
+    no text: the part of that input which the level alone decides. ``params`` are ``DiT``'s, unboxed."""
     time: Any = TimeEmbedding(config, Runtime(no_attention))
-    condition = time.apply({"params": params["time"]}, t[None])
-    first = params["blocks"]["layer_0"] if config.window is not None else params["blocks"]
     modulation: Any = Modulation(config.width, 2)
-    if config.modulation == "shared":
-        out = modulation.apply({"params": params["modulation"]}, condition)
-        out = out + first["modulation_table"][0]
-    else:
-        own = jax.tree.map(lambda leaf: leaf[0], first["modulation"])
-        out = modulation.apply({"params": own}, condition)
-    shift, scale, *_ = jnp.split(out[0], 6, -1)
+    first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+    first = first if config.window is None else first["layer_0"]
+    own = params["modulation"] if config.modulation == "shared" else first["modulation"]
+    out = modulation.apply({"params": own}, time.apply({"params": params["time"]}, t[None]))
+    shift, scale, *_ = jnp.split((out + first.get("modulation_table", 0))[0], 6, -1)
     return jnp.concatenate([shift, 1 + scale], -1)
-
-
-# ---------------------------------------------------------------------------------------------------
-# What it costs
-# ---------------------------------------------------------------------------------------------------
-
-
-def forward_flops(
-    config: ModelConfig,
-    num_tokens: Int[np.ndarray, "*b"],
-    num_text: Int[np.ndarray, "*b"],
-    encode_text: bool = True,
-) -> Float[np.ndarray, "*b"]:
-    """Flops of a forward pass over segments of so many tokens, each with so many text tokens; without
-    ``encode_text``, of the transformer alone, as a solver runs it.
-
-    A multiplication and an addition count as two. Only what the mathematics asks for is counted:
-    attention within segments (and windows), one noise level a segment, no recomputation, no padding.
-    """
-    dit, d, width = config.dit, config.dit.width, config.text_width
-    tokens, letters = num_tokens.astype(np.float64), num_text.astype(np.float64)
-    block = (8 * d * d + 4 * d * dit.hidden) * tokens + 4 * d * tokens * tokens
-    if dit.cross_attention:
-        block += 4 * d * d * tokens + 4 * width * d * letters + 4 * d * tokens * letters
-    fields = [one.field(config) for one in config.conditioners.values()]
-    beside = sum(math.prod(field.shape) for field in fields if field.of == "token")
-    total = dit.depth * block + 2 * (config.patch.dim + beside + config.output_dim) * d * tokens
-    # Once a segment: its noise level's embedding, the pooled text's, and the modulation.
-    matrices = 6 * (dit.depth if dit.modulation == "layer" else 1) + 2
-    condition = (TIME_FREQUENCIES + d) * d + dit.pooled_text * width * d + matrices * d * d
-    total += 2 * condition * (tokens > 0)
-    if dit.window is not None:  # Windowed layers see 2 r + 1 keys a token, fewer near both ends.
-        reach = np.minimum(dit.window, np.maximum(tokens - 1, 0))
-        seen = tokens * (2 * reach + 1) - reach * (reach + 1)
-        total -= (dit.depth - dit.depth // dit.global_every) * 4 * d * (tokens * tokens - seen)
-    return total + config.text.flops(letters, d) if encode_text else total

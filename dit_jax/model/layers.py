@@ -1,4 +1,8 @@
-"""Layers that the transformer and the text encoder are made of.
+"""Layers of the transformer and the text encoder::
+
+    layer_norm(x) = (x - mean x) / sqrt(mean (x - mean x)^2 + eps)                            (1)
+    rms_norm(x)   = scale x / sqrt(mean x^2 + eps)               Zhang & Sennrich 2019        (2)
+    gelu(x)       = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2                         (3)
 
 Parameters are float32; matrix products run in the runtime's dtype. The float32 islands are: norms,
 modulation, rotary angles, noise levels and the softmax (in the attention function). Parameters and
@@ -39,11 +43,8 @@ def dense(
     dot_general: DotGeneral = jax.lax.dot_general,
     precision: Literal["highest"] | None = None,
 ) -> nn.Dense:
-    """A linear layer whose kernel ``[in, out]`` carries logical axes.
-
-    It is Xavier's without ``init``. On TPUs a product of float32 is one only if ``precision`` is
-    "highest".
-    """
+    """A linear layer whose kernel ``[in, out]``, Xavier's without ``init``, carries logical axes. On
+    TPUs a product of float32 is one only if ``precision`` is "highest"."""
     init = init or nn.initializers.xavier_uniform()
     # A bias along "embed" is whole on every device: to gather it in every layer costs more than room.
     bias_axis = "embed_vector" if axes[1] == "embed" else axes[1]
@@ -58,10 +59,10 @@ def dense(
     )
 
 
+# The backward passes of (1) and (3) are written out so that they keep the input alone.
 @jax.custom_vjp
 def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Layer norm without parameters, in float32; the result is float32."""
-    # The backward pass is written out (here and in `gelu`) so that it keeps the input alone.
+    """Layer norm (1) without parameters, in float32; the result is float32."""
     return _layer_norm_forward(x)[0]
 
 
@@ -88,7 +89,7 @@ GELU_CUBIC = 0.044715
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Gaussian error linear unit, tanh approximation (Hendrycks & Gimpel 2016, section 2)."""
+    """Gaussian error linear unit, tanh approximation (3) (Hendrycks & Gimpel 2016, section 2)."""
     return 0.5 * x * (1 + jnp.tanh(GELU_SCALE * x * (1 + GELU_CUBIC * x * x)))
 
 
@@ -103,7 +104,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a learned scale (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm (2) over the last axis with a learned scale."""
 
     axis_name: str | None = None
     eps: float = NORM_EPS
@@ -119,47 +120,38 @@ class RMSNorm(nn.Module):
 
 
 FEW_GROUPS = 4
-"""Up to so many, groups are chosen by comparisons, which XLA fuses into what uses the values: nothing
-of the row's length is stored."""
 
 
-def gather_groups(per_group: ByGroup, group_ids: Ids) -> Float[Array, "b #l d"]:
-    """The values of each token's modulation group; one for all tokens if there is one group."""
-    if per_group.shape[1] <= FEW_GROUPS:
-        out = per_group[:, :1]
-        for i in range(1, per_group.shape[1]):
-            out = jnp.where((group_ids == i)[..., None], per_group[:, i : i + 1], out)
-        return out
-    # A product with a one-hot matrix: exact, and its gradient is a product too, not a scatter.
-    chosen = jax.nn.one_hot(group_ids, per_group.shape[1], dtype=per_group.dtype)
-    return jnp.einsum("blk,bkd->bld", chosen, per_group, precision="highest")
-
-
-def gather_parts(per_group: ByGroup, group_ids: Ids, parts: int) -> list[jax.Array]:
-    """``gather_groups`` of each of so many equal parts: ``[b, l or 1, d / parts]``."""
-    if per_group.shape[1] <= FEW_GROUPS:
-        return [gather_groups(part, group_ids) for part in jnp.split(per_group, parts, -1)]
-    return jnp.split(gather_groups(per_group, group_ids), parts, -1)
-
-
-FLOAT32_LAYERS = {"time", "pooled", "modulation", "final_modulation"}
-"""Linear layers that compute in float32 whatever the dtype of activations."""
+def gather_groups(per_group: ByGroup, group_ids: Ids, parts: int = 1) -> list[jax.Array]:
+    """The values of each token's modulation group in equal parts ``[b, l, d / parts]``; of a single
+    group, ``[b, 1, d / parts]`` for all tokens."""
+    k = per_group.shape[1]
+    # Few groups are chosen by comparisons, which XLA fuses into what uses the values: nothing of the
+    # row's length is stored.
+    if k > FEW_GROUPS:
+        # A product with a one-hot matrix: exact, and its gradient is a product too, not a scatter.
+        chosen = jax.nn.one_hot(group_ids, k, dtype=per_group.dtype)
+        gathered = jnp.einsum("blk,bkd->bld", chosen, per_group, precision="highest")
+        return jnp.split(gathered, parts, -1)
+    out = []
+    for part in jnp.split(per_group, parts, -1):
+        value = part[:, :1]
+        for i in range(1, k):
+            value = jnp.where((group_ids == i)[..., None], part[:, i : i + 1], value)
+        out.append(value)
+    return out
 
 
 def as_computed(path: Sequence[str], leaf: jax.Array, dtype: Dtype) -> jax.Array:
-    """A parameter in the dtype that its layer computes with (see ``dense``); the others, and those of
-    conditioners, which compute in what they please, as they are."""
-    linear = path[-1] in ("kernel", "bias") and not FLOAT32_LAYERS.intersection(path)
-    linear = linear and not any(part.startswith("conditioners_") for part in path)
-    return leaf.astype(dtype) if linear else leaf
+    """A parameter in the dtype that its layer computes with (see ``dense``)."""
+    # These are float32 whatever the dtype of activations, and conditioners compute in what they please.
+    own = {"time", "pooled", "modulation", "final_modulation"}.intersection(path)
+    own = own or any(part.startswith("conditioners_") for part in path)
+    return leaf if own or path[-1] not in ("kernel", "bias") else leaf.astype(dtype)
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate of ``branches`` residual branches for every group; zero at init.
-
-    On TPUs the product is made of bfloat16 factors and summed in float32: its kernel is a large part of
-    the parameters, which every layer would gather twice as wide.
-    """
+    """Shift, scale and gate of ``branches`` residual branches for every group; zero when fresh."""
 
     width: int
     branches: int
@@ -167,16 +159,16 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, condition: ByGroup) -> Float[Array, "b k m"]:
-        each = 3 if self.gated else 2
-        features, axes = self.branches * each * self.width, ("embed", "modulation")
-        return dense(features, axes, jnp.float32, "linear", ZERO)(nn.silu(condition))
+        features = self.branches * (3 if self.gated else 2) * self.width
+        # Not of the highest precision: on TPUs its factors are bfloat16 (the sum is float32), for its
+        # kernel is a large part of the parameters, and every layer would gather it twice as wide.
+        linear = dense(features, ("embed", "modulation"), jnp.float32, "linear", ZERO)
+        return linear(nn.silu(condition))
 
 
 class Attention(nn.Module):
-    """Attention of tokens to those of their own segment, within ``window`` if there is one.
-
-    With ``text`` it is cross-attention: to the text of the segment, and zero at initialisation.
-    """
+    """Attention of tokens to those of their own segment, within ``window`` if there is one; with
+    ``text``, cross-attention to the segment's text, zero at initialisation."""
 
     heads: int
     runtime: Runtime
@@ -195,31 +187,27 @@ class Attention(nn.Module):
     ) -> Tokens:
         run, (b, l, width) = self.runtime, x.shape
         linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
-        d, source, keys = (
-            width // self.heads,
-            self.axis,
-            None if self.axis == "tokens" else segment_ids,
-        )
         # Queries, keys and values of one head lie side by side, so that splitting the heads over
         # devices splits the kernel in whole heads. Named before the norms, whose backward pass needs
         # what enters them: kept after them alone, the product would be computed again.
         if text is None:
+            # Keys laid out as the queries are have no segment ids of their own; those of text have.
+            keys_axis, keys = self.axis, None if self.axis == "tokens" else segment_ids
             qkv = checkpoint_name(linear(3 * width, ("embed", "heads"), name="qkv")(x), QKV)
-            qkv = qkv.reshape(b, l, self.heads, 3, d)
+            qkv = qkv.reshape(b, l, self.heads, 3, -1)
             q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]  # [b, l, a, d]
         else:
-            states, keys = text
-            source = "text_tokens"
-            q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, d)
+            keys_axis, (states, keys) = "text_tokens", text
+            q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, -1)
             kv = linear(2 * width, ("embed", "heads"), name="kv")(states)
-            kv = kv.reshape(b, states.shape[1], self.heads, 2, d)
+            kv = kv.reshape(b, states.shape[1], self.heads, 2, -1)
             k, v = kv[..., 0, :], kv[..., 1, :]  # [b, s, a, d]
         if self.qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q = run.constrain(q, "batch", self.axis, "heads", None)
-        k, v = (run.constrain(y, "batch", source, "heads", None) for y in (k, v))
+        k, v = (run.constrain(y, "batch", keys_axis, "heads", None) for y in (k, v))
         out = run.attention(q, k, v, segment_ids, keys, window=self.window)
         out = run.constrain(out, "batch", self.axis, "heads", None).reshape(b, l, width)
         init = None if text is None else ZERO
@@ -227,7 +215,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between."""
+    """Two linear layers with a GELU (3) between."""
 
     hidden: int
     runtime: Runtime

@@ -1,19 +1,15 @@
 """How text enters: a small encoder over bytes learned with the model, or an encoder's stored states.
 
-Prompts in any language work with nothing downloaded. UTF-8 bytes (after a first token that
-stands for the beginning) are embedded and pass through a few bidirectional transformer layers
-within their own segment. An empty caption is the beginning token alone; that is also what a
-dropped caption becomes, so classifier-free guidance's "unconditional" is the empty prompt.
-
-States that a large encoder made beforehand come with the data. A zero state is put before them and
-stands for the beginning in the same way.
+UTF-8 bytes, in any language and with nothing downloaded, pass through a few bidirectional transformer
+layers within their own segment. A first token (of states, a zero one) stands for the beginning: an
+empty caption is that alone, and so is a dropped one, the "unconditional" of guidance.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,28 +25,19 @@ FIRST_BYTE = 2
 VOCABULARY = FIRST_BYTE + 256
 
 
-class BaseTextConfig:
-    """What a model asks of the config of its text; here, of a model that reads none."""
+@dataclasses.dataclass(frozen=True)
+class NoTextConfig:
+    """No text, for a model of classes or of other fields alone."""
+
+    max_tokens: ClassVar[int] = 1
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
         """What the model reads of a caption: tokens int32 ``[s]``, or states float32 ``[s, e]``."""
         return np.array([BEGIN], np.int32)
 
-    def state_width(self, width: int) -> int:
-        """Numbers of a state that a transformer of this width attends to."""
-        return width
-
-    def build(self, width: int, runtime: Runtime) -> nn.Module | None:
-        """The text encoder of a transformer of this width, if there is one."""
-        return None
-
-    def flops(self, letters: Any, width: int) -> Any:
-        """Of encoding captions of so many tokens."""
-        return 0 * letters
-
 
 @dataclasses.dataclass(frozen=True)
-class ByteEncoderConfig(BaseTextConfig):
+class ByteEncoderConfig:
     """Size of the byte encoder."""
 
     width: PositiveInt = 128
@@ -60,7 +47,7 @@ class ByteEncoderConfig(BaseTextConfig):
     """Longer captions are cut there; one more token stands for the beginning."""
 
     def __post_init__(self) -> None:
-        heads = max(self.heads, 1)
+        heads = max(self.heads, 1)  # The type refuses 0 later.
         require("text.", self, ("width", self.width % heads == 0, f"a multiple of heads {heads}"))
 
     @property
@@ -72,23 +59,15 @@ class ByteEncoderConfig(BaseTextConfig):
         return 1 + len(caption.encode())
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
-        return byte_tokens(caption, self.max_bytes)
-
-    def state_width(self, width: int) -> int:
-        return self.width
-
-    def build(self, width: int, runtime: Runtime) -> nn.Module | None:
-        return ByteEncoder(self, runtime)
-
-    def flops(self, letters: Any, width: int) -> Any:
-        e = self.width
-        layer = 24 * e * e * letters + 4 * e * letters * letters
-        return self.depth * layer + 2 * e * e * letters
+        """The beginning, then UTF-8 bytes, cut to ``max_bytes``, but no character in two."""
+        cut = caption.encode()[: self.max_bytes].decode(errors="ignore").encode()
+        body = np.frombuffer(cut, np.uint8).astype(np.int32) + FIRST_BYTE
+        return np.concatenate([np.array([BEGIN], np.int32), body])
 
 
 @dataclasses.dataclass(frozen=True)
-class TextStatesConfig(BaseTextConfig):
-    """Captions that come as the states of a text encoder, made when the data was prepared."""
+class TextStatesConfig:
+    """Captions that come as the states of a text encoder, computed when the data was prepared."""
 
     encoder: str = "umt5-xxl"
     """The encoder's name: its states cannot stand in for another's, which are refused (by the hash of
@@ -99,8 +78,7 @@ class TextStatesConfig(BaseTextConfig):
     """The beginning and the states of a caption; longer captions are cut there."""
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
-        """Float32 states ``[s, e]`` behind a zero one; an empty caption is a dropped one."""
-        if states is not None and not caption:
+        if states is not None and not caption:  # A dropped caption.
             states = np.zeros((0, self.dim), np.float32)
         if states is None or states.ndim != 2 or states.shape[1] != self.dim:
             actual = "none" if states is None else f"an array of shape {states.shape}"
@@ -113,30 +91,8 @@ class TextStatesConfig(BaseTextConfig):
         cut = states[: self.max_tokens - 1].astype(np.float32)
         return np.concatenate([np.zeros((1, self.dim), np.float32), cut])
 
-    def build(self, width: int, runtime: Runtime) -> nn.Module | None:
-        return StatesProjection(width, runtime)
-
-    def flops(self, letters: Any, width: int) -> Any:
-        return 2 * (self.dim + width) * width * letters
-
-
-@dataclasses.dataclass(frozen=True)
-class NoTextConfig(BaseTextConfig):
-    """No text: a model of classes, or of other fields, alone (``ModelConfig.conditioners``)."""
-
-    max_tokens: ClassVar[int] = 1
-    """The beginning, which nothing reads."""
-
 
 TextConfig = ByteEncoderConfig | TextStatesConfig | NoTextConfig
-
-
-def byte_tokens(caption: str, max_bytes: int) -> np.ndarray:
-    """A caption as int32 tokens ``[s]``: the beginning, then its UTF-8 bytes, cut to ``max_bytes``, but
-    no character in two."""
-    encoded = caption.encode("utf-8")[:max_bytes].decode("utf-8", errors="ignore").encode("utf-8")
-    body = np.frombuffer(encoded, np.uint8).astype(np.int32) + FIRST_BYTE
-    return np.concatenate([np.array([BEGIN], np.int32), body])
 
 
 class TextBlock(nn.Module):
@@ -156,7 +112,7 @@ class TextBlock(nn.Module):
             return run.constrain(y, "batch", "text_tokens", "width")
 
         attention = Attention(config.heads, run, axis="text_tokens", name="self_attention")
-        x = whole(x + whole(attention(whole(layer_norm(x).astype(run.dtype)), segment_ids, None)))
+        x = whole(x + whole(attention(whole(layer_norm(x).astype(run.dtype)), segment_ids)))
         mlp = MLP(4 * config.width, run, axis="text_tokens", name="mlp")
         return whole(x + whole(mlp(whole(layer_norm(x).astype(run.dtype)))))
 
@@ -192,10 +148,8 @@ class ByteEncoder(nn.Module):
 
 
 class StatesProjection(nn.Module):
-    """An encoder's states ``[b, s, e]`` to text states of the model's width, token by token.
-
-    The zero state of the beginning becomes what the biases say: a learned "no caption".
-    """
+    """An encoder's states ``[b, s, e]`` to text states of the model's width, token by token (that of
+    the beginning to what the biases say, a learned "no caption")."""
 
     width: int
     runtime: Runtime

@@ -10,17 +10,16 @@ nothing. Copies that a kernel starts by hand, and its vector operations, are not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dit_jax.model.flops import traced_flops
 from dit_jax.plan.hlo import Instruction
 
 Signature = tuple[tuple[int, ...], ...]
 """Shapes of a call's operands."""
-
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 
 
 class Kernel(NamedTuple):
@@ -31,49 +30,6 @@ class Kernel(NamedTuple):
     flops: float
     block_bytes: tuple[float, ...]
     """Of each operand, then each result: what is moved if it lies in HBM."""
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            one = getattr(one, "jaxpr", one)
-            if hasattr(one, "eqns"):
-                yield one
-
-
-def _size(aval: Any) -> int:
-    return math.prod(int(size) for size in aval.shape)
-
-
-def traced_flops(jaxpr: Any, partitions: int = 1) -> float:
-    """Flops of all products in a jaxpr, over all devices, with kernels opened up.
-
-    A ``scan`` counts its length, a ``cond`` its dearest branch, a ``shard_map`` its number of devices,
-    a ``while`` once.
-    """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            ((contracted, _), _) = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2.0 * _size(equation.outvars[0].aval) * math.prod(shape[d] for d in contracted)
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * _size(equation.outvars[0].aval) * _size(kernel) / features
-        elif name == "pallas_call":
-            total += _grid_size(params["grid_mapping"].grid) * traced_flops(params["jaxpr"])
-        elif name == "cond":
-            total += max(traced_flops(branch, partitions) for branch in params["branches"])
-        elif name in ("custom_vjp_call", "custom_jvp_call"):
-            total += traced_flops(next(params[k] for k in _CALLS if k in params), partitions)
-        else:
-            times = {"scan": params.get("length", 1), "shard_map": partitions}.get(name, 1)
-            total += times * sum(traced_flops(one, partitions) for one in _inner(params))
-    return total
 
 
 def _grid_size(grid: Iterable[Any]) -> int:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -33,6 +32,7 @@ from dit_jax.model import (
     NoTextConfig,
     TextStatesConfig,
     TextToVideo,
+    blank_inputs,
     check_fields,
     field_tokens,
     forward_flops,
@@ -47,7 +47,6 @@ from dit_jax.types import (
     PAD,
     Batch,
     Codec,
-    DenoiserInputs,
     Params,
     PixelCodec,
     Runtime,
@@ -378,28 +377,7 @@ def init_params(model: TextToVideo, key: jax.Array) -> Params:
     """Fresh parameters that carry their logical axes (the shapes do not depend on the batch)."""
     # Attention has no parameters, and its kernels do not take a single token.
     model = model.clone(runtime=dataclasses.replace(model.runtime, attention=no_attention))
-    config, text, ids = model.config, model.config.text, jnp.zeros((1, 1), jnp.int32)
-    fields = {name: one.field(config) for name, one in config.conditioners.items()}
-
-    def zeros(of: str) -> dict[str, jax.Array]:
-        return {k: jnp.zeros((1, 1, *f.shape), f.dtype) for k, f in fields.items() if f.of == of}
-
-    inputs = DenoiserInputs(
-        tokens=jnp.zeros((1, 1, config.patch.dim)),
-        positions=jnp.zeros((1, 1, 3)),
-        segment_ids=ids,
-        token_ids=ids,
-        group_ids=ids,
-        group_t=jnp.zeros((1, 1)),
-        text=jnp.zeros((1, 1, text.dim)) if isinstance(text, TextStatesConfig) else ids,
-        text_segment_ids=ids,
-        dropped=jnp.zeros((1, 1)),
-        token_fields=zeros("token"),
-        segment_fields={"fps": jnp.ones((1, 1)), **zeros("segment")},
-    )
-    keys = jax.random.split(key, (1, 1))
-    inputs = prepare_fields(config.conditioners, keys, inputs, train=False)
-    return model.init(key, inputs)
+    return model.init(key, blank_inputs(model.config))
 
 
 def batch_loss(

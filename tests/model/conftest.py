@@ -19,12 +19,11 @@ from dit_jax.model import (
     ModelConfig,
     PatchConfig,
     TextToVideo,
-    byte_tokens,
     positions,
 )
 from dit_jax.parallel import xla_attention
 from dit_jax.types import Attention, DotGeneral, Runtime
-from tests.denoiser import struct
+from tests.denoiser import byte_tokens, struct
 
 ROW_TOKENS, ROW_TEXT, ROW_SEGMENTS = 32, 24, 3
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import TypeCheckError
 
 from dit_jax.model.dit import DiTBlock, DiTConfig
-from dit_jax.model.layers import Modulation, RMSNorm, gather_groups, gelu, layer_norm
+from dit_jax.model.layers import Modulation, gelu, layer_norm
 from dit_jax.model.patches import frequencies
 from dit_jax.parallel import xla_attention
 from dit_jax.types import Runtime
@@ -64,40 +64,17 @@ def test_a_fresh_block_is_the_identity(compiled, fresh, inputs):
     assert np.array_equal(out, given["x"])
 
 
-def test_a_block_with_random_parameters_is_not(compiled, params, inputs):
-    given = block_inputs(inputs)
-    out = compiled(xla_attention)(first_layer(params), given)
-    assert np.abs(out - given["x"]).mean() > 0.1
-
-
-@pytest.mark.parametrize("group", range(6))
-def test_a_group_modulates_its_own_tokens_alone(compiled, params, inputs, group):
+def test_a_group_modulates_its_own_tokens_alone(compiled, params, inputs):
     given, layer = block_inputs(inputs), first_layer(params)
-    condition = given["condition"].copy()
-    condition[:, group] += 1.0
     base = np.asarray(compiled(no_attention)(layer, given))
-    out = np.asarray(compiled(no_attention)(layer, {**given, "condition": condition}))
-    # Bit for bit: with attention silent nothing joins one token to another.
-    assert np.array_equal((out != base).any(-1), given["group_ids"] == group)
-
-
-def test_both_groups_of_a_segment_are_there(inputs):
-    first = inputs["group_ids"][0][inputs["segment_ids"][0] == 1]
-    assert sorted(set(first.tolist())) == [0, 1]
-
-
-def test_groups_are_gathered_to_tokens():
-    per_group = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-    ids = np.array([[2, 0, 0, 1], [1, 1, 2, 0]], np.int32)
-    out = gather_groups(jnp.asarray(per_group), jnp.asarray(ids))
-    expected = [[per_group[b, ids[b, l]].tolist() for l in range(4)] for b in range(2)]
-    assert out.tolist() == expected
-
-
-def test_a_single_group_is_of_all_tokens():
-    per_group = jnp.arange(4.0).reshape(2, 1, 2)
-    out = gather_groups(per_group, jnp.zeros((2, 5), jnp.int32))
-    assert np.broadcast_to(out, (2, 5, 2)).tolist() == np.repeat(per_group, 5, 1).tolist()
+    for group in range(6):
+        condition = given["condition"].copy()
+        condition[:, group] += 1.0
+        out = np.asarray(compiled(no_attention)(layer, {**given, "condition": condition}))
+        # Bit for bit: with attention silent nothing joins one token to another.
+        assert np.array_equal((out != base).any(-1), given["group_ids"] == group)
+    # Both groups of a segment are there.
+    assert {0, 1} == set(inputs["group_ids"][0][inputs["segment_ids"][0] == 1].tolist())
 
 
 def test_modulation_starts_at_zero_for_every_group(jit):
@@ -131,25 +108,6 @@ def test_written_out_gradients_are_those_of_the_formula(ours, plain, dtype, jit)
     np.testing.assert_allclose(value, expected, rtol=rtol, atol=256**0.5 * atol)
     slope, expected_slope = (np.asarray(g, np.float32) for g in (slope, expected_slope))
     np.testing.assert_allclose(slope, expected_slope, rtol=rtol, atol=atol)
-
-
-def test_layer_norm_has_mean_zero_and_variance_one(jit):
-    x = np.random.default_rng(0).normal(3, 5, (4, 64)).astype(np.float32)
-    y = np.asarray(jit(layer_norm)(x))
-    # The epsilon of 1e-6 in a variance of 25, and float32.
-    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
-    np.testing.assert_allclose(y.std(-1), 1, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rms_norm_has_mean_square_one_and_keeps_the_dtype(dtype, jit):
-    x = np.random.default_rng(0).normal(0, 5, (4, 64)).astype(dtype)
-    y, variables = jit(RMSNorm().init_with_output)(jax.random.key(0), x)
-    assert y.dtype == dtype
-    assert jax.tree.leaves(variables)[0].dtype == jnp.float32
-    # float32; or the rounding of bfloat16 (2^-9), averaged over 64 numbers.
-    atol = 1e-5 if dtype == jnp.float32 else 2e-3
-    np.testing.assert_allclose(np.square(np.asarray(y, np.float64)).mean(-1), 1, atol=atol)
 
 
 def test_norms_of_low_precision_are_computed_in_float32(jit):

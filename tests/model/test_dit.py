@@ -11,7 +11,7 @@ from flax import linen as nn
 from dit_jax.config import check_types
 from dit_jax.model import PRESETS, DiT, DiTConfig, TextToVideo
 from dit_jax.model.conditioners import group_segments
-from dit_jax.model.dit import pool_text, time_features
+from dit_jax.model.dit import pool_text
 from dit_jax.parallel import host_attention, xla_attention
 from dit_jax.parallel.matmul import flat_dot_general
 from dit_jax.parallel.mesh import ACTIVATION_RULES, PARAMETER_RULES
@@ -29,12 +29,9 @@ def leaves_with_names(boxed):
 # --- initialisation and parameters ---
 
 
-def test_a_fresh_model_says_zero(forward, fresh, inputs):
+def test_fresh_branches_are_zero_and_nothing_else_is(forward, fresh, inputs):
     out = forward(fresh, **inputs)
     assert out.shape == inputs["tokens"].shape and not out.any()
-
-
-def test_fresh_branches_are_zero_and_nothing_else_is(fresh):
     zero = set()
     for path, leaf in jax.tree_util.tree_flatten_with_path(fresh["params"])[0]:
         names = [key.key for key in path]
@@ -58,7 +55,7 @@ def test_layers_are_drawn_apart(fresh):
 
 @pytest.mark.parametrize(
     ("name", "width", "depth", "heads"),
-    [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)],
+    [("S", 384, 12, 6), ("XL", 1152, 28, 16)],
 )
 def test_presets_have_the_parameters_that_their_shapes_say(name, width, depth, heads):
     d, e, p = width, 128, 16
@@ -138,14 +135,6 @@ def test_pooled_text_is_the_mean_of_each_groups_segment(jit):
     np.testing.assert_allclose(pooled[1, [0, 2, 3]], [one, two, two], rtol=1e-6, atol=1e-6)
 
 
-def test_presets_are_about_the_fields_sizes():
-    # Peebles & Xie 2022, table 1, in millions; ours have cross-attention (about 2 d^2 a layer) more.
-    for name, millions in (("S", 33), ("B", 130), ("L", 458), ("XL", 675)):
-        config = PRESETS[name]
-        ours = config.depth * (18 + 2) * config.width**2 / 1e6
-        assert millions < ours < 1.15 * millions + 2
-
-
 def test_every_parameter_has_axes_that_the_rules_know(tiny, boxed, other_ways):
     leaves = leaves_with_names(boxed(tiny()))
     assert len(leaves) == 30 + 14  # the transformer's and the text encoder's
@@ -186,16 +175,6 @@ def test_activations_are_laid_out_by_axes_that_the_rules_know(model, params, inp
 def test_nonsense_sizes_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         check_types(DiTConfig(**fields), "dit")
-
-
-def test_time_features_are_sinusoids_of_thousandths(jit):
-    t = np.array([[0.0, 0.25, 1.0]], np.float32)
-    features = np.asarray(jit(time_features)(t))
-    angles = 1000 * t[..., None].astype(np.float64) * 1e4 ** (-np.arange(128) / 128)
-    expected = np.concatenate([np.cos(angles), np.sin(angles)], -1)
-    # Angles reach 1000 in float32: 2^-14.
-    np.testing.assert_allclose(features, expected, atol=2e-4)
-    assert features[0, 0].tolist() == [1.0] * 128 + [0.0] * 128
 
 
 # --- execution: other ways to compute the same ---
@@ -242,18 +221,12 @@ def test_bfloat16_is_close_to_float32(tiny, forward, params, inputs, jit):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parameters_are_float32(tiny, boxed, dtype):
-    leaves = jax.tree.leaves(boxed(tiny(dtype=dtype)))
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_dtype_is_promoted_silently(tiny, boxed, inputs, dtype):
+def test_parameters_are_float32_and_no_dtype_is_promoted_silently(tiny, boxed, inputs, dtype):
     model = tiny(dtype=dtype)
     with jax.numpy_dtype_promotion("strict"):
         shapes = nn.unbox(boxed(model))
         out = jax.eval_shape(model.apply, shapes, struct(inputs))
-    assert out.dtype == jnp.float32
+    assert {x.dtype for x in [out, *jax.tree.leaves(shapes)]} == {jnp.dtype("float32")}
 
 
 def test_replace_keeps_the_parameters(tiny, boxed):

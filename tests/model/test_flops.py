@@ -29,11 +29,13 @@ def products(*shapes: tuple[int, int, int]) -> int:
 
 def counted_by_hand(config: ModelConfig, l: int, s: int) -> int:
     d, f, p = config.dit.width, config.dit.hidden, config.patch.dim
-    e = config.text_width
+    e, pairs = config.text_width, d // config.dit.heads // 2
     self_attention = products((l, d, 3 * d), (l, d, l), (l, l, d), (l, d, d))
     cross_attention = products((l, d, d), (s, e, 2 * d), (l, d, s), (l, s, d), (l, d, d))
     mlp = products((l, d, f), (l, f, d))
     ends = products((l, p, d), (l, d, p))
+    # Rotary angles, and what keeps XLA from computing their cosines and sines again.
+    ends += products((l, 3, pairs), (l, pairs, pairs), (l, pairs, pairs))
     if isinstance(config.text, TextStatesConfig):
         encoder = products((s, config.text.dim, d), (s, d, d))
     else:
@@ -45,7 +47,7 @@ def counted_by_hand(config: ModelConfig, l: int, s: int) -> int:
     # Of the one noise level of a segment, if there is one.
     condition = products((1, 256, d), (1, d, d), (1, d, 2 * d))
     if config.dit.pooled_text:
-        condition += products((1, e, d))
+        condition += products((1, s, e), (1, e, d))
     modulation = products((1, d, 6 * d))
     layers = config.dit.depth * (attention + mlp + modulation * (l > 0))
     return layers + ends + condition * (l > 0) + encoder
@@ -59,10 +61,15 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("text", [CONFIG.text, TextStatesConfig(dim=24, max_tokens=32)])
-@pytest.mark.parametrize("cross_attention", [True, False])
-def test_every_matrix_product_is_counted(cross_attention, text):
-    dit = dataclasses.replace(CONFIG.dit, cross_attention=cross_attention)
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, CONFIG.text),
+        ({"cross_attention": False, "pooled_text": True}, TextStatesConfig(dim=24, max_tokens=32)),
+    ],
+)
+def test_every_matrix_product_is_counted(changes, text):
+    dit = dataclasses.replace(CONFIG.dit, **changes)
     config = dataclasses.replace(CONFIG, dit=dit, text=text)
     tokens, text = np.array([[1, 40], [96, 0]]), np.array([[1, 12], [32, 0]])
     counts = forward_flops(config, tokens, text)
@@ -74,11 +81,11 @@ def test_every_matrix_product_is_counted(cross_attention, text):
 
 
 @pytest.mark.parametrize(("depth", "every"), [(6, 2), (6, 3), (6, 6), (6, 1)])
-@pytest.mark.parametrize("window", [1, 5, 63, 64, 1000])
+@pytest.mark.parametrize("window", [5, 64])
 def test_windowed_layers_count_the_pairs_that_they_see(window, depth, every):
     dit = dataclasses.replace(CONFIG.dit, depth=depth, window=window, global_every=every)
     config = dataclasses.replace(CONFIG, dit=dit)
-    tokens = np.array([0, 1, 2, 5, 6, 7, 40, 64])
+    tokens = np.array([1, 2, 5, 6, 7, 40, 64])
     counts = forward_flops(config, tokens, np.full(len(tokens), 12))
     windowed = depth - depth // every
     for l, count in zip(tokens.tolist(), counts.tolist(), strict=True):
@@ -91,8 +98,7 @@ def test_windowed_layers_count_the_pairs_that_they_see(window, depth, every):
 
 def test_long_clips_cost_their_square():
     config = dataclasses.replace(CONFIG, dit=DiTConfig(width=1152, depth=28, heads=16))
-    million = np.array([10**6])
-    count = forward_flops(config, million, np.array([1]))[0]
+    count = forward_flops(config, np.array([10**6]), np.array([1]))[0]
     # Of int32 counts nothing overflows, and attention is nearly all: 28 x 4 x 1152 x 10^12.
     assert 1.29e17 < count < 1.32e17
 

@@ -10,21 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.model import byte_tokens
 from dit_jax.parallel import host_attention
 from dit_jax.types import PAD
-from tests.denoiser import struct
+from tests.denoiser import byte_tokens, struct
 
 
-@pytest.fixture(scope="module", params=["reference", "host_attention", "other_ways"])
+@pytest.fixture(scope="module", params=["reference", "other_ways"])
 def way(request, tiny, other_ways):
-    """The model with the reference attention, with that of CPUs, and with the text pooled."""
-    changes = {
-        "reference": {},
-        "host_attention": {"attention": host_attention},
-        "other_ways": other_ways,
-    }
-    return tiny(**changes[request.param])
+    """The model with the reference attention, and with that of CPUs and the text pooled."""
+    return tiny(
+        **({"attention": host_attention, **other_ways} if request.param != "reference" else {})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,32 +64,15 @@ def test_the_test_rows_are_what_they_should_be(inputs, base):
 
 
 @pytest.mark.parametrize("j", [1, 2, 3])
-def test_tokens_of_a_segment_reach_that_segment_alone(forward, params, inputs, base, j):
+def test_what_is_of_a_segment_reaches_that_segment_alone(forward, params, inputs, base, j):
     mine = tokens_of(inputs, j)
     at = tuple(np.argwhere(mine)[0])
-    other = forward(params, **altered(inputs, "tokens", at, 3.0))
-    assert np.array_equal(changed(inputs, base, other), mine)
-
-
-@pytest.mark.parametrize("j", [1, 2, 3])
-def test_positions_of_a_segment_reach_that_segment_alone(forward, params, inputs, base, j):
-    mine = tokens_of(inputs, j)
-    at = tuple(np.argwhere(mine)[0])
-    other = forward(params, **altered(inputs, "positions", at, 5.0))
-    assert np.array_equal(changed(inputs, base, other), mine)
-
-
-@pytest.mark.parametrize("j", [1, 2, 3])
-def test_text_of_a_segment_reaches_that_segment_alone(forward, params, inputs, base, j):
-    at = (0, np.flatnonzero(inputs["text_segment_ids"][0] == j)[-1])
-    other = forward(params, **altered(inputs, "text", at, 99))
-    assert np.array_equal(changed(inputs, base, other), tokens_of(inputs, j))
-
-
-@pytest.mark.parametrize(("j", "group"), [(1, 0), (1, 1), (2, 1), (3, 0)])
-def test_a_noise_level_reaches_its_segment_alone(forward, params, inputs, base, j, group):
-    other = forward(params, **altered(inputs, "group_t", (0, 2 * (j - 1) + group), 0.33))
-    assert np.array_equal(changed(inputs, base, other), tokens_of(inputs, j))
+    text_at = (0, np.flatnonzero(inputs["text_segment_ids"][0] == j)[-1])
+    groups = [(0, g) for g in np.unique(inputs["group_ids"][mine])]
+    changes = [("tokens", at, 3.0), ("positions", at, 5.0), ("text", text_at, 99)]
+    for name, where, value in changes + [("group_t", group, 0.33) for group in groups]:
+        other = forward(params, **altered(inputs, name, where, value))
+        assert np.array_equal(changed(inputs, base, other), mine), name
 
 
 def test_no_gradient_crosses_segments(way, params, inputs, jit):

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dit_jax.config import check_types
 from dit_jax.model import DiTConfig, layers
 from dit_jax.model.dit import REMAT_POLICIES
-from dit_jax.model.layers import gather_groups, gather_parts
+from dit_jax.model.layers import gather_groups
 from dit_jax.parallel import AttentionConfig, MeshConfig, choose_attention, make_mesh
 from tests.denoiser import assert_same, struct
 
@@ -35,26 +34,8 @@ def changed(params, change):
 # --- one modulation for all layers ---
 
 
-def test_fresh_blocks_are_the_identity(tiny, inputs, jit):
-    model = tiny(modulation="shared", scan=True)
-    init = jit(lambda key, inputs: nn.unbox(model.init(key, struct(inputs))))
-    final = np.random.default_rng(0).normal(size=(WIDTH, 12)).astype(np.float32)
-    # What the last, fresh layer would hide is let through.
-    params = changed(init(jax.random.key(0), inputs), lambda dit: dit["final"].update(kernel=final))
-    out = np.asarray(jit(model.apply)(params, struct(inputs)))
-
-    embedding = params["params"]["dit"]["patch_embedding"]
-    x = np.float64(inputs["tokens"]) @ embedding["kernel"] + embedding["bias"]
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    real = inputs["segment_ids"] > 0
-    # Embedded, normed and projected: float32 sums of 32 terms. (Padding embeds to zero.)
-    np.testing.assert_allclose(out[real], (x @ final)[real], rtol=1e-4, atol=1e-4)
-    assert np.abs(out[real]).mean() > 1
-
-
-@pytest.mark.parametrize("depth", [1, 2, 5])
-def test_shared_modulation_saves_a_matrix_a_layer(tiny, boxed, depth):
-    d = WIDTH
+def test_shared_modulation_saves_a_matrix_a_layer(tiny, boxed):
+    d, depth = WIDTH, 5
     layer, shared = (count(boxed(tiny(modulation=way, depth=depth))) for way in ("layer", "shared"))
     # One matrix and bias [d, 6 d] instead of one for every layer, and a table [6 d] for each.
     assert layer - shared == (depth - 1) * (6 * d * d + 6 * d) - depth * 6 * d
@@ -94,12 +75,6 @@ def test_shared_modulation_is_that_of_layers_with_one_matrix(
         dit["blocks"]["modulation_table"] = linear["bias"]
 
     assert_same(loss_and_gradients(model, ours), (loss, changed(gradients, share)))
-
-
-def test_shared_modulation_is_the_same_scanned(shared, tiny, loss_and_gradients):
-    model, params = shared
-    unrolled = loss_and_gradients(tiny(modulation="shared"), params)
-    assert_same(loss_and_gradients(model, params), unrolled)
 
 
 # --- windows ---
@@ -179,12 +154,11 @@ def test_layers_see_as_far_as_their_window(tiny, params_of, reach):
     assert reach(model, params, ["layer_0", "layer_1", "layer_2"]) == [2]
 
 
-def test_layers_without_a_band_need_not_divide():
-    assert DiTConfig(window=None, global_every=5).depth == 12
-
-
 @pytest.mark.parametrize("fields", [{"window": 0}, {"global_every": 0}, {"global_every": 5}])
 def test_bands_that_do_not_fit_are_refused(fields):
+    assert (
+        DiTConfig(window=None, global_every=5).depth == 12
+    )  # Without a window it need not divide.
     with pytest.raises(ValueError, match=r"dit.(window|global_every) is 0|dit.depth is 12.* 5"):
         check_types(DiTConfig(**{"window": 8, **fields}), "dit")
 
@@ -204,7 +178,9 @@ def kept(tiny, params, ring, loss_and_gradients):
     return loss_and_gradients(tiny(ring, scan=True), params)
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(p, marks=pytest.mark.slow) for p in list(REMAT_POLICIES)[1:])]
+)
 def test_every_policy_gives_the_same(tiny, params, ring, kept, loss_and_gradients, remat):
     assert_same(loss_and_gradients(tiny(ring, scan=True, remat=remat), params), kept)
 
@@ -262,7 +238,7 @@ def test_policies_compute_again_what_they_do_not_keep(recomputed):
 # --- groups to tokens ---
 
 
-@pytest.mark.parametrize("groups", range(1, 7))
+@pytest.mark.parametrize("groups", [1, 3, 6])
 def test_groups_are_gathered_alike_in_both_ways(groups, monkeypatch, jit):
     rng = np.random.default_rng(groups)
     values = rng.normal(size=(2, groups, 12)).astype(np.float32)
@@ -272,8 +248,8 @@ def test_groups_are_gathered_alike_in_both_ways(groups, monkeypatch, jit):
     def gather(values, ids, few):
         with monkeypatch.context() as patch:
             patch.setattr(layers, "FEW_GROUPS", few)
-            whole = jnp.broadcast_to(gather_groups(values, ids), slopes.shape)
-            parts = [jnp.broadcast_to(x, (2, 9, 4)) for x in gather_parts(values, ids, 3)]
+            whole = jnp.broadcast_to(gather_groups(values, ids)[0], slopes.shape)
+            parts = [jnp.broadcast_to(x, (2, 9, 4)) for x in gather_groups(values, ids, 3)]
         return (whole * slopes).sum() + (jnp.concatenate(parts, -1) * slopes).sum(), (whole, parts)
 
     both = jit(
@@ -301,7 +277,7 @@ def test_ids_that_no_group_has_disturb_no_other_token(few, monkeypatch):
     real = (ids >= 0) & (ids < 3)
 
     def gather(values):
-        out = gather_groups(values, jnp.asarray(ids))
+        out = gather_groups(values, jnp.asarray(ids))[0]
         return jnp.where(real[..., None], out, 0).sum(), out
 
     slope, out = jax.grad(gather, has_aux=True)(values)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_jax.model.patches import axis_dims, frequencies, rotary_angles, rotate, sincos_features
+from dit_jax.model.patches import absolute_features, frequencies, rotary_angles, rotate
 
 THETA = 1e4
 
@@ -37,41 +37,11 @@ def vectors(count: int, head_dim: int) -> np.ndarray:
     ],
 )
 def test_dimensions_are_shared_out_evenly(head_dim, dims):
-    assert axis_dims(head_dim) == dims
     rows = frequencies(head_dim, THETA)
     assert rows.shape == (3, head_dim // 2) and rows.dtype == np.float32
     # Every pair belongs to one axis, and each axis to its share of pairs.
     assert ((rows > 0).sum(0) == 1).all()
     assert tuple(2 * (rows > 0).sum(1)) == dims
-
-
-@pytest.mark.parametrize("head_dim", [-2, 0, 2, 4, 7, 33])
-def test_odd_or_small_heads_are_refused(head_dim):
-    with pytest.raises(AssertionError, match=str(head_dim)):
-        axis_dims(head_dim)
-
-
-def test_frequencies_fall_geometrically_from_one():
-    time = frequencies(128, THETA)[0][:22]
-    assert time[0] == 1.0
-    # Rounding of float32.
-    np.testing.assert_allclose(time, 10000.0 ** (-np.arange(22) / 22), rtol=1e-6)
-
-
-def test_rotation_is_that_of_complex_numbers():
-    x, places = vectors(5, 32), np.random.default_rng(1).uniform(-20, 20, (5, 3))
-    angles = places @ frequencies(32, THETA).astype(np.float64)
-    z = (x[:, :16] + 1j * x[:, 16:]) * np.exp(1j * angles)
-    # Angles reach 60 in float32: 60 * 2^-24 radians of a vector of length up to 3.
-    np.testing.assert_allclose(turned(x, places), np.hstack([z.real, z.imag]), atol=2e-5)
-
-
-def test_rotation_keeps_the_length_and_rests_at_the_origin():
-    x, places = vectors(64, 64), np.random.default_rng(1).uniform(0, 200, (64, 3))
-    # Rounding of float32 in cos^2 + sin^2 = 1.
-    lengths = np.linalg.norm(turned(x, places), axis=-1)
-    np.testing.assert_allclose(lengths, np.linalg.norm(x, axis=-1), rtol=1e-6)
-    assert np.array_equal(turned(x, np.zeros((64, 3))), x)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -90,17 +60,9 @@ def test_scores_depend_on_differences_alone(axis):
     assert abs(a @ b - scores[0]) > 0.01
 
 
-def test_an_axis_turns_its_own_pairs_only():
-    x = vectors(1, 64)
-    for axis, (first, last) in enumerate([(0, 12), (12, 22), (22, 32)]):
-        moved = turned(x, np.eye(3)[axis : axis + 1]) != x
-        pairs = moved[0, :32] | moved[0, 32:]
-        assert pairs[first:last].all() and pairs.sum() == last - first
-
-
-def test_absolute_features_are_sines_and_cosines(jit):
+def test_absolute_features_are_sines_and_cosines():
     places = np.random.default_rng(1).uniform(0, 20, (1, 4, 3)).astype(np.float32)
-    features = np.asarray(jit(sincos_features, static_argnums=(1, 2))(places, 20, THETA))
+    features = np.asarray(absolute_features("thw", jnp.asarray(places), 20, THETA))
     assert features.shape == (1, 4, 20) and features.dtype == np.float32
     rates = [1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
     angles = np.array([[[x * rate for x in token for rate in rates] for token in places[0]]])

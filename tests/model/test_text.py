@@ -17,11 +17,10 @@ from dit_jax.model import (
     ModelConfig,
     TextStatesConfig,
     as_computed,
-    byte_tokens,
 )
 from dit_jax.model.text import BEGIN, FIRST_BYTE, VOCABULARY
 from dit_jax.types import PAD
-from tests.denoiser import struct
+from tests.denoiser import byte_tokens, struct
 
 
 def caption_of(tokens: np.ndarray) -> str:
@@ -37,9 +36,6 @@ def test_bytes_follow_the_beginning():
     tokens = byte_tokens("aé", 63)
     assert tokens.dtype == np.int32
     assert tokens.tolist() == [1, 2 + 0x61, 2 + 0xC3, 2 + 0xA9]
-
-
-def test_an_empty_caption_is_the_beginning_alone():
     assert byte_tokens("", 63).tolist() == [BEGIN]
 
 

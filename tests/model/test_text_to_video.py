@@ -11,18 +11,18 @@ from tests.denoiser import struct
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "expected"),
+    ("dtype", "platform", "expected"),
     [
-        ("auto", "cpu", jnp.float32),
-        ("auto", "gpu", jnp.bfloat16),
-        ("auto", "tpu", jnp.bfloat16),
-        ("auto", None, jnp.float32),  # this process's backend: the tests run on CPUs
-        ("bfloat16", "cpu", jnp.bfloat16),
-        ("float32", "tpu", jnp.float32),
+        ("auto", "cpu", "float32"),
+        ("auto", "gpu", "bfloat16"),
+        ("auto", "tpu", "bfloat16"),
+        ("bfloat16", "cpu", "bfloat16"),
+        ("float32", "tpu", "float32"),
     ],
 )
-def test_activations_are_of_low_precision_on_accelerators(dtype, backend, expected):
-    assert ModelConfig(dtype=dtype).compute_dtype(backend) == expected
+def test_activations_are_of_low_precision_on_accelerators(dtype, platform, expected):
+    assert ModelConfig(dtype=dtype).on(platform).dtype == expected
+    assert ModelConfig().compute_dtype() == jnp.float32  # The tests run on CPUs.
 
 
 def test_text_may_be_encoded_once_and_apart(model, forward, params, inputs, jit):

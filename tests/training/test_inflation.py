@@ -10,7 +10,7 @@ import pytest
 from dit_jax.config import DataConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, ShapesConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
-from dit_jax.model.patches import grid_features, grid_time_features
+from dit_jax.model.patches import absolute_features
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips
@@ -152,7 +152,7 @@ def test_images_are_sampled_as_the_image_model_samples_them(image, mesh):
 
 def test_time_moves_what_is_not_the_first_frame():
     places = np.array([[[0, 2, 1], [3, 2, 1]]], np.float32)
-    image, clip = (f(jnp.asarray(places), 24, 1e4) for f in (grid_features, grid_time_features))
+    image, clip = (absolute_features(k, jnp.asarray(places), 24, 1e4) for k in ("wh", "wht"))
     assert np.array_equal(image[:, 0], clip[:, 0])
     rates = 1e4 ** (-np.arange(12) / 12)
     moved = np.concatenate([np.sin(3 * rates), np.cos(3 * rates) - 1])

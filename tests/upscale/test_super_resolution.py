@@ -140,7 +140,8 @@ def test_the_abstract_batch_is_as_the_loader_makes_it(built, batch, mesh):
         PLAIN.model, np.array([10]), np.array([5])
     )
     dim, width = 2 * 8 * 8 * 3, 32
-    assert extra == 2 * dim * width * 10
+    # Of its patches, and once of its noise level.
+    assert extra == 2 * dim * width * 10 + 2 * (256 + width) * width
 
 
 # --- training and sampling ---
