@@ -126,18 +126,20 @@ def frames_to_product() -> list[tuple[str, str]]:
     jaxpr = jax.make_jaxpr(step)(shapes, next(loader), {})
     loader.close()
 
-    def products(jaxpr: Any) -> Iterator[list[tuple[str, str]]]:
-        """The stacks of all products, those in inner programs (jit, scan) too."""
+    def products(jaxpr: Any, outer: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+        """The stacks of all products, those in inner programs too, whose stacks may begin anew."""
         for equation in jaxpr.eqns:
+            stack = equation.source_info.traceback.frames
+            stack = [f for f in stack if f.file_name.startswith(str(ROOT / "dit_jax"))]
+            own = [(Path(f.file_name).name, f.function_name) for f in stack]
+            own += outer if own[-1:] != outer[-1:] else []
             if equation.primitive.name == "dot_general":
-                stack = equation.source_info.traceback.frames
-                own = [f for f in stack if f.file_name.startswith(str(ROOT / "dit_jax"))]
-                yield [(Path(f.file_name).name, f.function_name) for f in own]
+                yield own
             for value in equation.params.values():
                 inner = getattr(value, "jaxpr", value)
-                yield from products(inner) if hasattr(inner, "eqns") else ()
+                yield from products(inner, own) if hasattr(inner, "eqns") else ()
 
-    stacks = list(products(jaxpr.jaxpr))
+    stacks = list(products(jaxpr.jaxpr, []))
     of_blocks = [s for s in stacks if {"DiTBlock.__call__", "MLP.__call__"} <= {f for _, f in s}]
     return max(of_blocks, key=len)
 
