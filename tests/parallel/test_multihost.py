@@ -29,69 +29,42 @@ from dit_jax.types import TOKENS, Batch
 MESHES = [(8, 1, 1, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2), (4, 1, 2, 1)]
 
 
-def packed_batch(rows=8, length=16):
-    """Numbers that all differ, so that each tells its place."""
-    rng = np.random.default_rng(0)
-    whole = {"tokens": (length, 6), "positions": (length, 3)}
-    whole |= dict.fromkeys(("segment_ids", "frame_ids", "token_ids"), (length,))
-    whole |= dict.fromkeys(("text", "text_segment_ids"), (12,))
-    whole |= dict.fromkeys(("sample_ids", "num_tokens", "num_frames"), (3,))
-    fields = {
-        name: rng.permutation(rows * np.prod(s)).reshape(rows, *s) for name, s in whole.items()
-    }
-    batch = Batch(**{name: value.astype(np.float32) for name, value in fields.items()})
-    return dataclasses.replace(
-        batch, token_fields={"a": batch.tokens + 1}, segment_fields={"b": batch.num_frames}
-    )
+@struct.dataclass
+class Fields:
+    """As batches and the sampler's inputs."""
+
+    clean: np.ndarray = struct.field(metadata=TOKENS)
+    named: dict[str, np.ndarray] = struct.field(metadata=TOKENS)
+    text: np.ndarray
+    counts: dict[str, np.ndarray]
 
 
+@pytest.mark.parametrize("length", [16, 7])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_assembled_arrays_equal_the_batch(sizes):
-    mesh = make_mesh(MeshConfig(*sizes))
-    batch = packed_batch()
+def test_assembled_arrays_equal_the_batch(sizes, length):
+    """A length that context does not divide stays whole."""
+
+    def numbers(*shape):  # that all differ, so that each tells its place
+        return np.arange(8 * np.prod(shape), dtype=np.float32).reshape(8, *shape)
+
+    mesh, (data, fsdp, context, _) = make_mesh(MeshConfig(*sizes)), sizes
+    batch = Fields(numbers(length, 6), {"a": numbers(length)}, numbers(12), {"b": numbers(4)})
     rows = local_rows(mesh, 8)
     assert rows == tuple(range(8))  # this process has all devices
     placed = global_batch(mesh, batch, rows, 8)
-    data, fsdp, context, _ = sizes
-    for field in dataclasses.fields(batch):
-        value, array = getattr(batch, field.name), getattr(placed, field.name)
-        if isinstance(value, dict):
-            ((value, array),) = zip(value.values(), array.values(), strict=True)
-        assert isinstance(array, jax.Array) and array.shape == value.shape
-        np.testing.assert_array_equal(array, value, err_msg=field.name)
-        # Each device holds the part that its index says, and no more.
-        for part in array.addressable_shards:
+    pairs = zip(jax.tree.leaves(batch), jax.tree.leaves(placed), strict=True)
+    for (value, array), of_tokens in zip(pairs, (True, True, False, False), strict=True):
+        np.testing.assert_array_equal(array, value)
+        parts = context if of_tokens and length % context == 0 else 1
+        for part in array.addressable_shards:  # each has what its index says, and no more
             np.testing.assert_array_equal(part.data, value[part.index])
-            assert part.data.shape[0] == 8 // (data * fsdp)
-            along = field.name in (
-                *("tokens", "positions", "segment_ids", "frame_ids", "token_ids", "token_fields"),
-            )
-            assert part.data.shape[1] == value.shape[1] // (context if along else 1)
+            assert part.data.shape[:2] == (8 // (data * fsdp), value.shape[1] // parts)
 
 
-def test_length_that_context_does_not_divide_stays_whole():
-    mesh = make_mesh(MeshConfig(2, 1, 4, 1))
-    batch = packed_batch(length=6)
-    placed = global_batch(mesh, batch, tuple(range(8)), 8)
-    np.testing.assert_array_equal(placed.tokens, batch.tokens)
-    assert placed.tokens.sharding.shard_shape(placed.tokens.shape) == (4, 6, 6)
-
-
-@struct.dataclass
-class Clean:
-    """As the sampler's inputs: the field of tokens is named ``clean``."""
-
-    clean: np.ndarray = struct.field(metadata=TOKENS)
-    seeds: np.ndarray
-
-
-def test_conditions_are_placed_too():
-    mesh = make_mesh(MeshConfig(2, 1, 4, 1))
-    condition = Clean(np.arange(64.0).reshape(4, 8, 2), np.arange(4.0).reshape(4, 1))
-    placed = global_batch(mesh, condition, (0, 1, 2, 3), 4)
-    np.testing.assert_array_equal(placed.clean, condition.clean)
-    np.testing.assert_array_equal(placed.seeds, condition.seeds)
-    assert placed.clean.sharding.shard_shape((4, 8, 2)) == (2, 2, 2)
+def test_fields_of_batches_that_lie_along_tokens():
+    names = {field.name for field in dataclasses.fields(Batch) if field.metadata.get("tokens")}
+    ids = {"segment_ids", "frame_ids", "token_ids"}
+    assert names == {"tokens", "positions", "token_fields"} | ids
 
 
 @pytest.mark.parametrize(
