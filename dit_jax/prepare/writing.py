@@ -43,16 +43,17 @@ from dit_jax.data.records import (
     CODEC_NAME,
     ENCODED_VIDEOS,
     SIZES,
-    STATES,
     TEXT_ENCODER,
     TEXT_ENCODER_NAME,
     as_video,
     storage_error,
 )
-from dit_jax.files import InputError, Lock, MiB, check_writable, encodable, is_remote, write_json
+from dit_jax.files import Lock, MiB, check_writable, encodable, is_remote, refuse_if, write_json
 from dit_jax.prepare.encoded import FORMAT, EncodedVideo, encode_video
 
 VERSION = "1.0.0"
+STATES = "text_states"
+"""The feature that holds the states of captions."""
 SHARD_BYTES = 256 * MiB
 LARGEST_FPS = float(np.finfo(np.float32).max)
 Encoding = Literal["video", "zlib", "bytes"]
@@ -128,30 +129,19 @@ class _Schema(NamedTuple):
     def record(self, sample: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[int]]:
         """A sample as TFDS encodes it, and its sizes (`records.SIZES`)."""
         sample = {**sample.get("segment_fields", {}), **sample}
-        wanted = ("video", "caption", "fps", *self.labels, *self.texts, *self.numbers)
-        if missing := [key for key in wanted if key not in sample]:
-            raise InputError(
-                f"{where} lacks {missing}: it has {sorted(sample)}; add what is missing"
-            )
-        fps = float(sample["fps"])
-        if not isinstance(sample["caption"], str) or not 0 < fps < LARGEST_FPS:
-            raise InputError(
-                f"{where} has caption {sample['caption']!r} and fps {sample['fps']!r}: need a string "
-                "and a positive number"
-            )
-        record: dict[str, Any] = {"caption": encodable(sample["caption"]), "fps": fps}
-        record |= {key: int(sample[key]) for key in self.labels}
-        for key in self.numbers:
-            record[key] = float(sample[key])
-            if not np.isfinite(record[key]):
-                raise InputError(f"{where} has {key} {record[key]}: need a finite number")
-        for key in self.texts:
-            if not isinstance(sample[key], str):
-                raise InputError(
-                    f"{where} has the {key} {sample[key]!r}: need a string, perhaps empty"
-                )
+        texts, numbers = ("caption", *self.texts), ("fps", *self.numbers)
+        missing = [k for k in ("video", *texts, *numbers, *self.labels) if k not in sample]
+        refuse_if([(bool(missing), f"{where} lacks {missing}: it has {sorted(sample)}")])
+        record: dict[str, Any] = {key: int(sample[key]) for key in self.labels}
+        for key in numbers:
+            record[key] = value = float(sample[key])
+            sound = 0 < value < LARGEST_FPS if key == "fps" else np.isfinite(value)
+            refuse_if([(not sound, f"{where} has {key} {value}: need a (positive) finite number")])
+        for key in texts:
+            message = f"{where} has the {key} {sample[key]!r}: need a string, perhaps empty"
+            refuse_if([(not isinstance(sample[key], str), message)])
             record[key] = encodable(sample[key])
-        record["video"], shape = self._video(sample["video"], fps, where)
+        record["video"], shape = self._video(sample["video"], record["fps"], where)
         states = 0
         if self.states is not None:
             record[STATES] = _states(sample, where, self.states)
@@ -160,27 +150,28 @@ class _Schema(NamedTuple):
 
     def _video(self, value: Any, fps: float, where: str) -> tuple[Any, tuple[int, ...]]:
         if isinstance(value, EncodedVideo):
-            if self.encoding != "video":
-                raise InputError(f"video of {where} is encoded: give encoding='video'")
+            message = f"video of {where} is encoded: give encoding='video'"
+            refuse_if([(self.encoding != "video", message)])
             return value
         video = as_video(value, f"video of {where}", latents=self.latents is not None)
         shape = video.shape[:3]
         if self.latents is None:
             return (encode_video(video, fps).data if self.encoding == "video" else video), shape
-        if video.dtype == np.uint8 or video.shape[-1] != self.latents.channels:
-            raise InputError(
-                f"video of {where} is {video.dtype} with {video.shape[-1]} channels: latents of "
-                f"{self.latents.hash!r} are float with {self.latents.channels}"
-            )
+        message = (
+            f"video of {where} is {video.dtype} with {video.shape[-1]} channels: latents of "
+            f"{self.latents.hash!r} are float with {self.latents.channels}"
+        )
+        other = video.dtype == np.uint8 or video.shape[-1] != self.latents.channels
+        refuse_if([(other, message)])
         return _finite(video, np.float16, f"video of {where}"), shape
 
 
 def _finite(values: np.ndarray, dtype: Any, what: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         stored = values.astype(dtype)
-    if not np.isfinite(stored.astype(np.float32)).all():
-        bad = "is NaN or infinite" if not np.isfinite(values).all() else "overflows"
-        raise InputError(f"{what} has numbers of which one {bad} as {np.dtype(dtype).name}")
+    bad = "is NaN or infinite" if not np.isfinite(values).all() else "overflows"
+    message = f"{what} has numbers of which one {bad} as {np.dtype(dtype).name}"
+    refuse_if([(not np.isfinite(stored.astype(np.float32)).all(), message)])
     return stored
 
 
@@ -188,11 +179,12 @@ def _states(sample: Mapping[str, Any], where: str, of: StatesOf) -> np.ndarray:
     """The states of a sample's caption, bfloat16."""
     states = np.asarray(sample.get(STATES))
     floats = jnp.issubdtype(states.dtype, jnp.floating)
-    if not floats or states.ndim != 2 or states.shape[1] != of.dim or not len(states):
-        raise InputError(
-            f"{STATES} of {where} is {states.dtype} {list(states.shape)}: those of {of.name!r} are "
-            f"float [s, {of.dim}], at least one"
-        )
+    sound = floats and states.ndim == 2 and states.shape[1] == of.dim and len(states) > 0
+    message = (
+        f"{STATES} of {where} is {states.dtype} {list(states.shape)}: those of {of.name!r} are "
+        f"float [s, {of.dim}], at least one"
+    )
+    refuse_if([(not sound, message)])
     return _finite(states, ml_dtypes.bfloat16, f"{STATES} of {where}")
 
 
@@ -286,17 +278,12 @@ class _Split:
                 self.lengths.append(shard.finish())
                 shard = None
         except RuntimeError as error:
-            cause = storage_error(error, self._data)
-            if cause is None:
-                raise
-            raise cause from error
+            raise storage_error(error, self._data) or error from error
         finally:
             if shard is not None:
                 shard.abandon()
-        if not self.lengths:
-            raise InputError(
-                f"split {self.name!r} has no samples: give at least one, or leave it out"
-            )
+        message = f"split {self.name!r} has no samples: give at least one, or leave it out"
+        refuse_if([(not self.lengths, message)])
         if repaired:
             print(
                 f"{len(repaired)} texts had halves of surrogate pairs, which became U+FFFD: the first "
@@ -379,28 +366,28 @@ def write_records(
     another process is writing, an empty split and a sample that does not fit or has numbers that are
     not finite; OSError for a disk that is full.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise InputError(f"name={name!r}: use lower case letters, digits and _, a letter first")
     names = ["video", "caption", "fps", STATES, *labels, *texts, *numbers]
-    if reserved := {key for key in names if names.count(key) > 1}:
-        fields = {"labels": labels, "texts": texts, "numbers": numbers}
-        what = next(name for name, keys in fields.items() if reserved & set(keys))
-        raise InputError(f"{what} hold {sorted(reserved)}, which every sample has: rename them")
-    if not splits:
-        raise InputError("splits is empty: give at least one, such as {'train': samples}")
-    if encoding not in ("video", "zlib", "bytes"):
-        raise InputError(f"encoding={encoding!r} is unknown: use 'video', 'zlib' or 'bytes'")
-    if shard_bytes < 1:
-        raise InputError(f"shard_bytes={shard_bytes}: give a positive number")
-    if is_remote(directory):
-        raise InputError(
-            f"{os.fspath(directory)!r}: ArrayRecord files are written to disks only. Write to a local "
-            "directory and copy it (gcloud storage cp -r), or mount the bucket (gcsfuse)."
-        )
-    root = Path(directory).expanduser()
-    target = root / name / VERSION
-    if target.exists():
-        raise InputError(f"{target} exists: remove it, or choose another directory or name")
+    twice = sorted({key for key in names if names.count(key) > 1})
+    encodings = ("video", "zlib", "bytes")
+    target = Path(directory).expanduser() / name / VERSION
+    refuse_if(
+        [
+            (
+                not re.fullmatch(r"[a-z][a-z0-9_]*", name),
+                f"name={name!r}: use lower case letters, digits and _, a letter first",
+            ),
+            (bool(twice), f"labels, texts and numbers hold {twice} twice: rename them"),
+            (not splits, "splits is empty: give at least one, such as {'train': samples}"),
+            (encoding not in encodings, f"encoding={encoding!r} is unknown: use {encodings}"),
+            (shard_bytes < 1, f"shard_bytes={shard_bytes}: give a positive number"),
+            (
+                is_remote(directory),
+                f"{os.fspath(directory)!r}: ArrayRecord files are written to disks only. Write to a "
+                "local directory and copy it, or mount the bucket (gcsfuse)",
+            ),
+            (target.exists(), f"{target} exists: remove it, or choose another directory or name"),
+        ]
+    )
     check_writable(target.parent, "directory")
     if latents is not None:
         latents = LatentsOf(latents[0], latents[1], *latents[2:])

@@ -27,6 +27,7 @@ from dit_jax.data.records import (
 from dit_jax.files import InputError
 from dit_jax.prepare.recorded import find_records
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
+from tests.data.test_records import foreign_builder
 
 COUNT = 9
 
@@ -293,28 +294,10 @@ def test_old_data_sets_are_read(tmp_path):
     rows[0]["text_states"] = np.ones((1, 2), np.float32)
     new = written(tmp_path / "new", rows=rows, latents=latents, text_states=states)
 
-    class Old(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-        name = "clips"
-
-        def _info(self):
-            features = tfds.builder_from_directory(new).info.features
-            metadata = tfds.core.MetadataDict(dict(tfds.builder_from_directory(new).info.metadata))
-            return tfds.core.DatasetInfo(builder=self, features=features, metadata=metadata)
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            stored = {"video": rows[0]["video"].astype(np.float16)}
-            stored["text_states"] = rows[0]["text_states"].astype(ml_dtypes.bfloat16)
-            yield 0, {**rows[0], **stored}
-
-    Old(data_dir=str(tmp_path / "old"), file_format="array_record").download_and_prepare(
-        download_dir=str(tmp_path / "downloads")
-    )
-    old = RecordsSource(
-        RecordsConfig(str(tmp_path / "old" / "clips" / "1.0.0"), text_states_key="text_states")
-    )
+    info = tfds.builder_from_directory(new).info
+    stored = {**rows[0], "video": rows[0]["video"].astype(np.float16)}
+    stored["text_states"] = rows[0]["text_states"].astype(ml_dtypes.bfloat16)
+    path = foreign_builder(tmp_path, dict(info.features), [stored], info.metadata)
+    old = RecordsSource(RecordsConfig(path, text_states_key="text_states"))
     assert (old.codec, old.text_encoder, old.sizes) == ("h", "s", None)
     np.testing.assert_array_equal(old[0]["video"], rows[0]["video"])

@@ -197,8 +197,8 @@ def test_mixes_of_what_is_not_there_are_refused(builder: Path, tmp_path: Path):
     for sample, texts, said in (
         ({**good, "short": 3}, ("short",), "sample 0 of split 'train' has the short 3"),
         (good, ("short",), r"lacks \['short'\]"),
-        (good, ("caption",), r"texts hold \['caption'\]"),
-        (good, ("a", "a"), r"texts hold \['a'\]"),
+        (good, ("caption",), r"\['caption'\] twice"),
+        (good, ("a", "a"), r"\['a'\] twice"),
     ):
         with pytest.raises(ValueError, match=said):
             write_records(tmp_path, "clips", {"train": [sample]}, description="d", texts=texts)

@@ -86,17 +86,16 @@ def test_mnist_script(tmp_path):
 
     labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
     write_idx(labels, np.arange(9))
-    with pytest.raises(ValueError, match=r"labels \(9,\)"):
-        mnist.convert(tmp_path, tmp_path / "two")
-    labels.write_bytes(labels.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="is damaged"):
-        mnist.convert(tmp_path, tmp_path / "two")
-    labels.write_bytes(gzip.compress(b"text, not idx"))
-    with pytest.raises(ValueError, match="is no idx file"):
-        mnist.convert(tmp_path, tmp_path / "two")
-    labels.unlink()
-    with pytest.raises(ValueError, match="is not there"):
-        mnist.convert(tmp_path, tmp_path / "two")
+    good = labels.read_bytes()
+    damaged = {
+        r"labels \(9,\)": good,
+        "is damaged": good[:-9],
+        "is no idx file": gzip.compress(b"text, not idx"),
+    }
+    for message, data in damaged.items():
+        labels.write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            mnist.convert(tmp_path, tmp_path / "two")
     with pytest.raises(ValueError, match="is no directory"):
         mnist.convert(labels, tmp_path / "two")
 
