@@ -40,8 +40,6 @@ TOKEN, SEGMENT = "token_fields/", "segment_fields/"
 """What Grain's flat elements put before the names of fields."""
 FIRST_TRIES = 64
 """Samples that are tried until one can be used, when a run begins."""
-GROUPS_SHOWN = 5
-"""Sizes that cannot be packed, of which a line is printed each."""
 T = TypeVar("T")
 AnyBatch = TypeVar("AnyBatch")
 
@@ -181,9 +179,7 @@ def checked_reader(
         return Reader(source, limit)
     unfit = bad[inverse]
     text = f"{int(unfit.sum())} of {len(unfit)} records cannot be packed:\n  "
-    text += "\n  ".join(lines[:GROUPS_SHOWN])
-    if len(lines) > GROUPS_SHOWN:
-        text += f"\n  and of {len(lines) - GROUPS_SHOWN} other sizes"
+    text += "\n  ".join(lines[:5]) + ("\n  ..." if len(lines) > 5 else "")
     refuse_if(
         [
             (bool(unfit.all()), f"{text}\nNone is left to train on."),

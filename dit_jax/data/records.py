@@ -47,10 +47,6 @@ from dit_jax.types import PositiveFloat, Sample
 CODEC, CODEC_NAME = "codec", "codec_name"
 TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
 ENCODED_VIDEOS = "encoded_videos"
-STATES = "text_states"
-"""The feature that holds the states of captions."""
-FRAMES_TAG = "FRAMES"
-"""The tag of encoded videos that says how many frames they have; Matroska keeps tags in upper case."""
 SIZES = ("frames", "height", "width", "caption bytes", "text states")
 """Columns of sizes-SPLIT.npy, int32, beside the shards: a row for each record, as it is stored."""
 OPEN_SHARDS = 256
@@ -433,7 +429,8 @@ def decode_video(data: bytes, image: bool = False) -> np.ndarray:
     frames: list[np.ndarray] = []
     try:
         with av.open(io.BytesIO(data), "r") as container:
-            count = "1" if image else container.metadata.get(FRAMES_TAG)
+            # Matroska's tag of ``prepare.encoded``.
+            count = "1" if image else container.metadata.get("FRAMES")
             stream = container.streams.video[0]
             # The loader reads several records at once: more threads for each only take turns.
             stream.thread_type = "NONE"
