@@ -20,6 +20,7 @@ How a sample becomes tokens is the caller's: this module does not know patches o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -67,11 +68,7 @@ class Reader:
     """
 
     def __init__(
-        self,
-        source: Source,
-        limit: int = 0,
-        unfit: np.ndarray | None = None,
-        quiet: bool = False,
+        self, source: Source, limit: int = 0, unfit: np.ndarray | None = None, quiet: bool = False
     ) -> None:
         refuse_if([(not len(source), "the dataset is empty: check data.source's path and split.")])
         self.source, self.limit, self.unfit, self.quiet = source, limit, unfit, quiet
@@ -82,10 +79,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def use(self, index: int, function: Callable[[Sample, str], T]) -> T | None:
-        """``function(sample, name)`` of the sample; None if the record is left out.
-
-        Raises ``DataError`` if the limit is passed, ``OSError`` if storage fails repeatedly.
-        """
+        """``function(sample, name)`` or None if it is left out; ``DataError`` past the limit."""
         if self.unfit is not None and self.unfit[index]:
             return None
         name = sample_name(self.source, index)
@@ -119,16 +113,13 @@ class Reader:
 
     def first(self, function: Callable[[Sample, str], T]) -> T:
         """``function`` of the first sample that can be used; ``InputError`` if none of some can."""
+        total = len(self.source)
+        count, trial = min(total, FIRST_TRIES), Reader(self.source, total, self.unfit, quiet=True)
         # Spread over the source: all records of one shard may be damaged.
-        count = min(len(self.source), FIRST_TRIES)
-        trial = Reader(self.source, len(self.source), self.unfit, quiet=True)
         for i in range(count):
-            try:
-                result = trial.use(i * len(self.source) // count, function)
-            except DataError:
-                break
-            if result is not None:
-                return result
+            with contextlib.suppress(DataError):  # None is left.
+                if (result := trial.use(i * total // count, function)) is not None:
+                    return result
         why = next(iter(trial.left_out.values()), "their sizes do not fit")
         raise InputError(f"none of {count} records can be used. The first: {why}")
 
@@ -398,9 +389,8 @@ class Loader(RowStreams[Batch]):
                 meta_features=(*along_tokens, *along_segments),
             )
 
-        # All that decides which samples share a row.
-        names = ("rows", "row_tokens", "row_text", "row_segments", "bins")
-        layout = {name: getattr(config, name) for name in names}
+        # All that decides which samples share a row: reading ahead does not.
+        layout = {k: v for k, v in dataclasses.asdict(config).items() if k != "threads"}
         super().__init__(source, element, config, seed, rows, _stack, pack, layout)
 
 
@@ -411,12 +401,9 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     def fields(prefix: str) -> dict[str, Any]:
         return {k.removeprefix(prefix): v for k, v in stacked.items() if k.startswith(prefix)}
 
-    same = ("tokens", "positions", "frame_ids", "text", "text_segment_ids")
-    same += ("sample_ids", "num_tokens", "num_frames")
-    return Batch(
-        segment_ids=stacked["tokens_segment_ids"],
-        token_ids=stacked["tokens_positions"],
-        token_fields=fields(TOKEN),
-        segment_fields=fields(SEGMENT),
-        **{key: stacked[key] for key in same},
-    )
+    stacked |= {
+        "segment_ids": stacked["tokens_segment_ids"],
+        "token_ids": stacked["tokens_positions"],
+    }
+    stacked |= {"token_fields": fields(TOKEN), "segment_fields": fields(SEGMENT)}
+    return Batch(**{field.name: stacked[field.name] for field in dataclasses.fields(Batch)})

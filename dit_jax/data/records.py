@@ -160,10 +160,8 @@ class BadRecord(ValueError):
 
 
 def storage_error(error: Exception, path: Path) -> Exception | None:
-    """The error of the disk or the memory behind one that reading or writing records raised, or None.
-
-    Those of ArrayRecord are all RuntimeErrors.
-    """
+    """The disk's or the memory's error behind one that reading or writing records raised, or None."""
+    # Those of ArrayRecord are all RuntimeErrors.
     if isinstance(error, OSError | MemoryError):
         return error
     match = re.search(r"\w+\(\) failed: ([^;]+)", str(error))
@@ -212,23 +210,21 @@ class RecordsSource:
         # The default frame rate stands in for the default key only: another key is meant to exist.
         keys += [config.fps_key] if config.fps_key not in (None, "fps") else []
         absent = [key for key in keys if key not in info.features]
+        has, form = ", ".join(sorted(info.features)), info.file_format
         try:
             shards, why = info.splits[config.split].file_instructions, "no records"
         except Exception as error:  # TFDS parses the split, and its errors are of several types.
             shards, why = [], explain(error)
         choices = ", ".join(f"{k} ({v.num_examples})" for k, v in info.splits.items())
-        has = ", ".join(sorted(info.features))
+        split = f"split {config.split!r} is not in {path!r} ({why}): choose of {choices}"
+        convert = "convert it by `tfds convert_format --out_file_format=array_record`"
         refuse_if(
             [
-                (
-                    not shards,
-                    f"split {config.split!r} is not in {path!r} ({why}): choose of {choices}",
-                ),
+                (not shards, split),
                 (bool(absent), f"no features {absent} in {path!r}: data.source may name {has}"),
                 (
-                    info.file_format != tfds.core.FileFormat.ARRAY_RECORD,
-                    f"{path!r} is stored as {info.file_format}, which needs TensorFlow: convert it by "
-                    "`tfds convert_format --out_file_format=array_record`",
+                    form != tfds.core.FileFormat.ARRAY_RECORD,
+                    f"{path!r} is stored as {form}: {convert}",
                 ),
             ]
         )
