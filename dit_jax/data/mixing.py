@@ -23,8 +23,8 @@ from dit_jax.data.records import RecordsConfig, RecordsSource
 from dit_jax.files import refuse_if
 from dit_jax.types import PositiveFloat, Sample, Source
 
+# Places of the stream that are shuffled together: in each whole window the proportions are kept.
 WINDOW = 1024
-"""Places of the stream that are shuffled together: in each whole one the proportions are kept."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,12 +35,12 @@ from dit_jax.data.mixing import sample_name, sample_order
 from dit_jax.files import InputError, explain, refuse_if, retry
 from dit_jax.types import Batch, NonNegativeInt, PositiveInt, Sample, Source
 
+# Key of what a saved data state holds of the run as a whole, beside the states of its rows.
 RUN = "run"
-"""Key of what a saved data state holds of the run as a whole, beside the states of its rows."""
+# Grain packs flat elements: this stands before the names of fields in them.
 TOKEN, SEGMENT = "token_fields/", "segment_fields/"
-"""What Grain's flat elements put before the names of fields."""
+# Samples that are tried until one can be used, when a run begins.
 FIRST_TRIES = 64
-"""Samples that are tried until one can be used, when a run begins."""
 T = TypeVar("T")
 AnyBatch = TypeVar("AnyBatch")
 
@@ -72,10 +72,10 @@ class Reader:
     ) -> None:
         refuse_if([(not len(source), "the dataset is empty: check data.source's path and split.")])
         self.source, self.limit, self.unfit, self.quiet = source, limit, unfit, quiet
+        # Why each record was left out, by its index in the data set.
         self.left_out: dict[int, str] = {}
-        """Why each record was left out, by its index in the data set."""
+        # Captions, each time one is read, of which the end was cut off.
         self.cut_captions = 0
-        """Captions, each time one is read, of which the end was cut off."""
         self._lock = threading.Lock()
 
     def use(self, index: int, function: Callable[[Sample, str], T]) -> T | None:

@@ -47,10 +47,10 @@ from dit_jax.types import PositiveFloat, Sample
 CODEC, CODEC_NAME = "codec", "codec_name"
 TEXT_ENCODER, TEXT_ENCODER_NAME = "text_encoder", "text_encoder_name"
 ENCODED_VIDEOS = "encoded_videos"
+# Columns of sizes-SPLIT.npy, int32, beside the shards: a row for each record, as it is stored.
 SIZES = ("frames", "height", "width", "caption bytes", "text states")
-"""Columns of sizes-SPLIT.npy, int32, beside the shards: a row for each record, as it is stored."""
+# Shards that are open at once: each takes a file descriptor and the index of its records.
 OPEN_SHARDS = 256
-"""Shards that are open at once: each takes a file descriptor and the index of its records."""
 LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it (docs/storage.md)"
 STORE_AGAIN = "store it again by dit_jax.prepare.writing.write_records"
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
