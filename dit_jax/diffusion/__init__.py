@@ -1,11 +1,9 @@
 """Diffusion: paths, masks, the objective, solvers and guidance, as functions of arrays."""
 
 from dit_jax.diffusion.guidance import GuidanceConfig as GuidanceConfig
-from dit_jax.diffusion.guidance import classifier_free as classifier_free
 from dit_jax.diffusion.guidance import guide as guide
 from dit_jax.diffusion.masks import MaskConfig as MaskConfig
 from dit_jax.diffusion.objective import DiffusionConfig as DiffusionConfig
-from dit_jax.diffusion.objective import drop_captions as drop_captions
 from dit_jax.diffusion.objective import estimate as estimate
 from dit_jax.diffusion.objective import guided_kind as guided_kind
 from dit_jax.diffusion.objective import noise_batch as noise_batch
@@ -22,8 +20,6 @@ from dit_jax.diffusion.paths import resolution_shift as resolution_shift
 from dit_jax.diffusion.paths import velocity_of as velocity_of
 from dit_jax.diffusion.solvers import SOLVERS as SOLVERS
 from dit_jax.diffusion.solvers import SolverConfig as SolverConfig
-from dit_jax.diffusion.solvers import SolverContext as SolverContext
 from dit_jax.diffusion.solvers import Spacing as Spacing
-from dit_jax.diffusion.solvers import StepInput as StepInput
 from dit_jax.diffusion.solvers import noise_levels as noise_levels
 from dit_jax.diffusion.solvers import start as start

@@ -26,27 +26,17 @@ Ids = Int[Array, "b l"]
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig:
-    """How strong guidance is, and where it applies; errors name the fields of ``SamplingConfig``."""
+    """How strong guidance is, and where it applies: ``cfg_*`` of ``SamplingConfig``."""
 
     scale: float = 4.0
-    channels: int | None = None
-    """Guide this many channels, the first ones; None guides all."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Guide at noise levels low < t <= high."""
-    rescale: float = 0.0
-    """phi of (2): 0 is off, 1 restores the deviation of the conditional prediction."""
+    channels: int | None = None  # guide this many, the first ones; None: all
+    interval: tuple[float, float] = (0.0, 1.0)  # guide at noise levels low < t <= high
+    rescale: float = 0.0  # phi of (2)
 
     def __post_init__(self) -> None:
         low, high = self.interval
-        channels = self.channels is None or self.channels >= 1
-        require(
-            "sampling.cfg_",
-            self,
-            ("scale", self.scale >= 0, "at least 0"),
-            ("channels", channels, "at least 1, or None"),
-            ("interval", 0 <= low < high <= 1, "noise levels 0 <= low < high <= 1"),
-            ("rescale", 0 <= self.rescale <= 1, "in [0, 1] (0.7 is usual)"),
-        )
+        rule = "noise levels 0 <= low < high <= 1"
+        require("sampling.cfg_", self, ("interval", 0 <= low < high <= 1, rule))
 
     @property
     def active(self) -> bool:
@@ -57,11 +47,6 @@ class GuidanceConfig:
         # Compared as float32, as the compiled step compares: both must agree on every level.
         low, high = (np.float32(bound) for bound in self.interval)
         return self.active and bool(low < np.float32(t) <= high)
-
-
-def classifier_free(conditional: Tokens, unconditional: Tokens, scale: float) -> Tokens:
-    """Extrapolates from the unconditional to the conditional prediction (1)."""
-    return unconditional + scale * (conditional - unconditional)
 
 
 def deviation(x: Tokens, counted: Bool[Array, "b l"], segment_ids: Ids, segments: int) -> ByToken:
@@ -87,18 +72,15 @@ def guide(
     segments: int,
     channels: int,
 ) -> Tokens:
-    """The guided prediction at level ``t`` of the schedule, of rows with at most so many ``segments``.
-
-    Conditioning tokens (tau 0) count in no segment's statistics; the numbers of a token are ordered
-    (t, h, w, c), with so many ``channels``.
-    """
-    guided = classifier_free(conditional, unconditional, config.scale)
+    """The guided prediction at level ``t`` of the schedule, of rows with at most so many ``segments``
+    and of tokens whose numbers are ordered (t, h, w, c), with so many ``channels``."""
+    guided = unconditional + config.scale * (conditional - unconditional)  # (1)
     if config.rescale:
         counted = (segment_ids != PAD) & (tau > 0)
         expected = deviation(conditional, counted, segment_ids, segments)
         actual = deviation(guided, counted, segment_ids, segments)
         ratio = expected / jnp.where(actual > 0, actual, 1)
-        guided = guided * (config.rescale * ratio + (1 - config.rescale))[..., None]
+        guided = guided * (config.rescale * ratio + (1 - config.rescale))[..., None]  # (2)
     if config.channels is not None:
         first = np.arange(conditional.shape[-1]) % channels < config.channels
         guided = jnp.where(first, guided, conditional)

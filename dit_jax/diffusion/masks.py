@@ -5,7 +5,7 @@ Every token has a noise cap s in [0, 1]. When its segment stands at noise level 
     tau = min(t, s)                                                                             (1)
 
 so that s = 0 is a clean conditioning token, and s = 1 a generated one. Training samples a conditioning
-mask for each segment, by weight; with n latent frames, k of them uniform in 1 ... n - 1 (``number``)::
+mask for each segment, by weight::
 
     s(f) = cap if MASKS[mask](f) else 1,   cap = 0 or uniform in [0, max_noise)                 (2)
 
@@ -32,28 +32,21 @@ Floats = Float[Array, "*b"]
 class MaskSample(NamedTuple):
     """The random numbers of a segment from which its mask is computed; all of one shape."""
 
-    mask: Ints
-    """Index in MASKS."""
-    frames: Ints
-    """n, the latent frames of the segment; no random number."""
-    number: Ints
-    """k, uniform in 1 ... n - 1."""
-    head: Ints
-    """Of ``number`` frames, how many are at the start if some are at the end."""
-    stride: Ints
-    """2, 3 or 4."""
+    mask: Ints  # index in MASKS
+    frames: Ints  # n, the latent frames of the segment; no random number
+    number: Ints  # uniform in 1 ... n - 1
+    head: Ints  # of ``number`` frames, how many are at the start if some are at the end
+    stride: Ints  # 2, 3 or 4
     keyframe: Ints
-    other: Ints
-    """A frame that is not ``keyframe``; each pair is as likely."""
+    other: Ints  # a frame that is not ``keyframe``; each pair is as likely
     share: Floats
-    cap: Floats
-    """The noise cap of the conditioning tokens."""
+    cap: Floats  # the noise cap of the conditioning tokens (2)
 
 
-Mask = Callable[[MaskSample, Ints, Floats], Bool[Array, "*b"]]
-"""``mask(sample, f, chance)``: whether latent frame f conditions; ``chance`` is uniform by frame."""
-
-MASKS: dict[str, Mask] = {
+# ``mask(sample, f, chance)``: whether latent frame f conditions; ``chance`` is uniform by frame. A new
+# mask is a function here and a weight in MaskConfig, both at the end: the order is that of the random
+# choice.
+MASKS: dict[str, Callable[[MaskSample, Ints, Floats], Bool[Array, "*b"]]] = {
     "none": lambda s, f, chance: f < 0,
     "first": lambda s, f, chance: f < 1,
     "head": lambda s, f, chance: f < s.number,
@@ -69,39 +62,28 @@ MASKS: dict[str, Mask] = {
     "window": lambda s, f, chance: f < s.number,
     "independent": lambda s, f, chance: f < 0,
 }
-"""A new mask is a function here and a weight in MaskConfig, both at the end: the order is that of the
-random choice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskConfig:
     """Relative weights of the conditioning masks, and the noise on conditioning tokens."""
 
-    none: NonNegativeFloat = 0.6
-    """All frames are generated: text to video, and restyling."""
-    first: NonNegativeFloat = 0.1
-    """The first latent frame conditions: image to video."""
-    head: NonNegativeFloat = 0.05
-    """The first frames, any number: extension forward."""
-    tail: NonNegativeFloat = 0.05
-    """The last frames, any number: extension backward."""
-    ends: NonNegativeFloat = 0.05
-    """Some of both: connecting two clips, loops."""
-    every: NonNegativeFloat = 0.05
-    """Every 2nd, 3rd or 4th frame: interpolation."""
-    keyframes: NonNegativeFloat = 0.05
-    """Any frames, any number."""
-    window: NonNegativeFloat = 0.05
-    """The first frames, any number, and never without noise: the windows of long clips."""
-    independent: NonNegativeFloat = 0.0
-    """All frames are generated, each at its own level (diffusion forcing: Chen et al. 2024)."""
+    none: NonNegativeFloat = 0.6  # all frames are generated: text to video, restyling
+    first: NonNegativeFloat = 0.1  # the first latent frame conditions: image to video
+    head: NonNegativeFloat = 0.05  # the first frames, any number: extension forward
+    tail: NonNegativeFloat = 0.05  # the last frames, any number: extension backward
+    ends: NonNegativeFloat = 0.05  # some of both: connecting two clips, loops
+    every: NonNegativeFloat = 0.05  # every 2nd, 3rd or 4th frame: interpolation
+    keyframes: NonNegativeFloat = 0.05  # any frames, any number
+    window: NonNegativeFloat = 0.05  # as head, and never without noise: windows of long clips
+    independent: NonNegativeFloat = (
+        0.0  # every frame generated, at its own level (Chen et al. 2024)
+    )
+    # The most levels of an ``independent`` segment: frames this far apart share one. Each is a
+    # modulation group of every segment of the batch.
     levels: Annotated[int, Range(2)] = 16
-    """The most levels of an ``independent`` segment: frames this far apart share one. Each is a
-    modulation group of every segment of the batch."""
-    noisy: UnitInterval = 0.5
-    """Probability of noise on the conditioning tokens, against frozen motion and drift."""
-    max_noise: UnitInterval = 0.1
-    """The highest cap of (2)."""
+    noisy: UnitInterval = 0.5  # probability of noise on conditioning tokens, against drift
+    max_noise: UnitInterval = 0.1  # the highest cap of (2)
 
     def __post_init__(self) -> None:
         require("masks.", self, ("weights", sum(self.weights) > 0, "above 0 for at least one mask"))
@@ -117,8 +99,8 @@ class MaskConfig:
 
     @property
     def groups(self) -> int:
-        """Modulation groups of a segment: generated tokens share a noise level, conditioning tokens
-        another; independent frames have up to ``levels``."""
+        """Modulation groups of a segment: one of generated and one of conditioning tokens, or
+        ``levels`` of independent frames."""
         return self.levels if self.independent else 2
 
 
@@ -152,5 +134,4 @@ def conditioning_mask(
     for index, (name, mask) in enumerate(MASKS.items()):
         if getattr(config, name):
             conditions |= (sample.mask == index) & mask(sample, frame_ids, chance)
-    # A single frame is always generated.
-    return conditions & (sample.frames > 1)
+    return conditions & (sample.frames > 1)  # A single frame is always generated.

@@ -29,75 +29,50 @@ import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, UInt
 
+from dit_jax.diffusion import paths
 from dit_jax.diffusion.masks import MASKS, MaskConfig, conditioning_mask, sample_mask
-from dit_jax.diffusion.paths import (
-    Estimate,
-    PathConfig,
-    Prediction,
-    TimeConfig,
-    Variance,
-    alphas_cumprod,
-    betas,
-    clean_and_noise,
-    interpolate,
-    level,
-    on_grid,
-    prediction_of,
-    sample_time,
-    squared_error_factor,
-    velocity_of,
-)
-from dit_jax.types import (
-    PAD,
-    Batch,
-    DenoiserInputs,
-    Fraction,
-    PositiveFloat,
-    Range,
-    Target,
-    require,
-)
+from dit_jax.diffusion.paths import Estimate, PathConfig, Prediction, TimeConfig, Variance, on_grid
+from dit_jax.types import PAD, Batch, DenoiserInputs, Fraction, Range, Target, require
 
+# Set a segment's random numbers for these apart from those of ``split(key, 4)``.
 OF_FRAMES, OF_LEVELS = 4, 5
-"""Sets a segment's random numbers for these apart from those of ``split(key, 4)``."""
+INDEPENDENT = list(MASKS).index("independent")
+HALF_BIN, SMALLEST_PROBABILITY = 1 / 255, 1e-12
 Tokens = Float[Array, "b l p"]
 ByToken = Float[Array, "b l"]
 Ids = Int[Array, "b l"]
 Numbers = Float[Array, "*b"]
 Output = Float[Array, "b l _"]
-HALF_BIN = 1 / 255
-SMALLEST_PROBABILITY = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """The objective."""
 
+    # Of the network. x0 if a patch has more numbers than the model has width (Li & He 2025, "Back to
+    # Basics").
     prediction: Literal["velocity", "x0", "eps", "v"] = "velocity"
-    """The meaning of the network's output. Predict x0 if a patch has more numbers than the model has
-    width (Li & He 2025, "Back to Basics")."""
     time: TimeConfig = TimeConfig()
     masks: MaskConfig = MaskConfig()
+    # Probability that a segment is trained without its caption and its fields, for guidance.
     caption_dropout: Fraction = 0.1
-    """Probability that a segment is trained without its caption and its fields, for guidance."""
+    # Floor of t in the velocity loss of predicted x0, whose error is divided by t: a higher one lets a
+    # young model learn the whole picture before the last of the noise.
     min_t: Annotated[float, Range(0, 1, True, True)] = 0.05
-    """Floor of t in the velocity loss of predicted x0, whose error is divided by t: a higher one lets a
-    young model learn the whole picture before the last of the noise."""
     path: PathConfig = PathConfig()
+    # The space of the squared error: velocities, or whatever is predicted.
     loss: Literal["velocity", "prediction"] = "velocity"
-    """The space of the squared error: velocities, or whatever is predicted."""
+    # weight(tau) of (1), stated as the weight of the error of x0: min(SNR, gamma) (Hang et al. 2023);
+    # SNR, which is eps's own error; max(SNR, 1) (Salimans & Ho 2022).
     weighting: Literal["none", "min_snr", "snr", "truncated_snr"] = "none"
-    """weight(tau) of (1), stated as the weight of the error of x0: min(SNR, gamma) (Hang et al. 2023);
-    SNR, which is eps's own error; max(SNR, 1) (Salimans & Ho 2022)."""
-    min_snr_gamma: PositiveFloat = 5.0
+    min_snr_gamma: Annotated[float, Range(0, open_low=True)] = 5.0
+    # Of ancestral sampling. learned_range: the network has two outputs for each number, and the second
+    # is trained by (4).
     variance: Variance = "fixed_small"
-    """Of ancestral sampling. learned_range: the network has two outputs for each number, and the second
-    is trained by (4)."""
 
     def __post_init__(self) -> None:
         chain, uniform = self.path.discrete, self.time.distribution == "uniform"
         path = f"for the path {self.path.kind!r} (zero_terminal_snr {self.path.zero_terminal_snr})"
-        # eps does not determine x0 at t = 1 if no signal is left there.
         of_x0 = not (self.path.ends_in_noise and self.prediction == "eps")
         require(
             "diffusion.",
@@ -113,20 +88,19 @@ class DiffusionConfig:
 # --- Noised batches ---
 
 
+def each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Maps a function over segments or tokens: over the first two axes of its arguments."""
+    return jax.vmap(jax.vmap(function))
+
+
 def sample_keys(key: jax.Array, sample_ids: UInt[Array, "b n"]) -> jax.Array:
     """A random key for each segment, from its sample's identity alone."""
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, sample_ids)
+    return each(lambda sample_id: jax.random.fold_in(key, sample_id))(sample_ids)
 
 
 def per_segment(values: jax.Array, segment_ids: Ids) -> jax.Array:
     """Repeats ``[b, n, ...]`` values of segments for each of their tokens: ``[b, l, ...]``."""
-    slots = jnp.maximum(segment_ids - 1, 0)
-    return jax.vmap(lambda row, slot: row[slot])(values, slots)
-
-
-def each(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps a function over segments or tokens: over the first two axes of its arguments."""
-    return jax.vmap(jax.vmap(function))
+    return jax.vmap(lambda row, ids: row[jnp.maximum(ids - 1, 0)])(values, segment_ids)
 
 
 def token_noise(keys: jax.Array, segment_ids: Ids, token_ids: Ids, dim: int) -> Tokens:
@@ -144,53 +118,46 @@ def noise_batch(
     """Samples times, masks, noise and dropout for every segment of a batch; with ``time``, every
     segment has that noise level. On the discrete chain all levels are on its grid."""
     masks, path, ids = config.masks, config.path, batch.segment_ids
+    sample_time = functools.partial(paths.sample_time, config.time)
+
+    def sample_segment(key: jax.Array, tokens: jax.Array, frames: jax.Array) -> Any:
+        time_key, mask_key, noise_key, drop_key = jax.random.split(key, 4)
+        t = sample_time(time_key, tokens) if time is None else jnp.asarray(time, jnp.float32)
+        t, mask = on_grid(path, t, up=True), sample_mask(masks, mask_key, frames)
+        # Modulation groups: generated tokens at t, conditioning tokens at min(t, cap).
+        levels = jnp.stack([t, jnp.minimum(t, on_grid(path, mask.cap, up=False))])
+        if masks.independent:
+            # As many levels for every segment, for the shape's sake.
+            keys = jax.random.split(jax.random.fold_in(key, OF_LEVELS), masks.levels)
+            own = jax.vmap(lambda key: sample_time(key, tokens))(keys)
+            levels = jnp.concatenate([levels, jnp.repeat(t, masks.levels - 2)])
+            levels = jnp.where(mask.mask == INDEPENDENT, on_grid(path, own, up=True), levels)
+        dropped = jax.random.bernoulli(drop_key, config.caption_dropout)
+        return levels, mask, noise_key, dropped.astype(jnp.float32)
+
     keys = sample_keys(key, batch.sample_ids)
-    split = each(lambda k: jax.random.split(k, 4))(keys)
-    time_keys, mask_keys, noise_keys, drop_keys = (split[:, :, i] for i in range(4))
+    sample = each(sample_segment)(keys, batch.num_tokens, batch.num_frames)
+    levels, mask, noise_keys, dropped = sample  # [b, n, groups], the rest [b, n]
 
-    def segment_time(key: jax.Array, tokens: Int[Array, ""]) -> Float[Array, ""]:
-        return sample_time(config.time, key, tokens)
-
-    t = each(segment_time)(time_keys, batch.num_tokens)
-    if time is not None:
-        t = jnp.full(batch.num_tokens.shape, time, jnp.float32)
-    t = on_grid(path, t, up=True)
-    sample = each(functools.partial(sample_mask, masks))(mask_keys, batch.num_frames)
-    cap = on_grid(path, sample.cap, up=False)
-
-    def frame_chance(segment_key: jax.Array, frame: Int[Array, ""]) -> Float[Array, ""]:
+    def frame_chance(segment_key: jax.Array, frame: jax.Array) -> Float[Array, ""]:
         frames_key = jax.random.fold_in(segment_key, OF_FRAMES)
         return jax.random.uniform(jax.random.fold_in(frames_key, frame))
 
     chance = jnp.ones(ids.shape)
     if masks.keyframes:
         chance = each(frame_chance)(per_segment(keys, ids), batch.frame_ids)
-    by_token = jax.tree.map(lambda x: per_segment(x, ids), sample)
-    conditions = conditioning_mask(masks, by_token, batch.frame_ids, chance)
-
-    # Modulation groups of a segment: generated tokens at t, conditioning tokens at min(t, cap).
-    levels = jnp.stack([t, jnp.minimum(t, cap)], -1)  # [b, n, 2]
+    mask = jax.tree.map(lambda x: per_segment(x, ids), mask)
+    conditions = conditioning_mask(masks, mask, batch.frame_ids, chance)
     group = conditions.astype(ids.dtype)
     if masks.independent:
-        # As many levels for every segment, for the shape's sake: [b, n, masks.levels].
-        def frame_times(segment_key: jax.Array, tokens: Int[Array, ""]) -> Float[Array, "g"]:
-            frame_keys = jax.random.split(jax.random.fold_in(segment_key, OF_LEVELS), masks.levels)
-            return jax.vmap(lambda k: segment_time(k, tokens))(frame_keys)
-
-        own = on_grid(path, each(frame_times)(keys, batch.num_tokens), up=True)
-        levels = jnp.concatenate([levels, jnp.repeat(t[..., None], masks.levels - 2, -1)], -1)
-        independent = sample.mask == list(MASKS).index("independent")
-        levels = jnp.where(independent[..., None], own, levels)
-        group = jnp.where(per_segment(independent, ids), batch.frame_ids % masks.levels, group)
-    group_t = levels.reshape(t.shape[0], -1)  # [b, n * groups]
+        group = jnp.where(mask.mask == INDEPENDENT, batch.frame_ids % masks.levels, group)
     group_ids = masks.groups * jnp.maximum(ids - 1, 0) + group
+    group_t = levels.reshape(len(levels), -1)  # [b, n * groups]
     tau = jnp.take_along_axis(group_t, group_ids, 1)
 
     eps = token_noise(noise_keys, ids, batch.token_ids, batch.tokens.shape[-1])
-    dropped = each(lambda k: jax.random.bernoulli(k, config.caption_dropout))(drop_keys)
-    dropped = dropped.astype(jnp.float32)
     inputs = DenoiserInputs(
-        tokens=interpolate(path, batch.tokens, eps, tau),
+        tokens=paths.interpolate(path, batch.tokens, eps, tau),
         positions=batch.positions,
         segment_ids=ids,
         token_ids=batch.token_ids,
@@ -210,8 +177,7 @@ def drop_captions(
 ) -> Int[Array, "b s"]:
     """Hides all but the first token of dropped captions: what is left is the empty prompt."""
     before = jnp.pad(text_segment_ids[:, :-1], ((0, 0), (1, 0)))
-    first = text_segment_ids != before
-    hide = (per_segment(dropped, text_segment_ids) > 0) & ~first
+    hide = (per_segment(dropped, text_segment_ids) > 0) & (text_segment_ids == before)
     return jnp.where(hide, PAD, text_segment_ids)
 
 
@@ -233,14 +199,10 @@ def guided_kind(config: DiffusionConfig) -> Prediction:
 
 
 def estimate(
-    config: DiffusionConfig,
-    prediction: Tokens,
-    xt: Tokens,
-    tau: ByToken,
-    fraction: Tokens | None = None,
+    config: DiffusionConfig, prediction: Tokens, xt: Tokens, tau: ByToken, fraction: Tokens | None
 ) -> Estimate:
     """What solvers need of a prediction in the space of ``guided_kind``."""
-    x0, eps = clean_and_noise(config.path, guided_kind(config), prediction, xt, tau)
+    x0, eps = paths.clean_and_noise(config.path, guided_kind(config), prediction, xt, tau)
     return Estimate(x0, eps, None if config.path.discrete else prediction, fraction)
 
 
@@ -254,40 +216,41 @@ def token_weight(config: DiffusionConfig, tau: ByToken) -> ByToken:
         return jnp.ones_like(tau)
     # SNR has no bound towards data.
     floor = 1 / config.path.timesteps if config.path.discrete else config.min_t
-    at = level(config.path, jnp.maximum(tau, floor))
+    at = paths.level(config.path, jnp.maximum(tau, floor))
     snr = jnp.square(at.alpha / at.sigma)
-    space: Prediction = "velocity" if config.loss == "velocity" else config.prediction
     of_x0 = {
         "min_snr": jnp.minimum(snr, config.min_snr_gamma),
         "snr": snr,
         "truncated_snr": jnp.maximum(snr, 1),
     }[config.weighting]
-    return of_x0 / squared_error_factor(space, at)
+    space: Prediction = "velocity" if config.loss == "velocity" else config.prediction
+    return of_x0 / paths.squared_error_factor(space, at)
 
 
 def token_loss(
     config: DiffusionConfig, output: Output, inputs: DenoiserInputs, target: Target, batch: Batch
 ) -> tuple[ByToken, ByToken]:
-    """The loss of every token, and its weight (0 or 1) in the loss of the batch.
-
-    Conditioning tokens and padding have weight 0: no step of a solver asks for them. The loss of a
-    batch is the weighted mean over its tokens. With a variance, ``output`` is ``[b, l, 2p]``.
-    """
-    x0, xt, tau = batch.tokens, inputs.tokens, target.tau
+    """The loss of every token, and its weight in the mean over the batch: 1, or 0 of conditioning
+    tokens and padding. With a learned variance, ``output`` is ``[b, l, 2p]``."""
+    path, kind, x0, xt, tau = (
+        config.path,
+        config.prediction,
+        batch.tokens,
+        inputs.tokens,
+        target.tau,
+    )
     predicted, fraction = split_output(config, output, x0.shape[-1])
-    actual = predicted
-    expected = prediction_of(config.path, config.prediction, x0, target.eps, tau)
+    actual, expected = predicted, paths.prediction_of(path, kind, x0, target.eps, tau)
     if config.loss == "velocity":
         actual, expected = (
-            velocity_of(config.path, config.prediction, y, xt, tau, config.min_t)
-            for y in (actual, expected)
+            paths.velocity_of(path, kind, y, xt, tau, config.min_t) for y in (actual, expected)
         )
     error = token_weight(config, tau) * jnp.square(actual - expected).mean(-1)  # (1)
     if fraction is not None:
         # The bound trains the variance alone: the mean is learned by (1).
         frozen = jax.lax.stop_gradient(predicted)
-        guess, _ = clean_and_noise(config.path, config.prediction, frozen, xt, tau)
-        error = error + variational_bound(config.path, x0, xt, guess, fraction, tau).mean(-1)
+        guess, _ = paths.clean_and_noise(path, kind, frozen, xt, tau)
+        error = error + variational_bound(path, x0, xt, guess, fraction, tau).mean(-1)
     weight = (batch.segment_ids != PAD) & target.generated
     return jnp.where(weight, error, 0.0), weight.astype(jnp.float32)
 
@@ -298,7 +261,7 @@ def token_loss(
 @functools.cache
 def posterior(config: PathConfig) -> Float[np.ndarray, "i 4"]:
     """a, b, log beta~_i and log beta_i of (2) at each index; float64."""
-    beta, signal = betas(config), alphas_cumprod(config)
+    beta, signal = paths.betas(config), paths.alphas_cumprod(config)
     before = np.append(1.0, signal[:-1])
     small = beta * (1 - before) / (1 - signal)
     small[0] = small[1]  # beta~_0 is 0, of which there is no logarithm
@@ -331,13 +294,10 @@ def decoder_nll(x0: Numbers, mean: Numbers, log_scale: Numbers) -> Numbers:
 def variational_bound(
     config: PathConfig, x0: Tokens, xt: Tokens, guess: Tokens, fraction: Tokens, tau: ByToken
 ) -> Tokens:
-    """The term (4) at each token's index, in bits of each number.
-
-    ``guess`` is x0 as predicted, ``fraction`` is 2 f - 1 of (3), and ``tau`` on the grid of the chain;
-    at data (0) the term is that of index 0.
-    """
+    """The term (4) at each token's index, in bits of each number, for ``guess``, x0 as predicted, and
+    ``fraction``, 2 f - 1 of (3); at data (tau 0) the term is that of index 0."""
     index = jnp.round(tau * config.timesteps).astype(jnp.int32) - 1
-    table = jnp.asarray(posterior(config), x0.dtype)[jnp.maximum(index, 0)]
+    table = jnp.asarray(posterior(config), x0.dtype)[jnp.maximum(index, 0)]  # [b, l, 4]
     of_x0, of_xt, small, large = (table[..., i, None] for i in range(4))
     f = (fraction + 1) / 2
     log_variance = f * large + (1 - f) * small

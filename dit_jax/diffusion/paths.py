@@ -14,8 +14,7 @@ A network predicts x0, eps, or one of ::
     velocity = dx/dt = eps - x0            on the straight path                            (3)
     v        = alpha eps - sigma x0        Salimans & Ho 2022, section 4                   (4)
 
-each of which gives the others by (1). If there is no inverse (x0 of eps without signal, eps of x0
-without noise), the divisor has a floor. Times are sampled uniformly or logit-normally, and shifted
+each of which gives the others by (1). Times are sampled uniformly or logit-normally, and shifted
 towards noise by the resolution (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 23)::
 
     t' = r t / (1 + (r - 1) t)                                                             (5)
@@ -41,8 +40,9 @@ Prediction = Literal["velocity", "x0", "eps", "v"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 COSINE_OFFSET, COSINE_BETA_MAX = 0.008, 0.999
+# Floors of divisors, if there is no inverse: x0 of eps without signal, eps of x0 without noise (tokens
+# without noise do not move, whatever their quotient).
 SMALLEST_SIGMA, SMALLEST_ALPHA = 1e-4, 1e-8
-"""Floors of divisors; tokens without noise (sigma 0) do not move, whatever their quotient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +50,23 @@ class PathConfig:
     """Which path, and the betas of the discrete one."""
 
     kind: Literal["rectified_flow", "ddpm"] = "rectified_flow"
+    # Evenly spaced; evenly spaced roots (Rombach et al. 2022); those of a squared cosine (Nichol &
+    # Dhariwal 2021, eq. 17).
     betas: Literal["linear", "scaled_linear", "cosine"] = "linear"
-    """For ddpm: evenly spaced; evenly spaced roots (Rombach et al. 2022); those of a squared cosine
-    (Nichol & Dhariwal 2021, eq. 17)."""
     timesteps: Annotated[int, Range(2)] = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    # Rescale the betas so that no signal is left at the last step (Lin et al. 2023).
     zero_terminal_snr: bool = False
-    """For ddpm: rescale the betas so that no signal is left at the last step (Lin et al. 2023)."""
 
     def __post_init__(self) -> None:
-        start, chain = (
-            0 < self.beta_start <= self.beta_end,
-            self.discrete or not self.zero_terminal_snr,
-        )
+        rising, chain = 0 < self.beta_start <= self.beta_end, self.discrete
         require(
             "path.",
             self,
-            ("beta_start", start, f"above 0 and at most beta_end {self.beta_end} (1e-4 is usual)"),
-            ("beta_end", self.beta_end < 1, "below 1 (0.02 is usual)"),
-            ("zero_terminal_snr", chain, f"False for path.kind {self.kind!r}, which ends in noise"),
+            ("beta_start", rising, f"above 0 and at most beta_end {self.beta_end}"),
+            ("beta_end", self.beta_end < 1, "below 1"),
+            ("zero_terminal_snr", chain or not self.zero_terminal_snr, f"False for {self.kind!r}"),
         )
 
     @property
@@ -88,12 +85,7 @@ class Level(NamedTuple):
     t: Float[Array, "..."]
     alpha: Float[Array, "..."]
     sigma: Float[Array, "..."]
-    logsnr: Float[Array, "..."]
-    """lambda = log(alpha / sigma), half the log of the signal-to-noise ratio; infinite at data."""
-
-    def each(self) -> Level:
-        """With an axis for the numbers of a token: ``[*b]`` to ``[*b, 1]``."""
-        return Level(*(x[..., None] for x in self))
+    logsnr: Float[Array, "..."]  # log(alpha / sigma), infinite at data
 
 
 @functools.cache
@@ -115,21 +107,16 @@ def betas(config: PathConfig) -> Float[np.ndarray, "i"]:
     return values
 
 
-@functools.cache
 def alphas_cumprod(config: PathConfig) -> Float[np.ndarray, "i"]:
     """alpha^2 at the indices of the chain (2), float64 ``[timesteps]``."""
     return np.cumprod(1 - betas(config))
 
 
 def level(config: PathConfig, t: Times) -> Level:
-    """alpha, sigma and log(alpha / sigma) at ``t`` in [0, 1], in the dtype of ``t``.
-
-    Exact at both ends: sigma is 0 at t = 0, and alpha is 0 at t = 1 if the path ends in noise. Between
-    the indices of the chain, alpha^2 and sigma^2 are linear in t.
-    """
+    """alpha, sigma and log(alpha / sigma) at ``t`` in [0, 1], exact at both ends; between the indices
+    of the chain, alpha^2 and sigma^2 are linear in t."""
     if not config.discrete:
-        alpha, sigma = 1 - t, t
-        return Level(t, alpha, sigma, jnp.log(alpha) - jnp.log(sigma))
+        return Level(t, 1 - t, t, jnp.log(1 - t) - jnp.log(t))
     count = config.timesteps
     place, whole = t * count, jnp.round(t * count)
     # t is on the grid but for its rounding; without this, alpha near pure noise would lose digits.
@@ -145,8 +132,7 @@ def level(config: PathConfig, t: Times) -> Level:
 
 
 def on_grid(config: PathConfig, t: Times, up: bool) -> Times:
-    """Rounds times to the chain's grid: up to an index, or down to one or to data. Times of a
-    continuous path are returned unchanged."""
+    """Rounds times to the chain's grid: up to an index, or down to one or to data."""
     if not config.discrete:
         return t
     steps = t * config.timesteps
@@ -156,7 +142,7 @@ def on_grid(config: PathConfig, t: Times, up: bool) -> Times:
 
 def interpolate(config: PathConfig, x0: Points, eps: Points, t: Times) -> Points:
     """The point x_t of the path (1)."""
-    at = level(config, t).each()
+    at = level(config, t[..., None])
     return at.alpha * x0 + at.sigma * eps
 
 
@@ -168,10 +154,9 @@ class Estimate(NamedTuple):
 
     x0: Float[Array, "..."]
     eps: Float[Array, "..."]
-    velocity: Float[Array, "..."] | None = None
-    """dx/dt, on the straight path."""
+    velocity: Float[Array, "..."] | None = None  # dx/dt, on the straight path
+    # Of a learned variance: -1 is the smallest, 1 the largest that it may be.
     fraction: Float[Array, "..."] | None = None
-    """Of a learned variance: -1 is the smallest, 1 the largest that it may be."""
 
 
 def prediction_of(path: PathConfig, kind: Prediction, x0: Points, eps: Points, t: Times) -> Points:
@@ -180,7 +165,7 @@ def prediction_of(path: PathConfig, kind: Prediction, x0: Points, eps: Points, t
         return x0 if kind == "x0" else eps
     if kind == "velocity":
         return eps - x0  # (3)
-    at = level(path, t).each()
+    at = level(path, t[..., None])
     return at.alpha * eps - at.sigma * x0  # (4)
 
 
@@ -188,7 +173,7 @@ def clean_and_noise(
     path: PathConfig, kind: Prediction, output: Points, xt: Points, t: Times
 ) -> tuple[Points, Points]:
     """x0 and eps from a prediction of the kind at ``xt``: (3) or (4) with (1), solved for them."""
-    at = level(path, t).each()
+    at = level(path, t[..., None])
     if kind == "x0":
         return output, (xt - at.alpha * output) / jnp.maximum(at.sigma, SMALLEST_SIGMA)
     if kind == "eps":
@@ -209,24 +194,20 @@ def velocity_of(
         return output
     if kind == "x0":
         # (x_t - x0) / t, and not through eps, which the floor would make inconsistent with x0.
-        return (xt - output) / jnp.maximum(level(path, t).each().sigma, floor)
+        return (xt - output) / jnp.maximum(t[..., None], floor)
     x0, eps = clean_and_noise(path, kind, output, xt, t)
     return eps - x0
 
 
 def squared_error_factor(kind: Prediction, at: Level) -> Float[Array, "..."]:
-    """By what the squared error of x0 is multiplied if it is measured in a prediction's space.
-
-    eps: alpha^2 / sigma^2, the signal-to-noise ratio. v: (alpha^2 + sigma^2)^2 / sigma^2, SNR + 1 if
-    variance is preserved. velocity: 1 / sigma^2.
-    """
-    if kind == "x0":
-        return jnp.ones_like(at.alpha)
-    if kind == "eps":
-        return jnp.square(at.alpha / at.sigma)
-    if kind == "v":
-        return jnp.square((at.alpha**2 + at.sigma**2) / at.sigma)
-    return jnp.square(1 / at.sigma)
+    """By what the squared error of x0 is multiplied if it is measured in a prediction's space."""
+    alpha, sigma = at.alpha, at.sigma
+    return {
+        "x0": jnp.ones_like(alpha),
+        "eps": jnp.square(alpha / sigma),  # the signal-to-noise ratio
+        "v": jnp.square((alpha**2 + sigma**2) / sigma),  # SNR + 1 if variance is preserved
+        "velocity": jnp.square(1 / sigma),
+    }[kind]
 
 
 # --- Times ---
@@ -237,14 +218,11 @@ class TimeConfig:
     """The distribution of a segment's noise level t in training; sampling shares its shift."""
 
     distribution: Literal["uniform", "logit_normal"] = "logit_normal"
-    mean: float = 0.0
-    """Of logit(t) before the shift, for logit_normal."""
+    mean: float = 0.0  # of logit(t) before the shift, as is std
     std: PositiveFloat = 1.0
-    shift: PositiveFloat = 1.0
-    """r of (5): above 1 moves times towards noise."""
+    shift: PositiveFloat = 1.0  # r of (5): above 1 moves times towards noise
+    # If set, r is ``shift`` for a segment of this many tokens and grows with the root of their number.
     reference_tokens: PositiveInt | None = None
-    """If set, r is ``shift`` for a segment of this many tokens and grows with the square root of their
-    number; if None, every segment has the same r."""
 
 
 def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Float[AnyArray, "*b"]:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,65 +41,42 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
-from dit_jax.types import require
 
 Spacing = Literal["linear", "trailing", "linspace"]
 Tokens = Float[Array, "b l p"]
+ByToken = Float[Array, "b l"]
 Scalar = Float[Array, ""]
+
+
+class Solver(NamedTuple):
+    """What a solver costs, and what it needs."""
+
+    evaluations: int = 1  # of the denoiser, in a step
+    memory: int = 0  # how many evaluations it remembers
+    continuous: bool = False  # whether it needs dx/dt, which the discrete chain does not have
+
+
+SOLVERS = {
+    "euler": Solver(),
+    "heun": Solver(evaluations=2),
+    "ddim": Solver(),
+    "ddpm": Solver(),
+    "sde": Solver(continuous=True),
+    "dpmpp_2m": Solver(memory=1),
+    "unipc": Solver(memory=2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SolverConfig:
-    """The constants of solvers; errors name the fields of ``SamplingConfig``."""
+    """A solver of ``SOLVERS`` and its constants, as ``SamplingConfig`` bounds them."""
 
+    name: str = "euler"
+    # Of ddpm, in (4): the smallest (the posterior's if x0 is known), the largest (the forward step's),
+    # or between them as the network predicts.
     variance: Variance = "fixed_small"
-    """Of ddpm, in (4): the smallest (the posterior's if x0 is known), the largest (the forward
-    step's), or between them as the network predicts."""
-    eta: float = 0.0
-    """Of ddim: 0 takes no noise, 1 as much as ddpm."""
-    strength: float = 1.0
-    """w of sde, in (5)."""
-
-    def __post_init__(self) -> None:
-        require("sampling.", self, ("eta", 0 <= self.eta <= 1, "in [0, 1] (0 takes no noise)"))
-        require("sampling.sde_", self, ("strength", self.strength >= 0, "at least 0"))
-
-
-# --- What a step works on ---
-
-
-class Interval(NamedTuple):
-    """One step of the schedule, as each token takes it; all ``[b, l, 1]``."""
-
-    now: Level
-    next: Level
-    moves: Bool[Array, "..."]
-    """False for tokens whose cap is below both levels."""
-    h: Float[Array, "..."]
-    """The rise of log(alpha / sigma); 1 for tokens that do not move, so that all stays finite."""
-
-    def update(self, x: Tokens, x_next: Tokens) -> Tokens:
-        """The new value of tokens that move, the old value of the others."""
-        return jnp.where(self.moves, x_next, x)
-
-
-class SolverContext(NamedTuple):
-    """What stays the same over all steps of a solver."""
-
-    path: PathConfig
-    caps: Float[Array, "b l"]
-    """Noise cap of each token."""
-    config: SolverConfig = SolverConfig()
-
-    def tau(self, t: Scalar) -> Float[Array, "b l"]:
-        """The noise level of each token when the schedule stands at t."""
-        return jnp.minimum(t, self.caps)
-
-    def interval(self, t: Scalar, t_next: Scalar) -> Interval:
-        """The step between two levels of the schedule."""
-        now, after = (level(self.path, self.tau(at)).each() for at in (t, t_next))
-        moves = after.t < now.t
-        return Interval(now, after, moves, jnp.where(moves, after.logsnr - now.logsnr, 1))
+    eta: float = 0.0  # of ddim: 0 takes no noise, 1 as much as ddpm
+    strength: float = 1.0  # w of sde, in (5)
 
 
 class Evaluation(NamedTuple):
@@ -110,200 +87,137 @@ class Evaluation(NamedTuple):
     x0: Tokens
 
 
-History = tuple[Evaluation, ...]
-"""The last evaluations, the newest first; as many as the solver remembers."""
+History = tuple[Evaluation, ...]  # the newest first; as many as the solver remembers
 
 
-class StepInput(NamedTuple):
-    """The input of one step of a solver."""
+class Interval(NamedTuple):
+    """One step of the schedule, as each token takes it; all ``[b, l, 1]``."""
 
-    context: SolverContext
-    denoiser: Callable[[Tokens, Scalar], Estimate]
-    """``denoiser(x, t)``: the network's prediction for every token at level t of the schedule."""
-    x: Tokens
-    history: History
-    t: Scalar
-    t_next: Scalar
-    noise: Callable[[], Tokens]
-    """Standard normal noise of this step; called by solvers that take noise."""
-
-    @property
-    def interval(self) -> Interval:
-        return self.context.interval(self.t, self.t_next)
+    now: Level
+    next: Level
+    moves: Bool[Array, "..."]  # False for tokens whose cap is below both levels
+    h: Float[Array, "..."]  # 1 for tokens that do not move, so that all stays finite
 
 
-StepOutput = tuple[Tokens, History]
-"""x at the next level, and the history for the next step."""
+def interval(path: PathConfig, caps: ByToken, t: Scalar, t_next: Scalar) -> Interval:
+    """The step between two levels of the schedule."""
+    now, after = (level(path, jnp.minimum(at, caps)[..., None]) for at in (t, t_next))
+    # By lambda: on the chain, times within rounding of each other are one level, of which h is 0.
+    moves = after.logsnr > now.logsnr
+    return Interval(now, after, moves, jnp.where(moves, after.logsnr - now.logsnr, 1))
 
 
 def start(
-    path: PathConfig, clean: Tokens, eps: Tokens, caps: Float[Array, "b l"], t: Scalar | float = 1.0
+    path: PathConfig, clean: Tokens, eps: Tokens, caps: ByToken, t: Scalar | float = 1.0
 ) -> Tokens:
     """The point from which a solver starts at level ``t``: every token is noised up to its cap."""
-    at = level(path, jnp.minimum(t, caps)).each()
+    at = level(path, jnp.minimum(t, caps)[..., None])
     # Generated tokens are pure noise even on a chain that leaves some signal at t = 1.
     return jnp.where(caps[..., None] < 1, at.alpha * clean + at.sigma * eps, eps)
 
 
-# --- One-step solvers ---
+def start_history(solver: str, x: Tokens, t: Scalar) -> History:
+    """The history before the first step: no token has moved yet."""
+    # 0 * x and not zeros: a constant would not be sharded as x is.
+    return (Evaluation(t, 0 * x, 0 * x),) * SOLVERS[solver].memory
 
 
-def _euler_point(s: StepInput, step: Interval, now: Estimate) -> Tokens:
-    if s.context.path.discrete:
-        return step.next.alpha * now.x0 + step.next.sigma * now.eps  # (2)
-    assert now.velocity is not None
-    return s.x + (step.next.t - step.now.t) * now.velocity  # (1)
+def step(
+    config: SolverConfig,
+    path: PathConfig,
+    caps: ByToken,
+    denoiser: Callable[[Tokens, Scalar], Estimate],
+    x: Tokens,
+    history: History,
+    t: Scalar,
+    t_next: Scalar,
+    noise: Callable[[], Tokens],
+) -> tuple[Tokens, History]:
+    """A solver's step from level ``t`` of the schedule to ``t_next``: x there, and the next history.
 
+    ``denoiser(x, t)`` is the network's prediction for every token at level t of the schedule;
+    ``noise()`` is the step's standard normal noise, for solvers that take noise.
+    """
+    now, after, moves, h = interval(path, caps, t, t_next)
+    by, last = after.t - now.t, t_next <= 0
+    out: Any = denoiser(x, t)  # with a velocity on the straight path
+    ratio = after.sigma / jnp.where(moves, now.sigma, 1)  # no noise, no move: finite all the same
 
-def euler(s: StepInput) -> StepOutput:
-    """Euler's method, one evaluation."""
-    step, now = s.interval, s.denoiser(s.x, s.t)
-    return step.update(s.x, _euler_point(s, step, now)), s.history
+    if config.name in ("euler", "heun"):
+        if path.discrete:
+            euler = after.alpha * out.x0 + after.sigma * out.eps  # (2)
+        else:
+            euler = x + by * out.velocity  # (1)
+        x_next = ahead = jnp.where(moves, euler, x)
 
+        def heun() -> Tokens:
+            then: Any = denoiser(ahead, t_next)
+            if not path.discrete:
+                return x + by * (0.5 * (out.velocity + then.velocity))
+            # In x / alpha, whose derivative by sigma / alpha is eps. From no signal at all
+            # sigma / alpha is infinite: that step stays Euler's.
+            signal = now.alpha > 0
+            slope = after.sigma - after.alpha * (now.sigma / jnp.where(signal, now.alpha, 1))
+            return jnp.where(signal, ahead + 0.5 * slope * (then.eps - out.eps), ahead)
 
-def heun(s: StepInput) -> StepOutput:
-    """Heun's method, two evaluations; one in the last step, where dx/dt may be undefined at 0."""
-    step, now = s.interval, s.denoiser(s.x, s.t)
-    ahead = step.update(s.x, _euler_point(s, step, now))
+        if config.name == "heun":  # the last step stays Euler's: at 0 dx/dt may be undefined
+            x_next = jax.lax.cond(t_next > 0, heun, lambda: ahead)
 
-    def correct(_: None) -> Tokens:
-        then = s.denoiser(ahead, s.t_next)
-        if not s.context.path.discrete:
-            assert now.velocity is not None and then.velocity is not None
-            mean = 0.5 * (now.velocity + then.velocity)
-            return step.update(s.x, s.x + (step.next.t - step.now.t) * mean)
-        # In x / alpha, whose derivative by sigma / alpha is eps. From no signal at all sigma / alpha
-        # is infinite: that step stays Euler's.
-        signal = step.now.alpha > 0
-        ratio = step.now.sigma / jnp.where(signal, step.now.alpha, 1)
-        by = step.next.sigma - step.next.alpha * ratio
-        corrected = ahead + 0.5 * by * (then.eps - now.eps)
-        return step.update(s.x, jnp.where(signal, corrected, ahead))
+    elif config.name == "ddim":
+        eps = out.eps
+        if config.eta:
+            renewed = config.eta**2 * -jnp.expm1(-2 * h)
+            eps = jnp.sqrt(1 - renewed) * eps + jnp.sqrt(renewed) * noise()
+        x_next = after.alpha * out.x0 + after.sigma * eps  # (2)
 
-    return jax.lax.cond(s.t_next > 0, correct, lambda _: ahead, None), s.history
+    elif config.name == "ddpm":
+        gained = -jnp.expm1(-2 * h)
+        mean = ratio * jnp.exp(-h) * x + after.alpha * gained * out.x0  # (3)
+        # Logarithms of (4): the network predicts the variance between them geometrically.
+        small, large = (2 * jnp.log(at.sigma) + jnp.log(gained) for at in (after, now))
+        log_variance = small if config.variance == "fixed_small" else large
+        if config.variance == "learned_range":
+            part = (out.fraction + 1) / 2
+            # In the last step small is -inf, and 0 times it would be nan.
+            log_variance = part * large + (1 - part) * jnp.where(last, large, small)
+        x_next = mean + jnp.where(last, 0, jnp.exp(0.5 * log_variance)) * noise()
 
+    elif config.name == "sde":
+        # The diffusion w(t) = strength sigma(t) times the score -eps / sigma is -strength eps.
+        mean = x + by * (out.velocity + config.strength * out.eps)  # (5)
+        deviation = jnp.sqrt(jnp.maximum(2 * config.strength * now.sigma * -by, 0))
+        x_next = mean + jnp.where(last, 0, deviation) * noise()
 
-def ddim(s: StepInput) -> StepOutput:
-    """DDIM, one evaluation."""
-    step, now = s.interval, s.denoiser(s.x, s.t)
-    eps, eta = now.eps, s.context.config.eta
-    if eta:
-        renewed = eta**2 * -jnp.expm1(-2 * step.h)
-        eps = jnp.sqrt(1 - renewed) * eps + jnp.sqrt(renewed) * s.noise()
-    return step.update(s.x, step.next.alpha * now.x0 + step.next.sigma * eps), s.history  # (2)
-
-
-def ddpm(s: StepInput) -> StepOutput:
-    """Ancestral sampling, one evaluation; the last step takes no noise."""
-    step, now = s.interval, s.denoiser(s.x, s.t)
-    variance, last = s.context.config.variance, s.t_next <= 0
-    ratio = step.next.sigma / jnp.where(step.moves, step.now.sigma, 1)
-    gained = -jnp.expm1(-2 * step.h)
-    mean = ratio * jnp.exp(-step.h) * s.x + step.next.alpha * gained * now.x0  # (3)
-    # Logarithms of (4): the network predicts the variance between them geometrically.
-    small, large = (2 * jnp.log(at.sigma) + jnp.log(gained) for at in (step.next, step.now))
-    if variance == "learned_range":
-        assert now.fraction is not None, "a learned variance needs a second output"
-        part = (now.fraction + 1) / 2
-        # In the last step small is -inf, and 0 times it would be nan.
-        log_variance = part * large + (1 - part) * jnp.where(last, large, small)
     else:
-        log_variance = small if variance == "fixed_small" else large
-    deviation = jnp.where(last, 0, jnp.exp(0.5 * log_variance))
-    return step.update(s.x, mean + deviation * s.noise()), s.history
+        # (6), with x0 as a polynomial through the last predictions. A token whose history does not
+        # reach back that far, because it only just began to move, takes a step of lower order.
+        x0, before = out.x0, history[0]
+        then, _, moved, h1 = interval(path, caps, before.t, t)
+        if config.name == "unipc":
+            # The evaluation first corrects the point at which it was made. UniC-2: weights of the two
+            # differences of x0 that make a parabola through three predictions. They solve
+            # [[1, 1], [r, 1]] weights = moments, with B_2(h) = e^-h - 1 as the unit.
+            first = interval(path, caps, history[1].t, before.t)
+            known = first.moves & jnp.isfinite(h1)
+            hh = jnp.where(known, h1, 1)
+            unit = jnp.expm1(-hh)
+            moments = -unit / hh - 1, 2 * ((unit / hh + 1) / hh - 0.5)
+            r = jnp.where(known, -first.h / hh, -1)
+            weight = (moments[0] - moments[1]) / (1 - r) / unit
+            change = x0 - before.x0
+            parabola = (
+                weight * (history[1].x0 - before.x0) / r + (moments[0] / unit - weight) * change
+            )
+            # UniC-1, half the change, is for tokens with two predictions.
+            bend = jnp.where(known, parabola, 0.5 * change)
+            ratio1 = now.sigma / jnp.where(moved, then.sigma, 1)
+            gain = now.alpha * jnp.expm1(-h1)
+            x = jnp.where(moved, ratio1 * before.x - gain * before.x0 - gain * bend, x)
+        slope = (x0 - before.x0) * jnp.where(moved & jnp.isfinite(h), h / h1, 0)
+        x_next = ratio * x - after.alpha * jnp.expm1(-h) * (x0 + 0.5 * slope)
+        history = (Evaluation(t, x, x0), *history)[: len(history)]
 
-
-def sde(s: StepInput) -> StepOutput:
-    """Euler-Maruyama, one evaluation, on continuous paths (5); the last step takes no noise."""
-    step, now = s.interval, s.denoiser(s.x, s.t)
-    assert now.velocity is not None
-    strength, by = s.context.config.strength, step.now.t - step.next.t
-    # The diffusion w(t) = strength sigma(t) times the score -eps / sigma is -strength eps.
-    mean = s.x - by * (now.velocity + strength * now.eps)
-    deviation = jnp.sqrt(jnp.maximum(2 * strength * step.now.sigma * by, 0))
-    x = mean + jnp.where(s.t_next > 0, deviation, 0) * s.noise()
-    return step.update(s.x, x), s.history
-
-
-# --- Multistep solvers ---
-# (6), with x0 as a polynomial through the last predictions. A token whose history does not reach back
-# that far, because it only just began to move, takes a step of lower order.
-
-
-def _constant_x0(step: Interval, x: Tokens, x0: Tokens) -> Tokens:
-    ratio = step.next.sigma / jnp.where(step.moves, step.now.sigma, 1)
-    return ratio * x - step.next.alpha * jnp.expm1(-step.h) * x0
-
-
-def _linear_x0(s: StepInput, x0: Tokens, before: Evaluation) -> Tokens:
-    """(6) with x0 on the line through this prediction and the one before."""
-    step, last = s.interval, s.context.interval(before.t, s.t)
-    known = last.moves & jnp.isfinite(step.h)
-    slope = (x0 - before.x0) * jnp.where(known, step.h / last.h, 0)
-    middle = x0 + 0.5 * slope
-    return step.update(s.x, _constant_x0(step, s.x, middle))
-
-
-def dpmpp_2m(s: StepInput) -> StepOutput:
-    """DPM-Solver++(2M), one evaluation."""
-    (before,) = s.history
-    x0 = s.denoiser(s.x, s.t).x0
-    return _linear_x0(s, x0, before), (Evaluation(s.t, s.x, x0),)
-
-
-def unipc(s: StepInput) -> StepOutput:
-    """UniPC, one evaluation, which first corrects the point at which it was made."""
-    before, earlier = s.history
-    x0 = s.denoiser(s.x, s.t).x0
-    last = s.context.interval(before.t, s.t)
-    first = s.context.interval(earlier.t, before.t)
-    known = first.moves & jnp.isfinite(last.h)
-    # UniC-2: weights of the two differences of x0 that make a parabola through three predictions.
-    # They solve [[1, 1], [ratio, 1]] weights = moments, with B_2(h) = e^-h - 1 as the unit.
-    h = jnp.where(known, last.h, 1)
-    unit = jnp.expm1(-h)
-    moments = -unit / h - 1, 2 * ((unit / h + 1) / h - 0.5)
-    ratio = jnp.where(known, -first.h / h, -1)
-    weight = (moments[0] - moments[1]) / (1 - ratio) / unit
-    change = x0 - before.x0
-    parabola = weight * (earlier.x0 - before.x0) / ratio + (moments[0] / unit - weight) * change
-    # UniC-1, half the change, is for tokens with two predictions.
-    bend = jnp.where(known, parabola, 0.5 * change)
-    base = _constant_x0(last, before.x, before.x0)
-    x = last.update(s.x, base - last.next.alpha * jnp.expm1(-last.h) * bend)
-    s = s._replace(x=x)
-    return _linear_x0(s, x0, before), (Evaluation(s.t, x, x0), before)
-
-
-class Solver(NamedTuple):
-    """A step function, how much it remembers, and what it costs."""
-
-    step: Callable[[StepInput], StepOutput]
-    memory: int = 0
-    """How many evaluations it remembers."""
-    evaluations: int = 1
-    """Of the denoiser, in a step."""
-    continuous: bool = False
-    """Whether it needs dx/dt, which the discrete chain does not have."""
-
-    def begin(self, x: Tokens, t: Scalar) -> History:
-        """The history before the first step: no token has moved yet."""
-        # 0 * x and not zeros: a constant would not be sharded as x is.
-        return (Evaluation(t, 0 * x, 0 * x),) * self.memory
-
-
-SOLVERS: dict[str, Solver] = {
-    "euler": Solver(euler),
-    "heun": Solver(heun, evaluations=2),
-    "ddim": Solver(ddim),
-    "ddpm": Solver(ddpm),
-    "sde": Solver(sde, continuous=True),
-    "dpmpp_2m": Solver(dpmpp_2m, memory=1),
-    "unipc": Solver(unipc, memory=2),
-}
-
-
-# --- Noise levels ---
+    return jnp.where(moves, x_next, x), history
 
 
 def noise_levels(

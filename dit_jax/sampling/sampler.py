@@ -33,15 +33,14 @@ from dit_jax.diffusion import (
     Estimate,
     GuidanceConfig,
     SolverConfig,
-    SolverContext,
     Spacing,
-    StepInput,
     estimate,
     guide,
     guided_kind,
     interpolate,
     noise_levels,
     resolution_shift,
+    solvers,
     split_output,
     start,
     token_noise,
@@ -185,7 +184,9 @@ class Generator:
         config.check(diffusion, model.config.patch.channels)
         self.config, self._model, self._diffusion = config, model, diffusion
         self._solver = SOLVERS[config.solver]
-        self._constants = SolverConfig(diffusion.variance, config.eta, config.sde_strength)
+        self._constants = SolverConfig(
+            config.solver, diffusion.variance, config.eta, config.sde_strength
+        )
         self.begin = jax.jit(self._begin)
         self.step = jax.jit(self._step, donate_argnums=1)
         self.prepare_fields = jax.jit(self._prepare_fields)
@@ -276,7 +277,7 @@ class Generator:
     def _begin(self, inputs: SamplerInputs, t: Float[Array, ""]) -> Carry:
         eps = self._noise(inputs)
         x = start(self._diffusion.path, inputs.clean, eps, inputs.noise_caps, t)  # (1)
-        return Carry(x, self._solver.begin(x, t))
+        return Carry(x, solvers.start_history(self.config.solver, x, t))
 
     def _noise(
         self, inputs: SamplerInputs, index: Int[Array, ""] | None = None
@@ -335,15 +336,17 @@ class Generator:
             seen = dataclasses.replace(seen, text=text, text_segment_ids=text_segment_ids)
             return self._estimate(evaluate(seen), x, inputs, t)
 
-        context = SolverContext(self._diffusion.path, inputs.noise_caps, self._constants)
-        noise = partial(self._noise, inputs, index)
-        x, history = self._solver.step(
-            StepInput(context, denoiser, carry.x, carry.history, t, t_next, noise)
+        path, caps, noise = (
+            self._diffusion.path,
+            inputs.noise_caps,
+            partial(self._noise, inputs, index),
+        )
+        x, history = solvers.step(
+            self._constants, path, caps, denoiser, carry.x, carry.history, t, t_next, noise
         )
         if inputs.kept is not None:
             # Numbers that are known in generated tokens, at the level where their token now is.
-            level, eps = context.tau(t_next), self._noise(inputs)
-            known = interpolate(self._diffusion.path, inputs.clean, eps, level)
+            known = interpolate(path, inputs.clean, self._noise(inputs), jnp.minimum(t_next, caps))
             x = jnp.where(inputs.kept, known, x)
         return Carry(x, history)
 

@@ -160,8 +160,6 @@ def test_groups_are_two_or_the_levels():
     [
         ({"head": -0.1}, "masks.head is -0.1"),
         (dict.fromkeys(MASKS, 0.0), "masks.weights"),
-        ({"noisy": 1.5}, "masks.noisy is 1.5"),
-        ({"max_noise": -0.1}, "masks.max_noise is -0.1"),
         ({"levels": 1}, "masks.levels is 1"),
     ],
 )

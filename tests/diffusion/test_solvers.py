@@ -13,25 +13,15 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_jax.diffusion import (
-    SOLVERS,
-    Estimate,
-    PathConfig,
-    SolverConfig,
-    SolverContext,
-    StepInput,
-    noise_levels,
-    start,
-)
+from dit_jax.diffusion import SOLVERS, Estimate, PathConfig, SolverConfig, noise_levels, start
 from dit_jax.diffusion.paths import alphas_cumprod, level
+from dit_jax.diffusion.solvers import interval, start_history, step
 
 MEAN, DEVIATION = 0.7, 0.4
 STRAIGHT, CHAIN = PathConfig(), PathConfig("ddpm")
 BOTH = pytest.mark.parametrize("path", [STRAIGHT, CHAIN], ids=lambda path: path.kind)
 ORDERS = {"euler": 1, "heun": 2, "ddim": 1, "dpmpp_2m": 2, "unipc": 2}
 MULTISTEP = ("dpmpp_2m", "unipc")
-NOISY = ("ddpm", "sde")
-PLAIN = SolverConfig()
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +30,14 @@ def float64():
         yield
 
 
-def gaussian(context: SolverContext, x, t) -> Estimate:
+def gaussian(path, caps, x, t) -> Estimate:
     """The prediction of a perfect network for Gaussian data: the posterior means of x0 and eps."""
-    at = level(context.path, context.tau(t)).each()
+    at = level(path, jnp.minimum(t, caps)[..., None])
     variance = at.alpha**2 * DEVIATION**2 + at.sigma**2
     apart = x - at.alpha * MEAN
     x0 = MEAN + at.alpha * DEVIATION**2 / variance * apart
     eps = at.sigma / variance * apart
-    if context.path.discrete:
+    if path.discrete:
         return Estimate(x0, eps, None, jnp.zeros_like(x))
     return Estimate(x0, eps, eps - x0)
 
@@ -73,24 +63,24 @@ def points(path: PathConfig, caps: list[float], count: int = 5):
 
 @pytest.fixture(scope="module")
 def run(jit):
-    """``run(name, path, denoise, x, caps, levels)``: every x of the solver over a schedule."""
+    """``run(solver, path, denoise, x, caps, levels)``: every x of the solver over a schedule."""
 
     @functools.cache
-    def compiled(name, path, denoise, config):
-        def step(x, history, caps, t, t_next, i):
-            context = SolverContext(path, caps, config)
+    def compiled(config, path, denoise):
+        def one(x, history, caps, t, t_next, i):
             noise = functools.partial(jax.random.normal, jax.random.key(i), x.shape, x.dtype)
-            denoiser = functools.partial(denoise, context)
-            return SOLVERS[name].step(StepInput(context, denoiser, x, history, t, t_next, noise))
+            denoiser = functools.partial(denoise, path, caps)
+            return step(config, path, caps, denoiser, x, history, t, t_next, noise)
 
-        return jit(step)
+        return jit(one)
 
-    def whole(name, path, denoise, x, caps, levels, config=PLAIN, dtype=jnp.float64):
+    def whole(solver, path, denoise, x, caps, levels, dtype=jnp.float64):
+        config = solver if isinstance(solver, SolverConfig) else SolverConfig(solver)
         x, caps, levels = (jnp.asarray(a, dtype) for a in (x, caps, levels))
-        history, out = SOLVERS[name].begin(x, levels[0]), [x]
-        step = compiled(name, path, denoise, config)
+        history, out = start_history(config.name, x, levels[0]), [x]
+        one = compiled(config, path, denoise)
         for i, (t, t_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-            x, history = step(x, history, caps, t, t_next, i)
+            x, history = one(x, history, caps, t, t_next, i)
             out.append(x)
         return np.asarray(out)
 
@@ -104,8 +94,7 @@ def test_the_closed_form_is_one():
     """The flow's derivative is the velocity, by central differences."""
     x, t = points(STRAIGHT, [0.2, 0.5, 0.9])
     ahead, back = (gaussian_flow(STRAIGHT, x, t, t[..., None] + h) for h in (1e-5, -1e-5))
-    context = SolverContext(STRAIGHT, jnp.asarray(t))
-    velocity = gaussian(context, jnp.asarray(x), jnp.float64(1)).velocity
+    velocity = gaussian(STRAIGHT, jnp.asarray(t), jnp.asarray(x), jnp.float64(1)).velocity
     # Central differences: h^2, and float64 over h.
     np.testing.assert_allclose((ahead - back) / 2e-5, velocity, atol=1e-7)
 
@@ -119,10 +108,9 @@ def orders_of(run, name, path, levels_of, x, caps, steps=(32, 64, 128)):
     return np.log2(np.array(errors[:-1]) / errors[1:]), errors[-1]
 
 
-@pytest.mark.parametrize("caps", [[1.0] * 4, [0.5, 0.25, 0.75]], ids=["generated", "soft"])
 @pytest.mark.parametrize("name", ORDERS)
-def test_the_order_of_convergence(run, name, caps):
-    x, caps = points(STRAIGHT, caps)
+def test_the_order_of_convergence(run, name):
+    x, caps = points(STRAIGHT, [1.0, 0.5, 0.25, 0.75])
     even = functools.partial(noise_levels, STRAIGHT, "linear")
     if name in MULTISTEP:
         # Their steps in log(alpha / sigma) do not shrink at the ends, which costs a logarithm.
@@ -154,49 +142,49 @@ def test_the_order_between_two_levels(run, name, path):
     np.testing.assert_allclose(orders, 3 if name == "unipc" else ORDERS[name], atol=0.15)
 
 
-def constant(context, x, t):
+def constant(path, caps, x, t):
     """A network that always predicts the same clean patches."""
-    at, x0 = level(context.path, context.tau(t)).each(), jnp.arange(5.0) + 0 * x
+    at, x0 = level(path, jnp.minimum(t, caps)[..., None]), jnp.arange(5.0) + 0 * x
     eps = (x - at.alpha * x0) / jnp.maximum(at.sigma, 1e-9)
-    velocity = None if context.path.discrete else eps - x0
+    velocity = None if path.discrete else eps - x0
     return Estimate(x0, eps, velocity, jnp.zeros_like(x))
 
 
 @BOTH
 @pytest.mark.parametrize("name", ORDERS)
 def test_constant_predictions_are_reached_in_any_number_of_steps(run, name, path):
-    x, caps = points(path, [1.0, 0.6, 0.1])
+    x, caps = points(path, [1.0, 0.6, 0.3, 0.1])
     for steps in (1, 3):
         out = run(name, path, constant, x, caps, np.linspace(1, 0, steps + 1))[-1]
-        np.testing.assert_allclose(out[0], [np.arange(5.0)] * 3, atol=1e-13)  # float64
+        np.testing.assert_allclose(out[0], [np.arange(5.0)] * 4, atol=1e-13)  # float64
 
 
 def test_evaluations_are_counted():
     x, caps = map(jnp.asarray, points(STRAIGHT, [1.0]))
-    context = SolverContext(STRAIGHT, caps)
     for name, solver in SOLVERS.items():
         calls = []
 
         def denoiser(x, t, calls=calls):
             calls.append(t)
-            return gaussian(context, x, t)
+            return gaussian(STRAIGHT, caps, x, t)
 
-        def step(x, t, t_next, solver=solver, denoiser=denoiser):
-            noise = functools.partial(jnp.zeros_like, x)
-            history = solver.begin(x, t)
-            return solver.step(StepInput(context, denoiser, x, history, t, t_next, noise))
+        def one(x, t, t_next, name=name, denoiser=denoiser):
+            history, noise = start_history(name, x, t), functools.partial(jnp.zeros_like, x)
+            return step(SolverConfig(name), STRAIGHT, caps, denoiser, x, history, t, t_next, noise)
 
-        jax.eval_shape(step, x, jnp.float64(0.8), jnp.float64(0.4))
+        jax.eval_shape(one, x, jnp.float64(0.8), jnp.float64(0.4))
         assert len(calls) == solver.evaluations, name
-    assert SOLVERS.keys() == ORDERS.keys() | set(NOISY)
+    assert SOLVERS.keys() == ORDERS.keys() | {"ddpm", "sde"}
 
 
-@BOTH
 @pytest.mark.parametrize("name", ORDERS)
-def test_float32_is_enough(run, name, path):
+def test_float32_is_enough(run, name):
     """50 steps of float32, soft tokens among them, end where those of float64 do."""
-    x, caps = points(path, [1.0, 0.5, 0.01])
+    path = CHAIN if name in MULTISTEP else STRAIGHT
+    # 0.1 is within rounding of a level, at which the token shall not take a step of no length.
+    x, caps = points(path, [1.0, 0.5, 0.1, 0.01])
     levels = np.linspace(1, 0, 51)
+    assert 0 < min(abs(levels - 0.1)) < 1e-15
     exact = run(name, path, gaussian, x, caps, levels)[-1]
     out = run(name, path, gaussian, x, caps, levels, dtype=jnp.float32)[-1]
     assert out.dtype == jnp.float32
@@ -208,23 +196,22 @@ def test_float32_is_enough(run, name, path):
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "config"),
+    ("path", "config"),
     [
-        ("ddpm", CHAIN, SolverConfig("fixed_small")),
-        ("ddpm", CHAIN, SolverConfig("fixed_large")),
-        ("ddpm", CHAIN, SolverConfig("learned_range")),
-        ("ddpm", STRAIGHT, SolverConfig("fixed_small")),
-        ("ddim", CHAIN, SolverConfig(eta=1.0)),
-        ("ddim", STRAIGHT, SolverConfig(eta=0.5)),
-        ("sde", STRAIGHT, SolverConfig()),
-        ("sde", STRAIGHT, SolverConfig(strength=0.5)),
+        (CHAIN, SolverConfig("ddpm", "fixed_small")),
+        pytest.param(CHAIN, SolverConfig("ddpm", "fixed_large"), marks=pytest.mark.slow),
+        (CHAIN, SolverConfig("ddpm", "learned_range")),
+        (STRAIGHT, SolverConfig("ddpm", "fixed_small")),
+        pytest.param(CHAIN, SolverConfig("ddim", eta=1.0), marks=pytest.mark.slow),
+        (STRAIGHT, SolverConfig("ddim", eta=0.5)),
+        (STRAIGHT, SolverConfig("sde", strength=0.5)),
     ],
-    ids=lambda value: getattr(value, "kind", getattr(value, "variance", value)),
+    ids=lambda value: getattr(value, "kind", getattr(value, "name", value)),
 )
-def test_noisy_solvers_sample_the_mean_and_the_variance_of_data(name, path, config, run):
+def test_noisy_solvers_sample_the_mean_and_the_variance_of_data(path, config, run):
     x = np.random.default_rng(1).normal(size=(1, 1, 20_000))
     levels = np.linspace(1, 0, 401)
-    out = run(name, path, gaussian, x, np.ones((1, 1)), levels, config)[-1]
+    out = run(config, path, gaussian, x, np.ones((1, 1)), levels)[-1]
     # 20000 points: 4 standard errors are 0.011 and 0.0065; 400 steps leave some 0.006 themselves, which
     # is of order 1 (0.023 for 100 steps of the smallest variance).
     assert abs(out.mean() - MEAN) < 0.011 + 0.01
@@ -233,22 +220,10 @@ def test_noisy_solvers_sample_the_mean_and_the_variance_of_data(name, path, conf
 
 def test_noise_makes_points_independent_of_where_they_began(run):
     """Otherwise the test above would hold for solvers that take no noise at all."""
-    x, levels = np.random.default_rng(1).normal(size=(1, 1, 4000)), np.linspace(1, 0, 51)
-    correlation = {}
-    for name in ("euler", "sde", "ddpm"):
+    x, levels = np.random.default_rng(1).normal(size=(1, 1, 20_000)), np.linspace(1, 0, 51)
+    for name, low, high in (("euler", 0.999, 1.01), ("sde", -0.5, 0.5), ("ddpm", -0.1, 0.1)):
         end = run(name, STRAIGHT, gaussian, x, np.ones((1, 1)), levels)[-1]
-        correlation[name] = np.corrcoef(x.ravel(), end.ravel())[0, 1]
-    assert correlation["euler"] > 0.999
-    assert abs(correlation["ddpm"]) < 0.1 and abs(correlation["sde"]) < 0.5
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [({"eta": 1.5}, "sampling.eta is 1.5"), ({"strength": -1.0}, "sampling.sde_strength is -1.0")],
-)
-def test_constants_out_of_range_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        SolverConfig(**fields)
+        assert low < np.corrcoef(x.ravel(), end.ravel())[0, 1] < high
 
 
 # --- noise caps ---
@@ -260,9 +235,9 @@ EVERY = [(name, path) for name, path in EVERY if not (name == "sde" and path.dis
 @pytest.mark.parametrize(("name", "path"), EVERY, ids=lambda v: getattr(v, "kind", v))
 def test_conditioning_tokens_never_move_and_soft_ones_wait(name, path, run):
     x, caps = points(path, [0.0, 1.0, 0.5, 0.3])
-    config = SolverConfig(eta=0.5 * (name == "ddim"))
     levels = np.linspace(1, 0, 6)
-    out = run(name, path, gaussian, x, caps, levels, config)
+    config = SolverConfig(name, eta=0.5 * (name == "ddim"))
+    out = run(config, path, gaussian, x, caps, levels)
     assert np.isfinite(out).all() and np.array_equal(out[-1, 0, 0], x[0, 0])
     for before, after, t_next in zip(out[:-1], out[1:], levels[1:], strict=True):
         waits = caps[0] <= t_next
@@ -278,8 +253,7 @@ def test_soft_tokens_follow_the_flow_from_their_cap(run, name, path):
     # Caps between two levels of the schedule are the starts of shorter first steps.
     x, caps = points(path, [0.5, 0.3, 0.05, 1.0])
     out = run(name, path, gaussian, x, caps, np.linspace(1, 0, 257))
-    # The error of 256 steps, see the order of convergence; near data the chain's steps are wider in
-    # log(alpha / sigma).
+    # The error of 256 steps; near data the chain's steps are wider in log(alpha / sigma).
     atol = {1: 1e-2, 2: 2e-3 if path.discrete else 3e-4}[ORDERS[name]]
     np.testing.assert_allclose(out[-1], gaussian_flow(path, x, caps, 0.0), atol=atol)
 
@@ -287,7 +261,7 @@ def test_soft_tokens_follow_the_flow_from_their_cap(run, name, path):
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_a_late_token_of_a_multistep_solver_takes_a_first_order_step(run, name):
     """At the level of its cap it has no history: as if the schedule began there."""
-    x, caps = points(STRAIGHT, [0.5, 0.5])
+    x, caps = points(STRAIGHT, [0.5] * 4)
     late = run(name, STRAIGHT, gaussian, x, caps, [1.0, 0.8, 0.5, 0.3, 0.1, 0.0])
     fresh = run(name, STRAIGHT, gaussian, x, caps, [0.5, 0.3, 0.1, 0.0])
     assert np.array_equal(late[2:], fresh)
@@ -303,10 +277,10 @@ def test_a_solver_starts_at_the_caps():
 
 
 def test_a_token_moves_as_far_as_its_cap_lets_it():
-    context = SolverContext(STRAIGHT, jnp.array([[0.0, 0.25, 0.5, 1.0]]))
-    step = context.interval(jnp.float64(0.75), jnp.float64(0.25))
-    assert (step.next.t - step.now.t)[0, :, 0].tolist() == [0.0, 0.0, -0.25, -0.5]
-    assert step.moves[0, :, 0].tolist() == [False, False, True, True]
+    caps = jnp.array([[0.0, 0.25, 0.5, 1.0]])
+    one = interval(STRAIGHT, caps, jnp.float64(0.75), jnp.float64(0.25))
+    assert (one.next.t - one.now.t)[0, :, 0].tolist() == [0.0, 0.0, -0.25, -0.5]
+    assert one.moves[0, :, 0].tolist() == [False, False, True, True]
 
 
 def test_a_wrong_shape_is_caught():
@@ -314,21 +288,19 @@ def test_a_wrong_shape_is_caught():
     with pytest.raises(TypeCheckError, match="parameter 'caps'"):
         start(STRAIGHT, x, x, jnp.zeros((2, 4)))
     with pytest.raises(TypeCheckError, match="parameter 't'"):
-        SolverContext(STRAIGHT, jnp.zeros((1, 4))).interval(jnp.ones(1), jnp.float64(0.5))
+        interval(STRAIGHT, jnp.zeros((1, 4)), jnp.ones(1), jnp.float64(0.5))
 
 
 # --- noise levels ---
 
 
-@pytest.mark.parametrize("shift", [0.3, 1.0, 7.0])
-@pytest.mark.parametrize("steps", [1, 2, 30])
+@pytest.mark.parametrize(("steps", "shift"), [(1, 7.0), (30, 0.3)])
 def test_linear_levels_fall_from_one_to_zero(steps, shift):
     levels = noise_levels(STRAIGHT, "linear", steps, shift)
     assert levels.shape == (steps + 1,) and levels.dtype == np.float32
     assert levels[0] == 1.0 and levels[-1] == 0.0 and (np.diff(levels) < 0).all()
     t = np.linspace(1, 0, steps + 1)
     np.testing.assert_allclose(levels, shift * t / (1 + (shift - 1) * t), rtol=1e-6)  # float32
-    assert np.array_equal(noise_levels(CHAIN, "linear", steps, shift), levels)
 
 
 def test_linear_levels_by_hand():
@@ -342,10 +314,8 @@ def test_linear_levels_by_hand():
 @pytest.mark.parametrize(
     ("spacing", "steps", "indices"),
     [
-        ("trailing", 4, [999, 749, 499, 249]),
         ("trailing", 3, [999, 666, 332]),
         ("linspace", 4, [999, 666, 333, 0]),
-        ("linspace", 1, [999]),
         ("trailing", 1000, list(range(999, -1, -1))),
     ],
 )

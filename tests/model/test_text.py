@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.config import check_types
-from dit_jax.diffusion import drop_captions
+from dit_jax.diffusion.objective import drop_captions
 from dit_jax.model import (
     ByteEncoderConfig,
     DiTConfig,
