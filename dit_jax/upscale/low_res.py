@@ -6,14 +6,14 @@ columns, enlarged to the clip's own size again, and encoded by the codec if the 
 uniform in [0, augmentation] for each clip, and that the network reads too (conditioning
 augmentation)::
 
-    low_res' = (1 - level) low_res + level eps
+    low_res' = (1 - level) low_res + level eps                                                 (1)
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from flax import linen as nn
 from jaxtyping import Array, Shaped
 
 from dit_jax.diffusion import per_segment, token_noise
+from dit_jax.files import InputError
 from dit_jax.model import (
     Conditioner,
     Conditioning,
@@ -32,33 +33,22 @@ from dit_jax.model import (
     per_group,
 )
 from dit_jax.sampling import Generation, Request
-from dit_jax.types import DenoiserInputs, Runtime, Sample
+from dit_jax.types import DenoiserInputs, Range, Runtime, Sample, UnitInterval
 from dit_jax.upscale.resizing import enlarge, shrink
 
-NAME = "low_res"
-"""The field's name, in configs and requests."""
-LEVEL = "_level"
-"""Behind the field's name: the segment field of its noise level."""
-OF_LEVEL, OF_NOISE = 6, 7
-"""Set a segment's random numbers for these apart from its others in training."""
-OF_SAMPLING = 2**32 - 2
-"""Sets the noise of sampling apart from that of tokens, whose indices are smaller."""
+NAME = "low_res"  # of the field, in configs and requests
+LEVEL = "_level"  # behind the field's name: the segment field of its noise level
+# Set a segment's random numbers apart from its others in training, and the noise of sampling apart
+# from that of tokens, whose indices are smaller.
+OF_LEVEL, OF_NOISE, OF_SAMPLING = 6, 7, 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRes(Conditioner):
     """Super-resolution: see the module."""
 
-    factor: int = 2
-    """How many times fewer rows and columns the low-resolution clip has."""
-    augmentation: float = 0.3
-    """The highest noise level of it in training."""
-
-    def __post_init__(self) -> None:
-        if self.factor < 2:
-            raise ValueError(f"factor is {self.factor}: it is at least 2.")
-        if not 0 <= self.augmentation <= 1:
-            raise ValueError(f"augmentation is {self.augmentation}: it is in [0, 1].")
+    factor: Annotated[int, Range(2)] = 2  # how many times fewer rows and columns the input has
+    augmentation: UnitInterval = 0.3  # the highest noise level of it in training
 
     def field(self, model: ModelConfig) -> Field:
         return Field("token", (model.patch.dim,))
@@ -69,10 +59,9 @@ class LowRes(Conditioner):
     def derive(self, name: str, sample: Sample) -> Sample:
         video = sample["video"]
         if video.dtype != np.uint8:
-            raise ValueError(
-                f"the model enlarges clips {self.factor} times and the data are latents: what they are "
-                "at low resolution is made of pixels. Give records of these, and the codec for both "
-                "(codec.path)."
+            raise InputError(
+                f"the model enlarges clips {self.factor} times and the data are latents: give records "
+                "of pixels, of which low resolution is made, and the codec (codec.path)."
             )
         low_res = enlarge(shrink(video, self.factor), self.factor)
         return {**sample, "pixel_fields": {**sample.get("pixel_fields", {}), name: low_res}}
@@ -88,7 +77,7 @@ class LowRes(Conditioner):
         noise_keys = fold(keys, OF_NOISE if train else OF_SAMPLING)
         eps = token_noise(noise_keys, rows.segment_ids, rows.token_ids, low_res.shape[-1])
         at = per_segment(level, rows.segment_ids)[..., None]  # [b, l, 1]
-        noised = (1 - at) * low_res + at * eps
+        noised = (1 - at) * low_res + at * eps  # (1)
         return dataclasses.replace(
             rows,
             token_fields={**rows.token_fields, name: noised},
@@ -103,20 +92,15 @@ class LowRes(Conditioner):
         codec: Any,
         augmentation: float = 0.0,
     ) -> list[Generation]:
-        """What makes clips (with their frames a second) at ``factor`` times their size.
-
-        Args:
-            requests: of each clip the prompt and seed.
-            augmentation: noise level of the clips, at most that of training.
-        """
-        from dit_jax.upscale.super_resolution import cut_again, enlarging
+        """See ``super_resolution.enlarging``."""
+        from dit_jax.upscale.super_resolution import enlarging
 
         if not 0 <= augmentation <= self.augmentation:
-            raise ValueError(
-                f"--augmentation {augmentation}: it is at least 0, and at most what the model was "
-                f"trained on, {self.augmentation} (model.conditioners.{NAME}.augmentation)."
+            raise InputError(
+                f"--augmentation {augmentation}: give 0 to {self.augmentation}, what the model was "
+                f"trained on (model.conditioners.{NAME}.augmentation)."
             )
-        return cut_again(enlarging(requests, clips, config, codec, augmentation), clips)
+        return enlarging(requests, clips, config, codec, augmentation)
 
 
 class LowResEmbedding(nn.Module):

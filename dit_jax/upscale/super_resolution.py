@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -17,27 +18,19 @@ from dit_jax.types import Codec
 from dit_jax.upscale.low_res import LEVEL, NAME, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 
-Clip = tuple[np.ndarray, float]
-"""uint8 ``[t, h, w, 3]``, and its frames a second."""
 
-
-def seen_low(video: np.ndarray, factor: int, codec: Codec | None) -> np.ndarray:
-    """A clip uint8 ``[t, h, w, 3]`` of low resolution as the model is given it: float pixels or latents
-    of a clip with ``factor`` times as many rows and columns."""
+def low_res_field(video: np.ndarray, factor: int, codec: Codec | None) -> np.ndarray:
+    """A low-resolution clip uint8 ``[t, h, w, 3]`` as the model reads it: float pixels or latents of a
+    clip with ``factor`` times as many rows and columns."""
     large = to_float(enlarge(video, factor))
     return large if codec is None else np.asarray(codec.encode(large), np.float32)
 
 
-def low_of(video: np.ndarray, factor: int, codec: Codec | None) -> np.ndarray:
-    """The low-resolution field of a clip uint8 ``[t, h, w, 3]`` that the model shall generate."""
-    return seen_low(shrink(video, factor), factor, codec)
-
-
 def fidelity(clips: Sequence[np.ndarray], true: Sequence[np.ndarray], factor: int) -> dict:
-    """PSNR in dB (means over clips) of what was made, of bicubic enlargement, and what is gained."""
+    """PSNR in dB (means over clips) of generated clips, of bicubic enlargement, and the gain."""
     bicubic = [enlarge(shrink(video, factor), factor) for video in true]
-    made, plain = mean_psnr(clips, true), mean_psnr(bicubic, true)
-    return {"psnr": made, "bicubic_psnr": plain, "gain": made - plain, "count": len(true)}
+    ours, plain = mean_psnr(clips, true), mean_psnr(bicubic, true)
+    return {"psnr": ours, "bicubic_psnr": plain, "gain": ours - plain, "count": len(true)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,44 +51,33 @@ class SuperResolutionEvaluator(ClipsEvaluator):
 
 def enlarging(
     requests: Sequence[Request],
-    clips: Sequence[Clip],
+    clips: Sequence[tuple[np.ndarray, float]],
     config: VideoRun,
     codec: Codec | None,
     augmentation: float = 0.0,
-) -> list[Request]:
-    """Requests for the clips at ``factor`` times their size, with their frames and rates.
-
-    Where the last frames do not fill a token, the model is shown the last one again until they do
-    (``cut_again`` takes these off).
-
-    Raises:
-        ValueError: where the model cannot make clips of such sizes.
-    """
-    made, factor = [], factor_of(config.model)
-    stride = config.codec.t * config.model.patch.t
-    for request, (video, fps) in zip(requests, clips, strict=True):
-        video = filled(video, stride)
+) -> list[Generation]:
+    """What generates clips (uint8 ``[t, h, w, 3]``, and their frames a second) at ``factor`` times
+    their size, with their lengths and rates, by the prompt and seed of a request each; ``augmentation``
+    is the noise level of the clips."""
+    out, factor = [], factor_of(config.model)
+    for request, (clip, fps) in zip(requests, clips, strict=True):
+        # If the last frames do not fill a token, the last one is repeated, and cut off again.
+        video = filled(clip, config.codec.t * config.model.patch.t)
         frames, height, width = video.shape[:3]
-        size = config.codec.latent_size(frames, height * factor, width * factor)
-        rate = config.codec.latent_fps(fps if frames > 1 else config.sampling.fps)
-        sized = dataclasses.replace(
-            request, frames=size[0], height=size[1], width=size[2], fps=rate
+        t, h, w = config.codec.latent_size(frames, height * factor, width * factor)
+        request = dataclasses.replace(
+            request,
+            frames=t,
+            height=h,
+            width=w,
+            fps=config.codec.latent_fps(fps if frames > 1 else config.sampling.fps),
+            pixel_fields={NAME: low_res_field(video, factor, codec)},
+            segment_fields={NAME + LEVEL: np.float32(augmentation)},
         )
-        made.append(
-            dataclasses.replace(
-                sized,
-                pixel_fields={NAME: seen_low(video, factor, codec)},
-                segment_fields={NAME + LEVEL: np.float32(augmentation)},
-            )
-        )
-        check_request(made[-1], config.model)
-    return made
+        check_request(request, config.model)
+        out.append(Generation((request,), partial(_first, len(clip))))
+    return out
 
 
-def cut_again(requests: Sequence[Request], clips: Sequence[Clip]) -> list[Generation]:
-    """What makes the requests of ``enlarging``, and leaves them the clips' own lengths."""
-
-    def one(request: Request, count: int) -> Generation:
-        return Generation((request,), lambda made: made[0][:count])
-
-    return [one(made, len(video)) for made, (video, _) in zip(requests, clips, strict=True)]
+def _first(frames: int, videos: Sequence[np.ndarray]) -> np.ndarray:
+    return videos[0][:frames]

@@ -27,11 +27,9 @@ from dit_jax.upscale.low_res import LowRes, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
 from dit_jax.upscale.super_resolution import (
     SuperResolutionEvaluator,
-    cut_again,
     enlarging,
     fidelity,
-    low_of,
-    seen_low,
+    low_res_field,
 )
 from tests import tiny_config
 from tests.codecs import quick_compilation
@@ -157,7 +155,7 @@ def test_it_trains_and_learns_to_read_what_is_given(trained):
 def requests(mesh, sizes=((5, 24, 24), (1, 24, 32))):
     made = []
     for i, size in enumerate(sizes):
-        fields = {"low_res": low_of(clip(i, *size), 2, PixelCodec())}
+        fields = {"low_res": low_res_field(shrink(clip(i, *size), 2), 2, PixelCodec())}
         level = {"low_res_level": np.float32(0.1)}
         request = Request("a red circle", *size, 8.0, i, segment_fields=level, pixel_fields=fields)
         made.append(request)
@@ -168,31 +166,23 @@ def with_low_res(request, low_res):
     return dataclasses.replace(request, pixel_fields={"low_res": low_res})
 
 
-def test_a_clip_does_not_depend_on_what_is_made_beside_it(trained, mesh):
-    state, _ = trained
-    model = make_model(CONFIG.model, mesh)
-    generator = Generator(model, CONFIG.diffusion, CONFIG.sampling)
-    both = make_clips(generator, state.params, requests(mesh), CONFIG.model, mesh)
+def test_a_clip_depends_on_its_own_input_alone_on_every_mesh(trained, mesh):
+    params = jax.device_get(trained[0].params)
+    generator = Generator(make_model(CONFIG.model, mesh), CONFIG.diffusion, CONFIG.sampling)
+
+    def sampled(requests, generator=generator, mesh=mesh):
+        return make_clips(generator, params, requests, CONFIG.model, mesh)
+
+    both = sampled(requests(mesh))
     assert [one.shape for one in both] == [(5, 24, 24, 3), (1, 24, 32, 3)]
-    alone = make_clips(generator, state.params, requests(mesh)[1:], CONFIG.model, mesh)
     # Rows of other lengths are summed in another order: a level of 255 at most.
-    assert np.abs(alone[0].astype(int) - both[1]).max() <= 1
+    assert np.abs(sampled(requests(mesh)[1:])[0].astype(int) - both[1]).max() <= 1
     other = [with_low_res(r, -r.pixel_fields["low_res"]) for r in requests(mesh)]
-    changed = make_clips(generator, state.params, other, CONFIG.model, mesh)
-    assert np.abs(changed[0].astype(int) - both[0]).max() > 3
-
-
-def test_eight_devices_enlarge_as_one_does(trained, mesh):
-    state, _ = trained
+    assert np.abs(sampled(other)[0].astype(int) - both[0]).max() > 3
     many = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
-    made = []
-    for devices in (mesh, many):
-        model = make_model(CONFIG.model, devices)
-        generator = Generator(model, CONFIG.diffusion, CONFIG.sampling)
-        params = jax.device_get(state.params)
-        made.append(make_clips(generator, params, requests(mesh), CONFIG.model, devices))
-    for one, other in zip(*made, strict=True):
-        assert one.std() > 0 and np.abs(one.astype(int) - other).max() <= 1
+    spread = Generator(make_model(CONFIG.model, many), CONFIG.diffusion, CONFIG.sampling)
+    for one, another in zip(both, sampled(requests(mesh), spread, many), strict=True):
+        assert one.std() > 0 and np.abs(one.astype(int) - another).max() <= 1
 
 
 def test_inputs_have_the_clip_of_each_request(trained, mesh):
@@ -270,40 +260,28 @@ def test_cases_are_given_true_clips_at_low_resolution():
 
 
 def test_clips_become_requests():
-    clips = [(clip(3, 3, 12, 16), 12.0), (clip(4, 5, 8, 8), 12.0)]
-    made = enlarging(
-        [Request(p, 1, 8, 8, 8.0, i, negative="b") for i, p in enumerate("aa")],
-        clips,
-        CONFIG,
-        PixelCodec(),
-    )
-    assert [r.negative for r in made] == ["b", "b"]
-    assert [(r.frames, r.height, r.width, r.fps) for r in made] == [
-        (3, 24, 32, 12.0),
-        (5, 16, 16, 12.0),
-    ]
-    assert np.array_equal(made[0].pixel_fields["low_res"], to_float(enlarge(clips[0][0], 2)))
-    assert np.array_equal(made[1].pixel_fields["low_res"], seen_low(clips[1][0], 2, None))
-
-
-def test_clips_that_do_not_fill_their_last_token_keep_their_length():
-    """As loops do not: the model is shown the last frame again."""
-    clips = [(clip(0, 4, 12, 12), 8.0), (clip(1, 3, 12, 12), 8.0)]
-    asked = [Request("", 1, 8, 8, 8.0, i) for i in range(2)]
-    made = enlarging(asked, clips, CONFIG, PixelCodec())
-    assert [r.frames for r in made] == [5, 3]
-    assert np.array_equal(made[0].pixel_fields["low_res"][:4], seen_low(clips[0][0], 2, None))
-    assert np.array_equal(made[0].pixel_fields["low_res"][4], made[0].pixel_fields["low_res"][3])
-    for edit, request, (video, _) in zip(cut_again(made, clips), made, clips, strict=True):
-        shown = edit.finish([np.zeros((request.frames, 24, 24, 3), np.uint8)])
-        assert edit.requests == (request,) and len(shown) == len(video)
+    """Also those that do not fill their last token: the model is shown the last frame again."""
+    clips = [(clip(3, 3, 12, 16), 12.0), (clip(4, 4, 8, 8), 12.0)]
+    asked = [Request(p, 1, 8, 8, 8.0, i, negative="b") for i, p in enumerate("aa")]
+    edits = enlarging(asked, clips, CONFIG, PixelCodec())
+    requests = [request for edit in edits for request in edit.requests]
+    assert [r.negative for r in requests] == ["b", "b"]
+    sizes = [(r.frames, r.height, r.width, r.fps) for r in requests]
+    assert sizes == [(3, 24, 32, 12.0), (5, 16, 16, 12.0)]
+    first, second = (r.pixel_fields["low_res"] for r in requests)
+    assert np.array_equal(first, to_float(enlarge(clips[0][0], 2)))
+    assert np.array_equal(second[:4], low_res_field(clips[1][0], 2, None))
+    assert np.array_equal(second[4], second[3])
+    for edit, (video, _) in zip(edits, clips, strict=True):
+        shown = edit.finish([np.zeros((edit.requests[0].frames, 24, 24, 3), np.uint8)])
+        assert len(shown) == len(video)
 
 
 def test_sizes_that_cannot_be_made_are_refused():
     with pytest.raises(ValueError, match="height 28"):
         enlarging([Request("", 1, 8, 8, 8.0, 0)], [(clip(0, 3, 14, 12), 8.0)], CONFIG, PixelCodec())
     with pytest.raises(ValueError, match="24 x 24 pixels.*5 times fewer"):
-        low_of(clip(), 5, None)
+        shrink(clip(), 5)
 
 
 # --- the configs ---
