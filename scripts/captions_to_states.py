@@ -21,9 +21,8 @@ from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.files import as_path
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import StatesOf, write_records
-from dit_jax.text.config import on_mesh
 from dit_jax.text.folders import load_text_encoder
-from dit_jax.text.text_encoder import TextEncoder
+from dit_jax.types import TextEncoder
 
 CHUNK = 256
 """Records whose captions are encoded together."""
@@ -62,8 +61,8 @@ def convert(args: argparse.Namespace) -> Path:
         split: RecordsSource(RecordsConfig(args.input, split, **given)) for split in args.splits
     }
     latents = latents_of(sources[args.splits[0]], args.input)
-    placement = on_mesh(make_mesh(MeshConfig(data=1, fsdp=-1)))
-    encoder = load_text_encoder(args.encoder, max_tokens=args.max_tokens, placement=placement)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    encoder = load_text_encoder(args.encoder, max_tokens=args.max_tokens, mesh=mesh)
     # A builder's directory is that of a version, such as data/flowers/1.0.0.
     parts = [part for part in Path(args.input).parts if not re.fullmatch(r"\d+\.\d+\.\d+", part)]
     name = re.sub(r"[^a-z0-9_]+", "_", (args.name or parts[-1]).lower()) + "_states"

@@ -183,10 +183,7 @@ class Preparation:
         self.too_long: Callable[[str], bool] = lambda caption: False
         if config.text_encoder and config.reaches("states"):
             text = interop.text_tools()
-            placement = text.on_mesh(mesh) if mesh.size > 1 else None
-            self.encoder = encoder = text.load_text_encoder(
-                config.text_encoder, placement=placement
-            )
+            self.encoder = encoder = text.load_text_encoder(config.text_encoder, mesh=mesh)
             length, _ = text.text_length(config.text_encoder)
             limit = encoder.max_tokens
             self.too_long = lambda caption: length(caption) > limit

@@ -1,13 +1,15 @@
 """The encoders of T5 v1.1 and UMT5: tokens of a caption to states.
 
 Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer"
-(section 2.1), in version 1.1: gated GELU (Shazeer 2020, "GLU Variants Improve Transformer") and no
-weights shared with the output. Pre-norm layers without biases; attention is not scaled, and where a
-token stands is told by a bias that depends on the distance alone, in buckets. T5 has one table of
-biases for all layers, UMT5 (Chung et al. 2023, "UniMax") one for each.
+(section 2.1), in version 1.1: gated GELU (Shazeer 2020, "GLU Variants Improve Transformer"). Pre-norm
+layers without biases::
 
-Products run in ``dtype``; the residual stream, norms and softmax are float32. Decoders, dropout and
-the first version's ReLU are not here. The layers are stacked and looped over.
+    x <- x + O softmax(q k^T + B[bucket(j - i)]) v,    q, k, v = (Q, K, V) norm(x)             (1)
+    x <- x + D (gelu(G norm(x)) * U norm(x))                                                   (2)
+
+Attention is not scaled, and the place of a token is known by the bias B alone, of which T5 has one
+table for all layers and UMT5 (Chung et al. 2023, "UniMax") one for each. Products run in ``dtype``; the
+residual stream, norms and softmax are float32.
 
 Axis letters: b captions, s tokens, e width, a heads, d head dimension.
 """
@@ -28,8 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dit_jax.model.layers import Dtype, RMSNorm, gelu
 from dit_jax.types import Constrain, unconstrained
 
-MASKED = -1e9
-"""Added to the logits of padding: nothing is left of them after the softmax."""
+MASKED = -1e9  # added to the logits of padding: nothing is left of them after the softmax
 NORMAL = nn.initializers.lecun_normal()
 
 
@@ -42,86 +43,51 @@ class T5EncoderConfig:
     depth: int = 24
     heads: int = 64
     head_dim: int = 64
-    hidden: int = 10240
-    """Of each of the two branches of the gated layer."""
-    buckets: int = 32
-    """Of distances: half for each direction, half of those for single steps."""
-    max_distance: int = 128
-    """From where on all distances share the last bucket."""
-    bias: Literal["shared", "layers"] = "shared"
-    """Whether all layers share one table of biases (T5) or each has its own (UMT5)."""
+    hidden: int = 10240  # of each of the two branches of (2)
+    buckets: int = 32  # half for each direction, half of those for single steps
+    max_distance: int = 128  # from where on all distances share the last bucket
+    bias: Literal["shared", "layers"] = "shared"  # one table of biases (T5) or one a layer (UMT5)
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "width", "depth", "heads", "head_dim", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"T5 encoder {name} is {getattr(self, name)}: it is at least 1.")
-        if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 4:
+        numbers = [value for value in dataclasses.astuple(self) if isinstance(value, int)]
+        if min(numbers) < 1 or self.buckets % 4 or self.max_distance <= self.buckets // 4:
             raise ValueError(
-                f"T5 encoder buckets {self.buckets} are a multiple of 4, and max_distance "
-                f"{self.max_distance} is above a quarter of them: 32 and 128 are usual."
+                f"{self}: sizes are at least 1, buckets a multiple of 4 and max_distance above a "
+                "quarter of them (32 and 128 are usual)."
             )
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the encoder has."""
-        attention = 4 * self.width * self.heads * self.head_dim
-        layer = attention + 3 * self.width * self.hidden + 2 * self.width
-        tables = self.depth if self.bias == "layers" else 1
-        biases = tables * self.buckets * self.heads
-        return (self.vocabulary + 1) * self.width + self.depth * layer + biases
 
-
-def _presets(name: str, **given: Any) -> dict[str, T5EncoderConfig]:
-    sizes = {
-        "small": (512, 8, 6, 1024),
-        "base": (768, 12, 12, 2048),
-        "large": (1024, 24, 16, 2816),
-        "xl": (2048, 24, 32, 5120),
-        "xxl": (4096, 24, 64, 10240),
-    }
-    return {
-        f"{name}-{size}": T5EncoderConfig(
-            width=width, depth=depth, heads=heads, hidden=hidden, **given
-        )
-        for size, (width, depth, heads, hidden) in sizes.items()
-    }
-
-
-T5_PRESETS = {
-    **_presets("t5-v1.1"),
-    **_presets("umt5", vocabulary=256384, bias="layers"),
+SIZES = {  # width, depth, heads, hidden
+    "small": (512, 8, 6, 1024),
+    "base": (768, 12, 12, 2048),
+    "large": (1024, 24, 16, 2816),
+    "xl": (2048, 24, 32, 5120),
+    "xxl": (4096, 24, 64, 10240),
 }
-"""Both families from small to xxl, as published (nobody published a large UMT5)."""
+# Both families as published (nobody published a large UMT5): vocabulary and biases.
+FAMILIES: dict[str, tuple[int, Literal["shared", "layers"]]] = {
+    "t5-v1.1": (32128, "shared"),
+    "umt5": (256384, "layers"),
+}
+T5_PRESETS = {
+    f"{family}-{size}": T5EncoderConfig(words, width, depth, heads, hidden=hidden, bias=bias)
+    for family, (words, bias) in FAMILIES.items()
+    for size, (width, depth, heads, hidden) in SIZES.items()
+}
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "s s"]:
-    """The bucket of the way from each query (first axis) to each key, as T5 counts them.
-
-    Keys after the query have the second half of the buckets. Small distances have one each, larger
-    ones share them along a logarithm. It is computed in float32, as the published models' code does:
-    distances at the edge of a bucket depend on it.
-    """
+    """The bucket of the way from each query (first axis) to each key: keys after the query have the
+    second half; small distances have one each, larger ones share them along a logarithm."""
     places = np.arange(length)
     way = places[None, :] - places[:, None]
     half = buckets // 2
-    exact = half // 2
-    distance = np.abs(way)
+    exact, distance = half // 2, np.abs(way)
+    # In float32, as the published code: distances at the edge of a bucket depend on it.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     large = np.minimum(exact + ratio.astype(np.int32), half - 1)
     return np.where(distance < exact, distance, large) + np.where(way > 0, half, 0)
-
-
-def exact_dense(features: int, axes: tuple[str, str], dtype: Dtype, name: str, **given: Any) -> Any:
-    """A linear layer ``[in, out]`` whose products of float32 are such on every accelerator."""
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        precision="highest" if dtype == jnp.float32 else None,
-        kernel_init=nn.with_logical_partitioning(NORMAL, axes),
-        name=name,
-        **given,
-    )
 
 
 def masked_attention(
@@ -129,14 +95,12 @@ def masked_attention(
     k: Float[Array, "b s a d"],
     v: Float[Array, "b s a d"],
     bias: Float[Array, "#b #a s s"],
-    scale: float = 1.0,
 ) -> Float[Array, "b s a d"]:
-    """Attention with a bias on its logits, which are float32 as the softmax is."""
-    exact = "highest" if q.dtype == jnp.float32 else None
-    given: dict[str, Any] = {"precision": exact, "preferred_element_type": jnp.float32}
-    logits = jnp.einsum("bsad,btad->bast", q, k, **given) * scale + bias
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("bast,btad->bsad", weights, v, **given).astype(v.dtype)
+    """Attention with a bias on its logits, which are float32 as the softmax is (1)."""
+    exact: Any = "highest" if q.dtype == jnp.float32 else None
+    product = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(product("bsad,btad->bast", q, k) + bias).astype(v.dtype)
+    return product("bast,btad->bsad", weights, v).astype(v.dtype)
 
 
 class RelativeBias(nn.Module):
@@ -155,7 +119,7 @@ class RelativeBias(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Attention and the gated layer; returns ``(x, None)``, so that ``nn.scan`` can carry ``x``."""
+    """A layer; returns ``(x, None)``, so that ``nn.scan`` can carry ``x``."""
 
     config: T5EncoderConfig
     dtype: Dtype
@@ -168,34 +132,35 @@ class T5Block(nn.Module):
         mask: Float[Array, "b 1 1 s"],
         shared: Float[Array, "1 a s s"] | None,
     ) -> tuple[Float[Array, "b s e"], None]:
-        config = self.config
-        linear = partial(exact_dense, dtype=self.dtype, use_bias=False)
-
-        def lay(y: jax.Array) -> jax.Array:
-            return self.constrain(y, "batch", "text_tokens", "width")
-
-        b, s, width = x.shape
+        config, (b, s, width) = self.config, x.shape
         inner = config.heads * config.head_dim
+
+        def linear(y: jax.Array, features: int, axes: tuple[str, str], name: str) -> jax.Array:
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=self.dtype,
+                # On TPUs a product of float32 is one only so.
+                precision="highest" if self.dtype == jnp.float32 else None,
+                kernel_init=nn.with_logical_partitioning(NORMAL, axes),
+                name=name,
+            )(y)
+
+        def by_tokens(y: jax.Array, *axes: str | None) -> jax.Array:
+            return self.constrain(y, "batch", "text_tokens", *axes)
+
         bias = RelativeBias(config, name="relative_bias")(s) if shared is None else shared
-        h = lay(RMSNorm(name="attention_norm")(x).astype(self.dtype))
-        q, k, v = (
-            self.constrain(
-                linear(inner, ("embed", "heads"), name=name)(h).reshape(b, s, config.heads, -1),
-                "batch",
-                "text_tokens",
-                "heads",
-                None,
-            )
-            for name in ("q", "k", "v")
-        )
+        h = by_tokens(RMSNorm(name="attention_norm")(x).astype(self.dtype), "width")
+        heads = [linear(h, inner, ("embed", "heads"), name) for name in ("q", "k", "v")]
+        q, k, v = (by_tokens(y.reshape(b, s, config.heads, -1), "heads", None) for y in heads)
         out = masked_attention(q, k, v, bias + mask).reshape(b, s, inner)
-        x = lay(x + linear(width, ("heads", "embed"), name="out")(out).astype(jnp.float32))
-        h = lay(RMSNorm(name="mlp_norm")(x).astype(self.dtype))
-        gate = gelu(linear(config.hidden, ("embed", "mlp"), name="gate")(h))
-        h = gate * linear(config.hidden, ("embed", "mlp"), name="up")(h)
-        h = self.constrain(h, "batch", "text_tokens", "mlp")
-        down = linear(width, ("mlp", "embed"), name="down")(h)
-        return lay(x + down.astype(jnp.float32)), None
+        x = x + linear(out, width, ("heads", "embed"), "out").astype(jnp.float32)  # (1)
+        x = by_tokens(x, "width")
+        h = by_tokens(RMSNorm(name="mlp_norm")(x).astype(self.dtype), "width")
+        gate = gelu(linear(h, config.hidden, ("embed", "mlp"), "gate"))
+        h = by_tokens(gate * linear(h, config.hidden, ("embed", "mlp"), "up"), "mlp")
+        x = x + linear(h, width, ("mlp", "embed"), "down").astype(jnp.float32)  # (2)
+        return by_tokens(x, "width"), None
 
 
 class T5Encoder(nn.Module):

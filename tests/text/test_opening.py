@@ -27,10 +27,10 @@ from dit_jax.prepare.upsample import upsample
 from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
-from dit_jax.text.config import TextEncoderConfig, on_mesh
+from dit_jax.text.config import TextEncoderConfig
+from dit_jax.text.encoder import StatesEncoder
 from dit_jax.text.folders import load_text_encoder, text_encoder_identity
 from dit_jax.text.t5 import T5EncoderConfig
-from dit_jax.text.text_encoder import StatesEncoder
 from dit_jax.training import CheckpointConfig, Checkpointer
 from dit_jax.training.resume import check_same_run
 from dit_jax.training.video_task import (
@@ -83,6 +83,7 @@ def captioned(folder) -> VideoRun:
         tiny,
         model=dataclasses.replace(tiny.model, text=text),
         text_encoder=TextEncoderConfig(str(folder)),
+        evaluators=(),  # which measure moving shapes
     )
 
 
@@ -130,8 +131,6 @@ def test_states_are_stored_in_half_and_say_their_encoder(states, encoder):
     [
         (None, r"is object \[\]: those of 'x' are float \[s, 8\]"),
         (np.zeros((2, 7), np.float32), r"is float32 \[2, 7\]"),
-        (np.zeros((2, 8), np.int32), r"is int32 \[2, 8\]"),
-        (np.zeros((0, 8), np.float32), r"is float32 \[0, 8\]"),
         (np.full((1, 8), np.inf, np.float32), "NaN or infinite"),
     ],
 )
@@ -282,15 +281,16 @@ def test_states_of_another_width_or_encoder_are_refused(captioned, recorded, mes
         dataclasses.replace(recorded, text_encoder=given).with_hashes()
 
 
-@pytest.mark.parametrize(("axes", "bias"), [((2, 2, 1, 2), "shared"), ((1, 4, 2, 1), "layers")])
+@pytest.mark.parametrize(
+    ("axes", "bias"),
+    [((2, 1, 2, 2), "layers"), pytest.param((1, 4, 2, 1), "shared", marks=pytest.mark.slow)],
+)
 def test_spread_over_eight_devices_is_one_device(tmp_path, axes, bias):
     config = T5EncoderConfig(
         vocabulary=64, width=16, depth=2, heads=2, head_dim=4, hidden=16, bias=bias
     )
     folder = write_t5(tmp_path / "t5", config)
-    spread = load_text_encoder(
-        folder, placement=on_mesh(make_mesh(MeshConfig(*axes), jax.devices()))
-    )
+    spread = load_text_encoder(folder, mesh=make_mesh(MeshConfig(*axes), jax.devices()))
     kernel = spread.params["params"]["blocks"]["gate"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (
         2,
@@ -341,16 +341,13 @@ def made(run, output, *arguments) -> int:
 
 
 def test_prompts_become_clips(run, folder, tmp_path):
-    spread = ["--mesh.data", 2, "--mesh.fsdp", 4]
     images = []
-    for i, given in enumerate([[PROMPTS[0]], [PROMPTS[0], *spread], [PROMPTS[1]]]):
+    for i, prompt in enumerate(PROMPTS[:2]):
         output = tmp_path / f"{i}.png"
-        assert made(run, output, "--prompt", *given) == 0
+        assert made(run, output, "--prompt", prompt) == 0
         images.append(read_video(output)[0].astype(int))
-    first, again, another = images
-    assert first.shape == (1, 24, 5 * 24, 3)
-    # Sums in another order move a pixel by a level or two; another prompt moves many by many.
-    assert np.abs(first - again).max() <= 4 < np.abs(first - another).max()
+    assert images[0].shape == (1, 24, 5 * 24, 3)
+    assert np.abs(images[0] - images[1]).max() > 4
 
 
 def test_prompts_become_samples_to_measure(run, encoder, tmp_path):

@@ -49,9 +49,7 @@ def test_settings_in_a_file_that_cut_or_pad_are_not_obeyed(pieces, tmp_path):
 def test_tokenizers_are_found_in_the_folder_or_beside_it(pieces, tmp_path):
     folder, beside = tmp_path / "text_encoder_2", tmp_path / "tokenizer_2"
     folder.mkdir()
-    with pytest.raises(
-        ValueError, match=r"no tokenizer in .*_encoder_2' or .*tokenizer_2': none of"
-    ):
+    with pytest.raises(ValueError, match=r"no tokenizer in .*_encoder_2' or .*tokenizer_2'"):
         find_tokenizer(folder)
     beside.mkdir()
     (beside / "spiece.model").write_bytes(pieces.read_bytes())
@@ -83,7 +81,7 @@ def test_a_library_that_is_not_there_is_named(name, pieces, monkeypatch):
         return real(wanted, *given)
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    message = rf"read by the library '{name}', which is not installed .*pip install -e '.\[text\]'"
+    message = rf"by '{name}' .*pip install -e '.\[text\]'"
     with pytest.raises(ValueError, match=message):
         t5_tokenizer(
             pieces if name == "sentencepiece" else pieces.with_name("tokenizer.json"), 200, 9
