@@ -144,9 +144,11 @@ def _ring(kernel: Kernel, groups: int, width: int, x: Operands, window: Window |
     length = x.q.shape[2]
 
     def shift(y: jax.Array, by: int) -> jax.Array:
-        """What the device ``by`` groups further on, around the ring, holds."""
+        """What the device ``by`` groups further on holds; zeros if a window ends before."""
         size, step = groups * width, by * width
-        return jax.lax.ppermute(y, AXIS, [(i, (i - step) % size) for i in range(size)]) if by else y
+        # A window ends where the row does: nothing need be sent from one end to the other.
+        senders = [i for i in range(size) if window is None or 0 <= i - step < size]
+        return jax.lax.ppermute(y, AXIS, [(i, (i - step) % size) for i in senders]) if by else y
 
     def part(q: Any, k: Any, v: Any, row_ids: jax.Array, away: Any) -> tuple[Operands, Any]:
         """What a kernel takes for the keys of the group ``away`` groups further on."""
@@ -155,7 +157,6 @@ def _ring(kernel: Kernel, groups: int, width: int, x: Operands, window: Window |
         def ids(group: Any) -> jax.Array:
             start = group % groups * length
             out = jax.lax.dynamic_slice_in_dim(row_ids, start, length, axis=1)
-            # A window ends where the row does, and the ring does not.
             return jnp.where(group == group % groups, out, plain.NOBODY) if window else out
 
         moved = window and Window(window.width, -away * length)
