@@ -78,42 +78,22 @@ def cached(verbs: Verbs) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def begun(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Run]]:
-    """Two runs side by side, for there are two cores: of one process, not interrupted; and of two
-    processes, of which the second gets SIGTERM at its eleventh step."""
-    alone, shared = (tmp_path_factory.mktemp(name) / "run" for name in ("alone", "shared"))
-    port = free_port()
-    runs = (
-        Run(alone, [verbs.train(alone)]),
-        Run(
-            shared,
-            [
-                verbs.train(shared, place=(0, 2, port)),
-                verbs.train(shared, place=(1, 2, port), stop=("SIGTERM", 11, 0)),
-            ],
-        ),
-    )
-    yield runs
-    for run in runs:
-        for one in run.started:
-            one.process.kill()
-            one.process.wait()
-
-
-@pytest.fixture(scope="session")
-def whole(begun: tuple[Run, Run]) -> Run:
+def whole(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run of the tiny config that nothing interrupted."""
-    run = begun[0]
-    run.ended = end(*run.started)
-    return run
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    started = [verbs.train(directory)]
+    return Run(directory, started, end(*started))
 
 
 @pytest.fixture(scope="session")
-def pair(begun: tuple[Run, Run]) -> Run:
-    """The run of two processes, up to its SIGTERM."""
-    run = begun[1]
-    run.ended = end(*run.started)
-    return run
+def pair(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of two processes, of which the second gets SIGTERM at its eleventh step, up to then."""
+    directory, port = tmp_path_factory.mktemp("shared") / "run", free_port()
+    started = [
+        verbs.train(directory, place=(0, 2, port)),
+        verbs.train(directory, place=(1, 2, port), stop=("SIGTERM", 11, 0)),
+    ]
+    return Run(directory, started, end(*started))
 
 
 @pytest.fixture(scope="session")
