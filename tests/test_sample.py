@@ -5,6 +5,7 @@ Most of it runs in this process, whose devices are eight; so all of it is sharde
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,21 +18,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dit_jax import sample
+from dit_jax import sample, train
 from dit_jax.files import write_whole
 from dit_jax.sampling import grid
 from dit_jax.sampling.media import read_video, write_video
-from tests.runs import CONFIG, Run, Verbs, end, item_arrays, upload_checkpoint
+from tests.codecs import quick_compilation
+from tests.runs import CONFIG, Run, Verbs, end, free_port, item_arrays, upload_checkpoint
 
 PROMPT = "a big red circle moves left"
 OTHER = "a small green cross moves up"
+UPSCALE = str(Path(CONFIG).with_name("tiny_upscale_config.py"))
 ACROSS = 1
 """Grey levels of 255 that a pixel may differ by where the same sums are made in another order."""
 
 Sampled = Callable[..., np.ndarray]
 
 
-pytestmark = pytest.mark.usefixtures("cached")
+pytestmark = pytest.mark.usefixtures(quick_compilation.__name__, "cached")
 
 
 @pytest.fixture
@@ -50,45 +53,45 @@ def sampled(whole: Run, tmp_path: Path) -> Sampled:
     return run
 
 
-def test_files_of_every_format(sampled: Sampled, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    strip = sampled()
-    assert strip.shape == (1, 24, 5 * 24, 3) and strip.std() > 0
-    assert capfd.readouterr().out == f"1 clip(s): {tmp_path / 'clip.png'}\n"
-    frames = np.stack(np.split(strip[0], 5, axis=1))
+@pytest.fixture(scope="module")
+def plain(
+    quick_compilation: None, cached: None, whole: Run, tmp_path_factory: pytest.TempPathFactory
+) -> np.ndarray:
+    """The strip of what is made of the prompt alone."""
+    file = tmp_path_factory.mktemp("plain") / "clip.png"
+    given = ["--checkpoint", str(whole.directory), "--output", str(file), "--prompt", PROMPT]
+    assert sample.main(given) == 0
+    return read_video(file)[0]
+
+
+def test_a_clip_is_its_seeds_in_files_of_every_format(
+    sampled: Sampled, plain: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    assert plain.shape == (1, 24, 5 * 24, 3) and plain.std() > 0
+    frames = np.stack(np.split(plain[0], 5, axis=1))
     # Enlarged, for mp4 halves the resolution of colours; GIF has but 256 of them.
     for output, error in (("clip.mp4", 8), ("clip.gif", 15)):
         clip = sampled("--scale", 4, output=output)
+        assert capfd.readouterr().out == f"1 clip(s): {tmp_path / output}\n"
         assert clip.shape == (5, 96, 96, 3) and read_video(tmp_path / output)[1] == 8
         assert np.abs(clip[:, 1::4, 1::4].astype(int) - frames).mean() < error
+    assert np.abs(sampled("--seed", 7).astype(int) - plain).mean() > 5
 
 
-def test_same_seed_is_the_same_file_and_another_is_not(sampled: Sampled, tmp_path: Path):
-    first = sampled("--seed", 7, output="a.mp4")
-    sampled("--seed", 7, output="b.mp4")
-    other = sampled("--seed", 8, output="c.mp4")
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    assert np.abs(first.astype(int) - other).mean() > 5
-
-
-@pytest.mark.parametrize(
-    ("frames", "height", "width"), [(13, 40, 24), (1, 24, 24)], ids=["longer and larger", "image"]
-)
-def test_sizes_and_lengths_that_were_not_trained(
-    sampled: Sampled, frames: int, height: int, width: int
-):
-    strip = sampled("--frames", frames, "--height", height, "--width", width)
-    assert strip.shape == (1, height, frames * width, 3) and strip.std() > 0
+def test_sizes_and_lengths_that_were_not_trained(sampled: Sampled):
+    strip = sampled("--frames", 13, "--height", 40, "--width", 24)
+    assert strip.shape == (1, 40, 13 * 24, 3) and strip.std() > 0
 
 
 def test_several_prompts_share_a_grid_or_a_directory(
-    sampled: Sampled, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    sampled: Sampled, plain: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    alone = [sampled(prompt=PROMPT), sampled("--seed", 1, prompt=OTHER)]
+    other = sampled("--seed", 1, prompt=OTHER)
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PROMPT}\n\n{OTHER}\n")
     together = sampled("--prompts-file", file)
     # Noise comes from a clip's own seed, whatever else is made.
-    clips = [np.stack(np.split(strip[0], 5, axis=1)) for strip in alone]
+    clips = [np.stack(np.split(strip[0], 5, axis=1)) for strip in (plain, other)]
     np.testing.assert_array_equal(together[0], np.concatenate(list(grid(clips)), axis=1))
 
     sampled("--num", 2, "--prompts-file", file, "--format", "png", output="clips")
@@ -96,22 +99,20 @@ def test_several_prompts_share_a_grid_or_a_directory(
     slugs = [re.sub(" ", "-", prompt) for prompt in (PROMPT, PROMPT, OTHER, OTHER)]
     names = [f"{i:04d}-{slug}.png" for i, slug in enumerate(slugs)]
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == names
-    np.testing.assert_array_equal(read_video(tmp_path / "clips" / names[0])[0], alone[0])
+    np.testing.assert_array_equal(read_video(tmp_path / "clips" / names[0])[0], plain)
 
 
 def test_a_long_clip_begins_as_the_plain_one_and_follows_its_storyboard(
-    whole: Run, sampled: Sampled, tmp_path: Path
+    sampled: Sampled, plain: np.ndarray, tmp_path: Path
 ):
     strip = sampled("--length", 13, mode="long")
     assert strip.shape == (1, 24, 13 * 24, 3) and strip.std() > 0
-    np.testing.assert_array_equal(strip[:, :, : 5 * 24], sampled())
+    np.testing.assert_array_equal(strip[:, :, : 5 * 24], plain)
 
-    board, told = tmp_path / "board.txt", tmp_path / "told.png"
+    board = tmp_path / "board.txt"
     board.write_text(f"0s: {PROMPT}\n1.1s: {OTHER}\n")
-    arguments = ["--checkpoint", whole.directory, "--output", told, "--length", 13]
-    assert sample.main([str(one) for one in ["long", *arguments, "--storyboard", board]]) == 0
     # New frames 5 to 6, 7 to 8, 9 to 10: the last have their middle behind 1.1 s of 8 a second.
-    other = read_video(told)[0]
+    other = sampled("--length", 13, "--storyboard", board, mode="long")
     np.testing.assert_array_equal(other[:, :, : 9 * 24], strip[:, :, : 9 * 24])
     assert (other[:, :, 9 * 24 :] != strip[:, :, 9 * 24 :]).any()
 
@@ -143,38 +144,81 @@ def test_every_mode_keeps_what_is_known(
     if "image" in arguments:
         inputs = [clip[:1] for clip in inputs]
     named = re.sub(r"\b[AB]\b", lambda m: str(files[m[0]]), arguments).split()
-    strip = sampled(*named[1:], "--fps", 8, "--seed", 2, mode=named[0])
+    quick = ["--steps", 1, "--cfg-scale", 1]
+    strip = sampled(*named[1:], "--fps", 8, "--seed", 2, *quick, mode=named[0])
     out, expected = np.stack(np.split(strip[0], frames, axis=1)), np.concatenate(inputs)
     for frame, number in known.items():
         np.testing.assert_array_equal(out[frame], expected[number])
     assert all(out[i].std() > 0 for i in range(frames))
 
 
-def test_guidance_solver_steps_and_checkpoint_are_chosen(sampled: Sampled):
-    changes = ["--cfg-scale", 1], ["--solver", "heun"], ["--steps", 4], ["--step", 8]
-    changes = *changes, ["--negative-prompt", OTHER]
-    strips = [sampled()] + [sampled(*change) for change in changes]
+def test_guidance_solver_steps_and_checkpoint_are_chosen(sampled: Sampled, plain: np.ndarray):
+    changes = ["--cfg-scale", 1], ["--solver", "heun"], ["--step", 8], ["--negative-prompt", OTHER]
+    strips = [plain] + [sampled(*change) for change in changes]
     for i, one in enumerate(strips):
         for other in strips[:i]:
             assert one.shape == other.shape and (one != other).any()
 
 
 def test_eight_devices_make_what_one_makes(
-    whole: Run, verbs: Verbs, sampled: Sampled, tmp_path: Path
+    whole: Run, verbs: Verbs, sampled: Sampled, plain: np.ndarray, tmp_path: Path
 ):
     one = tmp_path / "one.png"
     arguments = ["--checkpoint", whole.directory, "--output", one, "--prompt", PROMPT]
     alone = verbs.start("sample", arguments)
     mesh = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2, "--mesh.tensor", 2]
-    many = [sampled(), sampled(*mesh)]
+    many = [plain, sampled(*mesh)]
     (ended,) = end(alone)
     assert ended.status == 0
     for clip in many:
         assert np.abs(clip - read_video(one)[0].astype(int)).max() <= ACROSS
 
 
+@pytest.mark.parametrize("mode", ["extend", pytest.param("long", marks=pytest.mark.slow)])
+def test_two_processes_make_what_one_makes(whole: Run, verbs: Verbs, tmp_path: Path, mode: str):
+    if mode == "extend":
+        file = tmp_path / "given.gif"
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 3, 3), np.uint8)
+        write_video(file, pixels.repeat(8, 1).repeat(8, 2), 8)
+        # Both directions: two clips, a row for each process.
+        asked = ["--prompt", PROMPT, "--video", file, "--forward", 2, "--backward", 2]
+    else:
+        # Longer than a window: what the first made is the history of the second, on both processes.
+        asked = ["--prompt", PROMPT, OTHER, "--length", 9]
+    given = [mode, "--checkpoint", whole.directory, *asked, "--seed", 5, "--output"]
+    alone, shared = tmp_path / "alone.png", tmp_path / "shared.png"
+    assert sample.main([str(one) for one in [*given, alone]]) == 0
+    port = free_port()
+    alike = dataclasses.replace(verbs, cache=verbs.cache / str(port))
+    ended = end(*(alike.start("sample", [*given, shared], place=(i, 2, port)) for i in (0, 1)))
+    assert [one.status for one in ended] == [0, 0]
+    assert "clip(s)" in ended[0].text and "clip(s)" not in ended[1].text
+    one, two = read_video(alone)[0], read_video(shared)[0]
+    assert one.shape == two.shape and one.std() > 0
+    assert np.abs(one.astype(int) - two).max() <= ACROSS
+
+
+@pytest.mark.slow
+def test_files_are_enlarged_on_every_mesh(tmp_path: Path):
+    """A loop of four frames, which do not fill their last token, by a run of super-resolution."""
+    run, file = tmp_path / "run", tmp_path / "small.gif"
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 3), np.uint8)
+    write_video(file, pixels.repeat(4, 1).repeat(4, 2), 8)
+    mesh = ["--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2, "--mesh.tensor", 2]
+    training = ["--config", UPSCALE, "--output", run, "--steps", 1, *mesh]
+    training += ["--evaluators.1.prompts", 0, "--log.draw-every", 50]
+    assert train.main([str(one) for one in training]) == 0
+    out = []
+    for name, where in (("one.png", []), ("many.png", mesh)):
+        asked = ["upscale", "--checkpoint", run, "--videos", file, "--prompt", PROMPT, *where]
+        assert sample.main([str(one) for one in [*asked, "--output", tmp_path / name]]) == 0
+        out.append(read_video(tmp_path / name)[0].astype(int))
+    assert out[0].shape == (1, 24, 4 * 24, 3) and out[0].std() > 0
+    assert np.abs(out[0] - out[1]).max() <= ACROSS
+
+
 def test_run_prompts_and_output_lie_on_cloud_storage(
-    whole: Run, sampled: Sampled, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    whole: Run, plain: np.ndarray, bucket: str, capfd: pytest.CaptureFixture[str]
 ):
     run = upload_checkpoint(whole.directory, 20, f"{bucket}/run")
     write_whole(f"{bucket}/prompts.txt", f"{PROMPT}\n")
@@ -182,7 +226,7 @@ def test_run_prompts_and_output_lie_on_cloud_storage(
     given = ["--checkpoint", run, "--output", out, "--prompts-file", f"{bucket}/prompts.txt"]
     assert sample.main([str(one) for one in given]) == 0
     assert capfd.readouterr().out == f"1 clip(s): {out}\n"
-    np.testing.assert_array_equal(read_video(out)[0], sampled())
+    np.testing.assert_array_equal(read_video(out)[0], plain)
     assert sample.main(["--checkpoint", "gs://nobody-has-this/run", "--prompt", PROMPT]) == 2
     assert "gs://nobody-has-this/run" in capfd.readouterr().err
 
@@ -201,12 +245,14 @@ def test_a_prompt_that_is_cut_is_told_once(
     assert "2 of 3 texts are longer than the 47 bytes" in line and f"has 60: {long!r}" in line
 
 
-def test_averaged_weights_are_all_that_is_read(whole: Run, sampled: Sampled, tmp_path: Path):
+def test_averaged_weights_are_all_that_is_read(
+    whole: Run, sampled: Sampled, plain: np.ndarray, tmp_path: Path
+):
     run = tmp_path / "run"
     shutil.copytree(whole.directory, run)
     for item in ("params", "opt", "data"):
         shutil.rmtree(run / "checkpoints" / "20" / item)
-    np.testing.assert_array_equal(sampled("--checkpoint", run), sampled())
+    np.testing.assert_array_equal(sampled("--checkpoint", run), plain)
 
 
 # Bad input: refused at once, with the value, the constraint and the remedy.
@@ -264,10 +310,10 @@ def test_bad_value_is_refused(refused: Refused, arguments: list[str], parts: lis
         assert part in message
 
 
-@pytest.mark.parametrize("option", ["--prompt", "--negative-prompt"])
-def test_bytes_that_are_no_text_are_refused(refused: Refused, option: str):
-    prompt = [] if option == "--prompt" else ["--prompt", PROMPT]
-    assert "'caf\\udce9'" in refused(*prompt, option, os.fsdecode(b"caf\xe9"))
+def test_bytes_that_are_no_text_are_refused(refused: Refused):
+    for option in ("--prompt", "--negative-prompt"):
+        prompt = [] if option == "--prompt" else ["--prompt", PROMPT]
+        assert "'caf\\udce9'" in refused(*prompt, option, os.fsdecode(b"caf\xe9"))
 
 
 def test_run_that_cannot_be_read_is_refused(whole: Run, refused: Refused, tmp_path: Path):

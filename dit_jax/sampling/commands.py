@@ -1,32 +1,42 @@
-"""The modes of ``python -m dit_jax.sample``: their options, and the generations that these ask for.
+"""The modes of ``python -m dit_jax.sample``: their options, and the clips that these ask for.
 
-The text behind an option is its help.
+What stands behind an option, or under it, is its help.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
+import jax
 import numpy as np
 import tyro
 
-from dit_jax.files import InputError
+from dit_jax.files import InputError, local_copy, refuse_if
+from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import modes
-from dit_jax.sampling.long import NOISE, read_storyboard
+from dit_jax.sampling.long import NOISE, decode_long, make_long, plan_long, read_storyboard
+from dit_jax.sampling.media import EXTENSIONS, read_video, video_shape
 from dit_jax.sampling.modes import Generation
 from dit_jax.sampling.pipeline import Pipeline
 from dit_jax.sampling.request import Request, Space, read_prompts
-from dit_jax.sampling.sampler import SamplerConfig
+from dit_jax.sampling.sampler import SamplerConfig, SamplingConfig
+from dit_jax.training.video_task import cut_note
 from dit_jax.types import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 Noise = Annotated[float, Range(0, 0.999)]
 Strength = Annotated[float, Range(1e-3, 1)]
 Length = str  # "2s", or a number of frames
+Prompts = Sequence[str | int]  # texts, or numbers of classes
+Clips = Sequence[Iterable[np.ndarray]]  # each in parts [n, h, w, 3], of which one is in memory
 _how_long = tyro.conf.create_mutex_group(required=False)
 _how_joined = tyro.conf.create_mutex_group(required=False)
 
@@ -48,59 +58,74 @@ class Command:
     prompt: Annotated[Texts, tyro.conf.arg(metavar='"TEXT" ["TEXT" ...]')] = ()
     """What to make; several prompts make several clips."""
     prompts_file: str | None = None
-    """A text file with a prompt on every line, or a .csv, .tsv, .json or .jsonl file with a column or
-    key "prompt"."""
+    """A file with a prompt on every line, or a table or JSON with a column or key "prompt"."""
     label: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction] = ()
     """Classes, by number, for a model of classes: in place of prompts."""
     negative_prompt: str = ""  # What guidance leads away from, in place of the empty prompt.
     output: str = "samples.mp4"
-    """A file ending in .mp4, .gif or .png (several clips share it, as a grid), or a directory that
-    gets a file for each clip."""
+    """A file (.mp4, .gif, .png; several clips share it as a grid), or a directory for many."""
     format: Literal["mp4", "gif", "png"] = "mp4"  # Of the files in a directory.
     scale: PositiveInt = 1  # Enlarges every pixel of the file by this factor.
     num: PositiveInt = 1  # Clips for each prompt.
     seed: int = 0  # Clip number i (from 0) is made from noise of seed + i.
     step: int | None = None  # Of the checkpoint; the newest if unset.
-    codec: str | None = None
-    """Folder of the autoencoder, for a model of latents. Unset: the one that the run's config names."""
-    text_encoder: str | None = None
-    """Folder of the text encoder, for a model that reads states. Unset: the one of the run's config."""
-    config: str | None = None
-    """The run's config file, if its model has conditioners of a module of your own."""
+    codec: str | None = None  # Folder of the autoencoder, if not the one of the run's config.
+    text_encoder: str | None = None  # Folder of the text encoder, if not the one of the config.
+    config: str | None = None  # The run's config file, if it has conditioners of your own module.
     sampling: tyro.conf.OmitArgPrefixes[SamplerConfig] = SamplerConfig()
     """By default as the run's config says (``sampling``)."""
     mesh: MeshConfig = MeshConfig()
     spread_parameters: bool = False
-    """Shard parameters over mesh.context too: for models too large for one device, at the price of
-    gathering them in every step."""
+    """Shard parameters over mesh.context too: for models too large for one device; slower."""
 
-    @property
-    def prompts(self) -> list[str | int]:
-        """Texts, or numbers of classes, each ``num`` times."""
+    def prompts(self) -> Prompts:
+        """Each ``num`` times."""
         prompts: list[str | int] = [one for some in (*self.prompt, *self.label) for one in some]
-        prompts.extend(read_prompts(self.prompts_file) if self.prompts_file else ())
+        prompts += read_prompts(self.prompts_file) if self.prompts_file else []
+        message = 'nothing to make: give --prompt "...", --prompts-file FILE or --label NUMBER.'
+        refuse_if([(not prompts, message)])
         return [prompt for prompt in prompts for _ in range(self.num)]
+
+    def requests(self, pipeline: Pipeline, prompts: Prompts, more: Prompts = ()) -> list[Request]:
+        """A plain request for each prompt; ``more`` are other texts that the model will read."""
+        config, negative = pipeline.config, self.negative_prompt
+        labels = config.model.conditioners.get("label")
+        classes = range(labels.classes if isinstance(labels, ClassLabels) else 0)
+        reads = f"--label with numbers of 0 to {len(classes) - 1}" if classes else "--prompt"
+        wrong = [p for p in prompts if (p not in classes if classes else isinstance(p, int))]
+        deaf = isinstance(config.model.text, NoTextConfig) or not config.sampling.guidance.active
+        needs = "--negative-prompt needs a model of text, and guidance (--cfg-scale above 1)."
+        message = f"{str(wrong)[:60]}: give {reads}, which {self.checkpoint!r} reads."
+        refuse_if([(bool(wrong), message), (bool(negative) and deaf, needs)])
+        note = cut_note(config, [*map(str, (*prompts, *more)), negative])
+        if note and jax.process_index() == 0:
+            print(f"dit_jax.sample: warning: {note}", file=sys.stderr, flush=True)
+        return [
+            pipeline.request("", self.seed + i, segment_fields={"label": prompt})
+            if isinstance(prompt, int)
+            else pipeline.request(prompt, self.seed + i, negative=negative)
+            for i, prompt in enumerate(prompts)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A run, and what was read of files."""
+    """A run, whose ``config.sampling`` has the size of the clips, and the files, read at that size."""
 
     pipeline: Pipeline
-    frames: int
-    height: int
-    width: int
-    fps: float
     media: dict[str, np.ndarray]
-    """Of each file uint8 ``[t, h, w, 3]``, at the size and rate of the job."""
 
     @property
     def space(self) -> Space:
         return self.pipeline.space
 
+    @property
+    def size(self) -> SamplingConfig:
+        return self.pipeline.config.sampling
+
     def count(self, length: Length, rule: Callable[[float, float], int]) -> int:
         """The frames nearest to a length by ``Space.new``, ``Space.gap`` or ``FrameGrid.nearest``."""
-        return rule(seconds_of(length, self.fps), self.fps)
+        return rule(seconds_of(length, self.size.fps), self.size.fps)
 
     def whole(self, length: Length | None) -> int | None:
         """The nearest ``1 + n stride`` frames; None for None."""
@@ -111,18 +136,13 @@ class Job:
 class Text(Command):
     """Text to video, or with one frame to an image."""
 
-    frames: Annotated[PositiveInt | None, _how_long] = None
-    """As the run's config says if unset; 1 is a still image."""
-    duration: Annotated[Length | None, _how_long] = None
-    """2s: the nearest number of frames that the model can make."""
-    height: PositiveInt | None = None
-    """Unset: of the first file that is given, or else of the run's config; and so --width."""
+    frames: Annotated[PositiveInt | None, _how_long] = None  # Of the run's config; 1 is an image.
+    duration: Annotated[Length | None, _how_long] = None  # 2s: the nearest that can be made.
+    height: PositiveInt | None = None  # Unset: of the first file, or else of the run's config.
     width: PositiveInt | None = None
-    fps: PositiveFloat | None = None
-    """Frames a second. Unset: those of the first clip that is given, or else of the run's config."""
+    fps: PositiveFloat | None = None  # Unset: of the first clip, or else of the run's config.
 
-    pictures: ClassVar[bool] = False
-    """Whether files give their first frame alone."""
+    pictures: ClassVar[bool] = False  # whether files give their first frame alone
 
     @property
     def files(self) -> list[str]:
@@ -130,10 +150,48 @@ class Text(Command):
         named = (getattr(self, name, None) or () for name in ("video", "videos", "start"))
         return [file for one in named for file in ([one] if isinstance(one, str) else one)]
 
+    def open(self, pipeline: Pipeline) -> Job:
+        """Reads the files, at the size and rate asked for or of the first of them."""
+        config, space = pipeline.config.sampling, pipeline.space
+        frames, height, width, fps = config.frames, config.height, config.width, config.fps
+        for file in self.files[:1]:
+            *sides, rate, still = video_shape(file)
+            # An asked side scales the other; what is asked for of neither is the picture's own.
+            asked = self.height, self.width
+            scale = next((a / b for a, b in zip(asked, sides, strict=True) if a), 1.0)
+            height, width = (
+                size or max(math.floor(side * scale / by + 1e-6) * by, by)
+                for size, side, by in zip(asked, sides, space.multiple, strict=True)
+            )
+            if self.fps is None and not still and not self.pictures:
+                fps = rate
+        if self.duration is not None:
+            frames = space.grid.nearest(seconds_of(self.duration, fps), fps)
+        space.check_size(frames, height, width)
+        read = partial(read_video, height=height, width=width, fps=fps)
+        media = {
+            file: read(file, max_frames=1 if self.pictures else None)[0] for file in self.files
+        }
+        config = dataclasses.replace(config, frames=frames, height=height, width=width, fps=fps)
+        config = dataclasses.replace(pipeline.config, sampling=config)
+        return Job(dataclasses.replace(pipeline, config=config), media)
+
     def generation(self, job: Job, template: Request) -> Generation:
         """What is made for one prompt."""
         del job
         return modes.plain(template)
+
+    def clips(self, pipeline: Pipeline) -> tuple[Prompts, Clips, list[float]]:
+        """What is made, for names of files, its clips, and their frames a second."""
+        job, prompts = self.open(pipeline), self.prompts()
+        templates = job.pipeline.encode_text(self.requests(job.pipeline, prompts))
+        generations = [self.generation(job, one) for one in templates]
+        out = job.pipeline.sample(generations, progress=True)
+        return (
+            prompts,
+            [[clip] for clip in out],
+            [job.size.fps * getattr(self, "factor", 1)] * len(out),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,18 +202,17 @@ class Image(Text):
     last_image: str | None = None  # A picture to end with.
     keyframe: Annotated[Texts, tyro.conf.arg(metavar="T=FILE [T=FILE ...]")] = ()
     """Pictures to be shown at some time: 12=FILE is frame 12, 1.5s=FILE after a second and a half."""
-    noise: Noise = 0.0
-    """Noise on the pictures: a little (0.02 to 0.1) frees motion that is frozen, and is not seen."""
+    noise: Noise = 0.0  # Noise on the pictures: a little (0.02 to 0.1) frees motion that is frozen.
 
     pictures: ClassVar[bool] = True
 
     @property
     def keyframes(self) -> list[tuple[str, str]]:
         """(time, file) of every picture; the time of the last is empty."""
-        pairs = [one.partition("=") for some in self.keyframe for one in some]
+        split = (one.partition("=") for some in self.keyframe for one in some)
+        pairs = [(time, file) for time, _, file in split]
         first = [("0", self.image)] if self.image else []
-        last = [("", self.last_image)] if self.last_image else []
-        return [*first, *((time, file) for time, _, file in pairs), *last]
+        return [*first, *pairs, *([("", self.last_image)] if self.last_image else [])]
 
     @property
     def files(self) -> list[str]:
@@ -164,12 +221,11 @@ class Image(Text):
     def generation(self, job: Job, template: Request) -> Generation:
         images: dict[int, np.ndarray] = {}
         for time, file in self.keyframes:
-            frame = round(seconds_of(time, job.fps, 0) * job.fps) if time else job.frames - 1
-            if not 0 <= frame < job.frames or frame in images:
-                raise InputError(
-                    f"{time or 'last'}={file} is frame {frame} of a clip of {job.frames} at "
-                    f"{job.fps:g} frames a second: give other frames, each once, or a longer clip."
-                )
+            count, fps = job.size.frames, job.size.fps
+            frame = round(seconds_of(time, fps, 0) * fps) if time else count - 1
+            message = f"{time or 'last'}={file} is frame {frame} of a clip of {count} at {fps:g}"
+            wrong = not 0 <= frame < count or frame in images
+            refuse_if([(wrong, f"{message} frames a second: give other frames, or a longer clip.")])
             images[frame] = job.media[file][0]
         return modes.image_to_video(job.space, template, images, self.noise)
 
@@ -183,8 +239,7 @@ class Video(Text):
 
     def clip(self, job: Job) -> np.ndarray:
         """What is read of the clip."""
-        cut = self.frames is not None or self.duration is not None
-        return job.media[self.video][: job.frames if cut else None]
+        return job.media[self.video][: job.size.frames if self.frames or self.duration else None]
 
     def generation(self, job: Job, template: Request) -> Generation:
         return modes.restyle(job.space, template, self.clip(job), self.strength)
@@ -208,10 +263,8 @@ class Context(Text):
     """What modes take that show the model the ends of clips."""
 
     context: Length | None = None
-    """Length of the part of each clip that the model is shown. Unset: what is left of --frames beside
-    what is made."""
-    noise: Noise = 0.0
-    """Noise on that: a little (0.02 to 0.1) frees motion that is frozen, and is not seen."""
+    """Length of the part of each clip that the model is shown. Unset: what --frames leave."""
+    noise: Noise = 0.0  # Noise on that: a little (0.02 to 0.1) frees motion that is frozen.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,13 +276,12 @@ class Extend(Context):
     backward: Length | None = None  # Length of what comes before.
 
     def generation(self, job: Job, template: Request) -> Generation:
-        if not (self.forward or self.backward):
-            raise InputError("extend: give --forward LENGTH, --backward LENGTH or both.")
-        forward, backward = (
-            job.count(x, job.space.new) if x else 0 for x in (self.forward, self.backward)
-        )
+        none = not (self.forward or self.backward)
+        refuse_if([(none, "extend: give --forward LENGTH, --backward LENGTH or both.")])
+        lengths = self.forward, self.backward
+        ahead, before = (job.count(one, job.space.new) if one else 0 for one in lengths)
         clip, context = job.media[self.video], job.whole(self.context)
-        return modes.extend(job.space, template, clip, forward, backward, context, self.noise)
+        return modes.extend(job.space, template, clip, ahead, before, context, self.noise)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,17 +310,17 @@ class Loop(Context):
     gap: Length = "0.5s"  # Length of what is made between its end and its beginning.
 
     def generation(self, job: Job, template: Request) -> Generation:
-        window = job.pipeline.config.model.dit.window
         if self.video is not None:
-            clip = job.media[self.video][: job.frames if self.duration else None]
+            clip = job.media[self.video][: job.size.frames if self.duration else None]
             gap, context = job.count(self.gap, job.space.gap), job.whole(self.context)
             return modes.loop_clip(job.space, template, clip, gap, context, self.noise)
-        if job.frames == 1 or window is not None:
-            raise InputError(
-                f"a loop of {job.frames} frame(s) from text, by a model whose local attention window "
-                f"is {window} tokens: give more than 1 frame, or close a clip (--video FILE), because "
-                "a window never reaches from the last frame to the first."
-            )
+        window = job.pipeline.config.model.dit.window
+        message = (
+            f"a loop of {job.size.frames} frame(s) from text, by a model whose local attention window "
+            f"is {window} tokens and never reaches from the last frame to the first: give more than 1 "
+            "frame, or close a clip (--video FILE)."
+        )
+        refuse_if([(job.size.frames == 1 or window is not None, message)])
         return modes.loop_text(job.space, template)
 
 
@@ -286,11 +338,36 @@ class Long(Text):
     """Length of what each window is shown of the one before. Unset: about a third."""
     noise: Noise = NOISE  # Noise on the history, against drift and frozen motion (0.02 to 0.1).
 
-    @property
-    def prompts(self) -> list[str | int]:
-        if self.storyboard is None:
-            return super().prompts
-        return list(read_storyboard(self.storyboard).prompts[:1] * self.num)
+    def clips(self, pipeline: Pipeline) -> tuple[Prompts, Clips, list[float]]:
+        job = self.open(pipeline)
+        board = read_storyboard(self.storyboard) if self.storyboard else None
+        prompts = [board.prompts[0]] * self.num if board else self.prompts()
+        templates = self.requests(job.pipeline, prompts, board.prompts if board else ())
+        fps, pipeline = job.size.fps, job.pipeline
+        plan = plan_long(
+            job.space,
+            max(round(seconds_of(self.length, fps) * fps), 1),
+            job.size.frames,
+            job.whole(self.history),
+            job.media[self.start] if self.start else None,
+            job.whole(self.context),
+        )
+        windows = pipeline.encode_text(sum(plan.requests(templates, board, fps), []))
+        count = len(plan.windows)
+        latents = make_long(
+            pipeline.generator,
+            pipeline.params,
+            [windows[i : i + count] for i in range(0, len(windows), count)],
+            plan.windows,
+            pipeline.config.model,
+            pipeline.mesh,
+            self.noise,
+            plan.heads(job.space, len(prompts)),
+            progress=True,
+        )
+        new = plan.frames - plan.before
+        clips = [plan.assemble(decode_long(pipeline.codec, one, new)) for one in latents]
+        return prompts, clips, [fps] * len(clips)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,8 +377,31 @@ class Upscale(Command):
     videos: tuple[str, ...]
     """Files, or a directory that samples were written to. A prompt for each, one for all, or none."""
     augmentation: NonNegativeFloat = 0.0
-    """Noise level of the clips, up to what training did: 0 for clips as they were filmed, about 0.1 for
-    what a model generated."""
+    """Noise level of the clips, up to that of training: about 0.1 for what a model generated."""
+
+    def clips(self, pipeline: Pipeline) -> tuple[Prompts, Clips, list[float]]:
+        conditioners = pipeline.config.model.conditioners.values()
+        conditioner: Any = next((one for one in conditioners if hasattr(one, "enlarge")), None)
+        files: list[Path] = []
+        for path in map(local_copy, self.videos):
+            inner = sorted(path.iterdir()) if path.is_dir() else [path]
+            files += [one for one in inner if one == path or one.suffix.lower() in EXTENSIONS]
+        asked = self.prompt or self.label or self.prompts_file
+        prompts = list(self.prompts()) if asked else [""] * self.num
+        prompts = prompts * len(files) if len(prompts) == self.num else prompts
+        model = f"the model of {self.checkpoint!r} does not enlarge clips: give a run that does."
+        fit = (
+            f"{len(prompts) // self.num} prompts for {len(files)} clips of --videos: give clips "
+            f"({', '.join(EXTENSIONS)}), and a prompt for each, one for all, or none."
+        )
+        unfit = not files or len(prompts) != len(files) * self.num
+        refuse_if([(conditioner is None, model), (unfit, fit)])
+        videos = [video for video in map(read_video, files) for _ in range(self.num)]
+        requests = pipeline.encode_text(self.requests(pipeline, prompts))
+        config, codec = pipeline.config, pipeline.codec
+        generations = conditioner.enlarge(requests, videos, config, codec, self.augmentation)
+        out = pipeline.sample(generations, progress=True)
+        return prompts, [[clip] for clip in out], [fps for _, fps in videos]
 
 
 MODES = Text, Image, Video, Extend, Connect, Loop, Interpolate, Long, Upscale

@@ -1,7 +1,7 @@
 """Pictures and clips in and out of files with PyAV alone: mp4, GIF and PNG out, what FFmpeg knows in.
 
-Clips are uint8 RGB ``[t, h, w, 3]``, pictures ``[h, w, 3]``; ``to_float`` and ``to_uint8`` are the way
-to the model's range [-1, 1] and back. The same array gives the same bytes of a file.
+Clips are uint8 RGB ``[t, h, w, 3]``, pictures ``[h, w, 3]``; the model's range is [-1, 1]. The same
+array gives the same bytes of a file.
 """
 
 from __future__ import annotations
@@ -15,19 +15,27 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import av.codec.context
 import av.container
 import numpy as np
 from av.error import EOFError as FFmpegEOFError
 from av.error import FFmpegError
-from av.filter import Graph, filters_available
+from av.filter import Graph
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from dit_jax.data import centre, resized
-from dit_jax.files import InputError, as_path, atomic_path, check_file, local_copy
+from dit_jax.files import (
+    InputError,
+    as_path,
+    atomic_path,
+    check_file,
+    checking_input,
+    local_copy,
+    refuse_if,
+)
 
 EXTENSIONS = (".mp4", ".gif", ".png")
 GIF_TICK = Fraction(1, 100)  # GIF's unit of time, in seconds
@@ -35,25 +43,13 @@ GIF_MAX_FPS = 50  # players slow delays under 2/100 s down to 10/100 s
 GREY = 128
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 _SCALER |= Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-# PQ and HLG to BT.709 at BT.2408's diffuse white, where the build of FFmpeg has zimg.
-_TO_SDR = (
-    ("zscale", "t=linear:npl=203"),
-    ("format", "gbrpf32le"),
-    ("zscale", "p=bt709"),
-    ("tonemap", "mobius"),
-    ("zscale", "t=bt709:m=bt709:r=full"),
-    ("format", "gbrp"),
-)
 
 
 def to_uint8(x: Any) -> np.ndarray:
     """Turns floats in [-1, 1] into uint8: rounded, and clipped outside."""
     x = np.asarray(x).astype(np.float32)
-    if not np.isfinite(x).all():
-        raise ValueError(
-            f"{np.sum(~np.isfinite(x))} of {x.size} pixels are NaN or infinite: check the parameters "
-            "and the sampler that made them."
-        )
+    bad = f"{np.sum(~np.isfinite(x))} of {x.size} pixels are NaN or infinite: check the parameters."
+    refuse_if([(not np.isfinite(x).all(), bad)])
     return np.rint((np.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
@@ -62,9 +58,6 @@ def to_float(x: Any) -> np.ndarray:
     x = np.asarray(x)
     assert x.dtype == np.uint8, x.dtype
     return x.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-
-
-# --- reading ---
 
 
 def read_video(
@@ -76,47 +69,31 @@ def read_video(
 ) -> tuple[np.ndarray, float]:
     """Reads a video or picture as a player shows it: frames ``[t, h, w, 3]``, and frames a second.
 
-    Frames are turned and stretched as the file says, deinterlaced, and set before white if they
-    are transparent. Colour profiles (ICC) are not applied, and sound is left out.
-
-    Args:
-        height: with ``width``, frames are scaled to cover that size, and their centre is cropped.
-        fps: frames are repeated or left out, each the nearest in time. Unset: the file's own rate.
-        max_frames: the first so many alone.
+    With ``height`` and ``width``, frames are scaled to cover that size, and their centre is cropped.
+    With ``fps``, frames are repeated or left out, each the nearest in time.
     """
     frames: list[np.ndarray] = []
     times: list[float] = []
-    try:
-        # An open file and not a name, in which FFmpeg would see protocols ("a:") and "%d".
-        with local_copy(path).open("rb") as file, av.open(file, "r") as container:
-            stream: Any = next(iter(container.streams.video), None)
-            for frame in _decoded(container, stream, path) if stream else ():
-                if times and frame.time is not None and frame.time <= times[-1]:
-                    continue  # damage: a frame that comes late
-                pixels = _displayed(frame, float(stream.sample_aspect_ratio or 1))
-                if height and width:
-                    h, w = pixels.shape[:2]
-                    scale = max(height / h, width / w)
-                    size = max(round(h * scale), height), max(round(w * scale), width)
-                    pixels = centre(resized(pixels[None], *size), height, width)[0]
-                frames.append(pixels)
-                times.append(len(times) if frame.time is None else frame.time)
-                if max_frames and len(frames) == max_frames and fps is None:
-                    break
-                if max_frames and (times[-1] - times[0]) * (fps or 0) >= max_frames:
-                    break
-            rate = _rate_of(stream, times) if stream else 0.0
-    except (OSError, FFmpegError) as error:
-        raise InputError(
-            f"cannot read {str(path)!r} as a video ({error.strerror or error}): check the path, or "
-            "convert it to mp4 with ffmpeg."
-        ) from error
-    sizes = {frame.shape[:2] for frame in frames}
-    if len(sizes) != 1:
-        raise InputError(
-            f"{str(path)!r} has frames of sizes {sorted(sizes)}: give a video or picture of one."
-        )
-    video = np.stack(frames)
+    # An open file and not a name, in which FFmpeg would see protocols ("a:") and "%d".
+    why = f"cannot read {str(path)!r} as a video", "check the path, or convert it with ffmpeg"
+    with checking_input(*why), local_copy(path).open("rb") as file, av.open(file) as container:
+        stream = container.streams.video[0]
+        for frame in _decode(container, stream, path):
+            if times and frame.time is not None and frame.time <= times[-1]:
+                continue  # damage: a frame that comes late
+            image = _as_shown(frame, float(stream.sample_aspect_ratio or 1))
+            if height and width:
+                h, w = image.shape[:2]
+                scale = max(height / h, width / w)
+                size = max(round(h * scale), height), max(round(w * scale), width)
+                image = centre(resized(image[None], *size), height, width)[0]
+            frames.append(image)
+            times.append(len(times) if frame.time is None else frame.time)
+            shown = len(frames) if fps is None else (times[-1] - times[0]) * fps
+            if max_frames and shown >= max_frames:
+                break
+        rate = _rate(stream, times)
+        video = np.stack(frames)  # not of several sizes, and not of none
     if fps is not None and len(video) > 1:
         # Frame k is the nearest to k / fps; halfway, the later one. The last is shown for a frame.
         clock = (np.array(times) - times[0]) * fps
@@ -128,57 +105,50 @@ def read_video(
 
 def video_shape(path: str | os.PathLike) -> tuple[int, int, float, bool]:
     """Height, width and frames a second of a file as it is shown, and whether it is a still picture."""
-    video, _ = read_video(path, max_frames=1)
+    height, width = read_video(path, max_frames=1)[0].shape[1:3]
     with local_copy(path).open("rb") as file, av.open(file, "r") as container:
         stream = container.streams.video[0]
         times = [float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None]
-        return *video.shape[1:3], _rate_of(stream, sorted(times)), len(times) < 2
+        return height, width, _rate(stream, sorted(times)), len(times) < 2
 
 
-def _decoded(container: Any, stream: Any, path: str | os.PathLike) -> Iterator[av.VideoFrame]:
-    """The frames of a stream, deinterlaced and in SDR; up to the first damage, which is a warning."""
+def _decode(container: Any, stream: Any, path: str | os.PathLike) -> Iterator[Any]:
+    """The frames of a stream, deinterlaced; up to the first damage, which is a warning."""
     graph: Graph | None = None
     try:
         for frame in container.decode(stream):
-            hdr = frame.color_trc in (16, 18)  # PQ and HLG, by ITU-T H.273
-            if graph is None and not (hdr or frame.interlaced_frame):
+            if graph is None and not frame.interlaced_frame:
                 yield frame
                 continue
-            if hdr and "zscale" not in filters_available:
-                raise InputError(
-                    f"{str(path)!r} is HDR, and this build of FFmpeg cannot map its tones: convert it "
-                    "first (ffmpeg -vf zscale=t=linear:npl=203,tonemap=mobius,zscale=t=bt709)."
-                )
             if graph is None:
                 graph = Graph()
                 graph.threads = 1
                 size = {"width": frame.width, "height": frame.height}
-                start = graph.add_buffer(**size, format=frame.format, time_base=frame.time_base)
-                chain = ("bwdif", "deint=interlaced:mode=send_frame"), *(_TO_SDR if hdr else ())
-                nodes = [graph.add(*one) for one in chain]
-                graph.link_nodes(start, *nodes, graph.add("buffersink")).configure()
-            graph.vpush(frame)
-            yield from _filtered(graph)
+                source = graph.add_buffer(**size, format=frame.format, time_base=frame.time_base)
+                bwdif = graph.add("bwdif", "deint=interlaced:mode=send_frame")
+                graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
+            yield from _filtered(graph, frame)
     except FFmpegError as error:
-        warnings.warn(
-            f"{str(path)!r} is damaged ({error.strerror}): used up to there", stacklevel=2
-        )
+        text = f"{str(path)!r} is damaged ({error.strerror}): used up to there"
+        warnings.warn(text, stacklevel=2)
     if graph is not None:
-        graph.vpush(None)
-        yield from _filtered(graph)
+        yield from _filtered(graph, None)  # the filter holds a frame back
 
 
-def _filtered(graph: Graph) -> Iterator[av.VideoFrame]:
-    """The frames that a graph of filters holds ready."""
+def _filtered(graph: Graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+    graph.vpush(frame)
     with contextlib.suppress(FFmpegEOFError, BlockingIOError):
         while True:
             yield graph.vpull()
 
 
-def _displayed(frame: av.VideoFrame, aspect: float) -> np.ndarray:
-    """A decoded frame as it is shown, ``[h, w, 3]``."""
-    alpha = any(part.is_alpha for part in frame.format.components) or frame.format.has_palette
-    rgb = frame.format.is_rgb or frame.format.has_palette
+def _as_shown(frame: av.VideoFrame, aspect: float) -> np.ndarray:
+    """A decoded frame as RGB ``[h, w, 3]``: stretched, before white if it is transparent, turned."""
+    if frame.color_trc in (16, 18):  # PQ and HLG, by ITU-T H.273; PyAV's FFmpeg does not map them
+        raise ValueError("it is HDR: -vf zscale=t=linear:npl=203,tonemap=mobius,zscale=t=bt709")
+    palette = frame.format.has_palette
+    alpha = palette or any(part.is_alpha for part in frame.format.components)
+    rgb = palette or frame.format.is_rgb
     full = rgb or frame.color_range == 2 or frame.format.name.startswith("yuvj")
     # Of a picture that names no matrix: BT.709 if it is large, BT.601 below, as players guess.
     large = frame.height >= 720 or frame.width >= 1280
@@ -196,19 +166,18 @@ def _displayed(frame: av.VideoFrame, aspect: float) -> np.ndarray:
     if alpha:
         part = image[..., 3:].astype(np.float32) / 255
         image = np.rint(image[..., :3] * part + 255 * (1 - part)).astype(np.uint8)
-    matrix, side_data = None, cast(Any, frame.side_data)
-    with contextlib.suppress(ValueError):  # data of a kind that PyAV does not know
-        matrix = next((d for d in side_data.keys() if d.type == Type.DISPLAYMATRIX), None)
-    if matrix is not None:
+    with contextlib.suppress(KeyError, ValueError):  # no matrix, or data that PyAV does not know
         # ISO 14496-12: nine int32, row by row; a negative determinant mirrors left to right.
-        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
+        data: Any = frame.side_data
+        matrix = np.frombuffer(bytes(data[Type.DISPLAYMATRIX]), np.int32)
+        a, b, _, c, d = matrix[:5].astype(np.int64)
         if a * d - b * c < 0:
             image, a, b = image[:, ::-1], -a, -b
         image = np.rot90(image, -round(math.degrees(math.atan2(b, a)) / 90))
     return np.ascontiguousarray(image)
 
 
-def _rate_of(stream: Any, times: Sequence[float]) -> float:
+def _rate(stream: Any, times: Sequence[float]) -> float:
     """Frames a second: what the file says, unless its frames' times contradict it (as of GIF)."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     if len(times) < 2 or times[-1] <= times[0]:
@@ -217,16 +186,12 @@ def _rate_of(stream: Any, times: Sequence[float]) -> float:
     return rate if abs(gaps / rate - span) < 0.75 * float(stream.time_base) else gaps / span
 
 
-# --- writing ---
-
-
 def check_output(path: str | os.PathLike) -> Path:
     """Refuses a path that ``write_video`` could not write, before the long work starts."""
     path = as_path(path)
-    if path.suffix.lower() not in EXTENSIONS:
-        raise InputError(
-            f"output {str(path)!r} has extension {path.suffix!r}: give one of {', '.join(EXTENSIONS)}."
-        )
+    known, suffix = ", ".join(EXTENSIONS), path.suffix
+    message = f"output {str(path)!r} has extension {suffix!r}: give one of {known}."
+    refuse_if([(suffix.lower() not in EXTENSIONS, message)])
     return check_file(path, "output")
 
 
@@ -235,49 +200,52 @@ def write_video(
 ) -> Path:
     """Writes a clip ``[t, h, w, 3]``, or its parts ``[n, h, w, 3]``, one at a time in mp4.
 
-    .mp4  H.264, yuv420p, BT.709: opens everywhere. Of odd heights and widths the last row or column is
-          repeated, with a warning. Colour has half the resolution: enlarge tiny clips first.
-    .gif  one palette of 256 colours for the clip, looping for ever; at most 50 frames a second.
-    .png  one frame: that image; several: a strip from left to right.
+    mp4 is H.264 (yuv420p, BT.709) of even sizes: colour has half the resolution. A GIF has a palette
+    of 256 colours, loops for ever, and shows at most 50 frames a second. A PNG of several frames is a
+    strip from left to right.
     """
     path = check_output(path)
     parts = iter([video] if isinstance(video, np.ndarray) else video)
-    extension, first = path.suffix.lower(), next(parts)
-    if extension != ".mp4":
+    kind, first = path.suffix[1:].lower(), next(parts)
+    if kind != "mp4":
         first = np.concatenate([first, *parts])
     assert first.dtype == np.uint8 and first.ndim == 4 and first.shape[-1] == 3, first.shape
-    if extension == ".png":
+    if kind == "png":
         return write_png(path, np.concatenate(list(first), axis=1))
     rate, (h, w) = Fraction(fps).limit_denominator(1001), first.shape[1:3]
-    if extension == ".gif":
+    if kind == "gif":
         if rate > GIF_MAX_FPS:
             warnings.warn(f"{path}: {fps} frames/s, but players stop at 50: slower", stacklevel=2)
         rate = min(rate, Fraction(GIF_MAX_FPS))
         # Times are rounded to 1/100 s each, and not delays, so that the clip keeps its length.
         ticks = [round(i / rate / GIF_TICK) for i in range(len(first) + 1)]
         options = {"loop": "0", "final_delay": str(min(ticks[-1] - ticks[-2], 65535))}
-        with _encoder(path, "gif", "pal8", rate, (h, w), **options) as (container, stream):
-            stream.codec_context.time_base = GIF_TICK
-            for frame in _paletted(first, ticks):
-                container.mux(stream.encode(frame))
-        return path
-    if h % 2 or w % 2:
-        warnings.warn(f"{path}: H.264 needs even sizes: {h}x{w} gets more edge", stacklevel=2)
-    even = ((0, 0), (0, h % 2), (0, w % 2), (0, 0))
-    images = (x for part in itertools.chain([first], parts) for x in np.pad(part, even, "edge"))
-    bt709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-    size = h + h % 2, w + w % 2
-    opened = _encoder(path, "libx264", "yuv420p", rate, size, movflags="+faststart")
-    with opened as (container, stream):
-        # No B-frames and no macroblock trees, on one thread: with them x264's assembler gave other
-        # bytes for the same small frames in up to one run of eight.
-        stream.options = {"crf": "12", "preset": "medium", "x264-params": "bframes=0:no-mbtree=1"}
+        frames, codec, pixels = _with_palette(first, ticks), "gif", "pal8"
+    else:
+        if h % 2 or w % 2:
+            warnings.warn(f"{path}: H.264 needs even sizes: {h}x{w} gets more edge", stacklevel=2)
+        frames, codec, pixels = _bt709(itertools.chain([first], parts), rate), "libx264", "yuv420p"
+        options, h, w = {"movflags": "+faststart"}, h + h % 2, w + w % 2
+    with (
+        _writing(path) as scratch,
+        av.open(str(scratch), "w", format=kind, options=options) as container,
+    ):
+        # Bytes that depend on the frames alone: no versions in them, one thread.
+        container.flags |= av.container.Flags.bitexact.value
+        stream: Any = container.add_stream(codec, rate)
+        stream.height, stream.width, stream.pix_fmt = h, w, pixels
         encoder = stream.codec_context
-        encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
-        encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for i, image in enumerate(images):
-            frame = _frame(image, i, 1 / rate)
-            frame = frame.reformat(format="yuv420p", interpolation=_SCALER, threads=1, **bt709)
+        encoder.thread_count, encoder.flags = 1, encoder.flags | av.codec.context.Flags.bitexact
+        if kind == "gif":
+            encoder.time_base = GIF_TICK
+        else:
+            # No B-frames and no macroblock trees: with them x264's assembler gave other bytes for the
+            # same small frames in up to one run of eight.
+            stream.options = {"crf": "12", "preset": "medium"}
+            stream.options |= {"x264-params": "bframes=0:no-mbtree=1"}
+            encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
+            encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for frame in itertools.chain(frames, [None]):
             container.mux(stream.encode(frame))
     return path
 
@@ -307,59 +275,47 @@ def _writing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-@contextlib.contextmanager
-def _encoder(
-    path: Path, codec: str, pixels: str, rate: Fraction, size: tuple[int, int], **options: str
-) -> Iterator[tuple[Any, Any]]:
-    """A container and its one stream, whose bytes depend on the frames alone."""
-    opened, kind = _writing(path), path.suffix[1:].lower()
-    with opened as scratch, av.open(str(scratch), "w", format=kind, options=options) as container:
-        container.flags |= av.container.Flags.bitexact.value
-        stream: Any = container.add_stream(codec, rate)
-        stream.height, stream.width, stream.pix_fmt = *size, pixels
-        stream.codec_context.thread_count = 1
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact.value
-        yield container, stream
-        container.mux(stream.encode(None))
-
-
 def _frame(image: np.ndarray, pts: int, time_base: Fraction) -> av.VideoFrame:
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     frame.pts, frame.time_base = pts, time_base
     return frame
 
 
-def _paletted(video: np.ndarray, ticks: Sequence[int]) -> Iterator[av.VideoFrame]:
+def _bt709(parts: Iterable[np.ndarray], rate: Fraction) -> Iterator[av.VideoFrame]:
+    """The frames as yuv420p of even sizes."""
+    bt709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
+    for i, image in enumerate(itertools.chain.from_iterable(parts)):
+        h, w, _ = image.shape
+        frame = _frame(np.pad(image, ((0, h % 2), (0, w % 2), (0, 0)), "edge"), i, 1 / rate)
+        yield frame.reformat(format="yuv420p", interpolation=_SCALER, threads=1, **bt709)
+
+
+def _with_palette(video: np.ndarray, ticks: Sequence[int]) -> Iterator[av.VideoFrame]:
     """The frames, at their times, in one palette of 256 colours chosen over the whole clip."""
     h, w = video.shape[1:3]
     graph = Graph()
     graph.threads = 1
-    start = graph.add_buffer(None, w, h, av.VideoFormat("rgb24", w, h), time_base=GIF_TICK)
+    source = graph.add_buffer(None, w, h, av.VideoFormat("rgb24", w, h), time_base=GIF_TICK)
     split = graph.add("split")
     palette = graph.add("palettegen", "reserve_transparent=0:stats_mode=full")
     # Ordered dithering: still pixels stay still, while error diffusion flickers.
     use = graph.add("paletteuse", "dither=bayer:bayer_scale=5")
-    start.link_to(split)
-    split.link_to(use, 0, 0)
+    graph.link_nodes(source, split, use, graph.add("buffersink"))
     split.link_to(palette, 1, 0)
     palette.link_to(use, 0, 1)
-    use.link_to(graph.add("buffersink"))
     graph.configure()
     for i, image in enumerate(video):
-        start.push(_frame(image, i, GIF_TICK))
-    start.push(None)
+        source.push(_frame(image, i, GIF_TICK))
+    source.push(None)
     for now, after in itertools.pairwise(ticks):
         frame = graph.vpull()
         frame.pts, frame.duration, frame.time_base = now, after - now, GIF_TICK
         yield frame
 
 
-# --- pictures of several clips ---
-
-
 def upscale(video: np.ndarray, factor: int) -> np.ndarray:
     """Repeats pixels: ``[..., h, w, 3]`` to ``[..., h factor, w factor, 3]``."""
-    return np.repeat(np.repeat(video, factor, axis=-3), factor, axis=-2)
+    return video.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def grid(videos: Sequence[np.ndarray], columns: int | None = None, pad: int = 2) -> np.ndarray:
@@ -375,8 +331,7 @@ def grid(videos: Sequence[np.ndarray], columns: int | None = None, pad: int = 2)
         count, vh, vw, _ = video.shape
         y = pad + (i // columns) * cell[0] + (h - vh) // 2
         x = pad + (i % columns) * cell[1] + (w - vw) // 2
-        canvas[:count, y : y + vh, x : x + vw] = video
-        canvas[count:, y : y + vh, x : x + vw] = video[-1]
+        canvas[:, y : y + vh, x : x + vw] = video[np.minimum(np.arange(t), count - 1)]
     return canvas
 
 

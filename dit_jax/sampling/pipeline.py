@@ -20,21 +20,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.config import VideoRun, differences, stored_config, to_dict
-from dit_jax.files import InputError, absolute, as_path
+from dit_jax.files import InputError, absolute, as_path, refuse_if
 from dit_jax.model import TextToVideo
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling.modes import Generation, make_generations
 from dit_jax.sampling.request import Request, Space
 from dit_jax.sampling.sampler import Generator, SamplingConfig
-from dit_jax.training import Checkpointer, abstract_params, open_run
-from dit_jax.training.video_task import (
-    check_reads,
-    init_params,
-    make_model,
-    open_codec,
-    open_text_encoder,
-    with_states,
-)
+from dit_jax.training import Checkpointer, abstract_params, open_run, video_task
 from dit_jax.types import Codec, Params
 
 
@@ -47,8 +39,7 @@ class Pipeline:
     codec: Codec
     checkpointer: Checkpointer
     step: int
-    over_context: bool = False
-    """Whether parameters are sharded over mesh.context too."""
+    over_context: bool = False  # whether parameters are sharded over mesh.context too
 
     @property
     def path(self) -> Path:
@@ -63,7 +54,7 @@ class Pipeline:
     def model(self) -> TextToVideo:
         # Kernel and context parallelism are for the machine that samples to choose.
         attention = dataclasses.replace(self.config.attention, kernel="auto", ulysses=None)
-        return make_model(self.config.model, self.mesh, attention)
+        return video_task.make_model(self.config.model, self.mesh, attention)
 
     @cached_property
     def generator(self) -> Generator:
@@ -72,7 +63,7 @@ class Pipeline:
     @cached_property
     def params(self) -> Params:
         """The averaged parameters, checked to be finite."""
-        init = partial(init_params, self.model)
+        init = partial(video_task.init_params, self.model)
         shapes, shardings = abstract_params(init, self.mesh, over_context=self.over_context)
         params = self.checkpointer.restore_ema(self.step, shapes, shardings)
         check_finite(params, str(self.path), f", of {self.checkpointer.steps()}")
@@ -81,23 +72,21 @@ class Pipeline:
 
     def request(self, prompt: str = "", seed: int = 0, **fields: Any) -> Request:
         """A plain clip of the run's size and rate."""
-        config, size = self.config, self.config.sampling
-        latents = config.codec.latent_size(size.frames, size.height, size.width)
-        return Request(prompt, *latents, config.codec.latent_fps(size.fps), seed, **fields)
+        codec, size = self.config.codec, self.config.sampling
+        latents = codec.latent_size(size.frames, size.height, size.width)
+        return Request(prompt, *latents, codec.latent_fps(size.fps), seed, **fields)
 
     def encode_text(self, requests: Sequence[Request]) -> list[Request]:
-        """Requests with the states of their prompts, for a model that reads a text encoder's.
-
-        The encoder is opened for this call alone, because it may be as large as the model.
-        """
-        return with_states(requests, open_text_encoder(self.config, self.mesh))
+        """Requests with the states of their prompts, for a model that reads a text encoder's."""
+        # Opened for this call alone, because the encoder may be as large as the model.
+        return video_task.with_states(
+            requests, video_task.open_text_encoder(self.config, self.mesh)
+        )
 
     def sample(self, generations: Sequence[Generation], progress: bool = False) -> list[np.ndarray]:
         """The clips uint8 ``[t, h, w, 3]`` of generations of any modes, on every process."""
-        model, decode = self.config.model, self.codec.decode
-        return make_generations(
-            self.generator, self.params, generations, model, self.mesh, progress, decode
-        )
+        made_by = self.generator, self.params, generations, self.config.model, self.mesh
+        return make_generations(*made_by, progress, self.codec.decode)
 
 
 def load_run(
@@ -116,26 +105,28 @@ def load_run(
     ``sampling`` are fields of its ``SamplingConfig`` in place of its own, and ``own`` is the config
     that it was trained with, for conditioners of a user's own module, which are not stored.
     """
-    checkpointer, step, config = _open_run(run, step)
+    checkpointer, step, config = _open(run, step)
     model, parts = config.model, {}
     if own is not None:
-        before, model = model, dataclasses.replace(model, conditioners=own.model.conditioners)
-        for name, now, then in differences(to_dict(model), to_dict(before), "model"):
+        model = dataclasses.replace(model, conditioners=own.model.conditioners)
+        for name, now, then in differences(to_dict(model), to_dict(config.model), "model"):
             raise InputError(f"{name} is {now!r} in --config, and {then!r} in {str(run)!r}.")
     for name, path in (("codec", codec), ("text_encoder", text_encoder)):
         if path is not None:
-            if "path" not in vars(part := getattr(config, name)):
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} {path!r}: the run's model uses none. Leave it out.")
+            part = getattr(config, name)
+            unused = (
+                f"--{name.replace('_', '-')} {path!r}: the run's model uses none. Leave it out."
+            )
+            refuse_if([("path" not in vars(part), unused)])
             parts[name] = dataclasses.replace(part, path=absolute(path))
-    sampling_config = dataclasses.replace(config.sampling, **sampling)
-    config = dataclasses.replace(config, model=model, sampling=sampling_config, **parts)
-    check_reads(config, str(run))
+    settings = dataclasses.replace(config.sampling, **sampling)
+    config = dataclasses.replace(config, model=model, sampling=settings, **parts)
+    video_task.check_reads(config, str(run))
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
-    opened = open_codec(config, mesh)
+    opened = video_task.open_codec(config, mesh)
     if opened is None:
         raise InputError(
-            f"the model of {str(run)!r} makes latents of {config.model.patch.channels} channels: give "
+            f"the model of {str(run)!r} makes latents of {model.patch.channels} channels: give "
             "--codec, the folder of the autoencoder that turns them into pixels."
         )
     return Pipeline(config, mesh, opened, checkpointer, step, over_context)
@@ -148,35 +139,30 @@ def stored_sampling(arguments: Sequence[str]) -> SamplingConfig:
     parser.add_argument("--checkpoint")
     parser.add_argument("--step", type=int)
     named = parser.parse_known_args(list(arguments))[0]
-    return (
-        stored_run(named.checkpoint, named.step).sampling if named.checkpoint else SamplingConfig()
-    )
+    run = named.checkpoint
+    return stored_run(run, named.step).sampling if run else SamplingConfig()
 
 
 def stored_run(run: str | os.PathLike, step: int | None = None) -> VideoRun:
     """The config of a run."""
-    return _open_run(run, step)[2]
+    return _open(run, step)[2]
 
 
-def _open_run(run: str | os.PathLike, step: int | None) -> tuple[Checkpointer, int, VideoRun]:
+def _open(run: str | os.PathLike, step: int | None) -> tuple[Checkpointer, int, VideoRun]:
     checkpointer, step = open_run(as_path(run), step)
-    stored = stored_config(checkpointer.config(step), checkpointer.path(step) / "config")
-    return checkpointer, step, stored
+    config = stored_config(checkpointer.config(step), checkpointer.path(step) / "config")
+    return checkpointer, step, config
 
 
 def check_finite(params: Params, where: str, steps: str = "") -> None:
-    """Raises ``InputError`` with the first of the parameters that are not finite.
-
-    ``where`` is the checkpoint, and ``steps`` names others for the message.
-    """
-    named = jax.tree_util.tree_flatten_with_path(params)[0]
-    finite = jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])(
-        [leaf for _, leaf in named]
-    )
-    broken = [path for (path, _), fine in zip(named, finite, strict=True) if not fine]
-    if broken:
-        first = "/".join(str(key.key) for key in broken[0])
+    """Raises ``InputError`` with the first parameter of the checkpoint ``where`` that is not finite;
+    ``steps`` names other checkpoints."""
+    finite = jax.jit(partial(jax.tree.map, lambda leaf: jnp.isfinite(leaf).all()))(params)
+    named = jax.tree_util.tree_flatten_with_path(finite)[0]
+    broken = [path for path, fine in named if not fine]
+    for first in broken:
+        name = jax.tree_util.keystr(first, simple=True, separator="/")
         raise InputError(
-            f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {first!r}), "
-            f"from which nothing can be made: choose an earlier --step{steps}."
+            f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {name!r}): "
+            f"choose an earlier --step{steps}."
         )

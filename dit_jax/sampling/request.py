@@ -1,10 +1,9 @@
-"""What is asked of a model: prompts, clips that are known, and the sampler's inputs made of them.
+"""Requests, the sampler's inputs made of them, clips as latents, and files of prompts.
 
 A *request* is one clip to generate. Its latents have noise caps, and which are 0 makes the mode (see
 ``modes``). With ``s`` frames to a token (the codec's stride in time by the patch's), token 0 holds
-frame 0, and token ``j`` frames ``s (j - 1) + 1`` to ``s j``. A clip that begins elsewhere than at a
-frame 0 can therefore not be cut out of the tokens of another: a tail is encoded as a clip of its own,
-and so is a head that comes to stand at the end of a new clip, whose own frame 0 is then left out.
+frame 0, and token ``j`` frames ``s (j - 1) + 1`` to ``s j``. So a clip that begins at another frame
+than 0 cannot be cut out of the tokens of another: it is encoded as a clip of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dit_jax.files import SURROGATES, InputError, MiB, read_bytes
+from dit_jax.files import SURROGATES, InputError, MiB, checking_input, read_bytes, refuse_if
 from dit_jax.model import (
     ModelConfig,
     PatchConfig,
@@ -44,24 +43,21 @@ class KnownLatents:
     """Clean latents and the noise cap of each: 0 is kept, 1 is generated, between them the latent is
     remade from that much noise.
 
-    Caps are of latents, and the model knows them of tokens: a token's is the highest of its latents.
-    Kept latents of a token that is not kept as a whole are *put back* after every step of the solver,
-    at the token's own noise level (Song et al. 2021, "Score-based generative modeling", section I.2).
+    A token's cap is the highest of its latents. Kept latents of other tokens are *put back* after every
+    step of the solver, at the token's own noise level (Song et al. 2021, "Score-based generative
+    modeling", section I.2).
     """
 
-    clean: np.ndarray
-    """``[t, h, w, c]``, of the request's size; anything finite where the cap is 1."""
-    noise_caps: np.ndarray
-    """``[t]``, or ``[t, h, w]`` for parts of a picture."""
+    clean: np.ndarray  # [t, h, w, c], of the request's size; anything finite where the cap is 1
+    noise_caps: np.ndarray  # [t], or [t, h, w] for parts of a picture
 
     def __post_init__(self) -> None:
-        shape, caps = np.shape(self.clean), np.shape(self.noise_caps)
-        in_range = np.all((self.noise_caps >= np.float32(0)) & (self.noise_caps <= np.float32(1)))
-        if caps not in (shape[:1], shape[:3]) or not in_range or not np.isfinite(self.clean).all():
+        shape, caps = np.shape(self.clean), np.asarray(self.noise_caps)
+        fits = caps.shape in (shape[:1], shape[:3]) and ((caps >= 0) & (caps <= 1)).all()
+        if not fits or not np.isfinite(self.clean).all():
             raise ValueError(
-                f"known latents of shape {shape} with noise caps {caps} from {np.min(self.noise_caps)} "
-                f"to {np.max(self.noise_caps)}: latents are finite [t, h, w, c], and caps [t] or "
-                "[t, h, w] in [0, 1], where 0 is kept."
+                f"latents {shape} have noise caps {caps.shape} from {caps.min()} to {caps.max()}: give "
+                "finite latents [t, h, w, c] and caps [t] or [t, h, w] in [0, 1]."
             )
 
 
@@ -75,22 +71,17 @@ class Request:
     width: int
     fps: float
     seed: int
-    text_states: np.ndarray | None = None
-    """The prompt as the states ``[s, e]`` of a text encoder, for a model that reads those."""
+    text_states: np.ndarray | None = None  # [s, e] of the prompt, for a model of a text encoder's
     segment_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """One value for the whole clip: ``{"label": 3}``, by the names of the model's conditioners."""
     frame_fields: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """One value for every frame of pixels: ``[t, ...]``."""
     pixel_fields: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """Clips beside the clip, float ``[t, h, w, c]`` of the request's size."""
-    time_stride: int = 1
-    """Frames of pixels to a latent frame but the first: the codec's stride in time, which
-    ``frame_fields`` are grouped by."""
-    negative: str = ""
-    """What guidance leads away from, in place of the empty prompt."""
+    time_stride: int = 1  # the codec's, by which ``frame_fields`` are grouped
+    negative: str = ""  # what guidance leads away from, in place of the empty prompt
     negative_states: np.ndarray | None = None
-    known: KnownLatents | None = None
-    """Unset, all latents are generated."""
+    known: KnownLatents | None = None  # unset, all latents are generated
     times: np.ndarray | None = None
     """``[frames]`` when each latent frame is shown, in latent frames; unset, 0, 1, 2, ..."""
     loop: bool = False
@@ -102,10 +93,12 @@ class Request:
         return self.frames, self.height, self.width
 
     def num_tokens(self, patch: PatchConfig) -> int:
-        """Tokens of the clip."""
-        _, h, w = patch.grid(1, self.height, self.width)
-        frames = self.frames + self.loop
-        return patch.num_tokens(frames, self.height, self.width) - self.loop * h * w
+        tokens = patch.num_tokens(self.frames + self.loop, self.height, self.width)
+        return tokens - self.frame_tokens(patch) * self.loop
+
+    def frame_tokens(self, patch: PatchConfig) -> int:
+        """Tokens of the first frame, which a loop lacks."""
+        return patch.num_tokens(1, self.height, self.width)
 
     def fields(self, patch: PatchConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The fields of its tokens ``[l, ...]``, and of its segment."""
@@ -116,67 +109,64 @@ class Request:
 
 
 def check_request(request: Request, model: ModelConfig) -> None:
-    """Raises ``InputError`` if the model cannot generate such a clip, with what it can."""
+    """Raises ``ValueError`` if the model cannot generate such a clip, with what it can."""
     patch, known, times = model.patch, request.known, request.times
     if not request.loop:
         patch.grid(*request.size)
     shape = (*request.size, patch.channels)
-    wrong = request.loop and request.frames % patch.t
-    wrong = wrong or times is not None and np.shape(times) != (request.frames,)
-    wrong = wrong or not 0 < request.fps < math.inf
-    if wrong or known is not None and known.clean.shape != shape:
+    wrong = (
+        request.loop and request.frames % patch.t,
+        times is not None and np.shape(times) != (request.frames,),
+        not 0 < request.fps < math.inf,
+        known is not None and known.clean.shape != shape,
+    )
+    if any(wrong):
         raise InputError(
             f"a {'loop' if request.loop else 'request'} of {request.frames} frames, of size {shape} at "
             f"{request.fps} frames a second, with times {None if times is None else np.shape(times)} "
-            f"and known latents {known and known.clean.shape}: rates are above 0 and finite, times "
-            f"are one for each latent frame, known latents of the request's size, and a loop has "
-            f"{patch.t}n frames."
+            f"and known latents {known and known.clean.shape}: give a finite rate above 0, a time for "
+            f"each latent frame, known latents of the request's size, and a loop {patch.t}n frames."
         )
     check_fields(model, *request.fields(patch), "the request")
 
 
-def token_positions(request: Request, patch: PatchConfig) -> np.ndarray:
-    """Positions float32 ``[l, 3]`` of a clip's tokens; time is in frames of the reference rate.
+def token_positions(request: Request, patch: PatchConfig) -> Float[np.ndarray, "l 3"]:
+    """Positions of a clip's tokens, of which each stands at the mean of the times of its latents.
 
-    A token stands at the mean of the times of its latents. In a loop no token holds a first frame:
-    there are ``patch.t * n`` latent frames, the first at 1.
+    Time is in frames of the reference rate. In a loop no token holds a first frame: there are
+    ``patch.t * n`` latent frames, the first at 1.
     """
-    loop, times, (frames, height, width) = request.loop, request.times, request.size
+    loop, (frames, height, width) = request.loop, request.size
     grid, frame_ids = positions(patch, frames + loop, height, width, request.fps)
-    _, h, w = patch.grid(1, height, width)
-    if times is not None:
-        times = np.asarray(times, np.float64)
+    if request.times is not None:
+        times = np.asarray(request.times, np.float64)
         middles = (times if loop else times[1:]).reshape(-1, patch.t).mean(1)
         # Ahead of the first token: its own time, or in a loop what is cut off below.
-        clock = np.concatenate([np.zeros(1) if loop else times[:1], middles])
+        clock = np.append(0.0 if loop else times[0], middles)
         grid[:, 0] = (clock * (patch.reference_fps / (patch.t * request.fps)))[frame_ids]
-    return grid[h * w :] if loop else grid
+    return grid[request.frame_tokens(patch) * loop :]
 
 
 @struct.dataclass
 class SamplerInputs:
     """What the solver starts from: rows of tokens, what is known of them, and their noise caps."""
 
-    clean: Float[Array, "b l p"] = struct.field(metadata=TOKENS)
-    """Conditioning tokens; anything where the cap is 1."""
-    noise_caps: Float[Array, "b l"] = struct.field(metadata=TOKENS)
-    """0 is a conditioning token, 1 is generated."""
+    clean: Float[Array, "b l p"] = struct.field(metadata=TOKENS)  # anything where the cap is 1
+    noise_caps: Float[Array, "b l"] = struct.field(metadata=TOKENS)  # 0 is kept, 1 is generated
     group_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    group_noise_caps: Float[Array, "b k"]
-    """The cap that the tokens of a modulation group share."""
+    group_noise_caps: Float[Array, "b k"]  # what the tokens of a modulation group share
     positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
     segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     token_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
     text: Int[Array, "b s"] | Float[Array, "b s e"]
     text_segment_ids: Int[Array, "b s"]
     seeds: Int[Array, "b n"]
+    # What follows is None if no row has it, or holds zeros for the rows that have not.
     kept: Bool[Array, "b l p"] | None = struct.field(default=None, metadata=TOKENS)
-    """Numbers that are put back in tokens that are generated; None if no row has any."""
+    """Numbers that are put back in tokens that are generated."""
     cycles: Float[Array, "b 3"] | None = None
-    """Loops: (tokens along time, the first's time, what lies between two), or zeros; None if no row is
-    one."""
+    """Of loops: (tokens along time, the first's time, what lies between two)."""
     negative: Int[Array, "b s"] | Float[Array, "b s e"] | None = None
-    """In place of the empty text; None if every row has that."""
     negative_segment_ids: Int[Array, "b s"] | None = None
     token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
         metadata=TOKENS, default_factory=dict
@@ -184,8 +174,7 @@ class SamplerInputs:
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
     def unconditioned(self) -> SamplerInputs:
-        """The same rows with the negative prompt, or the empty one: of every text the first token
-        alone is seen."""
+        """The same rows with the negative prompt, or the empty one: the first token of every text."""
         text, ids = self.negative, self.negative_segment_ids
         if text is None:
             first = jnp.arange(self.text_segment_ids.shape[1]) == 0
@@ -201,67 +190,67 @@ def make_inputs(
 ) -> SamplerInputs:
     """One request a row, as NumPy arrays; ``parallel.global_batch`` makes them arrays of a mesh.
 
-    Args:
-        row_tokens: pads rows to a common length; the longest request's if not given.
-        together: all requests whose inputs are to have one form, that a step compiled for one
-            serves them all.
+    Rows are padded to ``row_tokens``, or the longest request's. The inputs have a form that serves the
+    requests ``together`` too, so that a step is compiled once for all of them.
     """
-    every, patch, b = [*requests, *together], model.patch, len(requests)
+    every, patch, s = [*requests, *together], model.patch, model.text.max_tokens
     grids = [token_positions(request, patch) for request in requests]
-    length = row_tokens or max(map(len, grids))
+    l = row_tokens or max(map(len, grids))
 
-    def rows(values: Sequence[np.ndarray], fill: float = 0, dtype: Any = None) -> np.ndarray:
-        """Values ``[l, ...]`` of requests, each padded to a row."""
-        out = np.full((b, length, *values[0].shape[1:]), fill, dtype or values[0].dtype)
-        for row, one in zip(out, values, strict=True):
-            row[: len(one)] = one
+    def rows(values: Sequence[np.ndarray], length: int, fill: int = 0, dtype: Any = None) -> Any:
+        """Arrays ``[n, ...]`` of requests, each padded to ``length``."""
+        shape = len(values), length, *values[0].shape[1:]
+        out = np.full(shape, fill, dtype or values[0].dtype)
+        for row, value in zip(out, values, strict=True):
+            row[: len(value)] = value
         return out
 
-    known_of_all = [_known_tokens(patch, request) for request in every]
-    clean, caps, kept = zip(*known_of_all[:b], strict=True)
+    def segment_ids(values: Sequence[np.ndarray], length: int) -> Any:
+        return rows([np.ones(len(one), np.int32) for one in values], length)
+
+    known = [_known_tokens(patch, request) for request in every]
+    clean, caps, kept = zip(*known[: len(requests)], strict=True)
     # Tokens of a modulation group share a cap; a row that knows nothing has one group of cap 1.
     groups = [np.unique(one, return_inverse=True) for one in caps]
     most = max(len(np.unique(r.known.noise_caps)) if r.known else 1 for r in every)
-    group_caps = np.ones((b, most), np.float32)
-    for row, (values, _) in zip(group_caps, groups, strict=True):
-        row[: len(values)] = values
     text = [model.text.tokens(r.prompt, r.text_states) for r in requests]
-    text, text_segments = _text_rows(text, model)
     tokens, segments = zip(*(request.fields(patch) for request in requests), strict=True)
-    dtypes = {name: one.field(model).dtype for name, one in model.conditioners.items()}
-
-    def kind(name: str) -> Any:
-        return dtypes.get(name, np.float32)
-
+    dtypes = dict.fromkeys([*tokens[0], *segments[0]], np.float32)
+    dtypes |= {name: one.field(model).dtype for name, one in model.conditioners.items()}
     arrays: dict[str, Any] = dict(
-        clean=rows(clean),
-        noise_caps=rows(caps, 1),
-        group_ids=rows([ids.astype(np.int32) for _, ids in groups]),
-        group_noise_caps=group_caps,
-        positions=rows(grids, dtype=np.float32),
-        segment_ids=rows([np.ones(len(grid), np.int32) for grid in grids]),
-        token_ids=rows([np.arange(len(grid), dtype=np.int32) for grid in grids]),
-        text=text,
-        text_segment_ids=text_segments,
+        clean=rows(clean, l),
+        noise_caps=rows(caps, l, 1),
+        group_ids=rows([ids.astype(np.int32) for _, ids in groups], l),
+        group_noise_caps=rows([values for values, _ in groups], most, 1),
+        positions=rows(grids, l, dtype=np.float32),
+        segment_ids=segment_ids(grids, l),
+        token_ids=rows([np.arange(len(grid), dtype=np.int32) for grid in grids], l),
+        text=rows(text, s),
+        text_segment_ids=segment_ids(text, s),
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
-        token_fields={
-            name: rows([own[name] for own in tokens], dtype=kind(name)) for name in tokens[0]
-        },
+        token_fields={k: rows([one[k] for one in tokens], l, 0, dtypes[k]) for k in tokens[0]},
         segment_fields={
-            name: np.stack([own[name] for own in segments])[:, None].astype(kind(name))
-            for name in segments[0]
+            k: np.array([[one[k]] for one in segments], dtypes[k]) for k in segments[0]
         },
     )
     # All rows of a compiled step have these, or none has.
-    if any(numbers.any() for _, _, numbers in known_of_all):
-        arrays["kept"] = rows(kept)
+    if any(numbers.any() for _, _, numbers in known):
+        arrays["kept"] = rows(kept, l)
     if any(r.loop for r in every):
-        cycles = [_cycle(grid, r.loop) for grid, r in zip(grids, requests, strict=True)]
+        cycles = [_cycle(g) if r.loop else (0, 0, 0) for g, r in zip(grids, requests, strict=True)]
         arrays["cycles"] = np.array(cycles, np.float32)
     if any(r.negative for r in every):
         negative = [_negative_tokens(r, model) for r in requests]
-        arrays["negative"], arrays["negative_segment_ids"] = _text_rows(negative, model)
+        arrays["negative"] = rows(negative, s)
+        arrays["negative_segment_ids"] = segment_ids(negative, s)
     return SamplerInputs(**arrays)
+
+
+def _negative_tokens(request: Request, model: ModelConfig) -> np.ndarray:
+    states = request.negative_states
+    if states is None and isinstance(model.text, TextStatesConfig) and not request.negative:
+        states = np.zeros((0, model.text.dim), np.float32)  # nothing is to be read, as without text
+    return model.text.tokens(request.negative, states)
 
 
 def _known_tokens(
@@ -275,46 +264,25 @@ def _known_tokens(
         return none, np.ones(0, np.float32), none != 0
 
     def tokens(video: np.ndarray) -> np.ndarray:
-        if not request.loop:
-            return patchify(patch, video)
-        _, h, w = patch.grid(1, *video.shape[1:3])
-        return patchify(patch, np.concatenate([video[:1], video]))[h * w :]
+        # A loop has no first frame: one is put before it, and its tokens are taken away again.
+        video = np.concatenate([video[:1], video]) if request.loop else video
+        return patchify(patch, video.astype(np.float32))[
+            request.frame_tokens(patch) * request.loop :
+        ]
 
     caps = known.noise_caps if np.ndim(known.noise_caps) == 3 else known.noise_caps[:, None, None]
-    each = tokens(np.broadcast_to(caps[..., None], known.clean.shape).astype(np.float32))  # [l, p]
+    each = tokens(np.broadcast_to(caps[..., None], known.clean.shape))  # [l, p]
     highest = each.max(-1)
-    return tokens(known.clean.astype(np.float32)), highest, (each == 0) & (highest > 0)[:, None]
+    return tokens(known.clean), highest, (each == 0) & (highest > 0)[:, None]
 
 
-def _cycle(positions: np.ndarray, loop: bool) -> tuple[float, float, float]:
+def _cycle(positions: np.ndarray) -> tuple[float, float, float]:
     """See ``SamplerInputs.cycles``."""
-    if not loop:
-        return 0.0, 0.0, 0.0
     clock = np.unique(positions[:, 0])
     unit = float(clock[1] - clock[0]) if len(clock) > 1 else 1.0
     # Otherwise no time would follow the last one.
     assert np.allclose(np.diff(clock), unit, rtol=1e-3), "times of a loop are evenly spaced"
     return float(len(clock)), float(clock[0]), unit
-
-
-def _text_rows(texts: Sequence[np.ndarray], model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as rows of one length, and which of it is theirs."""
-    b, s = len(texts), model.text.max_tokens
-    out = np.zeros((b, s, *texts[0].shape[1:]), texts[0].dtype)
-    segments = np.zeros((b, s), np.int32)
-    for i, text in enumerate(texts):
-        out[i, : len(text)], segments[i, : len(text)] = text, 1
-    return out, segments
-
-
-def _negative_tokens(request: Request, model: ModelConfig) -> np.ndarray:
-    states = request.negative_states
-    if states is None and isinstance(model.text, TextStatesConfig) and not request.negative:
-        states = np.zeros((0, model.text.dim), np.float32)
-    return model.text.tokens(request.negative, states)
-
-
-# --- clips as latents ---
 
 
 def filled(clip: np.ndarray, stride: int) -> np.ndarray:
@@ -326,8 +294,7 @@ def filled(clip: np.ndarray, stride: int) -> np.ndarray:
 class Space:
     """Between the pixels of clips and the latents of a model."""
 
-    codec: Codec
-    """``PixelCodec()`` for a model of pixels."""
+    codec: Codec  # PixelCodec() for a model of pixels
     patch: PatchConfig
 
     @property
@@ -379,14 +346,10 @@ class Space:
         """
         if self.stands_still(head):
             return self.still(head[0])
-        latents = self.encode(head)
-        return latents[1:] if self.codec.strides[0] > 1 else latents
+        return self.encode(head)[1 if self.codec.strides[0] > 1 else 0 :]
 
 
-# --- prompt files ---
-
-COLUMNS = ("prompt", "prompts", "prompt_en", "caption", "text")
-"""Names of the column or key that holds the prompts, in the order in which they are looked for."""
+COLUMNS = ("prompt", "prompts", "prompt_en", "caption", "text")  # the first that is there counts
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
@@ -396,45 +359,34 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     strings, or of objects. Any other file has a prompt on each line that is not blank.
     """
     raw, suffix = read_bytes(path, 256 * MiB, "the prompts"), Path(path).suffix.lower()
-    try:
+    remedy = "write UTF-8 text with a prompt on each line, or a table or JSON with a key 'prompt'"
+    with checking_input(f"prompt file {str(path)!r} cannot be used", remedy):
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         # Not splitlines: a prompt may hold U+2028 and its like.
-        lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+        rows: Any = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
         if suffix in (".csv", ".tsv"):
-            mark = "\t" if suffix == ".tsv" else max(",;\t", key=(lines or [""])[0].count)
-            # Quotes have no meaning in TSV, but around a whole cell, where spreadsheets put them.
-            quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
-            table = io.StringIO(text, newline="")
-            rows: Any = list(csv.DictReader(table, delimiter=mark, quoting=quoting, strict=True))
+            how: Any = dict(delimiter=max(",;\t", key=(rows or [""])[0].count), strict=True)
+            if suffix == ".tsv":  # its quotes have no meaning but around a cell, from spreadsheets
+                how = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), **how))
         elif suffix in (".jsonl", ".ndjson"):
-            rows = [json.loads(line) for line in lines]
+            rows = list(map(json.loads, rows))
         elif suffix == ".json":
             rows = json.loads(text)
             if isinstance(rows, dict):  # {"prompts": [...], ...}
                 rows = next((inner for inner in rows.values() if isinstance(inner, list)), [])
-        else:
-            rows = lines
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise InputError(
-            f"prompt file {str(path)!r} cannot be read ({error}): save it as UTF-8 text, CSV with "
-            "closed quotes, or JSON."
-        ) from error
-    prompts = [_prompt_of(row) for row in rows]
-    bad = [i for i, one in enumerate(prompts, 1) if not one or SURROGATES.search(one)]
-    if bad or not prompts:
-        which = f"number {bad[0]} is {prompts[bad[0] - 1]!r}" if bad else "it is empty"
-        raise InputError(
-            f"prompt file {str(path)!r} holds no prompt ({which}): write one a line, or a table or "
-            f"JSON with a column or key {COLUMNS[0]!r}."
-        )
+        prompts = [_prompt_of(row) for row in rows]
+        bad = [i for i, one in enumerate(prompts, 1) if not one or SURROGATES.search(one)]
+        refuse_if((True, f"number {i} is no prompt") for i in bad)
+        refuse_if([(not prompts, "it is empty")])
     return prompts
 
 
 def _prompt_of(row: Any) -> str:
     """The prompt of a row of a table or a value of JSON; empty if there is none."""
     if isinstance(row, dict):
-        names = {re.sub(r"[\s-]+", "_", str(name).strip().lower()): name for name in reversed(row)}
+        names = {re.sub(r"[\s-]+", "_", str(name).strip().lower()): name for name in row}
         row = next((row[names[name]] for name in COLUMNS if name in names), "")
-        whole = re.fullmatch(r'"((?:[^"]|"")*)"', row) if isinstance(row, str) else None
-        row = whole[1].replace('""', '"') if whole else row
+        if isinstance(row, str) and (whole := re.fullmatch(r'"((?:[^"]|"")*)"', row)):
+            row = whole[1].replace('""', '"')
     return row.strip() if isinstance(row, str) else ""

@@ -10,7 +10,7 @@ import pytest
 from dit_jax import sample
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.model import PatchConfig
-from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard, media
+from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard, commands, media
 from dit_jax.sampling.commands import COMMANDS, Job, seconds_of
 from dit_jax.sampling.long import plan_long
 from tests.tiny_config import get_config
@@ -20,10 +20,19 @@ TEMPLATE = Request("a", 9, 24, 24, 8.0, 0)
 FILES = {name: np.full((9, 24, 24, 3), i, np.uint8) for i, name in enumerate("ab")}
 
 
-def pipeline(**dit: Any) -> Any:
+@dataclasses.dataclass
+class Pipeline:
+    """As much of a run as options are read by."""
+
+    config: Any
+    space: Space = SPACE
+
+
+def pipeline(frames: int = 5, **dit: Any) -> Any:
     config = get_config()
     model = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, **dit))
-    return types.SimpleNamespace(space=SPACE, config=dataclasses.replace(config, model=model))
+    sampling = dataclasses.replace(config.sampling, frames=frames)
+    return Pipeline(dataclasses.replace(config, model=model, sampling=sampling))
 
 
 def command(mode: str, **options: Any) -> Any:
@@ -32,7 +41,7 @@ def command(mode: str, **options: Any) -> Any:
 
 def length(mode: str, count: int = 9, **options: Any) -> int:
     """Frames of what a mode makes of clips of nine frames."""
-    job = Job(pipeline(), count, 24, 24, 8.0, FILES)
+    job = Job(pipeline(count), FILES)
     template = dataclasses.replace(TEMPLATE, frames=count)
     generation = command(mode, **options).generation(job, template)
     counts = [request.frames for request in generation.requests]
@@ -71,7 +80,7 @@ def test_options_that_make_no_sense_are_refused(mode: str, options: dict[str, An
 
 
 def test_a_loop_of_text_needs_frames_and_attention_all_around():
-    job = Job(pipeline(window=16, global_every=2), 9, 24, 24, 8.0, FILES)
+    job = Job(pipeline(9, window=16, global_every=2), FILES)
     with pytest.raises(ValueError, match="16 tokens"):
         command("loop").generation(job, TEMPLATE)
     command("loop", video="a").generation(job, TEMPLATE)
@@ -90,16 +99,16 @@ def test_size_and_rate_are_asked_for_or_the_first_files(monkeypatch: pytest.Monk
     shown = {"video": (61, 37, 12.0, False), "picture": (61, 37, 1.0, True)}
 
     def opened(mode: str, file: str = "", **options: Any) -> tuple[int, int, int, float]:
-        monkeypatch.setattr(sample, "video_shape", lambda _: shown[file])
-        monkeypatch.setattr(sample, "read_video", lambda *given: (np.zeros(given[1:3]), 0))
+        monkeypatch.setattr(commands, "video_shape", lambda _: shown[file])
+        monkeypatch.setattr(commands, "read_video", lambda *_, **size: (np.zeros(1), 0))
         one = command(mode, **options)
         run = pipeline()
         size = {name: getattr(one, name) for name in ("frames", "height", "width", "fps")}
         size = {name: value for name, value in size.items() if value is not None}
         sampling = dataclasses.replace(run.config.sampling, **size)
         run.config = dataclasses.replace(run.config, sampling=sampling)
-        job = sample.open_job(one, run)
-        return job.frames, job.height, job.width, job.fps
+        size = one.open(run).size
+        return size.frames, size.height, size.width, size.fps
 
     assert opened("text") == (5, 24, 24, 8.0)
     assert opened("text", duration="1s") == (9, 24, 24, 8.0)
@@ -130,6 +139,43 @@ def test_sizes_that_latents_do_not_fill_are_told_in_pixels():
     space.check_size(9, 64, 96)
 
 
+def test_what_is_enlarged_has_a_prompt_for_each_one_for_all_or_none(tmp_path, monkeypatch):
+    for i, clip in enumerate(FILES.values()):
+        media.write_video(tmp_path / f"{i}.gif", clip[: 3 + i], 10)
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(commands, "cut_note", lambda *_: None)
+    low_res: Any = types.SimpleNamespace(
+        enlarge=lambda requests, clips, *_: [
+            (r.prompt, r.seed, len(clip)) for r, (clip, _) in zip(requests, clips, strict=True)
+        ]
+    )
+    run: Any = types.SimpleNamespace(
+        config=get_config(),
+        codec=PixelCodec(),
+        request=lambda prompt, seed, **_: dataclasses.replace(TEMPLATE, prompt=prompt, seed=seed),
+        encode_text=list,
+        sample=lambda generations, progress: generations,
+    )
+    with pytest.raises(ValueError, match="does not enlarge"):
+        command("upscale", videos=(str(tmp_path),)).clips(run)
+    model = types.SimpleNamespace(**{**vars(run.config.model), "conditioners": {"low": low_res}})
+    run.config = types.SimpleNamespace(model=model, sampling=run.config.sampling)
+
+    def enlarged(*prompts: str, num: int = 1) -> tuple[list[tuple[str, int, int]], list[float]]:
+        given = (prompts,) if prompts else ()
+        one = command("upscale", videos=(str(tmp_path),), prompt=given, num=num, seed=5)
+        names, clips, rates = one.clips(run)
+        assert list(names) == [prompt for ((prompt, _, _),) in clips]
+        return [clip for (clip,) in clips], rates
+
+    assert enlarged() == ([("", 5, 3), ("", 6, 4)], [10.0, 10.0])
+    assert enlarged("x")[0] == [("x", 5, 3), ("x", 6, 4)]
+    assert enlarged("x", "y")[0] == [("x", 5, 3), ("y", 6, 4)]
+    assert enlarged("x", num=2)[0] == [("x", 5, 3), ("x", 6, 3), ("x", 7, 4), ("x", 8, 4)]
+    with pytest.raises(ValueError, match="3 prompts for 2 clips"):
+        enlarged("x", "y", "z")
+
+
 # --- the words of a command line ---
 
 
@@ -148,7 +194,7 @@ def test_a_command_without_a_mode_makes_clips_of_text(monkeypatch: pytest.Monkey
         num=2,
         seed=1,
     )
-    assert plain.prompts == ["a", "a", "b", "b", "c", "c", 3, 3, 4, 4]
+    assert plain.prompts() == ["a", "a", "b", "b", "c", "c", 3, 3, 4, 4]
     # What is not given is the run's own, and None is a value.
     settings = plain.sampling
     assert (settings.shift, settings.last_step, settings.steps) == (2.0, 0.04, 30)
@@ -187,6 +233,12 @@ def test_every_mode_has_a_help_of_its_own(mode: str, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert error.value.code == 0 and f"dit_jax.sample {mode}" in out and "--checkpoint" in out
     assert ("--strength" in out) == (mode in ("video", "connect", "interpolate"))
+    # Short: what is rare, or the same in all modes, is on a page of its own.
+    assert len(out.splitlines()) < 60 and "--mesh.data" not in out
+    with pytest.raises(SystemExit):
+        parse(f"{mode} --help-all")
+    rare = capsys.readouterr().out
+    assert all(one in rare for one in ("--mesh.data", "--cfg-scale", "--label", "--num-processes"))
 
 
 # --- long clips ---

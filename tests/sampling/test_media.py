@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import warnings
-from pathlib import Path
 
 import av
 import ml_dtypes
@@ -46,20 +45,14 @@ def mosaic_of(*levels: int, t=1, h=2, w=3) -> list[np.ndarray]:
 # --- pixels ---
 
 
-def test_to_uint8_rounds_and_clips():
+def test_floats_are_rounded_and_clipped_and_invert_exactly():
     x = np.array([-3.0, -1.0, -1 + 0.9 / 255, -1 + 1.1 / 255, 0.2, 1.0, 1.5])
     assert media.to_uint8(x).tolist() == [0, 0, 0, 1, 153, 255, 255]
     assert media.to_uint8(x.astype(ml_dtypes.bfloat16)).dtype == np.uint8
-
-
-def test_floats_invert_exactly():
     levels = np.arange(256, dtype=np.uint8)
-    x = media.to_float(levels)
-    assert x.dtype == np.float32 and x[0] == -1.0 and x[-1] == 1.0
-    assert np.array_equal(media.to_uint8(x), levels)
-
-
-def test_pixels_that_are_not_finite_are_refused():
+    floats = media.to_float(levels)
+    assert floats.dtype == np.float32 and floats[0] == -1.0 and floats[-1] == 1.0
+    assert np.array_equal(media.to_uint8(floats), levels)
     with pytest.raises(ValueError, match="2 of 3"):
         media.to_uint8(np.array([0.0, np.nan, np.inf]))
 
@@ -67,8 +60,10 @@ def test_pixels_that_are_not_finite_are_refused():
 # --- video files ---
 
 
-@pytest.mark.parametrize("fps", [8, 0.5, 24000 / 1001, 60])
-@pytest.mark.parametrize("shape", [(9, 24, 40), (1, 24, 40), (3, 16, 16), (2, 64, 48)])
+@pytest.mark.parametrize(
+    ("fps", "shape"),
+    [(8, (9, 24, 40)), (0.5, (1, 24, 40)), (24000 / 1001, (3, 16, 16)), (60, (2, 64, 48))],
+)
 def test_mp4_round_trip(tmp_path, fps, shape):
     video = smooth(*shape)
     path = media.write_video(tmp_path / "a.mp4", video, fps)
@@ -92,7 +87,7 @@ def test_mp4_keeps_pure_colours(tmp_path):
         assert np.abs(back.astype(int) - colour).max() <= 2, colour
 
 
-@pytest.mark.parametrize("size", [(23, 39), (23, 40), (24, 39), (1, 1)])
+@pytest.mark.parametrize("size", [(23, 40), (24, 39), (1, 1)])
 def test_odd_sizes_are_padded_in_mp4_with_a_warning(tmp_path, size):
     video = smooth(3, *size)
     with pytest.warns(UserWarning, match="H.264 needs even sizes"):
@@ -113,7 +108,7 @@ def test_even_sizes_do_not_warn(tmp_path):
             media.write_video(tmp_path / f"a{extension}", flags(), 8)
 
 
-@pytest.mark.parametrize("fps", [8, 10, 24, 50])
+@pytest.mark.parametrize("fps", [8, 24, 50])
 def test_gif_plays_as_long_as_the_clip_and_loops(tmp_path, fps):
     video = flags(6)
     path = media.write_video(tmp_path / "a.gif", video, fps)
@@ -126,14 +121,11 @@ def test_gif_plays_as_long_as_the_clip_and_loops(tmp_path, fps):
     assert b"NETSCAPE2.0\x03\x01\x00\x00\x00" in path.read_bytes()  # repeat for ever
 
 
-def test_gif_of_many_colours_and_of_one_frame(tmp_path):
+def test_gif_of_many_colours_of_one_frame_and_too_fast_for_players(tmp_path):
     media.write_video(tmp_path / "a.gif", smooth(), 8)
     assert psnr(media.read_video(tmp_path / "a.gif")[0], smooth()) > 28  # 256 of 7,000 colours
     media.write_video(tmp_path / "b.gif", smooth(1), 8)
     assert media.read_video(tmp_path / "b.gif")[0].shape == (1, 24, 40, 3)
-
-
-def test_gif_too_fast_for_players_is_slowed_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="stop at 50"):
         media.write_video(tmp_path / "a.gif", flags(), 120)
     assert media.read_video(tmp_path / "a.gif")[1] == pytest.approx(50)
@@ -155,9 +147,10 @@ def test_the_same_clip_gives_the_same_bytes(tmp_path, extension):
     rng = np.random.default_rng(0)
     odd = smooth()[:, :23, :39]
     edges = np.pad(odd, [(0, 0), (0, 1), (0, 1), (0, 0)], mode="edge")
-    for clip in (edges, np.asfortranarray(edges), flags(), smooth(8, 40, 24)[:, :, ::-1]):
+    for clip in (np.asfortranarray(edges), smooth(8, 40, 24)[:, :, ::-1]):
         seen = set()
-        for i in range(12):  # with its defaults, x264 differs in up to one run of eight
+        # With its defaults, x264 differs in up to one run of eight.
+        for i in range(16 if extension == ".mp4" else 2):
             dirty = [rng.integers(0, 256, rng.integers(1000, 60000), np.uint8) for _ in range(4)]
             del dirty
             path = media.write_video(tmp_path / f"{i}{extension}", clip, 0.5)
@@ -207,21 +200,14 @@ def test_check_output_refuses_what_cannot_be_written(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="extension ''"):
         media.check_output(tmp_path / "clip")
-    with pytest.raises(ValueError, match="path is empty"):
+    with pytest.raises(ValueError, match="'' is empty"):
         media.check_output("")
     with pytest.raises(ValueError, match="is a directory"):
         media.check_output(tmp_path / "clips.mp4")
-    for name in ("file/a.mp4", "file/deep/a.mp4", "n" * 300 + ".mp4"):
+    # /proc refuses files from root as well.
+    for name in ("file/a.mp4", "file/deep/a.mp4", "n" * 300 + ".mp4", "/proc/self/a.mp4"):
         with pytest.raises(ValueError, match="cannot be"):
             media.check_output(tmp_path / name)
-
-
-def test_check_output_tries_read_only_places():
-    place = Path("/proc/self/a.mp4")  # refuses files from root as well
-    if not place.parent.is_dir():
-        pytest.skip("no /proc, the read-only directory this test needs")
-    with pytest.raises(ValueError, match="cannot be"):
-        media.check_output(place)
 
 
 @pytest.mark.parametrize("extension", ["mp4", "gif", "png"])
@@ -258,13 +244,6 @@ def test_clips_on_cloud_storage(tmp_path, bucket):
         np.testing.assert_array_equal(media.read_video(remote)[0], media.read_video(local)[0])
     with pytest.raises(ValueError, match="gs://nobody"):
         media.check_output("gs://nobody-has-this/a.mp4")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root writes everywhere")
-def test_check_output_tries_directories_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match="cannot be"):
-        media.check_output(tmp_path / "a.mp4")
 
 
 # --- pictures of many clips ---
