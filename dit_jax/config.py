@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import inspect
 import reprlib
 import sys
 import traceback
@@ -371,8 +370,7 @@ def to_dict(config: Any, declared: Any = None) -> Any:
         return config
     kind = type(config)
     ours = next((one for one in kind.__mro__ if one.__module__.split(".")[0] == __package__), None)
-    # An abstract base (Conditioner) could not be made again from its fields.
-    if ours is None or not dataclasses.is_dataclass(ours) or inspect.isabstract(ours):
+    if ours is None or not dataclasses.is_dataclass(ours):
         return {"type": _class_name(kind), "external": True}
     out: dict[str, Any] = {"format": 2} if isinstance(config, Run) else {}
     if ours is not declared or ours is not kind:

@@ -10,8 +10,6 @@ from flax import linen as nn
 
 from dit_jax.config import check_types
 from dit_jax.model import PRESETS, DiT, DiTConfig, TextToVideo
-from dit_jax.model.conditioners import group_segments
-from dit_jax.model.dit import pool_text
 from dit_jax.parallel import host_attention, xla_attention
 from dit_jax.parallel.matmul import flat_dot_general
 from dit_jax.parallel.mesh import ACTIVATION_RULES, PARAMETER_RULES
@@ -111,28 +109,6 @@ def test_text_may_be_absent_where_none_is_used(model):
 
     out = jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((1, 4, 12), jnp.float32))
     assert out.shape == (1, 4, 12)
-
-
-def test_pooled_text_is_the_mean_of_each_groups_segment(jit):
-    rng = np.random.default_rng(0)
-    text = rng.normal(size=(2, 6, 3)).astype(np.float32)
-    text_ids = np.array([[1, 1, 2, 2, 2, 0], [2, 1, 1, 1, 0, 0]], np.int32)
-    ids = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 0, 0]], np.int32)
-    groups = np.array([[0, 1, 2, 2, 0], [0, 3, 2, 0, 0]], np.int32)
-    tokens = np.zeros((2, 5, 1), np.float32)
-    inputs = struct(
-        tokens=tokens,
-        positions=np.zeros((2, 5, 3), np.float32),
-        segment_ids=ids,
-        group_ids=groups,
-        group_t=np.zeros((2, 4), np.float32),
-    )
-    pool = jit(lambda text, ids, x: pool_text(text, ids, group_segments(x)))
-    pooled = np.asarray(pool(text, text_ids, inputs))
-    one, two = text[0, :2].mean(0), text[0, 2:5].mean(0)
-    np.testing.assert_allclose(pooled[0, :3], [one, one, two], rtol=1e-6, atol=1e-6)  # float32
-    one, two = text[1, 1:4].mean(0), text[1, 0]
-    np.testing.assert_allclose(pooled[1, [0, 2, 3]], [one, two, two], rtol=1e-6, atol=1e-6)
 
 
 def test_every_parameter_has_axes_that_the_rules_know(tiny, boxed, other_ways):

@@ -4,8 +4,6 @@ Comparisons within one compiled function are bit for bit: a key of another segme
 exactly zero, and each row of a matrix product is computed from its own inputs alone.
 """
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -124,20 +122,3 @@ def test_packed_equals_alone(forward, params, segment, packed, inputs, base):
         np.testing.assert_allclose(
             out, base[0][inputs["segment_ids"][0] == j + 1], rtol=1e-4, atol=1e-5
         )
-
-
-def test_the_order_of_segments_and_rows_does_not_matter(forward, params, segment, packed):
-    a, b = segment(5, (2, 4, 4)), segment(6, (2, 2, 4), levels=(0.5, 0.3), caption="b")
-    one, two = (forward(params, **packed(rows)) for rows in ([[a, b], [b]], [[b, a], [a]]))
-    la, lb = len(a.tokens), len(b.tokens)
-    np.testing.assert_allclose(one[0, :la], two[0, lb : la + lb], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(one[0, la : la + lb], two[0, :lb], rtol=1e-4, atol=1e-5)
-    # In the same place of another row: bit for bit.
-    assert np.array_equal(one[1, :lb], two[0, :lb])
-
-
-def test_twins_with_different_text_differ(forward, params, segment, packed):
-    twin = segment(5, (2, 4, 4))
-    other = dataclasses.replace(twin, caption="a blue square")
-    out = forward(params, **packed([[twin], [other]]))[:, : len(twin.tokens)]
-    assert (out[0] != out[1]).any(-1).all()

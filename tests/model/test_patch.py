@@ -66,13 +66,6 @@ def test_the_first_frame_stands_alone():
     ]
 
 
-def test_an_image_is_the_first_frame_of_a_clip():
-    config, clip = PatchConfig(2, 2, 2, channels=3), numbered(5, 4, 6, 3)
-    whole, image = patchify(config, clip), patchify(config, clip[:1])
-    assert np.array_equal(image, whole[: len(image)])
-    assert config.grid(1, 4, 6) == (1, 2, 3) and config.grid(5, 4, 6) == (3, 2, 3)
-
-
 # --- positions ---
 
 
@@ -107,11 +100,6 @@ def test_a_patch_stands_at_the_middle_of_its_frames():
     assert frames.tolist() == [0, 1, 2]
     # The same instants at half the frame rate are twice as late.
     assert positions(PatchConfig(4, 1, 1), 9, 1, 1, 12.0)[0][:, 0].tolist() == [0, 1.25, 3.25]
-
-
-def test_rows_and_columns_count_patches():
-    coordinates, _ = positions(PatchConfig(1, 4, 8), 1, 8, 16, 24.0)
-    assert coordinates[:, 1:].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
 # --- errors ---

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
 
 from dit_jax.model.patches import absolute_features, frequencies, rotary_angles, rotate
 
@@ -79,21 +78,6 @@ def test_low_precision_heads_are_turned_in_float32():
     low, exact = np.asarray(turn(x, places)), np.asarray(turn(x.astype(np.float32), places))
     assert low.dtype == jnp.bfloat16
     assert np.array_equal(low, exact.astype(jnp.bfloat16))
-
-
-def test_a_wrong_shape_is_caught():
-    def trace(heads: tuple[int, ...], places: tuple[int, ...], dtype=jnp.float32):
-        return jax.eval_shape(
-            turn, jax.ShapeDtypeStruct(heads, dtype), jax.ShapeDtypeStruct(places, jnp.float32)
-        )
-
-    assert trace((1, 5, 2, 32), (1, 5, 3)).shape == (1, 5, 2, 32)
-    with pytest.raises(TypeCheckError, match="parameter 'positions'"):
-        trace((1, 5, 2, 32), (1, 5, 2))
-    with pytest.raises(TypeCheckError, match="parameter 'cos'"):
-        trace((1, 4, 2, 32), (1, 5, 3))
-    with pytest.raises(TypeCheckError, match="parameter 'x'"):
-        trace((1, 5, 2, 32), (1, 5, 3), jnp.int32)
 
 
 def test_angles_are_made_once_for_all_layers():

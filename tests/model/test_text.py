@@ -124,20 +124,6 @@ def test_a_caption_is_read_in_order(encode):
     assert np.abs(out[0, 0] - out[1, 0]).max() > 0.01
 
 
-def test_a_dropped_caption_is_the_empty_prompt(encode, drop):
-    text, ids = rows_of(["red circle", "sky"], ["sea"])
-    left = drop(ids, [[1, 0, 0], [0, 0, 0]])
-    assert left[0].tolist() == [1] + [0] * 10 + [2] * 4 + [0] * 9
-    assert np.array_equal(left[1], ids[1])
-    out, kept = encode(text, left), encode(text, ids)
-    empty = encode(*rows_of(["", "sky"], [""]))
-    # Bit for bit: what is hidden has a weight of exactly zero.
-    assert np.array_equal(out[0, 0], empty[0, 0]) and np.array_equal(out[0, 0], empty[1, 0])
-    assert not np.array_equal(out[0, 0], kept[0, 0])
-    assert np.array_equal(out[left == 2], kept[ids == 2])
-    assert np.array_equal(out[1], kept[1])
-
-
 def test_the_model_sees_a_dropped_caption_as_the_empty_prompt(
     forward, drop, params, segment, packed
 ):
