@@ -29,12 +29,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
-from dit_jax.model.conditioners import (
-    Conditioner,
-    Conditioning,
-    group_segments,
-    prepare_fields,
-)
+from dit_jax.model.conditioners import Conditioner, Conditioning, group_segments, prepare_fields
 from dit_jax.model.layers import MLP, ZERO, Attention, Modulation, dense, gather_groups, layer_norm
 from dit_jax.model.patches import PatchConfig, absolute_features, rotary_angles
 from dit_jax.model.text import (

@@ -52,8 +52,7 @@ def test_layers_are_drawn_apart(fresh):
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "depth", "heads"),
-    [("S", 384, 12, 6), ("XL", 1152, 28, 16)],
+    ("name", "width", "depth", "heads"), [("S", 384, 12, 6), ("XL", 1152, 28, 16)]
 )
 def test_presets_have_the_parameters_that_their_shapes_say(name, width, depth, heads):
     d, e, p = width, 128, 16

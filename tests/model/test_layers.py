@@ -58,10 +58,7 @@ def test_shared_modulation_is_that_of_layers_with_one_matrix(
         table = dit["blocks"].pop("modulation_table")
         assert table.shape == (2, 6 * WIDTH)
         dit["blocks"]["modulation"] = {
-            "linear": {
-                "kernel": np.stack([linear["kernel"]] * 2),
-                "bias": linear["bias"] + table,
-            }
+            "linear": {"kernel": np.stack([linear["kernel"]] * 2), "bias": linear["bias"] + table}
         }
 
     theirs = changed(ours, unshare)

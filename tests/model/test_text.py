@@ -11,13 +11,7 @@ from flax import linen as nn
 
 from dit_jax.config import check_types
 from dit_jax.diffusion.objective import drop_captions
-from dit_jax.model import (
-    ByteEncoderConfig,
-    DiTConfig,
-    ModelConfig,
-    TextStatesConfig,
-    as_computed,
-)
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, TextStatesConfig, as_computed
 from dit_jax.model.text import BEGIN, FIRST_BYTE, VOCABULARY
 from dit_jax.types import PAD
 from tests.denoiser import byte_tokens, struct
@@ -200,10 +194,7 @@ def test_captions_without_fitting_states_are_refused(states, found):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [
-        ({"dim": 0}, "text.dim is 0"),
-        ({"max_tokens": 1}, "text.max_tokens is 1"),
-    ],
+    [({"dim": 0}, "text.dim is 0"), ({"max_tokens": 1}, "text.max_tokens is 1")],
 )
 def test_nonsense_states_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
