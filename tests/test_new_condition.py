@@ -1,5 +1,6 @@
 """The page on conditions: its code, run as it stands there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "conditions.md"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 RUN = """
 import dataclasses
 import numpy as np
 from dit_jax.train import train
 from light import get_config, lit_clips
 
-config = dataclasses.replace(get_config(), output="run")
+config = dataclasses.replace(get_config(), output="run", evaluators=())
 assert train(config) is None
 np.save("clips.npy", lit_clips(config.output, np.load("signals.npy")))
 """
@@ -28,9 +30,16 @@ def test_a_signal_of_every_frame_is_followed(tmp_path):
     np.save(tmp_path / "signals.npy", signals)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "light.py").write_text("\n\n".join(blocks))
-    # A process of its own has one device, and not the eight emulated ones of these tests.
+    # A process of its own has one device, and not the eight emulated ones of these tests. It compiles
+    # without much optimisation: so small a model takes longer to compile than to train.
     (tmp_path / "run.py").write_text(RUN)
-    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "run.py"],
+        cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": QUICK},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
     clips = np.load(tmp_path / "clips.npy")
