@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import reprlib
 import sys
 import traceback
 import types
@@ -499,9 +498,6 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
 # Python itself checks none: a config file is Python and a stored config is JSON, so steps=1e1 or
 # scan="False" would be noticed late or never. The command line is read by tyro, which takes nan.
 
-_repr = reprlib.Repr()  # Cut: values may be large or deeply nested.
-_repr.maxstring = _repr.maxother = 200
-
 
 def check_types(config: Any, name: str = "") -> None:
     """Raises ``InputError`` for a field, however deep, whose value is not of its type or in its range.
@@ -529,8 +525,9 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
 
     option = next((one for one in _options(hint) if _is(value, one)), None)
     if option is None:
-        text = f"{name or 'the config'} is {_repr.repr(value)}"
-        raise InputError(f"{text}: it is {_describe(hint, value)}.")
+        # Cut: values may be large or deeply nested.
+        text = f"{name or 'the config'} is {value!r:.200}: it is {_describe(hint, value)}."
+        raise InputError(text)
     if isinstance(value, tuple) and typing.get_origin(option) is tuple:
         args = typing.get_args(option)
         hints = args[:1] * len(value) if args[-1] is Ellipsis else args
@@ -554,9 +551,7 @@ def _named_class(tag: Any, kinds: list[Any], prefix: str) -> Any:
     fits = isinstance(kind, type) and issubclass(kind, tuple(kinds) or object)
     names = ", ".join(map(_class_name, kinds)) or "module:Class"
     other = not fits or not dataclasses.is_dataclass(kind)
-    refuse_if(
-        [(other, f"{prefix}type is {_repr.repr(tag)}: it is a class of dit_jax, as {names}.")]
-    )
+    refuse_if([(other, f"{prefix}type is {tag!r:.200}: it is a class of dit_jax, as {names}.")])
     return kind
 
 

@@ -32,6 +32,7 @@ from typing import Any, TypeVar, cast
 
 REMOTE = "gs://"
 MiB = 2**20
+REMEDY = "check the path, its permissions, and the credentials for its bucket (docs/storage.md)"
 SURROGATES = re.compile("[\ud800-\udfff]")
 # Errors that may be gone at the next try: of disks (a full one, ENOSPC, is not among them), of HTTP,
 # and as TensorStore's ValueErrors begin, by gRPC's names.
@@ -66,11 +67,6 @@ def checking_input(prefix: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:  # Clients of storage have their own exceptions.
         raise InputError(f"{prefix} ({explain(error)}): {remedy}.") from error
-
-
-# ---------------------------------------------------------------------------------------------------
-# Paths
-# ---------------------------------------------------------------------------------------------------
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -114,22 +110,12 @@ def absolute(path: str | os.PathLike) -> str:
     return os.fspath(as_path(path))
 
 
-def _remedy(path: str | os.PathLike, local: str) -> str:
-    return (
-        "check that the bucket exists and that this machine's credentials may use it (gcloud auth "
-        "application-default login; TPU VMs need the scope cloud-platform)"
-        if is_remote(path)
-        else local
-    )
-
-
 def check_writable(directory: str | os.PathLike, name: str = "--output") -> Path:
     """Makes the directory that the option ``name`` gave, and proves that files can be written there."""
     path = as_path(directory)
     # Permission bits say nothing to root or about a read-only mount.
     probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
-    prefix = f"{name} {os.fspath(directory)!r} cannot be written"
-    with checking_input(prefix, _remedy(path, "give another path, or mend its permissions")):
+    with checking_input(f"{name} {os.fspath(directory)!r} cannot be written", REMEDY):
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
@@ -140,7 +126,7 @@ def check_file(path: str | os.PathLike, name: str = "--output") -> Path:
     """The path of a file that can be written, in a directory that is made."""
     place = as_path(path)
     check_writable(place.parent, name)
-    with checking_input(f"{name} {os.fspath(path)!r} cannot be written", "give another name"):
+    with checking_input(f"{name} {os.fspath(path)!r} cannot be written", REMEDY):
         folder = place.is_dir()  # Fails for a name that is too long, say.
     refuse_if([(folder, f"{name} {os.fspath(path)!r} is a directory: give a file in it.")])
     return place
@@ -149,16 +135,10 @@ def check_file(path: str | os.PathLike, name: str = "--output") -> Path:
 def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path") -> Path:
     """The path of something that must be there already."""
     place, prefix = as_path(path), f"{name} {os.fspath(path)!r}"
-    remedy = _remedy(place, hint)
-    with checking_input(f"{prefix} cannot be read", remedy):
+    with checking_input(f"{prefix} cannot be read", REMEDY):
         absent = not place.exists()
-    refuse_if([(absent, f"{prefix} is not there: {remedy}.")])
+    refuse_if([(absent, f"{prefix} is not there: {hint}.")])
     return place
-
-
-# ---------------------------------------------------------------------------------------------------
-# Errors of storage
-# ---------------------------------------------------------------------------------------------------
 
 
 def explain(error: BaseException) -> str:
@@ -230,15 +210,10 @@ def run_verb(
         return 1
 
 
-# ---------------------------------------------------------------------------------------------------
-# Reading and writing
-# ---------------------------------------------------------------------------------------------------
-
-
 def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> bytes:
     """The bytes of a file of at most ``limit`` bytes; ``InputError`` if it is absent or larger."""
     place, prefix = as_path(path), f"{name} {os.fspath(path)!r}"
-    with checking_input(f"{prefix} cannot be read", "check the path"), place.open("rb") as file:
+    with checking_input(f"{prefix} cannot be read", REMEDY), place.open("rb") as file:
         # Not by its size: a pipe or a device that never ends must not fill the memory.
         data = file.read(limit + 1)
     large = len(data) > limit
