@@ -72,7 +72,7 @@ def test_shellcheck_finds_nothing():
     assert found.returncode == 0, found.stdout
 
 
-@pytest.mark.parametrize("flags", [("--help",), ("-h",), ("configs/x.py", "--help")])
+@pytest.mark.parametrize("flags", [("-h",), ("configs/x.py", "--help")])
 @pytest.mark.parametrize("script", ["data.sh", "tpu_vm.sh", "gke.sh", "slurm.sbatch"])
 def test_help_is_the_head_of_the_script(script: str, flags: tuple[str, ...]):
     ended = run(script, *flags)
@@ -170,11 +170,9 @@ def sizes(topology: str) -> list[str]:
     [
         ("v4:2x2x4", "16 4 4 v4-32 tpu-v4-podslice 2x2x4"),
         ("v5e:1x1", "1 1 1 v5litepod-1 tpu-v5-lite-podslice 1x1"),
-        ("v5e:2x4", "8 1 8 v5litepod-8 tpu-v5-lite-podslice 2x4"),
         ("v5e:4x4", "16 4 4 v5litepod-16 tpu-v5-lite-podslice 4x4"),
         ("v5p:2x2x1", "4 1 4 v5p-8 tpu-v5p-slice 2x2x1"),
         ("v5p:4x4x8", "128 32 4 v5p-256 tpu-v5p-slice 4x4x8"),
-        ("v6e:2x2", "4 1 4 v6e-4 tpu-v6e-slice 2x2"),
         ("v6e:16x16", "256 64 4 v6e-256 tpu-v6e-slice 16x16"),
     ],
 )
@@ -208,9 +206,7 @@ GKE = {
     [
         ({"TOPOLOGY": "v9:4x4"}, "the generation is one of v4, v5e, v5p, v6e, tpu7x"),
         ({"TOPOLOGY": "v5p:4x4"}, "a slice of v5p has 3 axes"),
-        ({"TOPOLOGY": "v6e:2x2x2"}, "a slice of v6e has 2 axes"),
         ({"TOPOLOGY": "v6e:0x4"}, "the shape is chips along each axis"),
-        ({"TOPOLOGY": "v5p"}, "the shape is chips along each axis"),
         ({"TOPOLOGY": "v6e:2x3"}, "its 6 chips do not fill hosts of four"),
         ({"SLICES": "two"}, "SLICES two: a whole number, at least 1"),
         ({"NAME": "Run_1"}, "NAME Run_1: up to 32 lower-case letters"),
