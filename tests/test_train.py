@@ -328,8 +328,8 @@ def test_checkpoint_that_does_not_fit_is_refused(
     (run / "config.json").write_text(json.dumps(stored))
     assert train.main([*command, "--model.dit.width", "64"]) == 2
     message = capfd.readouterr().err
-    assert "checkpoints/20' is a checkpoint of another model: params 'params/dit/" in message
-    assert "(2, 16) there and (2, 32) in the model" in message and "Traceback" not in message
+    assert "checkpoints/20' cannot be read" in message and "Traceback" not in message
+    assert "(2, 16)" in message and "(2, 32)" in message
 
     (run / "config.json").unlink()
     (run / "checkpoints" / "20" / "data" / "metadata").write_text("{")
