@@ -310,7 +310,7 @@ def parse_config(
         given, rest = parser.parse_known_args(arguments)
         bare = given.config is None and not {"-h", "--help"} & set(arguments)
         refuse_if([(bare, "--config FILE is required, e.g. --config configs/quickstart.py.")])
-        default = load_config(given.config, kind) if given.config else VideoRun()
+        default: Any = load_config(given.config, kind) if given.config else VideoRun()
         return tyro.cli(
             type(default),
             args=rest,
