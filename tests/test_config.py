@@ -291,7 +291,7 @@ def test_bad_config_file_is_refused(refused, tmp_path, text, message):
         (lambda: VideoRun(sampling=SamplingConfig(shift=0.0)), "sampling.shift is 0.0: .* above 0"),
         (lambda: VideoRun(diffusion=DiffusionConfig(min_t=0.0)), "diffusion.min_t is 0.0"),
         (lambda: check_types(ShapesConfig(frames=(1, 5))), r"frames\[0\] is 1: it is at least 2"),
-        (lambda: RecordsConfig(path=""), "path is empty: give a builder's directory or the name"),
+        (lambda: RecordsConfig(path=""), "path is empty"),
         (lambda: VideoRun(attention=AttentionConfig(kernel="flsh")), "kernel is 'flsh'.*'flash'"),
         (lambda: VideoRun(optimizer=OptimizerConfig(kind="sgd")), "kind is 'sgd': it is one of"),
     ],
