@@ -133,7 +133,7 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
     from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
     from dit_jax.parallel import MeshConfig, make_mesh
     from dit_jax.sampling import Generator, Request, SamplingConfig
-    from dit_jax.sampling.sampler import make_rows
+    from dit_jax.sampling.sampler import make_latents
     from dit_jax.training.video_task import init_params, make_model
 
     compiled = [0]
@@ -163,7 +163,7 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
         before, seed[0] = compiled[0], seed[0] + 1
         size = given.frames, given.height, given.width
         request = Request("", *size, 24.0, seed[0], states)
-        (row,) = make_rows(generator, params, [request], config, mesh)
+        (row,) = make_latents(generator, params, [request], config, mesh)
         assert np.isfinite(row).all()
         return compiled[0] - before
 

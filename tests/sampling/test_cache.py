@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax.config import check_types
-from dit_jax.diffusion import DiffusionConfig
+from dit_jax.diffusion import DiffusionConfig, solvers
 from dit_jax.model import (
     ByteEncoderConfig,
     DiTConfig,
@@ -26,11 +25,11 @@ from dit_jax.model import (
 from dit_jax.model.dit import time_features
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_inputs
-from dit_jax.sampling.sampler import plan_steps, relative_changes
 from dit_jax.training.video_task import init_params, make_model
 from dit_jax.types import DenoiserInputs
 from tests.denoiser import struct
 
+pytestmark = pytest.mark.usefixtures("quickly")
 MODEL = ModelConfig(
     dit=DiTConfig(width=32, depth=2, heads=2, pooled_text=True),
     patch=PatchConfig(t=1, h=4, w=4, channels=3, reference_fps=8.0),
@@ -41,14 +40,6 @@ REQUESTS = [
     Request("a red circle", 2, 8, 8, 8.0, 1),
     Request("a cross", 3, 8, 8, 8.0, 2),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    """The arrays here are too small to mind how well they are compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -91,7 +82,7 @@ def plan(**fields: Any) -> list[bool]:
 def between() -> float:
     """A threshold that skips some steps and not others, and that no sum of changes is near."""
     one = generator(cache_threshold=1.0)
-    changes = np.asarray(one._changes(model_on()[2], one.levels(12)))[:-1]
+    changes = np.asarray(one.changes(model_on()[2], one.levels(12)))[:-1]
     return float(1.5 * changes.mean())
 
 
@@ -99,22 +90,17 @@ def between() -> float:
 
 
 def test_blocks_run_where_the_changes_since_they_ran_reach_the_threshold():
-    changes = [0.1, 0.05, 0.1, 0.3, 0.01, 0.01, 0.01, 9.0]
-    runs = plan_steps(changes, [True] * 8, 0.15)
-    assert runs == [True, False, True, False, True, False, False, True]
-    assert plan_steps(changes, [True] * 8, 1e-6) == [True] * 8
-    assert sum(plan_steps(changes, [True] * 8, 1e6)) == 2
+    def planned(threshold: float, steps: int = 8, **fields: Any) -> list[bool]:
+        config = dataclasses.replace(SAMPLING, cache_threshold=threshold, **fields)
+        one = Generator(model_on()[1], DiffusionConfig(), config)
+        one.changes = lambda *_: [0.1, 0.05, 0.1, 0.3, 0.01, 0.01, 0.01, 9.0][:steps]
+        return one.plan({}, np.linspace(1, 0, steps + 1))
 
-
-def test_steps_whose_guidance_changes_run_the_blocks():
-    guided = [False, False, True, True, False, False]
-    assert plan_steps([0.1] * 6, guided, 9.0) == [True, False, True, False, True, True]
-    found = plan(cache_threshold=9.0, cfg_interval=(0.4, 1.0))
-    assert found == [True, False, False, False, True, True]
-
-
-def test_one_step_runs():
-    assert plan_steps([5.0], [True], 0.1) == [True]
+    assert planned(0.15) == [True, False, True, False, True, False, False, True]
+    assert planned(1e-6) == [True] * 8 and sum(planned(1e6)) == 2 and planned(0.1, 1) == [True]
+    # Levels 1 to 1/8: guidance is on from the third to the sixth.
+    guided = planned(1e6, cfg_interval=(0.3, 0.8))
+    assert guided == [True, False, True, False, False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +127,7 @@ def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, An
     got = first_modulation(config, of_dit, jnp.asarray(levels))
     np.testing.assert_allclose(got, found, rtol=1e-4, atol=1e-4)  # float32
     change = abs(found[1:] - found[:-1]).mean(1) / abs(found[:-1]).mean(1)
-    got = relative_changes(config, params, jnp.asarray(levels))
+    got = Generator(model, DiffusionConfig(), SAMPLING).changes(params, levels)
     np.testing.assert_allclose(got, change, rtol=1e-4)
 
 
@@ -150,7 +136,6 @@ def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, An
 
 def test_without_a_threshold_nothing_is_cached_and_a_tiny_one_reuses_nothing():
     assert plan() == [True] * 6
-    np.testing.assert_array_equal(made(cache_threshold=0.0), made())
     assert plan(cache_threshold=1e-6) == [True] * 6
     # The same sums, compiled beside one more output.
     np.testing.assert_allclose(made(cache_threshold=1e-6), made(), atol=2e-5)
@@ -189,33 +174,25 @@ def test_the_planned_number_of_steps_runs_the_blocks(monkeypatch: pytest.MonkeyP
     runs = plan(cache_threshold=threshold)
     assert 2 < sum(runs) < 6
     one = generator(cache_threshold=threshold)
-    counted = {"_keep_step": 0, "_reuse_step": 0}
-
-    def counting(name: str, function: Any) -> Any:
-        def call(*given: Any) -> Any:
-            counted[name] += 1
-            return function(*given)
-
-        return call
-
-    for name in counted:
-        monkeypatch.setattr(one, name, counting(name, getattr(one, name)))
+    kept, step = [], one.step
+    monkeypatch.setattr(
+        one, "step", lambda *given, keep=False: (kept.append(keep), step(*given, keep=keep))[1]
+    )
     cached = made(cache_threshold=threshold)
-    assert counted == {"_keep_step": sum(runs), "_reuse_step": 6 - sum(runs)}
+    assert kept == runs
     assert 1e-3 < np.abs(cached - made()).max()
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
 def test_two_steps_are_compiled_for_all(solver: str, monkeypatch: pytest.MonkeyPatch):
-    fields = {"solver": solver, "cache_threshold": between()}
-    one, traced = generator(**fields), []
-    solve = one._solve
-    monkeypatch.setattr(one, "_solve", lambda *given: (traced.append(0), solve(*given))[1])
+    traced: list[int] = []
+    config = dataclasses.replace(SAMPLING, solver=solver, cache_threshold=between())
+    one = Generator(model_on()[1], DiffusionConfig(), config)
+    step = solvers.step
+    monkeypatch.setattr(solvers, "step", lambda *given: (traced.append(0), step(*given))[1])
     for requests in (REQUESTS, REQUESTS[::-1]):
-        assert np.isfinite(made(requests, **fields)).all()
-    # Those of euler may have been compiled for another test.
-    assert len(traced) == 2 or solver == "euler" and not traced
-    assert one.step._cache_size() == 0
+        assert np.isfinite(one(model_on()[2], placed(requests))).all()
+    assert len(traced) == 2
 
 
 def test_a_cached_clip_does_not_depend_on_its_neighbours():
@@ -232,17 +209,3 @@ def test_a_mesh_makes_what_one_device_makes():
     many = made(fsdp=2, cache_threshold=threshold)
     assert 2 < sum(plan(cache_threshold=threshold)) < 6
     np.testing.assert_allclose(many, one, atol=1e-4)  # sums in another order, six steps long
-
-
-# --- errors ---
-
-
-@pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf")])
-def test_nonsense_thresholds_are_refused(threshold: float):
-    with pytest.raises(ValueError, match="sampling.cache_threshold is"):
-        check_types(SamplingConfig(cache_threshold=threshold), "sampling")
-
-
-def test_a_solver_that_looks_twice_is_refused():
-    with pytest.raises(ValueError, match="whose step looks twice"):
-        generator(cache_threshold=0.1, solver="heun")

@@ -337,7 +337,7 @@ def test_windows_are_the_same_on_eight_devices(makers):
 
 
 def test_every_mode_alone_is_what_it_is_beside_others(makers, on_one):
-    for number in (2, 4, 8):  # an image, two requests, a loop
+    for number in (4, 8):  # two requests, a loop
         edit, beside = every_mode()[number], on_one[number]
         (alone,) = makers["one"][0](generations=[edit])
         assert alone.shape == beside.shape and np.abs(alone.astype(int) - beside).max() <= 1
@@ -356,9 +356,9 @@ def test_steps_are_those_of_the_request_alone(makers):
     def make(some):
         return make_generations(generator, params, some, MODEL, MESH, decode=PixelCodec().decode)
 
-    beside = make([*edits, *edits[:2]])
-    for edit, one in zip([*edits, *edits[:2]], beside, strict=True):
-        assert np.abs(make([edit])[0].astype(int) - one).max() <= 1
+    beside = make([*edits, edits[0]])
+    for i in (1, 2):  # an image, a restyle
+        assert np.abs(make([edits[i]])[0].astype(int) - beside[i]).max() <= 1
 
 
 def test_held_frames_come_out_as_they_were_given(on_one):
@@ -454,15 +454,14 @@ def test_the_two_cuts_of_a_loop_are_half_a_turn_apart():
         return inputs.tokens * inputs.positions[..., :1]
 
     x = np.ones((4, 6, 2), np.float32)  # with guidance: prompts, and then empty ones
-    made = on_two_cuts(evaluate, jnp.asarray(cycles), jnp.int32(0))(
-        struct(
-            tokens=x,
-            positions=jnp.tile(where, (2, 1, 1)),
-            segment_ids=np.ones((4, 6)),
-            group_ids=np.zeros((4, 6)),
-            group_t=np.arange(4)[:, None],
-        )
+    rows = struct(
+        tokens=x,
+        positions=jnp.tile(where, (2, 1, 1)),
+        segment_ids=np.ones((4, 6)),
+        group_ids=np.zeros((4, 6)),
+        group_t=np.arange(4)[:, None],
     )
+    made = on_two_cuts(evaluate, jnp.asarray(cycles), jnp.int32(0), rows)
     ((clock, level),) = asked
     assert level.tolist() == [0, 1, 2, 3] * 2 and clock.shape == (8, 6)
     number = (np.asarray(clock) - 2) / 0.5
