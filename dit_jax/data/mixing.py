@@ -151,4 +151,4 @@ def sample_order(source: Source, seed: int) -> grain.MapDataset:
 def sample_name(source: Source, index: int) -> str:
     """How messages name a sample of a source."""
     name = getattr(source, "name", None)
-    return f"sample {index}" if name is None else name(index)
+    return name(index) if callable(name) else f"sample {index}"

@@ -149,7 +149,7 @@ def checked_reader(
     """
     limit = limit if policy == "skip" else 0
     sizes = getattr(source, "sizes", None)
-    if sizes is None:
+    if not isinstance(sizes, np.ndarray):  # A source of one's own may call anything so.
         return Reader(source, limit)
     t, h, w = (np.asarray(sizes[:, i], np.int64) for i in range(3))
     # One number for each size: np.unique of rows takes ten times as long, and there may be millions.

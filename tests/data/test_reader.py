@@ -147,6 +147,13 @@ def test_sizes_tell_beforehand_what_does_not_fit(capsys):
     assert owners(take(loader(source, 1, unfit), 12)) == expected
 
 
+def test_sources_may_use_names_of_ours_for_something_else():
+    source = Clips(4)
+    source.name, source.sizes = "clips", ((32, 32),)
+    reader = checked_reader(source, check, "refuse", 0)
+    assert reader.unfit is None and reader.use(1, lambda sample, name: name) == "sample 1"
+
+
 def test_sizes_of_mixed_sets_are_put_together_and_their_records_named_by_set():
     mixed = MixedSource([Clips(6), Sized(12)], [1, 1])
     unfit = checked_reader(mixed, check, "skip", 0).unfit
