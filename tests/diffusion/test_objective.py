@@ -157,19 +157,7 @@ def test_independent_frames_have_levels_of_their_own(noise):
     assert np.abs(np.corrcoef(levels.T) - np.eye(3)).max() < 4.5 / len(levels) ** 0.5
 
 
-def test_noise_is_standard_normal(noise):
-    field = noise(CONFIG, pack([[Clip(r, 4, 64)] for r in range(8)], 256, 1))[1].eps
-    eps = np.sort(field.ravel().astype(np.float64))
-    # Kolmogorov and Smirnov: passed by chance less often than once in 10^4.
-    n = eps.size
-    assert np.abs(ndtr(eps) - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
-    # Neighbouring tokens and numbers are not correlated: within 4.5 standard deviations.
-    for axis in range(3):
-        product = field * np.roll(field, 1, axis)
-        assert abs(product.mean()) < 4.5 / product.size**0.5
-
-
-def test_levels_of_a_chain_are_on_its_grid_and_uniform(noise):
+def test_noise_is_normal_and_levels_of_a_chain_are_on_its_grid_and_uniform(noise):
     config = dataclasses.replace(OF_CHAIN("eps"), masks=CONFIG.masks, caption_dropout=0.1)
     batch = pack([[Clip(64 * r + j, 2, 1) for j in range(64)] for r in range(64)], 128, 64)
     inputs, target = noise(config, batch)
@@ -184,6 +172,14 @@ def test_levels_of_a_chain_are_on_its_grid_and_uniform(noise):
     at = signal[np.round(target.tau * 1000).astype(int)][..., None]
     expected = np.sqrt(at) * batch.tokens + np.sqrt(1 - at) * target.eps
     np.testing.assert_allclose(inputs.tokens, expected, atol=1e-5)  # float32
+    # Kolmogorov and Smirnov: passed by chance less often than once in 10^4.
+    eps = np.sort(target.eps.ravel().astype(np.float64))
+    n = eps.size
+    assert np.abs(ndtr(eps) - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
+    # Neighbouring tokens and numbers are not correlated: within 4.5 standard deviations.
+    for axis in range(3):
+        product = target.eps * np.roll(target.eps, 1, axis)
+        assert abs(product.mean()) < 4.5 / product.size**0.5
     # Captions are dropped as often as the config says.
     assert set(np.unique(inputs.dropped)) == {0.0, 1.0}
     assert abs(inputs.dropped.mean() - 0.1) <= 4.5 * (0.1 * 0.9 / 4096) ** 0.5

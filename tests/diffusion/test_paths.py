@@ -148,19 +148,24 @@ def kinds(path):
 
 
 @PATHS
-def test_every_prediction_gives_back_x0_and_eps(path, float64):
+def test_every_prediction_gives_back_x0_and_eps(path, float64, jit):
     x0, eps = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 3)))
     t = jnp.array([0.001, 0.05, 0.2, 0.4, 0.613, 0.9, 0.999])
-    xt = interpolate(path, x0, eps, t)
-    for kind in kinds(path):
-        output = prediction_of(path, kind, x0, eps, t)
-        clean, noise = clean_and_noise(path, kind, output, xt, t)
+
+    @jit
+    def inverted(x0, eps, t):
+        xt, out = interpolate(path, x0, eps, t), {}
+        for kind in kinds(path):
+            output = prediction_of(path, kind, x0, eps, t)
+            velocity = eps - x0 if path.discrete else velocity_of(path, kind, output, xt, t)
+            out[kind] = (*clean_and_noise(path, kind, output, xt, t), velocity)
+        return out
+
+    for kind, (clean, noise, velocity) in inverted(x0, eps, t).items():
         # float64 divided by alpha or sigma, of 1e-3 and more.
         np.testing.assert_allclose(clean, x0, atol=1e-9, err_msg=kind)
         np.testing.assert_allclose(noise, eps, atol=1e-9, err_msg=kind)
-        if not path.discrete:
-            velocity = velocity_of(path, kind, output, xt, t)
-            np.testing.assert_allclose(velocity, eps - x0, rtol=1e-7, atol=1e-7, err_msg=kind)
+        np.testing.assert_allclose(velocity, eps - x0, rtol=1e-7, atol=1e-7, err_msg=kind)
 
 
 def test_predictions_by_hand():
