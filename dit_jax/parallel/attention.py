@@ -34,9 +34,9 @@ BLOCK_BYTES = 2**23  # scores of a block of queries: they stay in the processor'
 # what is less than e^-60: the sum of weights of a query that sees no key.
 SMALL, LEAST = 60.0, 1e-30
 
-
 Arrays = tuple[jax.Array, ...]
-Queries, Keys = Float[Array, "b l a d"], Float[Array, "b m a d"]
+Queries = Float[Array, "b l a d"]
+Keys = Float[Array, "b m a d"]
 Ids = Int[Array, "b _"]
 
 
@@ -165,8 +165,9 @@ def _attend_in_blocks(x: Operands, window: Window | None, block_bytes: int) -> j
         def attend_block(block: Arrays, bounded: bool) -> jax.Array:
             first, q, q_ids = block
             here = window and Window(window.width, window.offset + first)
-            heads = (y[None, None] for y in (q, k, v))
-            return _attend(Operands(*heads, q_ids[None], k_ids[None]), here, bounded)[0][0, 0]
+            q, keys, values = (y[None, None] for y in (q, k, v))
+            x = Operands(q, keys, values, q_ids[None], k_ids[None])
+            return _attend(x, here, bounded)[0][0, 0]
 
         blocks = (jnp.arange(count) * length, split(q), split(q_ids))
         # No score is larger than the longest query times the longest key (Cauchy and Schwarz): of

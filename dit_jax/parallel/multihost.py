@@ -100,7 +100,8 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
     explicit = any(value is not None for value in place)
     if (explicit and count == 1) or not (explicit or in_cluster()):
         return False
-    who, options = "this process", {"local_device_ids": slurm_gpus()}
+    who = "this process"
+    options: dict[str, Any] = {"local_device_ids": slurm_gpus()}
     if explicit:
         who = f"--coordinator {address}, --num-processes {count}, --process-id {index}"
         host, _, port = (address or "").rpartition(":")
