@@ -32,15 +32,11 @@ class CheckpointConfig:
 
     paths: ClassVar[tuple[str, ...]] = ("initial",)
 
-    every: PositiveInt = 1000
-    """Steps from one save to the next; the last step is always saved."""
-    max_to_keep: PositiveInt = 3
-    """Older checkpoints are deleted."""
-    keep_period: PositiveInt | None = None
-    """Checkpoints at multiples of this are never deleted."""
+    every: PositiveInt = 1000  # Steps from one save to the next; the last step is always saved.
+    max_to_keep: PositiveInt = 3  # Older checkpoints are deleted.
+    keep_period: PositiveInt | None = None  # Checkpoints at multiples of this are never deleted.
+    # Directory of a run (a converted one, say) whose averaged parameters a new run begins with.
     initial: str | None = None
-    """Directory of a run (a converted one, say) whose averaged parameters a new run begins with. A run
-    that goes on takes its own."""
 
 
 def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:

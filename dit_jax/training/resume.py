@@ -30,14 +30,14 @@ from dit_jax.training.step import TrainState, abstract_params, learning_rate
 from dit_jax.training.video_task import init_params, make_model
 from dit_jax.types import Params
 
+# What a resumed run must have the same, but for fields that say where the data lies and how the same
+# numbers are computed, and for data.packing: which samples share a row.
 FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
-"""What a resumed run must have the same, but for these fields (where the data lies, how the same
-numbers are computed) and ``data.packing`` (which samples share a row)."""
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat", "bad_records", "max_bad_records")
 MAY_CHANGE += ("eval_split",)
+# What a run that begins with another's parameters must have the same, but for how it is computed, what
+# shapes tell, how fresh parameters are drawn and where captions are cut.
 MEANING = ("model", "diffusion.prediction", "diffusion.path", "codec.hash", "text_encoder.hash")
-"""What a run that begins with another's parameters must have the same, but for these fields: how the
-same is computed, what shapes tell, how fresh parameters are drawn, where captions are cut."""
 MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
 
 

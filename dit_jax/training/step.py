@@ -37,15 +37,15 @@ from dit_jax.types import (
     Totals,
 )
 
+# init(key) -> params, whose leaves still carry their logical axes.
 InitParams = Callable[[jax.Array], Params]
-"""``init(key) -> params`` whose leaves still carry their logical axes."""
+# Whether the parameter at a path ("params/dit/final/kernel") is trained.
 Filter = Callable[[str], bool]
-"""Whether the parameter at a path ("params/dit/final/kernel") is trained."""
+# load(shapes, shardings) -> params: the frozen parameters, from wherever they are kept.
 LoadFrozen = Callable[[Params, Params], Params]
-"""``load(shapes, shardings) -> params``: the frozen parameters, from wherever they are kept."""
+# loss(trainable, frozen, batch, key, step) -> (sum, totals). The loss of a batch is the sum over
+# totals.weight; if the batch is split, sums and weights of the parts are added first.
 LossFn = Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
-"""``loss(trainable, frozen, batch, key, step) -> (sum, totals)``: the loss of a batch is the sum over
-``totals.weight``; if the batch is split, sums and weights of the parts are added first."""
 Metrics = dict[str, jax.Array]
 
 
@@ -60,22 +60,17 @@ class OptimizerConfig:
     with Nesterov momentum for the rest, both at one learning rate (Liu et al. 2025)."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: PositiveFloat = 1e-4
-    """Peak, reached after the warm-up."""
+    learning_rate: PositiveFloat = 1e-4  # Peak, reached after the warm-up.
+    # After the warm-up: constant, or down to `final_fraction` of the peak along half a cosine.
     schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up: constant, or down to ``final_fraction`` along half a cosine."""
     warmup_steps: NonNegativeInt = 100
     final_fraction: Fraction = 0.0
     b1: Fraction = 0.9
     b2: Fraction = 0.99
-    weight_decay: NonNegativeFloat = 0.0
-    """Applied to matrices and embeddings, never to biases and norm scales."""
-    clip_norm: PositiveFloat | None = 1.0
-    """Gradients are scaled down to this global norm; None leaves them as they are."""
-    ema_decay: Fraction = 0.999
-    """Of the averaged parameters that sampling uses; lower at the start of a run, see (3)."""
-    accumulate: PositiveInt = 1
-    """Parts that the rows of a batch are split in, computed one after another."""
+    weight_decay: NonNegativeFloat = 0.0  # Of matrices and embeddings, not of biases and scales.
+    clip_norm: PositiveFloat | None = 1.0  # Gradients are scaled down to this global norm.
+    ema_decay: Fraction = 0.999  # Of the weights that sampling uses; lower at the start of a run.
+    accumulate: PositiveInt = 1  # Parts that the rows of a batch are split in, one after another.
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -99,8 +94,7 @@ def decayed(params: Params) -> Params:
 
 
 MUON_LAYERS = {"self_attention", "cross_attention", "mlp"}
-MUON_RMS = 0.2
-"""Size of Muon's updates, matched to AdamW's (Liu et al. 2025, section 2.2)."""
+MUON_RMS = 0.2  # Size of updates, matched to AdamW's (Liu et al. 2025, section 2.2).
 
 
 def muon_axes(params: Params) -> Params:

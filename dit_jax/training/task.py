@@ -108,8 +108,7 @@ class HeldOutLoss:
     """The loss of a fixed batch of held-out samples, with averaged parameters, by noise level: eight
     forward passes, which take as long as three steps."""
 
-    every: NonNegativeInt = 1000
-    """Steps from one evaluation to the next; 0 is at the end only."""
+    every: NonNegativeInt = 1000  # Steps from one evaluation to the next; 0 is at the end only.
 
     def build(self, parts: Parts) -> Evaluator:
         batch: list[Any] = []  # Read once, when it is first due.
@@ -139,10 +138,8 @@ class HeldOutLoss:
 class ClipsEvaluator:
     """Generates clips for held-out prompts, pictures them and measures them (in subclasses)."""
 
-    prompts: NonNegativeInt = 96
-    """How many; 0 measures nothing."""
-    every: NonNegativeInt = 0
-    """Steps from one evaluation to the next; 0 is at the end only."""
+    prompts: NonNegativeInt = 96  # How many; 0 measures nothing.
+    every: NonNegativeInt = 0  # Steps from one evaluation to the next; 0 is at the end only.
 
     def measure(
         self, config: Any, requests: Sequence[Request], true: Sequence[np.ndarray]

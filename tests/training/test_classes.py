@@ -211,6 +211,7 @@ def test_latents_are_written_once_and_trained_on(
         dataclasses.replace(config, codec=foreign).with_hashes()
 
 
+@pytest.mark.slow
 def test_the_judge_knows_right_from_wrong():
     rng = np.random.default_rng(1)
     labels = np.arange(240) % CLASSES

@@ -136,6 +136,7 @@ def test_of_a_first_patch_only_the_first_frame_is_read(image, mesh):
     assert not kernel[192:].any()
 
 
+@pytest.mark.slow
 def test_images_are_sampled_as_the_image_model_samples_them(image, mesh):
     run, weights = image
     alone = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
