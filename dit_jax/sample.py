@@ -60,7 +60,10 @@ def parse(arguments: Sequence[str]) -> Text | Upscale:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Samples what the command line says; returns the exit status."""
     arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):  # of arrays that do not fit, Orbax logs traces
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    closed = "Event loop is closed"
+    sys.unraisablehook = lambda x: str(x.exc_value) == closed or sys.__unraisablehook__(x)
 
     def work() -> None:
         with joined(flags, PROG):

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tyro
 
-from dit_jax.files import InputError, local_copy, refuse_if
+from dit_jax.files import SURROGATES, InputError, local_copy, refuse_if
 from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import modes
@@ -93,9 +93,12 @@ class Command:
         classes = range(labels.classes if isinstance(labels, ClassLabels) else 0)
         reads = f"--label with numbers of 0 to {len(classes) - 1}" if classes else "--prompt"
         wrong = [p for p in prompts if (p not in classes if classes else isinstance(p, int))]
+        # Bytes of a command line that are no UTF-8 come as halves of surrogate pairs.
+        broken = [p for p in (*prompts, negative) if SURROGATES.search(str(p))][:1]
         deaf = isinstance(config.model.text, NoTextConfig) or not config.sampling.guidance.active
         needs = "--negative-prompt needs a model of text, and guidance (--cfg-scale above 1)."
         message = f"{str(wrong)[:60]}: give {reads}, which {self.checkpoint!r} reads."
+        refuse_if((True, f"prompt {text!r} is no UTF-8: write it anew.") for text in broken)
         refuse_if([(bool(wrong), message), (bool(negative) and deaf, needs)])
         note = cut_note(config, [*map(str, (*prompts, *more)), negative])
         if note and jax.process_index() == 0:
