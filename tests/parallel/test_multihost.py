@@ -172,10 +172,10 @@ def test_flags_are_taken_from_the_command_line(joining):
     assert ended.value.code == 2
 
 
-@pytest.mark.parametrize("verb", [train, sample])
-def test_help_tells_of_the_flags(verb, capsys):
+@pytest.mark.parametrize(("verb", "option"), [(train, "--help"), (sample, "--help-all")])
+def test_help_tells_of_the_flags(verb, option, capsys):
     with pytest.raises(SystemExit) as ended:
-        verb.main(["--help"])
+        verb.main([option])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in FLAGS)
