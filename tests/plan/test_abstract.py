@@ -220,7 +220,7 @@ def test_every_config_traces_with_the_kernel_of_tpus(name):
     total, _ = jax.eval_shape(task.loss, params, {}, task.batch, jax.random.key(0))
     assert total.shape == ()
     step = abstract_denoise(config, mesh)
-    made = jax.eval_shape(step.function, *step.arguments)
+    made, _ = jax.eval_shape(step.function, *step.arguments)
     assert made.x.shape == step.arguments[1].x.shape
     # And the text, which is encoded apart.
     model = make_model(config.model, mesh, config.attention)
