@@ -189,16 +189,6 @@ def joined(
         os._exit(2 if of_user else 1)
 
 
-def broadcast(name: str, text: str) -> str:
-    """Returns process 0's text on every process, however long it takes. A name serves once."""
-    client = global_state.client
-    if client is None:
-        return text
-    if jax.process_index() == 0:
-        client.key_value_set(f"dit_jax/{name}", text)
-    return client.blocking_key_value_get(f"dit_jax/{name}", 7 * DAY_SECONDS * 1000)
-
-
 def barrier(name: str) -> None:
     """Returns when every process has come here, however long that takes. A name serves once."""
     if global_state.client is not None:
