@@ -298,8 +298,9 @@ def _fetch(name: str) -> Path:
     return folder / source.name
 
 
-class Lock:
-    """A file that says which process uses a directory, with a sign of life; ``InputError`` if another
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps a directory for this process by a file with a sign of life in it; ``InputError`` if another
     living process holds it.
 
     On one host the process id tells whether the holder lives; on another it lives if its sign of life
@@ -307,54 +308,51 @@ class Lock:
     on another host). Local and network disks share no compare-and-swap, so two starts within the same
     second may both succeed.
     """
+    path, me = directory / "lock.json", {"host": socket.gethostname(), "pid": os.getpid()}
 
-    def __init__(self, directory: Path, what: str = "run") -> None:
-        self.path = directory / "lock.json"
-        self._me = {"host": socket.gethostname(), "pid": os.getpid()}
-        holder = self._holder()
-        if any(holder.get(key, value) != value for key, value in self._me.items()):
-            name = f"process {holder.get('pid')} on {holder.get('host')}"
-            message = (
-                f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
-                f"--output, or remove {os.fspath(self.path)!r} if no such process runs this {what}."
-            )
-            refuse_if([(self._lives(holder, name), message)])
-            _print(f"the lock of {name} is stale: taken over.")
-        self._ended = threading.Event()
-        self._beat()
-        # A thread, since a step or a compilation may take longer than a lock stays fresh.
-        threading.Thread(target=self._beat_on, name="lock", daemon=True).start()
-
-    def _holder(self) -> dict[str, Any]:
+    def read() -> dict[str, Any]:
         with contextlib.suppress(OSError, TypeError, ValueError):
-            return dict(json.loads(self.path.read_bytes()))
+            return dict(json.loads(path.read_bytes()))
         return {}
 
-    def _lives(self, holder: dict[str, Any], name: str) -> bool:
-        if holder.get("host") == self._me["host"]:
+    def lives(holder: dict[str, Any], name: str) -> bool:
+        if holder.get("host") == me["host"]:
             try:
                 os.kill(int(holder.get("pid", -1)), 0)
             except (OSError, ValueError) as error:
                 return isinstance(error, PermissionError)  # It lives, and is another user's.
             return True
         _print(f"the lock of {name} is there: waiting {STALE_SECONDS:.0f} s for a sign of life.")
-        deadline = time.monotonic() + STALE_SECONDS
-        now = holder
-        while time.monotonic() < deadline and now.get("time") == holder.get("time"):
-            time.sleep(min(STALE_SECONDS / 10, 5.0))
-            now = self._holder()
-        return bool(now) and now.get("time") != holder.get("time")
+        for _ in range(20):
+            time.sleep(STALE_SECONDS / 20)
+            if (now := read()).get("time") != holder.get("time"):
+                return bool(now)
+        return False
 
-    def _beat(self) -> None:
+    holder, ended = read(), threading.Event()
+    if any(holder.get(key, value) != value for key, value in me.items()):
+        name = f"process {holder.get('pid')} on {holder.get('host')}"
+        message = (
+            f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
+            f"--output, or remove {os.fspath(path)!r} if it has ended already."
+        )
+        refuse_if([(lives(holder, name), message)])
+        _print(f"the lock of {name} is stale: taken over.")
+
+    def beat() -> None:
         with contextlib.suppress(Exception):  # What cannot be written is tried again next time.
-            write_json(self.path, {**self._me, "time": time.time()})
+            write_json(path, {**me, "time": time.time()})
 
-    def _beat_on(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            self._beat()
+    def beat_on() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            beat()
 
-    def release(self) -> None:
-        """Removes the lock."""
-        self._ended.set()
+    beat()
+    # A thread, since a step or a compilation may take longer than a lock stays fresh.
+    threading.Thread(target=beat_on, name="lock", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
         with contextlib.suppress(Exception):
-            self.path.unlink()
+            path.unlink()

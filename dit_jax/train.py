@@ -30,10 +30,10 @@ from dit_jax.config import Run, absolute_paths, parse_config, read_config, to_di
 from dit_jax.data import DataError, RowStreams
 from dit_jax.files import (
     InputError,
-    Lock,
     check_writable,
     explain,
     is_storage_error,
+    locked,
     run_verb,
     write_json,
 )
@@ -88,7 +88,7 @@ def train(config: Run) -> str | None:
                     stored = read_config(directory / "config.json", Run)
                     check_same_run(config, stored, directory)
             if jax.process_index() == 0:
-                stack.callback(Lock(directory).release)
+                stack.enter_context(locked(directory))
                 write_json(directory / "config.json", to_dict(config))
 
             # What is trained, and on what: the config knows, and the loop does not.

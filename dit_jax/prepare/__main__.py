@@ -32,12 +32,12 @@ from dit_jax import interop
 from dit_jax.config import check_types
 from dit_jax.files import (
     InputError,
-    Lock,
     as_path,
     atomic_path,
     check_writable,
     encodable,
     is_remote,
+    locked,
     run_verb,
     write_json,
 )
@@ -199,8 +199,6 @@ class Preparation:
         self.models = Models(self.work, config.caption_model or "", config.recaption)
         self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
         self.states = States(self.work, self.encoder.hash if self.encoder else "")
-        index, count = config.place
-        self.lock = Lock(self.work / f"share-{index}-of-{count}", "preparation")
         self.progress = Progress(shown)
         self.problems = dict(self.given.problems)
         self.notes = self.listed.notes + self.given.notes
@@ -475,10 +473,9 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
         ValueError: where an input, codec, encoder, table or output does not serve.
     """
     preparation = Preparation(config, shown)
-    try:
+    index, count = config.place
+    with locked(preparation.work / f"share-{index}-of-{count}"):
         return _run(preparation, config)
-    finally:
-        preparation.lock.release()
 
 
 def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | None:
