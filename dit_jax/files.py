@@ -246,11 +246,6 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace")
 
 
-def encodable(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which no encoding of Unicode can hold."""
-    return SURROGATES.sub("\ufffd", text)
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A local path of the same name for a file or a new folder, which becomes ``path`` if the block

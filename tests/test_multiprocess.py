@@ -171,13 +171,12 @@ import os, signal, sys, time
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
 from dit_jax.files import InputError
-from dit_jax.parallel import barrier, joined
+from dit_jax.parallel import joined
 
 what, actor = sys.argv[1], int(sys.argv[2])
 with joined(None, "prog", InputError):
     if jax.process_index() == 0:
         time.sleep(1)
-    barrier("begun")
     for step in range(3 if what == "end" else 1000):
         multihost_utils.process_allgather(jnp.ones(2))
         if step == 2 and jax.process_index() == actor:

@@ -23,8 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# JAX exports neither the key-value store nor the barrier of its coordination service. A collective
-# can't replace them: on CPUs it gives up after 30 s, and process 0 may be busy for longer than that.
+# JAX does not export the key-value store of its coordination service.
 from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
@@ -187,12 +186,6 @@ def joined(
             time.sleep(3 * POLL_SECONDS)  # the service ends with process 0: let the others hear
         # Not through the interpreter, whose end would wait for the others.
         os._exit(2 if of_user else 1)
-
-
-def barrier(name: str) -> None:
-    """Returns when every process has come here, however long that takes. A name serves once."""
-    if global_state.client is not None:
-        global_state.client.wait_at_barrier(f"dit_jax/{name}", 7 * DAY_SECONDS * 1000)
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:

@@ -48,8 +48,9 @@ from dit_jax.data.records import (
     as_video,
     storage_error,
 )
-from dit_jax.files import MiB, check_writable, encodable, is_remote, locked, refuse_if, write_json
+from dit_jax.files import MiB, check_writable, is_remote, locked, refuse_if, write_json
 from dit_jax.prepare.encoded import FORMAT, EncodedVideo, encode_video
+from dit_jax.prepare.tables import encodable
 
 VERSION = "1.0.0"
 STATES = "text_states"
