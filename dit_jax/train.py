@@ -232,13 +232,11 @@ def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
     """Which of the data were not trained on; empty if all were. Every process calls it."""
     reader = loader.reader
     left_out = training.gather_data_state(loader.get_state())["run"]["left_out"]
-    names = [f"{name}: it does not fit" for name in reader.unfit_names(NAMES_IN_REPORT)]
     count = len(left_out) + (0 if reader.unfit is None else int(reader.unfit.sum()))
-    if not count and not reader.cut_captions:
-        return {}
+    names = [f"{name}: it does not fit" for name in reader.unfit_names(NAMES_IN_REPORT)]
     names = [*names, *left_out.values()][:NAMES_IN_REPORT]
-    cut = reader.cut_captions
-    return {"records_left_out": count, "captions_cut": cut, "left_out": names}
+    report = {"records_left_out": count, "captions_cut": reader.cut_captions, "left_out": names}
+    return report if any(report.values()) else {}
 
 
 if __name__ == "__main__":

@@ -251,12 +251,12 @@ class FrameGrid:
         """Frames of every token but the first, which holds one."""
         return self.stride * self.multiple
 
-    def check(self, frames: int, what: str = "") -> None:
+    def check(self, frames: int) -> None:
         """Raises ``ValueError``, with the nearest numbers, unless so many frames are whole tokens."""
         if frames < 1 or (frames - 1) % self.token_frames:
             low = self.whole(max(frames, 1))
             raise ValueError(
-                f"{what}{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token "
+                f"{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token "
                 f"of its own. The nearest are {low} and {low + self.token_frames}."
             )
 

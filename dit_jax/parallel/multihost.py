@@ -27,7 +27,7 @@ import numpy as np
 from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
-from dit_jax.files import InputError, refuse_if
+from dit_jax.files import InputError, explain, refuse_if
 from dit_jax.parallel.mesh import batch_sharding, batch_shards
 from dit_jax.types import is_token_field
 
@@ -94,9 +94,8 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
     ``flags`` are those of ``take_process_flags``; without any the cluster says where it belongs.
     """
     flags = flags or take_process_flags([])[1]
-    place: list[Any] = [flags.get(flag) for flag in FLAGS]
-    address, count, index = place
-    explicit = any(value is not None for value in place)
+    address, count, index = place = [flags.get(flag) for flag in FLAGS]
+    explicit = place != [None] * 3
     if (explicit and count == 1) or not (explicit or in_cluster()):
         return False
     who = "this process"
@@ -165,27 +164,24 @@ def joined(
     except BaseException as error:
         # Gloo's errors are sometimes ValueErrors.
         of_collective = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        of_user = isinstance(error, user_errors) and not of_collective
+        status = 2 if isinstance(error, user_errors) and not of_collective else 1
         # Every message is one write, lest processes that end together mix their lines.
         trace = "".join(traceback.format_exception(error))
-        sys.stderr.write(f"{prog}: error: {error}\n" if of_user else trace)
+        sys.stderr.write(f"{prog}: error: {error}\n" if status == 2 else trace)
         if of_collective:
             # A collective fails at once if another process dies. Which one it was is known only when
             # its heartbeats have been missed for long enough: JAX then writes it and ends this process.
             sys.stderr.write(f"Did another process die? JAX tells within {HEARTBEAT_SECONDS} s.\n")
             time.sleep(HEARTBEAT_SECONDS + 10)
         done.set()
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        name = (
-            f"process {index} of {jax.process_count()} failed ({type(error).__name__}: {reason})."
-        )
-        message = json.dumps((2 if of_user else 1, name))
+        text = f"process {index} of {jax.process_count()} failed"
+        message = json.dumps((status, f"{text} ({type(error).__name__}: {explain(error)})."))
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # as after the shutdown
             client.key_value_set(f"{FAILURE}/{index}", message)
         if index == 0:
             time.sleep(3 * POLL_SECONDS)  # the service ends with process 0: let the others hear
         # Not through the interpreter, whose end would wait for the others.
-        os._exit(2 if of_user else 1)
+        os._exit(status)
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
