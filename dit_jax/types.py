@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import jax
@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
+
+from dit_jax.files import refuse_if
 
 Params = Any  # A nested dict of parameters, as Flax Linen makes it.
 PAD = 0  # The segment id of padding; segments of a row are numbered 1, 2, ...
@@ -225,12 +227,12 @@ UnitInterval = Annotated[float, Range(0, 1)]
 
 
 def require(prefix: str, config: Any, *rules: tuple[str, bool, str]) -> None:
-    """Raises ``ValueError`` for the first rule ``(field, whether it holds, what must be)`` of fields
-    together that does not hold; the ranges of single fields are in their types."""
-    for name, holds, rule in rules:
-        if not holds:
-            value = operator.attrgetter(name)(config)
-            raise ValueError(f"{prefix}{name} is {value!r}: it must be {rule}.")
+    """``refuse_if`` for rules ``(field, whether it holds, what must be)`` of fields together; the
+    ranges of single fields are in their types."""
+    refuse_if(
+        (not holds, f"{prefix}{name} is {attrgetter(name)(config)!r}: it must be {rule}.")
+        for name, holds, rule in rules
+    )
 
 
 @dataclasses.dataclass(frozen=True)
