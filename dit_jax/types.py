@@ -304,8 +304,6 @@ class Codec(Protocol):
     def channels(self) -> int: ...
     # Float32, shifted and scaled: the mean, or with a key a sample of their distribution.
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
-    # Clips [b, t, h, w, 3] of one size at once.
-    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
     # Float32, not clipped to [-1, 1].
     def decode(self, latents: np.ndarray) -> np.ndarray: ...
     # The same, some frames [n, h, w, 3] at a time, for clips too long to hold in memory.
@@ -325,15 +323,12 @@ class PixelCodec:
         check_floating(video)
         return video
 
-    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        return self.encode(videos)
-
     def decode(self, latents: np.ndarray) -> np.ndarray:
         return self.encode(latents)
 
-    def decode_parts(self, latents: np.ndarray, frames: int = 16) -> Iterator[np.ndarray]:
-        for start in range(0, len(latents), frames):
-            yield self.decode(latents[start : start + frames])
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(latents), 16):
+            yield self.decode(latents[start : start + 16])
 
 
 def check_floating(clip: np.ndarray) -> None:

@@ -462,7 +462,7 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
     return work / "output", work
 
 
-def _encode(codec: Codec, videos: np.ndarray) -> np.ndarray:
+def _encode(codec: Any, videos: np.ndarray) -> np.ndarray:
     return codec.encode_many(to_float(videos))
 
 
