@@ -94,7 +94,8 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
     ``flags`` are those of ``take_process_flags``; without any the cluster says where it belongs.
     """
     flags = flags or take_process_flags([])[1]
-    address, count, index = place = [flags.get(flag) for flag in FLAGS]
+    place: list[Any] = [flags.get(flag) for flag in FLAGS]
+    address, count, index = place
     explicit = place != [None] * 3
     if (explicit and count == 1) or not (explicit or in_cluster()):
         return False
