@@ -43,7 +43,6 @@ PROCESS_HELP = (
 # Python code holds up.
 HEARTBEAT_SECONDS = 30
 POLL_SECONDS = 1.0
-DAY_SECONDS = 24 * 3600
 FAILURE = "dit_jax/failure"
 
 
@@ -109,10 +108,11 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
         refuse_if([(wrong, f"{who}: {rule} (or set {', '.join(VARIABLES)}).")])
         options = {"coordinator_address": address, "num_processes": count, "process_id": index}
         options |= {"cluster_detection_method": "deactivate"}
+    options["heartbeat_timeout_seconds"] = HEARTBEAT_SECONDS
     # At the end, processes with nothing left to do wait for process 0, which may write media for long.
-    options |= {"shutdown_timeout_seconds": DAY_SECONDS}
+    options["shutdown_timeout_seconds"] = 24 * 3600
     try:
-        jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**options)
     except ValueError as error:
         # Without the package kubernetes a pod does not know the others, and must not train alone.
         alone = os.environ.get("JOB_COMPLETION_INDEX", "0") == "0"
