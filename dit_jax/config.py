@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -399,7 +400,7 @@ def read_config(path: str | Path, kind: type[Kind] = VideoRun) -> Kind:
     return stored_config(read_json(path, "the config", MAX_BYTES), path, kind)
 
 
-def flatten(values: Any, name: str = "") -> dict[str, Any]:
+def flatten(values: Any, name: str) -> dict[str, Any]:
     """The values in nested objects and lists of objects by their dotted names."""
     if isinstance(values, list) and values and isinstance(values[0], dict):
         values = dict(enumerate(values))
@@ -413,8 +414,7 @@ def flatten(values: Any, name: str = "") -> dict[str, Any]:
 
 def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The fields, by their dotted names, in which two configs are not the same, and both values."""
-    pair = [to_dict(one) if isinstance(one, Run) else one for one in (now, before)]
-    now, before = (flatten(one, name) for one in pair)
+    now, before = (flatten(to_dict(one), name) for one in (now, before))
     for field in sorted(now | before):
         # A stored config was read as one of ours, whatever subclass of it made it.
         if now.get(field) != before.get(field) and not field.endswith("subclass"):
@@ -460,34 +460,27 @@ REMOVED = {
 def migrate(values: dict[str, Any]) -> dict[str, Any]:
     """A config of format 1 as one of format 2; its evaluators are those of a config by default."""
 
-    def tagged(value: Any) -> Any:
-        if isinstance(value, list):
-            return [tagged(one) for one in value]
-        if not isinstance(value, dict):
-            return CLASSES.get(value, value) if isinstance(value, str) else value
-        return {key: tagged(one) for key, one in value.items()}
-
     def holder(name: str) -> tuple[dict[str, Any], str]:
         *path, field = name.split(".")
         return functools.reduce(lambda inner, key: inner.get(key, {}), path, values), field
 
-    values = {"type": _class_name(VideoRun)} | tagged(values)
+    values = copy.deepcopy({"type": _class_name(VideoRun)} | values)
     if values["type"] != _class_name(VideoRun):
         return values
     for name, lossless in REMOVED.items():
         inner, field = holder(name)
-        if field in inner and inner[field] == lossless:
+        if (field, lossless) in inner.items():
             del inner[field]
     for name, new in RENAMED.items():
-        inner, field = holder(name)
+        (inner, field), (new_inner, new_field) = holder(name), holder(new)
         if field in inner:
-            value, (inner, field) = inner.pop(field), holder(new)
-            inner[field] = value
-    for name, folder in FOLDERS.items():
+            new_inner[new_field] = inner.pop(field)
+    for name, kind in FOLDERS.items():
         inner = values.get(name, {})
-        inner |= {"type": folder} if inner.get("path") is not None else {}
-        for field in ("path", "tiles") if inner.get("path") is None else ():
-            inner.pop(field, None)
+        if inner.get("path") is None:
+            values[name] = {k: v for k, v in inner.items() if k not in ("path", "tiles")}
+        else:
+            inner["type"] = kind
     values.pop("evaluation", None)
     return values
 
@@ -543,7 +536,9 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
 
 def _named_class(tag: Any, kinds: list[Any], prefix: str) -> Any:
     """The dataclass "module:Class" of ours; of those that the field may hold, if it says which."""
-    module, _, title = tag.partition(":") if isinstance(tag, str) else ("", "", "")
+    module, _, title = (
+        CLASSES.get(tag, tag).partition(":") if isinstance(tag, str) else ("", "", "")
+    )
     kind: Any = None
     if module.startswith(f"{__package__}."):
         with contextlib.suppress(ImportError):

@@ -24,7 +24,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,8 +41,6 @@ GRPC_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Servi
 LASTING = ("No space left", "Disk quota", "File too large", "Read-only file system")
 TRIES = 4
 WAIT_SECONDS = 1.0  # Before the second try; doubled for each one after it.
-HEARTBEAT_SECONDS = 30.0  # From one sign of life in a lock to the next.
-STALE_SECONDS = 100.0  # A lock of another host without a sign of life for so long is taken over.
 T = TypeVar("T")
 
 
@@ -246,11 +243,6 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace")
 
 
-def encodable(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which no encoding of Unicode can hold."""
-    return SURROGATES.sub("\ufffd", text)
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A local path of the same name for a file or a new folder, which becomes ``path`` if the block
@@ -298,63 +290,37 @@ def _fetch(name: str) -> Path:
     return folder / source.name
 
 
-class Lock:
-    """A file that says which process uses a directory, with a sign of life; ``InputError`` if another
-    living process holds it.
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps a directory for this process by a file in it; ``InputError`` if another living process of
+    this host has it.
 
-    On one host the process id tells whether the holder lives; on another it lives if its sign of life
-    changes within ``STALE_SECONDS``, and else the lock is taken over (a launcher may start a pod again
-    on another host). Local and network disks share no compare-and-swap, so two starts within the same
-    second may both succeed.
+    The file of a process that was killed is taken over with a warning, and so is that of another host:
+    whether it lives cannot be known, and a launcher may start a pod again elsewhere.
     """
+    path, host, pid = directory / "lock.json", socket.gethostname(), os.getpid()
+    holder: dict[str, Any] = {}
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        holder = dict(json.loads(path.read_bytes()))
 
-    def __init__(self, directory: Path, what: str = "run") -> None:
-        self.path = directory / "lock.json"
-        self._me = {"host": socket.gethostname(), "pid": os.getpid()}
-        holder = self._holder()
-        if any(holder.get(key, value) != value for key, value in self._me.items()):
-            name = f"process {holder.get('pid')} on {holder.get('host')}"
-            message = (
-                f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
-                f"--output, or remove {os.fspath(self.path)!r} if no such process runs this {what}."
-            )
-            refuse_if([(self._lives(holder, name), message)])
-            _print(f"the lock of {name} is stale: taken over.")
-        self._ended = threading.Event()
-        self._beat()
-        # A thread, since a step or a compilation may take longer than a lock stays fresh.
-        threading.Thread(target=self._beat_on, name="lock", daemon=True).start()
+    def lives() -> bool:
+        try:
+            os.kill(int(holder["pid"]), 0)
+        except (KeyError, OSError, ValueError) as error:
+            return isinstance(error, PermissionError)  # It lives, and is another user's.
+        return True
 
-    def _holder(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, TypeError, ValueError):
-            return dict(json.loads(self.path.read_bytes()))
-        return {}
-
-    def _lives(self, holder: dict[str, Any], name: str) -> bool:
-        if holder.get("host") == self._me["host"]:
-            try:
-                os.kill(int(holder.get("pid", -1)), 0)
-            except (OSError, ValueError) as error:
-                return isinstance(error, PermissionError)  # It lives, and is another user's.
-            return True
-        _print(f"the lock of {name} is there: waiting {STALE_SECONDS:.0f} s for a sign of life.")
-        deadline = time.monotonic() + STALE_SECONDS
-        now = holder
-        while time.monotonic() < deadline and now.get("time") == holder.get("time"):
-            time.sleep(min(STALE_SECONDS / 10, 5.0))
-            now = self._holder()
-        return bool(now) and now.get("time") != holder.get("time")
-
-    def _beat(self) -> None:
-        with contextlib.suppress(Exception):  # What cannot be written is tried again next time.
-            write_json(self.path, {**self._me, "time": time.time()})
-
-    def _beat_on(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            self._beat()
-
-    def release(self) -> None:
-        """Removes the lock."""
-        self._ended.set()
+    if holder and (holder.get("host"), holder.get("pid")) != (host, pid):
+        name = f"process {holder.get('pid')} on {holder.get('host')}"
+        message = (
+            f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
+            f"--output, or remove {os.fspath(path)!r} if it has ended already."
+        )
+        refuse_if([(holder.get("host") == host and lives(), message)])
+        _print(f"{os.fspath(path)!r} of {name} is taken over: make sure that it has ended.")
+    write_json(path, {"host": host, "pid": pid})
+    try:
+        yield
+    finally:
         with contextlib.suppress(Exception):
-            self.path.unlink()
+            path.unlink()

@@ -30,10 +30,10 @@ from dit_jax.config import Run, absolute_paths, parse_config, read_config, to_di
 from dit_jax.data import DataError, RowStreams
 from dit_jax.files import (
     InputError,
-    Lock,
     check_writable,
     explain,
     is_storage_error,
+    locked,
     run_verb,
     write_json,
 )
@@ -88,7 +88,7 @@ def train(config: Run) -> str | None:
                     stored = read_config(directory / "config.json", Run)
                     check_same_run(config, stored, directory)
             if jax.process_index() == 0:
-                stack.callback(Lock(directory).release)
+                stack.enter_context(locked(directory))
                 write_json(directory / "config.json", to_dict(config))
 
             # What is trained, and on what: the config knows, and the loop does not.
@@ -232,13 +232,11 @@ def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
     """Which of the data were not trained on; empty if all were. Every process calls it."""
     reader = loader.reader
     left_out = training.gather_data_state(loader.get_state())["run"]["left_out"]
-    names = [f"{name}: it does not fit" for name in reader.unfit_names(NAMES_IN_REPORT)]
     count = len(left_out) + (0 if reader.unfit is None else int(reader.unfit.sum()))
-    if not count and not reader.cut_captions:
-        return {}
+    names = [f"{name}: it does not fit" for name in reader.unfit_names(NAMES_IN_REPORT)]
     names = [*names, *left_out.values()][:NAMES_IN_REPORT]
-    cut = reader.cut_captions
-    return {"records_left_out": count, "captions_cut": cut, "left_out": names}
+    report = {"records_left_out": count, "captions_cut": reader.cut_captions, "left_out": names}
+    return report if any(report.values()) else {}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import jax
@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
+
+from dit_jax.files import refuse_if
 
 Params = Any  # A nested dict of parameters, as Flax Linen makes it.
 PAD = 0  # The segment id of padding; segments of a row are numbered 1, 2, ...
@@ -225,12 +227,12 @@ UnitInterval = Annotated[float, Range(0, 1)]
 
 
 def require(prefix: str, config: Any, *rules: tuple[str, bool, str]) -> None:
-    """Raises ``ValueError`` for the first rule ``(field, whether it holds, what must be)`` of fields
-    together that does not hold; the ranges of single fields are in their types."""
-    for name, holds, rule in rules:
-        if not holds:
-            value = operator.attrgetter(name)(config)
-            raise ValueError(f"{prefix}{name} is {value!r}: it must be {rule}.")
+    """``refuse_if`` for rules ``(field, whether it holds, what must be)`` of fields together; the
+    ranges of single fields are in their types."""
+    refuse_if(
+        (not holds, f"{prefix}{name} is {attrgetter(name)(config)!r}: it must be {rule}.")
+        for name, holds, rule in rules
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +253,12 @@ class FrameGrid:
         """Frames of every token but the first, which holds one."""
         return self.stride * self.multiple
 
-    def check(self, frames: int, what: str = "") -> None:
+    def check(self, frames: int) -> None:
         """Raises ``ValueError``, with the nearest numbers, unless so many frames are whole tokens."""
         if frames < 1 or (frames - 1) % self.token_frames:
             low = self.whole(max(frames, 1))
             raise ValueError(
-                f"{what}{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token "
+                f"{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token "
                 f"of its own. The nearest are {low} and {low + self.token_frames}."
             )
 
@@ -302,8 +304,6 @@ class Codec(Protocol):
     def channels(self) -> int: ...
     # Float32, shifted and scaled: the mean, or with a key a sample of their distribution.
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
-    # Clips [b, t, h, w, 3] of one size at once.
-    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
     # Float32, not clipped to [-1, 1].
     def decode(self, latents: np.ndarray) -> np.ndarray: ...
     # The same, some frames [n, h, w, 3] at a time, for clips too long to hold in memory.
@@ -323,15 +323,12 @@ class PixelCodec:
         check_floating(video)
         return video
 
-    def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        return self.encode(videos)
-
     def decode(self, latents: np.ndarray) -> np.ndarray:
         return self.encode(latents)
 
-    def decode_parts(self, latents: np.ndarray, frames: int = 16) -> Iterator[np.ndarray]:
-        for start in range(0, len(latents), frames):
-            yield self.decode(latents[start : start + frames])
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(latents), 16):
+            yield self.decode(latents[start : start + 16])
 
 
 def check_floating(clip: np.ndarray) -> None:

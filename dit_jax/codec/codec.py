@@ -86,7 +86,7 @@ class ImageCodec:
         return (mean - self.shift) * np.float32(self.scale)
 
     def encode_many(self, videos: np.ndarray, key: jax.Array | None = None) -> np.ndarray:
-        """See ``Codec.encode_many``."""
+        """Clips ``[b, t, h, w, 3]`` of one size at once. Raises as ``encode`` does."""
         frames = self.encode(videos.reshape(-1, *videos.shape[2:]), key)
         return frames.reshape(*videos.shape[:2], *frames.shape[1:])
 

@@ -20,8 +20,6 @@ from dit_jax.parallel.mesh import peak_flops as peak_flops
 from dit_jax.parallel.mesh import platform as platform
 from dit_jax.parallel.mesh import state_shardings as state_shardings
 from dit_jax.parallel.multihost import PROCESS_HELP as PROCESS_HELP
-from dit_jax.parallel.multihost import barrier as barrier
-from dit_jax.parallel.multihost import broadcast as broadcast
 from dit_jax.parallel.multihost import global_batch as global_batch
 from dit_jax.parallel.multihost import joined as joined
 from dit_jax.parallel.multihost import local_rows as local_rows

@@ -30,9 +30,8 @@ from jax.sharding import PartitionSpec as P
 
 from dit_jax.files import InputError
 from dit_jax.parallel import attention as plain
-from dit_jax.parallel.attention import Kernel, Operands, Window
+from dit_jax.parallel.attention import Kernel, Operands, SplashConfig, Window
 from dit_jax.parallel.mesh import activation_spec, platform
-from dit_jax.parallel.pallas import LANES, SplashConfig, flash_kernel, splash_kernel
 from dit_jax.types import ATTENTION, Attention, PositiveInt
 
 AXIS = "context"
@@ -74,7 +73,7 @@ def _kernel_name(mesh: Mesh, config: AttentionConfig) -> str:
 def token_multiple(mesh: Mesh, config: AttentionConfig = DEFAULT_ATTENTION) -> int:
     """Returns what the tokens of a row must be a multiple of on this mesh."""
     context = mesh.shape[AXIS]
-    return context * (LANES if context > 1 and _kernel_name(mesh, config) == "splash" else 1)
+    return context * (plain.LANES if context > 1 and _kernel_name(mesh, config) == "splash" else 1)
 
 
 def choose_attention(mesh: Mesh, config: AttentionConfig = DEFAULT_ATTENTION) -> Attention:
@@ -82,9 +81,9 @@ def choose_attention(mesh: Mesh, config: AttentionConfig = DEFAULT_ATTENTION) ->
     name, on_cpu, context = _kernel_name(mesh, config), platform(mesh) == "cpu", mesh.shape[AXIS]
     kernel = plain.HOST
     if name == "splash":
-        kernel = splash_kernel(config.splash, interpret=on_cpu)
+        kernel = plain.splash_kernel(config.splash, interpret=on_cpu)
     elif name == "flash":
-        kernel = flash_kernel(interpret=on_cpu)
+        kernel = plain.flash_kernel(interpret=on_cpu)
     elif context == 1 and name == "xla":
         return plain.xla_attention
     elif context == 1:

@@ -144,7 +144,7 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _spec(rules: Any, mesh: Mesh, shape: Sequence[int], axes: Any, left_out: Any = None) -> P:
+def _spec(rules: Any, mesh: Mesh, shape: Sequence[int], axes: Any) -> P:
     assert len(shape) == len(axes), f"logical axes {axes} do not name the dimensions of {shape}"
     used, parts = set[str](), list[Any]()
     for size, axis in zip(shape, axes, strict=True):
@@ -155,7 +155,6 @@ def _spec(rules: Any, mesh: Mesh, shape: Sequence[int], axes: Any, left_out: Any
         # The axes that divide it, outer ones first; of one that does not, every device has all.
         while size % math.prod(mesh.shape[name] for name in names):
             names = names[:-1]
-        names = tuple(name for name in names if name != left_out)
         parts.append(names if len(names) > 1 else next(iter(names), None))
     return P(*parts)
 
@@ -181,7 +180,7 @@ def parameter_shardings(mesh: Mesh, boxed: Any, over_context: bool = True) -> An
     Without ``over_context`` the devices that share a row all have the parameters that it passes: more
     memory and less to gather, which suits sampling.
     """
-    left_out = None if over_context else "context"
+    rules = PARAMETER_RULES if over_context else PARAMETER_RULES | {"embed": ("fsdp",)}
 
     def is_boxed(leaf: Any) -> bool:
         return isinstance(leaf, nn.LogicallyPartitioned)
@@ -193,16 +192,15 @@ def parameter_shardings(mesh: Mesh, boxed: Any, over_context: bool = True) -> An
             assert not unsplit, f"{name} carries no logical axes: give its initialiser some"
             return NamedSharding(mesh, P())
         shape = leaf.value.shape
-        out = NamedSharding(mesh, _spec(PARAMETER_RULES, mesh, shape, leaf.names, left_out))
+        out = NamedSharding(mesh, _spec(rules, mesh, shape, leaf.names))
         shard = out.shard_shape(shape)
         for size, axis, part in zip(shape, leaf.names, shard, strict=True):
-            over = [target for target in PARAMETER_RULES.get(axis, ()) if target != left_out]
-            count = math.prod(mesh.shape[target] for target in over)
+            count = math.prod(mesh.shape[target] for target in rules.get(axis, ()))
             if math.prod(shard) > LARGE and part * count != size:
                 raise InputError(
                     f"parameter {name} {list(shape)}: make its dimension {axis!r} of {size} a multiple "
-                    f"of {' x '.join(f'mesh.{target}' for target in over)} = {count}: a device would "
-                    f"hold {math.prod(shard):,} elements."
+                    f"of {' x '.join(f'mesh.{target}' for target in rules[axis])} = {count}: a device "
+                    f"would hold {math.prod(shard):,} elements."
                 )
         return out
 

@@ -23,12 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 
-# JAX exports neither the key-value store nor the barrier of its coordination service. A collective
-# can't replace them: on CPUs it gives up after 30 s, and process 0 may be busy for longer than that.
+# JAX does not export the key-value store of its coordination service.
 from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
-from dit_jax.files import InputError, refuse_if
+from dit_jax.files import InputError, explain, refuse_if
 from dit_jax.parallel.mesh import batch_sharding, batch_shards
 from dit_jax.types import is_token_field
 
@@ -44,7 +43,6 @@ PROCESS_HELP = (
 # Python code holds up.
 HEARTBEAT_SECONDS = 30
 POLL_SECONDS = 1.0
-DAY_SECONDS = 24 * 3600
 FAILURE = "dit_jax/failure"
 
 
@@ -97,7 +95,7 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
     flags = flags or take_process_flags([])[1]
     place: list[Any] = [flags.get(flag) for flag in FLAGS]
     address, count, index = place
-    explicit = any(value is not None for value in place)
+    explicit = place != [None] * 3
     if (explicit and count == 1) or not (explicit or in_cluster()):
         return False
     who = "this process"
@@ -110,10 +108,11 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
         refuse_if([(wrong, f"{who}: {rule} (or set {', '.join(VARIABLES)}).")])
         options = {"coordinator_address": address, "num_processes": count, "process_id": index}
         options |= {"cluster_detection_method": "deactivate"}
+    options["heartbeat_timeout_seconds"] = HEARTBEAT_SECONDS
     # At the end, processes with nothing left to do wait for process 0, which may write media for long.
-    options |= {"shutdown_timeout_seconds": DAY_SECONDS}
+    options["shutdown_timeout_seconds"] = 24 * 3600
     try:
-        jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**options)
     except ValueError as error:
         # Without the package kubernetes a pod does not know the others, and must not train alone.
         alone = os.environ.get("JOB_COMPLETION_INDEX", "0") == "0"
@@ -166,43 +165,24 @@ def joined(
     except BaseException as error:
         # Gloo's errors are sometimes ValueErrors.
         of_collective = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        of_user = isinstance(error, user_errors) and not of_collective
+        status = 2 if isinstance(error, user_errors) and not of_collective else 1
         # Every message is one write, lest processes that end together mix their lines.
         trace = "".join(traceback.format_exception(error))
-        sys.stderr.write(f"{prog}: error: {error}\n" if of_user else trace)
+        sys.stderr.write(f"{prog}: error: {error}\n" if status == 2 else trace)
         if of_collective:
             # A collective fails at once if another process dies. Which one it was is known only when
             # its heartbeats have been missed for long enough: JAX then writes it and ends this process.
             sys.stderr.write(f"Did another process die? JAX tells within {HEARTBEAT_SECONDS} s.\n")
             time.sleep(HEARTBEAT_SECONDS + 10)
         done.set()
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        name = (
-            f"process {index} of {jax.process_count()} failed ({type(error).__name__}: {reason})."
-        )
-        message = json.dumps((2 if of_user else 1, name))
+        text = f"process {index} of {jax.process_count()} failed"
+        message = json.dumps((status, f"{text} ({type(error).__name__}: {explain(error)})."))
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # as after the shutdown
             client.key_value_set(f"{FAILURE}/{index}", message)
         if index == 0:
             time.sleep(3 * POLL_SECONDS)  # the service ends with process 0: let the others hear
         # Not through the interpreter, whose end would wait for the others.
-        os._exit(2 if of_user else 1)
-
-
-def broadcast(name: str, text: str) -> str:
-    """Returns process 0's text on every process, however long it takes. A name serves once."""
-    client = global_state.client
-    if client is None:
-        return text
-    if jax.process_index() == 0:
-        client.key_value_set(f"dit_jax/{name}", text)
-    return client.blocking_key_value_get(f"dit_jax/{name}", 7 * DAY_SECONDS * 1000)
-
-
-def barrier(name: str) -> None:
-    """Returns when every process has come here, however long that takes. A name serves once."""
-    if global_state.client is not None:
-        global_state.client.wait_at_barrier(f"dit_jax/{name}", 7 * DAY_SECONDS * 1000)
+        os._exit(status)
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:

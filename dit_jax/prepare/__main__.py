@@ -27,24 +27,23 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 import tyro
+from jax._src.distributed import global_state
 
 from dit_jax import interop
 from dit_jax.config import check_types
 from dit_jax.files import (
     InputError,
-    Lock,
     as_path,
     atomic_path,
     check_writable,
-    encodable,
     is_remote,
+    locked,
     run_verb,
     write_json,
 )
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
-    barrier,
     joined,
     make_mesh,
     take_process_flags,
@@ -84,6 +83,7 @@ from dit_jax.prepare.listing import find_media
 from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.report import LISTED, render, write_reports
 from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting, share
+from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import digest
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
@@ -199,8 +199,6 @@ class Preparation:
         self.models = Models(self.work, config.caption_model or "", config.recaption)
         self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
         self.states = States(self.work, self.encoder.hash if self.encoder else "")
-        index, count = config.place
-        self.lock = Lock(self.work / f"share-{index}-of-{count}", "preparation")
         self.progress = Progress(shown)
         self.problems = dict(self.given.problems)
         self.notes = self.listed.notes + self.given.notes
@@ -464,7 +462,7 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
     return work / "output", work
 
 
-def _encode(codec: Codec, videos: np.ndarray) -> np.ndarray:
+def _encode(codec: Any, videos: np.ndarray) -> np.ndarray:
     return codec.encode_many(to_float(videos))
 
 
@@ -475,10 +473,16 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
         ValueError: where an input, codec, encoder, table or output does not serve.
     """
     preparation = Preparation(config, shown)
-    try:
+    index, count = config.place
+    with locked(preparation.work / f"share-{index}-of-{count}"):
         return _run(preparation, config)
-    finally:
-        preparation.lock.release()
+
+
+def _wait_for_all(stage: str) -> None:
+    """Returns when every process has come to the end of a stage."""
+    # Not by a collective: on CPUs it gives up after 30 s, and the shares may be hours apart.
+    client: Any = global_state.client
+    client.wait_at_barrier(f"dit_jax/{stage}", 7 * 24 * 3600 * 1000)
 
 
 def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | None:
@@ -492,7 +496,7 @@ def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | No
     alone = jax.process_count() == 1
     preparation.examine(index, count)
     if not alone:
-        barrier("examined")
+        _wait_for_all("examined")
         # What other machines wrote may take a while to be seen on a network disk.
         if left := preparation.not_examined(max(config.wait, VISIBLE)):
             raise OSError(f"{left} files that other processes examined have no report here")
@@ -505,7 +509,7 @@ def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | No
     if preparation.more:
         preparation.run_stages(index, count)
     if not alone:
-        barrier("prepared")
+        _wait_for_all("prepared")
     elif count > 1:
         print(f"share {config.shard} is done: when all are, run the same command without --shard.")
         return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_jax.files import encodable, write_json
+from dit_jax.files import write_json
 from dit_jax.prepare.captions import (
     Caption,
     TableConfig,
@@ -35,6 +35,7 @@ from dit_jax.prepare.recaption import (
 )
 from dit_jax.prepare.recorded import is_record
 from dit_jax.prepare.stages import Kept, read_clips
+from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import digest, file_name
 from dit_jax.prepare.workers import WorkersConfig
 

@@ -17,8 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from dit_jax.files import SURROGATES, encodable
-from dit_jax.prepare.tables import find_column, read_json, read_lines, read_rows, read_text
+from dit_jax.files import SURROGATES
+from dit_jax.prepare.tables import (
+    encodable,
+    find_column,
+    read_json,
+    read_lines,
+    read_rows,
+    read_text,
+)
 
 Kind = Literal["given", "short", "descriptive"]
 """``given``: as it came; ``short``: the main subject; ``descriptive``: everything that is seen."""

@@ -30,9 +30,10 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from dit_jax.files import SURROGATES, encodable
+from dit_jax.files import SURROGATES
 from dit_jax.prepare.answer_cache import Answer, AnswerCache, request_key
 from dit_jax.prepare.summary import Summary
+from dit_jax.prepare.tables import encodable
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 FATAL = frozenset({401, 403, 404, 405})

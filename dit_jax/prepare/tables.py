@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dit_jax.files import MiB, read_bytes
+from dit_jax.files import SURROGATES, MiB, read_bytes
 
 LIMIT = 256 * MiB
 """Bytes of a file: some millions of prompts or captions."""
@@ -24,6 +24,11 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 Row = tuple[str, Mapping[str, Any]]
 """Where it stands ("line 3"), and its cells by the names of their columns."""
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which no encoding of Unicode can hold."""
+    return SURROGATES.sub("\ufffd", text)
 
 
 def read_text(path: str | os.PathLike) -> str:

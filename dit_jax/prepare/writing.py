@@ -48,8 +48,9 @@ from dit_jax.data.records import (
     as_video,
     storage_error,
 )
-from dit_jax.files import Lock, MiB, check_writable, encodable, is_remote, refuse_if, write_json
+from dit_jax.files import MiB, check_writable, is_remote, locked, refuse_if, write_json
 from dit_jax.prepare.encoded import FORMAT, EncodedVideo, encode_video
+from dit_jax.prepare.tables import encodable
 
 VERSION = "1.0.0"
 STATES = "text_states"
@@ -395,21 +396,19 @@ def write_records(
     schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), encoding, latents, text_states)
     folder = target.with_name(f"{VERSION}.incomplete")
     folder.mkdir(exist_ok=True)
-    lock = Lock(folder, "writing of records")
-    try:
-        made_of = [resume, name, description, list(splits), schema, shard_bytes, FORMAT]
-        _begin(folder, json.loads(json.dumps(made_of)), resume is not None)
-        parts = [_Split(folder, name, split) for split in splits]
-        for part in parts:
-            part.write(splits[part.name], schema, shard_bytes)
-        _describe(folder / "data", name, description, schema, [part.finish() for part in parts])
-        os.replace(folder / "data", target)
-    except BaseException:
-        if resume is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
+    with locked(folder):
+        try:
+            made_of = [resume, name, description, list(splits), schema, shard_bytes, FORMAT]
+            _begin(folder, json.loads(json.dumps(made_of)), resume is not None)
+            parts = [_Split(folder, name, split) for split in splits]
+            for part in parts:
+                part.write(splits[part.name], schema, shard_bytes)
+            _describe(folder / "data", name, description, schema, [one.finish() for one in parts])
+            os.replace(folder / "data", target)
+        except BaseException:
+            if resume is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     shutil.rmtree(folder)
     return target
 

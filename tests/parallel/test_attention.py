@@ -15,13 +15,13 @@ from dit_jax.parallel.attention import (
     Operands,
     Window,
     blockwise_attention,
+    flash_kernel,
     host_attention,
     host_product,
     on_one_device,
     xla_attention,
 )
 from dit_jax.parallel.matmul import flat_dot_general
-from dit_jax.parallel.pallas import flash_kernel
 from dit_jax.types import ATTENTION
 
 JIT = jax.jit  # with all optimisations

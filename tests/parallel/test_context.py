@@ -10,14 +10,14 @@ import pytest
 from dit_jax.parallel import (
     AttentionConfig,
     MeshConfig,
+    attention,
     choose_attention,
     make_mesh,
-    pallas,
     token_multiple,
     xla_attention,
 )
+from dit_jax.parallel.attention import SplashConfig, _fit
 from dit_jax.parallel.context import ulysses_size
-from dit_jax.parallel.pallas import SplashConfig, _fit
 
 SMALL = SplashConfig(
     block_q=128,
@@ -141,7 +141,7 @@ def test_gpu_kernel_on_a_mesh_equals_one_device(sizes, way):
 @pytest.mark.parametrize("way", [1, pytest.param(2, marks=slow)], ids=["ring", "ulysses"])
 def test_many_blocks_of_keys_are_the_same(way, monkeypatch):
     """More blocks than the fused backward pass may copy for: in portions, or unfused."""
-    monkeypatch.setattr(pallas, "PARTS", 1)
+    monkeypatch.setattr(attention, "PARTS", 1)
     config = AttentionConfig(kernel="splash", ulysses=way, splash=SMALL)
     compare((512,), mesh_of((1, 1, 2, 1)), config, tolerance=1e-4)
 
