@@ -24,6 +24,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ GRPC_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "Servi
 LASTING = ("No space left", "Disk quota", "File too large", "Read-only file system")
 TRIES = 4
 WAIT_SECONDS = 1.0  # Before the second try; doubled for each one after it.
+HEARTBEAT_SECONDS = 30.0  # From one sign of life in a lock to the next.
+STALE_SECONDS = 100.0  # A lock of another host without a sign of life for so long is taken over.
 T = TypeVar("T")
 
 
@@ -292,35 +295,59 @@ def _fetch(name: str) -> Path:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keeps a directory for this process by a file in it; ``InputError`` if another living process of
-    this host has it.
+    """Keeps a directory for this process by a file with a sign of life in it; ``InputError`` if another
+    living process holds it.
 
-    The file of a process that was killed is taken over with a warning, and so is that of another host:
-    whether it lives cannot be known, and a launcher may start a pod again elsewhere.
+    On one host the process id tells whether the holder lives; on another it lives if its sign of life
+    changes within ``STALE_SECONDS``, and else the lock is taken over (a launcher may start a pod again
+    on another host). Local and network disks share no compare-and-swap, so two starts within the same
+    second may both succeed.
     """
-    path, host, pid = directory / "lock.json", socket.gethostname(), os.getpid()
-    holder: dict[str, Any] = {}
-    with contextlib.suppress(OSError, TypeError, ValueError):
-        holder = dict(json.loads(path.read_bytes()))
+    path, me = directory / "lock.json", {"host": socket.gethostname(), "pid": os.getpid()}
 
-    def lives() -> bool:
-        try:
-            os.kill(int(holder["pid"]), 0)
-        except (KeyError, OSError, ValueError) as error:
-            return isinstance(error, PermissionError)  # It lives, and is another user's.
-        return True
+    def read() -> dict[str, Any]:
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            return dict(json.loads(path.read_bytes()))
+        return {}
 
-    if holder and (holder.get("host"), holder.get("pid")) != (host, pid):
+    def lives(holder: dict[str, Any], name: str) -> bool:
+        if holder.get("host") == me["host"]:
+            try:
+                os.kill(int(holder.get("pid", -1)), 0)
+            except (OSError, ValueError) as error:
+                return isinstance(error, PermissionError)  # It lives, and is another user's.
+            return True
+        _print(f"the lock of {name} is there: waiting {STALE_SECONDS:.0f} s for a sign of life.")
+        for _ in range(20):
+            time.sleep(STALE_SECONDS / 20)
+            if (now := read()).get("time") != holder.get("time"):
+                return bool(now)
+        return False
+
+    holder, ended = read(), threading.Event()
+    if any(holder.get(key, value) != value for key, value in me.items()):
         name = f"process {holder.get('pid')} on {holder.get('host')}"
         message = (
             f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
             f"--output, or remove {os.fspath(path)!r} if it has ended already."
         )
-        refuse_if([(holder.get("host") == host and lives(), message)])
-        _print(f"{os.fspath(path)!r} of {name} is taken over: make sure that it has ended.")
-    write_json(path, {"host": host, "pid": pid})
+        refuse_if([(lives(holder, name), message)])
+        _print(f"the lock of {name} is stale: taken over.")
+
+    def beat() -> None:
+        with contextlib.suppress(Exception):  # What cannot be written is tried again next time.
+            write_json(path, {**me, "time": time.time()})
+
+    def beat_on() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            beat()
+
+    beat()
+    # A thread, since a step or a compilation may take longer than a lock stays fresh.
+    threading.Thread(target=beat_on, name="lock", daemon=True).start()
     try:
         yield
     finally:
+        ended.set()
         with contextlib.suppress(Exception):
             path.unlink()

@@ -100,29 +100,44 @@ def test_errors_that_pass_are_tried_again_and_others_are_not(monkeypatch, capsys
 
 
 def other_holder(root, **changes):
-    holder = {"host": files.socket.gethostname(), "pid": os.getppid()}
+    holder = {"host": files.socket.gethostname(), "pid": os.getppid(), "time": time.time()}
     files.write_json(f"{root}/lock.json", holder | changes)
 
 
-def test_a_directory_in_use_is_refused_and_its_holder_named(root):
+def test_a_directory_in_use_is_refused_and_its_holder_named(root, monkeypatch):
     other_holder(root)
     with pytest.raises(InputError, match=str(os.getppid())), locked(as_path(root)):
         pass
-    assert json.loads((as_path(root) / "lock.json").read_bytes())["pid"] == os.getppid()
+    other_holder(root, host="elsewhere", pid=7)
+    monkeypatch.setattr(files.time, "sleep", lambda _: other_holder(root, host="elsewhere", pid=7))
+    with pytest.raises(InputError, match="elsewhere"), locked(as_path(root)):
+        pass
 
 
-def test_a_stale_lock_is_taken_over_with_a_message(root, capsys):
-    path = as_path(root) / "lock.json"
+def test_a_stale_lock_is_taken_over_with_a_message(root, capsys, monkeypatch):
+    monkeypatch.setattr(files, "STALE_SECONDS", 0.2)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for changes in ({"pid": ended.pid}, {"host": "elsewhere"}):
+    for changes in ({"pid": ended.pid}, {"host": "elsewhere", "time": 0.0}):
         other_holder(root, **changes)
+        path = as_path(root) / "lock.json"
         with locked(path.parent):
-            assert "taken over" in capsys.readouterr().err
+            assert "stale" in capsys.readouterr().err
             assert json.loads(path.read_bytes())["pid"] == os.getpid()
             with locked(path.parent):  # One's own is no obstacle.
                 pass
         assert not path.exists()
+
+
+def test_a_lock_gives_signs_of_life_until_it_is_released(root, monkeypatch):
+    monkeypatch.setattr(files, "HEARTBEAT_SECONDS", 0.05)
+    path = as_path(root) / "lock.json"
+    with locked(path.parent):
+        first = json.loads(path.read_bytes())["time"]
+        deadline = time.monotonic() + 60
+        while json.loads(path.read_bytes())["time"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_without_gcsfs_the_message_says_what_to_install(monkeypatch):
