@@ -17,7 +17,6 @@ from dit_jax.data.packing import merge_states as merge_states
 from dit_jax.data.packing import open_source as open_source
 from dit_jax.data.records import RecordsConfig as RecordsConfig
 from dit_jax.data.records import RecordsSource as RecordsSource
-from dit_jax.data.shapes import MovingShapes as MovingShapes
 from dit_jax.data.shapes import Scene as Scene
 from dit_jax.data.shapes import ShapesConfig as ShapesConfig
 from dit_jax.data.shapes import caption as caption
