@@ -143,8 +143,9 @@ class MixedSource:
 
 def sample_order(source: Source, seed: int) -> grain.MapDataset:
     """The indices of a source's samples in the endless order that training takes them in."""
-    if isinstance(source, MixedSource):
-        return source.order(seed)
+    order = getattr(source, "order", None)  # Of a mixture, also within what encodes its captions.
+    if callable(order):
+        return order(seed)
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
 
