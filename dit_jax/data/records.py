@@ -230,11 +230,6 @@ class RecordsSource:
         )
         return shards
 
-    @property
-    def record_sets(self) -> tuple[RecordsSource, ...]:
-        """The open sets of records."""
-        return (self,)
-
     @functools.cached_property
     def sizes(self) -> np.ndarray | None:
         """int32 [n, 3]: frames, height and width of every record as it is stored; None if the builder
