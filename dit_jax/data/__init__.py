@@ -13,6 +13,7 @@ from dit_jax.data.packing import Tokenized as Tokenized
 from dit_jax.data.packing import check_fits as check_fits
 from dit_jax.data.packing import check_tokenized as check_tokenized
 from dit_jax.data.packing import checked_reader as checked_reader
+from dit_jax.data.packing import first_sample as first_sample
 from dit_jax.data.packing import merge_states as merge_states
 from dit_jax.data.packing import open_source as open_source
 from dit_jax.data.records import RecordsConfig as RecordsConfig

@@ -6,15 +6,15 @@ and images are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenC
 files and TFDS's Video feature are not read: both need TensorFlow.
 
 Opening reads the metadata alone: a shard is opened when one of its records is read. What is wrong with
-a record is a ``BadRecord``, which names it; what is wrong with the disk keeps its own type. The shards
+a record is a ``ValueError``, which names it; what is wrong with the disk keeps its own type. The shards
 of a split lie one behind another, and a record's number in its shard is
 
     number = index + skip of the shard - records before the shard                                  (1)
 
 The square crop is the framing of Dhariwal & Nichol 2021 and of DiT, with another filter. Synthetic
-captions are mixed with those that came with the data, which keeps a model from overfitting to the habits
-of a captioner (Betker et al. 2023, section 3: DALL-E 3 was trained on 95 % synthetic ones). Caption i of
-weight w_i is drawn with
+captions are mixed with those that came with the data, which keeps a model from overfitting to the
+habits of a captioner (Betker et al. 2023, section 3: DALL-E 3 was trained on 95 % synthetic ones).
+Caption i of weight w_i is drawn with
 
     p_i = w_i / sum of the w_j of all captions that are not empty                                  (2)
 """
@@ -162,10 +162,6 @@ class RecordsConfig:
         return RecordsSource(self)
 
 
-class BadRecord(ValueError):
-    """A record that cannot be read or is no sample: training leaves it out and counts it."""
-
-
 def storage_error(error: Exception, path: Path) -> Exception | None:
     """The disk's or the memory's error behind one that reading or writing records raised, or None."""
     # Those of ArrayRecord are all RuntimeErrors.
@@ -184,7 +180,7 @@ class RecordsSource:
     again) and usable from threads.
 
     A sample's video is uint8 [t, h, w, 3], or float32 [t, h, w, c] if it holds latents. Opening raises
-    InputError for data that are absent, foreign or empty. Reading raises BadRecord for a record that
+    InputError for data that are absent, foreign or empty. Reading raises ValueError for a record that
     cannot be used, and OSError for the errors of the disk.
     """
 
@@ -285,7 +281,7 @@ class RecordsSource:
             reason = explain(error)
             if isinstance(error, ImportError | AttributeError):
                 reason = f"it cannot be decoded without TensorFlow ({reason}): {STORE_AGAIN}"
-            bad = BadRecord(f"{self.name(index)} (number {number} of {path.name}): {reason}")
+            bad = ValueError(f"{self.name(index)} (number {number} of {path.name}): {reason}")
             raise storage_error(error, path) or bad from error
 
     def _sample(self, data: bytes) -> Sample:
@@ -322,9 +318,8 @@ class RecordsSource:
         if config.caption_mix:
             names = [name for name, _ in config.caption_mix]
             sample["captions"] = captions = {name: _text(record[name]) for name in names}
-            if config.caption_mix_states:
-                pairs = zip(names, config.caption_mix_states, strict=True)
-                sample["captions_states"] = {name: _states(record, key) for name, key in pairs}
+            pairs = zip(names, config.caption_mix_states, strict=False)  # None, or one for each.
+            sample["captions_states"] = {name: _states(record, key) for name, key in pairs}
             first = next((name for name in names if captions[name]), None)
             if not sample["caption"] and first is not None:
                 return with_caption(sample, first)
@@ -527,8 +522,7 @@ def choose_caption(
     A sample whose captions are all empty keeps the one that it has.
     """
     # One random number whatever the captions are, so that what is drawn next does not depend on them.
-    point = rng.random()
-    captions = sample.get("captions", {})
+    point, captions = rng.random(), sample.get("captions", {})
     choices = [(name, weight) for name, weight in mix if captions.get(name)]
     if not choices:
         return sample
@@ -540,15 +534,6 @@ def choose_caption(
 
 def with_caption(sample: Sample, name: str) -> Sample:
     """The sample with one of its ``captions``, and that caption's states, as the one that is used."""
-    caption, states = sample.get("captions", {})[name], sample.get("captions_states", {})
-    out: Sample = {**sample, "caption": caption}
-    if name in states:
-        out["text_states"] = states[name]
-    else:
-        foreign = "text_states" in sample and caption != sample["caption"]
-        message = (
-            f"the caption {name!r} ({caption[:60]!r}) was drawn and has no text states: give states "
-            "for each caption of the mix (captions_states), or draw none (data.source.caption_mix)."
-        )
-        refuse_if([(foreign, message)])
-    return out
+    out: Sample = {**sample, "caption": sample.get("captions", {})[name]}
+    states = sample.get("captions_states", {})
+    return {**out, "text_states": states[name]} if name in states else out

@@ -446,7 +446,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         return sample["video"].dtype == np.uint8
 
     source = encoded(source)
-    pixels = data.Reader(source).first(check_first)
+    pixels = data.first_sample(source, check_first)
     message = (
         "data.transform.flip is set and the data are latents, which cannot be mirrored: write both when"
         " they are made (scripts/images_to_latents.py --flip), and unset it."
