@@ -58,6 +58,8 @@ ENCODED_VIDEOS = "encoded_videos"
 SIZES = ("frames", "height", "width", "caption bytes", "text states")
 # Shards that are open at once: each takes a file descriptor and the index of its records.
 OPEN_SHARDS = 256
+# No read-ahead: the order is random.
+READER: Any = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
 LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it (docs/storage.md)"
 STORE_AGAIN = "store it again by dit_jax.prepare.writing.write_records"
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
@@ -193,8 +195,11 @@ class RecordsSource:
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         # Of equation (1): what is added to an index.
         self._offsets = [s.skip + s.take - end for s, end in zip(shards, self._ends, strict=True)]
-        self._open_shard = functools.lru_cache(OPEN_SHARDS)(_open_shard)
+        # A reader that failed once goes on failing: the failures of a shard's are in the cache's key.
         self._failures: collections.Counter[Path] = collections.Counter()
+        self._open_shard = functools.lru_cache(OPEN_SHARDS)(
+            lambda path, failures: ArrayRecordReader(str(path), **READER)
+        )
 
         metadata = info.metadata or {}
         # Hashes of the codec that made the latents, and of the text encoder that made the states.
@@ -220,17 +225,11 @@ class RecordsSource:
             shards, why = [], explain(error)
         choices = ", ".join(f"{k} ({v.num_examples})" for k, v in info.splits.items())
         split = f"split {config.split!r} is not in {path!r} ({why}): choose of {choices}"
-        convert = "convert it by `tfds convert_format --out_file_format=array_record`"
-        refuse_if(
-            [
-                (not shards, split),
-                (bool(absent), f"no features {absent} in {path!r}: data.source may name {has}"),
-                (
-                    form != tfds.core.FileFormat.ARRAY_RECORD,
-                    f"{path!r} is stored as {form}: {convert}",
-                ),
-            ]
-        )
+        convert = f"{path!r} is stored as {form}: convert it by `tfds convert_format "
+        convert += "--out_file_format=array_record`"
+        keys = f"no features {absent} in {path!r}: data.source may name {has}"
+        foreign = form != tfds.core.FileFormat.ARRAY_RECORD
+        refuse_if([(not shards, split), (bool(absent), keys), (foreign, convert)])
         return shards
 
     @functools.cached_property
@@ -243,13 +242,12 @@ class RecordsSource:
         load = functools.cache(lambda table: np.load(table, mmap_mode="r"))
         try:
             for path, end, offset in zip(self._paths, self._ends, self._offsets, strict=True):
-                match = _SHARD.fullmatch(path.name)
-                assert match is not None
-                lengths = self._splits[match[1]].shard_lengths
-                table = load(path.parent / f"sizes-{match[1]}.npy")
+                (split, shard), *_ = _SHARD.findall(path.name)
+                lengths = self._splits[split].shard_lengths
+                table = load(path.parent / f"sizes-{split}.npy")
                 if table.shape != (sum(lengths), len(SIZES)):
                     return None
-                shift = sum(lengths[: int(match[2])]) + offset
+                shift = sum(lengths[: int(shard)]) + offset
                 parts.append(table[shift + first : shift + end, :3])
                 first = end
         except (OSError, ValueError):
@@ -272,11 +270,9 @@ class RecordsSource:
         path, number = self._paths[shard], index + self._offsets[shard]
         failures = self._failures[path]
         try:
-            data = self._open_shard(path, failures).read([number])[0]
-            return self._sample(data)
+            return self._sample(self._open_shard(path, failures).read([number])[0])
         # Damage may raise anything in the parsers of ArrayRecord, protobuf, zlib, TFDS and FFmpeg.
         except Exception as error:
-            # A reader that failed once goes on failing: another key of the cache opens the file anew.
             self._failures[path] = failures + isinstance(error, RuntimeError)
             reason = explain(error)
             if isinstance(error, ImportError | AttributeError):
@@ -296,13 +292,10 @@ class RecordsSource:
         video = record[key]
         if key in self._videos or key in self._decoders:
             video = decode_video(video, image=key in self._decoders)
-        sample: Sample = {
-            "video": as_video(video, f"feature {key!r}"),
-            "caption": "",
-            "fps": float(record[fps_key]) if fps_key else config.fps,
-        }
-        bad_fps = not 0 < sample["fps"] < float("inf")
-        refuse_if([(bad_fps, f"its frame rate is {sample['fps']}")])
+        video = as_video(video, f"feature {key!r}")
+        fps = float(record[fps_key]) if fps_key else config.fps
+        refuse_if([(not 0 < fps < float("inf"), f"its frame rate is {fps}")])
+        sample: Sample = {"video": video, "caption": "", "fps": fps}
         if not config.captioned:
             sample["text_states"] = np.zeros((0, 1), np.float32)
             return sample
@@ -333,13 +326,6 @@ class RecordsSource:
         message = f"{key}={value} has no name among label_names, which has {len(names)}"
         refuse_if([(not 0 <= int(value) < len(names), message)])
         return names[int(value)]
-
-
-def _open_shard(path: Path, failures: int) -> Any:
-    del failures  # Of readers of this shard: a part of the cache's key.
-    # No read-ahead: the order is random.
-    options: Any = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
-    return ArrayRecordReader(str(path), **options)
 
 
 def _text(value: Any) -> str:
