@@ -175,13 +175,10 @@ def _place(
     low, high = RADII[size]
     radius = low + (high - low) * u[0]
     reach = EXTENTS[shape] * radius + MARGIN
-    dx, dy, speed = 0, 0, 0.0
-    if direction:
-        dx, dy = STEPS[direction]
-        room = (width if dx else height) - 2 * reach
-        fastest = min(speeds[1], room / (frames - 1))
-        slowest = min(speeds[0], fastest)
-        speed = slowest + (fastest - slowest) * u[1]
+    dx, dy = STEPS[direction] if direction else (0, 0)
+    fastest = min(speeds[1], ((width if dx else height) - 2 * reach) / max(frames - 1, 1))
+    slowest = min(speeds[0], fastest)
+    speed = slowest + (fastest - slowest) * u[1] if direction else 0.0
     way = speed * (frames - 1)
 
     def offset(room: float, u: float) -> float:
