@@ -1,7 +1,6 @@
 """Data: sources of clips, and rows of packed segments."""
 
 from dit_jax.data.mixing import MixedSetConfig as MixedSetConfig
-from dit_jax.data.mixing import MixedSource as MixedSource
 from dit_jax.data.mixing import MixtureConfig as MixtureConfig
 from dit_jax.data.packing import Augment as Augment
 from dit_jax.data.packing import DataError as DataError
@@ -24,7 +23,6 @@ from dit_jax.data.records import choose_caption as choose_caption
 from dit_jax.data.records import crop as crop
 from dit_jax.data.records import flip as flip
 from dit_jax.data.records import resized as resized
-from dit_jax.data.shapes import Scene as Scene
 from dit_jax.data.shapes import ShapesConfig as ShapesConfig
 from dit_jax.data.shapes import caption as caption
 from dit_jax.data.shapes import held_out_scenes as held_out_scenes

@@ -22,11 +22,10 @@ from dit_jax.config import (
 from dit_jax.data import (
     Loader,
     MixedSetConfig,
-    MixedSource,
     MixtureConfig,
     PackingConfig,
 )
-from dit_jax.data.mixing import sample_order
+from dit_jax.data.mixing import MixedSource, sample_order
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
 from dit_jax.training.video_task import EncodedSource
 from dit_jax.types import Sample

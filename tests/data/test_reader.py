@@ -8,8 +8,8 @@ import pytest
 
 from dit_jax import files
 from dit_jax.codec.crops import CropConfig, CropLoader
-from dit_jax.data import DataError, Loader, MixedSource, PackingConfig
-from dit_jax.data.mixing import sample_name
+from dit_jax.data import DataError, Loader, PackingConfig
+from dit_jax.data.mixing import MixedSource, sample_name
 from dit_jax.data.packing import Reader, checked_reader, first_sample
 from dit_jax.files import InputError
 from tests.data.test_packing import CONFIG, Clips, assert_same, take, tokens_of
