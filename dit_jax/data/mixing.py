@@ -71,15 +71,13 @@ class MixtureConfig:
 
 
 def _kind(part: RecordsSource) -> tuple[str | None, ...]:
-    """What the sets of a mixture must have in common; None agrees with everything."""
+    """What the sets of a mixture must have in common, beside their codec and text encoder, which a run
+    compares with its own; None agrees with everything."""
     config, feature = part.config, part.features[part.config.video_key]
     latents = np.dtype(getattr(feature, "np_dtype", np.uint8)).kind in "fV"  # V is bfloat16.
-    encoder = part.text_encoder if config.captioned and config.text_states_key else None
     return (
         "latents" if latents else "pixels",
         f"{feature.shape[-1]} channels" if latents else None,
-        part.codec and f"latents of the codec {part.codec!r}",
-        encoder and f"states of the text encoder {encoder!r}",
         ("labels" if config.label_key else "no labels") if config.captioned else None,
     )
 

@@ -26,6 +26,7 @@ from dit_jax.data import (
     PackingConfig,
 )
 from dit_jax.data.mixing import MixedSource, sample_order
+from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
 from dit_jax.training.video_task import EncodedSource
 from dit_jax.types import Sample
@@ -180,12 +181,22 @@ def test_what_cannot_be_mixed_is_refused(tmp_path):
             opened(*sets)
 
     refused("has pixels and .*latents_a.* has latents", {"path": pixels}, {"path": latents["a"]})
-    refused("codec 'a'.* codec 'b'", {"path": latents["a"]}, {"path": latents["b"]})
     refused("4 channels.* 16 channels", {"path": latents["a"]}, {"path": latents["c"]})
     x, y = ({"path": states[name], "text_states_key": "text_states"} for name in "xy")
-    refused("encoder 'x'.* encoder 'y'", x, y)
     refused("no labels and .*has labels", {"path": pixels}, {"path": pixels, "label_key": "label"})
     assert len(opened(x, y | {"captioned": False})) == 4
+
+    def of_run(*sets):
+        source = MixtureConfig(tuple(MixedSetConfig(**one) for one in sets))
+        text = TextStatesConfig("t5", dim=3, max_tokens=8)
+        model = ModelConfig(patch=PatchConfig(channels=3), text=text)
+        return VideoRun(data=DataConfig(source), model=model).with_hashes()
+
+    with pytest.raises(ValueError, match="codecs a, b:"):
+        of_run({"path": latents["a"]}, {"path": latents["b"]})
+    with pytest.raises(ValueError, match=r"'t5' \(y\).* 't5' \(x\)"):
+        of_run(x, y)
+    assert of_run(x, y | {"captioned": False}).text_encoder.hash == "x"
     assert len(opened(x, {"path": pixels})) == 4  # Where an encoder is given, the rest is encoded.
     # Opening reads no record: a set whose first is damaged loses that one alone.
     next(Path(pixels).glob("*.array_record-*")).write_bytes(b"")
