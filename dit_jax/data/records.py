@@ -305,14 +305,15 @@ class RecordsSource:
         elif config.caption_key in self.features:
             sample["caption"] = _text(record[config.caption_key])
         if config.text_states_key is not None:
-            sample["text_states"] = _states(record, config.text_states_key)
+            sample["text_states"] = np.asarray(record[config.text_states_key], np.float32)
         if config.label_key is not None:
             sample["segment_fields"] = {"label": int(record[config.label_key])}
         if config.caption_mix:
             names = [name for name, _ in config.caption_mix]
             sample["captions"] = captions = {name: _text(record[name]) for name in names}
-            pairs = zip(names, config.caption_mix_states, strict=False)  # None, or one for each.
-            sample["captions_states"] = {name: _states(record, key) for name, key in pairs}
+            states = [np.asarray(record[key], np.float32) for key in config.caption_mix_states]
+            # None, or one for each.
+            sample["captions_states"] = dict(zip(names, states, strict=False))
             first = next((name for name in names if captions[name]), None)
             if not sample["caption"] and first is not None:
                 return with_caption(sample, first)
@@ -331,13 +332,6 @@ class RecordsSource:
 def _text(value: Any) -> str:
     # What is not UTF-8 gets U+FFFD, rather than costing the record.
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _states(record: dict[str, Any], key: str) -> np.ndarray:
-    states = np.asarray(record[key], np.float32)
-    message = f"feature {key!r} is {list(states.shape)}: states are [s, e]"
-    refuse_if([(states.ndim != 2, message)])
-    return states
 
 
 def find_builder(name: str, data_dir: str | None = None) -> Any:
