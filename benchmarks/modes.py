@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams, steps
 
-from dit_jax.data import Scene, caption, held_out_scenes
-from dit_jax.data.shapes import COLORS, render
+from dit_jax.data import caption, held_out_scenes
+from dit_jax.data.shapes import COLORS, Scene, render
 from dit_jax.evaluate import centroids, prompt_following
 from dit_jax.sampling import (
     Generation,

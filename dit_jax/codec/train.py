@@ -29,7 +29,14 @@ from dit_jax.codec.reconstruction_loss import ReconstructionLoss
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.sharding import make_clip_constrain, make_gather
 from dit_jax.codec.vgg_files import load_vgg
-from dit_jax.data import Reader, RecordsConfig, ShapesConfig, checked_reader, open_source
+from dit_jax.data import (
+    Reader,
+    RecordsConfig,
+    ShapesConfig,
+    checked_reader,
+    first_sample,
+    open_source,
+)
 from dit_jax.parallel import batch_shards, local_rows, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work, everything
@@ -46,8 +53,9 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     source, held = open_source(config.data.source), open_source(_held_out(config))
     crop, model = config.data.crop, config.model
     for part in (source, held):
-        Reader(part).first(
-            lambda sample, name: cut(crop, model.stride[0], sample, np.random.default_rng(0), name)
+        first_sample(
+            part,
+            lambda sample, name: cut(crop, model.stride[0], sample, np.random.default_rng(0), name),
         )
     check_size = partial(check_window, crop)
     reader = checked_reader(

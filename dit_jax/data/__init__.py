@@ -1,7 +1,6 @@
 """Data: sources of clips, and rows of packed segments."""
 
 from dit_jax.data.mixing import MixedSetConfig as MixedSetConfig
-from dit_jax.data.mixing import MixedSource as MixedSource
 from dit_jax.data.mixing import MixtureConfig as MixtureConfig
 from dit_jax.data.packing import Augment as Augment
 from dit_jax.data.packing import DataError as DataError
@@ -13,19 +12,18 @@ from dit_jax.data.packing import Tokenized as Tokenized
 from dit_jax.data.packing import check_fits as check_fits
 from dit_jax.data.packing import check_tokenized as check_tokenized
 from dit_jax.data.packing import checked_reader as checked_reader
+from dit_jax.data.packing import first_sample as first_sample
 from dit_jax.data.packing import merge_states as merge_states
 from dit_jax.data.packing import open_source as open_source
 from dit_jax.data.records import RecordsConfig as RecordsConfig
 from dit_jax.data.records import RecordsSource as RecordsSource
-from dit_jax.data.shapes import MovingShapes as MovingShapes
-from dit_jax.data.shapes import Scene as Scene
+from dit_jax.data.records import TransformConfig as TransformConfig
+from dit_jax.data.records import centre as centre
+from dit_jax.data.records import choose_caption as choose_caption
+from dit_jax.data.records import crop as crop
+from dit_jax.data.records import flip as flip
+from dit_jax.data.records import resized as resized
 from dit_jax.data.shapes import ShapesConfig as ShapesConfig
 from dit_jax.data.shapes import caption as caption
 from dit_jax.data.shapes import held_out_scenes as held_out_scenes
 from dit_jax.data.shapes import render as render
-from dit_jax.data.transforms import TransformConfig as TransformConfig
-from dit_jax.data.transforms import centre as centre
-from dit_jax.data.transforms import choose_caption as choose_caption
-from dit_jax.data.transforms import crop as crop
-from dit_jax.data.transforms import flip as flip
-from dit_jax.data.transforms import resized as resized

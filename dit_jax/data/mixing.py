@@ -62,30 +62,24 @@ class MixtureConfig:
     def open(self) -> MixedSource:
         """Opens all sets. Raises ``InputError`` if one model cannot learn from all of them."""
         parts = [RecordsSource(one) for one in self.sets]
-        kinds = [_kind(part) for part in parts]
-        for name in kinds[0]:
-            values = [(set_.path, kind[name]) for set_, kind in zip(self.sets, kinds, strict=True)]
-            (first, expected), *others = [one for one in values if one[1] is not None] or [
-                ("", None)
-            ]
-            for path, value in others:
-                message = f"data.source.sets: {first!r} has {expected} and {path!r} has {value}"
-                refuse_if([(value != expected, f"{message}: prepare them alike (docs/prepare.md)")])
+        for kinds in zip(*map(_kind, parts), strict=True):
+            paths = {kind: one.path for kind, one in zip(kinds, self.sets, strict=True) if kind}
+            has = " and ".join(f"{path!r} has {kind}" for kind, path in paths.items())
+            message = f"data.source.sets: {has}: prepare them alike (docs/prepare.md)"
+            refuse_if([(len(paths) > 1, message)])
         return MixedSource(parts, [one.weight for one in self.sets])
 
 
-def _kind(part: RecordsSource) -> dict[str, str | None]:
-    """What the sets of a mixture must have in common; None agrees with everything."""
+def _kind(part: RecordsSource) -> tuple[str | None, ...]:
+    """What the sets of a mixture must have in common, beside their codec and text encoder, which a run
+    compares with its own; None agrees with everything."""
     config, feature = part.config, part.features[part.config.video_key]
     latents = np.dtype(getattr(feature, "np_dtype", np.uint8)).kind in "fV"  # V is bfloat16.
-    encoder = part.text_encoder if config.captioned and config.text_states_key else None
-    return {
-        "values": "latents" if latents else "pixels",
-        "channels": f"{feature.shape[-1]} channels" if latents else None,
-        "codec": part.codec and f"latents of the codec {part.codec!r}",
-        "encoder": encoder and f"states of the text encoder {encoder!r}",
-        "labels": ("labels" if config.label_key else "no labels") if config.captioned else None,
-    }
+    return (
+        "latents" if latents else "pixels",
+        f"{feature.shape[-1]} channels" if latents else None,
+        ("labels" if config.label_key else "no labels") if config.captioned else None,
+    )
 
 
 class MixedSource:
@@ -96,10 +90,10 @@ class MixedSource:
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float]) -> None:
         self.parts, self.weights = tuple(parts), tuple(float(weight) for weight in weights)
-        self._ends = list(itertools.accumulate(len(part) for part in self.parts))
+        *self._starts, self._count = itertools.accumulate(map(len, self.parts), initial=0)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._count
 
     def __getitem__(self, index: int) -> Sample:
         part, inside = self._locate(index)
@@ -107,8 +101,8 @@ class MixedSource:
 
     def _locate(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]
-        part = bisect.bisect_right(self._ends, index)
-        return part, index - (self._ends[part - 1] if part else 0)
+        part = bisect.bisect_right(self._starts, index) - 1
+        return part, index - self._starts[part]
 
     def name(self, index: int) -> str:
         """How messages name a sample: as its set does."""
@@ -116,25 +110,18 @@ class MixedSource:
         return sample_name(self.parts[part], inside)
 
     @property
-    def record_sets(self) -> tuple[RecordsSource, ...]:
-        """The open sets of records."""
-        return tuple(one for part in self.parts for one in getattr(part, "record_sets", ()))
-
-    @property
     def sizes(self) -> np.ndarray:
         """See ``RecordsSource.sizes``; zeros for sets that do not say."""
-        sizes = [getattr(part, "sizes", None) for part in self.parts]
-        pairs = zip(sizes, self.parts, strict=True)
-        return np.concatenate([np.zeros((len(p), 3), int) if s is None else s for s, p in pairs])
+        pairs = [(getattr(part, "sizes", None), len(part)) for part in self.parts]
+        return np.concatenate([np.zeros((n, 3), int) if s is None else s for s, n in pairs])
 
     def order(self, seed: int) -> grain.MapDataset:
         """The endless mixed order of indices. Proportions are Grain's: the weights, to within 1 %."""
-        starts = [0, *self._ends[:-1]]
         # A seed for each set's own order, and one for the windows.
         *seeds, last = np.random.SeedSequence(seed).generate_state(len(self.parts) + 1).tolist()
         orders = [
-            grain.MapDataset.range(start, end).seed(own).shuffle().repeat()
-            for start, end, own in zip(starts, self._ends, seeds, strict=True)
+            grain.MapDataset.range(start, start + len(part)).seed(own).shuffle().repeat()
+            for start, part, own in zip(self._starts, self.parts, seeds, strict=True)
         ]
         mixed = grain.MapDataset.mix(orders, self.weights)
         # A window adds its number to the seed, which must not overflow by that.
@@ -143,8 +130,9 @@ class MixedSource:
 
 def sample_order(source: Source, seed: int) -> grain.MapDataset:
     """The indices of a source's samples in the endless order that training takes them in."""
-    if isinstance(source, MixedSource):
-        return source.order(seed)
+    order = getattr(source, "order", None)  # Of a mixture, also within what encodes its captions.
+    if callable(order):
+        return order(seed)
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
 

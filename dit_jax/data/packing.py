@@ -111,18 +111,6 @@ class Reader:
         if not self.quiet:
             tqdm.write(f"left out: {reason}")
 
-    def first(self, function: Callable[[Sample, str], T]) -> T:
-        """``function`` of the first sample that can be used; ``InputError`` if none of some can."""
-        total = len(self.source)
-        count, trial = min(total, FIRST_TRIES), Reader(self.source, total, self.unfit, quiet=True)
-        # Spread over the source: all records of one shard may be damaged.
-        for i in range(count):
-            with contextlib.suppress(DataError):  # None is left.
-                if (result := trial.use(i * total // count, function)) is not None:
-                    return result
-        why = next(iter(trial.left_out.values()), "their sizes do not fit")
-        raise InputError(f"none of {count} records can be used. The first: {why}")
-
     def note_cut(self, caption: str, length: int, limit: int) -> None:
         """Counts a caption that is longer than the text encoder reads; the first is printed."""
         self.cut_captions += 1
@@ -138,6 +126,18 @@ class Reader:
         return [sample_name(self.source, index) for index in indices]
 
 
+def first_sample(source: Source, function: Callable[[Sample, str], T]) -> T:
+    """``function`` of the first sample that can be used; ``InputError`` if none of some can."""
+    total = len(source)
+    count, reader = min(total, FIRST_TRIES), Reader(source, total, quiet=True)
+    with contextlib.suppress(DataError):  # None is left.
+        for i in range(count):  # Spread over the source: all records of one shard may be damaged.
+            if (result := reader.use(i * total // count, function)) is not None:
+                return result
+    why = next(iter(reader.left_out.values()))
+    raise InputError(f"none of {count} records can be used. The first: {why}")
+
+
 def checked_reader(
     source: Source, check: Callable[[int, int, int], None], policy: str, limit: int
 ) -> Reader:
@@ -151,20 +151,20 @@ def checked_reader(
     sizes = getattr(source, "sizes", None)
     if not isinstance(sizes, np.ndarray):  # A source of one's own may call anything so.
         return Reader(source, limit)
-    t, h, w = (np.asarray(sizes[:, i], np.int64) for i in range(3))
     # One number for each size: np.unique of rows takes ten times as long, and there may be millions.
-    codes, first, inverse, counts = np.unique(
-        (t << 40) | (h << 20) | w, return_index=True, return_inverse=True, return_counts=True
+    codes = sizes.astype(np.int64) @ np.array([1 << 40, 1 << 20, 1])
+    _, firsts, inverse, counts = np.unique(
+        codes, return_index=True, return_inverse=True, return_counts=True
     )
-    bad, lines = np.zeros(len(codes), bool), []
-    for i, code in enumerate(codes.tolist()):
-        size = code >> 40, (code >> 20) & 0xFFFFF, code & 0xFFFFF
+    bad, lines = np.zeros(len(firsts), bool), []
+    for i, first in enumerate(firsts.tolist()):
+        size = sizes[first].tolist()
         try:
             if size[0]:
                 check(*size)
         except ValueError as error:
             bad[i] = True
-            name, shape = sample_name(source, int(first[i])), " x ".join(map(str, size))
+            name, shape = sample_name(source, first), " x ".join(map(str, size))
             lines.append(f"{counts[i]} of {shape} (the first: {name}): {explain(error)}")
     if not lines:
         return Reader(source, limit)
@@ -397,13 +397,9 @@ class Loader(RowStreams[Batch]):
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     """A batch of one packed element a row; Grain adds ``NAME_segment_ids`` and ``NAME_positions``."""
     stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-
-    def fields(prefix: str) -> dict[str, Any]:
-        return {k.removeprefix(prefix): v for k, v in stacked.items() if k.startswith(prefix)}
-
-    stacked |= {
-        "segment_ids": stacked["tokens_segment_ids"],
-        "token_ids": stacked["tokens_positions"],
-    }
-    stacked |= {"token_fields": fields(TOKEN), "segment_fields": fields(SEGMENT)}
+    stacked["segment_ids"] = stacked["tokens_segment_ids"]
+    stacked["token_ids"] = stacked["tokens_positions"]
+    for prefix in (TOKEN, SEGMENT):
+        inside = {k.removeprefix(prefix): v for k, v in stacked.items() if k.startswith(prefix)}
+        stacked[prefix[:-1]] = inside
     return Batch(**{field.name: stacked[field.name] for field in dataclasses.fields(Batch)})

@@ -6,10 +6,17 @@ and images are decoded with PyAV, because TFDS itself asks for TensorFlow, OpenC
 files and TFDS's Video feature are not read: both need TensorFlow.
 
 Opening reads the metadata alone: a shard is opened when one of its records is read. What is wrong with
-a record is a ``BadRecord``, which names it; what is wrong with the disk keeps its own type. The shards
+a record is a ``ValueError``, which names it; what is wrong with the disk keeps its own type. The shards
 of a split lie one behind another, and a record's number in its shard is
 
     number = index + skip of the shard - records before the shard                                  (1)
+
+The square crop is the framing of Dhariwal & Nichol 2021 and of DiT, with another filter. Synthetic
+captions are mixed with those that came with the data, which keeps a model from overfitting to the
+habits of a captioner (Betker et al. 2023, section 3: DALL-E 3 was trained on 95 % synthetic ones).
+Caption i of weight w_i is drawn with
+
+    p_i = w_i / sum of the w_j of all captions that are not empty                                  (2)
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ import json
 import os
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +46,8 @@ from av.error import FFmpegError
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
-from dit_jax.data.transforms import with_caption
 from dit_jax.files import InputError, MiB, as_path, explain, is_remote, read_bytes, refuse_if
-from dit_jax.types import PositiveFloat, Sample
+from dit_jax.types import PositiveFloat, PositiveInt, Sample
 
 # Keys of a builder's metadata: hash and name of the codec that made its latents and of the text
 # encoder that made the states of its captions; which of its features of bytes are encoded videos.
@@ -51,6 +58,8 @@ ENCODED_VIDEOS = "encoded_videos"
 SIZES = ("frames", "height", "width", "caption bytes", "text states")
 # Shards that are open at once: each takes a file descriptor and the index of its records.
 OPEN_SHARDS = 256
+# No read-ahead: the order is random.
+READER: Any = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
 LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it (docs/storage.md)"
 STORE_AGAIN = "store it again by dit_jax.prepare.writing.write_records"
 _NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
@@ -155,10 +164,6 @@ class RecordsConfig:
         return RecordsSource(self)
 
 
-class BadRecord(ValueError):
-    """A record that cannot be read or is no sample: training leaves it out and counts it."""
-
-
 def storage_error(error: Exception, path: Path) -> Exception | None:
     """The disk's or the memory's error behind one that reading or writing records raised, or None."""
     # Those of ArrayRecord are all RuntimeErrors.
@@ -177,7 +182,7 @@ class RecordsSource:
     again) and usable from threads.
 
     A sample's video is uint8 [t, h, w, 3], or float32 [t, h, w, c] if it holds latents. Opening raises
-    InputError for data that are absent, foreign or empty. Reading raises BadRecord for a record that
+    InputError for data that are absent, foreign or empty. Reading raises ValueError for a record that
     cannot be used, and OSError for the errors of the disk.
     """
 
@@ -190,8 +195,11 @@ class RecordsSource:
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         # Of equation (1): what is added to an index.
         self._offsets = [s.skip + s.take - end for s, end in zip(shards, self._ends, strict=True)]
-        self._open_shard = functools.lru_cache(OPEN_SHARDS)(_open_shard)
+        # A reader that failed once goes on failing: the failures of a shard's are in the cache's key.
         self._failures: collections.Counter[Path] = collections.Counter()
+        self._open_shard = functools.lru_cache(OPEN_SHARDS)(
+            lambda path, failures: ArrayRecordReader(str(path), **READER)
+        )
 
         metadata = info.metadata or {}
         # Hashes of the codec that made the latents, and of the text encoder that made the states.
@@ -217,23 +225,12 @@ class RecordsSource:
             shards, why = [], explain(error)
         choices = ", ".join(f"{k} ({v.num_examples})" for k, v in info.splits.items())
         split = f"split {config.split!r} is not in {path!r} ({why}): choose of {choices}"
-        convert = "convert it by `tfds convert_format --out_file_format=array_record`"
-        refuse_if(
-            [
-                (not shards, split),
-                (bool(absent), f"no features {absent} in {path!r}: data.source may name {has}"),
-                (
-                    form != tfds.core.FileFormat.ARRAY_RECORD,
-                    f"{path!r} is stored as {form}: {convert}",
-                ),
-            ]
-        )
+        convert = f"{path!r} is stored as {form}: convert it by `tfds convert_format "
+        convert += "--out_file_format=array_record`"
+        keys = f"no features {absent} in {path!r}: data.source may name {has}"
+        foreign = form != tfds.core.FileFormat.ARRAY_RECORD
+        refuse_if([(not shards, split), (bool(absent), keys), (foreign, convert)])
         return shards
-
-    @property
-    def record_sets(self) -> tuple[RecordsSource, ...]:
-        """The open sets of records."""
-        return (self,)
 
     @functools.cached_property
     def sizes(self) -> np.ndarray | None:
@@ -245,13 +242,12 @@ class RecordsSource:
         load = functools.cache(lambda table: np.load(table, mmap_mode="r"))
         try:
             for path, end, offset in zip(self._paths, self._ends, self._offsets, strict=True):
-                match = _SHARD.fullmatch(path.name)
-                assert match is not None
-                lengths = self._splits[match[1]].shard_lengths
-                table = load(path.parent / f"sizes-{match[1]}.npy")
+                (split, shard), *_ = _SHARD.findall(path.name)
+                lengths = self._splits[split].shard_lengths
+                table = load(path.parent / f"sizes-{split}.npy")
                 if table.shape != (sum(lengths), len(SIZES)):
                     return None
-                shift = sum(lengths[: int(match[2])]) + offset
+                shift = sum(lengths[: int(shard)]) + offset
                 parts.append(table[shift + first : shift + end, :3])
                 first = end
         except (OSError, ValueError):
@@ -274,16 +270,14 @@ class RecordsSource:
         path, number = self._paths[shard], index + self._offsets[shard]
         failures = self._failures[path]
         try:
-            data = self._open_shard(path, failures).read([number])[0]
-            return self._sample(data)
+            return self._sample(self._open_shard(path, failures).read([number])[0])
         # Damage may raise anything in the parsers of ArrayRecord, protobuf, zlib, TFDS and FFmpeg.
         except Exception as error:
-            # A reader that failed once goes on failing: another key of the cache opens the file anew.
             self._failures[path] = failures + isinstance(error, RuntimeError)
             reason = explain(error)
             if isinstance(error, ImportError | AttributeError):
                 reason = f"it cannot be decoded without TensorFlow ({reason}): {STORE_AGAIN}"
-            bad = BadRecord(f"{self.name(index)} (number {number} of {path.name}): {reason}")
+            bad = ValueError(f"{self.name(index)} (number {number} of {path.name}): {reason}")
             raise storage_error(error, path) or bad from error
 
     def _sample(self, data: bytes) -> Sample:
@@ -298,13 +292,10 @@ class RecordsSource:
         video = record[key]
         if key in self._videos or key in self._decoders:
             video = decode_video(video, image=key in self._decoders)
-        sample: Sample = {
-            "video": as_video(video, f"feature {key!r}"),
-            "caption": "",
-            "fps": float(record[fps_key]) if fps_key else config.fps,
-        }
-        bad_fps = not 0 < sample["fps"] < float("inf")
-        refuse_if([(bad_fps, f"its frame rate is {sample['fps']}")])
+        video = as_video(video, f"feature {key!r}")
+        fps = float(record[fps_key]) if fps_key else config.fps
+        refuse_if([(not 0 < fps < float("inf"), f"its frame rate is {fps}")])
+        sample: Sample = {"video": video, "caption": "", "fps": fps}
         if not config.captioned:
             sample["text_states"] = np.zeros((0, 1), np.float32)
             return sample
@@ -314,15 +305,15 @@ class RecordsSource:
         elif config.caption_key in self.features:
             sample["caption"] = _text(record[config.caption_key])
         if config.text_states_key is not None:
-            sample["text_states"] = _states(record, config.text_states_key)
+            sample["text_states"] = np.asarray(record[config.text_states_key], np.float32)
         if config.label_key is not None:
             sample["segment_fields"] = {"label": int(record[config.label_key])}
         if config.caption_mix:
             names = [name for name, _ in config.caption_mix]
             sample["captions"] = captions = {name: _text(record[name]) for name in names}
-            if config.caption_mix_states:
-                pairs = zip(names, config.caption_mix_states, strict=True)
-                sample["captions_states"] = {name: _states(record, key) for name, key in pairs}
+            states = [np.asarray(record[key], np.float32) for key in config.caption_mix_states]
+            # None, or one for each.
+            sample["captions_states"] = dict(zip(names, states, strict=False))
             first = next((name for name in names if captions[name]), None)
             if not sample["caption"] and first is not None:
                 return with_caption(sample, first)
@@ -338,23 +329,9 @@ class RecordsSource:
         return names[int(value)]
 
 
-def _open_shard(path: Path, failures: int) -> Any:
-    del failures  # Of readers of this shard: a part of the cache's key.
-    # No read-ahead: the order is random.
-    options: Any = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
-    return ArrayRecordReader(str(path), **options)
-
-
 def _text(value: Any) -> str:
     # What is not UTF-8 gets U+FFFD, rather than costing the record.
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _states(record: dict[str, Any], key: str) -> np.ndarray:
-    states = np.asarray(record[key], np.float32)
-    message = f"feature {key!r} is {list(states.shape)}: states are [s, e]"
-    refuse_if([(states.ndim != 2, message)])
-    return states
 
 
 def find_builder(name: str, data_dir: str | None = None) -> Any:
@@ -460,3 +437,83 @@ def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
     sound = whole and video.shape[-1] in (1, 3) and video.dtype == np.uint8
     refuse_if([(not sound, message)])
     return np.repeat(video, 3, axis=-1) if video.shape[-1] == 1 else video
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is done to a sample before it becomes tokens: nothing by default
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """How frames are resized and cropped; latents are taken as they are."""
+
+    crop: PositiveInt | None = None
+    """The shorter side is resized to so many pixels, and the square in the centre is kept."""
+    flip: bool = False
+    """Mirror every second clip, left to right; anew in every epoch."""
+
+
+def resized(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frames uint8 ``[t, h, w, 3]`` at another size: averaged over areas if both sides shrink, bicubic
+    otherwise."""
+    if video.shape[1:3] == (height, width):
+        return video
+    # Bicubic interpolation looks at four pixels a side: it would skip most of a picture that shrinks.
+    how = "AREA" if height <= video.shape[1] and width <= video.shape[2] else "BICUBIC"
+    frames = [av.VideoFrame.from_ndarray(np.ascontiguousarray(x), "rgb24") for x in video]
+    frames = [x.reformat(width, height, interpolation=how) for x in frames]
+    return np.stack([x.to_ndarray(format="rgb24") for x in frames])
+
+
+def centre(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle ``[t, height, width, c]`` of frames at least so large."""
+    top, left = (video.shape[1] - height) // 2, (video.shape[2] - width) // 2
+    return video[:, top : top + height, left : left + width]
+
+
+def crop(config: TransformConfig, video: np.ndarray) -> np.ndarray:
+    """A clip uint8 ``[t, h, w, 3]`` as the config has it; float latents come back as they are."""
+    if video.dtype != np.uint8 or config.crop is None:
+        return video
+    side, (height, width) = config.crop, video.shape[1:3]
+    scale = side / min(height, width)
+    # Rounding must not leave a side one pixel short of the square.
+    video = resized(video, max(round(height * scale), side), max(round(width * scale), side))
+    return centre(video, side, side)
+
+
+def flip(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The sample, or with probability 1/2 its mirror image. For pixels: a codec's latents of a mirrored
+    clip are not the mirrored latents."""
+    if rng.random() < 0.5:
+        return sample
+    mirrored: Sample = {**sample, "video": sample["video"][:, :, ::-1]}
+    if "pixel_fields" in sample:
+        mirrored["pixel_fields"] = {k: v[:, :, ::-1] for k, v in sample["pixel_fields"].items()}
+    return mirrored
+
+
+def choose_caption(
+    sample: Sample, rng: np.random.Generator, mix: Sequence[tuple[str, float]]
+) -> Sample:
+    """The sample with one of its ``captions``, by equation (2) with the weights of ``mix``.
+
+    A sample whose captions are all empty keeps the one that it has.
+    """
+    # One random number whatever the captions are, so that what is drawn next does not depend on them.
+    point, captions = rng.random(), sample.get("captions", {})
+    choices = [(name, weight) for name, weight in mix if captions.get(name)]
+    if not choices:
+        return sample
+    edges = np.cumsum([weight for _, weight in choices])
+    chosen = int(np.searchsorted(edges, point * edges[-1], side="right"))
+    # Rounding may put the point on the last edge.
+    return with_caption(sample, choices[min(chosen, len(choices) - 1)][0])
+
+
+def with_caption(sample: Sample, name: str) -> Sample:
+    """The sample with one of its ``captions``, and that caption's states, as the one that is used."""
+    out: Sample = {**sample, "caption": sample.get("captions", {})[name]}
+    states = sample.get("captions_states", {})
+    return {**out, "text_states": states[name]} if name in states else out

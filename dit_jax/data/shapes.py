@@ -143,6 +143,12 @@ def held_out_combinations() -> tuple[Triple, ...]:
     return tuple((colors[c], SHAPES[s], DIRECTIONS[(s + c // 2) % n]) for c, s in places)
 
 
+@cache
+def _training_combinations() -> tuple[Triple, ...]:
+    every, held_out = product(COLORS, SHAPES, DIRECTIONS), held_out_combinations()
+    return tuple(triple for triple in every if triple not in held_out)
+
+
 def _check_room(height: int, width: int, frames: int) -> None:
     """Raises ``InputError`` unless the largest shape fits the canvas on its slowest path."""
     reach = max(EXTENTS.values()) * RADII["big"][1]
@@ -169,13 +175,10 @@ def _place(
     low, high = RADII[size]
     radius = low + (high - low) * u[0]
     reach = EXTENTS[shape] * radius + MARGIN
-    dx, dy, speed = 0, 0, 0.0
-    if direction:
-        dx, dy = STEPS[direction]
-        room = (width if dx else height) - 2 * reach
-        fastest = min(speeds[1], room / (frames - 1))
-        slowest = min(speeds[0], fastest)
-        speed = slowest + (fastest - slowest) * u[1]
+    dx, dy = STEPS[direction] if direction else (0, 0)
+    fastest = min(speeds[1], ((width if dx else height) - 2 * reach) / max(frames - 1, 1))
+    slowest = min(speeds[0], fastest)
+    speed = slowest + (fastest - slowest) * u[1] if direction else 0.0
     way = speed * (frames - 1)
 
     def offset(room: float, u: float) -> float:
@@ -215,8 +218,8 @@ Sizes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What ``MovingShapes`` draws: clips of random members of ``sizes`` (height and width in px) and
-    of ``frames``, and still images."""
+    """The random-access source of moving shapes: clips of random members of ``sizes`` (height and width
+    in px) and of ``frames``, and still images."""
 
     num_examples: PositiveInt = 100_000
     sizes: Sizes = ((32, 32), (24, 40), (40, 24))
@@ -248,47 +251,33 @@ class ShapesConfig:
         for height, width, frames in [*sizes, *((*size, 1) for size in self.image_sizes)]:
             _check_room(height, width, frames)
 
-    def open(self) -> MovingShapes:
-        """The clips."""
-        return MovingShapes(self)
-
-
-class MovingShapes:
-    """The random-access source of moving shapes; stateless, hence picklable and safe in threads."""
-
-    def __init__(self, config: ShapesConfig | None = None) -> None:
-        self.config = config or ShapesConfig()
-        self._held_out = self.config.split == "held_out"
-        every, held_out = product(COLORS, SHAPES, DIRECTIONS), held_out_combinations()
-        seen = tuple(triple for triple in every if triple not in held_out)
-        self._triples = held_out if self._held_out else seen
-
-    def eval_set(self) -> MovingShapes:
+    def eval_set(self) -> ShapesConfig:
         """The held-out split: combinations that training never draws."""
-        return MovingShapes(replace(self.config, split="held_out"))
+        return replace(self, split="held_out")
 
     def __len__(self) -> int:
-        return self.config.num_examples
+        return self.num_examples
 
     def scene(self, index: int) -> Scene:
         """The scene of an example."""
-        config, index = self.config, range(len(self))[index]
-        rng = _generator(config.seed, index)
+        index, held_out = range(len(self))[index], self.split == "held_out"
+        rng = _generator(self.seed, index)
         # The order of these draws is the data set: another one would draw other examples.
-        is_image = rng.random() < (0.0 if self._held_out else config.image_fraction)
+        is_image = rng.random() < (0.0 if held_out else self.image_fraction)
         size = SIZES[rng.integers(len(SIZES))]
         if is_image:
             triple = (tuple(COLORS)[rng.integers(len(COLORS))], SHAPES[rng.integers(4)], None)
-            canvas = config.image_sizes[rng.integers(len(config.image_sizes))]
-            return _place(rng, triple, size, 1, canvas, config.jitter)
-        triple = self._triples[rng.integers(len(self._triples))]
-        frames = config.frames[rng.integers(len(config.frames))]
-        canvas = config.sizes[rng.integers(len(config.sizes))]
-        scene = _place(rng, triple, size, frames, canvas, config.jitter, config.speeds)
-        if rng.random() < config.anywhere:
-            return _place(rng, triple, size, frames, canvas, speeds=config.speeds)
+            canvas = self.image_sizes[rng.integers(len(self.image_sizes))]
+            return _place(rng, triple, size, 1, canvas, self.jitter)
+        triples = held_out_combinations() if held_out else _training_combinations()
+        triple = triples[rng.integers(len(triples))]
+        frames = self.frames[rng.integers(len(self.frames))]
+        canvas = self.sizes[rng.integers(len(self.sizes))]
+        scene = _place(rng, triple, size, frames, canvas, self.jitter, self.speeds)
+        if rng.random() < self.anywhere:
+            return _place(rng, triple, size, frames, canvas, speeds=self.speeds)
         return scene
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
-        return {"video": render(scene), "caption": caption(scene), "fps": self.config.fps}
+        return {"video": render(scene), "caption": caption(scene), "fps": self.fps}

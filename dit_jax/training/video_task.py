@@ -423,7 +423,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     source, encoder = data.open_source(config.data.source), None
 
     # The encoder is opened for each process alone, as it reads, if captions come without states.
-    sets = [one.config for one in getattr(source, "record_sets", ()) if one.config.captioned]
+    sets = [one for one in getattr(config.data.source, "record_sets", ()) if one.captioned]
     bare = [one.path for one in sets if one.text_states_key is None]
     if bare or not sets:
         encoder = open_text_encoder(config)
@@ -446,7 +446,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         return sample["video"].dtype == np.uint8
 
     source = encoded(source)
-    pixels = data.Reader(source).first(check_first)
+    pixels = data.first_sample(source, check_first)
     message = (
         "data.transform.flip is set and the data are latents, which cannot be mirrored: write both when"
         " they are made (scripts/images_to_latents.py --flip), and unset it."

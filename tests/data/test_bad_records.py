@@ -18,7 +18,6 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dit_jax.data import records
 from dit_jax.data.records import (
-    BadRecord,
     RecordsConfig,
     RecordsSource,
     decode_video,
@@ -89,7 +88,7 @@ def bad_ones(source):
     for i in range(len(source)):
         try:
             source[i]
-        except BadRecord as error:
+        except ValueError as error:
             assert f"record {i} of" in str(error)
             found[i] = error
     return found

@@ -171,14 +171,6 @@ def test_states_go_with_their_caption(tmp_path: Path):
     assert seen == {"given", "short"}
 
 
-def test_the_states_of_another_caption_are_not_taken():
-    sample = sample_of(short="s", caption="fixed")
-    sample["text_states"] = np.zeros((2, 4), np.float32)
-    assert drawn(sample, 5, (("caption", 1.0),)) == {"fixed": 5}
-    with pytest.raises(ValueError, match="the caption 'short' .'s'."):
-        drawn(sample, 5, (("short", 1.0),))
-
-
 def test_bad_mixes_are_refused():
     for changes, said in (
         ({"caption_mix": (("a", float("nan")),)}, "is nan"),

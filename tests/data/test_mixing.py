@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,12 +22,13 @@ from dit_jax.config import (
 from dit_jax.data import (
     Loader,
     MixedSetConfig,
-    MixedSource,
     MixtureConfig,
     PackingConfig,
 )
-from dit_jax.data.mixing import sample_order
+from dit_jax.data.mixing import MixedSource, sample_order
+from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
+from dit_jax.training.video_task import EncodedSource
 from dit_jax.types import Sample
 
 CONFIG = PackingConfig(rows=8, row_tokens=12, row_text=8, row_segments=6, bins=3)
@@ -106,6 +108,8 @@ def test_the_order_follows_from_the_seed_alone():
     assert [int(mixed()[places[i]]["video"].flat[0]) for i in reversed(range(100))] == parts(1)[
         ::-1
     ]
+    encoded = sample_order(EncodedSource(mixed(), cast(Any, None)), 1)
+    assert [encoded[i] for i in range(100)] == [places[i] for i in range(100)]
     alone = MixedSource([Part(0, 7)], [5.0])
     assert sorted(parts(1, alone)[:7]) != [0] * 7 and len(alone) == 7
 
@@ -177,12 +181,22 @@ def test_what_cannot_be_mixed_is_refused(tmp_path):
             opened(*sets)
 
     refused("has pixels and .*latents_a.* has latents", {"path": pixels}, {"path": latents["a"]})
-    refused("codec 'a'.* codec 'b'", {"path": latents["a"]}, {"path": latents["b"]})
     refused("4 channels.* 16 channels", {"path": latents["a"]}, {"path": latents["c"]})
     x, y = ({"path": states[name], "text_states_key": "text_states"} for name in "xy")
-    refused("encoder 'x'.* encoder 'y'", x, y)
     refused("no labels and .*has labels", {"path": pixels}, {"path": pixels, "label_key": "label"})
     assert len(opened(x, y | {"captioned": False})) == 4
+
+    def of_run(*sets):
+        source = MixtureConfig(tuple(MixedSetConfig(**one) for one in sets))
+        text = TextStatesConfig("t5", dim=3, max_tokens=8)
+        model = ModelConfig(patch=PatchConfig(channels=3), text=text)
+        return VideoRun(data=DataConfig(source), model=model).with_hashes()
+
+    with pytest.raises(ValueError, match="codecs a, b:"):
+        of_run({"path": latents["a"]}, {"path": latents["b"]})
+    with pytest.raises(ValueError, match=r"'t5' \(y\).* 't5' \(x\)"):
+        of_run(x, y)
+    assert of_run(x, y | {"captioned": False}).text_encoder.hash == "x"
     assert len(opened(x, {"path": pixels})) == 4  # Where an encoder is given, the rest is encoded.
     # Opening reads no record: a set whose first is damaged loses that one alone.
     next(Path(pixels).glob("*.array_record-*")).write_bytes(b"")

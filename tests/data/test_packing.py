@@ -14,7 +14,6 @@ import pytest
 from dit_jax.config import check_types
 from dit_jax.data import (
     Loader,
-    MovingShapes,
     PackingConfig,
     ShapesConfig,
     Tokenized,
@@ -163,9 +162,7 @@ QUICKSTART = ModelConfig(
 
 def test_rows_of_moving_shapes_are_mixed_and_full():
     config = PackingConfig(rows=4, row_tokens=256, row_text=192, row_segments=8)
-    loader = Loader(
-        MovingShapes(ShapesConfig()), functools.partial(tokenize, QUICKSTART), config, 0
-    )
+    loader = Loader(ShapesConfig(), functools.partial(tokenize, QUICKSTART), config, 0)
     batches = take(loader, 16)
     loader.close()
     used = np.concatenate([batch.num_tokens for batch in batches])

@@ -8,9 +8,9 @@ import pytest
 
 from dit_jax import files
 from dit_jax.codec.crops import CropConfig, CropLoader
-from dit_jax.data import DataError, Loader, MixedSource, PackingConfig
-from dit_jax.data.mixing import sample_name
-from dit_jax.data.packing import Reader, checked_reader
+from dit_jax.data import DataError, Loader, PackingConfig
+from dit_jax.data.mixing import MixedSource, sample_name
+from dit_jax.data.packing import Reader, checked_reader, first_sample
 from dit_jax.files import InputError
 from tests.data.test_packing import CONFIG, Clips, assert_same, take, tokens_of
 
@@ -70,7 +70,7 @@ def test_a_set_without_a_usable_record_ends_instead_of_running_for_ever():
         take(stream, 1)
     stream.close()
     with pytest.raises(InputError, match="damaged"):
-        Reader(Broken(5)).first(lambda sample, name: sample)
+        first_sample(Broken(5), lambda sample, name: sample)
 
 
 def test_the_first_usable_record_is_found():
@@ -80,7 +80,7 @@ def test_the_first_usable_record_is_found():
                 raise ValueError("damaged")
             return super().__getitem__(index)
 
-    sample = Reader(Late(5)).first(lambda sample, name: sample)
+    sample = first_sample(Late(5), lambda sample, name: sample)
     assert sample["video"].flat[0] == 2
 
 

@@ -19,7 +19,6 @@ from dit_jax.data.shapes import (
     SHAPES,
     SIZES,
     STEPS,
-    MovingShapes,
     Scene,
     ShapesConfig,
     caption,
@@ -94,7 +93,7 @@ def test_motion_is_subpixel_and_exact(direction):
 
 
 def test_examples_stay_inside_and_within_ranges():
-    source = MovingShapes(ShapesConfig(seed=5))
+    source = ShapesConfig(seed=5)
     counts = Counter()
     for i in range(1500):
         scene = source.scene(i)
@@ -111,9 +110,9 @@ def test_examples_stay_inside_and_within_ranges():
         assert low <= scene.radius <= high and 0 <= scene.shade <= 0.2
         if scene.direction:
             assert MIN_SPEED <= scene.speed <= 1.5
-            assert (scene.height, scene.width) in source.config.sizes
+            assert (scene.height, scene.width) in source.sizes
         else:
-            assert scene.frames == 1 and (scene.height, scene.width) in source.config.image_sizes
+            assert scene.frames == 1 and (scene.height, scene.width) in source.image_sizes
         for field in ("shape", "color", "size", "direction", "frames"):
             counts[getattr(scene, field)] += 1
     assert set(counts) == {*SHAPES, *COLORS, *SIZES, *DIRECTIONS, None, 1, 5, 9, 13}
@@ -131,14 +130,14 @@ def test_held_out_is_balanced_and_never_in_training():
     assert len(held_out) == 12 == len(held_out_combinations())
     for position, words, times in ((0, COLORS, 2), (1, SHAPES, 3), (2, DIRECTIONS, 3)):
         assert Counter(t[position] for t in held_out) == dict.fromkeys(words, times)
-    train = MovingShapes(ShapesConfig(seed=1))
+    train = ShapesConfig(seed=1)
     seen = Counter(triple(train.scene(i)) for i in range(4000))
     assert not held_out & set(seen)
     assert len([t for t in seen if t[2]]) == 84
     for a, b in ((0, 1), (0, 2), (1, 2)):
         pairs = {(t[a], t[b]) for t in seen if t[2]}
         assert len(pairs) == {(0, 1): 24, (0, 2): 24, (1, 2): 16}[a, b]
-    test = MovingShapes(ShapesConfig(seed=1, split="held_out"))
+    test = ShapesConfig(seed=1, split="held_out")
     assert {triple(test.scene(i)) for i in range(300)} == held_out
 
 
@@ -154,7 +153,7 @@ def test_held_out_scenes_cover_evenly():
 
 
 def test_deterministic_by_index_in_any_order_thread_and_process():
-    source = MovingShapes(ShapesConfig(seed=7))
+    source = ShapesConfig(seed=7)
     copy = pickle.loads(pickle.dumps(source))
     with ThreadPoolExecutor(4) as pool:
         parallel = list(pool.map(source.__getitem__, range(40)))
@@ -162,10 +161,10 @@ def test_deterministic_by_index_in_any_order_thread_and_process():
         again = copy[np.int64(i)]
         np.testing.assert_array_equal(parallel[i]["video"], again["video"])
         assert parallel[i]["caption"] == again["caption"] and again["fps"] == 8.0
-    other = MovingShapes(ShapesConfig(seed=8))
+    other = ShapesConfig(seed=8)
     assert [other.scene(i) for i in range(9)] != [source.scene(i) for i in range(9)]
     assert len({source.scene(i) for i in range(500)}) == 500
-    few = MovingShapes(ShapesConfig(num_examples=3))
+    few = ShapesConfig(num_examples=3)
     assert len(few) == 3 == len(list(few))
 
 
@@ -191,9 +190,9 @@ def test_configs_and_sizes_are_refused():
 
 
 def test_paths_and_speeds_are_within_their_ranges() -> None:
-    near, far = (MovingShapes(ShapesConfig(jitter=jitter, frames=(5,))) for jitter in (1.5, None))
+    near, far = (ShapesConfig(jitter=jitter, frames=(5,)) for jitter in (1.5, None))
 
-    def offsets(source: MovingShapes) -> np.ndarray:
+    def offsets(source: ShapesConfig) -> np.ndarray:
         scenes = [source.scene(i) for i in range(300)]
         middles = [[c.mean() for c in s.centers()] for s in scenes]
         return np.abs(np.array(middles) - [[s.width / 2, s.height / 2] for s in scenes])
@@ -202,14 +201,14 @@ def test_paths_and_speeds_are_within_their_ranges() -> None:
     assert offsets(near).max() > 1.4
     assert offsets(far).max() > 6
     config = ShapesConfig(speeds=(0.5, 0.6), anywhere=0.5, image_fraction=0, sizes=((48, 48),))
-    speeds = [MovingShapes(config).scene(i).speed for i in range(60)]
+    speeds = [config.scene(i).speed for i in range(60)]
     assert 0.5 <= min(speeds) < 0.52 and 0.58 < max(speeds) <= 0.6
 
 
 def test_a_share_of_the_paths_lies_anywhere() -> None:
     """The others are those of the same seed without."""
     near, mixed = (
-        MovingShapes(ShapesConfig(jitter=0.0, image_fraction=0, frames=(5,), anywhere=share))
+        ShapesConfig(jitter=0.0, image_fraction=0, frames=(5,), anywhere=share)
         for share in (0.0, 0.4)
     )
     moved = [mixed.scene(i) != near.scene(i) for i in range(400)]

@@ -9,10 +9,11 @@ from dit_jax.data import (
     RecordsConfig,
     RecordsSource,
     TransformConfig,
+    centre,
     crop,
     flip,
+    resized,
 )
-from dit_jax.data.transforms import centre, resized
 from dit_jax.prepare.writing import write_records
 
 RNG = np.random.default_rng(0)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dit_jax.data.shapes import COLORS, MovingShapes, Scene, ShapesConfig, held_out_scenes, render
+from dit_jax.data.shapes import COLORS, Scene, ShapesConfig, held_out_scenes, render
 from dit_jax.evaluate.judge import Verdict, centroids, judge, prompt_following
 
 REVERSED = {"left": "right", "right": "left", "up": "down", "down": "up", None: None}
-SOURCE = MovingShapes(ShapesConfig(seed=11))
+SOURCE = ShapesConfig(seed=11)
 AXIS = np.arange(32) - 15.5
 Y, X = AXIS[:, None], AXIS[None, :]
 
@@ -37,13 +37,12 @@ def test_exact_on_true_clips_of_every_kind():
     scenes = [SOURCE.scene(i) for i in range(2000)]
     wrong = [s for s in scenes if judge(render(s)) != truth(s)]
     assert not wrong
-    held_out = MovingShapes(ShapesConfig(split="held_out", seed=3))
+    held_out = ShapesConfig(split="held_out", seed=3)
     assert all(judge(held_out[i]["video"]) == truth(held_out.scene(i)) for i in range(100))
 
 
 def test_exact_on_the_longest_and_shortest_clips_of_large_canvases():
-    config = ShapesConfig(sizes=((64, 96),), frames=(2, 33), image_fraction=0, seed=2)
-    source = MovingShapes(config)
+    source = ShapesConfig(sizes=((64, 96),), frames=(2, 33), image_fraction=0, seed=2)
     assert all(judge(source[i]["video"]) == truth(source.scene(i)) for i in range(40))
 
 

@@ -14,7 +14,6 @@ from dit_jax.config import VideoRun, from_dict, to_dict
 from dit_jax.data import (
     MixedSetConfig,
     MixtureConfig,
-    MovingShapes,
     PackingConfig,
     RecordsConfig,
     RecordsSource,
@@ -188,7 +187,7 @@ def first_batch(config, mesh):
 
 def test_batches_hold_the_states_of_captions(captioned, recorded, encoder, mesh):
     batch = first_batch(captioned, mesh)
-    source = MovingShapes(captioned.data.source)
+    source = captioned.data.source
     captions = {source[i]["caption"] for i in range(len(source))}
     known = [s.astype(np.float32) for s in encoder.encode(sorted(captions))]
     assert matches(batch, known) > 8
