@@ -63,11 +63,6 @@ UNCHANGED = data.TransformConfig()
 # ---------------------------------------------------------------------------------------------------
 
 
-def open_codec(config: VideoRun, mesh: Mesh | None = None) -> Codec | None:
-    """The codec of a run; without a folder pixels are their own, and latents have none."""
-    return config.codec.open(config.model.patch.channels, mesh)
-
-
 def with_hashes(config: VideoRun) -> VideoRun:
     """The config with the hashes of its codec and text encoder, as far as the data or the folders tell
     them. Raises ``InputError`` if data, folders and config name different ones."""
@@ -110,49 +105,16 @@ def _with_encoder(config: VideoRun, name: str | None, digest: str | None, what: 
 
 
 def open_text_encoder(config: VideoRun, mesh: Mesh | None = None) -> TextEncoder | None:
-    """The encoder at ``text_encoder.path``, if the model reads states and there is one: sharded over a
-    mesh for all processes together, or on a device of this process."""
-    path, text = config.text_encoder.path, config.model.text
-    if not isinstance(text, TextStatesConfig):
-        return None
-
-    def check(name: str, digest: str, dim: int) -> None:
-        message = f"text_encoder.path {path!r} makes states of {dim} numbers, and the model reads "
-        refuse_if([(dim != text.dim, f"{message}{text.dim}: change model.text.dim.")])
-        _with_encoder(config, name, digest, f"text_encoder.path {path!r} is")
-
-    return config.text_encoder.open(mesh, check)
-
-
-def check_reads(config: VideoRun, run: str) -> None:
-    """Raises ``InputError`` if the model of a run reads states, and no encoder makes them."""
-    text = config.model.text
-    if isinstance(text, TextStatesConfig):
-        message = f"the model of {run!r} reads prompts as states of {text.encoder!r}: give "
-        refuse_if([(config.text_encoder.path is None, f"{message}--text-encoder, its folder.")])
-
-
-class EncodedSource:
-    """A source whose samples get the states of their captions, if they lack them."""
-
-    def __init__(self, source: Source, encoder: TextEncoder) -> None:
-        self._source = source
-        # Sources repeat captions, and every epoch does.
-        self._states = lru_cache(1024)(lambda caption: encoder.encode([caption])[0])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)  # Its order, its sizes, its names of samples.
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample: Sample = {**self._source[index]}
-        if "text_states" not in sample:
-            sample["text_states"] = self._states(sample["caption"])
-            texts = {name: text for name, text in sample.get("captions", {}).items() if text}
-            sample["captions_states"] = {name: self._states(text) for name, text in texts.items()}
-        return sample
+    """The encoder at ``text_encoder.path``, if there is one: sharded over a mesh for all processes
+    together, or on a device of this process."""
+    text, encoder = config.model.text, config.text_encoder.open(mesh)
+    if encoder is not None:
+        assert isinstance(text, TextStatesConfig)
+        where, dim = f"text_encoder.path {config.text_encoder.path!r}", encoder.dim
+        message = f"{where} makes states of {dim} numbers, and the model reads {text.dim}"
+        refuse_if([(dim != text.dim, f"{message}: change model.text.dim.")])
+        _with_encoder(config, encoder.name, encoder.hash, f"{where} is")
+    return encoder
 
 
 def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
@@ -176,14 +138,11 @@ def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> lis
 def prompt_length(config: VideoRun) -> tuple[Callable[[str], int], int] | None:
     """How the model counts a prompt, and how much of one it reads, in bytes or tokens; None for a model
     of classes, and for one of states without their encoder."""
-    text = config.model.text
+    text, counted = config.model.text, config.text_encoder.length()
     if isinstance(text, ByteEncoderConfig):
         return lambda prompt: text.length(prompt) - 1, text.max_bytes
-    counted = config.text_encoder.length() if isinstance(text, TextStatesConfig) else None
-    if counted is None:
-        return None
-    length, most = counted
-    return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
+    # One of the model's tokens stands for the beginning.
+    return counted and (counted[0], min(counted[1], text.max_tokens - 1))
 
 
 def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:
@@ -419,7 +378,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
     packing, transform, text = config.data.packing, config.data.transform, config.model.text
-    codec = open_codec(config, mesh)
+    codec = config.codec.open(config.model.patch.channels, mesh)
     source, encoder = data.open_source(config.data.source), None
 
     # The encoder is opened for each process alone, as it reads, if captions come without states.
@@ -434,18 +393,25 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     missing = bool(bare) and encoder is None and isinstance(text, TextStatesConfig)
     refuse_if([(missing, message)])
 
-    def encoded(source: Source) -> Source:
-        return source if encoder is None else EncodedSource(source, encoder)
+    # Sources repeat captions, and every epoch does.
+    states_of = lru_cache(1024)(lambda caption: encoder and encoder.encode([caption])[0])
 
-    to_tokens = partial(
-        tokenize, config.model, transform=transform, codec=codec, time_stride=config.codec.t
-    )
+    def to_tokens(sample: Sample, count_cut: bool = False) -> data.Tokenized:
+        if encoder is not None and "text_states" not in sample:
+            sample = {**sample, "text_states": states_of(sample["caption"])}
+        length, limit = 0, text.max_tokens
+        if isinstance(text, ByteEncoderConfig):
+            length = text.length(sample["caption"])
+        elif isinstance(text, TextStatesConfig):
+            length = 1 + len(sample.get("text_states", ()))
+        if count_cut and length > limit:
+            reader.note_cut(sample["caption"], length - 1, limit - 1)
+        return tokenize(config.model, sample, transform, codec, config.codec.t)
 
     def check_first(sample: Sample, name: str) -> bool:
         data.check_tokenized(packing, to_tokens(sample), name)
         return sample["video"].dtype == np.uint8
 
-    source = encoded(source)
     pixels = data.Reader(source).first(check_first)
     message = (
         "data.transform.flip is set and the data are latents, which cannot be mirrored: write both when"
@@ -463,16 +429,6 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         source, check_size, config.data.bad_records, config.data.max_bad_records
     )
 
-    def to_tokens_counted(sample: Sample) -> data.Tokenized:
-        length, limit = 0, 0
-        if isinstance(text, ByteEncoderConfig):
-            length, limit = text.length(sample["caption"]), text.max_tokens
-        elif isinstance(text, TextStatesConfig):
-            length, limit = 1 + len(sample.get("text_states", ())), text.max_tokens
-        if length > limit:
-            reader.note_cut(sample["caption"], length - 1, limit - 1)
-        return to_tokens(sample)
-
     kinds = {name: one.field(config.model).of for name, one in config.model.conditioners.items()}
     load = partial(
         data.Loader,
@@ -481,7 +437,9 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         segment_fields=["fps", *(name for name, of in kinds.items() if of == "segment")],
     )
     augment = make_augment(config.data)
-    train = partial(load, reader, to_tokens_counted, seed=config.seed, augment=augment)
+    train = partial(
+        load, reader, partial(to_tokens, count_cut=True), seed=config.seed, augment=augment
+    )
     model = make_model(config.model, mesh, config.attention)
 
     # What is measured and pictured.
@@ -497,7 +455,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         return make_clips(generator, params, requests, config.model, mesh, progress, decode)
 
     def held_out() -> Batch:
-        held = encoded(held_out_source(config))
+        held = held_out_source(config)
         reader = data.Reader(held, len(held), quiet=True)
         loader = load(reader, to_tokens, seed=0, rows=rows)
         batch = next(loader)
