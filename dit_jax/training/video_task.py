@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax import data, parallel
-from dit_jax.config import DataConfig, VideoRun
+from dit_jax.config import DataConfig, Run, VideoRun
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, noise_batch, sample_keys, token_loss
 from dit_jax.files import refuse_if
 from dit_jax.model import (
@@ -42,6 +43,7 @@ from dit_jax.model import (
     prepare_fields,
 )
 from dit_jax.sampling import Generator, Request, make_clips, to_float
+from dit_jax.training.step import abstract_params
 from dit_jax.training.task import LEVELS, Evaluation, Evaluator, Parts, Task, Work, write_sheet
 from dit_jax.types import (
     PAD,
@@ -367,6 +369,65 @@ def batch_work(model: ModelConfig, batch: Batch) -> Work:
     letters = (np.asarray(batch.text_segment_ids)[:, None] == segments[:, None]).sum(-1)  # [b, n]
     flops = 3 * forward_flops(model, np.asarray(batch.num_tokens), letters).sum()
     return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
+
+
+# ---------------------------------------------------------------------------------------------------
+# From an image model to a video model
+# ---------------------------------------------------------------------------------------------------
+
+
+def inflation(config: Run, stored: Run) -> dict[str, str]:
+    """The fields in which an image model ``stored`` may differ from the video model ``config`` that
+    begins with it, and what is done about each."""
+    if not isinstance(config, VideoRun) or not isinstance(stored, VideoRun):
+        return {}
+    now, before, initial = config.model, stored.model, config.checkpoint.initial
+    patches = before.patch.t == 1 and now.patch.t > 1
+    message = (
+        f"checkpoint.initial {initial!r} is a run with model.patch.t 1, and not {now.patch.t}, of "
+        f"diffusion.prediction {config.diffusion.prediction!r}, which says nothing of the noise of the "
+        "frames that fill the first patch: set model.patch.t to 1, or take a model that predicts 'x0'."
+    )
+    refuse_if([(patches and config.diffusion.prediction != "x0", message)])
+    out = {}
+    if patches:
+        out["model.patch.t"] = f"patches of {now.patch.t} frames read and repeat their first"
+    if (before.dit.absolute_positions, now.dit.absolute_positions) == ("wh", "wht"):
+        out["model.dit.absolute_positions"] = "features of time are 0 in the first frame"
+    if stored.sampling.frames == 1 and before.patch.reference_fps != now.patch.reference_fps:
+        out["model.patch.reference_fps"] = "still images do not know the unit of time"
+    return out
+
+
+def inflate(
+    config: VideoRun, read: Callable[[Params, Params], Params], shapes: Params, shardings: Params
+) -> Params:
+    """The video model's parameters; ``read(shapes, shardings)`` reads those of an image model, whose
+    patches have one frame.
+
+    Attention sees all tokens of a clip and rotary positions do not turn at time 0, so only the patches
+    change, such that a clip of one frame, which fills a patch repeated, stays what it was. (The mean of
+    frames, as in Carreira & Zisserman 2017, "Quo Vadis, Action Recognition?", section 2.4, would have
+    less noise than the network is told, for each copy has noise of its own.)
+    """
+    frames, outputs = config.model.patch.t, 1 + config.model.learned_variance
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    patch = dataclasses.replace(config.model.patch, t=1)
+    image = make_model(dataclasses.replace(config.model, patch=patch), mesh)
+
+    def fill(leaf: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.shape == target.shape:
+            return leaf
+        if leaf.ndim == 2 and leaf.shape[1] == target.shape[1]:
+            # Reads [p, d]: the first frame, and zeros for the others.
+            return jnp.pad(leaf, ((0, target.shape[0] - leaf.shape[0]), (0, 0)))
+        # Writes [d, p] or [p]: all frames alike, within each output.
+        each = leaf.reshape(*leaf.shape[:-1], outputs, 1, -1)
+        return jnp.repeat(each, frames, -2).reshape(target.shape)
+
+    # The axis of a patch's numbers is never sharded: the image's parameters lie as the video's.
+    params = read(abstract_params(partial(init_params, image), mesh)[0], shardings)
+    return jax.jit(lambda p: jax.tree.map(fill, p, shapes), out_shardings=shardings)(params)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ from dit_jax.text.config import TextEncoderConfig
 from dit_jax.text.encoder import StatesEncoder
 from dit_jax.text.folders import load_text_encoder, text_encoder_identity
 from dit_jax.text.t5 import T5EncoderConfig
+from dit_jax.train import check_same_run
 from dit_jax.training import CheckpointConfig, Checkpointer
-from dit_jax.training.resume import check_same_run
 from dit_jax.training.video_task import (
     eval_requests,
     init_params,
