@@ -504,7 +504,6 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     model = make_model(config.model, mesh, config.attention)
 
     # What is measured and pictured.
-    rows = parallel.local_rows(mesh, packing.rows)
     generator = Generator(model, config.diffusion, config.sampling)
     decode = None if codec is None else codec.decode
 
@@ -515,13 +514,9 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def sample(params: Params, requests: Sequence[Request], progress: bool) -> list[np.ndarray]:
         return make_clips(generator, params, requests, config.model, mesh, progress, decode)
 
-    def held_out() -> Batch:
+    def held_out(rows: tuple[int, ...]) -> data.Loader:
         held = held_out_source(config)
-        reader = data.Reader(held, len(held), quiet=True)
-        loader = load(reader, to_tokens, seed=0, rows=rows)
-        batch = next(loader)
-        loader.close()
-        return batch
+        return load(data.Reader(held, len(held), quiet=True), to_tokens, seed=0, rows=rows)
 
     # Every token generated and every caption read: else the draws of these would be noise.
     masks = MaskConfig.only(none=1.0)
@@ -530,7 +525,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def loss_at(params: Params, frozen: Params, batch: Batch, key: jax.Array, level: jax.Array):
         return batch_loss(model, plain, params, frozen, batch, key, time=level)
 
-    parts = Parts(config, mesh, rows, loss_at, LEVELS, held_out, eval_set, sample)
+    parts = Parts(config, mesh, loss_at, LEVELS, held_out, eval_set, sample)
     evaluators = [one.build(parts) for one in config.evaluators]
     if config.log.draw_every:
         shown, _ = eval_set(config.log.draw_count)
