@@ -71,22 +71,20 @@ def with_hashes(config: VideoRun) -> VideoRun:
     codec = config.codec
     sets = [data.RecordsSource(one) for one in getattr(config.data.source, "record_sets", ())]
     hashes = [codec.hash, *(one.codec for one in sets), codec.weights_hash()]
-    known = list(dict.fromkeys(one for one in hashes if one))
+    known = list(dict.fromkeys(filter(None, hashes)))
     message = (
         f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are of the "
         f"codecs {', '.join(known)}: give the one that made the latents."
     )
     refuse_if([(len(known) > 1, message)])
-    codec = dataclasses.replace(codec, hash=next(iter(known), None))
+    codec = dataclasses.replace(codec, hash=known[0] if known else None)
     config = dataclasses.replace(config, codec=codec)
-    if isinstance(config.model.text, TextStatesConfig):
-        for one in sets:
-            if one.config.captioned and one.config.text_states_key is not None:
-                what = f"the states of {one.config.path!r} were made by"
-                config = _with_encoder(config, one.text_encoder_name, one.text_encoder, what)
-        if (own := config.text_encoder.identity()) is not None:
-            what = f"text_encoder.path {config.text_encoder.path!r} is"
-            config = _with_encoder(config, *own, what)
+    for one in sets if isinstance(config.model.text, TextStatesConfig) else ():
+        if one.config.captioned and one.config.text_states_key is not None:
+            what = f"the states of {one.config.path!r} were made by"
+            config = _with_encoder(config, one.text_encoder_name, one.text_encoder, what)
+    if (own := config.text_encoder.identity()) is not None:
+        config = _with_encoder(config, *own, f"text_encoder.path {config.text_encoder.path!r} is")
     return config
 
 
@@ -254,21 +252,22 @@ def eval_requests(
     """At most ``count`` requests for held-out prompts, or classes in turn, and the true clips uint8 as
     far as the data are pixels."""
     source, sizes, latents = config.data.source, config.sampling, config.codec
-    size, conditioners = (sizes.frames, sizes.height, sizes.width), config.model.conditioners
-    labels, classes = conditioners.get("label"), isinstance(config.model.text, NoTextConfig)
-    shapes = source if isinstance(source, data.ShapesConfig) else None
-    if classes and isinstance(labels, ClassLabels) and len(conditioners) == 1 and not shapes:
+    size, transform = (sizes.frames, sizes.height, sizes.width), config.data.transform
+    conditioners, labels = config.model.conditioners, config.model.conditioners.get("label")
+    if isinstance(source, data.ShapesConfig):  # Drawn at the size of sampling.
+        transform, scenes = UNCHANGED, data.held_out_scenes(count, config.seed, *size)
+        clips = ((data.render(scene), data.caption(scene)) for scene in scenes)
+        held: Any = [{"video": v, "caption": text, "fps": source.fps} for v, text in clips]
+    elif (
+        isinstance(config.model.text, NoTextConfig)
+        and isinstance(labels, ClassLabels)
+        and len(conditioners) == 1
+    ):
         grid, fps = latents.latent_size(*size), latents.latent_fps(sizes.fps)
         fields = [{"label": i % labels.classes} for i in range(count)]
         return [Request("", *grid, fps, i, segment_fields=one) for i, one in enumerate(fields)], []
-
-    held: Any = held_out_source(config)
-    if shapes:  # Drawn at the size of sampling.
-        held = [
-            {"video": data.render(scene), "caption": data.caption(scene), "fps": shapes.fps}
-            for scene in data.held_out_scenes(count, config.seed, *size)
-        ]
-    transform = UNCHANGED if shapes else config.data.transform
+    else:
+        held = held_out_source(config)
     requests, true = [], []
     for i in range(min(len(held), count)):
         sample: Any = with_fields(config.model, held[i], transform, codec)
@@ -278,9 +277,8 @@ def eval_requests(
             true.append(video)
         names = ("text_states", "segment_fields", "frame_fields", "pixel_fields")
         fields = {name: sample[name] for name in names if name in sample}
-        t, h, w = grid
-        fields["time_stride"] = latents.t
-        requests.append(Request(sample["caption"], t, h, w, fps, i, **fields))
+        more = {"time_stride": latents.t, **fields}
+        requests.append(Request(sample["caption"], *grid, fps, i, **more))
     return requests, true
 
 
@@ -312,23 +310,18 @@ def make_model(
 
 def check_layout(config: VideoRun, mesh: Mesh) -> None:
     """Raises ``InputError`` if batches of the config cannot be laid out over the mesh."""
-    packing, parts, context = (
-        config.data.packing,
-        config.optimizer.accumulate,
-        mesh.shape["context"],
-    )
+    rows, tokens = config.data.packing.rows, config.data.packing.row_tokens
+    parts, context = config.optimizer.accumulate, mesh.shape["context"]
     shards, multiple = parallel.batch_shards(mesh), parallel.token_multiple(mesh, config.attention)
-    rows = (
-        f"data.packing.rows {packing.rows} in optimizer.accumulate {parts} parts do not divide over "
-        f"mesh.data x mesh.fsdp = {shards}: make rows a multiple of {parts * shards}, or spread tokens "
-        "(mesh.context) instead."
+    undivided = (
+        f"data.packing.rows {rows} in optimizer.accumulate {parts} parts do not divide over mesh.data "
+        f"x mesh.fsdp = {shards}: make them a multiple of {parts * shards}, or raise mesh.context."
     )
-    tokens = (
-        f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: make "
-        f"them a multiple of {multiple}."
+    unspread = (
+        f"data.packing.row_tokens {tokens} do not divide over mesh.context {context}: make them a "
+        f"multiple of {multiple}."
     )
-    faults = (packing.rows // parts % shards > 0, rows), (packing.row_tokens % multiple > 0, tokens)
-    refuse_if(faults)
+    refuse_if([(rows // parts % shards > 0, undivided), (tokens % multiple > 0, unspread)])
     if context > 1:
         heads = config.model.dit.heads // mesh.shape["tensor"]
         parallel.ulysses_size(config.attention, context, heads)
@@ -391,7 +384,9 @@ def inflation(config: Run, stored: Run) -> dict[str, str]:
     refuse_if([(patches and config.diffusion.prediction != "x0", message)])
     out = {}
     if patches:
-        out["model.patch.t"] = f"patches of {now.patch.t} frames read and repeat their first"
+        out["model.patch.t"] = (
+            f"patches of {now.patch.t} frames read their first, and write it in all"
+        )
     if (before.dit.absolute_positions, now.dit.absolute_positions) == ("wh", "wht"):
         out["model.dit.absolute_positions"] = "features of time are 0 in the first frame"
     if stored.sampling.frames == 1 and before.patch.reference_fps != now.patch.reference_fps:
@@ -455,7 +450,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     refuse_if([(missing, message)])
 
     # Sources repeat captions, and every epoch does.
-    states_of = lru_cache(1024)(lambda caption: encoder and encoder.encode([caption])[0])
+    states_of: Any = lru_cache(1024)(lambda caption: encoder and encoder.encode([caption])[0])
 
     def to_tokens(sample: Sample, count_cut: bool = False) -> data.Tokenized:
         if encoder is not None and "text_states" not in sample:
@@ -497,10 +492,8 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         token_fields=[name for name, of in kinds.items() if of == "token"],
         segment_fields=["fps", *(name for name, of in kinds.items() if of == "segment")],
     )
-    augment = make_augment(config.data)
-    train = partial(
-        load, reader, partial(to_tokens, count_cut=True), seed=config.seed, augment=augment
-    )
+    to_counted, augment = partial(to_tokens, count_cut=True), make_augment(config.data)
+    train = partial(load, reader, to_counted, seed=config.seed, augment=augment)
     model = make_model(config.model, mesh, config.attention)
 
     # What is measured and pictured.
