@@ -181,8 +181,8 @@ class StatesConfig:
     # another encoder are refused from then on.
     hash: str | None = None
 
-    def open(self, mesh: Mesh | None = None, check: Any = None) -> TextEncoder | None:
-        """The encoder, if there is a folder; ``check(name, hash, width)`` may refuse it."""
+    def open(self, mesh: Mesh | None = None) -> TextEncoder | None:
+        """The encoder, if there is a folder."""
 
     def identity(self) -> tuple[str, str] | None:
         """Name and hash of the encoder in the folder, if there is one."""

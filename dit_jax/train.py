@@ -14,19 +14,31 @@ did not end in 0 or 2 goes on when all its processes are started again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import parallel, training
-from dit_jax.config import Run, absolute_paths, parse_config, read_config, to_dict
+from dit_jax.config import (
+    Run,
+    VideoRun,
+    absolute_paths,
+    differences,
+    parse_config,
+    read_config,
+    stored_config,
+    to_dict,
+)
 from dit_jax.data import DataError, RowStreams
 from dit_jax.files import (
     InputError,
@@ -34,10 +46,11 @@ from dit_jax.files import (
     explain,
     is_storage_error,
     locked,
+    refuse_if,
     run_verb,
     write_json,
 )
-from dit_jax.training.resume import changes, check_same_run, init_from
+from dit_jax.training.video_task import inflate, inflation
 from dit_jax.types import Params
 
 PROG = "python -m dit_jax.train"
@@ -237,6 +250,99 @@ def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
     names = [*names, *left_out.values()][:NAMES_IN_REPORT]
     report = {"records_left_out": count, "captions_cut": reader.cut_captions, "left_out": names}
     return report if any(report.values()) else {}
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a run goes on from, or begins with
+# ---------------------------------------------------------------------------------------------------
+
+# What a resumed run must have the same, but for fields that say where the data lies and how the same
+# numbers are computed, and for data.packing: which samples share a row.
+FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
+MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat", "bad_records", "max_bad_records")
+MAY_CHANGE += ("eval_split",)
+# What a run that begins with another's parameters must have the same, but for how it is computed, what
+# shapes tell, how fresh parameters are drawn and where captions are cut.
+MEANING = ("model", "diffusion.prediction", "diffusion.path", "codec.hash", "text_encoder.hash")
+MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
+
+
+def _differences(
+    config: Run, stored: Run, parts: tuple[str, ...], free: tuple[str, ...]
+) -> Iterator[tuple[str, Any, Any]]:
+    """The fields of ``parts`` in which two configs differ, but for those named ``free``."""
+    for name, now, before in differences(config, stored):
+        inside = any(f"{name}.".startswith(f"{part}.") for part in parts)
+        if inside and name.split(".")[-1] not in free:
+            yield name, now, before
+
+
+def check_same_run(config: Run, stored: Run, directory: Path) -> None:
+    """Raises ``InputError`` if the run in a directory cannot be resumed under this config."""
+    refuse_if(
+        (
+            not name.startswith("data.packing."),
+            f"{str(directory)!r} holds a run with {name} = {before!r}, and not {now!r}: give a new "
+            "--output, or the config that the run was made with.",
+        )
+        for name, now, before in _differences(config, stored, FIXED, MAY_CHANGE)
+    )
+
+
+def changes(config: Run, stored: Run, step: int) -> str:
+    """What a resumed run does differently from here on, in words; empty if nothing."""
+    lines = [
+        f"  {name}: {now!r} (it was {before!r})"
+        for name, now, before in differences(config, stored)
+        if name.split(".")[-1] not in ("output", "path", "data_dir")
+    ]
+    schedules = (training.learning_rate(one.optimizer, one.steps) for one in (config, stored))
+    now, before = (float(np.asarray(schedule(step))) for schedule in schedules)
+    if not np.isclose(now, before, rtol=1e-3):
+        lines.append(f"  the learning rate at step {step}: {now:.3g} (it was {before:.3g})")
+    return "resumed with changes:\n" + "\n".join(lines) if lines else ""
+
+
+def init_from(
+    config: Run,
+    fresh: training.TrainState,
+    shapes: training.TrainState,
+    shardings: training.TrainState,
+) -> training.TrainState:
+    """The state that a new run begins with: a fresh one, but for the newest averaged parameters of
+    ``checkpoint.initial`` if it names a run."""
+    if config.checkpoint.initial is None:
+        return fresh
+    checkpointer, step = training.open_run(config.checkpoint.initial)
+    where = checkpointer.path(step) / "config"
+    inflated = check_same_meaning(config, checkpointer.config(step), where)
+    read = partial(checkpointer.restore_ema, step)
+    if "model.patch.t" in inflated:
+        assert isinstance(config, VideoRun)
+        read = partial(inflate, config, read)
+    params = read(shapes.ema, shardings.ema)
+    checkpointer.close()
+    return dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))
+
+
+def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> dict[str, str]:
+    """Raises ``InputError`` if the parameters of the run whose stored config is ``values`` mean
+    something else; returns how they are inflated (see ``inflation``)."""
+    stored = stored_config(values, where, Run)
+    inflated = inflation(config, stored)
+    refuse_if(
+        (
+            name not in inflated,
+            f"checkpoint.initial {config.checkpoint.initial!r} is a run with {name} = {before!r}, and "
+            f"not {now!r}, under which its parameters mean something else: set {name} as there "
+            f"({str(where.parents[2] / 'config.json')!r}), or begin with another run.",
+        )
+        for name, now, before in _differences(config, stored, MEANING, MAY_DIFFER)
+    )
+    if inflated and jax.process_index() == 0:
+        text = "; ".join(inflated.values())
+        print(f"checkpoint.initial {config.checkpoint.initial!r} is inflated: {text}", flush=True)
+    return inflated
 
 
 if __name__ == "__main__":

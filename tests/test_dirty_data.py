@@ -20,7 +20,7 @@ from dit_jax import train
 from dit_jax.config import load_config
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.prepare.writing import write_records
-from dit_jax.training.resume import changes
+from dit_jax.train import changes
 from tests.runs import Verbs, end, scalars, steps
 
 CONFIG = """

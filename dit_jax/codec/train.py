@@ -37,7 +37,7 @@ from dit_jax.data import (
     first_sample,
     open_source,
 )
-from dit_jax.parallel import batch_shards, local_rows, platform
+from dit_jax.parallel import batch_shards, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work, everything
 from dit_jax.types import Params, Source, Totals
@@ -79,16 +79,12 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     evaluators = [Evaluator("report", 0, report)]
     if config.log.draw_every:
         evaluators.append(Evaluator("samples", config.log.draw_every, sheet))
-    rows = local_rows(mesh, crop.rows)
 
-    def held_out() -> ClipBatch:
+    def held_out(rows: tuple[int, ...]) -> CropLoader:
         plain = dataclasses.replace(crop, flip=False)
-        loader = CropLoader(Reader(held, len(held), quiet=True), plain, model.stride[0], 0, rows)
-        batch = next(loader)
-        loader.close()
-        return batch
+        return CropLoader(Reader(held, len(held), quiet=True), plain, model.stride[0], 0, rows)
 
-    parts = Parts(config, mesh, rows, partial(batch_loss, loss), (0.0,), held_out)
+    parts = Parts(config, mesh, partial(batch_loss, loss), (0.0,), held_out)
     return Task(
         name="codec",
         init=loss.init,

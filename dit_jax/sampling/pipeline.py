@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from dit_jax.config import VideoRun, differences, stored_config, to_dict
 from dit_jax.files import InputError, absolute, as_path, refuse_if
-from dit_jax.model import TextToVideo
+from dit_jax.model import TextStatesConfig, TextToVideo
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling.modes import Generation, make_generations
 from dit_jax.sampling.request import Request, Space
@@ -121,9 +121,14 @@ def load_run(
             parts[name] = dataclasses.replace(part, path=absolute(path))
     settings = dataclasses.replace(config.sampling, **sampling)
     config = dataclasses.replace(config, model=model, sampling=settings, **parts)
-    video_task.check_reads(config, str(run))
+    text = model.text
+    if isinstance(text, TextStatesConfig) and config.text_encoder.path is None:
+        raise InputError(
+            f"the model of {str(run)!r} reads prompts as states of {text.encoder!r}: give "
+            "--text-encoder, its folder."
+        )
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
-    opened = video_task.open_codec(config, mesh)
+    opened = config.codec.open(model.patch.channels, mesh)
     if opened is None:
         raise InputError(
             f"the model of {str(run)!r} makes latents of {model.patch.channels} channels: give "

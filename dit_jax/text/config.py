@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jax.sharding import Mesh
 
@@ -23,10 +23,10 @@ class TextEncoderConfig(StatesConfig):
     # encoded by it as they are read, and so are prompts.
     path: str | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def open(self, mesh: Mesh | None = None, check: Any = None) -> TextEncoder | None:
+    def open(self, mesh: Mesh | None = None) -> TextEncoder | None:
         """The encoder in the folder: spread over a mesh, for all processes together, or on a device of
-        this process. ``check(name, hash, width)`` may refuse it."""
-        return None if self.path is None else load_text_encoder(self.path, mesh=mesh, check=check)
+        this process."""
+        return None if self.path is None else load_text_encoder(self.path, mesh=mesh)
 
     def identity(self) -> tuple[str, str] | None:
         """Name and hash of the encoder in the folder."""

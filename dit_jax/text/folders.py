@@ -144,14 +144,12 @@ def load_text_encoder(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     max_tokens: int = MAX_TOKENS,
     mesh: Mesh | None = None,
-    check: Callable[[str, str, int], None] | None = None,
 ) -> StatesEncoder:
     """The text encoder in a folder of Hugging Face's, with ``config.json``, weights and tokenizer.
 
     Products, and kernels in memory, are in ``dtype`` (auto is bfloat16, and float32 on CPUs). It is
-    spread over ``mesh`` for all processes together, or lies on one device of this process. ``check``
-    takes name, hash and width before weights are laid on devices, and may refuse them. The hash is that
-    of what is read, by the table's names: files with and without a decoder give one hash.
+    spread over ``mesh`` for all processes together, or lies on one device of this process. The hash is
+    that of what is read, by the table's names: files with and without a decoder give one hash.
     """
     if max_tokens < 2:
         raise InputError(f"max_tokens is {max_tokens}: at least 2, the last of which is the end.")
@@ -160,8 +158,6 @@ def load_text_encoder(
     tokenize = t5_tokenizer(find_tokenizer(folder), config.vocabulary, max_tokens)
     table, arrays, where = _read(config, folder)
     digest = weights_hash(arrays)
-    if check is not None:
-        check(name, digest, config.width)
     mesh = mesh or make_mesh(MeshConfig(1, 1, 1, 1), jax.local_devices()[:1])
     on_cpu = jax.default_backend() == "cpu"
     products = jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(dtype, dtype))

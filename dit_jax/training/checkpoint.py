@@ -178,18 +178,11 @@ def open_run(directory: str | os.PathLike, step: int | None = None) -> tuple[Che
     """The checkpoints of a finished or running run, to read, and the step asked for or the newest."""
     hint = "give the output directory of a training run (it has a folder 'checkpoints')"
     directory = check_exists(directory, "the run", hint)
-    name, there = repr(str(directory)), (directory / "checkpoints").is_dir()
-    refuse_if([(not there, f"{name} holds no checkpoints: {hint}.")])
+    name, empty = repr(str(directory)), not (directory / "checkpoints").is_dir()
+    refuse_if([(empty, f"{name} holds no checkpoints: {hint}.")])
     checkpointer = Checkpointer(directory, CheckpointConfig())
     steps = checkpointer.steps()
-    first = (
-        f"{name} has no finished checkpoint yet: wait for the first save (checkpoint.every steps)."
-    )
-    missing = step is not None and step not in steps
-    refuse_if(
-        [
-            (not steps, first),
-            (missing, f"{name} has no checkpoint of step {step}: there are {steps}."),
-        ]
-    )
+    early = f"{name} has no finished checkpoint yet: wait for the first save (checkpoint.every)."
+    missing = f"{name} has no checkpoint of step {step}: there are {steps}."
+    refuse_if([(not steps, early), (step not in (None, *steps), missing)])
     return checkpointer, steps[-1] if step is None else step

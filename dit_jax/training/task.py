@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from dit_jax.data import RowStreams
 from dit_jax.files import explain, is_remote, write_whole
-from dit_jax.parallel import global_batch, peak_flops
+from dit_jax.parallel import global_batch, local_rows, peak_flops
 from dit_jax.sampling import Request, contact_sheet, grid, write_png
 from dit_jax.training.step import Filter, InitParams, LoadFrozen, LossFn, everything
 from dit_jax.types import NonNegativeInt, Params, Totals
@@ -90,12 +90,11 @@ class Parts(NamedTuple):
 
     config: Any
     mesh: Mesh
-    rows: tuple[int, ...]  # This process's, of the global batch.
     # loss(params, frozen, batch, key, level), at a fixed noise level.
     loss: Callable[[Params, Params, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
     levels: tuple[float, ...]  # That mean something for this loss; one, if none do.
-    # A (local, NumPy) batch of samples that training does not see, as far as the data has some.
-    held_out: Callable[[], Any]
+    # Rows, as Task.loader's, of samples that training does not see, as far as the data has some.
+    held_out: Callable[[tuple[int, ...]], RowStreams[Any]]
     # eval_set(count): at most so many requests for held-out prompts or classes, and the true clips
     # uint8, as far as the data are pixels; None if the task generates no clips.
     eval_set: Callable[[int], tuple[list[Request], list[np.ndarray]]] | None = None
@@ -120,8 +119,10 @@ class HeldOutLoss:
 
         def evaluate(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
             if not batch:
-                local = parts.held_out()
-                batch.append(global_batch(parts.mesh, local, parts.rows, parts.config.rows))
+                rows = local_rows(parts.mesh, parts.config.rows)
+                loader = parts.held_out(rows)
+                batch.append(global_batch(parts.mesh, next(loader), rows, parts.config.rows))
+                loader.close()
             # One program for all levels; the host waits once.
             losses = [mean_loss(ema, frozen, batch[0], np.float32(t)) for t in parts.levels]
             values = [float(loss) for loss in jax.device_get(losses)]

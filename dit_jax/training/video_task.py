@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax import data, parallel
-from dit_jax.config import DataConfig, VideoRun
+from dit_jax.config import DataConfig, Run, VideoRun
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, noise_batch, sample_keys, token_loss
 from dit_jax.files import refuse_if
 from dit_jax.model import (
@@ -42,6 +43,7 @@ from dit_jax.model import (
     prepare_fields,
 )
 from dit_jax.sampling import Generator, Request, make_clips, to_float
+from dit_jax.training.step import abstract_params
 from dit_jax.training.task import LEVELS, Evaluation, Evaluator, Parts, Task, Work, write_sheet
 from dit_jax.types import (
     PAD,
@@ -63,33 +65,26 @@ UNCHANGED = data.TransformConfig()
 # ---------------------------------------------------------------------------------------------------
 
 
-def open_codec(config: VideoRun, mesh: Mesh | None = None) -> Codec | None:
-    """The codec of a run; without a folder pixels are their own, and latents have none."""
-    return config.codec.open(config.model.patch.channels, mesh)
-
-
 def with_hashes(config: VideoRun) -> VideoRun:
     """The config with the hashes of its codec and text encoder, as far as the data or the folders tell
     them. Raises ``InputError`` if data, folders and config name different ones."""
     codec = config.codec
     sets = [data.RecordsSource(one) for one in getattr(config.data.source, "record_sets", ())]
     hashes = [codec.hash, *(one.codec for one in sets), codec.weights_hash()]
-    known = list(dict.fromkeys(one for one in hashes if one))
+    known = list(dict.fromkeys(filter(None, hashes)))
     message = (
         f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are of the "
         f"codecs {', '.join(known)}: give the one that made the latents."
     )
     refuse_if([(len(known) > 1, message)])
-    codec = dataclasses.replace(codec, hash=next(iter(known), None))
+    codec = dataclasses.replace(codec, hash=known[0] if known else None)
     config = dataclasses.replace(config, codec=codec)
-    if isinstance(config.model.text, TextStatesConfig):
-        for one in sets:
-            if one.config.captioned and one.config.text_states_key is not None:
-                what = f"the states of {one.config.path!r} were made by"
-                config = _with_encoder(config, one.text_encoder_name, one.text_encoder, what)
-        if (own := config.text_encoder.identity()) is not None:
-            what = f"text_encoder.path {config.text_encoder.path!r} is"
-            config = _with_encoder(config, *own, what)
+    for one in sets if isinstance(config.model.text, TextStatesConfig) else ():
+        if one.config.captioned and one.config.text_states_key is not None:
+            what = f"the states of {one.config.path!r} were made by"
+            config = _with_encoder(config, one.text_encoder_name, one.text_encoder, what)
+    if (own := config.text_encoder.identity()) is not None:
+        config = _with_encoder(config, *own, f"text_encoder.path {config.text_encoder.path!r} is")
     return config
 
 
@@ -110,49 +105,16 @@ def _with_encoder(config: VideoRun, name: str | None, digest: str | None, what: 
 
 
 def open_text_encoder(config: VideoRun, mesh: Mesh | None = None) -> TextEncoder | None:
-    """The encoder at ``text_encoder.path``, if the model reads states and there is one: sharded over a
-    mesh for all processes together, or on a device of this process."""
-    path, text = config.text_encoder.path, config.model.text
-    if not isinstance(text, TextStatesConfig):
-        return None
-
-    def check(name: str, digest: str, dim: int) -> None:
-        message = f"text_encoder.path {path!r} makes states of {dim} numbers, and the model reads "
-        refuse_if([(dim != text.dim, f"{message}{text.dim}: change model.text.dim.")])
-        _with_encoder(config, name, digest, f"text_encoder.path {path!r} is")
-
-    return config.text_encoder.open(mesh, check)
-
-
-def check_reads(config: VideoRun, run: str) -> None:
-    """Raises ``InputError`` if the model of a run reads states, and no encoder makes them."""
-    text = config.model.text
-    if isinstance(text, TextStatesConfig):
-        message = f"the model of {run!r} reads prompts as states of {text.encoder!r}: give "
-        refuse_if([(config.text_encoder.path is None, f"{message}--text-encoder, its folder.")])
-
-
-class EncodedSource:
-    """A source whose samples get the states of their captions, if they lack them."""
-
-    def __init__(self, source: Source, encoder: TextEncoder) -> None:
-        self._source = source
-        # Sources repeat captions, and every epoch does.
-        self._states = lru_cache(1024)(lambda caption: encoder.encode([caption])[0])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)  # Its order, its sizes, its names of samples.
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample: Sample = {**self._source[index]}
-        if "text_states" not in sample:
-            sample["text_states"] = self._states(sample["caption"])
-            texts = {name: text for name, text in sample.get("captions", {}).items() if text}
-            sample["captions_states"] = {name: self._states(text) for name, text in texts.items()}
-        return sample
+    """The encoder at ``text_encoder.path``, if there is one: sharded over a mesh for all processes
+    together, or on a device of this process."""
+    text, encoder = config.model.text, config.text_encoder.open(mesh)
+    if encoder is not None:
+        assert isinstance(text, TextStatesConfig)
+        where, dim = f"text_encoder.path {config.text_encoder.path!r}", encoder.dim
+        message = f"{where} makes states of {dim} numbers, and the model reads {text.dim}"
+        refuse_if([(dim != text.dim, f"{message}: change model.text.dim.")])
+        _with_encoder(config, encoder.name, encoder.hash, f"{where} is")
+    return encoder
 
 
 def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
@@ -176,14 +138,11 @@ def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> lis
 def prompt_length(config: VideoRun) -> tuple[Callable[[str], int], int] | None:
     """How the model counts a prompt, and how much of one it reads, in bytes or tokens; None for a model
     of classes, and for one of states without their encoder."""
-    text = config.model.text
+    text, counted = config.model.text, config.text_encoder.length()
     if isinstance(text, ByteEncoderConfig):
         return lambda prompt: text.length(prompt) - 1, text.max_bytes
-    counted = config.text_encoder.length() if isinstance(text, TextStatesConfig) else None
-    if counted is None:
-        return None
-    length, most = counted
-    return length, min(most, text.max_tokens - 1)  # One stands for the beginning.
+    # One of the model's tokens stands for the beginning.
+    return counted and (counted[0], min(counted[1], text.max_tokens - 1))
 
 
 def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:
@@ -293,21 +252,22 @@ def eval_requests(
     """At most ``count`` requests for held-out prompts, or classes in turn, and the true clips uint8 as
     far as the data are pixels."""
     source, sizes, latents = config.data.source, config.sampling, config.codec
-    size, conditioners = (sizes.frames, sizes.height, sizes.width), config.model.conditioners
-    labels, classes = conditioners.get("label"), isinstance(config.model.text, NoTextConfig)
-    shapes = source if isinstance(source, data.ShapesConfig) else None
-    if classes and isinstance(labels, ClassLabels) and len(conditioners) == 1 and not shapes:
+    size, transform = (sizes.frames, sizes.height, sizes.width), config.data.transform
+    conditioners, labels = config.model.conditioners, config.model.conditioners.get("label")
+    if isinstance(source, data.ShapesConfig):  # Drawn at the size of sampling.
+        transform, scenes = UNCHANGED, data.held_out_scenes(count, config.seed, *size)
+        clips = ((data.render(scene), data.caption(scene)) for scene in scenes)
+        held: Any = [{"video": v, "caption": text, "fps": source.fps} for v, text in clips]
+    elif (
+        isinstance(config.model.text, NoTextConfig)
+        and isinstance(labels, ClassLabels)
+        and len(conditioners) == 1
+    ):
         grid, fps = latents.latent_size(*size), latents.latent_fps(sizes.fps)
         fields = [{"label": i % labels.classes} for i in range(count)]
         return [Request("", *grid, fps, i, segment_fields=one) for i, one in enumerate(fields)], []
-
-    held: Any = held_out_source(config)
-    if shapes:  # Drawn at the size of sampling.
-        held = [
-            {"video": data.render(scene), "caption": data.caption(scene), "fps": shapes.fps}
-            for scene in data.held_out_scenes(count, config.seed, *size)
-        ]
-    transform = UNCHANGED if shapes else config.data.transform
+    else:
+        held = held_out_source(config)
     requests, true = [], []
     for i in range(min(len(held), count)):
         sample: Any = with_fields(config.model, held[i], transform, codec)
@@ -317,9 +277,8 @@ def eval_requests(
             true.append(video)
         names = ("text_states", "segment_fields", "frame_fields", "pixel_fields")
         fields = {name: sample[name] for name in names if name in sample}
-        t, h, w = grid
-        fields["time_stride"] = latents.t
-        requests.append(Request(sample["caption"], t, h, w, fps, i, **fields))
+        more = {"time_stride": latents.t, **fields}
+        requests.append(Request(sample["caption"], *grid, fps, i, **more))
     return requests, true
 
 
@@ -351,23 +310,18 @@ def make_model(
 
 def check_layout(config: VideoRun, mesh: Mesh) -> None:
     """Raises ``InputError`` if batches of the config cannot be laid out over the mesh."""
-    packing, parts, context = (
-        config.data.packing,
-        config.optimizer.accumulate,
-        mesh.shape["context"],
-    )
+    rows, tokens = config.data.packing.rows, config.data.packing.row_tokens
+    parts, context = config.optimizer.accumulate, mesh.shape["context"]
     shards, multiple = parallel.batch_shards(mesh), parallel.token_multiple(mesh, config.attention)
-    rows = (
-        f"data.packing.rows {packing.rows} in optimizer.accumulate {parts} parts do not divide over "
-        f"mesh.data x mesh.fsdp = {shards}: make rows a multiple of {parts * shards}, or spread tokens "
-        "(mesh.context) instead."
+    undivided = (
+        f"data.packing.rows {rows} in optimizer.accumulate {parts} parts do not divide over mesh.data "
+        f"x mesh.fsdp = {shards}: make them a multiple of {parts * shards}, or raise mesh.context."
     )
-    tokens = (
-        f"data.packing.row_tokens {packing.row_tokens} do not divide over mesh.context {context}: make "
-        f"them a multiple of {multiple}."
+    unspread = (
+        f"data.packing.row_tokens {tokens} do not divide over mesh.context {context}: make them a "
+        f"multiple of {multiple}."
     )
-    faults = (packing.rows // parts % shards > 0, rows), (packing.row_tokens % multiple > 0, tokens)
-    refuse_if(faults)
+    refuse_if([(rows // parts % shards > 0, undivided), (tokens % multiple > 0, unspread)])
     if context > 1:
         heads = config.model.dit.heads // mesh.shape["tensor"]
         parallel.ulysses_size(config.attention, context, heads)
@@ -411,6 +365,67 @@ def batch_work(model: ModelConfig, batch: Batch) -> Work:
 
 
 # ---------------------------------------------------------------------------------------------------
+# From an image model to a video model
+# ---------------------------------------------------------------------------------------------------
+
+
+def inflation(config: Run, stored: Run) -> dict[str, str]:
+    """The fields in which an image model ``stored`` may differ from the video model ``config`` that
+    begins with it, and what is done about each."""
+    if not isinstance(config, VideoRun) or not isinstance(stored, VideoRun):
+        return {}
+    now, before, initial = config.model, stored.model, config.checkpoint.initial
+    patches = before.patch.t == 1 and now.patch.t > 1
+    message = (
+        f"checkpoint.initial {initial!r} is a run with model.patch.t 1, and not {now.patch.t}, of "
+        f"diffusion.prediction {config.diffusion.prediction!r}, which says nothing of the noise of the "
+        "frames that fill the first patch: set model.patch.t to 1, or take a model that predicts 'x0'."
+    )
+    refuse_if([(patches and config.diffusion.prediction != "x0", message)])
+    out = {}
+    if patches:
+        out["model.patch.t"] = (
+            f"patches of {now.patch.t} frames read their first, and write it in all"
+        )
+    if (before.dit.absolute_positions, now.dit.absolute_positions) == ("wh", "wht"):
+        out["model.dit.absolute_positions"] = "features of time are 0 in the first frame"
+    if stored.sampling.frames == 1 and before.patch.reference_fps != now.patch.reference_fps:
+        out["model.patch.reference_fps"] = "still images do not know the unit of time"
+    return out
+
+
+def inflate(
+    config: VideoRun, read: Callable[[Params, Params], Params], shapes: Params, shardings: Params
+) -> Params:
+    """The video model's parameters; ``read(shapes, shardings)`` reads those of an image model, whose
+    patches have one frame.
+
+    Attention sees all tokens of a clip and rotary positions do not turn at time 0, so only the patches
+    change, such that a clip of one frame, which fills a patch repeated, stays what it was. (The mean of
+    frames, as in Carreira & Zisserman 2017, "Quo Vadis, Action Recognition?", section 2.4, would have
+    less noise than the network is told, for each copy has noise of its own.)
+    """
+    frames, outputs = config.model.patch.t, 1 + config.model.learned_variance
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    patch = dataclasses.replace(config.model.patch, t=1)
+    image = make_model(dataclasses.replace(config.model, patch=patch), mesh)
+
+    def fill(leaf: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.shape == target.shape:
+            return leaf
+        if leaf.ndim == 2 and leaf.shape[1] == target.shape[1]:
+            # Reads [p, d]: the first frame, and zeros for the others.
+            return jnp.pad(leaf, ((0, target.shape[0] - leaf.shape[0]), (0, 0)))
+        # Writes [d, p] or [p]: all frames alike, within each output.
+        each = leaf.reshape(*leaf.shape[:-1], outputs, 1, -1)
+        return jnp.repeat(each, frames, -2).reshape(target.shape)
+
+    # The axis of a patch's numbers is never sharded: the image's parameters lie as the video's.
+    params = read(abstract_params(partial(init_params, image), mesh)[0], shardings)
+    return jax.jit(lambda p: jax.tree.map(fill, p, shapes), out_shardings=shardings)(params)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The task
 # ---------------------------------------------------------------------------------------------------
 
@@ -419,7 +434,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
     packing, transform, text = config.data.packing, config.data.transform, config.model.text
-    codec = open_codec(config, mesh)
+    codec = config.codec.open(config.model.patch.channels, mesh)
     source, encoder = data.open_source(config.data.source), None
 
     # The encoder is opened for each process alone, as it reads, if captions come without states.
@@ -434,18 +449,25 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     missing = bool(bare) and encoder is None and isinstance(text, TextStatesConfig)
     refuse_if([(missing, message)])
 
-    def encoded(source: Source) -> Source:
-        return source if encoder is None else EncodedSource(source, encoder)
+    # Sources repeat captions, and every epoch does.
+    states_of: Any = lru_cache(1024)(lambda caption: encoder and encoder.encode([caption])[0])
 
-    to_tokens = partial(
-        tokenize, config.model, transform=transform, codec=codec, time_stride=config.codec.t
-    )
+    def to_tokens(sample: Sample, count_cut: bool = False) -> data.Tokenized:
+        if encoder is not None and "text_states" not in sample:
+            sample = {**sample, "text_states": states_of(sample["caption"])}
+        length, limit = 0, text.max_tokens
+        if isinstance(text, ByteEncoderConfig):
+            length = text.length(sample["caption"])
+        elif isinstance(text, TextStatesConfig):
+            length = 1 + len(sample.get("text_states", ()))
+        if count_cut and length > limit:
+            reader.note_cut(sample["caption"], length - 1, limit - 1)
+        return tokenize(config.model, sample, transform, codec, config.codec.t)
 
     def check_first(sample: Sample, name: str) -> bool:
         data.check_tokenized(packing, to_tokens(sample), name)
         return sample["video"].dtype == np.uint8
 
-    source = encoded(source)
     pixels = data.first_sample(source, check_first)
     message = (
         "data.transform.flip is set and the data are latents, which cannot be mirrored: write both when"
@@ -463,16 +485,6 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         source, check_size, config.data.bad_records, config.data.max_bad_records
     )
 
-    def to_tokens_counted(sample: Sample) -> data.Tokenized:
-        length, limit = 0, 0
-        if isinstance(text, ByteEncoderConfig):
-            length, limit = text.length(sample["caption"]), text.max_tokens
-        elif isinstance(text, TextStatesConfig):
-            length, limit = 1 + len(sample.get("text_states", ())), text.max_tokens
-        if length > limit:
-            reader.note_cut(sample["caption"], length - 1, limit - 1)
-        return to_tokens(sample)
-
     kinds = {name: one.field(config.model).of for name, one in config.model.conditioners.items()}
     load = partial(
         data.Loader,
@@ -480,12 +492,11 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         token_fields=[name for name, of in kinds.items() if of == "token"],
         segment_fields=["fps", *(name for name, of in kinds.items() if of == "segment")],
     )
-    augment = make_augment(config.data)
-    train = partial(load, reader, to_tokens_counted, seed=config.seed, augment=augment)
+    to_counted, augment = partial(to_tokens, count_cut=True), make_augment(config.data)
+    train = partial(load, reader, to_counted, seed=config.seed, augment=augment)
     model = make_model(config.model, mesh, config.attention)
 
     # What is measured and pictured.
-    rows = parallel.local_rows(mesh, packing.rows)
     generator = Generator(model, config.diffusion, config.sampling)
     decode = None if codec is None else codec.decode
 
@@ -496,13 +507,9 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def sample(params: Params, requests: Sequence[Request], progress: bool) -> list[np.ndarray]:
         return make_clips(generator, params, requests, config.model, mesh, progress, decode)
 
-    def held_out() -> Batch:
-        held = encoded(held_out_source(config))
-        reader = data.Reader(held, len(held), quiet=True)
-        loader = load(reader, to_tokens, seed=0, rows=rows)
-        batch = next(loader)
-        loader.close()
-        return batch
+    def held_out(rows: tuple[int, ...]) -> data.Loader:
+        held = held_out_source(config)
+        return load(data.Reader(held, len(held), quiet=True), to_tokens, seed=0, rows=rows)
 
     # Every token generated and every caption read: else the draws of these would be noise.
     masks = MaskConfig.only(none=1.0)
@@ -511,7 +518,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def loss_at(params: Params, frozen: Params, batch: Batch, key: jax.Array, level: jax.Array):
         return batch_loss(model, plain, params, frozen, batch, key, time=level)
 
-    parts = Parts(config, mesh, rows, loss_at, LEVELS, held_out, eval_set, sample)
+    parts = Parts(config, mesh, loss_at, LEVELS, held_out, eval_set, sample)
     evaluators = [one.build(parts) for one in config.evaluators]
     if config.log.draw_every:
         shown, _ = eval_set(config.log.draw_count)

@@ -20,7 +20,7 @@ from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer
-from dit_jax.training.video_task import open_codec, tokenize
+from dit_jax.training.video_task import tokenize
 from tests.codecs import SMALL, quick_compilation, random_params
 
 pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
@@ -122,7 +122,7 @@ def test_clips_that_have_no_whole_latents_are_refused_by_name(config: VideoRun):
     # Of a set without sizes in its metadata it is told when the clip is read.
     said = r"a clip of 6 frames of 16 x 8: small takes 1 \+ 4n"
     with pytest.raises(ValueError, match=said) as error:
-        tokenize(config.model, RecordsSource(source)[1], codec=open_codec(config))
+        tokenize(config.model, RecordsSource(source)[1], codec=config.codec.open(4))
     assert "Cut it to 5 of 16 x 8" in str(error.value)
 
 
@@ -134,27 +134,22 @@ def test_sampling_sizes_that_have_no_whole_latents_are_refused(config: VideoRun)
 
 @pytest.mark.parametrize("wrong", [{"t": 1}, {"h": 4, "w": 4}])
 def test_other_strides_are_refused(config: VideoRun, wrong: dict[str, int]):
-    codec = dataclasses.replace(config.codec, **wrong)
-    odd = dataclasses.replace(
-        config, codec=codec, sampling=dataclasses.replace(config.sampling, frames=1)
-    )
+    odd = dataclasses.replace(config.codec, **wrong)
     with pytest.raises(
         ValueError, match=r"4 channels with strides \(4, 2, 2\).* make them the same"
     ):
-        open_codec(odd)
+        odd.open(4)
 
 
 def test_other_channels_are_refused(config: VideoRun):
-    patch = dataclasses.replace(config.model.patch, channels=8)
-    model = dataclasses.replace(config.model, patch=patch)
     with pytest.raises(ValueError, match=r"latents of 4 channels .* model.patch.channels 8"):
-        open_codec(dataclasses.replace(config, model=model))
+        config.codec.open(8)
 
 
 def test_folders_that_hold_no_codec_are_refused(config: VideoRun, tmp_path: Path):
     codec = dataclasses.replace(config.codec, path=str(tmp_path))
     with pytest.raises(ValueError, match="config.json' is not there"):
-        open_codec(dataclasses.replace(config, codec=codec))
+        codec.open(4)
 
 
 def test_latents_that_another_codec_made_are_refused(

@@ -26,14 +26,14 @@ from dit_jax.prepare.upsample import upsample
 from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.sampling import Request
 from dit_jax.sampling.media import read_video
+from dit_jax.sampling.pipeline import load_run
 from dit_jax.text.config import TextEncoderConfig
 from dit_jax.text.encoder import StatesEncoder
 from dit_jax.text.folders import load_text_encoder, text_encoder_identity
 from dit_jax.text.t5 import T5EncoderConfig
+from dit_jax.train import check_same_run
 from dit_jax.training import CheckpointConfig, Checkpointer
-from dit_jax.training.resume import check_same_run
 from dit_jax.training.video_task import (
-    check_reads,
     eval_requests,
     init_params,
     make_model,
@@ -201,7 +201,8 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     recorded, captioned, states, encoder, mesh
 ):
     with_them, without = {"text_states_key": "text_states"}, {"captioned": False}
-    sets = tuple(MixedSetConfig(states, **given) for given in (with_them, {}, without))
+    sets = [MixedSetConfig(states, **given) for given in (with_them, {}, without)]
+    sets.append(MixedSetConfig(states, **without, weight=1e4))
 
     def of(config, *chosen):
         source = MixtureConfig(tuple(sets[i] for i in chosen))
@@ -212,6 +213,8 @@ def test_sets_with_and_without_states_are_mixed_where_an_encoder_is_given(
     none = np.zeros((0, 8), np.float32)
     batch = first_batch(of(captioned, 0, 1, 2), mesh)
     assert matches(batch, [*known, none]) > 4
+    # What is encoded is still mixed by weight.
+    assert matches(first_batch(of(captioned, 1, 3), mesh), [none]) > 4
     assert of(captioned, 1, 0).with_hashes().text_encoder.hash == encoder.hash
     with pytest.raises(ValueError, match="has none: name a feature"):
         of(recorded, 0, 1).build(mesh)
@@ -371,8 +374,12 @@ def test_other_encoders_are_refused_at_sampling(run, folder, other, tmp_path, ca
     assert "config.json' is not there" in capsys.readouterr().err
     assert not output.exists()
     config = dataclasses.replace(captioned, text_encoder=TextEncoderConfig())
+    checkpointer = Checkpointer(tmp_path / "bare", CheckpointConfig())
+    checkpointer.save_weights({"x": np.zeros(1)}, to_dict(config))
+    checkpointer.wait()
+    checkpointer.close()
     with pytest.raises(ValueError, match="reads prompts as states of 'tiny-umt5': give --text-en"):
-        check_reads(config, "run")
+        load_run(tmp_path / "bare")
 
 
 def test_the_script_adds_states_to_records(tmp_path, encoder, folder, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dit_jax.config import VideoRun, from_dict, to_dict
+from dit_jax.train import check_same_meaning, init_from
 from dit_jax.training import (
     CheckpointConfig,
     Checkpointer,
@@ -18,7 +19,6 @@ from dit_jax.training import (
     abstract_params,
     open_run,
 )
-from dit_jax.training.resume import check_same_meaning, init_from
 
 SPREAD = (1, 2, 2, 2)
 DATA = {"0": {"next": 3, "parent": {"counter": 12}}, "1": {"next": 4, "parent": {"counter": 13}}}

@@ -14,6 +14,7 @@ from dit_jax.model.patches import absolute_features
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.plan.abstract import abstract_task
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips
+from dit_jax.train import init_from
 from dit_jax.training import (
     CheckpointConfig,
     Checkpointer,
@@ -21,8 +22,7 @@ from dit_jax.training import (
     init_state,
     make_optimizer,
 )
-from dit_jax.training.resume import inflation, init_from
-from dit_jax.training.video_task import make_model
+from dit_jax.training.video_task import inflation, make_model
 from dit_jax.upscale import LowRes
 from tests.denoiser import struct
 
