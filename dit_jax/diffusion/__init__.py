@@ -1,7 +1,5 @@
 """Diffusion: paths, masks, the objective, solvers and guidance, as functions of arrays."""
 
-from dit_jax.diffusion.guidance import GuidanceConfig as GuidanceConfig
-from dit_jax.diffusion.guidance import guide as guide
 from dit_jax.diffusion.masks import MaskConfig as MaskConfig
 from dit_jax.diffusion.objective import DiffusionConfig as DiffusionConfig
 from dit_jax.diffusion.objective import estimate as estimate
@@ -19,7 +17,9 @@ from dit_jax.diffusion.paths import interpolate as interpolate
 from dit_jax.diffusion.paths import resolution_shift as resolution_shift
 from dit_jax.diffusion.paths import velocity_of as velocity_of
 from dit_jax.diffusion.solvers import SOLVERS as SOLVERS
+from dit_jax.diffusion.solvers import GuidanceConfig as GuidanceConfig
 from dit_jax.diffusion.solvers import SolverConfig as SolverConfig
 from dit_jax.diffusion.solvers import Spacing as Spacing
+from dit_jax.diffusion.solvers import guide as guide
 from dit_jax.diffusion.solvers import noise_levels as noise_levels
 from dit_jax.diffusion.solvers import start as start
