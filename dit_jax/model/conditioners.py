@@ -41,8 +41,7 @@ class Field(NamedTuple):
     of: Literal["token", "segment"]
     shape: tuple[int, ...]
     dtype: Any = np.float32
-    classes: int | None = None
-    """Values are whole numbers below this."""
+    classes: int | None = None  # Values are whole numbers below this.
 
 
 class Conditioning(NamedTuple):
@@ -173,8 +172,7 @@ class Signal(Conditioner):
     of: Literal["token", "segment"] = "segment"
     shape: tuple[int, ...] = ()
     """Of a value; of a token, ``(frames, ...)`` with the codec's stride in time times ``patch.t``."""
-    scale: float = 1.0
-    """What the numbers are multiplied by: they should then be about 1 in size."""
+    scale: float = 1.0  # What the numbers are multiplied by: they should then be about 1 in size.
 
     def field(self, model: ModelConfig) -> Field:
         return Field(self.of, self.shape)

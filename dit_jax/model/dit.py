@@ -81,12 +81,9 @@ class DiTConfig:
     width: PositiveInt = 384
     depth: PositiveInt = 12
     heads: PositiveInt = 6
-    mlp_dim: PositiveInt | None = None
-    """Hidden width of the MLP; unset: four times the width."""
-    rope_theta: float = 1e4
-    """Ratio of rotary wavelengths (see ``model.patches``)."""
-    rotary: bool = True
-    """Turn queries and keys by their token's coordinates."""
+    mlp_dim: PositiveInt | None = None  # Hidden width of the MLP; unset: four times the width.
+    rope_theta: float = 1e4  # Ratio of rotary wavelengths (see ``model.patches``).
+    rotary: bool = True  # Turn queries and keys by their token's coordinates.
     qk_norm: bool = True
     """Normalise queries and keys (root mean square, a learned scale for each dimension of a head)."""
     absolute_positions: Literal["none", "thw", "wh", "wht"] = "none"
@@ -103,8 +100,7 @@ class DiTConfig:
     """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
     cross_attention: bool = True
     """Attend to the text in every block; without it only ``pooled_text`` reads the text."""
-    pooled_text: bool = False
-    """Also condition the modulation on the mean of the text states."""
+    pooled_text: bool = False  # Also condition the modulation on the mean of the text states.
     modulation: Literal["layer", "shared"] = "layer"
     """A matrix for every layer (adaLN-Zero), or one for all, to whose product a layer adds a table
     (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters)."""

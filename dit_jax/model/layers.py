@@ -173,8 +173,7 @@ class Attention(nn.Module):
     heads: int
     runtime: Runtime
     window: int | None = None
-    axis: str = "tokens"
-    """Logical axis of the tokens; those of text are whole on every device."""
+    axis: str = "tokens"  # Logical axis of the tokens; those of text are whole on every device.
     qk_norm: bool = True
 
     @nn.compact

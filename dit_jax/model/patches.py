@@ -40,8 +40,7 @@ class PatchConfig:
     t: PositiveInt = 1
     h: PositiveInt = 2
     w: PositiveInt = 2
-    channels: PositiveInt = 4
-    """Channels of a latent (3 for pixels)."""
+    channels: PositiveInt = 4  # Channels of a latent (3 for pixels).
     reference_fps: PositiveFloat = 24.0
     """The frame rate at which one latent frame is one unit of time."""
 

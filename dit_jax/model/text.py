@@ -72,8 +72,7 @@ class TextStatesConfig:
     encoder: str = "umt5-xxl"
     """The encoder's name: its states cannot stand in for another's, which are refused (by the hash of
     its weights, ``text_encoder.hash``, if that is known, and else by this)."""
-    dim: PositiveInt = 4096
-    """Numbers of a state."""
+    dim: PositiveInt = 4096  # Numbers of a state.
     max_tokens: Annotated[int, Range(2)] = 512
     """The beginning and the states of a caption; longer captions are cut there."""
 
