@@ -180,10 +180,6 @@ class ModelConfig:
         require("model.", self, ("text", not (reads and isinstance(self.text, NoTextConfig)), rule))
 
     @property
-    def output_dim(self) -> int:
-        return self.patch.dim * (2 if self.learned_variance else 1)
-
-    @property
     def text_width(self) -> int:
         """Numbers of a text state as the transformer sees it."""
         return self.text.width if isinstance(self.text, ByteEncoderConfig) else self.dit.width
@@ -228,15 +224,6 @@ class TimeEmbedding(nn.Module):
         return constrain(linear(("embed", "embed_out"), name="out")(x), "batch", None, "width")
 
 
-def pool_text(
-    text: Float[Array, "b s e"], text_segment_ids: Int[Array, "b s"], segments: Int[Array, "b k"]
-) -> Float[Array, "b k e"]:
-    """The mean text state, float32, of each modulation group's segment."""
-    mine = (segments[:, :, None] == text_segment_ids[:, None, :]).astype(jnp.float32)  # [b, k, s]
-    weights = mine / jnp.maximum(mine.sum(-1, keepdims=True), 1.0)
-    return jnp.einsum("bks,bse->bke", weights, text.astype(jnp.float32), precision="highest")
-
-
 class DiTBlock(nn.Module):
     """One block; returns ``(x, None)`` so that ``nn.scan`` can carry ``x`` over the layers."""
 
@@ -264,7 +251,7 @@ class DiTBlock(nn.Module):
 
         x = checkpoint_name(x, RESIDUAL)
         if config.modulation == "layer":
-            groups = Modulation(width, branches=2, name="modulation")(condition)  # [b, k, 6 d]
+            groups = Modulation(6 * width, name="modulation")(condition)  # [b, k, 6 d]
         else:  # The condition is the modulation of all layers, to which a block adds its own table.
             init = nn.with_logical_partitioning(ZERO, ("modulation_table",))
             # Flax types the boxed initial value; `param` returns it unboxed.
@@ -340,14 +327,18 @@ class DiT(nn.Module):
         condition = TimeEmbedding(config, run, name="time")(inputs.group_t)
         for one in added:
             condition = condition if one.modulation is None else condition + one.modulation
-        if config.pooled_text:
+        if config.pooled_text:  # The mean text state of each group's segment.
             assert text is not None and text_segment_ids is not None
+            mine = group_segments(inputs)[:, :, None] == text_segment_ids[:, None]  # [b, k, s]
+            mine = mine.astype(jnp.float32)
+            weights = mine / jnp.maximum(mine.sum(-1, keepdims=True), 1.0)
             exact = partial(dense, dtype=jnp.float32, precision="highest")
-            pooled = pool_text(text, text_segment_ids, group_segments(inputs))
+            states = text.astype(jnp.float32)
+            pooled = jnp.einsum("bks,bse->bke", weights, states, precision="highest")
             condition += exact(width, ("embed", "embed_out"), name="pooled")(pooled)
         of_layers = condition = run.constrain(condition, "batch", None, "width")
         if config.modulation == "shared":
-            of_layers = Modulation(width, 2, name="modulation")(condition)
+            of_layers = Modulation(6 * width, name="modulation")(condition)
             of_layers = run.constrain(of_layers, "batch", None, None)
 
         # Text states [b, s, e], those of conditioners behind the caption's.
@@ -385,7 +376,7 @@ class DiT(nn.Module):
         else:
             x = x + residual
 
-        groups = Modulation(width, 1, gated=False, name="final_modulation")(condition)
+        groups = Modulation(2 * width, name="final_modulation")(condition)
         groups = run.constrain(groups, "batch", None, None)
         shift, scale = gather_groups(groups, group_ids, 2)
         x = (layer_norm(x) * (1 + scale) + shift).astype(run.dtype)
@@ -413,7 +404,8 @@ class TextToVideo(nn.Module):
         self.conditioners = {
             name: one.build(name, config, run) for name, one in config.conditioners.items()
         }
-        self.dit = DiT(config.dit, config.output_dim, run)
+        outputs = 2 if config.learned_variance else 1
+        self.dit = DiT(config.dit, outputs * config.patch.dim, run)
 
     def encode_text(
         self, text: Shaped[Array, "b s *x"], text_segment_ids: Int[Array, "b s"] | None
@@ -421,13 +413,10 @@ class TextToVideo(nn.Module):
         """Text states, needed once for all steps of a solver; without text, the tokens as they are."""
         return text if self.text is None else self.text(text, text_segment_ids)
 
-    def denoise(self, inputs: DenoiserInputs, residual: Tokens | None = None) -> Output:
-        """The same of text that ``encode_text`` has encoded. See ``DiT`` for ``residual``."""
-        return self(inputs, residual, encoded=True)
-
     def __call__(
         self, inputs: DenoiserInputs, residual: Tokens | None = None, encoded: bool = False
     ) -> Output:
+        """The output, of text that is ``encoded`` already or not; see ``DiT`` for ``residual``."""
         text = inputs.text if encoded else self.encode_text(inputs.text, inputs.text_segment_ids)
         inputs = dataclasses.replace(inputs, text=None if self.text is None else text)
         added = [conditioner(inputs) for conditioner in self.conditioners.values()]
@@ -470,8 +459,9 @@ def no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
 def denoise_and_keep(
     model: TextToVideo, params: Params, inputs: DenoiserInputs
 ) -> tuple[Output, Tokens]:
-    """``TextToVideo.denoise``, and what the blocks added, for steps that run none (feature caching)."""
-    out: Any = model.apply(params, inputs, method="denoise", mutable=["intermediates"])
+    """The output for encoded text, and what the blocks added, for steps that run none (feature
+    caching)."""
+    out: Any = model.apply(params, inputs, encoded=True, mutable=["intermediates"])
     return out[0], out[1]["intermediates"]["dit"]["residual"][0]
 
 
@@ -481,7 +471,7 @@ def first_modulation(
     """Shift and 1 + scale of what enters the first block, ``m = 2 d``, at noise levels ``t`` and with
     no text: the part of that input which the level alone decides. ``params`` are ``DiT``'s, unboxed."""
     time: Any = TimeEmbedding(config, Runtime(no_attention))
-    modulation: Any = Modulation(config.width, 2)
+    modulation: Any = Modulation(6 * config.width)
     first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     first = first if config.window is None else first["layer_0"]
     own = params["modulation"] if config.modulation == "shared" else first["modulation"]

@@ -234,7 +234,7 @@ class Generator:
         def network(seen: DenoiserInputs) -> Any:
             nonlocal residual
             if not keep:
-                return self._model.apply(params, seen, residual, method="denoise")
+                return self._model.apply(params, seen, residual, encoded=True)
             output, residual = models.denoise_and_keep(self._model, params, seen)
             return output
 
