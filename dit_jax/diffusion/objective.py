@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, UInt
 from dit_jax.diffusion import paths
 from dit_jax.diffusion.masks import MASKS, MaskConfig, conditioning_mask, sample_mask
 from dit_jax.diffusion.paths import Estimate, PathConfig, Prediction, TimeConfig, Variance, on_grid
-from dit_jax.types import PAD, Batch, DenoiserInputs, Fraction, Range, Target, require
+from dit_jax.types import PAD, Batch, DenoiserInputs, Fraction, Range, Target, per_segment, require
 
 # Set a segment's random numbers for these apart from those of ``split(key, 4)``.
 OF_FRAMES, OF_LEVELS = 4, 5
@@ -96,11 +96,6 @@ def each(function: Callable[..., Any]) -> Callable[..., Any]:
 def sample_keys(key: jax.Array, sample_ids: UInt[Array, "b n"]) -> jax.Array:
     """A random key for each segment, from its sample's identity alone."""
     return each(lambda sample_id: jax.random.fold_in(key, sample_id))(sample_ids)
-
-
-def per_segment(values: jax.Array, segment_ids: Ids) -> jax.Array:
-    """Repeats ``[b, n, ...]`` values of segments for each of their tokens: ``[b, l, ...]``."""
-    return jax.vmap(lambda row, ids: row[jnp.maximum(ids - 1, 0)])(values, segment_ids)
 
 
 def token_noise(keys: jax.Array, segment_ids: Ids, token_ids: Ids, dim: int) -> Tokens:

@@ -27,12 +27,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dit_jax.files import InputError
 from dit_jax.model.layers import dense
-from dit_jax.types import DenoiserInputs, PositiveInt, Runtime, Sample
+from dit_jax.types import DenoiserInputs, PositiveInt, Runtime, Sample, per_segment
 
 if TYPE_CHECKING:
     from dit_jax.model.dit import ModelConfig
-
-BySegment = Shaped[Array, "b n *rest"]
 
 
 class Field(NamedTuple):
@@ -79,11 +77,6 @@ class Conditioner:
         return rows
 
 
-def per_token(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b l *rest"]:
-    """The values of segments, for each of their tokens; anything at padding."""
-    return jax.vmap(lambda row, ids: row[ids])(values, jnp.maximum(inputs.segment_ids - 1, 0))
-
-
 def group_segments(inputs: DenoiserInputs) -> Int[Array, "b k"]:
     """The segment of each modulation group; 0 for a group without tokens."""
     groups = jnp.arange(inputs.group_t.shape[1])
@@ -91,10 +84,9 @@ def group_segments(inputs: DenoiserInputs) -> Int[Array, "b k"]:
     return jnp.where(member, inputs.segment_ids[:, None, :], 0).max(-1)
 
 
-def per_group(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b k *rest"]:
-    """The values of segments, for each of their modulation groups; anything for empty groups."""
-    segments = jnp.maximum(group_segments(inputs) - 1, 0)
-    return jax.vmap(lambda row, ids: row[ids])(values, segments)
+def per_group(inputs: DenoiserInputs, values: jax.Array) -> jax.Array:
+    """``per_segment`` for each of the segments' modulation groups: ``[b, k, ...]``."""
+    return per_segment(values, group_segments(inputs))
 
 
 def prepare_fields(
@@ -193,7 +185,7 @@ class SignalEmbedding(nn.Module):
     def __call__(self, inputs: DenoiserInputs) -> Conditioning:
         if self.config.of == "token":
             values = inputs.token_fields[self.field]
-            dropped, axis = per_token(inputs, inputs.dropped), "tokens"
+            dropped, axis = per_segment(inputs.dropped, inputs.segment_ids), "tokens"
         else:
             values = per_group(inputs, inputs.segment_fields[self.field])
             dropped, axis = per_group(inputs, inputs.dropped), None
