@@ -3,7 +3,6 @@
 from dit_jax.diffusion.masks import MaskConfig as MaskConfig
 from dit_jax.diffusion.objective import DiffusionConfig as DiffusionConfig
 from dit_jax.diffusion.objective import estimate as estimate
-from dit_jax.diffusion.objective import guided_kind as guided_kind
 from dit_jax.diffusion.objective import noise_batch as noise_batch
 from dit_jax.diffusion.objective import sample_keys as sample_keys
 from dit_jax.diffusion.objective import split_output as split_output
