@@ -106,19 +106,16 @@ def check_fields(
 ) -> None:
     """Refuses a sample or a request (``what``) whose fields are not those that the model reads."""
     for name, conditioner in model.conditioners.items():
-        field = conditioner.field(model)
-        there = token_fields if field.of == "token" else segment_fields
-        value = np.asarray(there.get(name))
-        shape = value.shape[1:] if field.of == "token" else value.shape
-        problem = None
-        if name not in there:
-            problem = (
-                f"no {field.of} field {name!r} (only {sorted([*token_fields, *segment_fields])})"
-            )
-        elif shape != field.shape:
-            problem = f"the field {name!r} of shape {shape} for every {field.of}, not {field.shape}"
-        elif field.classes and not (0 <= value.min() and value.max() < field.classes):
-            problem = f"the {name} {value}, and the model has 0 to {field.classes - 1}"
+        of, expected, _, classes = conditioner.field(model)
+        fields = token_fields if of == "token" else segment_fields
+        value, problem = np.asarray(fields.get(name)), None
+        shape = value.shape[1:] if of == "token" else value.shape
+        if name not in fields:
+            problem = f"no {of} field {name!r} (only {sorted({**token_fields, **segment_fields})})"
+        elif shape != expected:
+            problem = f"the field {name!r} of shape {shape} for every {of}, not {expected}"
+        elif classes and not (0 <= value.min() and value.max() < classes):
+            problem = f"the {name} {value}, and the model has 0 to {classes - 1}"
         if problem:
             raise ValueError(f"{what} has {problem}: see model.conditioners.{name}.")
 
