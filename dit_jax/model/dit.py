@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
@@ -32,14 +33,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dit_jax.model.conditioners import Conditioner, Conditioning, group_segments, prepare_fields
 from dit_jax.model.layers import MLP, ZERO, Attention, Modulation, dense, gather_groups, layer_norm
 from dit_jax.model.patches import PatchConfig, absolute_features, rotary_angles
-from dit_jax.model.text import (
-    ByteEncoder,
-    ByteEncoderConfig,
-    NoTextConfig,
-    StatesProjection,
-    TextConfig,
-    TextStatesConfig,
-)
+from dit_jax.model.text import ByteEncoderConfig, NoTextConfig, TextConfig, make_encoder
 from dit_jax.types import (
     ATTENTION,
     QKV,
@@ -396,11 +390,7 @@ class TextToVideo(nn.Module):
     def setup(self) -> None:
         config = self.config.on(jax.default_backend())
         run = dataclasses.replace(self.runtime, dtype=jnp.dtype(config.dtype))
-        self.text: Any = None
-        if isinstance(config.text, ByteEncoderConfig):
-            self.text = ByteEncoder(config.text, run)
-        elif isinstance(config.text, TextStatesConfig):
-            self.text = StatesProjection(config.dit.width, run)
+        self.text: Any = make_encoder(config.text, config.dit.width, run)
         self.conditioners = {
             name: one.build(name, config, run) for name, one in config.conditioners.items()
         }
@@ -431,9 +421,7 @@ def blank_inputs(config: ModelConfig, l: int = 1, s: int = 1) -> DenoiserInputs:
         fields, count = (token_fields, l) if of == "token" else (segment_fields, 1)
         fields[name] = jnp.zeros((1, count, *shape), dtype)
     ids, text_ids = jnp.zeros((1, l), jnp.int32), jnp.zeros((1, s), jnp.int32)
-    text = text_ids
-    if isinstance(config.text, TextStatesConfig):
-        text = jnp.zeros((1, s, config.text.dim))
+    empty = config.text.tokens("", np.empty(0))  # [1], or a state [1, e]
     inputs = DenoiserInputs(
         tokens=jnp.zeros((1, l, config.patch.dim)),
         positions=jnp.zeros((1, l, 3)),
@@ -441,7 +429,7 @@ def blank_inputs(config: ModelConfig, l: int = 1, s: int = 1) -> DenoiserInputs:
         token_ids=ids,
         group_ids=ids,
         group_t=jnp.zeros((1, 1)),
-        text=text,
+        text=jnp.zeros((1, s, *empty.shape[1:]), empty.dtype),
         text_segment_ids=text_ids,
         dropped=jnp.zeros((1, 1)),
         token_fields=token_fields,

@@ -162,3 +162,10 @@ class StatesProjection(nn.Module):
         hidden = linear(("text_states", "embed"), name="up")(states)
         x = linear(("embed", "text_out"), name="out")(gelu(hidden))
         return run.constrain(x, "batch", "text_tokens", "width")
+
+
+def make_encoder(config: TextConfig, width: int, runtime: Runtime) -> nn.Module | None:
+    """The module that computes text states for a model of this width; None without text."""
+    if isinstance(config, ByteEncoderConfig):
+        return ByteEncoder(config, runtime)
+    return StatesProjection(width, runtime) if isinstance(config, TextStatesConfig) else None
