@@ -47,8 +47,8 @@ class Conditioning(NamedTuple):
 
     tokens: Float[Array, "b l d"] | None = None
     modulation: Float[Array, "b #k d"] | None = None
+    # Text states, and the segments that they belong to.
     text: tuple[Float[Array, "b m e"], Int[Array, "b m"]] | None = None
-    """Text states, and the segments that they belong to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +159,8 @@ class Signal(Conditioner):
     segments added to the modulation, those of tokens (of frames) to the patches."""
 
     of: Literal["token", "segment"] = "segment"
+    # Of a value; of a token, ``(frames, ...)`` with the codec's stride in time times ``patch.t``.
     shape: tuple[int, ...] = ()
-    """Of a value; of a token, ``(frames, ...)`` with the codec's stride in time times ``patch.t``."""
     scale: float = 1.0  # What the numbers are multiplied by: they should then be about 1 in size.
 
     def field(self, model: ModelConfig) -> Field:

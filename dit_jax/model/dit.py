@@ -78,39 +78,39 @@ class DiTConfig:
     mlp_dim: PositiveInt | None = None  # Hidden width of the MLP; unset: four times the width.
     rope_theta: float = 1e4  # Ratio of rotary wavelengths (see ``model.patches``).
     rotary: bool = True  # Turn queries and keys by their token's coordinates.
+    # Normalise queries and keys (root mean square, a learned scale for each dimension of a head).
     qk_norm: bool = True
-    """Normalise queries and keys (root mean square, a learned scale for each dimension of a head)."""
+    # Also add sines and cosines of the coordinates to the patches: of all, or of columns and rows
+    # as DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small model
+    # learns where things are much sooner; sizes never trained on are then a little harder.
     absolute_positions: Literal["none", "thw", "wh", "wht"] = "none"
-    """Also add sines and cosines of the coordinates to the patches: of all, or of columns and rows as
-    DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small model learns
-    where things are much sooner; sizes never trained on are then a little harder."""
+    # The network reads ``time_scale * t + time_offset`` for a noise level t in [0, 1]. 1000 and -1
+    # count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's.
     time_scale: float = 1000.0
     time_offset: float = 0.0
-    """The network reads ``time_scale * t + time_offset`` for a noise level t in [0, 1]. 1000 and -1
-    count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's convention."""
+    # The i-th sinusoid's rate is 10,000^(-i / time_divisor): 128 in DiT and SiT, 127 in Diffusers.
     time_divisor: PositiveInt = TIME_FREQUENCIES // 2
-    """The i-th sinusoid's rate is 10,000^(-i / time_divisor): 128 in DiT and SiT, 127 in Diffusers."""
+    # Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's.
     time_std: PositiveFloat | None = None
-    """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
+    # Attend to the text in every block; without it only ``pooled_text`` reads the text.
     cross_attention: bool = True
-    """Attend to the text in every block; without it only ``pooled_text`` reads the text."""
     pooled_text: bool = False  # Also condition the modulation on the mean of the text states.
+    # A matrix for every layer (adaLN-Zero), or one for all, to whose product a layer adds a table
+    # (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters).
     modulation: Literal["layer", "shared"] = "layer"
-    """A matrix for every layer (adaLN-Zero), or one for all, to whose product a layer adds a table
-    (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters)."""
+    # Local attention window: tokens on either side, in the row's order, that local layers attend to
+    # (n tokens are n / (h w) latent frames of h w patches). Unset: every layer is global.
     window: PositiveInt | None = None
-    """Local attention window: tokens on either side, in the row's order, that local layers attend to (n
-    tokens are n / (h w) latent frames of h w patches). Unset: every layer attends to the segment."""
+    # With a window, every n-th layer attends to the whole segment (Child et al. 2019, as in GPT-3).
     global_every: PositiveInt = 2
-    """With a window, every n-th layer attends to the whole segment (Child et al. 2019, as in GPT-3)."""
+    # Compile one block and loop over the layers (quick to compile), or unroll them (quick to run on
+    # a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs.
     scan: bool | None = None
-    """Compile one block and loop over the layers (quick to compile), or unroll them (quick to run
-    on a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs."""
+    # What is kept for the backward pass, which computes the rest again. none: all of it. dots:
+    # results of linear layers and attention. projections: attention's results and the product its
+    # inputs come from. attention: its results. full: only what enters the block. offload:
+    # attention's results on the device, that product and the block's input in the host's memory.
     remat: Literal["none", "dots", "projections", "attention", "full", "offload"] = "none"
-    """What is kept for the backward pass, which computes the rest again. none: all of it. dots: results
-    of linear layers and attention. projections: attention's results and the product its inputs come
-    from. attention: its results. full: only what enters the block. offload: attention's results on the
-    device, that product and the block's input in the host's memory."""
 
     def __post_init__(self) -> None:
         heads, every = max(self.heads, 1), max(self.global_every, 1)  # The types refuse 0 later.
@@ -157,16 +157,16 @@ class ModelConfig:
     dit: DiTConfig = DiTConfig()
     patch: PatchConfig = PatchConfig()
     text: TextConfig = ByteEncoderConfig()
+    # Of activations. Auto is bfloat16 on accelerators and float32 on CPUs.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
+    # What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
+    # bits (``parallel.matmul`` says what, in both passes; needs ``dit-jax[quant]``).
     matmul: Literal["full", "int8", "fp8"] = "full"
-    """What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
-    bits (``parallel.matmul`` says what, in both passes; needs ``dit-jax[quant]``)."""
+    # The network's output has a second half: the variance of the reverse step, for every number of
+    # the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma").
     learned_variance: bool = False
-    """The network's output has a second half: the variance of the reverse step, for every number of the
-    patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
+    # What else the model is conditioned on: a conditioner for each field, under the field's name.
     conditioners: dict[str, Conditioner] = dataclasses.field(default_factory=dict, hash=False)
-    """What else the model is conditioned on: a conditioner for each field, under the field's name."""
 
     def __post_init__(self) -> None:
         reads = self.dit.pooled_text or self.dit.cross_attention

@@ -41,8 +41,8 @@ class PatchConfig:
     h: PositiveInt = 2
     w: PositiveInt = 2
     channels: PositiveInt = 4  # Channels of a latent (3 for pixels).
+    # The frame rate at which one latent frame is one unit of time.
     reference_fps: PositiveFloat = 24.0
-    """The frame rate at which one latent frame is one unit of time."""
 
     @property
     def dim(self) -> int:  # p

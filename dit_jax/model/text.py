@@ -43,8 +43,8 @@ class ByteEncoderConfig:
     width: PositiveInt = 128
     depth: NonNegativeInt = 2
     heads: PositiveInt = 4
+    # Longer captions are cut there; one more token stands for the beginning.
     max_bytes: PositiveInt = 63
-    """Longer captions are cut there; one more token stands for the beginning."""
 
     def __post_init__(self) -> None:
         heads = max(self.heads, 1)  # The type refuses 0 later.
@@ -69,12 +69,12 @@ class ByteEncoderConfig:
 class TextStatesConfig:
     """Captions that come as the states of a text encoder, computed when the data was prepared."""
 
+    # The encoder's name: its states cannot stand in for another's, which are refused (by the hash
+    # of its weights, ``text_encoder.hash``, if that is known, and else by this).
     encoder: str = "umt5-xxl"
-    """The encoder's name: its states cannot stand in for another's, which are refused (by the hash of
-    its weights, ``text_encoder.hash``, if that is known, and else by this)."""
     dim: PositiveInt = 4096  # Numbers of a state.
+    # The beginning and the states of a caption; longer captions are cut there.
     max_tokens: Annotated[int, Range(2)] = 512
-    """The beginning and the states of a caption; longer captions are cut there."""
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
         if states is not None and not caption:  # A dropped caption.
