@@ -107,6 +107,12 @@ class Rows:
     segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
 
+def per_segment(values: jax.Array, segment_ids: Int[Array, "b l"]) -> jax.Array:
+    """Repeats ``[b, n, ...]`` values of segments for each of their tokens: ``[b, l, ...]``; padding has
+    anything."""
+    return jax.vmap(lambda row, ids: row[jnp.maximum(ids - 1, 0)])(values, segment_ids)
+
+
 @struct.dataclass(kw_only=True)
 class Batch(Rows):
     """Rows of clean tokens. Segment slot ``j`` of the ``[b, n]`` fields describes the tokens whose

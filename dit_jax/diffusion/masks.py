@@ -76,9 +76,7 @@ class MaskConfig:
     every: NonNegativeFloat = 0.05  # every 2nd, 3rd or 4th frame: interpolation
     keyframes: NonNegativeFloat = 0.05  # any frames, any number
     window: NonNegativeFloat = 0.05  # as head, and never without noise: windows of long clips
-    independent: NonNegativeFloat = (
-        0.0  # every frame generated, at its own level (Chen et al. 2024)
-    )
+    independent: NonNegativeFloat = 0.0  # frames at levels of their own (Chen et al. 2024)
     # The most levels of an ``independent`` segment: frames this far apart share one. Each is a
     # modulation group of every segment of the batch.
     levels: Annotated[int, Range(2)] = 16

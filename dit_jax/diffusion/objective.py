@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, UInt
 from dit_jax.diffusion import paths
 from dit_jax.diffusion.masks import MASKS, MaskConfig, conditioning_mask, sample_mask
 from dit_jax.diffusion.paths import Estimate, PathConfig, Prediction, TimeConfig, Variance, on_grid
-from dit_jax.types import PAD, Batch, DenoiserInputs, Fraction, Range, Target, require
+from dit_jax.types import PAD, Batch, DenoiserInputs, Fraction, Range, Target, per_segment, require
 
 # Set a segment's random numbers for these apart from those of ``split(key, 4)``.
 OF_FRAMES, OF_LEVELS = 4, 5
@@ -98,18 +98,10 @@ def sample_keys(key: jax.Array, sample_ids: UInt[Array, "b n"]) -> jax.Array:
     return each(lambda sample_id: jax.random.fold_in(key, sample_id))(sample_ids)
 
 
-def per_segment(values: jax.Array, segment_ids: Ids) -> jax.Array:
-    """Repeats ``[b, n, ...]`` values of segments for each of their tokens: ``[b, l, ...]``."""
-    return jax.vmap(lambda row, ids: row[jnp.maximum(ids - 1, 0)])(values, segment_ids)
-
-
 def token_noise(keys: jax.Array, segment_ids: Ids, token_ids: Ids, dim: int) -> Tokens:
     """Standard normal noise of each token, from its segment's key and its index in the segment."""
-
-    def noise(segment_key: jax.Array, index: Int[Array, ""]) -> Float[Array, "p"]:
-        return jax.random.normal(jax.random.fold_in(segment_key, index), (dim,))
-
-    return each(noise)(per_segment(keys, segment_ids), token_ids)
+    noise = each(lambda key, index: jax.random.normal(jax.random.fold_in(key, index), (dim,)))
+    return noise(per_segment(keys, segment_ids), token_ids)
 
 
 def noise_batch(
@@ -139,13 +131,10 @@ def noise_batch(
     sample = each(sample_segment)(keys, batch.num_tokens, batch.num_frames)
     levels, mask, noise_keys, dropped = sample  # [b, n, groups], the rest [b, n]
 
-    def frame_chance(segment_key: jax.Array, frame: jax.Array) -> Float[Array, ""]:
-        frames_key = jax.random.fold_in(segment_key, OF_FRAMES)
-        return jax.random.uniform(jax.random.fold_in(frames_key, frame))
-
-    chance = jnp.ones(ids.shape)
+    chance, fold = jnp.ones(ids.shape), jax.random.fold_in
     if masks.keyframes:
-        chance = each(frame_chance)(per_segment(keys, ids), batch.frame_ids)
+        uniform = each(lambda key, frame: jax.random.uniform(fold(fold(key, OF_FRAMES), frame)))
+        chance = uniform(per_segment(keys, ids), batch.frame_ids)
     mask = jax.tree.map(lambda x: per_segment(x, ids), mask)
     conditions = conditioning_mask(masks, mask, batch.frame_ids, chance)
     group = conditions.astype(ids.dtype)
@@ -193,17 +182,15 @@ def split_output(config: DiffusionConfig, output: Output, dim: int) -> tuple[Tok
     return output[..., :dim], output[..., dim:] if learned else None
 
 
-def guided_kind(config: DiffusionConfig) -> Prediction:
-    """The space of guidance: velocities if the path has them, else what the network predicts."""
-    return config.prediction if config.path.discrete else "velocity"
-
-
 def estimate(
     config: DiffusionConfig, prediction: Tokens, xt: Tokens, tau: ByToken, fraction: Tokens | None
 ) -> Estimate:
-    """What solvers need of a prediction in the space of ``guided_kind``."""
-    x0, eps = paths.clean_and_noise(config.path, guided_kind(config), prediction, xt, tau)
-    return Estimate(x0, eps, None if config.path.discrete else prediction, fraction)
+    """What solvers need of a prediction in the space of guidance: a velocity on the straight path, and
+    what the network predicts on the chain."""
+    chain = config.path.discrete
+    kind: Prediction = config.prediction if chain else "velocity"
+    x0, eps = paths.clean_and_noise(config.path, kind, prediction, xt, tau)
+    return Estimate(x0, eps, None if chain else prediction, fraction)
 
 
 # --- The loss ---
@@ -232,13 +219,8 @@ def token_loss(
 ) -> tuple[ByToken, ByToken]:
     """The loss of every token, and its weight in the mean over the batch: 1, or 0 of conditioning
     tokens and padding. With a learned variance, ``output`` is ``[b, l, 2p]``."""
-    path, kind, x0, xt, tau = (
-        config.path,
-        config.prediction,
-        batch.tokens,
-        inputs.tokens,
-        target.tau,
-    )
+    path, kind, tau = config.path, config.prediction, target.tau
+    x0, xt = batch.tokens, inputs.tokens
     predicted, fraction = split_output(config, output, x0.shape[-1])
     actual, expected = predicted, paths.prediction_of(path, kind, x0, target.eps, tau)
     if config.loss == "velocity":

@@ -1,4 +1,4 @@
-"""Solvers of the reverse process under noise caps, and the noise levels that they visit.
+"""Solvers of the reverse process under noise caps, the noise levels that they visit, and guidance.
 
 A schedule t_0 > ... > t_K = 0 of noise levels is shared by all tokens. A token with noise cap s stands
 at level ``min(t_k, s)``: a conditioning token (s = 0) never moves, and one with some noise keeps its
@@ -27,6 +27,13 @@ unipc     order 3, UniPC-2 with B_2(h) (Zhao et al. 2023, algorithms 5 and 6): p
 ========= ======================================================================================
 
 The steps to data and from no signal at all have an infinite h; multistep solvers take them at order 1.
+
+Guidance combines the conditional prediction c and the unconditional one u, in all channels or the first
+(DiT and SiT guide three of four), at all noise levels or in an interval (Kynkäänniemi et al. 2024); the
+deviations are those of each segment's generated tokens::
+
+    g = u + scale (c - u)                              Ho & Salimans 2022              (7)
+    g <- (phi std(c) / std(g) + 1 - phi) g             Lin et al. 2023, section 3.4    (8)
 """
 
 from __future__ import annotations
@@ -38,13 +45,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
+from dit_jax.types import PAD, require
 
 Spacing = Literal["linear", "trailing", "linspace"]
 Tokens = Float[Array, "b l p"]
 ByToken = Float[Array, "b l"]
+Ids = Int[Array, "b l"]
 Scalar = Float[Array, ""]
 
 
@@ -240,3 +249,72 @@ def noise_levels(
     else:
         indices = np.round(np.linspace(count - 1, 0, steps))
     return np.append((indices + 1) / count, 0.0).astype(np.float32)
+
+
+# --- Guidance ---
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceConfig:
+    """How strong guidance is, and where it applies: ``cfg_*`` of ``SamplingConfig``."""
+
+    scale: float = 4.0
+    channels: int | None = None  # guide this many, the first ones; None: all
+    interval: tuple[float, float] = (0.0, 1.0)  # guide at noise levels low < t <= high
+    rescale: float = 0.0  # phi of (8)
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        rule = "noise levels 0 <= low < high <= 1"
+        require("sampling.cfg_", self, ("interval", 0 <= low < high <= 1, rule))
+
+    @property
+    def active(self) -> bool:
+        return self.scale != 1
+
+    def guided_at(self, t: float) -> bool:
+        """Whether guidance changes anything at this noise level."""
+        # Compared as float32, as the compiled step compares: both must agree on every level.
+        low, high = (np.float32(bound) for bound in self.interval)
+        return self.active and bool(low < np.float32(t) <= high)
+
+
+def deviation(x: Tokens, counted: Bool[Array, "b l"], segment_ids: Ids, segments: int) -> ByToken:
+    """The standard deviation of each token's segment, over all numbers of its counted tokens."""
+    member = (segment_ids[..., None] == jnp.arange(1, segments + 1)).astype(x.dtype)  # [b, l, n]
+
+    def segment_sum(values: ByToken) -> ByToken:
+        values = jnp.where(counted, values, 0)
+        return jnp.einsum("bln,bn->bl", member, jnp.einsum("bln,bl->bn", member, values))
+
+    count = jnp.maximum(segment_sum(jnp.ones_like(x[..., 0])), 1)
+    mean = segment_sum(x.mean(-1)) / count
+    return jnp.sqrt(segment_sum(jnp.square(x - mean[..., None]).mean(-1)) / count)
+
+
+def guide(
+    config: GuidanceConfig,
+    conditional: Tokens,
+    unconditional: Tokens,
+    t: Float[Array, ""],
+    tau: ByToken,
+    segment_ids: Ids,
+    segments: int,
+    channels: int,
+) -> Tokens:
+    """The guided prediction at level ``t`` of the schedule, of rows with at most so many ``segments``
+    and of tokens whose numbers are ordered (t, h, w, c), with so many ``channels``."""
+    guided = unconditional + config.scale * (conditional - unconditional)  # (7)
+    if config.rescale:
+        counted = (segment_ids != PAD) & (tau > 0)
+        expected = deviation(conditional, counted, segment_ids, segments)
+        actual = deviation(guided, counted, segment_ids, segments)
+        ratio = expected / jnp.where(actual > 0, actual, 1)
+        guided = guided * (config.rescale * ratio + (1 - config.rescale))[..., None]  # (8)
+    if config.channels is not None:
+        first = np.arange(conditional.shape[-1]) % channels < config.channels
+        guided = jnp.where(first, guided, conditional)
+    if config.interval != (0.0, 1.0):
+        low, high = config.interval
+        guided = jnp.where((low < t) & (t <= high), guided, conditional)
+    return guided

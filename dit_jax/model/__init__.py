@@ -7,7 +7,6 @@ from dit_jax.model.conditioners import Field as Field
 from dit_jax.model.conditioners import Signal as Signal
 from dit_jax.model.conditioners import check_fields as check_fields
 from dit_jax.model.conditioners import per_group as per_group
-from dit_jax.model.conditioners import per_token as per_token
 from dit_jax.model.conditioners import prepare_fields as prepare_fields
 from dit_jax.model.dit import PRESETS as PRESETS
 from dit_jax.model.dit import DiT as DiT

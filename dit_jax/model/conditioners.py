@@ -27,12 +27,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dit_jax.files import InputError
 from dit_jax.model.layers import dense
-from dit_jax.types import DenoiserInputs, PositiveInt, Runtime, Sample
+from dit_jax.types import DenoiserInputs, PositiveInt, Runtime, Sample, per_segment
 
 if TYPE_CHECKING:
     from dit_jax.model.dit import ModelConfig
-
-BySegment = Shaped[Array, "b n *rest"]
 
 
 class Field(NamedTuple):
@@ -41,8 +39,7 @@ class Field(NamedTuple):
     of: Literal["token", "segment"]
     shape: tuple[int, ...]
     dtype: Any = np.float32
-    classes: int | None = None
-    """Values are whole numbers below this."""
+    classes: int | None = None  # Values are whole numbers below this.
 
 
 class Conditioning(NamedTuple):
@@ -50,8 +47,8 @@ class Conditioning(NamedTuple):
 
     tokens: Float[Array, "b l d"] | None = None
     modulation: Float[Array, "b #k d"] | None = None
+    # Text states, and the segments that they belong to.
     text: tuple[Float[Array, "b m e"], Int[Array, "b m"]] | None = None
-    """Text states, and the segments that they belong to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +77,6 @@ class Conditioner:
         return rows
 
 
-def per_token(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b l *rest"]:
-    """The values of segments, for each of their tokens; anything at padding."""
-    return jax.vmap(lambda row, ids: row[ids])(values, jnp.maximum(inputs.segment_ids - 1, 0))
-
-
 def group_segments(inputs: DenoiserInputs) -> Int[Array, "b k"]:
     """The segment of each modulation group; 0 for a group without tokens."""
     groups = jnp.arange(inputs.group_t.shape[1])
@@ -92,10 +84,9 @@ def group_segments(inputs: DenoiserInputs) -> Int[Array, "b k"]:
     return jnp.where(member, inputs.segment_ids[:, None, :], 0).max(-1)
 
 
-def per_group(inputs: DenoiserInputs, values: BySegment) -> Shaped[Array, "b k *rest"]:
-    """The values of segments, for each of their modulation groups; anything for empty groups."""
-    segments = jnp.maximum(group_segments(inputs) - 1, 0)
-    return jax.vmap(lambda row, ids: row[ids])(values, segments)
+def per_group(inputs: DenoiserInputs, values: jax.Array) -> jax.Array:
+    """``per_segment`` for each of the segments' modulation groups: ``[b, k, ...]``."""
+    return per_segment(values, group_segments(inputs))
 
 
 def prepare_fields(
@@ -115,19 +106,16 @@ def check_fields(
 ) -> None:
     """Refuses a sample or a request (``what``) whose fields are not those that the model reads."""
     for name, conditioner in model.conditioners.items():
-        field = conditioner.field(model)
-        there = token_fields if field.of == "token" else segment_fields
-        value = np.asarray(there.get(name))
-        shape = value.shape[1:] if field.of == "token" else value.shape
-        problem = None
-        if name not in there:
-            problem = (
-                f"no {field.of} field {name!r} (only {sorted([*token_fields, *segment_fields])})"
-            )
-        elif shape != field.shape:
-            problem = f"the field {name!r} of shape {shape} for every {field.of}, not {field.shape}"
-        elif field.classes and not (0 <= value.min() and value.max() < field.classes):
-            problem = f"the {name} {value}, and the model has 0 to {field.classes - 1}"
+        of, expected, _, classes = conditioner.field(model)
+        fields = token_fields if of == "token" else segment_fields
+        value, problem = np.asarray(fields.get(name)), None
+        shape = value.shape[1:] if of == "token" else value.shape
+        if name not in fields:
+            problem = f"no {of} field {name!r} (only {sorted({**token_fields, **segment_fields})})"
+        elif shape != expected:
+            problem = f"the field {name!r} of shape {shape} for every {of}, not {expected}"
+        elif classes and not (0 <= value.min() and value.max() < classes):
+            problem = f"the {name} {value}, and the model has 0 to {classes - 1}"
         if problem:
             raise ValueError(f"{what} has {problem}: see model.conditioners.{name}.")
 
@@ -171,10 +159,9 @@ class Signal(Conditioner):
     segments added to the modulation, those of tokens (of frames) to the patches."""
 
     of: Literal["token", "segment"] = "segment"
+    # Of a value; of a token, ``(frames, ...)`` with the codec's stride in time times ``patch.t``.
     shape: tuple[int, ...] = ()
-    """Of a value; of a token, ``(frames, ...)`` with the codec's stride in time times ``patch.t``."""
-    scale: float = 1.0
-    """What the numbers are multiplied by: they should then be about 1 in size."""
+    scale: float = 1.0  # What the numbers are multiplied by: they should then be about 1 in size.
 
     def field(self, model: ModelConfig) -> Field:
         return Field(self.of, self.shape)
@@ -195,7 +182,7 @@ class SignalEmbedding(nn.Module):
     def __call__(self, inputs: DenoiserInputs) -> Conditioning:
         if self.config.of == "token":
             values = inputs.token_fields[self.field]
-            dropped, axis = per_token(inputs, inputs.dropped), "tokens"
+            dropped, axis = per_segment(inputs.dropped, inputs.segment_ids), "tokens"
         else:
             values = per_group(inputs, inputs.segment_fields[self.field])
             dropped, axis = per_group(inputs, inputs.dropped), None

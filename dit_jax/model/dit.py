@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
@@ -32,14 +33,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dit_jax.model.conditioners import Conditioner, Conditioning, group_segments, prepare_fields
 from dit_jax.model.layers import MLP, ZERO, Attention, Modulation, dense, gather_groups, layer_norm
 from dit_jax.model.patches import PatchConfig, absolute_features, rotary_angles
-from dit_jax.model.text import (
-    ByteEncoder,
-    ByteEncoderConfig,
-    NoTextConfig,
-    StatesProjection,
-    TextConfig,
-    TextStatesConfig,
-)
+from dit_jax.model.text import ByteEncoderConfig, NoTextConfig, TextConfig, make_encoder
 from dit_jax.types import (
     ATTENTION,
     QKV,
@@ -81,46 +75,42 @@ class DiTConfig:
     width: PositiveInt = 384
     depth: PositiveInt = 12
     heads: PositiveInt = 6
-    mlp_dim: PositiveInt | None = None
-    """Hidden width of the MLP; unset: four times the width."""
-    rope_theta: float = 1e4
-    """Ratio of rotary wavelengths (see ``model.patches``)."""
-    rotary: bool = True
-    """Turn queries and keys by their token's coordinates."""
+    mlp_dim: PositiveInt | None = None  # Hidden width of the MLP; unset: four times the width.
+    rope_theta: float = 1e4  # Ratio of rotary wavelengths (see ``model.patches``).
+    rotary: bool = True  # Turn queries and keys by their token's coordinates.
+    # Normalise queries and keys (root mean square, a learned scale for each dimension of a head).
     qk_norm: bool = True
-    """Normalise queries and keys (root mean square, a learned scale for each dimension of a head)."""
+    # Also add sines and cosines of the coordinates to the patches: of all, or of columns and rows
+    # as DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small model
+    # learns where things are much sooner; sizes never trained on are then a little harder.
     absolute_positions: Literal["none", "thw", "wh", "wht"] = "none"
-    """Also add sines and cosines of the coordinates to the patches: of all, or of columns and rows as
-    DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small model learns
-    where things are much sooner; sizes never trained on are then a little harder."""
+    # The network reads ``time_scale * t + time_offset`` for a noise level t in [0, 1]. 1000 and -1
+    # count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's.
     time_scale: float = 1000.0
     time_offset: float = 0.0
-    """The network reads ``time_scale * t + time_offset`` for a noise level t in [0, 1]. 1000 and -1
-    count the levels of a thousand-step schedule from 0 as DiT does; -1 and 1 are SiT's convention."""
+    # The i-th sinusoid's rate is 10,000^(-i / time_divisor): 128 in DiT and SiT, 127 in Diffusers.
     time_divisor: PositiveInt = TIME_FREQUENCIES // 2
-    """The i-th sinusoid's rate is 10,000^(-i / time_divisor): 128 in DiT and SiT, 127 in Diffusers."""
+    # Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's.
     time_std: PositiveFloat | None = None
-    """Standard deviation of the fresh kernels that embed noise levels (DiT: 0.02); unset: Xavier's."""
+    # Attend to the text in every block; without it only ``pooled_text`` reads the text.
     cross_attention: bool = True
-    """Attend to the text in every block; without it only ``pooled_text`` reads the text."""
-    pooled_text: bool = False
-    """Also condition the modulation on the mean of the text states."""
+    pooled_text: bool = False  # Also condition the modulation on the mean of the text states.
+    # A matrix for every layer (adaLN-Zero), or one for all, to whose product a layer adds a table
+    # (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters).
     modulation: Literal["layer", "shared"] = "layer"
-    """A matrix for every layer (adaLN-Zero), or one for all, to whose product a layer adds a table
-    (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters)."""
+    # Local attention window: tokens on either side, in the row's order, that local layers attend to
+    # (n tokens are n / (h w) latent frames of h w patches). Unset: every layer is global.
     window: PositiveInt | None = None
-    """Local attention window: tokens on either side, in the row's order, that local layers attend to (n
-    tokens are n / (h w) latent frames of h w patches). Unset: every layer attends to the segment."""
+    # With a window, every n-th layer attends to the whole segment (Child et al. 2019, as in GPT-3).
     global_every: PositiveInt = 2
-    """With a window, every n-th layer attends to the whole segment (Child et al. 2019, as in GPT-3)."""
+    # Compile one block and loop over the layers (quick to compile), or unroll them (quick to run on
+    # a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs.
     scan: bool | None = None
-    """Compile one block and loop over the layers (quick to compile), or unroll them (quick to run
-    on a CPU); the parameters are the same. Unset: loop on accelerators, unroll on CPUs."""
+    # What is kept for the backward pass, which computes the rest again. none: all of it. dots:
+    # results of linear layers and attention. projections: attention's results and the product its
+    # inputs come from. attention: its results. full: only what enters the block. offload:
+    # attention's results on the device, that product and the block's input in the host's memory.
     remat: Literal["none", "dots", "projections", "attention", "full", "offload"] = "none"
-    """What is kept for the backward pass, which computes the rest again. none: all of it. dots: results
-    of linear layers and attention. projections: attention's results and the product its inputs come
-    from. attention: its results. full: only what enters the block. offload: attention's results on the
-    device, that product and the block's input in the host's memory."""
 
     def __post_init__(self) -> None:
         heads, every = max(self.heads, 1), max(self.global_every, 1)  # The types refuse 0 later.
@@ -167,25 +157,21 @@ class ModelConfig:
     dit: DiTConfig = DiTConfig()
     patch: PatchConfig = PatchConfig()
     text: TextConfig = ByteEncoderConfig()
+    # Of activations. Auto is bfloat16 on accelerators and float32 on CPUs.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations. Auto is bfloat16 on accelerators and float32 on CPUs."""
+    # What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
+    # bits (``parallel.matmul`` says what, in both passes; needs ``dit-jax[quant]``).
     matmul: Literal["full", "int8", "fp8"] = "full"
-    """What the linear layers of the transformer's blocks multiply in: the dtype of activations, or 8
-    bits (``parallel.matmul`` says what, in both passes; needs ``dit-jax[quant]``)."""
+    # The network's output has a second half: the variance of the reverse step, for every number of
+    # the patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma").
     learned_variance: bool = False
-    """The network's output has a second half: the variance of the reverse step, for every number of the
-    patch (Nichol & Dhariwal 2021, section 3.1; DiT's "learned sigma")."""
+    # What else the model is conditioned on: a conditioner for each field, under the field's name.
     conditioners: dict[str, Conditioner] = dataclasses.field(default_factory=dict, hash=False)
-    """What else the model is conditioned on: a conditioner for each field, under the field's name."""
 
     def __post_init__(self) -> None:
         reads = self.dit.pooled_text or self.dit.cross_attention
         rule = "of a kind, or unset dit.pooled_text and cross_attention, which have nothing to read"
         require("model.", self, ("text", not (reads and isinstance(self.text, NoTextConfig)), rule))
-
-    @property
-    def output_dim(self) -> int:
-        return self.patch.dim * (2 if self.learned_variance else 1)
 
     @property
     def text_width(self) -> int:
@@ -232,15 +218,6 @@ class TimeEmbedding(nn.Module):
         return constrain(linear(("embed", "embed_out"), name="out")(x), "batch", None, "width")
 
 
-def pool_text(
-    text: Float[Array, "b s e"], text_segment_ids: Int[Array, "b s"], segments: Int[Array, "b k"]
-) -> Float[Array, "b k e"]:
-    """The mean text state, float32, of each modulation group's segment."""
-    mine = (segments[:, :, None] == text_segment_ids[:, None, :]).astype(jnp.float32)  # [b, k, s]
-    weights = mine / jnp.maximum(mine.sum(-1, keepdims=True), 1.0)
-    return jnp.einsum("bks,bse->bke", weights, text.astype(jnp.float32), precision="highest")
-
-
 class DiTBlock(nn.Module):
     """One block; returns ``(x, None)`` so that ``nn.scan`` can carry ``x`` over the layers."""
 
@@ -268,7 +245,7 @@ class DiTBlock(nn.Module):
 
         x = checkpoint_name(x, RESIDUAL)
         if config.modulation == "layer":
-            groups = Modulation(width, branches=2, name="modulation")(condition)  # [b, k, 6 d]
+            groups = Modulation(6 * width, name="modulation")(condition)  # [b, k, 6 d]
         else:  # The condition is the modulation of all layers, to which a block adds its own table.
             init = nn.with_logical_partitioning(ZERO, ("modulation_table",))
             # Flax types the boxed initial value; `param` returns it unboxed.
@@ -344,14 +321,18 @@ class DiT(nn.Module):
         condition = TimeEmbedding(config, run, name="time")(inputs.group_t)
         for one in added:
             condition = condition if one.modulation is None else condition + one.modulation
-        if config.pooled_text:
+        if config.pooled_text:  # The mean text state of each group's segment.
             assert text is not None and text_segment_ids is not None
+            mine = group_segments(inputs)[:, :, None] == text_segment_ids[:, None]  # [b, k, s]
+            mine = mine.astype(jnp.float32)
+            weights = mine / jnp.maximum(mine.sum(-1, keepdims=True), 1.0)
             exact = partial(dense, dtype=jnp.float32, precision="highest")
-            pooled = pool_text(text, text_segment_ids, group_segments(inputs))
+            states = text.astype(jnp.float32)
+            pooled = jnp.einsum("bks,bse->bke", weights, states, precision="highest")
             condition += exact(width, ("embed", "embed_out"), name="pooled")(pooled)
         of_layers = condition = run.constrain(condition, "batch", None, "width")
         if config.modulation == "shared":
-            of_layers = Modulation(width, 2, name="modulation")(condition)
+            of_layers = Modulation(6 * width, name="modulation")(condition)
             of_layers = run.constrain(of_layers, "batch", None, None)
 
         # Text states [b, s, e], those of conditioners behind the caption's.
@@ -389,7 +370,7 @@ class DiT(nn.Module):
         else:
             x = x + residual
 
-        groups = Modulation(width, 1, gated=False, name="final_modulation")(condition)
+        groups = Modulation(2 * width, name="final_modulation")(condition)
         groups = run.constrain(groups, "batch", None, None)
         shift, scale = gather_groups(groups, group_ids, 2)
         x = (layer_norm(x) * (1 + scale) + shift).astype(run.dtype)
@@ -409,15 +390,12 @@ class TextToVideo(nn.Module):
     def setup(self) -> None:
         config = self.config.on(jax.default_backend())
         run = dataclasses.replace(self.runtime, dtype=jnp.dtype(config.dtype))
-        self.text: Any = None
-        if isinstance(config.text, ByteEncoderConfig):
-            self.text = ByteEncoder(config.text, run)
-        elif isinstance(config.text, TextStatesConfig):
-            self.text = StatesProjection(config.dit.width, run)
+        self.text: Any = make_encoder(config.text, config.dit.width, run)
         self.conditioners = {
             name: one.build(name, config, run) for name, one in config.conditioners.items()
         }
-        self.dit = DiT(config.dit, config.output_dim, run)
+        outputs = 2 if config.learned_variance else 1
+        self.dit = DiT(config.dit, outputs * config.patch.dim, run)
 
     def encode_text(
         self, text: Shaped[Array, "b s *x"], text_segment_ids: Int[Array, "b s"] | None
@@ -425,13 +403,10 @@ class TextToVideo(nn.Module):
         """Text states, needed once for all steps of a solver; without text, the tokens as they are."""
         return text if self.text is None else self.text(text, text_segment_ids)
 
-    def denoise(self, inputs: DenoiserInputs, residual: Tokens | None = None) -> Output:
-        """The same of text that ``encode_text`` has encoded. See ``DiT`` for ``residual``."""
-        return self(inputs, residual, encoded=True)
-
     def __call__(
         self, inputs: DenoiserInputs, residual: Tokens | None = None, encoded: bool = False
     ) -> Output:
+        """The output, of text that is ``encoded`` already or not; see ``DiT`` for ``residual``."""
         text = inputs.text if encoded else self.encode_text(inputs.text, inputs.text_segment_ids)
         inputs = dataclasses.replace(inputs, text=None if self.text is None else text)
         added = [conditioner(inputs) for conditioner in self.conditioners.values()]
@@ -446,9 +421,7 @@ def blank_inputs(config: ModelConfig, l: int = 1, s: int = 1) -> DenoiserInputs:
         fields, count = (token_fields, l) if of == "token" else (segment_fields, 1)
         fields[name] = jnp.zeros((1, count, *shape), dtype)
     ids, text_ids = jnp.zeros((1, l), jnp.int32), jnp.zeros((1, s), jnp.int32)
-    text = text_ids
-    if isinstance(config.text, TextStatesConfig):
-        text = jnp.zeros((1, s, config.text.dim))
+    empty = config.text.tokens("", np.empty(0))  # [1], or a state [1, e]
     inputs = DenoiserInputs(
         tokens=jnp.zeros((1, l, config.patch.dim)),
         positions=jnp.zeros((1, l, 3)),
@@ -456,7 +429,7 @@ def blank_inputs(config: ModelConfig, l: int = 1, s: int = 1) -> DenoiserInputs:
         token_ids=ids,
         group_ids=ids,
         group_t=jnp.zeros((1, 1)),
-        text=text,
+        text=jnp.zeros((1, s, *empty.shape[1:]), empty.dtype),
         text_segment_ids=text_ids,
         dropped=jnp.zeros((1, 1)),
         token_fields=token_fields,
@@ -474,8 +447,9 @@ def no_attention(q: jax.Array, *_: Any, **__: Any) -> jax.Array:
 def denoise_and_keep(
     model: TextToVideo, params: Params, inputs: DenoiserInputs
 ) -> tuple[Output, Tokens]:
-    """``TextToVideo.denoise``, and what the blocks added, for steps that run none (feature caching)."""
-    out: Any = model.apply(params, inputs, method="denoise", mutable=["intermediates"])
+    """The output for encoded text, and what the blocks added, for steps that run none (feature
+    caching)."""
+    out: Any = model.apply(params, inputs, encoded=True, mutable=["intermediates"])
     return out[0], out[1]["intermediates"]["dit"]["residual"][0]
 
 
@@ -485,7 +459,7 @@ def first_modulation(
     """Shift and 1 + scale of what enters the first block, ``m = 2 d``, at noise levels ``t`` and with
     no text: the part of that input which the level alone decides. ``params`` are ``DiT``'s, unboxed."""
     time: Any = TimeEmbedding(config, Runtime(no_attention))
-    modulation: Any = Modulation(config.width, 2)
+    modulation: Any = Modulation(6 * config.width)
     first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     first = first if config.window is None else first["layer_0"]
     own = params["modulation"] if config.modulation == "shared" else first["modulation"]

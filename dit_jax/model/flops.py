@@ -65,11 +65,10 @@ def _monomials(config: ModelConfig, encode_text: bool) -> dict[tuple[int, int], 
     params = jax.eval_shape(lambda key: model.init(key, blank_inputs(config)), jax.random.key(0))
 
     def forward(params: Params) -> Any:
-        inputs, method = blank_inputs(config, L, S), None
+        inputs = blank_inputs(config, L, S)
         if not encode_text:
             inputs = dataclasses.replace(inputs, text=jnp.zeros((1, S, config.text_width)))
-            method = "denoise"
-        return model.apply(params, inputs, method=method)
+        return model.apply(params, inputs, encoded=not encode_text)
 
     out = collections.Counter()
     for times, sizes in traced_products(jax.make_jaxpr(forward)(params)):

@@ -151,18 +151,15 @@ def as_computed(path: Sequence[str], leaf: jax.Array, dtype: Dtype) -> jax.Array
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate of ``branches`` residual branches for every group; zero when fresh."""
+    """All shifts, scales and gates of every group, ``features`` numbers; zero when fresh."""
 
-    width: int
-    branches: int
-    gated: bool = True
+    features: int
 
     @nn.compact
     def __call__(self, condition: ByGroup) -> Float[Array, "b k m"]:
-        features = self.branches * (3 if self.gated else 2) * self.width
         # Not of the highest precision: on TPUs its factors are bfloat16 (the sum is float32), for its
         # kernel is a large part of the parameters, and every layer would gather it twice as wide.
-        linear = dense(features, ("embed", "modulation"), jnp.float32, "linear", ZERO)
+        linear = dense(self.features, ("embed", "modulation"), jnp.float32, "linear", ZERO)
         return linear(nn.silu(condition))
 
 
@@ -173,8 +170,7 @@ class Attention(nn.Module):
     heads: int
     runtime: Runtime
     window: int | None = None
-    axis: str = "tokens"
-    """Logical axis of the tokens; those of text are whole on every device."""
+    axis: str = "tokens"  # Logical axis of the tokens; those of text are whole on every device.
     qk_norm: bool = True
 
     @nn.compact

@@ -40,10 +40,9 @@ class PatchConfig:
     t: PositiveInt = 1
     h: PositiveInt = 2
     w: PositiveInt = 2
-    channels: PositiveInt = 4
-    """Channels of a latent (3 for pixels)."""
+    channels: PositiveInt = 4  # Channels of a latent (3 for pixels).
+    # The frame rate at which one latent frame is one unit of time.
     reference_fps: PositiveFloat = 24.0
-    """The frame rate at which one latent frame is one unit of time."""
 
     @property
     def dim(self) -> int:  # p
@@ -166,9 +165,8 @@ def absolute_features(
         rates = theta ** (-np.arange(pairs, dtype=dtype) / pairs)
         return coordinates[..., None] * rates.astype(np.float32)
 
-    if (
-        kind == "thw"
-    ):  # A third for each (Vaswani et al. 2017, section 3.5); zero where 6 does not divide.
+    if kind == "thw":
+        # A third for each (Vaswani et al. 2017, section 3.5); zero where 6 does not divide.
         by_axis = angles(positions, width // 6).reshape(*positions.shape[:2], -1)
         features = jnp.concatenate([jnp.sin(by_axis), jnp.cos(by_axis)], -1)
         return jnp.pad(features, ((0, 0), (0, 0), (0, width - features.shape[-1])))
@@ -177,9 +175,8 @@ def absolute_features(
     by_axis = angles(positions[..., [2, 1]], width // 4, np.float64)  # [b, l, 2, width / 4]
     features = jnp.concatenate([jnp.sin(by_axis), jnp.cos(by_axis)], -1)
     features = features.reshape(*positions.shape[:2], width)
-    if (
-        kind == "wht"
-    ):  # Less those of time 0, so that a clip's first frame is placed as an image is.
+    if kind == "wht":
+        # Less those of time 0, so that a clip's first frame is placed as an image is.
         of_time = angles(positions[..., 0], width // 2)
         features = features + jnp.concatenate([jnp.sin(of_time), jnp.cos(of_time) - 1], -1)
     return features

@@ -43,8 +43,8 @@ class ByteEncoderConfig:
     width: PositiveInt = 128
     depth: NonNegativeInt = 2
     heads: PositiveInt = 4
+    # Longer captions are cut there; one more token stands for the beginning.
     max_bytes: PositiveInt = 63
-    """Longer captions are cut there; one more token stands for the beginning."""
 
     def __post_init__(self) -> None:
         heads = max(self.heads, 1)  # The type refuses 0 later.
@@ -69,13 +69,12 @@ class ByteEncoderConfig:
 class TextStatesConfig:
     """Captions that come as the states of a text encoder, computed when the data was prepared."""
 
+    # The encoder's name: its states cannot stand in for another's, which are refused (by the hash
+    # of its weights, ``text_encoder.hash``, if that is known, and else by this).
     encoder: str = "umt5-xxl"
-    """The encoder's name: its states cannot stand in for another's, which are refused (by the hash of
-    its weights, ``text_encoder.hash``, if that is known, and else by this)."""
-    dim: PositiveInt = 4096
-    """Numbers of a state."""
+    dim: PositiveInt = 4096  # Numbers of a state.
+    # The beginning and the states of a caption; longer captions are cut there.
     max_tokens: Annotated[int, Range(2)] = 512
-    """The beginning and the states of a caption; longer captions are cut there."""
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
         if states is not None and not caption:  # A dropped caption.
@@ -163,3 +162,10 @@ class StatesProjection(nn.Module):
         hidden = linear(("text_states", "embed"), name="up")(states)
         x = linear(("embed", "text_out"), name="out")(gelu(hidden))
         return run.constrain(x, "batch", "text_tokens", "width")
+
+
+def make_encoder(config: TextConfig, width: int, runtime: Runtime) -> nn.Module | None:
+    """The module that computes text states for a model of this width; None without text."""
+    if isinstance(config, ByteEncoderConfig):
+        return ByteEncoder(config, runtime)
+    return StatesProjection(width, runtime) if isinstance(config, TextStatesConfig) else None

@@ -234,7 +234,7 @@ class Generator:
         def network(seen: DenoiserInputs) -> Any:
             nonlocal residual
             if not keep:
-                return self._model.apply(params, seen, residual, method="denoise")
+                return self._model.apply(params, seen, residual, encoded=True)
             output, residual = models.denoise_and_keep(self._model, params, seen)
             return output
 
@@ -259,8 +259,9 @@ class Generator:
                 segment_fields=jax.tree.map(rows, inputs.segment_fields),
             )
             prediction, fraction = objective.split_output(diffusion, evaluate(seen), x.shape[-1])
-            if (kind := diffusion.prediction) != objective.guided_kind(diffusion):
-                prediction = paths.velocity_of(path, kind, prediction, seen.tokens, rows(tau))
+            if not path.discrete:  # Guidance is of velocities.
+                kind, xt = diffusion.prediction, seen.tokens
+                prediction = paths.velocity_of(path, kind, prediction, xt, rows(tau))
             if guided:
                 with_text, without = jnp.split(prediction, 2)
                 segments, channels = inputs.segment_ids, self._model.config.patch.channels

@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Shaped
 
-from dit_jax.diffusion import per_segment, token_noise
+from dit_jax.diffusion import token_noise
 from dit_jax.files import InputError
 from dit_jax.model import (
     Conditioner,
@@ -33,7 +33,7 @@ from dit_jax.model import (
     per_group,
 )
 from dit_jax.sampling import Generation, Request
-from dit_jax.types import DenoiserInputs, Range, Runtime, Sample, UnitInterval
+from dit_jax.types import DenoiserInputs, Range, Runtime, Sample, UnitInterval, per_segment
 from dit_jax.upscale.resizing import enlarge, shrink
 
 NAME = "low_res"  # of the field, in configs and requests

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dit_jax.codec.crops import CropConfig, CropLoader, cut
+from dit_jax.codec.crops import ClipBatch, CropConfig, CropLoader, cut
 from dit_jax.config import check_types
-from dit_jax.types import ClipBatch, Sample
+from dit_jax.types import Sample
 
 # Frames, rows, columns: longer than a window, shorter, as short as an image, exactly as large.
 SIZES = [(12, 9, 11), (4, 8, 8), (1, 10, 7), (5, 6, 6)]

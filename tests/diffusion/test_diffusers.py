@@ -14,16 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.diffusion import (
-    DiffusionConfig,
-    PathConfig,
-    SolverConfig,
-    TimeConfig,
-    estimate,
-    noise_levels,
-)
+from dit_jax.diffusion import DiffusionConfig, PathConfig, TimeConfig
+from dit_jax.diffusion.objective import estimate
 from dit_jax.diffusion.paths import alphas_cumprod, betas
-from dit_jax.diffusion.solvers import start_history, step
+from dit_jax.diffusion.solvers import SolverConfig, noise_levels, start_history, step
 
 try:
     with warnings.catch_warnings():

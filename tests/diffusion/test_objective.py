@@ -18,9 +18,9 @@ from dit_jax.diffusion import (
     TimeConfig,
     noise_batch,
     token_loss,
-    velocity_of,
 )
 from dit_jax.diffusion.objective import drop_captions, token_weight
+from dit_jax.diffusion.paths import velocity_of
 from dit_jax.types import PAD
 from tests.diffusion.packed import Clip, pack
 

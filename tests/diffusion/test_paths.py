@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
 from dit_jax.config import check_types
-from dit_jax.diffusion import PathConfig, TimeConfig, resolution_shift
+from dit_jax.diffusion import PathConfig, TimeConfig
 from dit_jax.diffusion.paths import (
     alphas_cumprod,
     betas,
@@ -20,6 +20,7 @@ from dit_jax.diffusion.paths import (
     level,
     on_grid,
     prediction_of,
+    resolution_shift,
     sample_time,
     shift_time,
     squared_error_factor,

@@ -13,9 +13,16 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_jax.diffusion import SOLVERS, Estimate, PathConfig, SolverConfig, noise_levels, start
-from dit_jax.diffusion.paths import alphas_cumprod, level
-from dit_jax.diffusion.solvers import interval, start_history, step
+from dit_jax.diffusion import SOLVERS, PathConfig
+from dit_jax.diffusion.paths import Estimate, alphas_cumprod, level
+from dit_jax.diffusion.solvers import (
+    SolverConfig,
+    interval,
+    noise_levels,
+    start,
+    start_history,
+    step,
+)
 
 MEAN, DEVIATION = 0.7, 0.4
 STRAIGHT, CHAIN = PathConfig(), PathConfig("ddpm")

@@ -78,7 +78,7 @@ def test_a_group_modulates_its_own_tokens_alone(compiled, params, inputs):
 
 
 def test_modulation_starts_at_zero_for_every_group(jit):
-    layer = Modulation(8, branches=2)
+    layer = Modulation(48)
     out = jit(layer.init_with_output)(jax.random.key(0), np.ones((1, 3, 8), np.float32))[0]
     assert out.shape == (1, 3, 48) and not out.any()
 

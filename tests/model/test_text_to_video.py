@@ -27,7 +27,7 @@ def test_activations_are_of_low_precision_on_accelerators(dtype, platform, expec
 
 def test_text_may_be_encoded_once_and_apart(model, forward, params, inputs, jit):
     encode = jit(functools.partial(model.apply, method="encode_text"))
-    denoise = jit(functools.partial(model.apply, method="denoise"))
+    denoise = jit(functools.partial(model.apply, encoded=True))
     given = dict(inputs)
     states = encode(params, given.pop("text"), given["text_segment_ids"])
     out = denoise(params, struct(given, text=states))

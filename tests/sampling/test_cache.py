@@ -160,7 +160,7 @@ def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
         )
 
     output, residual = jax.jit(functools.partial(denoise_and_keep, model))(params, given(x, 0.6))
-    denoise = jax.jit(functools.partial(model.apply, method="denoise"))
+    denoise = jax.jit(functools.partial(model.apply, encoded=True))
     np.testing.assert_allclose(denoise(params, given(x, 0.6)), output, atol=1e-5)
     again = denoise(params, given(x, 0.6), residual=residual)
     np.testing.assert_allclose(again, output, atol=1e-5)

@@ -36,7 +36,7 @@ class StandIn:
         )
         self.rows = []
 
-    def apply(self, params, inputs, *ids, method):
+    def apply(self, params, inputs, *ids, method=None, encoded=True):
         if method == "encode_text":
             return inputs.astype(jnp.float32) * (ids[0] > 0)[..., None]
         x, text, ids = inputs.tokens, inputs.text, inputs.text_segment_ids

@@ -56,7 +56,7 @@ class StandIn:
         self.traced = 0
         self.asked: list[Any] = []
 
-    def apply(self, params: Any, inputs: Any, *ids: Any, method: str) -> Any:
+    def apply(self, params: Any, inputs: Any, *ids: Any, method: Any = None, **_: Any) -> Any:
         if method == "encode_text":
             return inputs.astype(jnp.float32)[..., None]
         self.traced += 1
