@@ -24,7 +24,6 @@ from dit_jax.data import ShapesConfig, caption, held_out_scenes
 from dit_jax.data.shapes import render
 from dit_jax.evaluate import prompt_following
 from dit_jax.sampling import (
-    Storyboard,
     contact_sheet,
     decode_long,
     default_history,
@@ -82,7 +81,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     clips = []
     for one in templates:
         one = dataclasses.replace(one, frames=length, fps=fps)
-        clips.append(window_requests(one, windows, Storyboard((0.0,), (one.prompt,))))
+        clips.append(window_requests(one, windows))
     heads = [space.encode(clip[: given.given]) for clip in true] if given.given else None
     found = make_long(
         pipeline.generator,

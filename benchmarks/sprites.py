@@ -25,7 +25,6 @@ from dit_jax.sampling import (
     Generation,
     Request,
     Space,
-    Storyboard,
     connect,
     decode_long,
     default_history,
@@ -228,11 +227,7 @@ def long_clips(
     """Clips of four cycles, from text alone."""
     history = default_history(FRAMES, space.patch)
     windows = plan_windows(TIMES * FRAMES, FRAMES, history)
-    boards = [Storyboard((0.0,), (template.prompt,)) for template in templates]
-    asked = [
-        window_requests(template, windows, board)
-        for template, board in zip(templates, boards, strict=True)
-    ]
+    asked = [window_requests(template, windows) for template in templates]
     found = make(asked, windows)
     return [np.concatenate(list(decode_long(space.codec, x, TIMES * FRAMES))) for x in found]
 

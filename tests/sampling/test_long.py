@@ -24,9 +24,9 @@ from dit_jax.sampling import (
     Window,
     decode_long,
     default_history,
-    long,
     make_clips,
     make_long,
+    modes,
     plan_windows,
     read_storyboard,
     to_uint8,
@@ -115,13 +115,13 @@ def test_a_history_fills_about_a_third_in_whole_tokens():
 def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
     windows = plan_windows(13, 5, 3)
     # The middles of the new frames: 2, 5.5, 7.5, 9.5 and 11.5 of 8 a second.
-    assert [w.middle() for w in windows] == [2, 5.5, 7.5, 9.5, 11.5]
+    assert [w.middle for w in windows] == [2, 5.5, 7.5, 9.5, 11.5]
     requests = window_requests(LIKE, windows, BOARD)
     assert [r.prompt for r in requests] == ["a", "a", "a", "b", "b"]
     assert requests[0].seed == LIKE.seed and len({r.seed for r in requests}) == 5
     assert {r.size for r in requests} == {(5, 4, 4)}
     # Of a clip that begins with three frames the first window's new ones are two.
-    assert [w.middle(3) for w in windows] == [3.5, 5.5, 7.5, 9.5, 11.5]
+    assert [w.middle for w in plan_windows(13, 5, 3, head=3)] == [3.5, 5.5, 7.5, 9.5, 11.5]
 
 
 # --- storyboards ---
@@ -206,7 +206,7 @@ def test_every_window_is_given_what_the_clip_keeps(monkeypatch: pytest.MonkeyPat
         asked.extend(requests)
         return make_latents(generator, params, requests, *rest)
 
-    monkeypatch.setattr(long, "make_latents", watched)
+    monkeypatch.setattr(modes, "make_latents", watched)
     (clip,), _, windows, *_ = long_clip()
     for request, window in zip(asked[1:], windows[1:], strict=True):
         assert request.known is not None

@@ -321,10 +321,10 @@ def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
 
 def test_windows_are_the_same_on_eight_devices(makers):
     """Two clips that begin with something, in windows that are given the end of those before."""
-    windows = plan_windows(13, 9, 3)
+    windows = plan_windows(13, 9, 3, head=3)
     board = Storyboard((0.0, 1.0), ("a", "b"))
     likes = [like(PAIRS, seed=i) for i in (3, 4)]
-    clips = [window_requests(one, windows, board, head=3) for one in likes]
+    clips = [window_requests(one, windows, board) for one in likes]
     heads = [PAIRS.encode(NOISY[i : i + 3]) for i in (0, 4)]
     one, many = (
         make_long(generator, params, clips, windows, MODEL, make.keywords["mesh"], heads=heads)

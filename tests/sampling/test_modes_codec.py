@@ -17,7 +17,6 @@ from dit_jax.sampling import (
     Request,
     SamplingConfig,
     Space,
-    Storyboard,
     decode_long,
     extend,
     interpolate,
@@ -70,7 +69,7 @@ def made(codec, generator):
         "interpolate": interpolate(space, TEMPLATE, PIXELS[:9], 2),
         "extend": extend(space, TEMPLATE, PIXELS, forward=4, backward=4),
         "loop": loop_text(space, TEMPLATE),
-        "window": plain(window_requests(TEMPLATE, WINDOWS, Storyboard((0.0,), ("a ball",)))[0]),
+        "window": plain(window_requests(TEMPLATE, WINDOWS)[0]),
     }
     alone = [plain(request) for one in modes.values() for request in one.requests]
     batch = [*modes.values(), *alone]
@@ -112,7 +111,7 @@ def test_both_ends_are_clips_of_their_own(codec, made):
 
 
 def test_windows_pass_latents_on_and_are_decoded_once(codec, generator, made):
-    requests = window_requests(TEMPLATE, WINDOWS, Storyboard((0.0,), ("a ball",)))
+    requests = window_requests(TEMPLATE, WINDOWS)
     (latents,) = make_long(*generator, [requests], WINDOWS, MODEL, MESH)
     assert len(WINDOWS) == 3 and latents.shape == (7, SIDE // 2, SIDE // 2, 3)
     # Never encoded or decoded between windows: in the end all latents are one clip, in which only the
