@@ -88,7 +88,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         pipeline.params,
         clips,
         windows,
-        config.model,
         pipeline.mesh,
         given.noise,
         heads,

@@ -32,7 +32,7 @@ from dit_jax.sampling import (
     image_to_video,
     loop_clip,
     loop_text,
-    make_generations,
+    make_clips,
     make_long,
     plain,
     plan_windows,
@@ -266,12 +266,12 @@ def main() -> None:
     for name, (generations, measure) in modes.all().items():
         if not given.modes or name in given.modes:
             maker, decode = maker_of(name, pipeline), pipeline.codec.decode
-            clips = make_generations(maker, params, generations, config.model, mesh, True, decode)
+            clips = make_clips(maker, params, generations, mesh, True, decode)
             report.tell(name, clips, measure(clips))
     if not given.modes or "long" in given.modes:
 
         def make(asked: list[list[Request]], windows: list) -> list[np.ndarray]:
-            return make_long(generator, params, asked, windows, config.model, mesh, progress=True)
+            return make_long(generator, params, asked, windows, mesh, progress=True)
 
         clips = long_clips(space, templates, make)
         report.tell("long", clips, judged_long(truth, clips, cases))

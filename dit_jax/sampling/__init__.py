@@ -20,7 +20,7 @@ from dit_jax.sampling.modes import image_to_video as image_to_video
 from dit_jax.sampling.modes import interpolate as interpolate
 from dit_jax.sampling.modes import loop_clip as loop_clip
 from dit_jax.sampling.modes import loop_text as loop_text
-from dit_jax.sampling.modes import make_generations as make_generations
+from dit_jax.sampling.modes import make_clips as make_clips
 from dit_jax.sampling.modes import make_long as make_long
 from dit_jax.sampling.modes import plain as plain
 from dit_jax.sampling.modes import plan_windows as plan_windows
@@ -37,4 +37,3 @@ from dit_jax.sampling.request import read_prompts as read_prompts
 from dit_jax.sampling.sampler import Generator as Generator
 from dit_jax.sampling.sampler import SamplerConfig as SamplerConfig
 from dit_jax.sampling.sampler import SamplingConfig as SamplingConfig
-from dit_jax.sampling.sampler import make_clips as make_clips

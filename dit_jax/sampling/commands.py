@@ -365,7 +365,6 @@ class Long(Text):
             pipeline.params,
             [requests[i : i + count] for i in range(0, len(requests), count)],
             windows,
-            pipeline.config.model,
             pipeline.mesh,
             self.noise,
             None if head is None else [head] * len(prompts),

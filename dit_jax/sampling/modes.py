@@ -35,10 +35,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.files import InputError, MiB, read_bytes, refuse_if
-from dit_jax.model import ModelConfig, PatchConfig
+from dit_jax.model import PatchConfig
 from dit_jax.sampling.media import to_uint8
 from dit_jax.sampling.request import KnownLatents, Request, Space, check_request, filled
-from dit_jax.sampling.sampler import Generator, make_clips, make_latents
+from dit_jax.sampling.sampler import Decode, Generator, decode_loop, make_latents
 from dit_jax.types import Codec, Params
 
 NOISE = 0.05  # the noise cap of a window's history by default
@@ -51,21 +51,34 @@ class Generation(NamedTuple):
     """Requests to sample, and how their clips become the one that was asked for."""
 
     requests: tuple[Request, ...]
-    finish: Callable[[Sequence[Clip]], Clip]
+    finish: Callable[[Sequence[Clip]], Clip] = lambda clips: clips[0]
 
 
-def make_generations(
-    generator: Generator, params: Params, generations: Sequence[Generation], *rest: Any, **more: Any
+def make_clips(
+    generator: Generator,
+    params: Params,
+    generations: Sequence[Generation],
+    mesh: Mesh,
+    progress: bool = False,
+    decode: Decode | None = None,
 ) -> list[Clip]:
-    """The clips of generations of any modes, which share batches; the rest is as of ``make_clips``."""
+    """The clips of generations of any modes and sizes (in latents, if ``decode`` turns these into
+    pixels), which share batches; the same on every process."""
     requests = [request for one in generations for request in one.requests]
-    clips = iter(make_clips(generator, params, requests, *rest, **more))
-    return [one.finish([next(clips) for _ in one.requests]) for one in generations]
+    name, clips = "sampling" if progress else "", []
+    for request, clip in zip(
+        requests, make_latents(generator, params, requests, mesh, name), strict=True
+    ):
+        if decode is not None:
+            clip = decode_loop(decode, clip) if request.loop else decode(clip)
+        clips.append(to_uint8(clip))
+    parts = iter(clips)
+    return [one.finish([next(parts) for _ in one.requests]) for one in generations]
 
 
 def plain(template: Request) -> Generation:
     """Text to video, or with one frame to an image."""
-    return Generation((template,), lambda clips: clips[0])
+    return Generation((template,))
 
 
 def image_to_video(
@@ -445,7 +458,6 @@ def make_long(
     params: Params,
     clips: Sequence[Sequence[Request]],
     windows: Sequence[Window],
-    model: ModelConfig,
     mesh: Mesh,
     noise: float = NOISE,
     heads: Sequence[np.ndarray] | None = None,
@@ -458,8 +470,9 @@ def make_long(
         noise: cap of the history: 0 keeps it exactly, 0.02 to 0.1 is usual.
         heads: latents with which the clips begin, in place of the history that the first window lacks.
     """
-    template, patch, history = clips[0][0], model.patch, windows[-1].history
+    template, model, history = clips[0][0], generator.model.config, windows[-1].history
     check_request(template, model)
+    patch = model.patch
     none = np.zeros((len(clips), 0, *template.size[1:], patch.channels), np.float32)
     out = none if heads is None else np.asarray(heads, np.float32)  # [clips, t, h, w, c]
     for count in (history, out.shape[1]):
@@ -474,7 +487,7 @@ def make_long(
             for clip, one in zip(clips, past, strict=True)
         ]
         name = f"window {number + 1} of {len(windows)}" if progress else ""
-        latents = np.stack(make_latents(generator, params, requests, model, mesh, name, form))
+        latents = np.stack(make_latents(generator, params, requests, mesh, name, form))
         # The past stays as it was, without the noise that the model saw on it.
         out = np.concatenate([out, latents[:, past.shape[1] :]], 1)
     return list(out)

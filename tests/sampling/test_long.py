@@ -27,6 +27,7 @@ from dit_jax.sampling import (
     make_clips,
     make_long,
     modes,
+    plain,
     plan_windows,
     read_storyboard,
     to_uint8,
@@ -84,7 +85,7 @@ def long_clip(
     likes = [dataclasses.replace(LIKE, seed=seed, negative=negative) for seed in seeds]
     clips = [window_requests(like, windows, BOARD) for like in likes]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    made = make_long(generator, {}, clips, windows, model.config, mesh, **given)
+    made = make_long(generator, {}, clips, windows, mesh, **given)
     jax.effects_barrier()
     return made, model, windows, clips, generator, mesh
 
@@ -192,8 +193,8 @@ def test_history_is_at_its_ceiling_and_prompts_and_positions_are_the_windows_own
 
 def test_the_first_window_is_the_plain_clip_and_what_is_given_is_not_replaced():
     (clip,), model, windows, clips, generator, mesh = long_clip(steps=3)
-    (plain,) = make_clips(generator, {}, [clips[0][0]], model.config, mesh)
-    np.testing.assert_array_equal(to_uint8(clip[:5]), plain)
+    (alone,) = make_clips(generator, {}, [plain(clips[0][0])], mesh)
+    np.testing.assert_array_equal(to_uint8(clip[:5]), alone)
     (shorter,) = long_clip(frames=7, steps=3)[0]
     np.testing.assert_array_equal(shorter, clip[:7])
 

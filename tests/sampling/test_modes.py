@@ -27,7 +27,7 @@ from dit_jax.sampling import (
     interpolate,
     loop_clip,
     loop_text,
-    make_generations,
+    make_clips,
     make_inputs,
     make_long,
     plain,
@@ -293,10 +293,9 @@ def makers():
                 )
             found[name] = (
                 functools.partial(
-                    make_generations,
+                    make_clips,
                     generator,
                     params,
-                    model=MODEL,
                     mesh=mesh,
                     decode=PixelCodec().decode,
                 ),
@@ -327,7 +326,7 @@ def test_windows_are_the_same_on_eight_devices(makers):
     clips = [window_requests(one, windows, board) for one in likes]
     heads = [PAIRS.encode(NOISY[i : i + 3]) for i in (0, 4)]
     one, many = (
-        make_long(generator, params, clips, windows, MODEL, make.keywords["mesh"], heads=heads)
+        make_long(generator, params, clips, windows, make.keywords["mesh"], heads=heads)
         for make, generator, params in (makers["one"], makers["eight"])
     )
     for a, b in zip(one, many, strict=True):
@@ -354,7 +353,7 @@ def test_steps_are_those_of_the_request_alone(makers):
     assert len({plainly.batch_key(edit.requests[0]) for edit in edits}) == 1
 
     def make(some):
-        return make_generations(generator, params, some, MODEL, MESH, decode=PixelCodec().decode)
+        return make_clips(generator, params, some, MESH, decode=PixelCodec().decode)
 
     beside = make([*edits, edits[0]])
     for i in (1, 2):  # an image, a restyle

@@ -21,7 +21,7 @@ from dit_jax.sampling import (
     extend,
     interpolate,
     loop_text,
-    make_generations,
+    make_clips,
     make_long,
     plain,
     plan_windows,
@@ -73,7 +73,7 @@ def made(codec, generator):
     }
     alone = [plain(request) for one in modes.values() for request in one.requests]
     batch = [*modes.values(), *alone]
-    clips = iter(make_generations(*generator, batch, MODEL, MESH, decode=codec.decode))
+    clips = iter(make_clips(*generator, batch, MESH, decode=codec.decode))
     whole = {name: next(clips) for name in modes}
     return {
         name: (one.requests, whole[name], [next(clips) for _ in one.requests])
@@ -112,7 +112,7 @@ def test_both_ends_are_clips_of_their_own(codec, made):
 
 def test_windows_pass_latents_on_and_are_decoded_once(codec, generator, made):
     requests = window_requests(TEMPLATE, WINDOWS)
-    (latents,) = make_long(*generator, [requests], WINDOWS, MODEL, MESH)
+    (latents,) = make_long(*generator, [requests], WINDOWS, MESH)
     assert len(WINDOWS) == 3 and latents.shape == (7, SIDE // 2, SIDE // 2, 3)
     # Never encoded or decoded between windows: in the end all latents are one clip, in which only the
     # first holds a single frame.
