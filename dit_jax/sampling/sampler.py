@@ -198,12 +198,12 @@ class Generator:
 
     def _begin(self, inputs: SamplerInputs, t: Float[Array, ""]) -> Carry:
         eps = self._noise(inputs)
-        x = solvers.start(self._diffusion.path, inputs.clean, eps, inputs.noise_caps, t)  # (1)
+        x = solvers.start(self._diffusion.path, inputs.tokens, eps, inputs.noise_caps, t)  # (1)
         return x, solvers.start_history(self.config.solver, x, t)
 
     def _noise(self, inputs: SamplerInputs, index: Int[Array, ""] | None = None) -> Tokens:
         """The noise with which tokens begin, or that of step ``index`` of a stochastic solver."""
-        fold, dim = jax.random.fold_in, inputs.clean.shape[-1]
+        fold, dim = jax.random.fold_in, inputs.tokens.shape[-1]
         keys = each(jax.random.key)(inputs.seeds)  # [b, 1]: a row has one segment
         if index is not None:
             keys = each(lambda key: fold(fold(key, STEP_NOISE), index))(keys)
@@ -234,21 +234,14 @@ class Generator:
         def rows(y: jax.Array) -> jax.Array:
             return jnp.concatenate([y, y]) if guided else y  # [b, ...] to [2 b, ...]
 
+        whole = jax.tree.map(rows, inputs)
+        dropped = (jnp.arange(len(text)) >= b).astype(jnp.float32)[:, None]
+        whole = dataclasses.replace(whole, text=text, text_segment_ids=ids, dropped=dropped)
+
         def denoiser(x: Tokens, t: Array) -> paths.Estimate:
             tau = jnp.minimum(t, inputs.noise_caps)
-            seen = DenoiserInputs(
-                tokens=rows(x),
-                positions=rows(inputs.positions),
-                segment_ids=rows(inputs.segment_ids),
-                token_ids=rows(inputs.token_ids),
-                group_ids=rows(inputs.group_ids),
-                group_t=rows(jnp.minimum(t, inputs.group_noise_caps)),
-                text=text,
-                text_segment_ids=ids,
-                dropped=(jnp.arange(len(text)) >= b).astype(jnp.float32)[:, None],
-                token_fields=jax.tree.map(rows, inputs.token_fields),
-                segment_fields=jax.tree.map(rows, inputs.segment_fields),
-            )
+            group_t = jnp.minimum(t, whole.group_t)
+            seen = dataclasses.replace(whole, tokens=rows(x), group_t=group_t)
             prediction, fraction = objective.split_output(diffusion, evaluate(seen), x.shape[-1])
             if (kind := diffusion.prediction) != objective.guided_kind(diffusion):
                 prediction = paths.velocity_of(path, kind, prediction, seen.tokens, rows(tau))
@@ -266,7 +259,7 @@ class Generator:
         if inputs.kept is not None:
             # Numbers that are known in generated tokens, at the level where their token now is.
             level, eps = jnp.minimum(t_next, caps), self._noise(inputs)
-            known = paths.interpolate(path, inputs.clean, eps, level)
+            known = paths.interpolate(path, inputs.tokens, eps, level)
             x = jnp.where(inputs.kept, known, x)
         return (x, history), residual if keep else None
 

@@ -57,10 +57,11 @@ def condition(seeds=(1, 2), words=(0.3, 0.7), ceilings=None):
     free = np.ones(full, np.float32) if ceilings is None else np.float32([ceilings] * b)
     levels = np.unique(free[0])
     return SamplerInputs(
-        clean=jnp.asarray(np.where(free[..., None] < 1, np.ones((*full, DIM)), 0), jnp.float32),
+        tokens=jnp.asarray(np.where(free[..., None] < 1, np.ones((*full, DIM)), 0), jnp.float32),
         noise_caps=jnp.asarray(free),
         group_ids=jnp.asarray(np.searchsorted(levels, free).astype(np.int32)),
-        group_noise_caps=jnp.asarray(np.tile(levels, (b, 1))),
+        group_t=jnp.asarray(np.tile(levels, (b, 1))),
+        dropped=jnp.zeros((b, 1)),
         positions=jnp.zeros((*full, 3)),
         segment_ids=jnp.ones(full, jnp.int32),
         token_ids=jnp.asarray(np.tile(np.arange(TOKENS, dtype=np.int32), (b, 1))),

@@ -378,10 +378,10 @@ def test_given_tokens_are_exact_in_the_latents_too(makers):
     condition = make_inputs(requests, MODEL, 40, [r for e in every_mode() for r in e.requests])
     made = np.asarray(generator(params, jax.tree.map(jnp.asarray, condition)))
     held = condition.noise_caps == 0
-    assert held.any() and (made[held] == condition.clean[held]).all()
+    assert held.any() and (made[held] == condition.tokens[held]).all()
     known = condition.kept
     assert known is not None and known.any() and not known[held].any()
-    np.testing.assert_allclose(made[known], condition.clean[known], atol=1e-6)
+    np.testing.assert_allclose(made[known], condition.tokens[known], atol=1e-6)
     assert (made[~known & ~held[..., None]] != 0).all()
 
 
@@ -437,9 +437,9 @@ def test_times_of_a_request_are_its_tokens():
     tokens = patchify(PAIRS.patch, to_float(NOISY[:5]))
     clip_of = KnownLatents(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
     condition = make_inputs([dataclasses.replace(request, known=clip_of)], MODEL)
-    np.testing.assert_array_equal(condition.clean[0], tokens)
+    np.testing.assert_array_equal(condition.tokens[0], tokens)
     assert condition.noise_caps.tolist() == [[0, 1, 0.25]]
-    assert condition.group_noise_caps[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]
+    assert condition.group_t[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]
 
 
 def test_the_two_cuts_of_a_loop_are_half_a_turn_apart():

@@ -189,7 +189,7 @@ def test_a_clip_depends_on_its_own_input_alone_on_every_mesh(trained, mesh):
 def test_inputs_have_the_clip_of_each_request(trained, mesh):
     made = make_inputs(requests(mesh), CONFIG.model, 40)
     low_res = made.token_fields["low_res"]
-    assert low_res.shape == made.clean.shape
+    assert low_res.shape == made.tokens.shape
     tokens = patchify(CONFIG.model.patch, requests(mesh)[1].pixel_fields["low_res"])
     assert np.array_equal(low_res[1, : len(tokens)], tokens)
     assert not low_res[1, len(tokens) :].any()
