@@ -27,7 +27,6 @@ from dit_jax.sampling import (
     Space,
     connect,
     decode_long,
-    default_history,
     extend,
     image_to_video,
     loop_clip,
@@ -225,8 +224,7 @@ def long_clips(
     space: Space, templates: Sequence[Request], make: Callable[..., list[np.ndarray]]
 ) -> list[np.ndarray]:
     """Clips of four cycles, from text alone."""
-    history = default_history(FRAMES, space.patch)
-    windows = plan_windows(TIMES * FRAMES, FRAMES, history)
+    windows = plan_windows(space, TIMES * FRAMES, FRAMES)
     asked = [window_requests(template, windows) for template in templates]
     found = make(asked, windows)
     return [np.concatenate(list(decode_long(space.codec, x, TIMES * FRAMES))) for x in found]

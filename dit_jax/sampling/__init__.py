@@ -14,7 +14,6 @@ from dit_jax.sampling.modes import Window as Window
 from dit_jax.sampling.modes import blend as blend
 from dit_jax.sampling.modes import connect as connect
 from dit_jax.sampling.modes import decode_long as decode_long
-from dit_jax.sampling.modes import default_history as default_history
 from dit_jax.sampling.modes import extend as extend
 from dit_jax.sampling.modes import image_to_video as image_to_video
 from dit_jax.sampling.modes import interpolate as interpolate

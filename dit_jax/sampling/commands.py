@@ -352,7 +352,7 @@ class Long(Text):
         start = job.media[self.start] if self.start else None
         shown = 0 if start is None else len(start)
         history, context = job.whole(self.history), job.whole(self.context)
-        windows = modes.plan_long(job.space, length, job.size.frames, history, shown, context)
+        windows = modes.plan_windows(job.space, length, job.size.frames, history, shown, context)
         context = job.space.grid.frames(windows[0].history) if shown else 0
         before = shown - context  # frames of the start that no window is shown
         if board:

@@ -368,26 +368,7 @@ class Window(NamedTuple):
         return (self.start + self.history + self.stop - 1) / 2
 
 
-def plan_windows(frames: int, length: int, history: int, head: int = 0) -> list[Window]:
-    """Windows of one length that cover ``frames`` latent frames, with ``history`` in common; the first
-    ``head`` of the clip are known.
-
-    The last may end behind the clip: what is made there is cut.
-    """
-    assert 1 <= history < length, (length, history)
-    windows = [Window(0, length, head)]
-    while windows[-1].stop < frames:
-        windows.append(Window(windows[-1].stop - history, length, history))
-    return windows
-
-
-def default_history(length: int, patch: PatchConfig) -> int:
-    """About a third of a window of ``length`` latent frames, in whole tokens."""
-    tokens = patch.grid(length, patch.h, patch.w)[0] - 1
-    return 1 + min(round(tokens / 3), tokens - 1) * patch.t
-
-
-def plan_long(
+def plan_windows(
     space: Space,
     frames: int,
     window: int,
@@ -395,29 +376,32 @@ def plan_long(
     start: int = 0,
     context: int | None = None,
 ) -> list[Window]:
-    """The windows of ``window`` frames of a clip of ``frames``, all counted in frames of pixels.
+    """Windows of ``window`` frames that cover a clip of ``frames``, from the end of its ``start`` on.
+    The last may end behind the clip: what is made there is cut.
 
     Args:
-        history: of a window, ``1 + n stride``. Unset: about a third of it.
-        start: frames of a picture or clip with which the clip begins.
+        history: frames that windows have in common, ``1 + n stride``. Unset: about a third.
+        start: frames of the picture or clip with which the clip begins.
         context: those at the start's end that the first window is shown. Unset: as many as a history.
     """
-    grid, length = space.grid, space.grid.latents(window)
-    known = grid.frames(default_history(length, space.patch)) if history is None else history
+    grid, stride = space.grid, space.stride
+    length, tokens = grid.latents(window), (window - 1) // stride
+    if history is None:
+        history = 1 + min(round(tokens / 3), tokens - 1) * stride
     if context is None:
-        context = min(known, grid.whole(start)) if start else 0
-    wrong = not 0 < known < window or context > min(start, window - 1) or frames <= start
+        context = min(history, grid.whole(start)) if start else 0
+    wrong = not 0 < history < window or context > min(start, window - 1) or frames <= start
     message = (
-        f"--length {frames}, windows (--frames) of {window}, --history {known}, from a clip of {start} "
-        f"with a --context of {context}: a window has at least {1 + space.stride} frames, history and "
-        "context are shorter than it, and the clip is longer than its start."
+        f"--length {frames}, windows (--frames) of {window}, --history {history}, from a clip of "
+        f"{start} with a --context of {context}: a window has at least {1 + stride} frames, history "
+        "and context are shorter than it, and the clip is longer than its start."
     )
     refuse_if([(wrong, message)])
     # Enough latents for the last frame: the first holds one, and each other a stride.
-    latents = 1 + -(-(frames - start + context - 1) // space.codec.strides[0])
-    return plan_windows(
-        latents, length, grid.latents(known), grid.latents(context) if context else 0
-    )
+    count = 1 + -(-(frames - start + context - 1) // space.codec.strides[0])
+    shared, head = grid.latents(history), grid.latents(context) if context else 0
+    starts = [0, *range(length - shared, count - shared, length - shared)]
+    return [Window(at, length, shared if at else head) for at in starts]
 
 
 def window_requests(

@@ -20,7 +20,7 @@ from dit_jax.sampling import (
     to_float,
 )
 from dit_jax.sampling.commands import COMMANDS, Job, seconds_of
-from dit_jax.sampling.modes import check_storyboard, decode_long, plan_long, window_requests
+from dit_jax.sampling.modes import check_storyboard, decode_long, plan_windows, window_requests
 from tests.tiny_config import get_config
 
 SPACE = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))
@@ -255,7 +255,7 @@ def test_every_mode_has_a_help_of_its_own(mode: str, capsys: pytest.CaptureFixtu
 def plan(length: int, window: int = 9, stride: int = 1, **options: Any) -> Any:
     codec = dataclasses.replace(PixelCodec(), strides=(stride, 1, 1))
     patch = PatchConfig(t=2 if stride == 1 else 1, h=2, w=2, channels=3)
-    return plan_long(Space(codec, patch), length, window, **options)
+    return plan_windows(Space(codec, patch), length, window, **options)
 
 
 def test_lengths_become_windows_of_the_frames_that_are_set():

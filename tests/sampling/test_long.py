@@ -20,10 +20,10 @@ from dit_jax.sampling import (
     Generator,
     Request,
     SamplingConfig,
+    Space,
     Storyboard,
     Window,
     decode_long,
-    default_history,
     make_clips,
     make_long,
     modes,
@@ -38,6 +38,7 @@ from dit_jax.sampling.sampler import make_latents
 
 pytestmark = pytest.mark.usefixtures("quickly")
 PATCH = PatchConfig(t=2, h=2, w=2, channels=3, reference_fps=8.0)
+SPACE = Space(PixelCodec(), PATCH)
 LIKE = Request("", 5, 4, 4, 8.0, 3)
 BOARD = Storyboard((0.0, 1.0), ("a", "b"))
 
@@ -81,7 +82,7 @@ def long_clip(
     model = StandIn()
     config = SamplingConfig(steps=steps, cfg_scale=1.0, batch=2)
     generator = Generator(model, DiffusionConfig(), config)  # pyright: ignore[reportArgumentType]
-    windows = plan_windows(frames, 5, 3)
+    windows = plan_windows(SPACE, frames, 5, 3)
     likes = [dataclasses.replace(LIKE, seed=seed, negative=negative) for seed in seeds]
     clips = [window_requests(like, windows, BOARD) for like in likes]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -96,7 +97,7 @@ def long_clip(
 @pytest.mark.parametrize("frames", [1, 6, 57])
 @pytest.mark.parametrize(("length", "history"), [(5, 1), (9, 5)])
 def test_windows_cover_every_frame_and_overlap_as_asked(frames: int, length: int, history: int):
-    windows = plan_windows(frames, length, history)
+    windows = plan_windows(SPACE, frames, length, history)
     assert windows[0] == Window(0, length, 0)
     new = [list(range(w.start + w.history, w.stop)) for w in windows]
     assert sum(new, []) == list(range(windows[-1].stop))
@@ -109,12 +110,15 @@ def test_windows_cover_every_frame_and_overlap_as_asked(frames: int, length: int
 
 
 def test_a_history_fills_about_a_third_in_whole_tokens():
-    assert [default_history(n, PATCH) for n in (3, 5, 7, 9, 21)] == [1, 3, 3, 3, 7]
-    assert default_history(21, PatchConfig(t=1)) == 8
+    for space, length, history in [
+        *((SPACE, *pair) for pair in ((3, 1), (5, 3), (7, 3), (9, 3), (21, 7))),
+        (Space(PixelCodec(), PatchConfig(t=1)), 21, 8),
+    ]:
+        assert plan_windows(space, 99, length)[1].history == history
 
 
 def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
-    windows = plan_windows(13, 5, 3)
+    windows = plan_windows(SPACE, 13, 5, 3)
     # The middles of the new frames: 2, 5.5, 7.5, 9.5 and 11.5 of 8 a second.
     assert [w.middle for w in windows] == [2, 5.5, 7.5, 9.5, 11.5]
     requests = window_requests(LIKE, windows, BOARD)
@@ -122,7 +126,13 @@ def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
     assert requests[0].seed == LIKE.seed and len({r.seed for r in requests}) == 5
     assert {r.size for r in requests} == {(5, 4, 4)}
     # Of a clip that begins with three frames the first window's new ones are two.
-    assert [w.middle for w in plan_windows(13, 5, 3, head=3)] == [3.5, 5.5, 7.5, 9.5, 11.5]
+    assert [w.middle for w in plan_windows(SPACE, 13, 5, 3, start=3, context=3)] == [
+        3.5,
+        5.5,
+        7.5,
+        9.5,
+        11.5,
+    ]
 
 
 # --- storyboards ---

@@ -320,7 +320,7 @@ def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
 
 def test_windows_are_the_same_on_eight_devices(makers):
     """Two clips that begin with something, in windows that are given the end of those before."""
-    windows = plan_windows(13, 9, 3, head=3)
+    windows = plan_windows(PAIRS, 13, 9, 3, start=3, context=3)
     board = Storyboard((0.0, 1.0), ("a", "b"))
     likes = [like(PAIRS, seed=i) for i in (3, 4)]
     clips = [window_requests(one, windows, board) for one in likes]

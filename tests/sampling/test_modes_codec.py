@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.codec.codec import PixelCodec
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
@@ -41,7 +43,8 @@ MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 SIDE = 8
 TEMPLATE = Request("a ball", 3, SIDE // 2, SIDE // 2, 2.0, 1)
 """Nine frames at 8 a second: 4 x 2 x 2 pixels to a latent."""
-WINDOWS = plan_windows(7, 3, 1)
+STRIDES = dataclasses.replace(PixelCodec(), strides=(4, 2, 2))
+WINDOWS = plan_windows(Space(STRIDES, MODEL.patch), 25, 9, 1)
 PIXELS = np.random.default_rng(2).integers(0, 256, (13, SIDE, SIDE, 3)).astype(np.uint8)
 
 
