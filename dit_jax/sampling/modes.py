@@ -359,13 +359,9 @@ class Window(NamedTuple):
     window what the clip begins with."""
 
     @property
-    def stop(self) -> int:
-        return self.start + self.length
-
-    @property
     def middle(self) -> float:
         """The middle of its new latent frames."""
-        return (self.start + self.history + self.stop - 1) / 2
+        return self.start + (self.history + self.length - 1) / 2
 
 
 def plan_windows(
@@ -433,7 +429,7 @@ def _slice(fields: Mapping[str, np.ndarray], window: Window, stride: int) -> dic
     """A window's part of fields that have ``stride`` frames to a latent frame."""
     # Its first latent frame counts as a clip's first, which holds one frame: the last of those that it
     # stands for in the long clip. A last window that ends behind the clip repeats the clip's end.
-    at = np.arange(window.start * stride, (window.stop - 1) * stride + 1)
+    at = window.start * stride + np.arange((window.length - 1) * stride + 1)
     return {name: values[np.minimum(at, len(values) - 1)] for name, values in fields.items()}
 
 
@@ -461,15 +457,16 @@ def make_long(
     out = none if heads is None else np.asarray(heads, np.float32)  # [clips, t, h, w, c]
     for count in (history, out.shape[1]):
         patch.grid(count or 1, patch.h, patch.w)  # a token is known as a whole
+
+    def known(request: Request, past: np.ndarray) -> Request:
+        return _known(patch, request, [(slice(len(past)), past)], noise)
+
     # What later windows look like, so that the first, which lacks a history, has their form.
     blank = np.zeros((history, *out.shape[2:]), np.float32)
-    form = [_known(patch, template, [(slice(n), blank[:n])], noise) for n in (0, history)]
+    form = [known(template, blank[:n]) for n in (0, history)]
     for number, window in enumerate(windows):
         past = out[:, window.start :]
-        requests = [
-            _known(patch, clip[number], [(slice(len(one)), one)], noise)
-            for clip, one in zip(clips, past, strict=True)
-        ]
+        requests = [known(clip[number], one) for clip, one in zip(clips, past, strict=True)]
         name = f"window {number + 1} of {len(windows)}" if progress else ""
         latents = np.stack(make_latents(generator, params, requests, mesh, name, form))
         # The past stays as it was, without the noise that the model saw on it.

@@ -172,8 +172,7 @@ class Generator:
         caching = self.config.cache_threshold > 0 and inputs.cycles is None
         runs = self.plan(params, levels[first:]) if caching else []
         on_steps(first)
-        for i in range(first, len(levels) - 1):
-            t, t_next = levels[i], levels[i + 1]
+        for i, (t, t_next) in enumerate(itertools.pairwise(levels[first:]), first):
             text = both if self._guided(t, t_next) else texts[0]
             at = params, carry, inputs, *text, t, t_next, np.int32(i)
             if caching and runs[i - first]:

@@ -266,7 +266,7 @@ def test_lengths_become_windows_of_the_frames_that_are_set():
     assert {w.history for w in plan(32, history=5)[1:]} == {5}
     # 17 frames are 5 latents of a codec of video; 34 frames need 1 + 9 of them.
     windows = plan(34, 17, stride=4)
-    assert windows[0].length == 5 and windows[-2].stop < 10 <= windows[-1].stop
+    assert windows[0].length == 5 and windows[-2].start < 5 <= windows[-1].start
 
 
 def test_each_clip_has_the_storyboards_prompts_or_keeps_its_own():
@@ -306,9 +306,9 @@ def test_a_long_clip_goes_on_from_its_start(count: int, context: Any, used: int)
     windows = plan(30, start=count, context=context)
     new = 30 - count + used
     assert windows[0].history == used
-    assert windows[-2].stop < new <= windows[-1].stop
+    assert windows[-2].start + 9 < new <= windows[-1].start + 9
     # Decoded in parts, of which the first may lie within the start, and more than is asked for.
-    latents = to_float(100 + numbered(0, windows[-1].stop))
+    latents = to_float(100 + numbered(0, windows[-1].start + 9))
     parts = list(decode_long(InParts(), latents, new, numbered(0, count), used))
     numbers = np.concatenate(parts)[:, 0, 0, 0].tolist()
     assert numbers == [*range(count), *range(100 + used, 100 + new)] and len(numbers) == 30

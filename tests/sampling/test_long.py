@@ -99,14 +99,15 @@ def long_clip(
 def test_windows_cover_every_frame_and_overlap_as_asked(frames: int, length: int, history: int):
     windows = plan_windows(SPACE, frames, length, history)
     assert windows[0] == Window(0, length, 0)
-    new = [list(range(w.start + w.history, w.stop)) for w in windows]
-    assert sum(new, []) == list(range(windows[-1].stop))
+    new = [list(range(w.start + w.history, w.start + length)) for w in windows]
+    assert sum(new, []) == list(range(windows[-1].start + length))
     assert all(w.length == length for w in windows)
     assert all(
-        b.start == a.stop - history and b.history == history
+        b.start == a.start + length - history and b.history == history
         for a, b in zip(windows, windows[1:], strict=False)
     )
-    assert windows[-1].stop >= frames and (len(windows) == 1 or windows[-2].stop < frames)
+    assert windows[-1].start + length >= frames
+    assert len(windows) == 1 or windows[-2].start + length < frames
 
 
 def test_a_history_fills_about_a_third_in_whole_tokens():
@@ -126,13 +127,8 @@ def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
     assert requests[0].seed == LIKE.seed and len({r.seed for r in requests}) == 5
     assert {r.size for r in requests} == {(5, 4, 4)}
     # Of a clip that begins with three frames the first window's new ones are two.
-    assert [w.middle for w in plan_windows(SPACE, 13, 5, 3, start=3, context=3)] == [
-        3.5,
-        5.5,
-        7.5,
-        9.5,
-        11.5,
-    ]
+    expected = [3.5, 5.5, 7.5, 9.5, 11.5]
+    assert [w.middle for w in plan_windows(SPACE, 13, 5, 3, start=3, context=3)] == expected
 
 
 # --- storyboards ---
