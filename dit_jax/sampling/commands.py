@@ -23,7 +23,7 @@ from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import modes
 from dit_jax.sampling.media import EXTENSIONS, read_video, video_shape
-from dit_jax.sampling.modes import Generation
+from dit_jax.sampling.modes import NOISE, Generation
 from dit_jax.sampling.pipeline import Pipeline
 from dit_jax.sampling.request import Request, Space, read_prompts
 from dit_jax.sampling.sampler import SamplerConfig, SamplingConfig
@@ -338,9 +338,7 @@ class Long(Text):
     """A file of lines "time: prompt", in place of --prompt: which one is in force when."""
     history: Length | None = None
     """Length of what each window is shown of the one before. Unset: about a third."""
-    noise: Noise = (
-        modes.NOISE
-    )  # Noise on the history, against drift and frozen motion (0.02 to 0.1).
+    noise: Noise = NOISE  # Noise on the history, against drift and frozen motion (0.02 to 0.1).
 
     def clips(self, pipeline: Pipeline) -> tuple[Prompts, Clips, list[float]]:
         job = self.open(pipeline)
