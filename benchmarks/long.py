@@ -24,10 +24,8 @@ from dit_jax.data import ShapesConfig, caption, held_out_scenes
 from dit_jax.data.shapes import render
 from dit_jax.evaluate import prompt_following
 from dit_jax.sampling import (
-    Storyboard,
     contact_sheet,
     decode_long,
-    default_history,
     make_long,
     plan_windows,
     window_requests,
@@ -64,14 +62,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(source, ShapesConfig):
         raise SystemExit(f"{given.checkpoint!r} was not trained on moving shapes.")
     codec, space, trained_length = pipeline.codec, pipeline.space, max(source.frames)
-    length, frames = (
-        space.grid.latents(given.window or trained_length),
-        given.times * trained_length,
-    )
-    history = default_history(length, space.patch)
-    history = space.grid.latents(given.history) if given.history else history
-    latents = 1 + -(-(frames - 1) // codec.strides[0])
-    windows = plan_windows(latents, length, history)
+    frames, head = given.times * trained_length, given.given
+    window = given.window or trained_length
+    windows = plan_windows(space, frames, window, given.history or None, head, head)
 
     scenes = held_out_scenes(given.clips, given.seed, frames, made.height, made.width)
     true = [render(scene) for scene in scenes]
@@ -81,15 +74,14 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     )
     clips = []
     for one in templates:
-        one = dataclasses.replace(one, frames=length, fps=fps)
-        clips.append(window_requests(one, windows, Storyboard((0.0,), (one.prompt,))))
+        one = dataclasses.replace(one, frames=windows[0].length, fps=fps)
+        clips.append(window_requests(one, windows))
     heads = [space.encode(clip[: given.given]) for clip in true] if given.given else None
     found = make_long(
         pipeline.generator,
         pipeline.params,
         clips,
         windows,
-        config.model,
         pipeline.mesh,
         given.noise,
         heads,
@@ -100,7 +92,11 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         write_png(given.sheet, contact_sheet(videos[:12], 12, 2))
     report = {"truth": judged(true, scenes, trained_length)}
     report["made"] = judged(videos, scenes, trained_length)
-    what = {"frames": frames, "windows": len(windows), "history": space.grid.frames(history)}
+    what = {
+        "frames": frames,
+        "windows": len(windows),
+        "history": space.grid.frames(windows[-1].history),
+    }
     return {**{k: str(v) for k, v in vars(given).items()}, **what, **report}
 
 

@@ -30,7 +30,7 @@ from dit_jax.sampling import (
     image_to_video,
     loop_clip,
     loop_text,
-    make_generations,
+    make_clips,
     plain,
     restyle,
 )
@@ -208,7 +208,7 @@ def main() -> None:
     given = parser.parse_args()
     steps = {} if given.steps is None else {"steps": given.steps}
     pipeline = load_run(given.checkpoint, codec=given.codec, frames=FRAMES, **steps)
-    config, made = pipeline.config, pipeline.config.sampling
+    made = pipeline.config.sampling
     scenes = held_out_scenes(given.cases, given.seed, FRAMES, made.height, made.width)
     templates = [pipeline.request(caption(s), given.seed + i) for i, s in enumerate(scenes)]
     modes = Modes(pipeline.space, templates, scenes)
@@ -217,9 +217,7 @@ def main() -> None:
         if given.modes and name not in given.modes:
             continue
         maker, decode = maker_of(name, pipeline), pipeline.codec.decode
-        clips = make_generations(
-            maker, pipeline.params, generations, config.model, pipeline.mesh, True, decode
-        )
+        clips = make_clips(maker, pipeline.params, generations, pipeline.mesh, True, decode)
         report.tell(name, clips, measure(clips))
 
 

@@ -163,7 +163,7 @@ def our_clip(given: argparse.Namespace) -> Callable[[], int]:
         before, seed[0] = compiled[0], seed[0] + 1
         size = given.frames, given.height, given.width
         request = Request("", *size, 24.0, seed[0], states)
-        (row,) = make_latents(generator, params, [request], config, mesh)
+        (row,) = make_latents(generator, params, [request], mesh)
         assert np.isfinite(row).all()
         return compiled[0] - before
 
@@ -263,7 +263,7 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from dit_jax.evaluate import ShapeEvaluator
-    from dit_jax.sampling import Generator, make_clips
+    from dit_jax.sampling import Generator, make_clips, plain
     from dit_jax.sampling.media import mean_psnr
     from dit_jax.sampling.pipeline import load_run
     from dit_jax.training.video_task import eval_requests
@@ -283,9 +283,8 @@ def settings_table(given: argparse.Namespace) -> dict[str, Any]:
         table.append({**row, "runs": sum(one.plan(params, levels)), "seconds": []})
 
     def make(row: dict[str, Any]) -> list[np.ndarray]:
-        return make_clips(
-            row["generator"], params, requests, config.model, mesh, decode=codec.decode
-        )
+        clips = [plain(request) for request in requests]
+        return make_clips(row["generator"], params, clips, mesh, decode=codec.decode)
 
     torch = Worker("torch fused", ["--clips-of", json.dumps(_same(config, requests))])
     torch.make()

@@ -25,15 +25,13 @@ from dit_jax.sampling import (
     Generation,
     Request,
     Space,
-    Storyboard,
     connect,
     decode_long,
-    default_history,
     extend,
     image_to_video,
     loop_clip,
     loop_text,
-    make_generations,
+    make_clips,
     make_long,
     plain,
     plan_windows,
@@ -226,13 +224,8 @@ def long_clips(
     space: Space, templates: Sequence[Request], make: Callable[..., list[np.ndarray]]
 ) -> list[np.ndarray]:
     """Clips of four cycles, from text alone."""
-    history = default_history(FRAMES, space.patch)
-    windows = plan_windows(TIMES * FRAMES, FRAMES, history)
-    boards = [Storyboard((0.0,), (template.prompt,)) for template in templates]
-    asked = [
-        window_requests(template, windows, board)
-        for template, board in zip(templates, boards, strict=True)
-    ]
+    windows = plan_windows(space, TIMES * FRAMES, FRAMES)
+    asked = [window_requests(template, windows) for template in templates]
     found = make(asked, windows)
     return [np.concatenate(list(decode_long(space.codec, x, TIMES * FRAMES))) for x in found]
 
@@ -271,12 +264,12 @@ def main() -> None:
     for name, (generations, measure) in modes.all().items():
         if not given.modes or name in given.modes:
             maker, decode = maker_of(name, pipeline), pipeline.codec.decode
-            clips = make_generations(maker, params, generations, config.model, mesh, True, decode)
+            clips = make_clips(maker, params, generations, mesh, True, decode)
             report.tell(name, clips, measure(clips))
     if not given.modes or "long" in given.modes:
 
         def make(asked: list[list[Request]], windows: list) -> list[np.ndarray]:
-            return make_long(generator, params, asked, windows, config.model, mesh, progress=True)
+            return make_long(generator, params, asked, windows, mesh, progress=True)
 
         clips = long_clips(space, templates, make)
         report.tell("long", clips, judged_long(truth, clips, cases))

@@ -1,13 +1,5 @@
 """Sampling: requests to clips, and clips to files."""
 
-from dit_jax.sampling.long import Storyboard as Storyboard
-from dit_jax.sampling.long import Window as Window
-from dit_jax.sampling.long import decode_long as decode_long
-from dit_jax.sampling.long import default_history as default_history
-from dit_jax.sampling.long import make_long as make_long
-from dit_jax.sampling.long import plan_windows as plan_windows
-from dit_jax.sampling.long import read_storyboard as read_storyboard
-from dit_jax.sampling.long import window_requests as window_requests
 from dit_jax.sampling.media import contact_sheet as contact_sheet
 from dit_jax.sampling.media import grid as grid
 from dit_jax.sampling.media import read_video as read_video
@@ -17,16 +9,23 @@ from dit_jax.sampling.media import upscale as upscale
 from dit_jax.sampling.media import write_png as write_png
 from dit_jax.sampling.media import write_video as write_video
 from dit_jax.sampling.modes import Generation as Generation
+from dit_jax.sampling.modes import Storyboard as Storyboard
+from dit_jax.sampling.modes import Window as Window
 from dit_jax.sampling.modes import blend as blend
 from dit_jax.sampling.modes import connect as connect
+from dit_jax.sampling.modes import decode_long as decode_long
 from dit_jax.sampling.modes import extend as extend
 from dit_jax.sampling.modes import image_to_video as image_to_video
 from dit_jax.sampling.modes import interpolate as interpolate
 from dit_jax.sampling.modes import loop_clip as loop_clip
 from dit_jax.sampling.modes import loop_text as loop_text
-from dit_jax.sampling.modes import make_generations as make_generations
+from dit_jax.sampling.modes import make_clips as make_clips
+from dit_jax.sampling.modes import make_long as make_long
 from dit_jax.sampling.modes import plain as plain
+from dit_jax.sampling.modes import plan_windows as plan_windows
+from dit_jax.sampling.modes import read_storyboard as read_storyboard
 from dit_jax.sampling.modes import restyle as restyle
+from dit_jax.sampling.modes import window_requests as window_requests
 from dit_jax.sampling.request import KnownLatents as KnownLatents
 from dit_jax.sampling.request import Request as Request
 from dit_jax.sampling.request import SamplerInputs as SamplerInputs
@@ -37,4 +36,3 @@ from dit_jax.sampling.request import read_prompts as read_prompts
 from dit_jax.sampling.sampler import Generator as Generator
 from dit_jax.sampling.sampler import SamplerConfig as SamplerConfig
 from dit_jax.sampling.sampler import SamplingConfig as SamplingConfig
-from dit_jax.sampling.sampler import make_clips as make_clips

@@ -22,9 +22,8 @@ from dit_jax.files import SURROGATES, InputError, local_copy, refuse_if
 from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.parallel import MeshConfig
 from dit_jax.sampling import modes
-from dit_jax.sampling.long import NOISE, decode_long, make_long, plan_long, read_storyboard
 from dit_jax.sampling.media import EXTENSIONS, read_video, video_shape
-from dit_jax.sampling.modes import Generation
+from dit_jax.sampling.modes import NOISE, Generation
 from dit_jax.sampling.pipeline import Pipeline
 from dit_jax.sampling.request import Request, Space, read_prompts
 from dit_jax.sampling.sampler import SamplerConfig, SamplingConfig
@@ -343,33 +342,34 @@ class Long(Text):
 
     def clips(self, pipeline: Pipeline) -> tuple[Prompts, Clips, list[float]]:
         job = self.open(pipeline)
-        board = read_storyboard(self.storyboard) if self.storyboard else None
+        board = modes.read_storyboard(self.storyboard) if self.storyboard else None
         prompts = [board.prompts[0]] * self.num if board else self.prompts()
         templates = self.requests(job.pipeline, prompts, board.prompts if board else ())
         fps, pipeline = job.size.fps, job.pipeline
-        plan = plan_long(
-            job.space,
-            max(round(seconds_of(self.length, fps) * fps), 1),
-            job.size.frames,
-            job.whole(self.history),
-            job.media[self.start] if self.start else None,
-            job.whole(self.context),
-        )
-        windows = pipeline.encode_text(sum(plan.requests(templates, board, fps), []))
-        count = len(plan.windows)
-        latents = make_long(
+        length = max(round(seconds_of(self.length, fps) * fps), 1)
+        start = job.media[self.start] if self.start else None
+        shown = 0 if start is None else len(start)
+        history, context = job.whole(self.history), job.whole(self.context)
+        windows = modes.plan_windows(job.space, length, job.size.frames, history, shown, context)
+        context = job.space.grid.frames(windows[0].history) if shown else 0
+        before = shown - context  # frames of the start that no window is shown
+        if board:
+            modes.check_storyboard(board, windows, templates[0].fps, before / fps, shown / fps)
+        clips = [modes.window_requests(one, windows, board, before / fps) for one in templates]
+        requests, count = pipeline.encode_text(sum(clips, [])), len(windows)
+        head = None if start is None else job.space.encode(start[-context:])
+        latents = modes.make_long(
             pipeline.generator,
             pipeline.params,
-            [windows[i : i + count] for i in range(0, len(windows), count)],
-            plan.windows,
-            pipeline.config.model,
+            [requests[i : i + count] for i in range(0, len(requests), count)],
+            windows,
             pipeline.mesh,
             self.noise,
-            plan.heads(job.space, len(prompts)),
+            None if head is None else [head] * len(prompts),
             progress=True,
         )
-        new = plan.frames - plan.before
-        clips = [plan.assemble(decode_long(pipeline.codec, one, new)) for one in latents]
+        frames = length - before
+        clips = [modes.decode_long(pipeline.codec, one, frames, start, context) for one in latents]
         return prompts, clips, [fps] * len(clips)
 
 

@@ -23,7 +23,7 @@ from dit_jax.config import VideoRun, differences, stored_config, to_dict
 from dit_jax.files import InputError, absolute, as_path, refuse_if
 from dit_jax.model import TextStatesConfig, TextToVideo
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.sampling.modes import Generation, make_generations
+from dit_jax.sampling.modes import Generation, make_clips
 from dit_jax.sampling.request import Request, Space
 from dit_jax.sampling.sampler import Generator, SamplingConfig
 from dit_jax.training import Checkpointer, abstract_params, open_run, video_task
@@ -85,8 +85,8 @@ class Pipeline:
 
     def sample(self, generations: Sequence[Generation], progress: bool = False) -> list[np.ndarray]:
         """The clips uint8 ``[t, h, w, 3]`` of generations of any modes, on every process."""
-        made_by = self.generator, self.params, generations, self.config.model, self.mesh
-        return make_generations(*made_by, progress, self.codec.decode)
+        decode = self.codec.decode
+        return make_clips(self.generator, self.params, generations, self.mesh, progress, decode)
 
 
 def load_run(

@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.files import SURROGATES, InputError, MiB, checking_input, read_bytes, refuse_if
 from dit_jax.model import (
@@ -35,7 +35,7 @@ from dit_jax.model import (
     positions,
 )
 from dit_jax.sampling.media import to_float
-from dit_jax.types import PAD, TOKENS, Codec, FrameGrid
+from dit_jax.types import PAD, TOKENS, Codec, DenoiserInputs, FrameGrid
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,19 +147,12 @@ def token_positions(request: Request, patch: PatchConfig) -> Float[np.ndarray, "
     return grid[request.frame_tokens(patch) * loop :]
 
 
-@struct.dataclass
-class SamplerInputs:
-    """What the solver starts from: rows of tokens, what is known of them, and their noise caps."""
+@struct.dataclass(kw_only=True)
+class SamplerInputs(DenoiserInputs):
+    """What the solver starts from: the denoiser's inputs at t = 1, where every group is at its noise
+    cap, with clean tokens in place of noised ones (anything where the cap is 1)."""
 
-    clean: Float[Array, "b l p"] = struct.field(metadata=TOKENS)  # anything where the cap is 1
     noise_caps: Float[Array, "b l"] = struct.field(metadata=TOKENS)  # 0 is kept, 1 is generated
-    group_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    group_noise_caps: Float[Array, "b k"]  # what the tokens of a modulation group share
-    positions: Float[Array, "b l 3"] = struct.field(metadata=TOKENS)
-    segment_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    token_ids: Int[Array, "b l"] = struct.field(metadata=TOKENS)
-    text: Int[Array, "b s"] | Float[Array, "b s e"]
-    text_segment_ids: Int[Array, "b s"]
     seeds: Int[Array, "b n"]
     # What follows is None if no row has it, or holds zeros for the rows that have not.
     kept: Bool[Array, "b l p"] | None = struct.field(default=None, metadata=TOKENS)
@@ -168,10 +161,6 @@ class SamplerInputs:
     """Of loops: (tokens along time, the first's time, what lies between two)."""
     negative: Int[Array, "b s"] | Float[Array, "b s e"] | None = None
     negative_segment_ids: Int[Array, "b s"] | None = None
-    token_fields: dict[str, Shaped[Array, "b l *rest"]] = struct.field(
-        metadata=TOKENS, default_factory=dict
-    )
-    segment_fields: dict[str, Shaped[Array, "b n *rest"]] = struct.field(default_factory=dict)
 
     def unconditioned(self) -> SamplerInputs:
         """The same rows with the negative prompt, or the empty one: the first token of every text."""
@@ -218,10 +207,11 @@ def make_inputs(
     dtypes = dict.fromkeys([*tokens[0], *segments[0]], np.float32)
     dtypes |= {name: one.field(model).dtype for name, one in model.conditioners.items()}
     arrays: dict[str, Any] = dict(
-        clean=rows(clean, l),
+        tokens=rows(clean, l),
         noise_caps=rows(caps, l, 1),
         group_ids=rows([ids.astype(np.int32) for _, ids in groups], l),
-        group_noise_caps=rows([values for values, _ in groups], most, 1),
+        group_t=rows([values for values, _ in groups], most, 1),
+        dropped=np.zeros((len(requests), 1), np.float32),
         positions=rows(grids, l, dtype=np.float32),
         segment_ids=segment_ids(grids, l),
         token_ids=rows([np.arange(len(grid), dtype=np.int32) for grid in grids], l),

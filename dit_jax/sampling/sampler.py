@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,8 @@ from tqdm import tqdm
 from dit_jax import model as models
 from dit_jax.diffusion import DiffusionConfig, GuidanceConfig, guide, objective, paths, solvers
 from dit_jax.diffusion.objective import each
-from dit_jax.model import ModelConfig, TextToVideo
+from dit_jax.model import TextToVideo
 from dit_jax.parallel import batch_shards, global_batch, token_multiple
-from dit_jax.sampling.media import to_uint8
 from dit_jax.sampling.request import Request, SamplerInputs, check_request, make_inputs
 from dit_jax.types import PAD, DenoiserInputs, Params, Range, UnitInterval, require
 from dit_jax.types import NonNegativeFloat as NonNegative
@@ -50,6 +49,7 @@ GOLDEN = 0.6180339887498949  # multiples of this, modulo 1, fill a circle evenly
 LOOP_CONTEXT = 8  # latents of a loop's end that are decoded before its beginning
 
 Tokens = Float[Array, "b l p"]
+Carry = tuple[Tokens, solvers.History]  # what a step of the solver hands to the next
 Decode = Callable[[np.ndarray], np.ndarray]
 """Latents ``[t, h, w, c]`` to pixels ``[t, h, w, 3]``, float in [-1, 1]."""
 
@@ -116,13 +116,6 @@ class SamplingConfig(SamplerConfig):
     fps: Positive = 24.0
 
 
-class Carry(NamedTuple):
-    """What a step hands to the next."""
-
-    x: Tokens
-    history: solvers.History
-
-
 class Generator:
     """Compiled sampling for one model.
 
@@ -132,8 +125,7 @@ class Generator:
 
     def __init__(self, model: TextToVideo, diffusion: DiffusionConfig, config: SamplerConfig):
         config.check(diffusion, model.config.patch.channels)
-        self.config, self._model, self._diffusion = config, model, diffusion
-        self._solver = solvers.SOLVERS[config.solver]
+        self.config, self.model, self._diffusion = config, model, diffusion
         self._constants = solvers.SolverConfig(
             config.solver, diffusion.variance, config.eta, config.sde_strength
         )
@@ -154,7 +146,7 @@ class Generator:
     def batch_key(self, request: Request) -> tuple[Any, ...]:
         """What decides a request's step schedule. Requests of different schedules are never batched
         together, so that none depends on another."""
-        levels = self.levels(request.num_tokens(self._model.config.patch)).tobytes()
+        levels = self.levels(request.num_tokens(self.model.config.patch)).tobytes()
         if not self.config.cache_threshold:
             return (levels,)
         highest = 1.0 if request.known is None else float(request.known.noise_caps.max())
@@ -162,15 +154,13 @@ class Generator:
 
     def __call__(self, params: Params, inputs: SamplerInputs, on_steps=lambda n: None) -> Tokens:
         """Clean tokens; ``on_steps(n)`` is called after n more steps of the solver."""
-        if self._model.config.conditioners:
+        if self.model.config.conditioners:
             inputs = self.prepare_fields(inputs)
-        if self._model.config.compute_dtype() != jnp.float32:
+        if self.model.config.compute_dtype() != jnp.float32:
             params = self.cast(params)  # once, in place of in every step
-        texts = [(inputs.text, inputs.text_segment_ids)]
-        if self.config.guidance.active:
-            other = inputs.unconditioned()
-            texts.append((other.text, other.text_segment_ids))
-        texts = [(self._encode(params, text, ids), ids) for text, ids in texts]
+        read = [inputs, inputs.unconditioned()] if self.config.guidance.active else [inputs]
+        ids = [one.text_segment_ids for one in read]
+        texts = [(self._encode(params, one.text, i), i) for one, i in zip(read, ids, strict=True)]
         both = [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]  # [2 b, s, ...]
 
         filled = inputs.segment_ids != PAD
@@ -182,21 +172,20 @@ class Generator:
         caching = self.config.cache_threshold > 0 and inputs.cycles is None
         runs = self.plan(params, levels[first:]) if caching else []
         on_steps(first)
-        for i in range(first, len(levels) - 1):
-            t, t_next = levels[i], levels[i + 1]
+        for i, (t, t_next) in enumerate(itertools.pairwise(levels[first:]), first):
             text = both if self._guided(t, t_next) else texts[0]
             at = params, carry, inputs, *text, t, t_next, np.int32(i)
             if caching and runs[i - first]:
                 carry, *residual = self.step(*at, keep=True)
             else:
                 carry, _ = self.step(*at, *residual)
-            carry.x.block_until_ready()
+            carry[0].block_until_ready()
             on_steps(1)
-        return carry.x
+        return carry[0]
 
     def _cast(self, params: Params) -> Params:
         """Parameters in the dtypes in which the layers compute; the numbers come out the same."""
-        dtype = self._model.config.compute_dtype()
+        dtype = self.model.config.compute_dtype()
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: models.as_computed([key.key for key in path], leaf, dtype), params
         )
@@ -204,16 +193,16 @@ class Generator:
     def _prepare_fields(self, inputs: SamplerInputs) -> SamplerInputs:
         """The inputs with their fields as the model reads them (see ``Conditioner.prepare``)."""
         keys = each(jax.random.key)(inputs.seeds)
-        return models.prepare_fields(self._model.config.conditioners, keys, inputs, train=False)
+        return models.prepare_fields(self.model.config.conditioners, keys, inputs, train=False)
 
     def _begin(self, inputs: SamplerInputs, t: Float[Array, ""]) -> Carry:
         eps = self._noise(inputs)
-        x = solvers.start(self._diffusion.path, inputs.clean, eps, inputs.noise_caps, t)  # (1)
-        return Carry(x, solvers.start_history(self.config.solver, x, t))
+        x = solvers.start(self._diffusion.path, inputs.tokens, eps, inputs.noise_caps, t)  # (1)
+        return x, solvers.start_history(self.config.solver, x, t)
 
     def _noise(self, inputs: SamplerInputs, index: Int[Array, ""] | None = None) -> Tokens:
         """The noise with which tokens begin, or that of step ``index`` of a stochastic solver."""
-        fold, dim = jax.random.fold_in, inputs.clean.shape[-1]
+        fold, dim = jax.random.fold_in, inputs.tokens.shape[-1]
         keys = each(jax.random.key)(inputs.seeds)  # [b, 1]: a row has one segment
         if index is not None:
             keys = each(lambda key: fold(fold(key, STEP_NOISE), index))(keys)
@@ -229,13 +218,14 @@ class Generator:
         then the empty ones.
         """
         diffusion, path, guidance = self._diffusion, self._diffusion.path, self.config.guidance
-        b, cycles, guided = len(carry.x), inputs.cycles, len(text) > len(carry.x)
+        (x, history), cycles = carry, inputs.cycles
+        b, guided = len(x), len(text) > len(x)
 
         def network(seen: DenoiserInputs) -> Any:
             nonlocal residual
             if not keep:
-                return self._model.apply(params, seen, residual, encoded=True)
-            output, residual = models.denoise_and_keep(self._model, params, seen)
+                return self.model.apply(params, seen, residual, encoded=True)
+            output, residual = models.denoise_and_keep(self.model, params, seen)
             return output
 
         evaluate = network if cycles is None else partial(on_two_cuts, network, cycles, index)
@@ -243,46 +233,40 @@ class Generator:
         def rows(y: jax.Array) -> jax.Array:
             return jnp.concatenate([y, y]) if guided else y  # [b, ...] to [2 b, ...]
 
+        whole = jax.tree.map(rows, inputs)
+        dropped = (jnp.arange(len(text)) >= b).astype(jnp.float32)[:, None]
+        whole = dataclasses.replace(whole, text=text, text_segment_ids=ids, dropped=dropped)
+
         def denoiser(x: Tokens, t: Array) -> paths.Estimate:
             tau = jnp.minimum(t, inputs.noise_caps)
-            seen = DenoiserInputs(
-                tokens=rows(x),
-                positions=rows(inputs.positions),
-                segment_ids=rows(inputs.segment_ids),
-                token_ids=rows(inputs.token_ids),
-                group_ids=rows(inputs.group_ids),
-                group_t=rows(jnp.minimum(t, inputs.group_noise_caps)),
-                text=text,
-                text_segment_ids=ids,
-                dropped=(jnp.arange(len(text)) >= b).astype(jnp.float32)[:, None],
-                token_fields=jax.tree.map(rows, inputs.token_fields),
-                segment_fields=jax.tree.map(rows, inputs.segment_fields),
-            )
+            group_t = jnp.minimum(t, whole.group_t)
+            seen = dataclasses.replace(whole, tokens=rows(x), group_t=group_t)
             prediction, fraction = objective.split_output(diffusion, evaluate(seen), x.shape[-1])
             if not path.discrete:  # Guidance is of velocities.
                 kind, xt = diffusion.prediction, seen.tokens
                 prediction = paths.velocity_of(path, kind, prediction, xt, rows(tau))
             if guided:
                 with_text, without = jnp.split(prediction, 2)
-                segments, channels = inputs.segment_ids, self._model.config.patch.channels
+                segments, channels = inputs.segment_ids, self.model.config.patch.channels
                 prediction = guide(guidance, with_text, without, t, tau, segments, 1, channels)
                 fraction = None if fraction is None else fraction[:b]
             return objective.estimate(diffusion, prediction, x, tau, fraction)
 
-        (x, history), caps, noise = carry, inputs.noise_caps, partial(self._noise, inputs, index)
+        caps, noise = inputs.noise_caps, partial(self._noise, inputs, index)
         x, history = solvers.step(  # (2)
             self._constants, path, caps, denoiser, x, history, t, t_next, noise
         )
         if inputs.kept is not None:
             # Numbers that are known in generated tokens, at the level where their token now is.
             level, eps = jnp.minimum(t_next, caps), self._noise(inputs)
-            known = paths.interpolate(path, inputs.clean, eps, level)
+            known = paths.interpolate(path, inputs.tokens, eps, level)
             x = jnp.where(inputs.kept, known, x)
-        return Carry(x, history), residual if keep else None
+        return (x, history), residual if keep else None
 
     def _guided(self, t: float, t_next: float) -> bool:
         """Whether a step evaluates the model at any level that is guided."""
-        levels = [t, t_next] if self._solver.evaluations > 1 and t_next > 0 else [t]
+        evaluations = solvers.SOLVERS[self.config.solver].evaluations
+        levels = [t, t_next] if evaluations > 1 and t_next > 0 else [t]
         return any(self.config.guidance.guided_at(float(level)) for level in levels)
 
     # --- Feature caching ---
@@ -297,11 +281,11 @@ class Generator:
     def _changes(self, params: Params, levels: Float[Array, "k"]) -> Float[Array, "m"]:
         """How much the first block's modulation changes from each level to the next, ``m = k - 1``: the
         mean absolute change over the mean absolute value before."""
-        dit = self._model.config.dit
+        dit = self.model.config.dit
         modulation = models.first_modulation(dit, params["params"]["dit"], levels)
         change = jnp.abs(modulation[1:] - modulation[:-1]).mean(-1)
         # Whole on every device, for every process reads them.
-        return self._model.runtime.constrain(change / jnp.abs(modulation[:-1]).mean(-1), None)
+        return self.model.runtime.constrain(change / jnp.abs(modulation[:-1]).mean(-1), None)
 
     def plan(self, params: Params, levels: Float[np.ndarray, "k"]) -> list[bool]:
         """Whether each step runs the transformer's blocks; the others reuse what those added."""
@@ -356,37 +340,13 @@ def decode_loop(decode: Decode, latents: np.ndarray) -> np.ndarray:
     return pixels[-stride * len(latents) :]
 
 
-# --- Requests to clips, in batches over the mesh ---
-
-
-def make_clips(
-    generator: Generator,
-    params: Params,
-    requests: Sequence[Request],
-    model: ModelConfig,
-    mesh: Mesh,
-    progress: bool = False,
-    decode: Decode | None = None,
-) -> list[np.ndarray]:
-    """Every request's clip, uint8 ``[t, h, w, 3]``; the same on every process. Requests of any sizes
-    (in latents, if ``decode`` turns these into pixels) share batches."""
-    for request in requests:
-        check_request(request, model)
-    name = "sampling" if progress else ""
-    clips = make_latents(generator, params, requests, model, mesh, name)
-    if decode is not None:
-        clips = [
-            decode_loop(decode, clip) if request.loop else decode(clip)
-            for request, clip in zip(requests, clips, strict=True)
-        ]
-    return [to_uint8(clip) for clip in clips]
+# --- Requests to latents, in batches over the mesh ---
 
 
 def make_latents(
     generator: Generator,
     params: Params,
     requests: Sequence[Request],
-    model: ModelConfig,
     mesh: Mesh,
     progress: str = "",
     together: Sequence[Request] = (),
@@ -396,7 +356,10 @@ def make_latents(
     ``progress`` names a bar of the solver's steps; ``together`` are requests of other calls that the
     same compiled step is to serve.
     """
-    config, multiple, shards = generator.config, token_multiple(mesh), batch_shards(mesh)
+    config, model = generator.config, generator.model.config
+    multiple, shards = token_multiple(mesh), batch_shards(mesh)
+    for request in requests:
+        check_request(request, model)
     if config.cfg_scale != 1 and config.cfg_interval == (0.0, 1.0) and shards % 2 == 0:
         shards //= 2  # every step has two rows for each clip
     groups: dict[Any, list[int]] = collections.defaultdict(list)

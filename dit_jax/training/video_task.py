@@ -42,7 +42,7 @@ from dit_jax.model import (
     positions,
     prepare_fields,
 )
-from dit_jax.sampling import Generator, Request, make_clips, to_float
+from dit_jax.sampling import Generation, Generator, Request, make_clips, to_float
 from dit_jax.training.step import abstract_params
 from dit_jax.training.task import LEVELS, Evaluation, Evaluator, Parts, Task, Work, write_sheet
 from dit_jax.types import (
@@ -505,7 +505,8 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         return with_states(requests, encoder), true
 
     def sample(params: Params, requests: Sequence[Request], progress: bool) -> list[np.ndarray]:
-        return make_clips(generator, params, requests, config.model, mesh, progress, decode)
+        clips = [Generation((request,)) for request in requests]
+        return make_clips(generator, params, clips, mesh, progress, decode)
 
     def held_out(rows: tuple[int, ...]) -> data.Loader:
         held = held_out_source(config)

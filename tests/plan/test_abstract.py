@@ -13,7 +13,7 @@ from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import forward_flops
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
 from dit_jax.plan.abstract import abstract_denoise, abstract_task
-from dit_jax.sampling import Generator, Request, make_clips
+from dit_jax.sampling import Generator, Request, make_clips, plain
 from dit_jax.training import abstract_params
 from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
@@ -118,9 +118,9 @@ def first_step(mesh):
             raise Seen
 
         generator.step = step
-        requests = clips * [Request("a red circle", *size, seed=3, text_states=states)]
+        requests = clips * [plain(Request("a red circle", *size, seed=3, text_states=states))]
         with pytest.raises(Seen):
-            make_clips(generator, jax.device_put(zeros, shardings), requests, config.model, mesh)
+            make_clips(generator, jax.device_put(zeros, shardings), requests, mesh)
         return seen[0]
 
     return run
@@ -145,7 +145,7 @@ def test_a_step_of_the_solver_is_given_what_the_generator_gives(
     sampling = dataclasses.replace(config.sampling, cfg_scale=cfg_scale)
     config = dataclasses.replace(config, sampling=sampling)
     given = first_step(config, clips)
-    assert (given[1].x.shape[0], given[3].shape[0]) == (rows, texts)
+    assert (given[1][0].shape[0], given[3].shape[0]) == (rows, texts)
     abstract = abstract_denoise(config, mesh, rows)
     assert_alike(abstract.arguments, given, LEVELS)
     count = config.model.patch.num_tokens(sampling.frames, sampling.height, sampling.width)
@@ -220,8 +220,8 @@ def test_every_config_traces_with_the_kernel_of_tpus(name):
     total, _ = jax.eval_shape(task.loss, params, {}, task.batch, jax.random.key(0))
     assert total.shape == ()
     step = abstract_denoise(config, mesh)
-    made, _ = jax.eval_shape(step.function, *step.arguments)
-    assert made.x.shape == step.arguments[1].x.shape
+    (made, _), _ = jax.eval_shape(step.function, *step.arguments)
+    assert made.shape == step.arguments[1][0].shape
     # And the text, which is encoded apart.
     model = make_model(config.model, mesh, config.attention)
     condition = step.arguments[2]

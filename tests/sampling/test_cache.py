@@ -145,7 +145,7 @@ def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
     _, model, params = model_on()
     rng = np.random.default_rng(1)
     condition = make_inputs(REQUESTS, MODEL)
-    x = rng.normal(size=condition.clean.shape).astype(np.float32)
+    x = rng.normal(size=condition.tokens.shape).astype(np.float32)
     text = rng.normal(size=(2, MODEL.text.max_tokens, 16)).astype(np.float32)
 
     def given(x: np.ndarray, level: float) -> DenoiserInputs:

@@ -10,9 +10,17 @@ import pytest
 from dit_jax import sample
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.model import PatchConfig
-from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard, commands, media
+from dit_jax.sampling import (
+    Request,
+    SamplingConfig,
+    Space,
+    Storyboard,
+    commands,
+    media,
+    to_float,
+)
 from dit_jax.sampling.commands import COMMANDS, Job, seconds_of
-from dit_jax.sampling.long import plan_long
+from dit_jax.sampling.modes import check_storyboard, decode_long, plan_windows, window_requests
 from tests.tiny_config import get_config
 
 SPACE = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))
@@ -247,33 +255,34 @@ def test_every_mode_has_a_help_of_its_own(mode: str, capsys: pytest.CaptureFixtu
 def plan(length: int, window: int = 9, stride: int = 1, **options: Any) -> Any:
     codec = dataclasses.replace(PixelCodec(), strides=(stride, 1, 1))
     patch = PatchConfig(t=2 if stride == 1 else 1, h=2, w=2, channels=3)
-    return plan_long(Space(codec, patch), length, window, **options)
+    return plan_windows(Space(codec, patch), length, window, **options)
 
 
 def test_lengths_become_windows_of_the_frames_that_are_set():
-    out = plan(32)
-    assert [(w.start, w.length, w.history) for w in out.windows] == [
+    assert [tuple(w) for w in plan(32)] == [
         (0, 9, 0), (6, 9, 3), (12, 9, 3), (18, 9, 3), (24, 9, 3),
     ]  # fmt: skip
-    assert len(plan(33).windows) == 5 and len(plan(5).windows) == 1
-    assert {w.history for w in plan(32, history=5).windows[1:]} == {5}
+    assert len(plan(33)) == 5 and len(plan(5)) == 1
+    assert {w.history for w in plan(32, history=5)[1:]} == {5}
     # 17 frames are 5 latents of a codec of video; 34 frames need 1 + 9 of them.
-    out = plan(34, 17, stride=4)
-    assert out.windows[0].length == 5 and out.windows[-2].stop < 10 <= out.windows[-1].stop
+    windows = plan(34, 17, stride=4)
+    assert windows[0].length == 5 and windows[-2].start < 5 <= windows[-1].start
 
 
 def test_each_clip_has_the_storyboards_prompts_or_keeps_its_own():
     templates = [Request("one", 9, 4, 4, 8.0, 0), Request("two", 9, 4, 4, 8.0, 1)]
-    out = plan(16)
-    kept = out.requests(templates, None, 8.0)
+    windows = plan(16)
+    kept = [window_requests(one, windows) for one in templates]
     assert [{r.prompt for r in clip} for clip in kept] == [{"one"}, {"two"}]
-    board = out.requests(templates, Storyboard((0.0, 1.0), ("a", "b")), 8.0)
-    assert [[r.prompt for r in clip] for clip in board] == [["a", "b", "b"]] * 2
-    assert len({r.seed for clip in board for r in clip}) == 6
+    board = Storyboard((0.0, 1.0), ("a", "b"))
+    check_storyboard(board, windows, 8.0)
+    clips = [window_requests(one, windows, board) for one in templates]
+    assert [[r.prompt for r in clip] for clip in clips] == [["a", "b", "b"]] * 2
+    assert len({r.seed for clip in clips for r in clip}) == 6
     # Middles of new frames: at 0.5, 1.44 and 2.19 s.
     for times, unused in (((0.0, 0.2), "0 s"), ((0.0, 1.0, 1.2), "1 s"), ((0.0, 9.0), "9 s")):
         with pytest.raises(ValueError, match=f"prompt at {unused}"):
-            out.requests(templates, Storyboard(times, tuple("abc"[: len(times)])), 8.0)
+            check_storyboard(Storyboard(times, tuple("abc"[: len(times)])), windows, 8.0)
 
 
 def numbered(first: int, count: int) -> np.ndarray:
@@ -281,41 +290,46 @@ def numbered(first: int, count: int) -> np.ndarray:
     return np.arange(first, first + count, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
 
 
+class InParts(PixelCodec):
+    """Decodes the first frame, the next three, and the others."""
+
+    def decode_parts(self, latents: np.ndarray, frames: int = 0) -> Any:
+        del frames
+        yield from (self.decode(part) for part in (latents[:1], latents[1:4], latents[4:]))
+
+
 @pytest.mark.parametrize(
     ("count", "context", "used"), [(1, None, 1), (2, None, 1), (12, None, 3), (12, 5, 5)]
 )
 def test_a_long_clip_goes_on_from_its_start(count: int, context: Any, used: int):
     """Of 30 frames, the first of which are known: all are there once, and the known ones untouched."""
-    out = plan(30, start=numbered(0, count), context=context)
-    assert (out.context, out.before) == (used, count - used)
-    assert out.windows[-2].stop < 30 - out.before <= out.windows[-1].stop
-    space = Space(PixelCodec(), PatchConfig(t=2, h=1, w=1, channels=3))
-    heads = out.heads(space, 2)
-    assert len(heads) == 2 and len(heads[0]) == used
-    np.testing.assert_array_equal(heads[0], space.encode(numbered(count - used, used)))
-    # Decoded in parts, of which the first may lie within the start.
-    made = 100 + numbered(0, 30 - out.before)
-    parts = list(out.assemble(iter([made[:1], made[1:4], made[4:]])))
+    windows = plan(30, start=count, context=context)
+    new = 30 - count + used
+    assert windows[0].history == used
+    assert windows[-2].start + 9 < new <= windows[-1].start + 9
+    # Decoded in parts, of which the first may lie within the start, and more than is asked for.
+    latents = to_float(100 + numbered(0, windows[-1].start + 9))
+    parts = list(decode_long(InParts(), latents, new, numbered(0, count), used))
     numbers = np.concatenate(parts)[:, 0, 0, 0].tolist()
-    assert numbers == [*range(count), *range(100 + used, 130 - out.before)] and len(numbers) == 30
+    assert numbers == [*range(count), *range(100 + used, 100 + new)] and len(numbers) == 30
     assert all(len(part) for part in parts)
 
 
 def test_a_storyboard_begins_with_the_start():
-    templates = [Request("", 9, 4, 4, 8.0, 0)]
-    board = Storyboard((0.0, 2.0), ("a", "b"))
+    template, board = Request("", 9, 4, 4, 8.0, 0), Storyboard((0.0, 2.0), ("a", "b"))
     prompts = [
-        [r.prompt for r in out.requests(templates, board, 8.0)[0]]
-        for out in (plan(32), plan(32, start=numbered(0, 9)))
+        [r.prompt for r in window_requests(template, windows, board, begin)]
+        for windows, begin in ((plan(32), 0.0), (plan(32, start=9), 0.75))
     ]
     # Frames 0 to 5 come before the windows: their middles lie 0.75 s later.
     assert prompts == [["a", "a", "b", "b", "b"], ["a", "b", "b", "b"]]
     # Of a clip of nine frames, seven of which the first window sees: new ones from 1.1 s on.
-    late = plan(32, start=numbered(0, 9), context=7)
-    early = Storyboard((0.0, 1.0), ("a", "b"))
-    assert {r.prompt for r in late.requests(templates, early, 8.0)[0]} == {"b"}
+    late, early = plan(32, start=9, context=7), Storyboard((0.0, 1.0), ("a", "b"))
+    check_storyboard(early, late, 8.0, 0.25, 1.125)
+    assert {r.prompt for r in window_requests(template, late, early, 0.25)} == {"b"}
+    missed = Storyboard((0.0, 1.125, 1.15), ("a", "b", "c"))
     with pytest.raises(ValueError, match="prompt at 1.125 s"):
-        late.requests(templates, Storyboard((0.0, 1.125, 1.15), ("a", "b", "c")), 8.0)
+        check_storyboard(missed, late, 8.0, 0.25, 1.125)
 
 
 @pytest.mark.parametrize(
@@ -323,9 +337,9 @@ def test_a_storyboard_begins_with_the_start():
     [
         ({"length": 40, "history": 17}, "17"),
         ({"length": 40, "window": 1}, "window has at least 3"),
-        ({"length": 8, "start": numbered(0, 8)}, "clip of 8"),
-        ({"length": 40, "start": numbered(0, 8), "context": 9}, "context of 9"),
-        ({"length": 40, "start": numbered(0, 8), "context": 5, "window": 5}, "context of 5"),
+        ({"length": 8, "start": 8}, "clip of 8"),
+        ({"length": 40, "start": 8, "context": 9}, "context of 9"),
+        ({"length": 40, "start": 8, "context": 5, "window": 5}, "context of 5"),
     ],
 )
 def test_windows_that_leave_nothing_to_make_are_refused(options: dict[str, Any], value: str):

@@ -57,10 +57,11 @@ def condition(seeds=(1, 2), words=(0.3, 0.7), ceilings=None):
     free = np.ones(full, np.float32) if ceilings is None else np.float32([ceilings] * b)
     levels = np.unique(free[0])
     return SamplerInputs(
-        clean=jnp.asarray(np.where(free[..., None] < 1, np.ones((*full, DIM)), 0), jnp.float32),
+        tokens=jnp.asarray(np.where(free[..., None] < 1, np.ones((*full, DIM)), 0), jnp.float32),
         noise_caps=jnp.asarray(free),
         group_ids=jnp.asarray(np.searchsorted(levels, free).astype(np.int32)),
-        group_noise_caps=jnp.asarray(np.tile(levels, (b, 1))),
+        group_t=jnp.asarray(np.tile(levels, (b, 1))),
+        dropped=jnp.zeros((b, 1)),
         positions=jnp.zeros((*full, 3)),
         segment_ids=jnp.ones(full, jnp.int32),
         token_ids=jnp.asarray(np.tile(np.arange(TOKENS, dtype=np.int32), (b, 1))),
@@ -90,7 +91,7 @@ def output(x, level, word):
 def begin(diffusion=FLOW, given=None):
     one = generator(diffusion)
     given = condition() if given is None else given
-    return np.asarray(one.begin(given, np.float32(1)).x, np.float64)
+    return np.asarray(one.begin(given, np.float32(1))[0], np.float64)
 
 
 WORDS = np.array([0.3, 0.7])[:, None, None]
@@ -147,7 +148,7 @@ def test_steps_outside_the_interval_are_made_once():
     one = fresh(cfg_scale=3.0, cfg_interval=(0.3, 0.8))
     found = np.asarray(one(jnp.float32(0.5), condition()))
     # The stand-in is traced once with text and without (levels 0.75 and 0.5), once with text alone.
-    assert sorted(one._model.rows) == [2, 4]
+    assert sorted(one.model.rows) == [2, 4]
     x, levels = begin(), np.linspace(1, 0, 5)
     for t, t_next in zip(levels[:-1], levels[1:], strict=True):
         scale = 3.0 if 0.3 < t <= 0.8 else 1.0
@@ -179,7 +180,7 @@ def test_all_steps_run_one_compiled_step(solver):
     one = fresh(solver=solver, steps=6, cfg_scale=2.0)
     one(jnp.float32(0.5), condition())
     assert one.step._cache_size() == 1
-    assert one._model.rows == [4] * SOLVERS[solver].evaluations
+    assert one.model.rows == [4] * SOLVERS[solver].evaluations
 
 
 # --- whose noise ---
@@ -199,7 +200,7 @@ def test_a_sample_does_not_depend_on_its_batch(solver):
 def test_every_step_and_token_has_noise_of_its_own():
     one = generator(solver="ddpm")
     drawn = [np.asarray(one._noise(condition(), jnp.int32(i))) for i in range(3)]
-    drawn.append(np.asarray(one.begin(condition(), np.float32(1)).x))
+    drawn.append(np.asarray(one.begin(condition(), np.float32(1))[0]))
     assert len(np.unique(drawn)) == np.size(drawn)
 
 

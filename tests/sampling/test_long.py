@@ -20,13 +20,14 @@ from dit_jax.sampling import (
     Generator,
     Request,
     SamplingConfig,
+    Space,
     Storyboard,
     Window,
     decode_long,
-    default_history,
-    long,
     make_clips,
     make_long,
+    modes,
+    plain,
     plan_windows,
     read_storyboard,
     to_uint8,
@@ -37,6 +38,7 @@ from dit_jax.sampling.sampler import make_latents
 
 pytestmark = pytest.mark.usefixtures("quickly")
 PATCH = PatchConfig(t=2, h=2, w=2, channels=3, reference_fps=8.0)
+SPACE = Space(PixelCodec(), PATCH)
 LIKE = Request("", 5, 4, 4, 8.0, 3)
 BOARD = Storyboard((0.0, 1.0), ("a", "b"))
 
@@ -80,11 +82,11 @@ def long_clip(
     model = StandIn()
     config = SamplingConfig(steps=steps, cfg_scale=1.0, batch=2)
     generator = Generator(model, DiffusionConfig(), config)  # pyright: ignore[reportArgumentType]
-    windows = plan_windows(frames, 5, 3)
+    windows = plan_windows(SPACE, frames, 5, 3)
     likes = [dataclasses.replace(LIKE, seed=seed, negative=negative) for seed in seeds]
     clips = [window_requests(like, windows, BOARD) for like in likes]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    made = make_long(generator, {}, clips, windows, model.config, mesh, **given)
+    made = make_long(generator, {}, clips, windows, mesh, **given)
     jax.effects_barrier()
     return made, model, windows, clips, generator, mesh
 
@@ -95,33 +97,38 @@ def long_clip(
 @pytest.mark.parametrize("frames", [1, 6, 57])
 @pytest.mark.parametrize(("length", "history"), [(5, 1), (9, 5)])
 def test_windows_cover_every_frame_and_overlap_as_asked(frames: int, length: int, history: int):
-    windows = plan_windows(frames, length, history)
+    windows = plan_windows(SPACE, frames, length, history)
     assert windows[0] == Window(0, length, 0)
-    new = [list(range(w.start + w.history, w.stop)) for w in windows]
-    assert sum(new, []) == list(range(windows[-1].stop))
+    new = [list(range(w.start + w.history, w.start + length)) for w in windows]
+    assert sum(new, []) == list(range(windows[-1].start + length))
     assert all(w.length == length for w in windows)
     assert all(
-        b.start == a.stop - history and b.history == history
+        b.start == a.start + length - history and b.history == history
         for a, b in zip(windows, windows[1:], strict=False)
     )
-    assert windows[-1].stop >= frames and (len(windows) == 1 or windows[-2].stop < frames)
+    assert windows[-1].start + length >= frames
+    assert len(windows) == 1 or windows[-2].start + length < frames
 
 
 def test_a_history_fills_about_a_third_in_whole_tokens():
-    assert [default_history(n, PATCH) for n in (3, 5, 7, 9, 21)] == [1, 3, 3, 3, 7]
-    assert default_history(21, PatchConfig(t=1)) == 8
+    for space, length, history in [
+        *((SPACE, *pair) for pair in ((3, 1), (5, 3), (7, 3), (9, 3), (21, 7))),
+        (Space(PixelCodec(), PatchConfig(t=1)), 21, 8),
+    ]:
+        assert plan_windows(space, 99, length)[1].history == history
 
 
 def test_a_windows_prompt_is_that_of_the_middle_of_its_new_frames():
-    windows = plan_windows(13, 5, 3)
+    windows = plan_windows(SPACE, 13, 5, 3)
     # The middles of the new frames: 2, 5.5, 7.5, 9.5 and 11.5 of 8 a second.
-    assert [w.middle() for w in windows] == [2, 5.5, 7.5, 9.5, 11.5]
+    assert [w.middle for w in windows] == [2, 5.5, 7.5, 9.5, 11.5]
     requests = window_requests(LIKE, windows, BOARD)
     assert [r.prompt for r in requests] == ["a", "a", "a", "b", "b"]
     assert requests[0].seed == LIKE.seed and len({r.seed for r in requests}) == 5
     assert {r.size for r in requests} == {(5, 4, 4)}
     # Of a clip that begins with three frames the first window's new ones are two.
-    assert [w.middle(3) for w in windows] == [3.5, 5.5, 7.5, 9.5, 11.5]
+    expected = [3.5, 5.5, 7.5, 9.5, 11.5]
+    assert [w.middle for w in plan_windows(SPACE, 13, 5, 3, start=3, context=3)] == expected
 
 
 # --- storyboards ---
@@ -192,8 +199,8 @@ def test_history_is_at_its_ceiling_and_prompts_and_positions_are_the_windows_own
 
 def test_the_first_window_is_the_plain_clip_and_what_is_given_is_not_replaced():
     (clip,), model, windows, clips, generator, mesh = long_clip(steps=3)
-    (plain,) = make_clips(generator, {}, [clips[0][0]], model.config, mesh)
-    np.testing.assert_array_equal(to_uint8(clip[:5]), plain)
+    (alone,) = make_clips(generator, {}, [plain(clips[0][0])], mesh)
+    np.testing.assert_array_equal(to_uint8(clip[:5]), alone)
     (shorter,) = long_clip(frames=7, steps=3)[0]
     np.testing.assert_array_equal(shorter, clip[:7])
 
@@ -206,7 +213,7 @@ def test_every_window_is_given_what_the_clip_keeps(monkeypatch: pytest.MonkeyPat
         asked.extend(requests)
         return make_latents(generator, params, requests, *rest)
 
-    monkeypatch.setattr(long, "make_latents", watched)
+    monkeypatch.setattr(modes, "make_latents", watched)
     (clip,), _, windows, *_ = long_clip()
     for request, window in zip(asked[1:], windows[1:], strict=True):
         assert request.known is not None

@@ -27,7 +27,7 @@ from dit_jax.sampling import (
     interpolate,
     loop_clip,
     loop_text,
-    make_generations,
+    make_clips,
     make_inputs,
     make_long,
     plain,
@@ -293,10 +293,9 @@ def makers():
                 )
             found[name] = (
                 functools.partial(
-                    make_generations,
+                    make_clips,
                     generator,
                     params,
-                    model=MODEL,
                     mesh=mesh,
                     decode=PixelCodec().decode,
                 ),
@@ -321,13 +320,13 @@ def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
 
 def test_windows_are_the_same_on_eight_devices(makers):
     """Two clips that begin with something, in windows that are given the end of those before."""
-    windows = plan_windows(13, 9, 3)
+    windows = plan_windows(PAIRS, 13, 9, 3, start=3, context=3)
     board = Storyboard((0.0, 1.0), ("a", "b"))
     likes = [like(PAIRS, seed=i) for i in (3, 4)]
-    clips = [window_requests(one, windows, board, head=3) for one in likes]
+    clips = [window_requests(one, windows, board) for one in likes]
     heads = [PAIRS.encode(NOISY[i : i + 3]) for i in (0, 4)]
     one, many = (
-        make_long(generator, params, clips, windows, MODEL, make.keywords["mesh"], heads=heads)
+        make_long(generator, params, clips, windows, make.keywords["mesh"], heads=heads)
         for make, generator, params in (makers["one"], makers["eight"])
     )
     for a, b in zip(one, many, strict=True):
@@ -354,7 +353,7 @@ def test_steps_are_those_of_the_request_alone(makers):
     assert len({plainly.batch_key(edit.requests[0]) for edit in edits}) == 1
 
     def make(some):
-        return make_generations(generator, params, some, MODEL, MESH, decode=PixelCodec().decode)
+        return make_clips(generator, params, some, MESH, decode=PixelCodec().decode)
 
     beside = make([*edits, edits[0]])
     for i in (1, 2):  # an image, a restyle
@@ -379,10 +378,10 @@ def test_given_tokens_are_exact_in_the_latents_too(makers):
     condition = make_inputs(requests, MODEL, 40, [r for e in every_mode() for r in e.requests])
     made = np.asarray(generator(params, jax.tree.map(jnp.asarray, condition)))
     held = condition.noise_caps == 0
-    assert held.any() and (made[held] == condition.clean[held]).all()
+    assert held.any() and (made[held] == condition.tokens[held]).all()
     known = condition.kept
     assert known is not None and known.any() and not known[held].any()
-    np.testing.assert_allclose(made[known], condition.clean[known], atol=1e-6)
+    np.testing.assert_allclose(made[known], condition.tokens[known], atol=1e-6)
     assert (made[~known & ~held[..., None]] != 0).all()
 
 
@@ -438,9 +437,9 @@ def test_times_of_a_request_are_its_tokens():
     tokens = patchify(PAIRS.patch, to_float(NOISY[:5]))
     clip_of = KnownLatents(to_float(NOISY[:5]), np.array([0, 1, 1, 0.25, 0]))
     condition = make_inputs([dataclasses.replace(request, known=clip_of)], MODEL)
-    np.testing.assert_array_equal(condition.clean[0], tokens)
+    np.testing.assert_array_equal(condition.tokens[0], tokens)
     assert condition.noise_caps.tolist() == [[0, 1, 0.25]]
-    assert condition.group_noise_caps[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]
+    assert condition.group_t[0][condition.group_ids[0]].tolist() == [0, 1, 0.25]
 
 
 def test_the_two_cuts_of_a_loop_are_half_a_turn_apart():

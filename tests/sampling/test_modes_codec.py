@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.codec.codec import PixelCodec
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
@@ -17,12 +19,11 @@ from dit_jax.sampling import (
     Request,
     SamplingConfig,
     Space,
-    Storyboard,
     decode_long,
     extend,
     interpolate,
     loop_text,
-    make_generations,
+    make_clips,
     make_long,
     plain,
     plan_windows,
@@ -42,7 +43,8 @@ MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 SIDE = 8
 TEMPLATE = Request("a ball", 3, SIDE // 2, SIDE // 2, 2.0, 1)
 """Nine frames at 8 a second: 4 x 2 x 2 pixels to a latent."""
-WINDOWS = plan_windows(7, 3, 1)
+STRIDES = dataclasses.replace(PixelCodec(), strides=(4, 2, 2))
+WINDOWS = plan_windows(Space(STRIDES, MODEL.patch), 25, 9, 1)
 PIXELS = np.random.default_rng(2).integers(0, 256, (13, SIDE, SIDE, 3)).astype(np.uint8)
 
 
@@ -70,11 +72,11 @@ def made(codec, generator):
         "interpolate": interpolate(space, TEMPLATE, PIXELS[:9], 2),
         "extend": extend(space, TEMPLATE, PIXELS, forward=4, backward=4),
         "loop": loop_text(space, TEMPLATE),
-        "window": plain(window_requests(TEMPLATE, WINDOWS, Storyboard((0.0,), ("a ball",)))[0]),
+        "window": plain(window_requests(TEMPLATE, WINDOWS)[0]),
     }
     alone = [plain(request) for one in modes.values() for request in one.requests]
     batch = [*modes.values(), *alone]
-    clips = iter(make_generations(*generator, batch, MODEL, MESH, decode=codec.decode))
+    clips = iter(make_clips(*generator, batch, MESH, decode=codec.decode))
     whole = {name: next(clips) for name in modes}
     return {
         name: (one.requests, whole[name], [next(clips) for _ in one.requests])
@@ -112,8 +114,8 @@ def test_both_ends_are_clips_of_their_own(codec, made):
 
 
 def test_windows_pass_latents_on_and_are_decoded_once(codec, generator, made):
-    requests = window_requests(TEMPLATE, WINDOWS, Storyboard((0.0,), ("a ball",)))
-    (latents,) = make_long(*generator, [requests], WINDOWS, MODEL, MESH)
+    requests = window_requests(TEMPLATE, WINDOWS)
+    (latents,) = make_long(*generator, [requests], WINDOWS, MESH)
     assert len(WINDOWS) == 3 and latents.shape == (7, SIDE // 2, SIDE // 2, 3)
     # Never encoded or decoded between windows: in the end all latents are one clip, in which only the
     # first holds a single frame.

@@ -13,7 +13,7 @@ from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.model.patches import absolute_features
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.plan.abstract import abstract_task
-from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips
+from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips, plain
 from dit_jax.train import init_from
 from dit_jax.training import (
     CheckpointConfig,
@@ -145,7 +145,7 @@ def test_images_are_sampled_as_the_image_model_samples_them(image, mesh):
     for config, params in ((IMAGE, weights), (inflated, begun(inflated, mesh))):
         generator = Generator(make_model(config.model, alone), config.diffusion, config.sampling)
         request = Request("a circle", 1, 24, 16, 8.0, 3)
-        made += make_clips(generator, params, [request], config.model, alone)
+        made += make_clips(generator, params, [plain(request)], alone)
     assert made[0].std() > 5
     # Rounded to 255 levels.
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1

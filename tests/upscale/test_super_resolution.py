@@ -18,6 +18,7 @@ from dit_jax.sampling import (
     Request,
     make_clips,
     make_inputs,
+    plain,
     to_float,
     to_uint8,
 )
@@ -171,7 +172,7 @@ def test_a_clip_depends_on_its_own_input_alone_on_every_mesh(trained, mesh):
     generator = Generator(make_model(CONFIG.model, mesh), CONFIG.diffusion, CONFIG.sampling)
 
     def sampled(requests, generator=generator, mesh=mesh):
-        return make_clips(generator, params, requests, CONFIG.model, mesh)
+        return make_clips(generator, params, [plain(one) for one in requests], mesh)
 
     both = sampled(requests(mesh))
     assert [one.shape for one in both] == [(5, 24, 24, 3), (1, 24, 32, 3)]
@@ -188,7 +189,7 @@ def test_a_clip_depends_on_its_own_input_alone_on_every_mesh(trained, mesh):
 def test_inputs_have_the_clip_of_each_request(trained, mesh):
     made = make_inputs(requests(mesh), CONFIG.model, 40)
     low_res = made.token_fields["low_res"]
-    assert low_res.shape == made.clean.shape
+    assert low_res.shape == made.tokens.shape
     tokens = patchify(CONFIG.model.patch, requests(mesh)[1].pixel_fields["low_res"])
     assert np.array_equal(low_res[1, : len(tokens)], tokens)
     assert not low_res[1, len(tokens) :].any()
@@ -197,9 +198,9 @@ def test_inputs_have_the_clip_of_each_request(trained, mesh):
     noised = generator.prepare_fields(jax.tree.map(jnp.asarray, made))
     eps = (noised.token_fields["low_res"] - 0.9 * low_res)[made.segment_ids > 0] / 0.1
     assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
-    broken = [dataclasses.replace(requests(mesh)[0], pixel_fields={})]
+    broken = dataclasses.replace(requests(mesh)[0], pixel_fields={})
     with pytest.raises(ValueError, match="no token field 'low_res'"):
-        make_clips(generator, trained[0].params, broken, CONFIG.model, mesh)
+        make_clips(generator, trained[0].params, [plain(broken)], mesh)
 
 
 def test_what_is_given_at_low_resolution_is_noised_in_training():
