@@ -93,12 +93,7 @@ class Request:
         return self.frames, self.height, self.width
 
     def num_tokens(self, patch: PatchConfig) -> int:
-        tokens = patch.num_tokens(self.frames + self.loop, self.height, self.width)
-        return tokens - self.frame_tokens(patch) * self.loop
-
-    def frame_tokens(self, patch: PatchConfig) -> int:
-        """Tokens of the first frame, which a loop lacks."""
-        return patch.num_tokens(1, self.height, self.width)
+        return patch.num_tokens(*self.size, self.loop)
 
     def fields(self, patch: PatchConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The fields of its tokens ``[l, ...]``, and of its segment."""
@@ -111,21 +106,19 @@ class Request:
 def check_request(request: Request, model: ModelConfig) -> None:
     """Raises ``ValueError`` if the model cannot generate such a clip, with what it can."""
     patch, known, times = model.patch, request.known, request.times
-    if not request.loop:
-        patch.grid(*request.size)
+    patch.grid(*request.size, request.loop)
     shape = (*request.size, patch.channels)
     wrong = (
-        request.loop and request.frames % patch.t,
         times is not None and np.shape(times) != (request.frames,),
         not 0 < request.fps < math.inf,
         known is not None and known.clean.shape != shape,
     )
     if any(wrong):
         raise InputError(
-            f"a {'loop' if request.loop else 'request'} of {request.frames} frames, of size {shape} at "
-            f"{request.fps} frames a second, with times {None if times is None else np.shape(times)} "
-            f"and known latents {known and known.clean.shape}: give a finite rate above 0, a time for "
-            f"each latent frame, known latents of the request's size, and a loop {patch.t}n frames."
+            f"a request of size {shape} at {request.fps} frames a second, with times "
+            f"{None if times is None else np.shape(times)} and known latents "
+            f"{known and known.clean.shape}: give a finite rate above 0, a time for each latent frame, "
+            "and known latents of the request's size."
         )
     check_fields(model, *request.fields(patch), "the request")
 
@@ -133,8 +126,8 @@ def check_request(request: Request, model: ModelConfig) -> None:
 def token_positions(request: Request, patch: PatchConfig) -> Float[np.ndarray, "l 3"]:
     """Positions of a clip's tokens, of which each stands at the mean of the times of its latents.
 
-    Time is in frames of the reference rate. In a loop no token holds a first frame: there are
-    ``patch.t * n`` latent frames, the first at 1.
+    Time is in frames of the reference rate. In a loop, of which no frame is a first one, the first is
+    at 1.
     """
     loop, (frames, height, width) = request.loop, request.size
     grid, frame_ids = positions(patch, frames + loop, height, width, request.fps)
@@ -144,7 +137,7 @@ def token_positions(request: Request, patch: PatchConfig) -> Float[np.ndarray, "
         # Ahead of the first token: its own time, or in a loop what is cut off below.
         clock = np.append(0.0 if loop else times[0], middles)
         grid[:, 0] = (clock * (patch.reference_fps / (patch.t * request.fps)))[frame_ids]
-    return grid[request.frame_tokens(patch) * loop :]
+    return grid[patch.num_tokens(1, height, width) if loop else 0 :]
 
 
 @struct.dataclass
@@ -263,17 +256,13 @@ def _known_tokens(
         none = np.zeros((0, patch.dim), np.float32)
         return none, np.ones(0, np.float32), none != 0
 
-    def tokens(video: np.ndarray) -> np.ndarray:
-        # A loop has no first frame: one is put before it, and its tokens are taken away again.
-        video = np.concatenate([video[:1], video]) if request.loop else video
-        return patchify(patch, video.astype(np.float32))[
-            request.frame_tokens(patch) * request.loop :
-        ]
-
     caps = known.noise_caps if np.ndim(known.noise_caps) == 3 else known.noise_caps[:, None, None]
-    each = tokens(np.broadcast_to(caps[..., None], known.clean.shape))  # [l, p]
+    caps = np.broadcast_to(caps[..., None], known.clean.shape)
+    clean, each = (  # [l, p]
+        patchify(patch, x.astype(np.float32), request.loop) for x in (known.clean, caps)
+    )
     highest = each.max(-1)
-    return tokens(known.clean), highest, (each == 0) & (highest > 0)[:, None]
+    return clean, highest, (each == 0) & (highest > 0)[:, None]
 
 
 def _cycle(positions: np.ndarray) -> tuple[float, float, float]:
