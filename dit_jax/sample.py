@@ -12,9 +12,9 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -129,20 +129,13 @@ class Command:
         ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Job:
-    """A run, whose ``config.sampling`` has the size of the clips, and the files, read at that size."""
+class Job(NamedTuple):
+    """What the clips of a command are made by, and of."""
 
     pipeline: Pipeline
-    media: dict[str, np.ndarray]
-
-    @property
-    def space(self) -> Space:
-        return self.pipeline.space
-
-    @property
-    def size(self) -> SamplingConfig:
-        return self.pipeline.config.sampling
+    space: Space
+    size: SamplingConfig  # the pipeline's own, with the size of the clips
+    media: Mapping[str, np.ndarray]  # the files, read at that size
 
     def count(self, length: Length, rule: Callable[[float, float], int]) -> int:
         """The frames nearest to a length by ``Space.new``, ``Space.gap`` or ``FrameGrid.nearest``."""
@@ -192,9 +185,9 @@ class Text(Command):
         space.check_size(frames, height, width)
         most = 1 if self.pictures else None
         media = {file: read_video(file, height, width, fps, most)[0] for file in self.files}
-        config = dataclasses.replace(config, frames=frames, height=height, width=width, fps=fps)
-        config = dataclasses.replace(pipeline.config, sampling=config)
-        return Job(dataclasses.replace(pipeline, config=config), media)
+        size = dataclasses.replace(config, frames=frames, height=height, width=width, fps=fps)
+        config = dataclasses.replace(pipeline.config, sampling=size)
+        return Job(dataclasses.replace(pipeline, config=config), space, size, media)
 
     def generation(self, job: Job, template: Request) -> Generation:
         """What is made for one prompt."""
@@ -226,10 +219,9 @@ class Image(Text):
     @property
     def keyframes(self) -> list[tuple[str, str]]:
         """(time, file) of every picture; the time of the last is empty."""
-        split = (one.partition("=") for some in self.keyframe for one in some)
-        pairs = [(time, file) for time, _, file in split]
-        first = [("0", self.image)] if self.image else []
-        return [*first, *pairs, *([("", self.last_image)] if self.last_image else [])]
+        pairs = [one.partition("=")[::2] for some in self.keyframe for one in some]
+        pairs = [("0", self.image), *pairs, ("", self.last_image)]
+        return [(time, file) for time, file in pairs if file is not None]
 
     @property
     def files(self) -> list[str]:
@@ -237,12 +229,14 @@ class Image(Text):
 
     def generation(self, job: Job, template: Request) -> Generation:
         images: dict[int, np.ndarray] = {}
+        count, fps = job.size.frames, job.size.fps
         for time, file in self.keyframes:
-            count, fps = job.size.frames, job.size.fps
             frame = round(seconds_of(time, fps, 0) * fps) if time else count - 1
-            message = f"{time or 'last'}={file} is frame {frame} of a clip of {count} at {fps:g}"
-            wrong = not 0 <= frame < count or frame in images
-            refuse_if([(wrong, f"{message} frames a second: give other frames, or a longer clip.")])
+            message = (
+                f"{time or 'last'}={file} is frame {frame} of a clip of {count} at {fps:g} frames a "
+                "second: give other frames, or a longer clip."
+            )
+            refuse_if([(frame >= count or frame in images, message)])
             images[frame] = job.media[file][0]
         return modes.image_to_video(job.space, template, images, self.noise)
 

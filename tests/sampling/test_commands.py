@@ -35,13 +35,17 @@ def pipeline(frames: int = 5, **dit: Any) -> Any:
     return Pipeline(dataclasses.replace(config, model=model, sampling=sampling))
 
 
+def job_of(run: Any) -> Job:
+    return Job(run, SPACE, run.config.sampling, FILES)
+
+
 def command(mode: str, **options: Any) -> Any:
     return COMMANDS[mode](checkpoint="run", **options)
 
 
 def length(mode: str, count: int = 9, **options: Any) -> int:
     """Frames of what a mode makes of clips of nine frames."""
-    job = Job(pipeline(count), FILES)
+    job = job_of(pipeline(count))
     template = dataclasses.replace(TEMPLATE, frames=count)
     generation = command(mode, **options).generation(job, template)
     counts = [request.frames for request in generation.requests]
@@ -80,7 +84,7 @@ def test_options_that_make_no_sense_are_refused(mode: str, options: dict[str, An
 
 
 def test_a_loop_of_text_needs_frames_and_attention_all_around():
-    job = Job(pipeline(9, window=16, global_every=2), FILES)
+    job = job_of(pipeline(9, window=16, global_every=2))
     with pytest.raises(ValueError, match="16 tokens"):
         command("loop").generation(job, TEMPLATE)
     command("loop", video="a").generation(job, TEMPLATE)
