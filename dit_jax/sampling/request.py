@@ -28,7 +28,6 @@ from dit_jax.files import SURROGATES, InputError, MiB, checking_input, read_byte
 from dit_jax.model import (
     ModelConfig,
     PatchConfig,
-    TextStatesConfig,
     check_fields,
     field_tokens,
     patchify,
@@ -116,7 +115,7 @@ def check_request(request: Request, model: ModelConfig) -> None:
     if any(wrong):
         raise InputError(
             f"a request of size {shape} at {request.fps} frames a second, with times "
-            f"{None if times is None else np.shape(times)} and known latents "
+            f"{np.shape(times)} and known latents "
             f"{known and known.clean.shape}: give a finite rate above 0, a time for each latent frame, "
             "and known latents of the request's size."
         )
@@ -233,17 +232,10 @@ def make_inputs(
         cycles = [_cycle(g) if r.loop else (0, 0, 0) for g, r in zip(grids, requests, strict=True)]
         arrays["cycles"] = np.array(cycles, np.float32)
     if any(r.negative for r in every):
-        negative = [_negative_tokens(r, model) for r in requests]
+        negative = [model.text.tokens(r.negative, r.negative_states) for r in requests]
         arrays["negative"] = rows(negative, s)
         arrays["negative_segment_ids"] = segment_ids(negative, s)
     return SamplerInputs(**arrays)
-
-
-def _negative_tokens(request: Request, model: ModelConfig) -> np.ndarray:
-    states = request.negative_states
-    if states is None and isinstance(model.text, TextStatesConfig) and not request.negative:
-        states = np.zeros((0, model.text.dim), np.float32)  # nothing is to be read, as without text
-    return model.text.tokens(request.negative, states)
 
 
 def _known_tokens(
@@ -366,8 +358,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
                 rows = next((inner for inner in rows.values() if isinstance(inner, list)), [])
         prompts = [_prompt_of(row) for row in rows]
         bad = [i for i, one in enumerate(prompts, 1) if not one or SURROGATES.search(one)]
-        refuse_if((True, f"number {i} is no prompt") for i in bad)
-        refuse_if([(not prompts, "it is empty")])
+        faults = [(True, f"number {i} is no prompt") for i in bad]
+        refuse_if([*faults, (not prompts, "it is empty")])
     return prompts
 
 
