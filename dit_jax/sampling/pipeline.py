@@ -84,10 +84,8 @@ class Pipeline:
 
     def sample(self, generations: Sequence[Generation], progress: bool = False) -> list[np.ndarray]:
         """The clips uint8 ``[t, h, w, 3]`` of generations of any modes, on every process."""
-        model, mesh, decode = self.config.model, self.mesh, self.codec.decode
-        return make_generations(
-            self.generator, self.params, generations, model, mesh, progress, decode
-        )
+        made_by = self.generator, self.params, generations, self.config.model, self.mesh
+        return make_generations(*made_by, progress, self.codec.decode)
 
 
 def load_run(
