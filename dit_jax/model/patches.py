@@ -105,14 +105,15 @@ def unpatchify(
 
 
 def positions(
-    config: PatchConfig, frames: int, height: int, width: int, fps: float
+    config: PatchConfig, frames: int, height: int, width: int, fps: float, loop: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates float32 ``[l, 3]`` and latent frames int32 ``[l]`` of a clip's tokens: time in latent
-    frames at ``reference_fps``, at the middle of a patch's frames; rows and columns in patches."""
+    """Coordinates float32 ``[l, 3]`` and places along time int32 ``[l]`` of a clip's tokens: time in
+    latent frames at ``reference_fps``, at the middle of a patch's frames (those of a loop begin behind
+    the first frame, which it lacks); rows and columns in patches."""
     if not fps > 0:  # NaN too
         raise ValueError(f"fps is {fps}: a frame rate is above 0; give the clip's own.")
-    t, h, w = config.grid(frames, height, width)
-    index = np.arange(t, dtype=np.float32)
+    t, h, w = config.grid(frames, height, width, loop)
+    index = np.arange(t, dtype=np.float32) + loop
     middle = np.where(index == 0, 0.0, (index - 1) * config.t + 1 + (config.t - 1) / 2)
     time = middle / config.t * (config.reference_fps / fps)
     axes = np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")

@@ -114,29 +114,22 @@ def check_request(request: Request, model: ModelConfig) -> None:
     )
     if any(wrong):
         raise InputError(
-            f"a request of size {shape} at {request.fps} frames a second, with times "
-            f"{np.shape(times)} and known latents "
-            f"{known and known.clean.shape}: give a finite rate above 0, a time for each latent frame, "
-            "and known latents of the request's size."
+            f"a request of size {shape} at {request.fps} frames a second, with times {np.shape(times)} "
+            f"and known latents {known and known.clean.shape}: give a finite rate above 0, a time for "
+            "each latent frame, and known latents of the request's size."
         )
     check_fields(model, *request.fields(patch), "the request")
 
 
 def token_positions(request: Request, patch: PatchConfig) -> Float[np.ndarray, "l 3"]:
-    """Positions of a clip's tokens, of which each stands at the mean of the times of its latents.
-
-    Time is in frames of the reference rate. In a loop, of which no frame is a first one, the first is
-    at 1.
-    """
-    loop, (frames, height, width) = request.loop, request.size
-    grid, frame_ids = positions(patch, frames + loop, height, width, request.fps)
+    """Positions of a clip's tokens, in frames of the reference rate; each stands at the mean of the
+    times of its latents."""
+    grid, index = positions(patch, *request.size, request.fps, request.loop)
     if request.times is not None:
-        times = np.asarray(request.times, np.float64)
-        middles = (times if loop else times[1:]).reshape(-1, patch.t).mean(1)
-        # Ahead of the first token: its own time, or in a loop what is cut off below.
-        clock = np.append(0.0 if loop else times[0], middles)
-        grid[:, 0] = (clock * (patch.reference_fps / (patch.t * request.fps)))[frame_ids]
-    return grid[patch.num_tokens(1, height, width) if loop else 0 :]
+        first, rest = np.split(np.asarray(request.times, np.float64), [0 if request.loop else 1])
+        clock = np.append(first, rest.reshape(-1, patch.t).mean(1))
+        grid[:, 0] = (clock * (patch.reference_fps / (patch.t * request.fps)))[index]
+    return grid
 
 
 @struct.dataclass
