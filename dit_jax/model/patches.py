@@ -74,8 +74,8 @@ class PatchConfig:
 
 def patchify(config: PatchConfig, video: np.ndarray, loop: bool = False) -> np.ndarray:
     """Cuts a clip ``[t, h, w, c]``, or one that goes round, into tokens ``[l, p]``."""
-    *size, channels = video.shape
-    config.grid(*size, loop)
+    frames, height, width, channels = video.shape
+    config.grid(frames, height, width, loop)
     if channels != config.channels:
         raise ValueError(
             f"the clip has {channels} channels and the model's patches {config.channels}: "
