@@ -235,12 +235,9 @@ def _known_tokens(
     patch: PatchConfig, request: Request
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The request's known latents ``[l, p]``, their noise caps ``[l]``, and which numbers are kept in
-    tokens that are not kept as a whole, bool ``[l, p]``: no tokens if it knows nothing."""
-    known = request.known
-    if known is None:
-        none = np.zeros((0, patch.dim), np.float32)
-        return none, np.ones(0, np.float32), none != 0
-
+    tokens that are not kept as a whole, bool ``[l, p]``."""
+    known, nothing = request.known, np.zeros((*request.size, patch.channels), np.float32)
+    known = known or KnownLatents(nothing, np.ones(request.frames))
     caps = known.noise_caps if np.ndim(known.noise_caps) == 3 else known.noise_caps[:, None, None]
     caps = np.broadcast_to(caps[..., None], known.clean.shape)
     clean, each = (  # [l, p]
