@@ -115,7 +115,10 @@ class Command:
         faults = (
             (bool(broken), f"the prompts {broken!r:.200} are no UTF-8: write them anew."),
             (bool(wrong), f"{wrong!r:.60}: give {reads}, which {self.checkpoint!r} reads."),
-            (bool(negative) and deaf, "--negative-prompt needs a model of text, and guidance."),
+            (
+                bool(negative) and deaf,
+                "--negative-prompt needs a model of text, and --cfg-scale not 1.",
+            ),
         )
         refuse_if(faults)
         note = cut_note(config, [*map(str, (*prompts, *more)), negative])
@@ -400,15 +403,12 @@ class Upscale(Command):
         prompts = list(self.prompts()) if asked else [""] * self.num
         prompts = prompts * len(files) if len(prompts) == self.num else prompts
         unfit = not files or len(prompts) != len(files) * self.num
-        faults = (
-            (conditioner is None, f"the model of {self.checkpoint!r} does not enlarge clips."),
-            (
-                unfit,
-                f"{len(prompts) // self.num} prompts for {len(files)} clips of --videos: give clips "
-                f"({', '.join(EXTENSIONS)}), and a prompt for each, one for all, or none.",
-            ),
+        fit = (
+            f"{len(prompts) // self.num} prompts for {len(files)} clips of --videos: give clips "
+            f"({', '.join(EXTENSIONS)}), and a prompt for each, one for all, or none."
         )
-        refuse_if(faults)
+        model = f"the model of {self.checkpoint!r} does not enlarge clips: give a run that does."
+        refuse_if([(conditioner is None, model), (unfit, fit)])
         videos = [video for video in map(read_video, files) for _ in range(self.num)]
         requests = pipeline.encode_text(self.requests(pipeline, prompts))
         config, codec = pipeline.config, pipeline.codec
@@ -484,8 +484,7 @@ def sample(command: Text | Upscale) -> None:
     if jax.process_index() != 0:
         return
     message = (
-        f"--output {output} would show clips of {sorted(set(rates))} frames a second side by side: "
-        "name a directory, which gets a file for each."
+        f"--output {output} cannot show {sorted(set(rates))} frames a second: name a directory."
     )
     refuse_if([(single and len(set(rates)) > 1, message)])
     large = [(upscale(part, command.scale) for part in clip) for clip in clips]
