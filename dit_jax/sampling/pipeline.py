@@ -142,6 +142,7 @@ def stored_run(
 def stored_sampling(arguments: Sequence[str]) -> SamplingConfig:
     """The ``sampling`` of the run that a command line names with --checkpoint (and --step), for the
     defaults of its options; the class's own if it names none."""
+    # Read ahead of the others: tyro shows and checks options by their defaults.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint")
     parser.add_argument("--step", type=int)
