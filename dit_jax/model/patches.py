@@ -48,9 +48,15 @@ class PatchConfig:
     def dim(self) -> int:  # p
         return self.t * self.h * self.w * self.channels
 
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Tokens along (t, h, w) of a clip, or ``ValueError`` with the nearest sizes that divide."""
-        FrameGrid(multiple=self.t).check(frames)
+    def grid(
+        self, frames: int, height: int, width: int, loop: bool = False
+    ) -> tuple[int, int, int]:
+        """Tokens along (t, h, w) of a clip, or ``ValueError`` with the nearest sizes that divide. Of a
+        ``loop`` (``pt n`` frames, which go round) no frame is the first."""
+        if not loop:
+            FrameGrid(multiple=self.t).check(frames)
+        elif frames < 1 or frames % self.t:
+            raise ValueError(f"a loop of {frames} frames: give a multiple of {self.t}.")
         for name, size, patch in (("height", height, self.h), ("width", width, self.w)):
             if size < 1 or size % patch:
                 low = max(size // patch * patch, patch)
@@ -58,16 +64,17 @@ class PatchConfig:
                     f"{name} {size} is not a multiple of the patch's {patch}. "
                     f"The nearest are {low} and {low + patch}."
                 )
-        return 1 + (frames - 1) // self.t, height // self.h, width // self.w
+        # Rounded up: the first frame, which a loop lacks, has a token of its own.
+        return -(-frames // self.t), height // self.h, width // self.w
 
-    def num_tokens(self, frames: int, height: int, width: int) -> int:
-        return math.prod(self.grid(frames, height, width))
+    def num_tokens(self, frames: int, height: int, width: int, loop: bool = False) -> int:
+        return math.prod(self.grid(frames, height, width, loop))
 
 
-def patchify(config: PatchConfig, video: np.ndarray) -> np.ndarray:
-    """Cuts a clip ``[t, h, w, c]`` into tokens ``[l, p]``."""
+def patchify(config: PatchConfig, video: np.ndarray, loop: bool = False) -> np.ndarray:
+    """Cuts a clip ``[t, h, w, c]``, or one that goes round, into tokens ``[l, p]``."""
     frames, height, width, channels = video.shape
-    config.grid(frames, height, width)
+    config.grid(frames, height, width, loop)
     if channels != config.channels:
         raise ValueError(
             f"the clip has {channels} channels and the model's patches {config.channels}: "
@@ -75,31 +82,37 @@ def patchify(config: PatchConfig, video: np.ndarray) -> np.ndarray:
         )
     first = repeat(video[:1], "1 h w c -> pt h w c", pt=config.t)
     sizes = {"pt": config.t, "ph": config.h, "pw": config.w}
-    filled = np.concatenate([first, video[1:]]) if config.t > 1 else video
+    filled = video if loop or config.t == 1 else np.concatenate([first, video[1:]])
     return rearrange(filled, "(t pt) (h ph) (w pw) c -> (t h w) (pt ph pw c)", **sizes)
 
 
 def unpatchify(
-    config: PatchConfig, tokens: np.ndarray, frames: int, height: int, width: int
+    config: PatchConfig,
+    tokens: np.ndarray,
+    frames: int,
+    height: int,
+    width: int,
+    loop: bool = False,
 ) -> np.ndarray:
     """Puts tokens ``[l, p]`` together to a clip; its first frame is the mean of the copies."""
-    t, h, _ = config.grid(frames, height, width)
+    t, h, _ = config.grid(frames, height, width, loop)
     sizes = {"t": t, "h": h, "pt": config.t, "ph": config.h, "pw": config.w}
     video = rearrange(tokens, "(t h w) (pt ph pw c) -> (t pt) (h ph) (w pw) c", **sizes)
-    if config.t == 1:
+    if loop or config.t == 1:
         return video
     return np.concatenate([video[: config.t].mean(0, keepdims=True), video[config.t :]])
 
 
 def positions(
-    config: PatchConfig, frames: int, height: int, width: int, fps: float
+    config: PatchConfig, frames: int, height: int, width: int, fps: float, loop: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates float32 ``[l, 3]`` and latent frames int32 ``[l]`` of a clip's tokens: time in latent
-    frames at ``reference_fps``, at the middle of a patch's frames; rows and columns in patches."""
+    """Coordinates float32 ``[l, 3]`` and places along time int32 ``[l]`` of a clip's tokens: time in
+    latent frames at ``reference_fps``, at the middle of a patch's frames (those of a loop begin behind
+    the first frame, which it lacks); rows and columns in patches."""
     if not fps > 0:  # NaN too
         raise ValueError(f"fps is {fps}: a frame rate is above 0; give the clip's own.")
-    t, h, w = config.grid(frames, height, width)
-    index = np.arange(t, dtype=np.float32)
+    t, h, w = config.grid(frames, height, width, loop)
+    index = np.arange(t, dtype=np.float32) + loop
     middle = np.where(index == 0, 0.0, (index - 1) * config.t + 1 + (config.t - 1) / 2)
     time = middle / config.t * (config.reference_fps / fps)
     axes = np.meshgrid(time, np.arange(h), np.arange(w), indexing="ij")
@@ -135,9 +148,7 @@ def field_tokens(
             fields[name] = np.repeat(grid.per_token(np.asarray(values), loop), h * w, 0)
         else:
             patch = dataclasses.replace(config, channels=values.shape[3])
-            # A loop gets a first frame, whose tokens are taken away again.
-            clip = np.concatenate([values[:1], values]) if loop else values
-            fields[name] = patchify(patch, clip.astype(np.float32))[h * w if loop else 0 :]
+            fields[name] = patchify(patch, values.astype(np.float32), loop)
     return fields
 
 

@@ -77,7 +77,7 @@ class TextStatesConfig:
     max_tokens: Annotated[int, Range(2)] = 512
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
-        if states is not None and not caption:  # A dropped caption.
+        if not caption:  # None, or a dropped one: nothing is to be read.
             states = np.zeros((0, self.dim), np.float32)
         if states is None or states.ndim != 2 or states.shape[1] != self.dim:
             actual = "none" if states is None else f"an array of shape {states.shape}"

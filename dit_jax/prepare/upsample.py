@@ -201,7 +201,7 @@ def run(given: UpsampleArguments) -> None:
         raise ValueError('nothing to upsample: give --prompt "..." or --prompts-file FILE.')
     limits: dict[str, Any] = {}
     if given.checkpoint is not None:
-        config = stored_run(given.checkpoint)
+        config = stored_run(given.checkpoint)[2]
         text, folder = config.model.text, given.text_encoder or config.text_encoder.path
         if isinstance(text, ByteEncoderConfig):
             limits = {"limit": text.max_bytes}

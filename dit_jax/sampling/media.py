@@ -117,17 +117,14 @@ def _decode(container: Any, stream: Any, path: str | os.PathLike) -> Iterator[An
     graph: Graph | None = None
     try:
         for frame in container.decode(stream):
-            if graph is None and not frame.interlaced_frame:
-                yield frame
-                continue
-            if graph is None:
+            if graph is None and frame.interlaced_frame:
                 graph = Graph()
                 graph.threads = 1
                 size = {"width": frame.width, "height": frame.height}
                 source = graph.add_buffer(**size, format=frame.format, time_base=frame.time_base)
                 bwdif = graph.add("bwdif", "deint=interlaced:mode=send_frame")
                 graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
-            yield from _filtered(graph, frame)
+            yield from [frame] if graph is None else _filtered(graph, frame)
     except FFmpegError as error:
         text = f"{str(path)!r} is damaged ({error.strerror}): used up to there"
         warnings.warn(text, stacklevel=2)

@@ -79,9 +79,8 @@ class Pipeline:
     def encode_text(self, requests: Sequence[Request]) -> list[Request]:
         """Requests with the states of their prompts, for a model that reads a text encoder's."""
         # Opened for this call alone, because the encoder may be as large as the model.
-        return video_task.with_states(
-            requests, video_task.open_text_encoder(self.config, self.mesh)
-        )
+        encoder = video_task.open_text_encoder(self.config, self.mesh)
+        return video_task.with_states(requests, encoder)
 
     def sample(self, generations: Sequence[Generation], progress: bool = False) -> list[np.ndarray]:
         """The clips uint8 ``[t, h, w, 3]`` of generations of any modes, on every process."""
@@ -105,18 +104,17 @@ def load_run(
     ``sampling`` are fields of its ``SamplingConfig`` in place of its own, and ``own`` is the config
     that it was trained with, for conditioners of a user's own module, which are not stored.
     """
-    checkpointer, step, config = _open(run, step)
+    checkpointer, step, config = stored_run(run, step)
     model, parts = config.model, {}
     if own is not None:
         model = dataclasses.replace(model, conditioners=own.model.conditioners)
-        for name, now, then in differences(to_dict(model), to_dict(config.model), "model"):
-            raise InputError(f"{name} is {now!r} in --config, and {then!r} in {str(run)!r}.")
-    for name, path in (("codec", codec), ("text_encoder", text_encoder)):
+        changes = differences(to_dict(model), to_dict(config.model), "model")
+        message = "{} is {!r} in --config, and {!r} in {!r}."
+        refuse_if((True, message.format(*change, str(run))) for change in changes)
+    for name, path in {"codec": codec, "text_encoder": text_encoder}.items():
         if path is not None:
-            part = getattr(config, name)
-            unused = (
-                f"--{name.replace('_', '-')} {path!r}: the run's model uses none. Leave it out."
-            )
+            part, option = getattr(config, name), f"--{name.replace('_', '-')}"
+            unused = f"{option} {path!r}: the run's model uses none. Leave it out."
             refuse_if([("path" not in vars(part), unused)])
             parts[name] = dataclasses.replace(part, path=absolute(path))
     settings = dataclasses.replace(config.sampling, **sampling)
@@ -137,26 +135,25 @@ def load_run(
     return Pipeline(config, mesh, opened, checkpointer, step, over_context)
 
 
-def stored_sampling(arguments: Sequence[str]) -> SamplingConfig:
-    """The ``sampling`` of the run that a command line names with --checkpoint (and --step), for the
-    defaults of its options; the class's own if it names none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--step", type=int)
-    named = parser.parse_known_args(list(arguments))[0]
-    run = named.checkpoint
-    return stored_run(run, named.step).sampling if run else SamplingConfig()
-
-
-def stored_run(run: str | os.PathLike, step: int | None = None) -> VideoRun:
-    """The config of a run."""
-    return _open(run, step)[2]
-
-
-def _open(run: str | os.PathLike, step: int | None) -> tuple[Checkpointer, int, VideoRun]:
+def stored_run(
+    run: str | os.PathLike, step: int | None = None
+) -> tuple[Checkpointer, int, VideoRun]:
+    """The checkpoints of a run, the step asked for or the newest, and its config."""
     checkpointer, step = open_run(as_path(run), step)
     config = stored_config(checkpointer.config(step), checkpointer.path(step) / "config")
     return checkpointer, step, config
+
+
+def stored_sampling(arguments: Sequence[str]) -> SamplingConfig:
+    """The ``sampling`` of the run that a command line names with --checkpoint (and --step), for the
+    defaults of its options; the class's own if it names none."""
+    # Read ahead of the others: tyro shows and checks options by their defaults.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--step", type=int)
+    named, _ = parser.parse_known_args(list(arguments))
+    run = named.checkpoint
+    return stored_run(run, named.step)[2].sampling if run else SamplingConfig()
 
 
 def check_finite(params: Params, where: str, steps: str = "") -> None:
@@ -165,9 +162,9 @@ def check_finite(params: Params, where: str, steps: str = "") -> None:
     finite = jax.jit(partial(jax.tree.map, lambda leaf: jnp.isfinite(leaf).all()))(params)
     named = jax.tree_util.tree_flatten_with_path(finite)[0]
     broken = [path for path, fine in named if not fine]
-    for first in broken:
-        name = jax.tree_util.keystr(first, simple=True, separator="/")
-        raise InputError(
-            f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {name!r}): "
-            f"choose an earlier --step{steps}."
-        )
+    name = jax.tree_util.keystr(broken[0], simple=True, separator="/") if broken else ""
+    message = (
+        f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {name!r}): "
+        f"choose an earlier --step{steps}."
+    )
+    refuse_if([(bool(broken), message)])

@@ -28,7 +28,6 @@ from dit_jax.files import SURROGATES, InputError, MiB, checking_input, read_byte
 from dit_jax.model import (
     ModelConfig,
     PatchConfig,
-    TextStatesConfig,
     check_fields,
     field_tokens,
     patchify,
@@ -93,12 +92,7 @@ class Request:
         return self.frames, self.height, self.width
 
     def num_tokens(self, patch: PatchConfig) -> int:
-        tokens = patch.num_tokens(self.frames + self.loop, self.height, self.width)
-        return tokens - self.frame_tokens(patch) * self.loop
-
-    def frame_tokens(self, patch: PatchConfig) -> int:
-        """Tokens of the first frame, which a loop lacks."""
-        return patch.num_tokens(1, self.height, self.width)
+        return patch.num_tokens(*self.size, self.loop)
 
     def fields(self, patch: PatchConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The fields of its tokens ``[l, ...]``, and of its segment."""
@@ -111,40 +105,31 @@ class Request:
 def check_request(request: Request, model: ModelConfig) -> None:
     """Raises ``ValueError`` if the model cannot generate such a clip, with what it can."""
     patch, known, times = model.patch, request.known, request.times
-    if not request.loop:
-        patch.grid(*request.size)
+    patch.grid(*request.size, request.loop)
     shape = (*request.size, patch.channels)
     wrong = (
-        request.loop and request.frames % patch.t,
         times is not None and np.shape(times) != (request.frames,),
         not 0 < request.fps < math.inf,
         known is not None and known.clean.shape != shape,
     )
     if any(wrong):
         raise InputError(
-            f"a {'loop' if request.loop else 'request'} of {request.frames} frames, of size {shape} at "
-            f"{request.fps} frames a second, with times {None if times is None else np.shape(times)} "
+            f"a request of size {shape} at {request.fps} frames a second, with times {np.shape(times)} "
             f"and known latents {known and known.clean.shape}: give a finite rate above 0, a time for "
-            f"each latent frame, known latents of the request's size, and a loop {patch.t}n frames."
+            "each latent frame, and known latents of the request's size."
         )
     check_fields(model, *request.fields(patch), "the request")
 
 
 def token_positions(request: Request, patch: PatchConfig) -> Float[np.ndarray, "l 3"]:
-    """Positions of a clip's tokens, of which each stands at the mean of the times of its latents.
-
-    Time is in frames of the reference rate. In a loop no token holds a first frame: there are
-    ``patch.t * n`` latent frames, the first at 1.
-    """
-    loop, (frames, height, width) = request.loop, request.size
-    grid, frame_ids = positions(patch, frames + loop, height, width, request.fps)
+    """Positions of a clip's tokens, in frames of the reference rate; each stands at the mean of the
+    times of its latents."""
+    grid, index = positions(patch, *request.size, request.fps, request.loop)
     if request.times is not None:
-        times = np.asarray(request.times, np.float64)
-        middles = (times if loop else times[1:]).reshape(-1, patch.t).mean(1)
-        # Ahead of the first token: its own time, or in a loop what is cut off below.
-        clock = np.append(0.0 if loop else times[0], middles)
-        grid[:, 0] = (clock * (patch.reference_fps / (patch.t * request.fps)))[frame_ids]
-    return grid[request.frame_tokens(patch) * loop :]
+        first, rest = np.split(np.asarray(request.times, np.float64), [0 if request.loop else 1])
+        clock = np.append(first, rest.reshape(-1, patch.t).mean(1))
+        grid[:, 0] = (clock * (patch.reference_fps / (patch.t * request.fps)))[index]
+    return grid
 
 
 @struct.dataclass(kw_only=True)
@@ -230,40 +215,26 @@ def make_inputs(
         cycles = [_cycle(g) if r.loop else (0, 0, 0) for g, r in zip(grids, requests, strict=True)]
         arrays["cycles"] = np.array(cycles, np.float32)
     if any(r.negative for r in every):
-        negative = [_negative_tokens(r, model) for r in requests]
+        negative = [model.text.tokens(r.negative, r.negative_states) for r in requests]
         arrays["negative"] = rows(negative, s)
         arrays["negative_segment_ids"] = segment_ids(negative, s)
     return SamplerInputs(**arrays)
-
-
-def _negative_tokens(request: Request, model: ModelConfig) -> np.ndarray:
-    states = request.negative_states
-    if states is None and isinstance(model.text, TextStatesConfig) and not request.negative:
-        states = np.zeros((0, model.text.dim), np.float32)  # nothing is to be read, as without text
-    return model.text.tokens(request.negative, states)
 
 
 def _known_tokens(
     patch: PatchConfig, request: Request
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The request's known latents ``[l, p]``, their noise caps ``[l]``, and which numbers are kept in
-    tokens that are not kept as a whole, bool ``[l, p]``: no tokens if it knows nothing."""
-    known = request.known
-    if known is None:
-        none = np.zeros((0, patch.dim), np.float32)
-        return none, np.ones(0, np.float32), none != 0
-
-    def tokens(video: np.ndarray) -> np.ndarray:
-        # A loop has no first frame: one is put before it, and its tokens are taken away again.
-        video = np.concatenate([video[:1], video]) if request.loop else video
-        return patchify(patch, video.astype(np.float32))[
-            request.frame_tokens(patch) * request.loop :
-        ]
-
+    tokens that are not kept as a whole, bool ``[l, p]``."""
+    known, nothing = request.known, np.zeros((*request.size, patch.channels), np.float32)
+    known = known or KnownLatents(nothing, np.ones(request.frames))
     caps = known.noise_caps if np.ndim(known.noise_caps) == 3 else known.noise_caps[:, None, None]
-    each = tokens(np.broadcast_to(caps[..., None], known.clean.shape))  # [l, p]
+    caps = np.broadcast_to(caps[..., None], known.clean.shape)
+    clean, each = (  # [l, p]
+        patchify(patch, x.astype(np.float32), request.loop) for x in (known.clean, caps)
+    )
     highest = each.max(-1)
-    return tokens(known.clean), highest, (each == 0) & (highest > 0)[:, None]
+    return clean, highest, (each == 0) & (highest > 0)[:, None]
 
 
 def _cycle(positions: np.ndarray) -> tuple[float, float, float]:
@@ -367,8 +338,8 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
                 rows = next((inner for inner in rows.values() if isinstance(inner, list)), [])
         prompts = [_prompt_of(row) for row in rows]
         bad = [i for i, one in enumerate(prompts, 1) if not one or SURROGATES.search(one)]
-        refuse_if((True, f"number {i} is no prompt") for i in bad)
-        refuse_if([(not prompts, "it is empty")])
+        faults = [(True, f"number {i} is no prompt") for i in bad]
+        refuse_if([*faults, (not prompts, "it is empty")])
     return prompts
 
 

@@ -384,16 +384,6 @@ def make_latents(
             tokens = generator(params, inputs, bar.update)
             rows = multihost_utils.process_allgather(tokens, tiled=True)
             for i, row in zip(part, rows, strict=False):
-                out[i] = _unpatchify(requests[i], row, model.patch)
+                one, count = requests[i], requests[i].num_tokens(model.patch)
+                out[i] = models.unpatchify(model.patch, row[:count], *one.size, one.loop)
     return [out[i] for i in range(len(requests))]
-
-
-def _unpatchify(request: Request, row: np.ndarray, patch: models.PatchConfig) -> np.ndarray:
-    """A request's clip, of a row that begins with its tokens."""
-    tokens, loop = row[: request.num_tokens(patch)], request.loop
-    if loop:
-        # A first frame's tokens ahead, for the patches, which is cut off again.
-        _, h, w = patch.grid(1, request.height, request.width)
-        tokens = np.concatenate([tokens[: h * w], tokens])
-    size = request.frames + loop, request.height, request.width
-    return models.unpatchify(patch, tokens, *size)[int(loop) :]

@@ -42,6 +42,23 @@ def test_the_first_frame_is_the_mean_of_its_copies():
     assert unpatchify(config, tokens, 3, 1, 1).ravel().tolist() == [4.0, 7.0, 9.0]
 
 
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_loop_has_no_first_frame(part: int):
+    config, size = PatchConfig(part, 2, 2, channels=3), (8, 4, 6)
+    clip = numbered(*size, 3)
+    tokens = patchify(config, clip, loop=True)
+    assert tokens.shape == (8 // part * 6, config.dim)
+    np.testing.assert_array_equal(unpatchify(config, tokens, *size, loop=True), clip)
+    # Both are what they are behind a first frame.
+    longer = np.concatenate([clip[:1], clip])
+    np.testing.assert_array_equal(patchify(config, longer)[6:], tokens)
+    places, _ = positions(config, *size, 24.0, loop=True)
+    np.testing.assert_array_equal(positions(config, 9, 4, 6, 24.0)[0][6:], places)
+    for frames, height, value in ((8, 3, "height 3"), (0, 4, "loop of 0")):
+        with pytest.raises(ValueError, match=value):
+            config.grid(frames, height, 6, loop=True)
+
+
 # --- which pixels a token holds ---
 
 

@@ -10,16 +10,8 @@ import pytest
 from dit_jax import sample
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.model import PatchConfig
-from dit_jax.sampling import (
-    Request,
-    SamplingConfig,
-    Space,
-    Storyboard,
-    commands,
-    media,
-    to_float,
-)
-from dit_jax.sampling.commands import COMMANDS, Job, seconds_of
+from dit_jax.sample import COMMANDS, Job, seconds_of
+from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard, media, to_float
 from dit_jax.sampling.modes import check_storyboard, decode_long, plan_windows, window_requests
 from tests.tiny_config import get_config
 
@@ -43,13 +35,17 @@ def pipeline(frames: int = 5, **dit: Any) -> Any:
     return Pipeline(dataclasses.replace(config, model=model, sampling=sampling))
 
 
+def job_of(run: Any) -> Job:
+    return Job(run, SPACE, run.config.sampling, FILES)
+
+
 def command(mode: str, **options: Any) -> Any:
     return COMMANDS[mode](checkpoint="run", **options)
 
 
 def length(mode: str, count: int = 9, **options: Any) -> int:
     """Frames of what a mode makes of clips of nine frames."""
-    job = Job(pipeline(count), FILES)
+    job = job_of(pipeline(count))
     template = dataclasses.replace(TEMPLATE, frames=count)
     generation = command(mode, **options).generation(job, template)
     counts = [request.frames for request in generation.requests]
@@ -88,7 +84,7 @@ def test_options_that_make_no_sense_are_refused(mode: str, options: dict[str, An
 
 
 def test_a_loop_of_text_needs_frames_and_attention_all_around():
-    job = Job(pipeline(9, window=16, global_every=2), FILES)
+    job = job_of(pipeline(9, window=16, global_every=2))
     with pytest.raises(ValueError, match="16 tokens"):
         command("loop").generation(job, TEMPLATE)
     command("loop", video="a").generation(job, TEMPLATE)
@@ -107,15 +103,9 @@ def test_size_and_rate_are_asked_for_or_the_first_files(monkeypatch: pytest.Monk
     shown = {"video": (61, 37, 12.0, False), "picture": (61, 37, 1.0, True)}
 
     def opened(mode: str, file: str = "", **options: Any) -> tuple[int, int, int, float]:
-        monkeypatch.setattr(commands, "video_shape", lambda _: shown[file])
-        monkeypatch.setattr(commands, "read_video", lambda *_, **size: (np.zeros(1), 0))
-        one = command(mode, **options)
-        run = pipeline()
-        size = {name: getattr(one, name) for name in ("frames", "height", "width", "fps")}
-        size = {name: value for name, value in size.items() if value is not None}
-        sampling = dataclasses.replace(run.config.sampling, **size)
-        run.config = dataclasses.replace(run.config, sampling=sampling)
-        size = one.open(run).size
+        monkeypatch.setattr(sample, "video_shape", lambda _: shown[file])
+        monkeypatch.setattr(sample, "read_video", lambda *_: (np.zeros(1), 0))
+        size = command(mode, **options).open(pipeline()).size
         return size.frames, size.height, size.width, size.fps
 
     assert opened("text") == (5, 24, 24, 8.0)
@@ -151,7 +141,7 @@ def test_what_is_enlarged_has_a_prompt_for_each_one_for_all_or_none(tmp_path, mo
     for i, clip in enumerate(FILES.values()):
         media.write_video(tmp_path / f"{i}.gif", clip[: 3 + i], 10)
     (tmp_path / "notes.txt").touch()
-    monkeypatch.setattr(commands, "cut_note", lambda *_: None)
+    monkeypatch.setattr(sample, "cut_note", lambda *_: None)
     low_res: Any = types.SimpleNamespace(
         enlarge=lambda requests, clips, *_: [
             (r.prompt, r.seed, len(clip)) for r, (clip, _) in zip(requests, clips, strict=True)
