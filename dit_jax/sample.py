@@ -139,13 +139,13 @@ class Job(NamedTuple):
     size: SamplingConfig  # the pipeline's own, with the size of the clips
     media: Mapping[str, np.ndarray]  # the files, read at that size
 
-    def count(self, length: Length, rule: Callable[[float, float], int]) -> int:
+    def nearest(self, length: Length, rule: Callable[[float, float], int]) -> int:
         """The frames nearest to a length by ``Space.new``, ``Space.gap`` or ``FrameGrid.nearest``."""
         return rule(seconds_of(length, self.size.fps), self.size.fps)
 
     def whole(self, length: Length | None) -> int | None:
         """The nearest ``1 + n stride`` frames; None for None."""
-        return None if length is None else self.count(length, self.space.grid.nearest)
+        return None if length is None else self.nearest(length, self.space.grid.nearest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,7 +292,7 @@ class Extend(Context):
         none = not (self.forward or self.backward)
         refuse_if([(none, "extend: give --forward LENGTH, --backward LENGTH or both.")])
         lengths = self.forward, self.backward
-        ahead, before = (job.count(one, job.space.new) if one else 0 for one in lengths)
+        ahead, before = (job.nearest(one, job.space.new) if one else 0 for one in lengths)
         clip, context = job.media[self.video], job.whole(self.context)
         return modes.extend(job.space, template, clip, ahead, before, context, self.noise)
 
@@ -311,7 +311,7 @@ class Connect(Context):
         first, second = (job.media[file] for file in self.videos)
         if (overlap := job.whole(self.blend)) is not None:
             return modes.blend(job.space, template, first, second, overlap, self.strength)
-        gap, context = job.count(self.gap, job.space.gap), job.whole(self.context)
+        gap, context = job.nearest(self.gap, job.space.gap), job.whole(self.context)
         return modes.connect(job.space, template, first, second, gap, context, self.noise)
 
 
@@ -325,7 +325,7 @@ class Loop(Context):
     def generation(self, job: Job, template: Request) -> Generation:
         if self.video is not None:
             clip = job.media[self.video][: job.size.frames if self.duration else None]
-            gap, context = job.count(self.gap, job.space.gap), job.whole(self.context)
+            gap, context = job.nearest(self.gap, job.space.gap), job.whole(self.context)
             return modes.loop_clip(job.space, template, clip, gap, context, self.noise)
         window = job.pipeline.config.model.dit.window
         message = (

@@ -296,7 +296,7 @@ def refused(whole: Run, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Re
         (["--mesh.context", "3"], ["context 3", "8 device(s)", "Change mesh.*"]),
         (["--step", "3"], ["no checkpoint of step 3: there are [4, 8, 12, 16, 20]"]),
         (["--output", "clip.avi"], ["extension '.avi'", ".mp4, .gif, .png"]),
-        (["--output", f"{CONFIG}/clip.mp4"], ["clip.mp4", "cannot be written"]),
+        (["--output", f"{CONFIG}/clip.mp4"], [f"{CONFIG}' cannot be written"]),
         (["--output", "/proc/clips"], ["'/proc/clips' cannot be written"]),
         (["--checkpoint", "/none"], ["'/none' is not there: give the output directory"]),
         (["--checkpoint", str(CONFIG.parent)], ["holds no checkpoints: give the output directory"]),

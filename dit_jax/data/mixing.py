@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -130,7 +130,9 @@ class MixedSource:
 
 def sample_order(source: Source, seed: int) -> grain.MapDataset:
     """The indices of a source's samples in the endless order that training takes them in."""
-    order = getattr(source, "order", None)  # Of a mixture, also within what encodes its captions.
+    order: Callable[[int], grain.MapDataset] | None = getattr(
+        source, "order", None
+    )  # Of a mixture, also within what encodes its captions.
     if callable(order):
         return order(seed)
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
@@ -138,5 +140,5 @@ def sample_order(source: Source, seed: int) -> grain.MapDataset:
 
 def sample_name(source: Source, index: int) -> str:
     """How messages name a sample of a source."""
-    name = getattr(source, "name", None)
+    name: Callable[[int], str] | None = getattr(source, "name", None)
     return name(index) if callable(name) else f"sample {index}"

@@ -114,7 +114,7 @@ def check_request(request: Request, model: ModelConfig) -> None:
     )
     if any(wrong):
         raise InputError(
-            f"a request of size {shape} at {request.fps} frames a second, with times {np.shape(times)} "
+            f"a request of size {shape} at {request.fps} frames a second, with times {times} "
             f"and known latents {known and known.clean.shape}: give a finite rate above 0, a time for "
             "each latent frame, and known latents of the request's size."
         )

@@ -385,5 +385,5 @@ def make_latents(
             rows = multihost_utils.process_allgather(tokens, tiled=True)
             for i, row in zip(part, rows, strict=False):
                 one, count = requests[i], requests[i].num_tokens(model.patch)
-                out[i] = models.unpatchify(model.patch, row[:count], *one.size, one.loop)
+                out[i] = models.unpatchify(model.patch, row[:count], *one.size, loop=one.loop)
     return [out[i] for i in range(len(requests))]

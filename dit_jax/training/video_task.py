@@ -277,8 +277,9 @@ def eval_requests(
             true.append(video)
         names = ("text_states", "segment_fields", "frame_fields", "pixel_fields")
         fields = {name: sample[name] for name in names if name in sample}
+        t, h, w = grid
         more = {"time_stride": latents.t, **fields}
-        requests.append(Request(sample["caption"], *grid, fps, i, **more))
+        requests.append(Request(sample["caption"], t, h, w, fps, i, **more))
     return requests, true
 
 

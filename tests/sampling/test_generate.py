@@ -118,7 +118,7 @@ def test_ddpm_with_the_conditionals_variance_and_three_of_four_channels():
     levels = one.levels(TOKENS)
     assert np.round(levels * 1000).astype(int).tolist() == [1000, 667, 334, 1, 0]
     kept = np.append(1.0, alphas_cumprod(LEARNED.path))
-    x = np.asarray(one.begin(condition(), levels[0]).x, np.float64)
+    x = np.asarray(one.begin(condition(), levels[0])[0], np.float64)
     first = np.arange(DIM) % CHANNELS < 3
     for i, (now, after) in enumerate(([1000, 667], [667, 334], [334, 1], [1, 0])):
         with_text, without = output(x, now / 1000, WORDS), output(x, now / 1000, 0)
