@@ -130,9 +130,7 @@ class MixedSource:
 
 def sample_order(source: Source, seed: int) -> grain.MapDataset:
     """The indices of a source's samples in the endless order that training takes them in."""
-    order: Callable[[int], grain.MapDataset] | None = getattr(
-        source, "order", None
-    )  # Of a mixture, also within what encodes its captions.
+    order: Callable[[int], grain.MapDataset] | None = getattr(source, "order", None)
     if callable(order):
         return order(seed)
     return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
