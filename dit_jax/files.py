@@ -144,7 +144,8 @@ def check_exists(path: str | os.PathLike, name: str, hint: str = "check the path
 def explain(error: BaseException) -> str:
     """An error of storage in one line."""
     text = str(getattr(error, "strerror", None) or error).strip()
-    return text.split("\n")[0][:300].strip() or type(error).__name__
+    # A long path often stands before the reason.
+    return text.split("\n")[0][:600].strip() or type(error).__name__
 
 
 def passes(error: BaseException) -> bool:
