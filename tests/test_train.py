@@ -329,7 +329,9 @@ def test_checkpoint_that_does_not_fit_is_refused(
     assert train.main([*command, "--model.dit.width", "64"]) == 2
     message = capfd.readouterr().err
     assert "checkpoints/20' cannot be read" in message and "Traceback" not in message
-    assert "(2, 16)" in message and "(2, 32)" in message
+    # Arrays are read at once; of which the message is, is left to chance.
+    expected, stored = re.findall(r"shape: (\([\d, ]+\))", message)
+    assert expected != stored
 
     (run / "config.json").unlink()
     (run / "checkpoints" / "20" / "data" / "metadata").write_text("{")
