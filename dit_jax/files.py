@@ -183,6 +183,15 @@ def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def silence_traces() -> None:
+    """Leaves the line that matters in sight if arrays cannot be read or written: Orbax and TensorStore
+    log a trace for every array, and Python one for those that are still written afterwards."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    closed = "Event loop is closed"
+    sys.unraisablehook = lambda x: str(x.exc_value) == closed or sys.__unraisablehook__(x)
+
+
 def run_verb(
     prog: str,
     work: Callable[[], Any],

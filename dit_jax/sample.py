@@ -8,7 +8,6 @@ read: the output can be written, the run has a checkpoint, and the model can mak
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import re
 import sys
@@ -21,7 +20,15 @@ import numpy as np
 import tyro
 
 from dit_jax.config import check_types, load_config
-from dit_jax.files import SURROGATES, InputError, as_path, local_copy, refuse_if, run_verb
+from dit_jax.files import (
+    SURROGATES,
+    InputError,
+    as_path,
+    local_copy,
+    refuse_if,
+    run_verb,
+    silence_traces,
+)
 from dit_jax.model import ClassLabels, NoTextConfig
 from dit_jax.parallel import PROCESS_HELP, MeshConfig, joined, make_mesh, take_process_flags
 from dit_jax.sampling import modes
@@ -451,10 +458,7 @@ def parse(arguments: Sequence[str]) -> Text | Upscale:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Samples what the command line says; returns the exit status."""
     arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
-    for name in ("absl", "asyncio"):  # of arrays that do not fit, Orbax logs traces
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    closed = "Event loop is closed"
-    sys.unraisablehook = lambda x: str(x.exc_value) == closed or sys.__unraisablehook__(x)
+    silence_traces()
 
     def work() -> None:
         with joined(flags, PROG):

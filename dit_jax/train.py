@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import signal
 import sys
 import time
@@ -48,6 +47,7 @@ from dit_jax.files import (
     locked,
     refuse_if,
     run_verb,
+    silence_traces,
     write_json,
 )
 from dit_jax.training.video_task import inflate, inflation
@@ -64,12 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains what the command line says; returns the exit status."""
     arguments, flags = parallel.take_process_flags(sys.argv[1:] if arguments is None else arguments)
     config = parse_config(arguments, PROG, DESCRIPTION + parallel.PROCESS_HELP, Run)
-    # Of a save that fails Orbax and TensorStore log a trace for every array, and Python one for those
-    # that are still written afterwards: hundreds of lines would hide the one that matters.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    closed = "Event loop is closed"
-    sys.unraisablehook = lambda x: str(x.exc_value) == closed or sys.__unraisablehook__(x)
+    silence_traces()
 
     def work() -> int:
         with parallel.joined(flags, PROG, InputError):

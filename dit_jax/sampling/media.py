@@ -304,9 +304,9 @@ def _with_palette(video: np.ndarray, ticks: Sequence[int]) -> Iterator[av.VideoF
     for i, image in enumerate(video):
         source.push(_frame(image, i, GIF_TICK))
     source.push(None)
-    for now, after in itertools.pairwise(ticks):
+    for tick, following in itertools.pairwise(ticks):
         frame = graph.vpull()
-        frame.pts, frame.duration, frame.time_base = now, after - now, GIF_TICK
+        frame.pts, frame.duration, frame.time_base = tick, following - tick, GIF_TICK
         yield frame
 
 

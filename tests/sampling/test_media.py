@@ -105,7 +105,7 @@ def test_even_sizes_do_not_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for extension in media.EXTENSIONS:
-            media.write_video(tmp_path / f"a{extension}", flags(), 8)
+            assert media.write_video(tmp_path / f"a{extension}", flags(), 8).exists()
 
 
 @pytest.mark.parametrize("fps", [8, 24, 50])
