@@ -30,7 +30,14 @@ from dit_jax.files import (
     silence_traces,
 )
 from dit_jax.model import ClassLabels, NoTextConfig
-from dit_jax.parallel import PROCESS_HELP, MeshConfig, joined, make_mesh, take_process_flags
+from dit_jax.parallel import (
+    PROCESS_HELP,
+    MeshConfig,
+    joined,
+    make_mesh,
+    take_process_flags,
+    tune_cpu,
+)
 from dit_jax.sampling import modes
 from dit_jax.sampling.media import (
     EXTENSIONS,
@@ -504,4 +511,5 @@ def sample(command: Text | Upscale) -> None:
 
 
 if __name__ == "__main__":
+    tune_cpu()
     raise SystemExit(main())

@@ -156,6 +156,8 @@ def train(config: Run) -> str | None:
             # Returns before the devices are done; nothing below waits for them but a report or a save.
             state, metrics = step_fn(state, batch, frozen)
             done = step + 1
+            if step == start:
+                parallel.trim_memory()  # What compiling it took.
             progress.advance(task.work(local))
 
             if done % config.log.every == 0 or done in (start + 1, config.steps):
@@ -224,6 +226,7 @@ def evaluate(
     """Runs an evaluator and logs what it measures. A picture that cannot be written ends no run."""
     scalars: Mapping[str, float] = {}
     step, name = int(state.step), evaluator.name
+    parallel.trim_memory()
     try:
         scalars, picture = evaluator.evaluate(state.ema, frozen, step, directory)
         progress.scalars(step, {k if "/" in k else f"{name}/{k}": x for k, x in scalars.items()})
@@ -233,6 +236,8 @@ def evaluate(
         if not is_storage_error(error):
             raise
         progress.say(f"warning: {name} of step {step} not written ({explain(error)}).")
+    finally:
+        parallel.trim_memory()
     return scalars
 
 
@@ -341,4 +346,5 @@ def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> dict
 
 
 if __name__ == "__main__":
+    parallel.tune_cpu()
     sys.exit(main())

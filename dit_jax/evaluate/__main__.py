@@ -46,7 +46,13 @@ from dit_jax.evaluate import (
     read_weights,
     save_statistics,
 )
-from dit_jax.files import as_path, check_file, check_writable, run_verb, write_json
+from dit_jax.files import (
+    as_path,
+    check_file,
+    check_writable,
+    run_verb,
+    write_json,
+)
 from dit_jax.model import ClassLabels
 from dit_jax.parallel import (
     PROCESS_HELP,
@@ -54,6 +60,7 @@ from dit_jax.parallel import (
     joined,
     make_mesh,
     take_process_flags,
+    tune_cpu,
 )
 from dit_jax.sampling import Request, SamplingConfig, check_request, plain, read_prompts
 from dit_jax.sampling.pipeline import load_run, stored_sampling
@@ -339,4 +346,5 @@ def _wanted(given: EvaluateArguments, config: VideoRun) -> Wanted:
 
 
 if __name__ == "__main__":
+    tune_cpu()
     raise SystemExit(main())
