@@ -391,7 +391,7 @@ def stored_config(values: Any, where: str | Path, kind: type[Kind] = VideoRun) -
     version = "dit_jax 0.1 (commit 57ee8cf)" if old else "the version that wrote it"
     prefix = f"{str(where)!r} holds no config that this version of dit_jax can use"
     with checking_input(prefix, f"restore the file, or use {version}"):
-        config = from_dict(Run, migrate(values) if old else values)
+        config = from_dict(Run, migrate(values))
     return _of_kind(config, kind, repr(str(where)))
 
 
@@ -443,7 +443,8 @@ RENAMED = {
     "model.dit.dense_every": "model.dit.global_every",
     "evaluation.records_split": "data.eval_split",
 }
-# and had these, of whose values nothing is lost; with others they are refused by name.
+# Format 1 had these, and format 2 the last two, of whose values nothing is lost; with others they are
+# refused by name.
 REMOVED = {
     "model.upscale": 1,
     "diffusion.augmentation": 0.3,
@@ -454,11 +455,13 @@ REMOVED = {
     "data.transform.max_area": None,
     "data.transform.whole_patches": False,
     "text_encoder.layer": "last",
+    "diffusion.weighting": "none",
+    "diffusion.min_snr_gamma": 5.0,
 }
 
 
 def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """A config of format 1 as one of format 2; its evaluators are those of a config by default."""
+    """A stored config as this version stores it; evaluators of format 1 become those by default."""
 
     def holder(name: str) -> tuple[dict[str, Any], str]:
         *path, field = name.split(".")
@@ -467,21 +470,23 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy({"type": _class_name(VideoRun)} | values)
     if values["type"] != _class_name(VideoRun):
         return values
+    old = "format" not in values
+    for name, new in RENAMED.items() if old else ():
+        (inner, field), (new_inner, new_field) = holder(name), holder(new)
+        if field in inner:
+            new_inner[new_field] = inner.pop(field)
     for name, lossless in REMOVED.items():
         inner, field = holder(name)
         if (field, lossless) in inner.items():
             del inner[field]
-    for name, new in RENAMED.items():
-        (inner, field), (new_inner, new_field) = holder(name), holder(new)
-        if field in inner:
-            new_inner[new_field] = inner.pop(field)
-    for name, kind in FOLDERS.items():
+    for name, kind in FOLDERS.items() if old else ():
         inner = values.get(name, {})
         if inner.get("path") is None:
             values[name] = {k: v for k, v in inner.items() if k not in ("path", "tiles")}
         else:
             inner["type"] = kind
-    values.pop("evaluation", None)
+    if old:
+        values.pop("evaluation", None)
     return values
 
 

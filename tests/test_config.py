@@ -369,6 +369,15 @@ def test_a_config_of_the_first_edition_is_todays_quickstart():
         stored_config(values, "run/config.json")
 
 
+def test_fields_that_are_gone_are_left_out_if_nothing_is_lost():
+    values = to_dict(VideoRun())
+    values["diffusion"]["weighting"] = "none"
+    assert stored_config(values, "run/config.json") == VideoRun()
+    values["diffusion"]["weighting"] = "snr"
+    with pytest.raises(ValueError, match="'weighting', which DiffusionConfig does not"):
+        stored_config(values, "run/config.json")
+
+
 def test_absent_fields_get_their_defaults():
     values = to_dict(VideoRun())
     del values["optimizer"]["b2"], values["log"]

@@ -282,7 +282,6 @@ def test_verbs_refuse_numbers_that_are_not_finite(
         lambda x: VideoRun(optimizer=OptimizerConfig(weight_decay=x)),
         lambda x: check_types(TimeConfig(shift=x)),
         lambda x: check_types(TimeConfig(std=x)),
-        lambda x: check_types(DiffusionConfig(min_snr_gamma=x)),
         lambda x: check_types(DiffusionConfig(caption_dropout=x)),
         lambda x: VideoRun(sampling=SamplingConfig(shift=x)),
         lambda x: VideoRun(sampling=SamplingConfig(cfg_scale=x)),

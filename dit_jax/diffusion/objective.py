@@ -2,7 +2,7 @@
 
 The error of a prediction y' of y, in the space of velocities or of what is predicted, is::
 
-    error = weight(tau) |y' - y|^2 / p                                                        (1)
+    error = |y' - y|^2 / p                                                                    (1)
 
 With a learned variance on the discrete chain, one term of the variational bound is added, in bits
 (Nichol & Dhariwal 2021, eq. 15 and 16; they call the fraction v)::
@@ -62,10 +62,6 @@ class DiffusionConfig:
     path: PathConfig = PathConfig()
     # The space of the squared error: velocities, or whatever is predicted.
     loss: Literal["velocity", "prediction"] = "velocity"
-    # weight(tau) of (1), stated as the weight of the error of x0: min(SNR, gamma) (Hang et al. 2023);
-    # SNR, which is eps's own error; max(SNR, 1) (Salimans & Ho 2022).
-    weighting: Literal["none", "min_snr", "snr", "truncated_snr"] = "none"
-    min_snr_gamma: Annotated[float, Range(0, open_low=True)] = 5.0
     # Of ancestral sampling. learned_range: the network has two outputs for each number, and the second
     # is trained by (4).
     variance: Variance = "fixed_small"
@@ -196,24 +192,6 @@ def estimate(
 # --- The loss ---
 
 
-def token_weight(config: DiffusionConfig, tau: ByToken) -> ByToken:
-    """weight(tau) of (1), any number at level 0: the weight of the error of x0, divided by what that
-    error is multiplied by in the space of the loss."""
-    if config.weighting == "none":
-        return jnp.ones_like(tau)
-    # SNR has no bound towards data.
-    floor = 1 / config.path.timesteps if config.path.discrete else config.min_t
-    at = paths.level(config.path, jnp.maximum(tau, floor))
-    snr = jnp.square(at.alpha / at.sigma)
-    of_x0 = {
-        "min_snr": jnp.minimum(snr, config.min_snr_gamma),
-        "snr": snr,
-        "truncated_snr": jnp.maximum(snr, 1),
-    }[config.weighting]
-    space: Prediction = "velocity" if config.loss == "velocity" else config.prediction
-    return of_x0 / paths.squared_error_factor(space, at)
-
-
 def token_loss(
     config: DiffusionConfig, output: Output, inputs: DenoiserInputs, target: Target, batch: Batch
 ) -> tuple[ByToken, ByToken]:
@@ -227,7 +205,7 @@ def token_loss(
         actual, expected = (
             paths.velocity_of(path, kind, y, xt, tau, config.min_t) for y in (actual, expected)
         )
-    error = token_weight(config, tau) * jnp.square(actual - expected).mean(-1)  # (1)
+    error = jnp.square(actual - expected).mean(-1)  # (1)
     if fraction is not None:
         # The bound trains the variance alone: the mean is learned by (1).
         frozen = jax.lax.stop_gradient(predicted)

@@ -199,17 +199,6 @@ def velocity_of(
     return eps - x0
 
 
-def squared_error_factor(kind: Prediction, at: Level) -> Float[Array, "..."]:
-    """By what the squared error of x0 is multiplied if it is measured in a prediction's space."""
-    alpha, sigma = at.alpha, at.sigma
-    return {
-        "x0": jnp.ones_like(alpha),
-        "eps": jnp.square(alpha / sigma),  # the signal-to-noise ratio
-        "v": jnp.square((alpha**2 + sigma**2) / sigma),  # SNR + 1 if variance is preserved
-        "velocity": jnp.square(1 / sigma),
-    }[kind]
-
-
 # --- Times ---
 
 
