@@ -443,7 +443,7 @@ RENAMED = {
     "model.dit.dense_every": "model.dit.global_every",
     "evaluation.records_split": "data.eval_split",
 }
-# Format 1 had these, and format 2 the last two, of whose values nothing is lost; with others they are
+# Format 1 had these, and format 2 the last four, of whose values nothing is lost; with others they are
 # refused by name.
 REMOVED = {
     "model.upscale": 1,
@@ -457,6 +457,8 @@ REMOVED = {
     "text_encoder.layer": "last",
     "diffusion.weighting": "none",
     "diffusion.min_snr_gamma": 5.0,
+    "diffusion.masks.independent": 0.0,
+    "diffusion.masks.levels": 16,
 }
 
 

@@ -372,6 +372,7 @@ def test_a_config_of_the_first_edition_is_todays_quickstart():
 def test_fields_that_are_gone_are_left_out_if_nothing_is_lost():
     values = to_dict(VideoRun())
     values["diffusion"]["weighting"] = "none"
+    values["diffusion"]["masks"]["levels"] = 16
     assert stored_config(values, "run/config.json") == VideoRun()
     values["diffusion"]["weighting"] = "snr"
     with pytest.raises(ValueError, match="'weighting', which DiffusionConfig does not"):

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_jax.types import NonNegativeFloat, Range, UnitInterval, require
+from dit_jax.types import NonNegativeFloat, UnitInterval, require
 
 Ints = Int[Array, "*b"]
 Floats = Float[Array, "*b"]
@@ -60,7 +60,6 @@ MASKS: dict[str, Callable[[MaskSample, Ints, Floats], Bool[Array, "*b"]]] = {
     # uniform: so every number of frames is as likely, and of one number every choice.
     "keyframes": lambda s, f, chance: (f == s.keyframe) | (f != s.other) & (chance < s.share),
     "window": lambda s, f, chance: f < s.number,
-    "independent": lambda s, f, chance: f < 0,
 }
 
 
@@ -76,10 +75,6 @@ class MaskConfig:
     every: NonNegativeFloat = 0.05  # every 2nd, 3rd or 4th frame: interpolation
     keyframes: NonNegativeFloat = 0.05  # any frames, any number
     window: NonNegativeFloat = 0.05  # as head, and never without noise: windows of long clips
-    independent: NonNegativeFloat = 0.0  # frames at levels of their own (Chen et al. 2024)
-    # The most levels of an ``independent`` segment: frames this far apart share one. Each is a
-    # modulation group of every segment of the batch.
-    levels: Annotated[int, Range(2)] = 16
     noisy: UnitInterval = 0.5  # probability of noise on conditioning tokens, against drift
     max_noise: UnitInterval = 0.1  # the highest cap of (2)
 
@@ -94,12 +89,6 @@ class MaskConfig:
     @property
     def weights(self) -> tuple[float, ...]:
         return tuple(getattr(self, name) for name in MASKS)
-
-    @property
-    def groups(self) -> int:
-        """Modulation groups of a segment: one of generated and one of conditioning tokens, or
-        ``levels`` of independent frames."""
-        return self.levels if self.independent else 2
 
 
 def sample_mask(config: MaskConfig, key: jax.Array, frames: Int[Array, ""]) -> MaskSample:

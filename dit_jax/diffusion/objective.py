@@ -30,13 +30,12 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, UInt
 
 from dit_jax.diffusion import paths
-from dit_jax.diffusion.masks import MASKS, MaskConfig, conditioning_mask, sample_mask
+from dit_jax.diffusion.masks import MaskConfig, conditioning_mask, sample_mask
 from dit_jax.diffusion.paths import Estimate, PathConfig, Prediction, TimeConfig, Variance, on_grid
 from dit_jax.types import PAD, Batch, DenoiserInputs, Fraction, Range, Target, per_segment, require
 
-# Set a segment's random numbers for these apart from those of ``split(key, 4)``.
-OF_FRAMES, OF_LEVELS = 4, 5
-INDEPENDENT = list(MASKS).index("independent")
+# Sets a segment's random numbers of frames apart from those of ``split(key, 4)``.
+OF_FRAMES = 4
 HALF_BIN, SMALLEST_PROBABILITY = 1 / 255, 1e-12
 Tokens = Float[Array, "b l p"]
 ByToken = Float[Array, "b l"]
@@ -106,26 +105,20 @@ def noise_batch(
     """Samples times, masks, noise and dropout for every segment of a batch; with ``time``, every
     segment has that noise level. On the discrete chain all levels are on its grid."""
     masks, path, ids = config.masks, config.path, batch.segment_ids
-    sample_time = functools.partial(paths.sample_time, config.time)
 
     def sample_segment(key: jax.Array, tokens: jax.Array, frames: jax.Array) -> Any:
         time_key, mask_key, noise_key, drop_key = jax.random.split(key, 4)
-        t = sample_time(time_key, tokens) if time is None else jnp.asarray(time, jnp.float32)
+        t = paths.sample_time(config.time, time_key, tokens) if time is None else time
+        t = jnp.asarray(t, jnp.float32)
         t, mask = on_grid(path, t, up=True), sample_mask(masks, mask_key, frames)
         # Modulation groups: generated tokens at t, conditioning tokens at min(t, cap).
         levels = jnp.stack([t, jnp.minimum(t, on_grid(path, mask.cap, up=False))])
-        if masks.independent:
-            # As many levels for every segment, for the shape's sake.
-            keys = jax.random.split(jax.random.fold_in(key, OF_LEVELS), masks.levels)
-            own = jax.vmap(lambda key: sample_time(key, tokens))(keys)
-            levels = jnp.concatenate([levels, jnp.repeat(t, masks.levels - 2)])
-            levels = jnp.where(mask.mask == INDEPENDENT, on_grid(path, own, up=True), levels)
         dropped = jax.random.bernoulli(drop_key, config.caption_dropout)
         return levels, mask, noise_key, dropped.astype(jnp.float32)
 
     keys = sample_keys(key, batch.sample_ids)
     sample = each(sample_segment)(keys, batch.num_tokens, batch.num_frames)
-    levels, mask, noise_keys, dropped = sample  # [b, n, groups], the rest [b, n]
+    levels, mask, noise_keys, dropped = sample  # [b, n, 2], the rest [b, n]
 
     chance, fold = jnp.ones(ids.shape), jax.random.fold_in
     if masks.keyframes:
@@ -133,11 +126,8 @@ def noise_batch(
         chance = uniform(per_segment(keys, ids), batch.frame_ids)
     mask = jax.tree.map(lambda x: per_segment(x, ids), mask)
     conditions = conditioning_mask(masks, mask, batch.frame_ids, chance)
-    group = conditions.astype(ids.dtype)
-    if masks.independent:
-        group = jnp.where(mask.mask == INDEPENDENT, batch.frame_ids % masks.levels, group)
-    group_ids = masks.groups * jnp.maximum(ids - 1, 0) + group
-    group_t = levels.reshape(len(levels), -1)  # [b, n * groups]
+    group_ids = 2 * jnp.maximum(ids - 1, 0) + conditions.astype(ids.dtype)
+    group_t = levels.reshape(len(levels), -1)  # [b, 2 n]
     tau = jnp.take_along_axis(group_t, group_ids, 1)
 
     eps = token_noise(noise_keys, ids, batch.token_ids, batch.tokens.shape[-1])

@@ -74,7 +74,7 @@ def test_every_mask_conditions_as_it_says(samples_of, name):
     for frames in FRAMES:
         sample, masks = samples_of(name, frames)
         count = masks.sum(1)
-        if name in ("none", "independent") or frames == 1 or (name == "ends" and frames == 2):
+        if name == "none" or frames == 1 or (name == "ends" and frames == 2):
             assert not masks.any()
             continue
         assert (count >= 1).all() and (count < frames).all(), frames
@@ -126,7 +126,7 @@ def test_ends_are_divided_in_every_way(samples_of):
 
 def test_masks_are_chosen_by_their_relative_weights(jit):
     weights = dict(none=0.3, first=0.2, head=0.1, tail=0.1, ends=0.1, every=0.1)
-    weights |= dict(keyframes=0.03, window=0.05, independent=0.02)
+    weights |= dict(keyframes=0.05, window=0.05)
     keys, frames = jax.random.split(jax.random.key(0), 4000), jnp.full(4000, 9, jnp.int32)
 
     def masks(config):
@@ -150,17 +150,11 @@ def test_caps_are_uniform_or_zero(samples_of, name, probability):
     assert all(within(count, len(noisy) / 4, len(noisy)) for count in counts)
 
 
-def test_groups_are_two_or_the_levels():
-    assert MaskConfig.only(none=1.0).groups == 2
-    assert MaskConfig.only(independent=0.1, levels=5).groups == 5
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"head": -0.1}, "masks.head is -0.1"),
         (dict.fromkeys(MASKS, 0.0), "masks.weights"),
-        ({"levels": 1}, "masks.levels is 1"),
     ],
 )
 def test_weights_out_of_range_are_refused(fields, message):

@@ -31,9 +31,6 @@ CONFIG = DiffusionConfig(
     ),
     caption_dropout=0.5,
 )
-FORCING = dataclasses.replace(
-    CONFIG, masks=MaskConfig.only(none=0.3, keyframes=0.3, independent=0.4, levels=3)
-)
 CHAIN = PathConfig("ddpm")
 OF_CHAIN = functools.partial(
     DiffusionConfig, time=TimeConfig("uniform"), path=CHAIN, loss="prediction"
@@ -56,18 +53,18 @@ def noise(jit):
     )
 
 
-def by_sample(config, batch, noised):
+def by_sample(batch, noised):
     """The fields of each sample, by its identity."""
     inputs, target = noised
-    count, out = config.masks.groups, {}
+    out = {}
     for r, j in np.argwhere(batch.num_tokens > 0):
         at = batch.segment_ids[r] == j + 1
         out[int(batch.sample_ids[r, j])] = {
             "tokens": inputs.tokens[r, at],
             "eps": target.eps[r, at],
             "tau": target.tau[r, at],
-            "group": inputs.group_ids[r, at] - count * j,
-            "group_t": inputs.group_t[r, count * j : count * (j + 1)],
+            "group": inputs.group_ids[r, at] - 2 * j,
+            "group_t": inputs.group_t[r, 2 * j : 2 * (j + 1)],
             "generated": target.generated[r, at],
             "dropped": inputs.dropped[r, j],
             "frame": batch.frame_ids[r, at],
@@ -94,9 +91,8 @@ def test_noise_is_that_of_the_first_edition(noise):
     assert inputs.dropped.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
 
 
-@pytest.mark.parametrize("config", [CONFIG, FORCING], ids=["masks", "independent"])
-def test_a_samples_noise_does_not_depend_on_where_it_is_packed(noise, config):
-    here, there = (by_sample(config, b, noise(config, b)) for b in (TWO_ROWS, OTHER_ROWS))
+def test_a_samples_noise_does_not_depend_on_where_it_is_packed(noise):
+    here, there = (by_sample(b, noise(CONFIG, b)) for b in (TWO_ROWS, OTHER_ROWS))
     assert here.keys() == there.keys() == {clip.id for clip in CLIPS}
     for sample, fields in here.items():
         for key, value in fields.items():
@@ -108,7 +104,7 @@ def test_a_samples_noise_does_not_depend_on_where_it_is_packed(noise, config):
 
 
 def test_samples_steps_and_tokens_have_noise_of_their_own(noise):
-    one, two = (by_sample(CONFIG, TWO_ROWS, noise(CONFIG, TWO_ROWS, seed)) for seed in (0, 1))
+    one, two = (by_sample(TWO_ROWS, noise(CONFIG, TWO_ROWS, seed)) for seed in (0, 1))
     everything = np.concatenate([f["eps"].ravel() for run in (one, two) for f in run.values()])
     assert len(np.unique(everything)) == everything.size
     times = [f["group_t"][0] for run in (one, two) for f in run.values()]
@@ -118,7 +114,7 @@ def test_samples_steps_and_tokens_have_noise_of_their_own(noise):
 def test_noise_levels_are_consistent(noise):
     conditions = 0
     for seed in range(20):
-        for fields in by_sample(CONFIG, TWO_ROWS, noise(CONFIG, TWO_ROWS, seed)).values():
+        for fields in by_sample(TWO_ROWS, noise(CONFIG, TWO_ROWS, seed)).values():
             t, conditioning_t = fields["group_t"]
             assert 0 < t <= 1 and 0 <= conditioning_t <= min(t, CONFIG.masks.max_noise)
             assert np.array_equal(fields["tau"], fields["group_t"][fields["group"]])
@@ -130,31 +126,6 @@ def test_noise_levels_are_consistent(noise):
             assert all(len(groups) == 1 for groups in frames) and {0} in frames
             conditions += {1} in frames
     assert conditions > 20
-
-
-def test_independent_frames_have_levels_of_their_own(noise):
-    """Beside them are segments of one level, whose other groups stand there too."""
-    time = TimeConfig("uniform")
-    config = dataclasses.replace(FORCING, time=time)
-    batch = pack([[Clip(8 * r + j, 5, 2) for j in range(8)] for r in range(32)], 80, 8)
-    levels = []
-    for fields in by_sample(config, batch, noise(config, batch)).values():
-        np.testing.assert_array_equal(fields["tau"], fields["group_t"][fields["group"]])
-        if len(set(fields["group_t"].tolist())) == 3:
-            levels.append(fields["group_t"])
-            np.testing.assert_array_equal(fields["group"], fields["frame"] % 3)
-            assert fields["generated"].all() and (fields["tau"] > 0).all()
-        else:
-            t, conditioning_t, third = fields["group_t"]
-            assert third == t and conditioning_t <= t
-            np.testing.assert_array_equal(fields["group"], ~fields["generated"])
-    # 256 segments, each with probability 0.4, within 4.5 standard deviations.
-    assert abs(len(levels) - 102.4) < 4.5 * (256 * 0.4 * 0.6) ** 0.5
-    # Uniform (Kolmogorov and Smirnov, as below), and frames are not correlated.
-    levels = np.array(levels)
-    n = levels.size
-    assert np.abs(np.sort(levels.ravel()) - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
-    assert np.abs(np.corrcoef(levels.T) - np.eye(3)).max() < 4.5 / len(levels) ** 0.5
 
 
 def test_noise_is_normal_and_levels_of_a_chain_are_on_its_grid_and_uniform(noise):
