@@ -18,7 +18,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ def train(config: Run) -> str | None:
             if saved.is_dir() and (directory / "config.json").exists():
                 if any(one.name.isdigit() for one in saved.iterdir()):
                     stored = read_config(directory / "config.json", Run)
-                    check_same_run(config, stored, directory)
+                    run = f"{str(directory)!r} holds a run"
+                    remedy = "give a new --output, or the config that the run was made with"
+                    check_same(config, stored, FIXED, MAY_CHANGE, run, remedy)
             if jax.process_index() == 0:
                 stack.enter_context(locked(directory))
                 write_json(directory / "config.json", to_dict(config))
@@ -257,35 +259,28 @@ def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------
 
 # What a resumed run must have the same, but for fields that say where the data lies and how the same
-# numbers are computed, and for data.packing: which samples share a row.
-FIXED = ("model", "data", "seed", "optimizer.kind", "codec.hash", "text_encoder.hash")
-MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat", "bad_records", "max_bad_records")
-MAY_CHANGE += ("eval_split",)
+# numbers are computed; ``data.packing`` says which samples share a row.
+FIXED = ("model", "data.source", "data.transform", "data.crop", "seed", "optimizer.kind")
+FIXED += ("codec.hash", "text_encoder.hash")
+MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
 # What a run that begins with another's parameters must have the same, but for how it is computed, what
 # shapes tell, how fresh parameters are drawn and where captions are cut.
 MEANING = ("model", "diffusion.prediction", "diffusion.path", "codec.hash", "text_encoder.hash")
 MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "mlp_dim", "time_std", "max_bytes", "max_tokens")
 
 
-def _differences(
-    config: Run, stored: Run, parts: tuple[str, ...], free: tuple[str, ...]
-) -> Iterator[tuple[str, Any, Any]]:
-    """The fields of ``parts`` in which two configs differ, but for those named ``free``."""
-    for name, now, before in differences(config, stored):
-        inside = any(f"{name}.".startswith(f"{part}.") for part in parts)
-        if inside and name.split(".")[-1] not in free:
-            yield name, now, before
-
-
-def check_same_run(config: Run, stored: Run, directory: Path) -> None:
-    """Raises ``InputError`` if the run in a directory cannot be resumed under this config."""
+def check_same(
+    config: Run, stored: Run, parts: Sequence[str], free: Sequence[str], run: str, remedy: str
+) -> None:
+    """Raises ``InputError`` if two configs differ in a field of ``parts`` that is not in ``free``, by
+    its last or whole name."""
+    inside = tuple(f"{part}." for part in parts)
     refuse_if(
         (
-            not name.startswith("data.packing."),
-            f"{str(directory)!r} holds a run with {name} = {before!r}, and not {now!r}: give a new "
-            "--output, or the config that the run was made with.",
+            f"{name}.".startswith(inside) and {name, name.split(".")[-1]}.isdisjoint(free),
+            f"{run} with {name} = {before!r}, and not {now!r}: {remedy}.",
         )
-        for name, now, before in _differences(config, stored, FIXED, MAY_CHANGE)
+        for name, now, before in differences(config, stored)
     )
 
 
@@ -314,8 +309,15 @@ def init_from(
     if config.checkpoint.initial is None:
         return fresh
     checkpointer, step = training.open_run(config.checkpoint.initial)
-    where = checkpointer.path(step) / "config"
-    inflated = check_same_meaning(config, checkpointer.config(step), where)
+    stored = stored_config(checkpointer.config(step), checkpointer.path(step) / "config", Run)
+    inflated, run = inflation(config, stored), f"checkpoint.initial {config.checkpoint.initial!r}"
+    remedy = (
+        f"set it as there ({str(checkpointer.directory / 'config.json')!r}), for otherwise the "
+        "parameters mean something else, or begin with another run"
+    )
+    check_same(config, stored, MEANING, (*MAY_DIFFER, *inflated), f"{run} is a run", remedy)
+    if inflated and jax.process_index() == 0:
+        print(f"{run} is inflated: {'; '.join(inflated.values())}", flush=True)
     read = partial(checkpointer.restore_ema, step)
     if "model.patch.t" in inflated:
         assert isinstance(config, VideoRun)
@@ -323,26 +325,6 @@ def init_from(
     params = read(shapes.ema, shardings.ema)
     checkpointer.close()
     return dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))
-
-
-def check_same_meaning(config: Run, values: dict[str, Any], where: Path) -> dict[str, str]:
-    """Raises ``InputError`` if the parameters of the run whose stored config is ``values`` mean
-    something else; returns how they are inflated (see ``inflation``)."""
-    stored = stored_config(values, where, Run)
-    inflated = inflation(config, stored)
-    refuse_if(
-        (
-            name not in inflated,
-            f"checkpoint.initial {config.checkpoint.initial!r} is a run with {name} = {before!r}, and "
-            f"not {now!r}, under which its parameters mean something else: set {name} as there "
-            f"({str(where.parents[2] / 'config.json')!r}), or begin with another run.",
-        )
-        for name, now, before in _differences(config, stored, MEANING, MAY_DIFFER)
-    )
-    if inflated and jax.process_index() == 0:
-        text = "; ".join(inflated.values())
-        print(f"checkpoint.initial {config.checkpoint.initial!r} is inflated: {text}", flush=True)
-    return inflated
 
 
 if __name__ == "__main__":
