@@ -91,12 +91,12 @@ def train(config: Run) -> str | None:
             config = absolute_paths(config).with_hashes()
             directory, stored = check_writable(config.output), None
             saved = directory / "checkpoints"
-            if saved.is_dir() and (directory / "config.json").exists():
-                if any(one.name.isdigit() for one in saved.iterdir()):
-                    stored = read_config(directory / "config.json", Run)
-                    run = f"{str(directory)!r} holds a run"
-                    remedy = "give a new --output, or the config that the run was made with"
-                    check_same(config, stored, FIXED, MAY_CHANGE, run, remedy)
+            begun = saved.is_dir() and any(one.name.isdigit() for one in saved.iterdir())
+            if begun and (directory / "config.json").exists():
+                stored = read_config(directory / "config.json", Run)
+                run = f"{str(directory)!r} holds a run"
+                remedy = "give a new --output, or the config that the run was made with"
+                check_same(config, stored, FIXED, MAY_CHANGE, run, remedy)
             if jax.process_index() == 0:
                 stack.enter_context(locked(directory))
                 write_json(directory / "config.json", to_dict(config))

@@ -103,10 +103,12 @@ def check_fields(
     token_fields: Mapping[str, np.ndarray],
     segment_fields: Mapping[str, Any],
     what: str,
-) -> None:
-    """Refuses a sample or a request (``what``) whose fields are not those that the model reads."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The token and segment fields that the model reads, in their types; refuses a sample or a request
+    (``what``) that lacks one."""
+    read: dict[str, dict[str, np.ndarray]] = {"token": {}, "segment": {}}
     for name, conditioner in model.conditioners.items():
-        of, expected, _, classes = conditioner.field(model)
+        of, expected, dtype, classes = conditioner.field(model)
         fields = token_fields if of == "token" else segment_fields
         value, problem = np.asarray(fields.get(name)), None
         shape = value.shape[1:] if of == "token" else value.shape
@@ -118,6 +120,8 @@ def check_fields(
             problem = f"the {name} {value}, and the model has 0 to {classes - 1}"
         if problem:
             raise ValueError(f"{what} has {problem}: see model.conditioners.{name}.")
+        read[of][name] = value.astype(dtype)
+    return read["token"], read["segment"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,10 @@ class NoTextConfig:
 
     max_tokens: ClassVar[int] = 1
 
+    def length(self, caption: str, states: np.ndarray | None = None) -> int:
+        """Tokens that a caption is, or states, before they are cut to ``max_tokens``."""
+        return 1
+
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
         """What the model reads of a caption: tokens int32 ``[s]``, or states float32 ``[s, e]``."""
         return np.array([BEGIN], np.int32)
@@ -54,8 +58,7 @@ class ByteEncoderConfig:
     def max_tokens(self) -> int:
         return self.max_bytes + 1
 
-    def length(self, caption: str) -> int:
-        """Tokens that a caption is before it is cut to ``max_tokens``."""
+    def length(self, caption: str, states: np.ndarray | None = None) -> int:
         return 1 + len(caption.encode())
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
@@ -75,6 +78,9 @@ class TextStatesConfig:
     dim: PositiveInt = 4096  # Numbers of a state.
     # The beginning and the states of a caption; longer captions are cut there.
     max_tokens: Annotated[int, Range(2)] = 512
+
+    def length(self, caption: str, states: np.ndarray | None = None) -> int:
+        return 1 if states is None else 1 + len(states)
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
         if not caption:  # None, or a dropped one: nothing is to be read.

@@ -93,10 +93,9 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
     ``flags`` are those of ``take_process_flags``; without any the cluster says where it belongs.
     """
     flags = flags or take_process_flags([])[1]
-    place: list[Any] = [flags.get(flag) for flag in FLAGS]
-    address, count, index = place
+    address, count, index = place = [flags[flag] for flag in FLAGS]
     explicit = place != [None] * 3
-    if (explicit and count == 1) or not (explicit or in_cluster()):
+    if count == 1 or not (explicit or in_cluster()):
         return False
     who = "this process"
     options: dict[str, Any] = {"local_device_ids": slurm_gpus()}
@@ -107,7 +106,7 @@ def initialize(flags: Mapping[str, Any] | None = None, prog: str = "dit_jax") ->
         rule = "give all three, HOST:PORT of process 0 and 0 <= process-id < num-processes"
         refuse_if([(wrong, f"{who}: {rule} (or set {', '.join(VARIABLES)}).")])
         options = {"coordinator_address": address, "num_processes": count, "process_id": index}
-        options |= {"cluster_detection_method": "deactivate"}
+        options["cluster_detection_method"] = "deactivate"
     options["heartbeat_timeout_seconds"] = HEARTBEAT_SECONDS
     # At the end, processes with nothing left to do wait for process 0, which may write media for long.
     options["shutdown_timeout_seconds"] = 24 * 3600

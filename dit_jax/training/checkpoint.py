@@ -107,14 +107,14 @@ class Checkpointer:
         self, step: int, shapes: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:
         """The state at ``step``, sharded by ``shardings``, and the data state."""
-        like = jax.tree.map(_abstract, shapes, shardings)
+        like = _placed(shapes, shardings)
         opt = {"opt_state": like.opt_state, "step": like.step, "skipped": like.skipped}
         out = self._read(step, params=like.params, ema=like.ema, opt=opt, data=None)
         return TrainState(params=out["params"], ema=out["ema"], **out["opt"]), out["data"]
 
     def restore_ema(self, step: int, shapes: Params, shardings: Params) -> Params:
         """The averaged parameters alone."""
-        return self._read(step, ema=jax.tree.map(_abstract, shapes, shardings))["ema"]
+        return self._read(step, ema=_placed(shapes, shardings))["ema"]
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that made a checkpoint."""
@@ -170,8 +170,8 @@ class Checkpointer:
         print(text, file=sys.stderr, flush=True)
 
 
-def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda shape, where: shape.update(sharding=where), shapes, shardings)
 
 
 def open_run(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:

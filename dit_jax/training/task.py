@@ -126,11 +126,9 @@ class HeldOutLoss:
             # One program for all levels; the host waits once.
             losses = [mean_loss(ema, frozen, batch[0], np.float32(t)) for t in parts.levels]
             values = [float(loss) for loss in jax.device_get(losses)]
-            scalars = {"held_out_loss/mean": float(np.mean(values))}
-            for level, value in zip(parts.levels, values, strict=True):
-                if len(values) > 1:
-                    scalars[f"held_out_loss/{level:.2f}"] = value
-            return Evaluation(scalars)
+            named = {f"held_out_loss/{t:.2f}": x for t, x in zip(parts.levels, values, strict=True)}
+            mean = {"held_out_loss/mean": float(np.mean(values))}
+            return Evaluation(mean | named if len(values) > 1 else mean)
 
         return Evaluator("held_out_loss", self.every, evaluate)
 
@@ -158,21 +156,20 @@ class ClipsEvaluator:
 
         def evaluate(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
             clips = sample(ema, requests, True)
-            write_sheet(clips, directory / "samples.png")
-            return Evaluation(measure(clips), directory / "samples.png")
+            return Evaluation(measure(clips), write_sheet(clips, directory / "samples.png"))
 
         return Evaluator("report", self.every, evaluate)
 
 
-def write_sheet(clips: Sequence[np.ndarray], path: Path) -> None:
+def write_sheet(clips: Sequence[np.ndarray], path: Path) -> Path:
     """Writes a picture of the first clips, once: rows of frames, or a square of still images."""
-    if jax.process_index() != 0:
-        return
     if all(len(clip) == 1 for clip in clips):
         picture = grid(list(clips[:IMAGES_SHOWN]), 10 if len(clips) >= 30 else None)[0]
     else:
         picture = contact_sheet(clips[:CLIPS_SHOWN], FRAMES_SHOWN, SHEET_SCALE)
-    write_png(path, picture)
+    if jax.process_index() == 0:
+        write_png(path, picture)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------

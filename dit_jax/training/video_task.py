@@ -28,7 +28,6 @@ from dit_jax.files import refuse_if
 from dit_jax.model import (
     ByteEncoderConfig,
     ClassLabels,
-    Field,
     ModelConfig,
     NoTextConfig,
     TextStatesConfig,
@@ -220,18 +219,14 @@ def tokenize(
     fields = sample.get("frame_fields", {}), sample.get("pixel_fields", {})
     token_fields = field_tokens(model.patch, time_stride or 1, (t, h, w), *fields)
     segment_fields = dict(sample.get("segment_fields", {}), fps=fps)
-    check_fields(model, token_fields, segment_fields, "the sample")
-    kinds = {name: one.field(model) for name, one in model.conditioners.items()}
-    kinds["fps"] = Field("segment", ())
+    token_fields, segment_fields = check_fields(model, token_fields, segment_fields, "the sample")
     return {
         "tokens": patchify(model.patch, video),
         "positions": places,
         "frame_ids": frame_ids,
         "text": model.text.tokens(sample["caption"], sample.get("text_states")),
-        "token_fields": {k: v.astype(kinds[k].dtype) for k, v in token_fields.items()},
-        "segment_fields": {
-            k: np.asarray(v, kinds[k].dtype) for k, v in segment_fields.items() if k in kinds
-        },
+        "token_fields": token_fields,
+        "segment_fields": {**segment_fields, "fps": np.asarray(fps, np.float32)},
     }
 
 
@@ -276,10 +271,8 @@ def eval_requests(
             grid, fps = latents.latent_size(*grid), latents.latent_fps(fps)
             true.append(video)
         names = ("text_states", "segment_fields", "frame_fields", "pixel_fields")
-        fields = {name: sample[name] for name in names if name in sample}
-        t, h, w = grid
-        more = {"time_stride": latents.t, **fields}
-        requests.append(Request(sample["caption"], t, h, w, fps, i, **more))
+        more = {name: sample[name] for name in names if name in sample} | {"time_stride": latents.t}
+        requests.append(Request(sample["caption"], *grid, fps, i, **more))
     return requests, true
 
 
@@ -456,11 +449,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     def to_tokens(sample: Sample, count_cut: bool = False) -> data.Tokenized:
         if encoder is not None and "text_states" not in sample:
             sample = {**sample, "text_states": states_of(sample["caption"])}
-        length, limit = 0, text.max_tokens
-        if isinstance(text, ByteEncoderConfig):
-            length = text.length(sample["caption"])
-        elif isinstance(text, TextStatesConfig):
-            length = 1 + len(sample.get("text_states", ()))
+        length, limit = text.length(sample["caption"], sample.get("text_states")), text.max_tokens
         if count_cut and length > limit:
             reader.note_cut(sample["caption"], length - 1, limit - 1)
         return tokenize(config.model, sample, transform, codec, config.codec.t)
@@ -526,9 +515,8 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         shown, _ = eval_set(config.log.draw_count)
 
         def sheet(ema: Params, frozen: Params, step: int, directory: Path) -> Evaluation:
-            path = directory / f"samples_{step:07d}.png"
-            write_sheet(sample(ema, shown, False), path)
-            return Evaluation(picture=path)
+            clips, path = sample(ema, shown, False), directory / f"samples_{step:07d}.png"
+            return Evaluation(picture=write_sheet(clips, path))
 
         evaluators.insert(0, Evaluator("samples", config.log.draw_every, sheet))
     return Task(
