@@ -1,6 +1,5 @@
 """The mesh, what lies where on it, attention and matrix products on it, and several processes."""
 
-from dit_jax.parallel.attention import host_attention as host_attention
 from dit_jax.parallel.attention import xla_attention as xla_attention
 from dit_jax.parallel.context import DEFAULT_ATTENTION as DEFAULT_ATTENTION
 from dit_jax.parallel.context import AttentionConfig as AttentionConfig

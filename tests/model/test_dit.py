@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from dit_jax.config import check_types
 from dit_jax.model import PRESETS, DiT, DiTConfig, TextToVideo
-from dit_jax.parallel import host_attention, xla_attention
+from dit_jax.parallel import xla_attention
+from dit_jax.parallel.attention import host_attention
 from dit_jax.parallel.matmul import flat_dot_general
 from dit_jax.parallel.mesh import ACTIVATION_RULES, PARAMETER_RULES
 from dit_jax.types import Runtime

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.parallel import host_attention
+from dit_jax.parallel.attention import host_attention
 from dit_jax.types import PAD
 from tests.denoiser import byte_tokens, struct
 
