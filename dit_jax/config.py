@@ -181,14 +181,26 @@ class StatesConfig:
     # another encoder are refused from then on.
     hash: str | None = None
 
-    def open(self, mesh: Mesh | None = None) -> TextEncoder | None:
-        """The encoder, if there is a folder."""
+    def open(self, text: Any, mesh: Mesh | None = None) -> TextEncoder | None:
+        """The encoder for a model of this ``text``, if there is a folder."""
 
     def identity(self) -> tuple[str, str] | None:
         """Name and hash of the encoder in the folder, if there is one."""
 
     def length(self) -> tuple[Callable[[str], int], int] | None:
         """How many tokens a text is, and how many are read, if there is a folder."""
+
+    def known_as(self, text: Any, name: str | None, digest: str | None, what: str) -> StatesConfig:
+        """The config with the hash of an encoder that made states. Raises ``InputError`` if it is not
+        that of the model's ``text``: by the hashes or, if one is unknown, by the names."""
+        other = self.hash != digest if self.hash and digest else name not in (None, text.encoder)
+        message = (
+            f"{what} the encoder {name!r} ({digest or 'no hash'}), and the model reads states of "
+            f"{text.encoder!r} ({self.hash or 'no hash'}): give the one that it is trained on "
+            "(text_encoder.path, data.source), or name it (model.text.encoder)."
+        )
+        refuse_if([(other, message)])
+        return dataclasses.replace(self, hash=digest or self.hash)
 
 
 @dataclasses.dataclass(frozen=True)

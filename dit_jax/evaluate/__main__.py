@@ -64,7 +64,7 @@ from dit_jax.parallel import (
 )
 from dit_jax.sampling import Request, SamplingConfig, check_request, plain, read_prompts
 from dit_jax.sampling.pipeline import load_run, stored_sampling
-from dit_jax.training.video_task import cut_note, open_text_encoder, with_states
+from dit_jax.training.video_task import cut_note, with_states
 
 PROG = "python -m dit_jax.evaluate"
 SHARD = 256
@@ -315,7 +315,8 @@ class Making:
         if self.store.finished:
             return fill(self.store, self._wanted, lambda _: [])
         pipeline = self._pipeline
-        encoder = open_text_encoder(pipeline.config, pipeline.mesh)
+        config = pipeline.config
+        encoder = config.text_encoder.open(config.model.text, pipeline.mesh)
 
         def make(requests: Sequence[Request]) -> list[np.ndarray]:
             return pipeline.sample([plain(one) for one in with_states(requests, encoder)])

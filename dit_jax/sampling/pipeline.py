@@ -79,7 +79,7 @@ class Pipeline:
     def encode_text(self, requests: Sequence[Request]) -> list[Request]:
         """Requests with the states of their prompts, for a model that reads a text encoder's."""
         # Opened for this call alone, because the encoder may be as large as the model.
-        encoder = video_task.open_text_encoder(self.config, self.mesh)
+        encoder = self.config.text_encoder.open(self.config.model.text, self.mesh)
         return video_task.with_states(requests, encoder)
 
     def sample(self, generations: Sequence[Generation], progress: bool = False) -> list[np.ndarray]:

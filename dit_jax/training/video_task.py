@@ -77,43 +77,14 @@ def with_hashes(config: VideoRun) -> VideoRun:
     )
     refuse_if([(len(known) > 1, message)])
     codec = dataclasses.replace(codec, hash=known[0] if known else None)
-    config = dataclasses.replace(config, codec=codec)
-    for one in sets if isinstance(config.model.text, TextStatesConfig) else ():
+    text, encoder = config.model.text, config.text_encoder
+    for one in sets if isinstance(text, TextStatesConfig) else ():
         if one.config.captioned and one.config.text_states_key is not None:
             what = f"the states of {one.config.path!r} were made by"
-            config = _with_encoder(config, one.text_encoder_name, one.text_encoder, what)
-    if (own := config.text_encoder.identity()) is not None:
-        config = _with_encoder(config, *own, f"text_encoder.path {config.text_encoder.path!r} is")
-    return config
-
-
-def _with_encoder(config: VideoRun, name: str | None, digest: str | None, what: str) -> VideoRun:
-    """The config with the hash of a text encoder. Raises ``InputError`` if it is not the config's: by
-    the hashes or, if one is unknown, by the names."""
-    text, expected = config.model.text, config.text_encoder.hash
-    assert isinstance(text, TextStatesConfig)
-    other = expected != digest if expected and digest else name not in (None, text.encoder)
-    message = (
-        f"{what} the encoder {name!r} ({digest or 'no hash'}), and the model reads states of "
-        f"{text.encoder!r} ({expected or 'no hash'}): give the one that it is trained on "
-        "(text_encoder.path, data.source), or name it (model.text.encoder)."
-    )
-    refuse_if([(other, message)])
-    encoder = dataclasses.replace(config.text_encoder, hash=digest or expected)
-    return dataclasses.replace(config, text_encoder=encoder)
-
-
-def open_text_encoder(config: VideoRun, mesh: Mesh | None = None) -> TextEncoder | None:
-    """The encoder at ``text_encoder.path``, if there is one: sharded over a mesh for all processes
-    together, or on a device of this process."""
-    text, encoder = config.model.text, config.text_encoder.open(mesh)
-    if encoder is not None:
-        assert isinstance(text, TextStatesConfig)
-        where, dim = f"text_encoder.path {config.text_encoder.path!r}", encoder.dim
-        message = f"{where} makes states of {dim} numbers, and the model reads {text.dim}"
-        refuse_if([(dim != text.dim, f"{message}: change model.text.dim.")])
-        _with_encoder(config, encoder.name, encoder.hash, f"{where} is")
-    return encoder
+            encoder = encoder.known_as(text, one.text_encoder_name, one.text_encoder, what)
+    if (own := encoder.identity()) is not None:
+        encoder = encoder.known_as(text, *own, f"text_encoder.path {encoder.path!r} is")
+    return dataclasses.replace(config, codec=codec, text_encoder=encoder)
 
 
 def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
@@ -435,7 +406,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     sets = [one for one in getattr(config.data.source, "record_sets", ()) if one.captioned]
     bare = [one.path for one in sets if one.text_states_key is None]
     if bare or not sets:
-        encoder = open_text_encoder(config)
+        encoder = config.text_encoder.open(text)
     message = (
         f"the model reads states of captions, and the set {', '.join(bare)!r} of data.source has none: "
         "name a feature (text_states_key), give text_encoder.path, or set captioned to False."
