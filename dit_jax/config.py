@@ -34,7 +34,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax.data import PackingConfig, ShapesConfig, TransformConfig
+from dit_jax.data import PackingConfig, RecordsSource, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.files import InputError, absolute, checking_input, local_copy, read_json, refuse_if
 from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
@@ -218,9 +218,25 @@ class VideoRun(Run):
     sampling: SamplingConfig = SamplingConfig()
 
     def with_hashes(self) -> VideoRun:
-        from dit_jax.training.video_task import with_hashes  # It imports this module.
-
-        return with_hashes(self)
+        """The config with the hashes of its codec and text encoder, as far as data or folders tell.
+        Raises ``InputError`` if data, folders and config name different ones."""
+        text, codec, encoder = self.model.text, self.codec, self.text_encoder
+        sets = [RecordsSource(one) for one in getattr(self.data.source, "record_sets", ())]
+        hashes = [codec.hash, *(one.codec for one in sets), codec.weights_hash()]
+        known = list(dict.fromkeys(filter(None, hashes)))
+        message = (
+            f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are of "
+            f"the codecs {', '.join(known)}: give the one that made the latents."
+        )
+        refuse_if([(len(known) > 1, message)])
+        codec = dataclasses.replace(codec, hash=known[0] if known else None)
+        for one in sets if isinstance(text, TextStatesConfig) else ():
+            if one.config.captioned and one.config.text_states_key is not None:
+                what = f"the states of {one.config.path!r} were made by"
+                encoder = encoder.known_as(text, one.text_encoder_name, one.text_encoder, what)
+        if (own := encoder.identity()) is not None:
+            encoder = encoder.known_as(text, *own, f"text_encoder.path {encoder.path!r} is")
+        return dataclasses.replace(self, codec=codec, text_encoder=encoder)
 
     def build(self, mesh: Mesh) -> Task:
         from dit_jax.training.video_task import build_text_to_video  # It imports this module.

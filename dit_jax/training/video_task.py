@@ -60,31 +60,8 @@ from dit_jax.types import (
 UNCHANGED = data.TransformConfig()
 
 # ---------------------------------------------------------------------------------------------------
-# Frozen networks: the codec and the text encoder
+# Prompts, as far as they need a text encoder
 # ---------------------------------------------------------------------------------------------------
-
-
-def with_hashes(config: VideoRun) -> VideoRun:
-    """The config with the hashes of its codec and text encoder, as far as the data or the folders tell
-    them. Raises ``InputError`` if data, folders and config name different ones."""
-    codec = config.codec
-    sets = [data.RecordsSource(one) for one in getattr(config.data.source, "record_sets", ())]
-    hashes = [codec.hash, *(one.codec for one in sets), codec.weights_hash()]
-    known = list(dict.fromkeys(filter(None, hashes)))
-    message = (
-        f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are of the "
-        f"codecs {', '.join(known)}: give the one that made the latents."
-    )
-    refuse_if([(len(known) > 1, message)])
-    codec = dataclasses.replace(codec, hash=known[0] if known else None)
-    text, encoder = config.model.text, config.text_encoder
-    for one in sets if isinstance(text, TextStatesConfig) else ():
-        if one.config.captioned and one.config.text_states_key is not None:
-            what = f"the states of {one.config.path!r} were made by"
-            encoder = encoder.known_as(text, one.text_encoder_name, one.text_encoder, what)
-    if (own := encoder.identity()) is not None:
-        encoder = encoder.known_as(text, *own, f"text_encoder.path {encoder.path!r} is")
-    return dataclasses.replace(config, codec=codec, text_encoder=encoder)
 
 
 def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> list[Request]:
