@@ -188,9 +188,8 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     """The rows of a global batch that lie, wholly or in part, on this process's devices."""
     shards = batch_shards(mesh)
     rule = f"do not divide over mesh.data x mesh.fsdp = {shards}: make data.packing.rows a multiple"
-    refuse_if(
-        [(rows % shards > 0, f"{rows} rows {rule}, or spread tokens (mesh.context) instead.")]
-    )
+    message = f"{rows} rows {rule}, or spread tokens (mesh.context) instead."
+    refuse_if([(rows % shards > 0, message)])
     indices = batch_sharding(mesh, 1, tokens=False).addressable_devices_indices_map((rows,))
     parts: Any = (index[0] for index in indices.values() if index)
     return tuple(sorted({row for part in parts for row in range(*part.indices(rows))}))

@@ -196,16 +196,13 @@ def eval_requests(
     far as the data are pixels."""
     source, sizes, latents = config.data.source, config.sampling, config.codec
     size, transform = (sizes.frames, sizes.height, sizes.width), config.data.transform
-    conditioners, labels = config.model.conditioners, config.model.conditioners.get("label")
+    labels = config.model.conditioners.get("label")
+    alone = isinstance(config.model.text, NoTextConfig) and len(config.model.conditioners) == 1
     if isinstance(source, data.ShapesConfig):  # Drawn at the size of sampling.
         transform, scenes = UNCHANGED, data.held_out_scenes(count, config.seed, *size)
         clips = ((data.render(scene), data.caption(scene)) for scene in scenes)
         held: Any = [{"video": v, "caption": text, "fps": source.fps} for v, text in clips]
-    elif (
-        isinstance(config.model.text, NoTextConfig)
-        and isinstance(labels, ClassLabels)
-        and len(conditioners) == 1
-    ):
+    elif alone and isinstance(labels, ClassLabels):
         grid, fps = latents.latent_size(*size), latents.latent_fps(sizes.fps)
         fields = [{"label": i % labels.classes} for i in range(count)]
         return [Request("", *grid, fps, i, segment_fields=one) for i, one in enumerate(fields)], []
@@ -327,7 +324,7 @@ def inflation(config: Run, stored: Run) -> dict[str, str]:
     out = {}
     if patches:
         out["model.patch.t"] = (
-            f"patches of {now.patch.t} frames read their first, and write it in all"
+            f"patches of {now.patch.t} frames read the first, and write it in all"
         )
     if (before.dit.absolute_positions, now.dit.absolute_positions) == ("wh", "wht"):
         out["model.dit.absolute_positions"] = "features of time are 0 in the first frame"
