@@ -124,7 +124,7 @@ class Command:
         wrong = [p for p in prompts if (p not in classes if classes else isinstance(p, int))]
         # Bytes of a command line that are no UTF-8 come as halves of surrogate pairs.
         broken = [p for p in (*prompts, negative) if SURROGATES.search(str(p))]
-        deaf = isinstance(config.model.text, NoTextConfig) or not config.sampling.guidance.active
+        deaf = isinstance(config.model.text, NoTextConfig) or config.sampling.cfg_scale == 1
         faults = (
             (bool(broken), f"the prompts {broken!r:.200} are no UTF-8: write them anew."),
             (bool(wrong), f"{wrong!r:.60}: give {reads}, which {self.checkpoint!r} reads."),
