@@ -136,16 +136,14 @@ def extend(
     """
     # Neither end can be cut out of the clip's own latents, of which the first holds one frame: each is
     # encoded as a clip.
-    requests = []
+    none, requests = clip[:0], []
     if forward:
-        seen = _context(space, template, len(clip), forward, context)
-        requests.append(_between(space, template, clip[-seen:], clip[:0], forward, noise))
+        requests.append(_between(space, template, clip, none, forward, context, noise)[0])
     if backward:
-        seen = _context(space, template, len(clip), backward, context)
-        requests.append(_between(space, template, clip[:0], clip[:seen], backward, noise))
+        requests.append(_between(space, template, none, clip, backward, context, noise)[0])
 
     def finish(clips: Sequence[Clip]) -> Clip:
-        after = clips[0][-forward:] if forward else clip[:0]
+        after = clips[0][-forward:] if forward else none
         return np.concatenate([clips[-1][:backward], clip, after])
 
     return Generation(tuple(requests), finish)
@@ -165,10 +163,8 @@ def connect(
     The model sees ``context`` frames (``1 + n stride``) of each clip; unset, half of what the gap
     leaves of the template's.
     """
-    shorter = min(len(first), len(second))
     # The last of gap + 1 new frames is the second clip's first.
-    seen = _context(space, template, shorter, gap + 1, context, parts=2)
-    request = _between(space, template, first[-seen:], second[:seen], gap + 1, noise)
+    request, seen = _between(space, template, first, second, gap + 1, context, noise)
     return Generation(
         (request,), lambda clips: np.concatenate([first, clips[0][seen : seen + gap], second])
     )
@@ -256,33 +252,34 @@ def _pasting(request: Request, pasted: Mapping[int, Clip]) -> Generation:
     return Generation((request,), finish)
 
 
-def _context(
-    space: Space, template: Request, length: int, new: int, context: int | None, parts: int = 1
-) -> int:
-    """How many frames of a clip the model sees beside ``new`` ones."""
-    if context is None:
-        left = (space.grid.frames(template.frames) - 1 - new) // parts // space.stride
-        context = 1 + min(max(left, 1), (length - 1) // space.stride) * space.stride
-    message = f"--context is {context} frames, of clips of at least {length}: give less."
-    refuse_if([(context > length, message)])
-    return context
-
-
 def _between(
-    space: Space, template: Request, before: Clip, after: Clip, new: int, noise: float
-) -> Request:
-    """``new`` generated frames (the last of which ``after`` may begin with) between known ones."""
-    parts, known = [], sum(max(len(clip) - 1, 0) for clip in (before, after))
+    space: Space,
+    template: Request,
+    before: Clip,
+    after: Clip,
+    new: int,
+    context: int | None,
+    noise: float,
+) -> tuple[Request, int]:
+    """``new`` generated frames (the last of which ``after`` may begin with) between clips, of which one
+    may be empty, and how many frames of each the model sees."""
+    lengths = [len(clip) for clip in (before, after) if len(clip)]
+    if context is None:
+        left = (space.grid.frames(template.frames) - 1 - new) // len(lengths) // space.stride
+        context = 1 + min(max(left, 1), (min(lengths) - 1) // space.stride) * space.stride
+    message = f"--context is {context} frames, of clips of at least {min(lengths)}: give less."
+    refuse_if([(context > min(lengths), message)])
+    parts, known = [], (context - 1) * len(lengths)
     if len(before):
-        start = space.encode(before)
+        start = space.encode(before[-context:])
         parts.append((slice(len(start)), start))
     if len(after):
-        end = space.at_end(after)
+        end = space.at_end(after[:context])
         parts.append((slice(-len(end), None), end))
-        if space.stands_still(after):
+        if space.stands_still(after[:context]):
             known += space.stride  # behind the new frames, the last of which is the picture itself
     template = replace(template, frames=space.grid.latents(1 + new + known))
-    return _known(space.patch, template, parts, noise)
+    return _known(space.patch, template, parts, noise), context
 
 
 def _known(
