@@ -103,8 +103,8 @@ def test_size_and_rate_are_asked_for_or_the_first_files(monkeypatch: pytest.Monk
     shown = {"video": (61, 37, 12.0, False), "picture": (61, 37, 1.0, True)}
 
     def opened(mode: str, file: str = "", **options: Any) -> tuple[int, int, int, float]:
-        monkeypatch.setattr(sample, "video_shape", lambda _: shown[file])
-        monkeypatch.setattr(sample, "read_video", lambda *_: (np.zeros(1), 0))
+        monkeypatch.setattr(media, "video_shape", lambda _: shown[file])
+        monkeypatch.setattr(media, "read_video", lambda *_: (np.zeros(1), 0))
         size = command(mode, **options).open(pipeline()).size
         return size.frames, size.height, size.width, size.fps
 
