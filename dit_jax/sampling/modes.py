@@ -65,15 +65,16 @@ def make_clips(
     """The clips of generations of any modes and sizes (in latents, if ``decode`` turns these into
     pixels), which share batches; the same on every process."""
     requests = [request for one in generations for request in one.requests]
-    name, clips = "sampling" if progress else "", []
-    for request, clip in zip(
-        requests, make_latents(generator, params, requests, mesh, name), strict=True
-    ):
+    name = "sampling" if progress else ""
+    latents = iter(make_latents(generator, params, requests, mesh, name))
+
+    def next_clip(loop: bool) -> Clip:
+        clip = next(latents)
         if decode is not None:
-            clip = decode_loop(decode, clip) if request.loop else decode(clip)
-        clips.append(to_uint8(clip))
-    parts = iter(clips)
-    return [one.finish([next(parts) for _ in one.requests]) for one in generations]
+            clip = decode_loop(decode, clip) if loop else decode(clip)
+        return to_uint8(clip)
+
+    return [one.finish([next_clip(each.loop) for each in one.requests]) for one in generations]
 
 
 def plain(template: Request) -> Generation:
@@ -95,9 +96,8 @@ def image_to_video(
     tokens = {-(-frame // space.stride): image for frame, image in frames.items()}
     full = len(tokens) < len(frames) or len(tokens) > (len(numbers) - 1) // space.stride
     message = (
-        f"frames {', '.join(map(str, sorted(frames)))} are known of a clip of {len(numbers)}, of which "
-        f"each token holds {space.stride}: give at most one for a token, and leave a token to generate "
-        "(more --frames; to remake a picture, use the mode video with --strength)."
+        f"frames {', '.join(map(str, sorted(frames)))} are known of a clip of {len(numbers)}: give at "
+        f"most one for a token of {space.stride} frames, and leave a token to generate (--frames)."
     )
     refuse_if([(full, message)])
     parts = [
@@ -194,10 +194,8 @@ def blend(
     """One clip turns into the other while both go on: their latents are mixed over ``overlap`` frames
     (``1 + n stride``), and remade from noise that is ``strength`` in the middle and 0 at both ends."""
     count, shorter, part = space.grid.latents(overlap), min(len(first), len(second)), space.patch.t
-    message = (
-        f"an overlap of {overlap} frames of clips of at least {shorter}: it is not longer than the "
-        f"clips, and has at least {1 + 2 * space.stride} frames, or it has no middle."
-    )
+    least = 1 + 2 * space.stride
+    message = f"an overlap of {overlap} frames: give {least} (less has no middle) to {shorter}."
     refuse_if([(overlap > shorter or count < 2 + part, message)])
     share = np.linspace(0, 1, 1 + (count - 1) // part)  # by token, then by latent
     share = np.repeat(share, [1] + [part] * (len(share) - 1)).astype(np.float32)
@@ -339,9 +337,8 @@ def check_storyboard(
         near = sorted(sorted(middles, key=lambda at: abs(at - time))[:3])
         unused = end > shown and not any(time <= at < end for at in middles)
         message = (
-            f"the storyboard's prompt at {time:g} s is in force in the middle of no window's new "
-            f"frames (the nearest: {', '.join(f'{at:.2f}' for at in near)} s): change its time, or "
-            "give a longer --length or --history or shorter windows (--frames)."
+            f"the storyboard's prompt at {time:g} s is in force in the middle of no window's new frames"
+            f" ({', '.join(f'{at:.2f}' for at in near)} s): change it, --length, --history or --frames."
         )
         refuse_if([(unused, message)])
 

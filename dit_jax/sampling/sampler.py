@@ -347,12 +347,11 @@ def make_latents(
     """
     config, model = generator.config, generator.model.config
     multiple, shards = token_multiple(mesh), batch_shards(mesh)
-    for request in requests:
-        check_request(request, model)
     if config.cfg_scale != 1 and config.cfg_interval == (0.0, 1.0) and shards % 2 == 0:
         shards //= 2  # every step has two rows for each clip
     groups: dict[Any, list[int]] = collections.defaultdict(list)
     for i, request in enumerate(requests):
+        check_request(request, model)
         groups[generator.batch_key(request)].append(i)
     batches = []
     for group in groups.values():
