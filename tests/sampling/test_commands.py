@@ -11,8 +11,14 @@ from dit_jax import sample
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.model import PatchConfig
 from dit_jax.sample import COMMANDS, Job, seconds_of
-from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard, media, to_float
-from dit_jax.sampling.modes import check_storyboard, decode_long, plan_windows, window_requests
+from dit_jax.sampling import Request, SamplingConfig, Space, media, to_float
+from dit_jax.sampling.modes import (
+    Storyboard,
+    check_storyboard,
+    decode_long,
+    plan_windows,
+    window_requests,
+)
 from tests.tiny_config import get_config
 
 SPACE = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))

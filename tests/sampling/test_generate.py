@@ -15,7 +15,8 @@ import pytest
 from dit_jax.config import check_types
 from dit_jax.diffusion import SOLVERS, DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.diffusion.paths import alphas_cumprod
-from dit_jax.sampling import Generator, SamplerInputs, SamplingConfig
+from dit_jax.sampling import Generator, SamplingConfig
+from dit_jax.sampling.request import SamplerInputs
 
 pytestmark = pytest.mark.usefixtures("quickly")
 DIM, CHANNELS, TOKENS = 8, 4, 5
