@@ -178,15 +178,13 @@ class Text(Command):
             frames = space.grid.nearest(seconds_of(self.duration, fps), fps)
         space.check_size(frames, height, width)
         most = 1 if self.pictures else None
-        shape = height, width, fps, most
-        clips = {file: media.read_video(file, *shape)[0] for file in self.files}
+        clips = {file: media.read_video(file, height, width, fps, most)[0] for file in self.files}
         size = dataclasses.replace(config, frames=frames, height=height, width=width, fps=fps)
         config = dataclasses.replace(pipeline.config, sampling=size)
         return Job(dataclasses.replace(pipeline, config=config), space, size, clips)
 
     def generation(self, job: Job, template: Request) -> Generation:
         """What is made for one prompt."""
-        del job
         return modes.plain(template)
 
     def clips(self, pipeline: Pipeline) -> tuple[Prompts, Clips, list[float]]:
@@ -279,9 +277,8 @@ class Extend(Context):
     backward: Length | None = None  # Length of what comes before.
 
     def generation(self, job: Job, template: Request) -> Generation:
-        none = not (self.forward or self.backward)
-        refuse_if([(none, "extend: give --forward LENGTH, --backward LENGTH or both.")])
         lengths = self.forward, self.backward
+        refuse_if([(not any(lengths), "extend: give --forward LENGTH, --backward LENGTH or both.")])
         ahead, before = (job.nearest(one, job.space.new) if one else 0 for one in lengths)
         clip, context = job.media[self.video], job.whole(self.context)
         return modes.extend(job.space, template, clip, ahead, before, context, self.noise)
@@ -384,8 +381,8 @@ class Upscale(Command):
         prompts = list(self.prompts()) if asked else [""] * self.num
         prompts = prompts * len(files) if len(prompts) == self.num else prompts
         unfit = not files or len(prompts) != len(files) * self.num
-        fit = f"{len(prompts) // self.num} prompts for {len(files)} clips of --videos: give clips, and"
-        fit += " a prompt for each, one for all, or none."
+        count = len(prompts) // self.num
+        fit = f"{count} prompts for {len(files)} clips: give one for each, one for all, or none."
         model = f"the model of {self.checkpoint!r} does not enlarge clips: give a run that does."
         refuse_if([(conditioner is None, model), (unfit, fit)])
         videos = [video for video in map(media.read_video, files) for _ in range(self.num)]

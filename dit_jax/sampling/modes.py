@@ -138,12 +138,12 @@ def extend(
     # encoded as a clip.
     none, requests = clip[:0], []
     if forward:
-        requests.append(_between(space, template, clip, none, forward, context, noise)[0])
+        requests.append(_between(space, template, [clip, none], forward, context, noise)[0])
     if backward:
-        requests.append(_between(space, template, none, clip, backward, context, noise)[0])
+        requests.append(_between(space, template, [none, clip], backward, context, noise)[0])
 
     def finish(clips: Sequence[Clip]) -> Clip:
-        after = clips[0][-forward:] if forward else none
+        after = clips[0][len(clips[0]) - forward :]
         return np.concatenate([clips[-1][:backward], clip, after])
 
     return Generation(tuple(requests), finish)
@@ -164,10 +164,9 @@ def connect(
     leaves of the template's.
     """
     # The last of gap + 1 new frames is the second clip's first.
-    request, seen = _between(space, template, first, second, gap + 1, context, noise)
-    return Generation(
-        (request,), lambda clips: np.concatenate([first, clips[0][seen : seen + gap], second])
-    )
+    request, seen = _between(space, template, [first, second], gap + 1, context, noise)
+    new = slice(seen, seen + gap)
+    return Generation((request,), lambda clips: np.concatenate([first, clips[0][new], second]))
 
 
 def loop_clip(space: Space, template: Request, clip: Clip, *gap: Any, **more: Any) -> Generation:
@@ -206,9 +205,8 @@ def blend(
     # At both ends the cap is 0: of one frame at the first, of a token at the last.
     ends = {0: tail[:1], overlap - space.stride: head[-space.stride :]}
     requests, middle = _pasting(replace(template, frames=count, known=known), ends)
-    return Generation(
-        requests, lambda clips: np.concatenate([first[:-overlap], middle(clips), second[overlap:]])
-    )
+    start, end = first[:-overlap], second[overlap:]
+    return Generation(requests, lambda clips: np.concatenate([start, middle(clips), end]))
 
 
 def interpolate(
@@ -251,30 +249,25 @@ def _pasting(request: Request, pasted: Mapping[int, Clip]) -> Generation:
 
 
 def _between(
-    space: Space,
-    template: Request,
-    before: Clip,
-    after: Clip,
-    new: int,
-    context: int | None,
-    noise: float,
+    space: Space, template: Request, clips: list[Clip], new: int, context: int | None, noise: float
 ) -> tuple[Request, int]:
-    """``new`` generated frames (the last of which ``after`` may begin with) between clips, of which one
-    may be empty, and how many frames of each the model sees."""
-    lengths = [len(clip) for clip in (before, after) if len(clip)]
+    """``new`` generated frames (the last of which the second clip may begin with) between two clips, of
+    which one may be empty, and how many frames of each the model sees."""
+    lengths = [len(clip) for clip in clips if len(clip)]
     if context is None:
         left = (space.grid.frames(template.frames) - 1 - new) // len(lengths) // space.stride
         context = 1 + min(max(left, 1), (min(lengths) - 1) // space.stride) * space.stride
     message = f"--context is {context} frames, of clips of at least {min(lengths)}: give less."
     refuse_if([(context > min(lengths), message)])
+    before, after = clips[0][-context:], clips[1][:context]
     parts, known = [], (context - 1) * len(lengths)
     if len(before):
-        start = space.encode(before[-context:])
+        start = space.encode(before)
         parts.append((slice(len(start)), start))
     if len(after):
-        end = space.at_end(after[:context])
+        end = space.at_end(after)
         parts.append((slice(-len(end), None), end))
-        if space.stands_still(after[:context]):
+        if space.stands_still(after):
             known += space.stride  # behind the new frames, the last of which is the picture itself
     template = replace(template, frames=space.grid.latents(1 + new + known))
     return _known(space.patch, template, parts, noise), context

@@ -157,8 +157,8 @@ def check_finite(params: Params, where: str, steps: str = "") -> None:
     ``steps`` names other checkpoints."""
     finite = jax.jit(partial(jax.tree.map, lambda leaf: jnp.isfinite(leaf).all()))(params)
     broken = [path for path, fine in jax.tree_util.tree_leaves_with_path(finite) if not fine]
-    for path in broken[:1]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if broken:
+        name = jax.tree_util.keystr(broken[0], simple=True, separator="/")
         raise InputError(
             f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {name!r}): "
             f"choose an earlier --step{steps}."

@@ -178,6 +178,7 @@ def make_inputs(
     tokens, segments = zip(*(request.fields(patch) for request in requests), strict=True)
     dtypes = dict.fromkeys([*tokens[0], *segments[0]], np.float32)
     dtypes |= {name: one.field(model).dtype for name, one in model.conditioners.items()}
+    by_name = {k: np.array([[one[k]] for one in segments], dtypes[k]) for k in segments[0]}
     arrays: dict[str, Any] = dict(
         tokens=rows(clean, l),
         noise_caps=rows(caps, l, 1),
@@ -191,9 +192,7 @@ def make_inputs(
         text_segment_ids=segment_ids(text, s),
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
         token_fields={k: rows([one[k] for one in tokens], l, 0, dtypes[k]) for k in tokens[0]},
-        segment_fields={
-            k: np.array([[one[k]] for one in segments], dtypes[k]) for k in segments[0]
-        },
+        segment_fields=by_name,
     )
     # All rows of a compiled step have these, or none has.
     if any(numbers.any() for _, _, numbers in known):
