@@ -19,17 +19,10 @@ import jax
 import numpy as np
 import tyro
 
+from dit_jax import parallel
 from dit_jax.config import check_types, load_config
 from dit_jax.files import SURROGATES, as_path, local_copy, refuse_if, run_verb, silence_traces
 from dit_jax.model import ClassLabels, NoTextConfig
-from dit_jax.parallel import (
-    PROCESS_HELP,
-    MeshConfig,
-    joined,
-    make_mesh,
-    take_process_flags,
-    tune_cpu,
-)
 from dit_jax.sampling import media, modes
 from dit_jax.sampling.modes import NOISE, Generation
 from dit_jax.sampling.pipeline import Pipeline, load_run, stored_sampling
@@ -86,7 +79,7 @@ class Command:
     config: str | None = None  # The run's config file, if it has conditioners of your own module.
     sampling: tyro.conf.OmitArgPrefixes[SamplerConfig] = SamplerConfig()
     """By default as the run's config says (``sampling``)."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: parallel.MeshConfig = parallel.MeshConfig()
     spread_parameters: bool = False
     """Shard parameters over mesh.context too: for models too large for one device; slower."""
 
@@ -411,7 +404,7 @@ def parse(arguments: Sequence[str]) -> Text | Upscale:
     values = dict.fromkeys(required, tyro.MISSING) | {"sampling": SamplerConfig(**settings)}
     about = f"{command.__doc__} Other modes: {', '.join(one for one in COMMANDS if one != name)}."
     if "--help-all" in rest:
-        rest, about = ["--help"], f"{about} {PROCESS_HELP}"
+        rest, about = ["--help"], f"{about} {parallel.PROCESS_HELP}"
     elif {"-h", "--help"} & {*rest}:
         about += " All options, also of the solver (--steps, --cfg-scale, ...): --help-all."
         # A class of the same name and module: there the help of its options is looked up.
@@ -426,11 +419,11 @@ def parse(arguments: Sequence[str]) -> Text | Upscale:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Samples what the command line says; returns the exit status."""
-    arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    arguments, flags = parallel.take_process_flags(sys.argv[1:] if arguments is None else arguments)
     silence_traces()
 
     def work() -> None:
-        with joined(flags, PROG):
+        with parallel.joined(flags, PROG):
             command = parse(arguments)
             check_types(command)
             sample(command)
@@ -444,7 +437,7 @@ def sample(command: Text | Upscale) -> None:
     single = bool(output.suffix) and not output.is_dir()
     media.check_output(output if single else output / f"0.{command.format}")
     weights = command.step, command.codec, command.text_encoder
-    where = make_mesh(command.mesh), command.spread_parameters
+    where = parallel.make_mesh(command.mesh), command.spread_parameters
     own = load_config(command.config) if command.config else None
     pipeline = load_run(command.checkpoint, *weights, *where, own, **vars(command.sampling))
     prompts, clips, rates = command.clips(pipeline)
@@ -465,5 +458,5 @@ def sample(command: Text | Upscale) -> None:
 
 
 if __name__ == "__main__":
-    tune_cpu()
+    parallel.tune_cpu()
     raise SystemExit(main())
