@@ -23,14 +23,8 @@ import numpy as np
 from dit_jax.data import ShapesConfig, caption, held_out_scenes
 from dit_jax.data.shapes import render
 from dit_jax.evaluate import prompt_following
-from dit_jax.sampling import (
-    contact_sheet,
-    decode_long,
-    make_long,
-    plan_windows,
-    window_requests,
-    write_png,
-)
+from dit_jax.sampling import contact_sheet, write_png
+from dit_jax.sampling.modes import decode_long, make_long, plan_windows, window_requests
 from dit_jax.sampling.pipeline import load_run
 
 WORDS = ("color", "shape", "direction", "size", "all")

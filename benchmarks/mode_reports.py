@@ -16,11 +16,11 @@ from dit_jax.sampling import (
     Space,
     contact_sheet,
     grid,
-    interpolate,
-    upscale,
     write_png,
     write_video,
 )
+from dit_jax.sampling.media import upscale
+from dit_jax.sampling.modes import interpolate
 from dit_jax.sampling.pipeline import Pipeline
 
 STRENGTH = 0.8

@@ -20,21 +20,17 @@ from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of
 from dit_jax.data import caption, held_out_scenes
 from dit_jax.data.shapes import COLORS, Scene, render
 from dit_jax.evaluate import centroids, prompt_following
-from dit_jax.sampling import (
-    Generation,
-    Request,
-    Space,
+from dit_jax.sampling import Generation, Request, Space, make_clips, plain
+from dit_jax.sampling.media import mean_psnr, psnr
+from dit_jax.sampling.modes import (
     blend,
     connect,
     extend,
     image_to_video,
     loop_clip,
     loop_text,
-    make_clips,
-    plain,
     restyle,
 )
-from dit_jax.sampling.media import mean_psnr, psnr
 from dit_jax.sampling.pipeline import load_run
 
 FRAMES, NEW = 9, 4

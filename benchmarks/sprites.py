@@ -21,24 +21,20 @@ import numpy as np
 from mode_reports import STRENGTH, Found, Report, every_second, linear, maker_of, seams
 
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.sampling import (
-    Generation,
-    Request,
-    Space,
+from dit_jax.sampling import Generation, Request, Space, make_clips, plain
+from dit_jax.sampling.media import mean_psnr, psnr
+from dit_jax.sampling.modes import (
     connect,
     decode_long,
     extend,
     image_to_video,
     loop_clip,
     loop_text,
-    make_clips,
     make_long,
-    plain,
     plan_windows,
     restyle,
     window_requests,
 )
-from dit_jax.sampling.media import mean_psnr, psnr
 from dit_jax.sampling.pipeline import load_run
 
 FRAMES, NEW, GAP, TIMES = 8, 4, 2, 4

@@ -19,35 +19,11 @@ import jax
 import numpy as np
 import tyro
 
+from dit_jax import parallel
 from dit_jax.config import check_types, load_config
-from dit_jax.files import (
-    SURROGATES,
-    InputError,
-    as_path,
-    local_copy,
-    refuse_if,
-    run_verb,
-    silence_traces,
-)
+from dit_jax.files import SURROGATES, as_path, local_copy, refuse_if, run_verb, silence_traces
 from dit_jax.model import ClassLabels, NoTextConfig
-from dit_jax.parallel import (
-    PROCESS_HELP,
-    MeshConfig,
-    joined,
-    make_mesh,
-    take_process_flags,
-    tune_cpu,
-)
-from dit_jax.sampling import modes
-from dit_jax.sampling.media import (
-    EXTENSIONS,
-    check_output,
-    grid,
-    read_video,
-    upscale,
-    video_shape,
-    write_video,
-)
+from dit_jax.sampling import media, modes
 from dit_jax.sampling.modes import NOISE, Generation
 from dit_jax.sampling.pipeline import Pipeline, load_run, stored_sampling
 from dit_jax.sampling.request import Request, Space, read_prompts
@@ -73,10 +49,10 @@ _how_joined = tyro.conf.create_mutex_group(required=False)
 def seconds_of(length: Length, fps: float, least: float = 1e-9) -> float:
     """``2s``, ``1.5s``, or a number of frames, in seconds."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)(s?)", length)
-    number = float(match[1]) if match else -1.0
-    if match is None or number < least or not match[2] and number % 1:
-        raise InputError(f"length {length}: give seconds, as 2s, or a number of frames, as 16.")
-    return number if match[2] else number / fps
+    number, unit = (float(match[1]), match[2]) if match else (-1.0, "")
+    message = f"length {length}: give seconds, as 2s, or a number of frames, as 16."
+    refuse_if([(number < least or not unit and number % 1 > 0, message)])
+    return number if unit else number / fps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +79,7 @@ class Command:
     config: str | None = None  # The run's config file, if it has conditioners of your own module.
     sampling: tyro.conf.OmitArgPrefixes[SamplerConfig] = SamplerConfig()
     """By default as the run's config says (``sampling``)."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: parallel.MeshConfig = parallel.MeshConfig()
     spread_parameters: bool = False
     """Shard parameters over mesh.context too: for models too large for one device; slower."""
 
@@ -124,16 +100,11 @@ class Command:
         wrong = [p for p in prompts if (p not in classes if classes else isinstance(p, int))]
         # Bytes of a command line that are no UTF-8 come as halves of surrogate pairs.
         broken = [p for p in (*prompts, negative) if SURROGATES.search(str(p))]
-        deaf = isinstance(config.model.text, NoTextConfig) or not config.sampling.guidance.active
-        faults = (
-            (bool(broken), f"the prompts {broken!r:.200} are no UTF-8: write them anew."),
-            (bool(wrong), f"{wrong!r:.60}: give {reads}, which {self.checkpoint!r} reads."),
-            (
-                bool(negative) and deaf,
-                "--negative-prompt needs a model of text, and --cfg-scale not 1.",
-            ),
-        )
-        refuse_if(faults)
+        deaf = isinstance(config.model.text, NoTextConfig) or config.sampling.cfg_scale == 1
+        recode = f"the prompts {broken!r:.200} are no UTF-8: write them anew."
+        other = f"{wrong!r:.60}: give {reads}, which {self.checkpoint!r} reads."
+        guide = "--negative-prompt needs a model of text, and --cfg-scale not 1."
+        refuse_if([(bool(broken), recode), (bool(wrong), other), (bool(negative) and deaf, guide)])
         note = cut_note(config, [*map(str, (*prompts, *more)), negative])
         if note and jax.process_index() == 0:
             print(f"dit_jax.sample: warning: {note}", file=sys.stderr, flush=True)
@@ -186,7 +157,7 @@ class Text(Command):
         frames, fps = self.frames or config.frames, self.fps or config.fps
         height, width = self.height or config.height, self.width or config.width
         for file in self.files[:1]:
-            *sides, rate, still = video_shape(file)
+            *sides, rate, still = media.video_shape(file)
             # An asked side scales the other; what is asked for of neither is the picture's own.
             asked = self.height, self.width
             scale = next((a / b for a, b in zip(asked, sides, strict=True) if a), 1.0)
@@ -200,14 +171,13 @@ class Text(Command):
             frames = space.grid.nearest(seconds_of(self.duration, fps), fps)
         space.check_size(frames, height, width)
         most = 1 if self.pictures else None
-        media = {file: read_video(file, height, width, fps, most)[0] for file in self.files}
+        clips = {file: media.read_video(file, height, width, fps, most)[0] for file in self.files}
         size = dataclasses.replace(config, frames=frames, height=height, width=width, fps=fps)
         config = dataclasses.replace(pipeline.config, sampling=size)
-        return Job(dataclasses.replace(pipeline, config=config), space, size, media)
+        return Job(dataclasses.replace(pipeline, config=config), space, size, clips)
 
     def generation(self, job: Job, template: Request) -> Generation:
         """What is made for one prompt."""
-        del job
         return modes.plain(template)
 
     def clips(self, pipeline: Pipeline) -> tuple[Prompts, Clips, list[float]]:
@@ -248,10 +218,7 @@ class Image(Text):
         count, fps = job.size.frames, job.size.fps
         for time, file in self.keyframes:
             frame = round(seconds_of(time, fps, 0) * fps) if time else count - 1
-            message = (
-                f"{time or 'last'}={file} is frame {frame} of a clip of {count} at {fps:g} frames a "
-                "second: give other frames, or a longer clip."
-            )
+            message = f"{time or 'last'}={file} is frame {frame} of a clip of {count}: give others."
             refuse_if([(frame >= count or frame in images, message)])
             images[frame] = job.media[file][0]
         return modes.image_to_video(job.space, template, images, self.noise)
@@ -303,9 +270,8 @@ class Extend(Context):
     backward: Length | None = None  # Length of what comes before.
 
     def generation(self, job: Job, template: Request) -> Generation:
-        none = not (self.forward or self.backward)
-        refuse_if([(none, "extend: give --forward LENGTH, --backward LENGTH or both.")])
         lengths = self.forward, self.backward
+        refuse_if([(not any(lengths), "extend: give --forward LENGTH, --backward LENGTH or both.")])
         ahead, before = (job.nearest(one, job.space.new) if one else 0 for one in lengths)
         clip, context = job.media[self.video], job.whole(self.context)
         return modes.extend(job.space, template, clip, ahead, before, context, self.noise)
@@ -342,11 +308,9 @@ class Loop(Context):
             gap, context = job.nearest(self.gap, job.space.gap), job.whole(self.context)
             return modes.loop_clip(job.space, template, clip, gap, context, self.noise)
         window = job.pipeline.config.model.dit.window
-        message = (
-            f"a loop of {job.size.frames} frame(s) from text, by a model of local attention (window: "
-            f"{window} tokens): give more than 1 frame, or close a clip (--video FILE)."
-        )
-        refuse_if([(job.size.frames == 1 or window is not None, message)])
+        single = "a loop of 1 frame from text: give more --frames."
+        local = f"the model's attention is local ({window} tokens): close a clip (--video FILE)."
+        refuse_if([(job.size.frames == 1, single), (window is not None, local)])
         return modes.loop_text(job.space, template)
 
 
@@ -381,17 +345,10 @@ class Long(Text):
             modes.check_storyboard(board, windows, templates[0].fps, before / fps, shown / fps)
         clips = [modes.window_requests(one, windows, board, before / fps) for one in templates]
         requests, count = pipeline.encode_text(sum(clips, [])), len(windows)
-        head = None if start is None else job.space.encode(start[-context:])
-        latents = modes.make_long(
-            pipeline.generator,
-            pipeline.params,
-            [requests[i : i + count] for i in range(0, len(requests), count)],
-            windows,
-            pipeline.mesh,
-            self.noise,
-            None if head is None else [head] * len(prompts),
-            progress=True,
-        )
+        heads = None if start is None else [job.space.encode(start[-context:])] * len(prompts)
+        parts = [requests[i : i + count] for i in range(0, len(requests), count)]
+        generator, params, mesh = pipeline.generator, pipeline.params, pipeline.mesh
+        latents = modes.make_long(generator, params, parts, windows, mesh, self.noise, heads, True)
         frames = length - before
         clips = [modes.decode_long(pipeline.codec, one, frames, start, context) for one in latents]
         return prompts, clips, [fps] * len(clips)
@@ -412,18 +369,16 @@ class Upscale(Command):
         files: list[Path] = []
         for path in map(local_copy, self.videos):
             inner = sorted(path.iterdir()) if path.is_dir() else [path]
-            files += [one for one in inner if one == path or one.suffix.lower() in EXTENSIONS]
+            files += [one for one in inner if one == path or one.suffix.lower() in media.EXTENSIONS]
         asked = self.prompt or self.label or self.prompts_file
         prompts = list(self.prompts()) if asked else [""] * self.num
         prompts = prompts * len(files) if len(prompts) == self.num else prompts
         unfit = not files or len(prompts) != len(files) * self.num
-        fit = (
-            f"{len(prompts) // self.num} prompts for {len(files)} clips of --videos: give clips "
-            f"({', '.join(EXTENSIONS)}), and a prompt for each, one for all, or none."
-        )
+        count = len(prompts) // self.num
+        fit = f"{count} prompts for {len(files)} clips: give one for each, one for all, or none."
         model = f"the model of {self.checkpoint!r} does not enlarge clips: give a run that does."
         refuse_if([(conditioner is None, model), (unfit, fit)])
-        videos = [video for video in map(read_video, files) for _ in range(self.num)]
+        videos = [video for video in map(media.read_video, files) for _ in range(self.num)]
         requests = pipeline.encode_text(self.requests(pipeline, prompts))
         config, codec = pipeline.config, pipeline.codec
         generations = conditioner.enlarge(requests, videos, config, codec, self.augmentation)
@@ -449,7 +404,7 @@ def parse(arguments: Sequence[str]) -> Text | Upscale:
     values = dict.fromkeys(required, tyro.MISSING) | {"sampling": SamplerConfig(**settings)}
     about = f"{command.__doc__} Other modes: {', '.join(one for one in COMMANDS if one != name)}."
     if "--help-all" in rest:
-        rest, about = ["--help"], f"{about} {PROCESS_HELP}"
+        rest, about = ["--help"], f"{about} {parallel.PROCESS_HELP}"
     elif {"-h", "--help"} & {*rest}:
         about += " All options, also of the solver (--steps, --cfg-scale, ...): --help-all."
         # A class of the same name and module: there the help of its options is looked up.
@@ -464,11 +419,11 @@ def parse(arguments: Sequence[str]) -> Text | Upscale:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Samples what the command line says; returns the exit status."""
-    arguments, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    arguments, flags = parallel.take_process_flags(sys.argv[1:] if arguments is None else arguments)
     silence_traces()
 
     def work() -> None:
-        with joined(flags, PROG):
+        with parallel.joined(flags, PROG):
             command = parse(arguments)
             check_types(command)
             sample(command)
@@ -480,36 +435,28 @@ def sample(command: Text | Upscale) -> None:
     """Makes the clips of a command and writes them."""
     output = as_path(command.output)
     single = bool(output.suffix) and not output.is_dir()
-    check_output(output if single else output / f"0.{command.format}")
-    pipeline = load_run(
-        command.checkpoint,
-        command.step,
-        command.codec,
-        command.text_encoder,
-        make_mesh(command.mesh),
-        command.spread_parameters,
-        load_config(command.config) if command.config else None,
-        **vars(command.sampling),
-    )
+    media.check_output(output if single else output / f"0.{command.format}")
+    weights = command.step, command.codec, command.text_encoder
+    where = parallel.make_mesh(command.mesh), command.spread_parameters
+    own = load_config(command.config) if command.config else None
+    pipeline = load_run(command.checkpoint, *weights, *where, own, **vars(command.sampling))
     prompts, clips, rates = command.clips(pipeline)
     if jax.process_index() != 0:
         return
-    message = (
-        f"--output {output} cannot show {sorted(set(rates))} frames a second: name a directory."
-    )
+    message = f"--output {output} cannot show {set(rates)} frames a second: name a directory."
     refuse_if([(single and len(set(rates)) > 1, message)])
-    large = [(upscale(part, command.scale) for part in clip) for clip in clips]
+    large = [(media.upscale(part, command.scale) for part in clip) for clip in clips]
     if single:
-        tiles = (grid(list(parts)) for parts in zip(*large, strict=True))
-        write_video(output, large[0] if len(large) == 1 else tiles, rates[0])
+        tiles = (media.grid(list(parts)) for parts in zip(*large, strict=True))
+        media.write_video(output, large[0] if len(large) == 1 else tiles, rates[0])
     else:
         for i, (name, parts, fps) in enumerate(zip(prompts, large, rates, strict=True)):
             name = name if isinstance(name, str) else f"class {name}"
             slug = re.sub(r"\W+", "-", name.lower()).strip("-")[:60]
-            write_video(output / f"{i:04d}-{slug}.{command.format}", parts, fps)
+            media.write_video(output / f"{i:04d}-{slug}.{command.format}", parts, fps)
     print(f"{len(large)} clip(s): {output}" if single else f"{len(large)} clip(s) in {output}/")
 
 
 if __name__ == "__main__":
-    tune_cpu()
+    parallel.tune_cpu()
     raise SystemExit(main())

@@ -20,6 +20,7 @@ from dit_jax.data.records import RecordsSource as RecordsSource
 from dit_jax.data.records import TransformConfig as TransformConfig
 from dit_jax.data.records import centre as centre
 from dit_jax.data.records import choose_caption as choose_caption
+from dit_jax.data.records import cover as cover
 from dit_jax.data.records import crop as crop
 from dit_jax.data.records import flip as flip
 from dit_jax.data.records import resized as resized

@@ -472,15 +472,20 @@ def centre(video: np.ndarray, height: int, width: int) -> np.ndarray:
     return video[:, top : top + height, left : left + width]
 
 
+def cover(video: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of frames uint8 ``[t, h, w, 3]``, scaled to cover ``height x width``."""
+    h, w = video.shape[1:3]
+    scale = max(height / h, width / w)
+    # Rounding must not leave a side one pixel short.
+    video = resized(video, max(round(h * scale), height), max(round(w * scale), width))
+    return centre(video, height, width)
+
+
 def crop(config: TransformConfig, video: np.ndarray) -> np.ndarray:
     """A clip uint8 ``[t, h, w, 3]`` as the config has it; float latents come back as they are."""
     if video.dtype != np.uint8 or config.crop is None:
         return video
-    side, (height, width) = config.crop, video.shape[1:3]
-    scale = side / min(height, width)
-    # Rounding must not leave a side one pixel short of the square.
-    video = resized(video, max(round(height * scale), side), max(round(width * scale), side))
-    return centre(video, side, side)
+    return cover(video, config.crop, config.crop)
 
 
 def flip(sample: Sample, rng: np.random.Generator) -> Sample:

@@ -48,7 +48,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
-from dit_jax.types import PAD, require
+from dit_jax.types import PAD, NonNegativeFloat, PositiveInt, UnitInterval
 
 Spacing = Literal["linear", "trailing", "linspace"]
 Tokens = Float[Array, "b l p"]
@@ -256,27 +256,20 @@ def noise_levels(
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig:
-    """How strong guidance is, and where it applies: ``cfg_*`` of ``SamplingConfig``."""
+    """How strong guidance is, and where it applies: fields of ``SamplingConfig``."""
 
-    scale: float = 4.0
-    channels: int | None = None  # guide this many, the first ones; None: all
-    interval: tuple[float, float] = (0.0, 1.0)  # guide at noise levels low < t <= high
-    rescale: float = 0.0  # phi of (8)
-
-    def __post_init__(self) -> None:
-        low, high = self.interval
-        rule = "noise levels 0 <= low < high <= 1"
-        require("sampling.cfg_", self, ("interval", 0 <= low < high <= 1, rule))
-
-    @property
-    def active(self) -> bool:
-        return self.scale != 1
+    cfg_scale: NonNegativeFloat = 4.0  # Guidance; 1 is none and halves the work.
+    cfg_channels: PositiveInt | None = None  # Guide the first so many (DiT: 3 of 4). None: all.
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only at noise levels low < t <= high; outside, steps have half the work."""
+    cfg_rescale: UnitInterval = 0.0
+    """Share in which the guided prediction keeps the deviation of the conditional (0.7 is usual)."""
 
     def guided_at(self, t: float) -> bool:
         """Whether guidance changes anything at this noise level."""
         # Compared as float32, as the compiled step compares: both must agree on every level.
-        low, high = (np.float32(bound) for bound in self.interval)
-        return self.active and bool(low < np.float32(t) <= high)
+        low, high = (np.float32(bound) for bound in self.cfg_interval)
+        return self.cfg_scale != 1 and bool(low < np.float32(t) <= high)
 
 
 def deviation(x: Tokens, counted: Bool[Array, "b l"], segment_ids: Ids, segments: int) -> ByToken:
@@ -304,17 +297,18 @@ def guide(
 ) -> Tokens:
     """The guided prediction at level ``t`` of the schedule, of rows with at most so many ``segments``
     and of tokens whose numbers are ordered (t, h, w, c), with so many ``channels``."""
-    guided = unconditional + config.scale * (conditional - unconditional)  # (7)
-    if config.rescale:
+    guided = unconditional + config.cfg_scale * (conditional - unconditional)  # (7)
+    phi = config.cfg_rescale
+    if phi:
         counted = (segment_ids != PAD) & (tau > 0)
         expected = deviation(conditional, counted, segment_ids, segments)
         actual = deviation(guided, counted, segment_ids, segments)
         ratio = expected / jnp.where(actual > 0, actual, 1)
-        guided = guided * (config.rescale * ratio + (1 - config.rescale))[..., None]  # (8)
-    if config.channels is not None:
-        first = np.arange(conditional.shape[-1]) % channels < config.channels
+        guided = guided * (phi * ratio + (1 - phi))[..., None]  # (8)
+    if config.cfg_channels is not None:
+        first = np.arange(conditional.shape[-1]) % channels < config.cfg_channels
         guided = jnp.where(first, guided, conditional)
-    if config.interval != (0.0, 1.0):
-        low, high = config.interval
+    if config.cfg_interval != (0.0, 1.0):
+        low, high = config.cfg_interval
         guided = jnp.where((low < t) & (t <= high), guided, conditional)
     return guided

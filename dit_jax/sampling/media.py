@@ -26,16 +26,8 @@ from av.filter import Graph
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
-from dit_jax.data import centre, resized
-from dit_jax.files import (
-    InputError,
-    as_path,
-    atomic_path,
-    check_file,
-    checking_input,
-    local_copy,
-    refuse_if,
-)
+from dit_jax.data import cover
+from dit_jax.files import as_path, atomic_path, check_file, checking_input, local_copy, refuse_if
 
 EXTENSIONS = (".mp4", ".gif", ".png")
 GIF_TICK = Fraction(1, 100)  # GIF's unit of time, in seconds
@@ -83,10 +75,7 @@ def read_video(
                 continue  # damage: a frame that comes late
             image = _as_shown(frame, float(stream.sample_aspect_ratio or 1))
             if height and width:
-                h, w = image.shape[:2]
-                scale = max(height / h, width / w)
-                size = max(round(h * scale), height), max(round(w * scale), width)
-                image = centre(resized(image[None], *size), height, width)[0]
+                image = cover(image[None], height, width)[0]
             frames.append(image)
             times.append(len(times) if frame.time is None else frame.time)
             shown = len(frames) if fps is None else (times[-1] - times[0]) * fps
@@ -266,10 +255,9 @@ def _writing(path: Path) -> Iterator[Path]:
     except FFmpegError as error:
         if error.errno in errno.errorcode and error.errno != errno.EINVAL:
             raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk, say
-        raise InputError(
-            f"cannot write {str(path)!r} ({error.strerror or error}): its size must be one that the "
-            f"format allows; try another of {', '.join(EXTENSIONS)}."
-        ) from error
+        remedy = f"its size must be one that the format allows; try another of {EXTENSIONS}"
+        with checking_input(f"cannot write {str(path)!r}", remedy):
+            raise
 
 
 def _frame(image: np.ndarray, pts: int, time_base: Fraction) -> av.VideoFrame:

@@ -65,15 +65,16 @@ def make_clips(
     """The clips of generations of any modes and sizes (in latents, if ``decode`` turns these into
     pixels), which share batches; the same on every process."""
     requests = [request for one in generations for request in one.requests]
-    name, clips = "sampling" if progress else "", []
-    for request, clip in zip(
-        requests, make_latents(generator, params, requests, mesh, name), strict=True
-    ):
+    name = "sampling" if progress else ""
+    latents = iter(make_latents(generator, params, requests, mesh, name))
+
+    def next_clip(loop: bool) -> Clip:
+        clip = next(latents)
         if decode is not None:
-            clip = decode_loop(decode, clip) if request.loop else decode(clip)
-        clips.append(to_uint8(clip))
-    parts = iter(clips)
-    return [one.finish([next(parts) for _ in one.requests]) for one in generations]
+            clip = decode_loop(decode, clip) if loop else decode(clip)
+        return to_uint8(clip)
+
+    return [one.finish([next_clip(each.loop) for each in one.requests]) for one in generations]
 
 
 def plain(template: Request) -> Generation:
@@ -95,9 +96,8 @@ def image_to_video(
     tokens = {-(-frame // space.stride): image for frame, image in frames.items()}
     full = len(tokens) < len(frames) or len(tokens) > (len(numbers) - 1) // space.stride
     message = (
-        f"frames {', '.join(map(str, sorted(frames)))} are known of a clip of {len(numbers)}, of which "
-        f"each token holds {space.stride}: give at most one for a token, and leave a token to generate "
-        "(more --frames; to remake a picture, use the mode video with --strength)."
+        f"frames {', '.join(map(str, sorted(frames)))} are known of a clip of {len(numbers)}: give at "
+        f"most one for a token of {space.stride} frames, and leave a token to generate (--frames)."
     )
     refuse_if([(full, message)])
     parts = [
@@ -136,16 +136,14 @@ def extend(
     """
     # Neither end can be cut out of the clip's own latents, of which the first holds one frame: each is
     # encoded as a clip.
-    requests = []
+    none, requests = clip[:0], []
     if forward:
-        seen = _context(space, template, len(clip), forward, context)
-        requests.append(_between(space, template, clip[-seen:], clip[:0], forward, noise))
+        requests.append(_between(space, template, [clip, none], forward, context, noise)[0])
     if backward:
-        seen = _context(space, template, len(clip), backward, context)
-        requests.append(_between(space, template, clip[:0], clip[:seen], backward, noise))
+        requests.append(_between(space, template, [none, clip], backward, context, noise)[0])
 
     def finish(clips: Sequence[Clip]) -> Clip:
-        after = clips[0][-forward:] if forward else clip[:0]
+        after = clips[0][len(clips[0]) - forward :]
         return np.concatenate([clips[-1][:backward], clip, after])
 
     return Generation(tuple(requests), finish)
@@ -165,13 +163,10 @@ def connect(
     The model sees ``context`` frames (``1 + n stride``) of each clip; unset, half of what the gap
     leaves of the template's.
     """
-    shorter = min(len(first), len(second))
     # The last of gap + 1 new frames is the second clip's first.
-    seen = _context(space, template, shorter, gap + 1, context, parts=2)
-    request = _between(space, template, first[-seen:], second[:seen], gap + 1, noise)
-    return Generation(
-        (request,), lambda clips: np.concatenate([first, clips[0][seen : seen + gap], second])
-    )
+    request, seen = _between(space, template, [first, second], gap + 1, context, noise)
+    new = slice(seen, seen + gap)
+    return Generation((request,), lambda clips: np.concatenate([first, clips[0][new], second]))
 
 
 def loop_clip(space: Space, template: Request, clip: Clip, *gap: Any, **more: Any) -> Generation:
@@ -198,10 +193,8 @@ def blend(
     """One clip turns into the other while both go on: their latents are mixed over ``overlap`` frames
     (``1 + n stride``), and remade from noise that is ``strength`` in the middle and 0 at both ends."""
     count, shorter, part = space.grid.latents(overlap), min(len(first), len(second)), space.patch.t
-    message = (
-        f"an overlap of {overlap} frames of clips of at least {shorter}: it is not longer than the "
-        f"clips, and has at least {1 + 2 * space.stride} frames, or it has no middle."
-    )
+    least = 1 + 2 * space.stride
+    message = f"an overlap of {overlap} frames: give {least} (less has no middle) to {shorter}."
     refuse_if([(overlap > shorter or count < 2 + part, message)])
     share = np.linspace(0, 1, 1 + (count - 1) // part)  # by token, then by latent
     share = np.repeat(share, [1] + [part] * (len(share) - 1)).astype(np.float32)
@@ -212,9 +205,8 @@ def blend(
     # At both ends the cap is 0: of one frame at the first, of a token at the last.
     ends = {0: tail[:1], overlap - space.stride: head[-space.stride :]}
     requests, middle = _pasting(replace(template, frames=count, known=known), ends)
-    return Generation(
-        requests, lambda clips: np.concatenate([first[:-overlap], middle(clips), second[overlap:]])
-    )
+    start, end = first[:-overlap], second[overlap:]
+    return Generation(requests, lambda clips: np.concatenate([start, middle(clips), end]))
 
 
 def interpolate(
@@ -256,23 +248,19 @@ def _pasting(request: Request, pasted: Mapping[int, Clip]) -> Generation:
     return Generation((request,), finish)
 
 
-def _context(
-    space: Space, template: Request, length: int, new: int, context: int | None, parts: int = 1
-) -> int:
-    """How many frames of a clip the model sees beside ``new`` ones."""
-    if context is None:
-        left = (space.grid.frames(template.frames) - 1 - new) // parts // space.stride
-        context = 1 + min(max(left, 1), (length - 1) // space.stride) * space.stride
-    message = f"--context is {context} frames, of clips of at least {length}: give less."
-    refuse_if([(context > length, message)])
-    return context
-
-
 def _between(
-    space: Space, template: Request, before: Clip, after: Clip, new: int, noise: float
-) -> Request:
-    """``new`` generated frames (the last of which ``after`` may begin with) between known ones."""
-    parts, known = [], sum(max(len(clip) - 1, 0) for clip in (before, after))
+    space: Space, template: Request, clips: list[Clip], new: int, context: int | None, noise: float
+) -> tuple[Request, int]:
+    """``new`` generated frames (the last of which the second clip may begin with) between two clips, of
+    which one may be empty, and how many frames of each the model sees."""
+    lengths = [len(clip) for clip in clips if len(clip)]
+    if context is None:
+        left = (space.grid.frames(template.frames) - 1 - new) // len(lengths) // space.stride
+        context = 1 + min(max(left, 1), (min(lengths) - 1) // space.stride) * space.stride
+    message = f"--context is {context} frames, of clips of at least {min(lengths)}: give less."
+    refuse_if([(context > min(lengths), message)])
+    before, after = clips[0][-context:], clips[1][:context]
+    parts, known = [], (context - 1) * len(lengths)
     if len(before):
         start = space.encode(before)
         parts.append((slice(len(start)), start))
@@ -282,7 +270,7 @@ def _between(
         if space.stands_still(after):
             known += space.stride  # behind the new frames, the last of which is the picture itself
     template = replace(template, frames=space.grid.latents(1 + new + known))
-    return _known(space.patch, template, parts, noise)
+    return _known(space.patch, template, parts, noise), context
 
 
 def _known(
@@ -342,9 +330,8 @@ def check_storyboard(
         near = sorted(sorted(middles, key=lambda at: abs(at - time))[:3])
         unused = end > shown and not any(time <= at < end for at in middles)
         message = (
-            f"the storyboard's prompt at {time:g} s is in force in the middle of no window's new "
-            f"frames (the nearest: {', '.join(f'{at:.2f}' for at in near)} s): change its time, or "
-            "give a longer --length or --history or shorter windows (--frames)."
+            f"the storyboard's prompt at {time:g} s is in force in the middle of no window's new frames"
+            f" ({', '.join(f'{at:.2f}' for at in near)} s): change it, --length, --history or --frames."
         )
         refuse_if([(unused, message)])
 

@@ -121,17 +121,13 @@ def load_run(
     config = dataclasses.replace(config, model=model, sampling=settings, **parts)
     text = model.text
     if isinstance(text, TextStatesConfig) and config.text_encoder.path is None:
-        raise InputError(
-            f"the model of {str(run)!r} reads prompts as states of {text.encoder!r}: give "
-            "--text-encoder, its folder."
-        )
+        message = f"{str(run)!r} reads prompts as states of {text.encoder!r}: give --text-encoder."
+        raise InputError(message)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     opened = config.codec.open(model.patch.channels, mesh)
     if opened is None:
-        raise InputError(
-            f"the model of {str(run)!r} makes latents of {model.patch.channels} channels: give "
-            "--codec, the folder of the autoencoder that turns them into pixels."
-        )
+        message = f"{str(run)!r} makes latents of {model.patch.channels} channels: give --codec."
+        raise InputError(message)
     return Pipeline(config, mesh, opened, checkpointer, step, over_context)
 
 
@@ -160,11 +156,10 @@ def check_finite(params: Params, where: str, steps: str = "") -> None:
     """Raises ``InputError`` with the first parameter of the checkpoint ``where`` that is not finite;
     ``steps`` names other checkpoints."""
     finite = jax.jit(partial(jax.tree.map, lambda leaf: jnp.isfinite(leaf).all()))(params)
-    named = jax.tree_util.tree_flatten_with_path(finite)[0]
-    broken = [path for path, fine in named if not fine]
-    name = jax.tree_util.keystr(broken[0], simple=True, separator="/") if broken else ""
-    message = (
-        f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {name!r}): "
-        f"choose an earlier --step{steps}."
-    )
-    refuse_if([(bool(broken), message)])
+    broken = [path for path, fine in jax.tree_util.tree_leaves_with_path(finite) if not fine]
+    if broken:
+        name = jax.tree_util.keystr(broken[0], simple=True, separator="/")
+        raise InputError(
+            f"{where!r} has parameters that are NaN or infinite ({len(broken)}, the first {name!r}): "
+            f"choose an earlier --step{steps}."
+        )

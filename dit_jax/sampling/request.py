@@ -24,15 +24,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_jax.files import SURROGATES, InputError, MiB, checking_input, read_bytes, refuse_if
-from dit_jax.model import (
-    ModelConfig,
-    PatchConfig,
-    check_fields,
-    field_tokens,
-    patchify,
-    positions,
-)
+from dit_jax.files import SURROGATES, MiB, checking_input, read_bytes, refuse_if
+from dit_jax.model import ModelConfig, PatchConfig, check_fields, field_tokens, patchify, positions
 from dit_jax.sampling.media import to_float
 from dit_jax.types import PAD, TOKENS, Codec, DenoiserInputs, FrameGrid
 
@@ -53,11 +46,11 @@ class KnownLatents:
     def __post_init__(self) -> None:
         shape, caps = np.shape(self.clean), np.asarray(self.noise_caps)
         fits = caps.shape in (shape[:1], shape[:3]) and ((caps >= 0) & (caps <= 1)).all()
-        if not fits or not np.isfinite(self.clean).all():
-            raise ValueError(
-                f"latents {shape} have noise caps {caps.shape} from {caps.min()} to {caps.max()}: give "
-                "finite latents [t, h, w, c] and caps [t] or [t, h, w] in [0, 1]."
-            )
+        rule = "give finite latents [t, h, w, c] and caps [t] or [t, h, w] in [0, 1]"
+        message = (
+            f"latents {shape}, noise caps {caps.shape} from {caps.min()} to {caps.max()}: {rule}."
+        )
+        refuse_if([(not fits or not np.isfinite(self.clean).all(), message)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,20 +97,14 @@ class Request:
 
 def check_request(request: Request, model: ModelConfig) -> None:
     """Raises ``ValueError`` if the model cannot generate such a clip, with what it can."""
-    patch, known, times = model.patch, request.known, request.times
+    patch, known, times, fps = model.patch, request.known, request.times, request.fps
     patch.grid(*request.size, request.loop)
     shape = (*request.size, patch.channels)
-    wrong = (
-        times is not None and np.shape(times) != (request.frames,),
-        not 0 < request.fps < math.inf,
-        known is not None and known.clean.shape != shape,
-    )
-    if any(wrong):
-        raise InputError(
-            f"a request of size {shape} at {request.fps} frames a second, with times {times} "
-            f"and known latents {known and known.clean.shape}: give a finite rate above 0, a time for "
-            "each latent frame, and known latents of the request's size."
-        )
+    latents, clock = known and known.clean.shape, None if times is None else np.shape(times)
+    fits = latents in (None, shape) and clock in (None, shape[:1])
+    rule = "a finite rate above 0, known latents of its size, and a time for each latent frame"
+    message = f"a request {shape} at {fps} frames/s, latents {latents}, times {clock}: give {rule}."
+    refuse_if([(not (fits and 0 < fps < math.inf), message)])
     check_fields(model, *request.fields(patch), "the request")
 
 
@@ -191,6 +178,7 @@ def make_inputs(
     tokens, segments = zip(*(request.fields(patch) for request in requests), strict=True)
     dtypes = dict.fromkeys([*tokens[0], *segments[0]], np.float32)
     dtypes |= {name: one.field(model).dtype for name, one in model.conditioners.items()}
+    by_name = {k: np.array([[one[k]] for one in segments], dtypes[k]) for k in segments[0]}
     arrays: dict[str, Any] = dict(
         tokens=rows(clean, l),
         noise_caps=rows(caps, l, 1),
@@ -204,9 +192,7 @@ def make_inputs(
         text_segment_ids=segment_ids(text, s),
         seeds=np.array([[request.seed % 2**32] for request in requests], np.uint32),
         token_fields={k: rows([one[k] for one in tokens], l, 0, dtypes[k]) for k in tokens[0]},
-        segment_fields={
-            k: np.array([[one[k]] for one in segments], dtypes[k]) for k in segments[0]
-        },
+        segment_fields=by_name,
     )
     # All rows of a compiled step have these, or none has.
     if any(numbers.any() for _, _, numbers in known):

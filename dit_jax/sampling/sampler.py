@@ -55,7 +55,7 @@ Decode = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(GuidanceConfig):
     """How clips of any size are sampled."""
 
     steps: Count = 30  # Steps of the solver.
@@ -69,26 +69,15 @@ class SamplerConfig:
     """Level from which the last of linear steps goes to 0 (SiT's sde: 0.04). None: all are alike."""
     shift: Positive | None = None
     """Of the noise schedule towards noise. None: the shift that training used for such a size."""
-    cfg_scale: NonNegative = 4.0  # Guidance; 1 is none and halves the work.
-    cfg_channels: Count | None = None  # Guide the first so many (DiT: 3 of 4). None: all.
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide only at noise levels low < t <= high; outside, steps have half the work."""
-    cfg_rescale: UnitInterval = 0.0
-    """Share in which the guided prediction keeps the deviation of the conditional (0.7 is usual)."""
     cache_threshold: NonNegative = 0.0
     """Feature caching: the change of the first block's modulation up to which steps reuse what the
     blocks added (docs/long.md). 0 is off, as loops always are."""
     batch: Count = 32  # Clips made at once.
 
-    @property
-    def guidance(self) -> GuidanceConfig:
-        scale, channels, interval = self.cfg_scale, self.cfg_channels, self.cfg_interval
-        return GuidanceConfig(scale, channels, interval, self.cfg_rescale)
-
     def check(self, diffusion: DiffusionConfig, channels: int) -> None:
         """Raises ``ValueError`` if a model trained like this cannot be sampled like this."""
         path, solver = diffusion.path, solvers.SOLVERS[self.solver]
-        linear = self.spacing == "linear"
+        linear, (low, high) = self.spacing == "linear", self.cfg_interval
         shifted = self.shift not in (None, 1) or self.last_step is not None
         enough = path.discrete and self.steps <= path.timesteps
         chain = f"path.kind {path.kind!r} of {path.timesteps} steps"
@@ -101,8 +90,8 @@ class SamplerConfig:
             ("spacing", linear or not shifted, "linear for a shift or a last_step"),
             ("spacing", linear or enough, f"linear for {self.steps} steps and {chain}"),
             ("cache_threshold", once, f"0 for {self.solver!r}, which evaluates twice a step"),
-            # By way of guidance, which checks its own fields.
-            ("cfg_channels", (self.guidance.channels or 0) <= channels, f"at most {channels}"),
+            ("cfg_interval", 0 <= low < high <= 1, "noise levels 0 <= low < high <= 1"),
+            ("cfg_channels", (self.cfg_channels or 0) <= channels, f"at most {channels}"),
         )
 
 
@@ -158,7 +147,7 @@ class Generator:
             inputs = self.prepare_fields(inputs)
         if self.model.config.compute_dtype() != jnp.float32:
             params = self.cast(params)  # once, in place of in every step
-        read = [inputs, inputs.unconditioned()] if self.config.guidance.active else [inputs]
+        read = [inputs, inputs.unconditioned()] if self.config.cfg_scale != 1 else [inputs]
         ids = [one.text_segment_ids for one in read]
         texts = [(self._encode(params, one.text, i), i) for one, i in zip(read, ids, strict=True)]
         both = [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]  # [2 b, s, ...]
@@ -217,7 +206,7 @@ class Generator:
         It is guided if there is twice as much text ``[c, s, e]`` as clips (c = 2 b): the prompts, and
         then the empty ones.
         """
-        diffusion, path, guidance = self._diffusion, self._diffusion.path, self.config.guidance
+        diffusion, path = self._diffusion, self._diffusion.path
         (x, history), cycles = carry, inputs.cycles
         b, guided = len(x), len(text) > len(x)
 
@@ -248,7 +237,7 @@ class Generator:
             if guided:
                 with_text, without = jnp.split(prediction, 2)
                 segments, channels = inputs.segment_ids, self.model.config.patch.channels
-                prediction = guide(guidance, with_text, without, t, tau, segments, 1, channels)
+                prediction = guide(self.config, with_text, without, t, tau, segments, 1, channels)
                 fraction = None if fraction is None else fraction[:b]
             return objective.estimate(diffusion, prediction, x, tau, fraction)
 
@@ -267,7 +256,7 @@ class Generator:
         """Whether a step evaluates the model at any level that is guided."""
         evaluations = solvers.SOLVERS[self.config.solver].evaluations
         levels = [t, t_next] if evaluations > 1 and t_next > 0 else [t]
-        return any(self.config.guidance.guided_at(float(level)) for level in levels)
+        return any(self.config.guided_at(float(level)) for level in levels)
 
     # --- Feature caching ---
     #
@@ -358,12 +347,11 @@ def make_latents(
     """
     config, model = generator.config, generator.model.config
     multiple, shards = token_multiple(mesh), batch_shards(mesh)
-    for request in requests:
-        check_request(request, model)
     if config.cfg_scale != 1 and config.cfg_interval == (0.0, 1.0) and shards % 2 == 0:
         shards //= 2  # every step has two rows for each clip
     groups: dict[Any, list[int]] = collections.defaultdict(list)
     for i, request in enumerate(requests):
+        check_request(request, model)
         groups[generator.batch_key(request)].append(i)
     batches = []
     for group in groups.values():

@@ -11,8 +11,14 @@ from dit_jax import sample
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.model import PatchConfig
 from dit_jax.sample import COMMANDS, Job, seconds_of
-from dit_jax.sampling import Request, SamplingConfig, Space, Storyboard, media, to_float
-from dit_jax.sampling.modes import check_storyboard, decode_long, plan_windows, window_requests
+from dit_jax.sampling import Request, SamplingConfig, Space, media, to_float
+from dit_jax.sampling.modes import (
+    Storyboard,
+    check_storyboard,
+    decode_long,
+    plan_windows,
+    window_requests,
+)
 from tests.tiny_config import get_config
 
 SPACE = Space(PixelCodec(), PatchConfig(2, 8, 8, 3, 8.0))
@@ -103,8 +109,8 @@ def test_size_and_rate_are_asked_for_or_the_first_files(monkeypatch: pytest.Monk
     shown = {"video": (61, 37, 12.0, False), "picture": (61, 37, 1.0, True)}
 
     def opened(mode: str, file: str = "", **options: Any) -> tuple[int, int, int, float]:
-        monkeypatch.setattr(sample, "video_shape", lambda _: shown[file])
-        monkeypatch.setattr(sample, "read_video", lambda *_: (np.zeros(1), 0))
+        monkeypatch.setattr(media, "video_shape", lambda _: shown[file])
+        monkeypatch.setattr(media, "read_video", lambda *_: (np.zeros(1), 0))
         size = command(mode, **options).open(pipeline()).size
         return size.frames, size.height, size.width, size.fps
 

@@ -15,7 +15,8 @@ import pytest
 from dit_jax.config import check_types
 from dit_jax.diffusion import SOLVERS, DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.diffusion.paths import alphas_cumprod
-from dit_jax.sampling import Generator, SamplerInputs, SamplingConfig
+from dit_jax.sampling import Generator, SamplingConfig
+from dit_jax.sampling.request import SamplerInputs
 
 pytestmark = pytest.mark.usefixtures("quickly")
 DIM, CHANNELS, TOKENS = 8, 4, 5
@@ -259,6 +260,8 @@ def test_what_a_model_cannot_be_asked_is_refused_at_once(diffusion, fields, mess
         ({"last_step": 1.0}, "sampling.last_step is 1.0"),
         ({"last_step": 0.1, "steps": 1}, "sampling.last_step is 0.1.* single step"),
         ({"cfg_interval": (0.9, 0.1)}, "sampling.cfg_interval is"),
+        ({"cfg_interval": (0.5, 0.5)}, "sampling.cfg_interval is"),
+        ({"cfg_interval": (0.0, 1.5)}, "sampling.cfg_interval is"),
         ({"cfg_rescale": 2.0}, "sampling.cfg_rescale is 2.0"),
         ({"cache_threshold": float("nan")}, "sampling.cache_threshold is nan"),
         ({"cache_threshold": 0.1, "solver": "heun"}, "sampling.cache_threshold is 0.1.* 'heun'"),

@@ -21,18 +21,20 @@ from dit_jax.sampling import (
     Request,
     SamplingConfig,
     Space,
+    make_clips,
+    modes,
+    plain,
+    to_uint8,
+    write_video,
+)
+from dit_jax.sampling.modes import (
     Storyboard,
     Window,
     decode_long,
-    make_clips,
     make_long,
-    modes,
-    plain,
     plan_windows,
     read_storyboard,
-    to_uint8,
     window_requests,
-    write_video,
 )
 from dit_jax.sampling.sampler import make_latents
 

@@ -14,20 +14,14 @@ from dit_jax.codec.codec import PixelCodec
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.sampling import (
-    Generator,
-    Request,
-    SamplingConfig,
-    Space,
+from dit_jax.sampling import Generator, Request, SamplingConfig, Space, make_clips, plain, to_uint8
+from dit_jax.sampling.modes import (
     decode_long,
     extend,
     interpolate,
     loop_text,
-    make_clips,
     make_long,
-    plain,
     plan_windows,
-    to_uint8,
     window_requests,
 )
 from dit_jax.training.video_task import init_params, make_model
