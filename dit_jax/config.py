@@ -34,10 +34,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax.data import PackingConfig, ShapesConfig, TransformConfig
+from dit_jax.data import MixtureConfig, PackingConfig, RecordsConfig, ShapesConfig, TransformConfig
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.files import InputError, absolute, checking_input, local_copy, read_json, refuse_if
-from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, ClipsEvaluator, HeldOutLoss, OptimizerConfig, Task
@@ -344,15 +344,6 @@ def absolute_paths(config: Any) -> Any:
 # To JSON and back
 # ---------------------------------------------------------------------------------------------------
 
-MAX_BYTES = 2**20  # Of a stored config, which has some kB.
-
-
-@dataclasses.dataclass(frozen=True)
-class External:
-    """An object of a user's own module, as a stored config knows it."""
-
-    type: str
-
 
 def _class_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
@@ -364,8 +355,6 @@ def to_dict(config: Any, declared: Any = None) -> Any:
         return [to_dict(item) for item in config]
     if isinstance(config, dict):
         return {name: to_dict(item) for name, item in config.items()}
-    if isinstance(config, External):
-        return {"type": config.type, "external": True}
     if config is None or isinstance(config, str | int | float):
         return config
     kind = type(config)
@@ -397,7 +386,7 @@ def stored_config(values: Any, where: str | Path, kind: type[Kind] = VideoRun) -
 
 def read_config(path: str | Path, kind: type[Kind] = VideoRun) -> Kind:
     """The config that was stored in a file, local or on Cloud Storage, of a kind of run."""
-    return stored_config(read_json(path, "the config", MAX_BYTES), path, kind)
+    return stored_config(read_json(path, "the config"), path, kind)
 
 
 def flatten(values: Any, name: str) -> dict[str, Any]:
@@ -422,14 +411,9 @@ def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, An
 
 
 # Format 1 was that of dit_jax 0.1. It named these classes by their bare names,
-CLASSES = {
-    "CodecRun": "dit_jax.codec.run:CodecRun",
-    "ShapesConfig": "dit_jax.data.shapes:ShapesConfig",
-    "RecordsConfig": "dit_jax.data.records:RecordsConfig",
-    "MixtureConfig": "dit_jax.data.mixing:MixtureConfig",
-    "ByteEncoderConfig": "dit_jax.model.text:ByteEncoderConfig",
-    "TextStatesConfig": "dit_jax.model.text:TextStatesConfig",
-}
+BARE = (ShapesConfig, RecordsConfig, MixtureConfig, ByteEncoderConfig, TextStatesConfig)
+CLASSES = {kind.__name__: _class_name(kind) for kind in BARE}
+CLASSES["CodecRun"] = "dit_jax.codec.run:CodecRun"
 # had one class for what now has another if there is a folder of weights,
 FOLDERS = {
     "codec": "dit_jax.codec.config:LatentCodecConfig",
@@ -492,11 +476,10 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
 # scan="False" would be noticed late or never. The command line is read by tyro, which takes nan.
 
 
-def check_types(config: Any, name: str = "") -> None:
+def check_types(config: Any) -> None:
     """Raises ``InputError`` for a field, however deep, whose value is not of its type or in its range.
     Call it where a user's values enter: on a config or on the arguments of a command."""
-    for field, hint in _field_types(type(config)).items():
-        _walk(getattr(config, field), hint, f"{name}.{field}" if name else field)
+    _walk(config, type(config), "")
 
 
 def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
@@ -505,7 +488,7 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
     prefix = f"{name}." if name else ""
     if stored and isinstance(value, dict):
         if value.get("external"):
-            return External(str(value.get("type")))
+            return value
         kinds: list[Any] = [one for one in _options(hint) if dataclasses.is_dataclass(one)]
         if kinds or "type" in value:
             kind = _named_class(value["type"], kinds, prefix) if "type" in value else kinds[0]
@@ -530,15 +513,14 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
         hint = (*typing.get_args(option), Any, Any)[1]
         return {key: _walk(item, hint, f"{prefix}{key}", stored) for key, item in value.items()}
     if dataclasses.is_dataclass(value):
-        check_types(value, name)
+        for field, one in _field_types(type(value)).items():
+            _walk(getattr(value, field), one, prefix + field)
     return value
 
 
 def _named_class(tag: Any, kinds: list[Any], prefix: str) -> Any:
     """The dataclass "module:Class" of ours; of those that the field may hold, if it says which."""
-    module, _, title = (
-        CLASSES.get(tag, tag).partition(":") if isinstance(tag, str) else ("", "", "")
-    )
+    module, _, title = CLASSES.get(str(tag), str(tag)).partition(":")
     kind: Any = None
     if module.startswith(f"{__package__}."):
         with contextlib.suppress(ImportError):
