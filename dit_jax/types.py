@@ -298,16 +298,9 @@ class FrameGrid:
 class Codec(Protocol):
     """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` and back."""
 
-    @property
-    def name(self) -> str: ...
-    # Of the weights' bytes: latents of another hash are of another codec.
-    @property
-    def hash(self) -> str: ...
     # Frames, rows and columns of pixels in one latent.
     @property
     def strides(self) -> tuple[int, int, int]: ...
-    @property
-    def channels(self) -> int: ...
     # Float32, shifted and scaled: the mean, or with a key a sample of their distribution.
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
     # Float32, not clipped to [-1, 1].
@@ -320,8 +313,6 @@ class Codec(Protocol):
 class PixelCodec:
     """The identity: models of pixels."""
 
-    name: str = "pixels"
-    hash: str = "pixels"
     strides: tuple[int, int, int] = (1, 1, 1)
     channels: int = 3
 
@@ -353,7 +344,4 @@ class TextEncoder(Protocol):
     def hash(self) -> str: ...
     @property
     def dim(self) -> int: ...
-    # Longer captions are cut there; the token that ends them counts.
-    @property
-    def max_tokens(self) -> int: ...
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]: ...
