@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import sys
 import traceback
@@ -419,53 +417,40 @@ FOLDERS = {
     "codec": "dit_jax.codec.config:LatentCodecConfig",
     "text_encoder": "dit_jax.text.config:TextEncoderConfig",
 }
-# called these fields otherwise,
+# called these fields of today's classes otherwise,
 RENAMED = {
-    "diffusion.ceilings": "diffusion.masks",
-    "diffusion.masks.free": "diffusion.masks.none",
-    "model.dit.band": "model.dit.window",
-    "model.dit.dense_every": "model.dit.global_every",
-    "evaluation.records_split": "data.eval_split",
+    "DiffusionConfig.ceilings": "masks",
+    "MaskConfig.free": "none",
+    "DiTConfig.band": "window",
+    "DiTConfig.dense_every": "global_every",
 }
 # and had these, of whose values nothing is lost; with others they are refused by name.
 REMOVED = {
-    "model.upscale": 1,
-    "diffusion.augmentation": 0.3,
-    "sampling.augmentation": 0.0,
-    "sampling.cfg_zero_star": False,
-    "sampling.cfg_zero_init": 0,
-    "data.packing.packer": "first_fit",
-    "data.transform.max_area": None,
-    "data.transform.whole_patches": False,
-    "text_encoder.layer": "last",
+    "ModelConfig.upscale": 1,
+    "DiffusionConfig.augmentation": 0.3,
+    "SamplingConfig.augmentation": 0.0,
+    "SamplingConfig.cfg_zero_star": False,
+    "SamplingConfig.cfg_zero_init": 0,
+    "PackingConfig.packer": "first_fit",
+    "TransformConfig.max_area": None,
+    "TransformConfig.whole_patches": False,
+    "StatesConfig.layer": "last",
+    "TextEncoderConfig.layer": "last",
 }
 
 
 def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """A config of format 1 as one of format 2; its evaluators are those of a config by default."""
-
-    def holder(name: str) -> tuple[dict[str, Any], str]:
-        *path, field = name.split(".")
-        return functools.reduce(lambda inner, key: inner.get(key, {}), path, values), field
-
-    values = copy.deepcopy({"type": _class_name(VideoRun)} | values)
-    if values["type"] != _class_name(VideoRun):
-        return values
-    for name, lossless in REMOVED.items():
-        inner, field = holder(name)
-        if (field, lossless) in inner.items():
-            del inner[field]
-    for name, new in RENAMED.items():
-        (inner, field), (new_inner, new_field) = holder(name), holder(new)
-        if field in inner:
-            new_inner[new_field] = inner.pop(field)
-    for name, kind in FOLDERS.items():
-        inner = values.get(name, {})
-        if inner.get("path") is None:
-            values[name] = {k: v for k, v in inner.items() if k not in ("path", "tiles")}
-        else:
-            inner["type"] = kind
-    values.pop("evaluation", None)
+    """A config of format 1 with the sections of format 2; its evaluators are those of a config by
+    default. Names of fields are read by ``_walk``."""
+    values = {"type": _class_name(VideoRun)} | values
+    if values["type"] == _class_name(VideoRun):
+        split = values.pop("evaluation", {}).get("records_split")
+        values["data"] = values.get("data", {}) | {"eval_split": split}
+        for name, kind in FOLDERS.items():
+            inner = {"type": kind} | values.get(name, {})
+            if inner.get("path") is None:
+                inner = {k: v for k, v in inner.items() if k not in ("type", "path", "tiles")}
+            values[name] = inner
     return values
 
 
@@ -492,10 +477,15 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
         kinds: list[Any] = [one for one in _options(hint) if dataclasses.is_dataclass(one)]
         if kinds or "type" in value:
             kind = _named_class(value["type"], kinds, prefix) if "type" in value else kinds[0]
-            hints, inner = _field_types(kind), value.keys() - {"format", "type", "subclass"}
-            message = f"the stored config has {{!r}}, which {kind.__name__} does not"
-            refuse_if((True, message.format(field)) for field in sorted(inner - hints.keys()))
-            return kind(**{k: _walk(value[k], hints[k], prefix + k, stored) for k in sorted(inner)})
+            hints, title, inner = _field_types(kind), kind.__name__, {}
+            for field in sorted(value.keys() - {"format", "type", "subclass"}):
+                item, old = value[field], f"{title}.{field}"
+                if (old, item) not in REMOVED.items():
+                    field = RENAMED.get(old, field)
+                    message = f"the stored config has {field!r}, which {title} does not"
+                    refuse_if([(field not in hints, message)])
+                    inner[field] = _walk(item, hints[field], prefix + field, stored)
+            return kind(**inner)
     if stored and isinstance(value, list):
         value = tuple(value)
 
