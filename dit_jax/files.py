@@ -150,12 +150,10 @@ def explain(error: BaseException) -> str:
 
 def passes(error: BaseException) -> bool:
     """Whether an error of storage may be gone at the next try."""
-    return (
-        isinstance(error, TimeoutError | ConnectionError)
-        or (isinstance(error, OSError) and error.errno in PASSING)
-        or str(getattr(error, "code", None)) in HTTP_PASSING
-        or any(name in str(error) for name in GRPC_PASSING)
-    )
+    of_network = isinstance(error, TimeoutError | ConnectionError)
+    of_network |= str(getattr(error, "code", None)) in HTTP_PASSING
+    of_network |= any(name in str(error) for name in GRPC_PASSING)
+    return of_network or getattr(error, "errno", None) in PASSING
 
 
 def is_storage_error(error: BaseException) -> bool:

@@ -113,10 +113,10 @@ class Reader:
         """Counts a caption that is longer than the text encoder reads; the first is printed."""
         self.cut_captions += 1
         if self.cut_captions == 1:
-            tqdm.write(
-                f"a caption of {length} tokens is cut to the {limit} that the text encoder reads: "
-                f"{caption[:60]!r}... (model.text says how many; others are counted as captions_cut)"
+            where = (
+                f"{caption[:60]!r}... (model.text says how many; captions_cut counts the others)"
             )
+            tqdm.write(f"a caption of {length} tokens is cut to the {limit} that are read: {where}")
 
     def unfit_names(self, limit: int) -> list[str]:
         """Names of the first ``limit`` records that were known not to fit before training began."""
@@ -151,9 +151,7 @@ def checked_reader(
         return Reader(source, limit)
     # One number for each size: np.unique of rows takes ten times as long, and there may be millions.
     codes = sizes.astype(np.int64) @ np.array([1 << 40, 1 << 20, 1])
-    _, firsts, inverse, counts = np.unique(
-        codes, return_index=True, return_inverse=True, return_counts=True
-    )
+    _, firsts, inverse, counts = np.unique_all(codes)
     bad, lines = np.zeros(len(firsts), bool), []
     for i, first in enumerate(firsts.tolist()):
         size = sizes[first].tolist()
