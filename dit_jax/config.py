@@ -93,11 +93,9 @@ class Run:
 
     def constraints(self) -> Iterator[tuple[bool, str]]:
         """What must not be true of the fields together, and the message if it is, in order."""
-        rows, parts = self.rows, self.optimizer.accumulate
-        yield (
-            rows % parts > 0,
-            f"{self.ROWS} {rows} does not divide into optimizer.accumulate {parts}: give a multiple.",
-        )
+        name, rows, parts = self.ROWS, self.rows, self.optimizer.accumulate
+        text = f"{name} {rows} does not divide into optimizer.accumulate {parts}: give a multiple."
+        yield rows % parts > 0, text
 
     @property
     def rows(self) -> int:
@@ -218,44 +216,32 @@ class VideoRun(Run):
         packing, model, sampling = self.data.packing, self.model, self.sampling
         channels, source, limit = model.patch.channels, self.data.source, model.text.max_tokens
         latents = channels != PixelCodec.channels and self.codec.path is None
-        yield (
-            limit > packing.row_text,
-            f"data.packing.row_text {packing.row_text} is smaller than one caption of {limit} tokens: "
-            "raise it, or lower the limit in model.text.",
-        )
+        text = f"data.packing.row_text {packing.row_text} is smaller than one caption of {limit} "
+        yield limit > packing.row_text, text + "tokens: raise it, or lower the limit in model.text."
         sampling.check(self.diffusion, channels)
         size = (sampling.frames, sampling.height, sampling.width)
         with checking_input(f"sampling.frames, height, width = {size} do not fit", "change them"):
             model.patch.grid(*self.codec.latent_size(*size))
         if isinstance(source, ShapesConfig):
-            yield (
-                latents,
-                f"model.patch.channels is {channels}: moving shapes have 3, so give codec.path.",
-            )
+            text = f"model.patch.channels is {channels}: moving shapes have 3, so give codec.path."
+            yield latents, text
             clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
             clips += [(1, h, w) for h, w in source.image_sizes if source.image_fraction]
             for t, h, w in clips:
                 count = model.patch.num_tokens(*self.codec.latent_size(t, h, w))
-                yield (
-                    count > packing.row_tokens,
-                    f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: {t} x {h} "
-                    f"x {w} has {count} tokens. Raise it to at least {count}, or use larger patches.",
-                )
+                text = f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: "
+                text += f"{t} x {h} x {w} has {count} tokens. Raise it to at least {count}, or "
+                yield count > packing.row_tokens, text + "use larger patches."
         plots = any(isinstance(one, ClipsEvaluator) and one.prompts for one in self.evaluators)
-        yield (
-            latents and bool(self.log.draw_every or plots),
-            f"model.patch.channels is {channels}: these are latents, plotted by codec.path. Give it, "
-            "or set log.draw_every to 0, and the prompts of evaluators.",
-        )
-        yield (
-            bool(self.text_encoder.path) and not isinstance(model.text, TextStatesConfig),
-            f"text_encoder.path is {self.text_encoder.path!r}, and the model reads no states: leave "
-            "it out, or give model.text a TextStatesConfig.",
-        )
-        yield (
-            self.diffusion.variance == "learned_range" and not model.learned_variance,
-            "diffusion.variance is 'learned_range': set model.learned_variance, or another variance.",
-        )
+        text = f"model.patch.channels is {channels}: these are latents, plotted by codec.path. "
+        text += "Give it, or set log.draw_every to 0, and the prompts of evaluators."
+        yield latents and bool(self.log.draw_every or plots), text
+        folder, states = self.text_encoder.path, isinstance(model.text, TextStatesConfig)
+        text = f"text_encoder.path is {folder!r}, and the model reads no states: leave it out, or give "
+        yield bool(folder) and not states, text + "model.text a TextStatesConfig."
+        fixed = self.diffusion.variance == "learned_range" and not model.learned_variance
+        text = "diffusion.variance is 'learned_range': set model.learned_variance, or another variance."
+        yield fixed, text
 
 
 # ---------------------------------------------------------------------------------------------------

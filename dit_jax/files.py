@@ -335,10 +335,8 @@ def locked(directory: Path) -> Iterator[None]:
     holder, ended = read(), threading.Event()
     if any(holder.get(key, value) != value for key, value in me.items()):
         name = f"process {holder.get('pid')} on {holder.get('host')}"
-        message = (
-            f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
-            f"--output, or remove {os.fspath(path)!r} if it has ended already."
-        )
+        message = f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
+        message += f"--output, or remove {os.fspath(path)!r} if it has ended already."
         refuse_if([(lives(holder, name), message)])
         _print(f"the lock of {name} is stale: taken over.")
 

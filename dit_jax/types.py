@@ -263,10 +263,8 @@ class FrameGrid:
         """Raises ``ValueError``, with the nearest numbers, unless so many frames are whole tokens."""
         if frames < 1 or (frames - 1) % self.token_frames:
             low = self.whole(max(frames, 1))
-            raise ValueError(
-                f"{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token "
-                f"of its own. The nearest are {low} and {low + self.token_frames}."
-            )
+            text = f"{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token of "
+            raise ValueError(f"{text}its own. The nearest are {low} and {low + self.token_frames}.")
 
     def whole(self, frames: int) -> int:
         """The most frames up to so many that have whole tokens."""

@@ -102,10 +102,11 @@ class Reader:
             count = len(self.left_out)
         # Without the second condition, a stream without any sample would search for ever.
         if count > self.limit or count >= len(self.source):
-            raise DataError(
-                f"{count} of {len(self.source)} records cannot be used, and at most {self.limit} may "
-                f"be left out (data.max_bad_records). The last: {reason}"
-            ) from error
+            text = (
+                f"{count} of {len(self.source)} records cannot be used, and at most {self.limit} "
+            )
+            text += f"may be left out (data.max_bad_records). The last: {reason}"
+            raise DataError(text) from error
         if not self.quiet:
             tqdm.write(f"left out: {reason}")
 

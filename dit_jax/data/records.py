@@ -352,10 +352,8 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
     # A name may be refused in several ways, and the parsers of metadata have errors of their own.
     except Exception as error:
         raise InputError(f"{name!r} {what} ({explain(error)})") from error
-    message = (
-        f"{name!r} is not prepared in {builder.data_dir}: run `tfds build {name} "
-        "--file_format=array_record`, or give the right data_dir"
-    )
+    message = f"{name!r} is not prepared in {builder.data_dir}: run `tfds build {name} "
+    message += "--file_format=array_record`, or give the right data_dir"
     refuse_if([(not builder.is_prepared(), message)])
     return builder
 
@@ -421,9 +419,9 @@ def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
     whole = video.ndim == 4 and min(video.shape) > 0
     if latents and whole and jnp.issubdtype(video.dtype, jnp.floating):
         return video.astype(np.float32)
-    message = (
-        f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or [h, w, c] with "
-        f"c of 1 or 3{', or float latents,' if latents else ''} and no axis empty"
+    message = f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or "
+    message += (
+        f"[h, w, c] with c of 1 or 3{', or float latents,' if latents else ''} and no axis empty"
     )
     sound = whole and video.shape[-1] in (1, 3) and video.dtype == np.uint8
     refuse_if([(not sound, message)])
