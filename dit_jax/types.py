@@ -185,7 +185,6 @@ DotGeneral = Callable[..., jax.Array]
 
 def unconstrained(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Returns ``x`` as it is: the ``Constrain`` of a single device."""
-    del logical_axes
     return x
 
 

@@ -102,10 +102,8 @@ class Reader:
             count = len(self.left_out)
         # Without the second condition, a stream without any sample would search for ever.
         if count > self.limit or count >= len(self.source):
-            text = (
-                f"{count} of {len(self.source)} records cannot be used, and at most {self.limit} "
-            )
-            text += f"may be left out (data.max_bad_records). The last: {reason}"
+            text = f"{count} of {len(self.source)} records cannot be used, and at most "
+            text += f"{self.limit} may be left out (data.max_bad_records). The last: {reason}"
             raise DataError(text) from error
         if not self.quiet:
             tqdm.write(f"left out: {reason}")
@@ -114,10 +112,10 @@ class Reader:
         """Counts a caption that is longer than the text encoder reads; the first is printed."""
         self.cut_captions += 1
         if self.cut_captions == 1:
-            where = (
-                f"{caption[:60]!r}... (model.text says how many; captions_cut counts the others)"
+            text = (
+                f"a caption of {length} tokens is cut to the {limit} that the text encoder reads: "
             )
-            tqdm.write(f"a caption of {length} tokens is cut to the {limit} that are read: {where}")
+            tqdm.write(f"{text}{caption[:60]!r}... (others are counted as captions_cut)")
 
     def unfit_names(self, limit: int) -> list[str]:
         """Names of the first ``limit`` records that were known not to fit before training began."""
