@@ -157,26 +157,13 @@ class Totals:
     parts: dict[str, Float[Array, ""]]
 
 
-class Attention(Protocol):
-    """Scaled dot-product attention within segments, chosen in ``parallel`` and handed to models.
-
-    The output at padding is finite and otherwise unspecified. Without ``k_segment_ids`` the keys are of
-    the queries' own tokens, and are sharded as those are; with them they are others (text), whole on
-    every device. ``window`` limits self-attention to keys at most so many tokens away.
-    """
-
-    def __call__(
-        self,
-        q: Float[Array, "b l a d"],
-        k: Float[Array, "b m a d"],
-        v: Float[Array, "b m a d"],
-        q_segment_ids: Int[Array, "b l"],
-        k_segment_ids: Int[Array, "b m"] | None,
-        *,
-        window: int | None = None,
-    ) -> Float[Array, "b l a d"]: ...
-
-
+# Scaled dot-product attention within segments, chosen in `parallel` and handed to models:
+# `attention(q, k, v, q_segment_ids, k_segment_ids, *, window=None)` with q [b, l, a, d], k and v
+# [b, m, a, d] and ids [b, l] and [b, m] makes [b, l, a, d]. The output at padding is finite and
+# otherwise unspecified. If `k_segment_ids` is None the keys are of the queries' own tokens, and are
+# sharded as those are; else they are others (text), whole on every device. `window` limits
+# self-attention to keys at most so many tokens away.
+Attention = Callable[..., jax.Array]
 # `constrain(x, *logical_axes) -> x` shards x over the mesh.
 Constrain = Callable[..., jax.Array]
 # What linear layers multiply with; the signature is that of `jax.lax.dot_general`.
