@@ -405,23 +405,19 @@ FOLDERS = {
 }
 # called these fields of today's classes otherwise,
 RENAMED = {
-    "DiffusionConfig.ceilings": "masks",
-    "MaskConfig.free": "none",
-    "DiTConfig.band": "window",
-    "DiTConfig.dense_every": "global_every",
+    "DiffusionConfig": {"ceilings": "masks"},
+    "MaskConfig": {"free": "none"},
+    "DiTConfig": {"band": "window", "dense_every": "global_every"},
 }
 # and had these, of whose values nothing is lost; with others they are refused by name.
 REMOVED = {
-    "ModelConfig.upscale": 1,
-    "DiffusionConfig.augmentation": 0.3,
-    "SamplingConfig.augmentation": 0.0,
-    "SamplingConfig.cfg_zero_star": False,
-    "SamplingConfig.cfg_zero_init": 0,
-    "PackingConfig.packer": "first_fit",
-    "TransformConfig.max_area": None,
-    "TransformConfig.whole_patches": False,
-    "StatesConfig.layer": "last",
-    "TextEncoderConfig.layer": "last",
+    "ModelConfig": {"upscale": 1},
+    "DiffusionConfig": {"augmentation": 0.3},
+    "SamplingConfig": {"augmentation": 0.0, "cfg_zero_star": False, "cfg_zero_init": 0},
+    "PackingConfig": {"packer": "first_fit"},
+    "TransformConfig": {"max_area": None, "whole_patches": False},
+    "StatesConfig": {"layer": "last"},
+    "TextEncoderConfig": {"layer": "last"},
 }
 
 
@@ -464,10 +460,11 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
         if kinds or "type" in value:
             kind = _named_class(value["type"], kinds, prefix) if "type" in value else kinds[0]
             hints, title, inner = _field_types(kind), kind.__name__, {}
+            removed, renamed = REMOVED.get(title, {}), RENAMED.get(title, {})
             for field in sorted(value.keys() - {"format", "type", "subclass"}):
-                item, old = value[field], f"{title}.{field}"
-                if (old, item) not in REMOVED.items():
-                    field = RENAMED.get(old, field)
+                item = value[field]
+                if (field, item) not in removed.items():
+                    field = renamed.get(field, field)
                     message = f"the stored config has {field!r}, which {title} does not"
                     refuse_if([(field not in hints, message)])
                     inner[field] = _walk(item, hints[field], prefix + field, stored)

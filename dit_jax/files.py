@@ -229,9 +229,9 @@ def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> b
     return data
 
 
-def read_json(path: str | os.PathLike, name: str = "the file", limit: int = 64 * MiB) -> Any:
-    """The value of a JSON file of at most ``limit`` bytes; ``InputError`` as ``read_bytes``."""
-    data = read_bytes(path, limit, name)
+def read_json(path: str | os.PathLike, name: str = "the file") -> Any:
+    """The value of a JSON file; ``InputError`` as ``read_bytes``."""
+    data = read_bytes(path, 64 * MiB, name)
     # Not UTF-8, no JSON, or nested too deeply.
     with checking_input(f"{name} {os.fspath(path)!r} is no JSON", "restore it"):
         return json.loads(data)
