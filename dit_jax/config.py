@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import sys
 import traceback
@@ -34,10 +32,17 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax.data import PackingConfig, RecordsSource, ShapesConfig, TransformConfig
+from dit_jax.data import (
+    MixtureConfig,
+    PackingConfig,
+    RecordsConfig,
+    RecordsSource,
+    ShapesConfig,
+    TransformConfig,
+)
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.files import InputError, absolute, checking_input, local_copy, read_json, refuse_if
-from dit_jax.model import ModelConfig, PatchConfig, TextStatesConfig
+from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.parallel import AttentionConfig, MeshConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import CheckpointConfig, ClipsEvaluator, HeldOutLoss, OptimizerConfig, Task
@@ -95,11 +100,9 @@ class Run:
 
     def constraints(self) -> Iterator[tuple[bool, str]]:
         """What must not be true of the fields together, and the message if it is, in order."""
-        rows, parts = self.rows, self.optimizer.accumulate
-        yield (
-            rows % parts > 0,
-            f"{self.ROWS} {rows} does not divide into optimizer.accumulate {parts}: give a multiple.",
-        )
+        name, rows, parts = self.ROWS, self.rows, self.optimizer.accumulate
+        text = f"{name} {rows} does not divide into optimizer.accumulate {parts}: give a multiple."
+        yield rows % parts > 0, text
 
     @property
     def rows(self) -> int:
@@ -248,44 +251,32 @@ class VideoRun(Run):
         packing, model, sampling = self.data.packing, self.model, self.sampling
         channels, source, limit = model.patch.channels, self.data.source, model.text.max_tokens
         latents = channels != PixelCodec.channels and self.codec.path is None
-        yield (
-            limit > packing.row_text,
-            f"data.packing.row_text {packing.row_text} is smaller than one caption of {limit} tokens: "
-            "raise it, or lower the limit in model.text.",
-        )
+        text = f"data.packing.row_text {packing.row_text} is smaller than one caption of {limit} "
+        yield limit > packing.row_text, text + "tokens: raise it, or lower the limit in model.text."
         sampling.check(self.diffusion, channels)
         size = (sampling.frames, sampling.height, sampling.width)
         with checking_input(f"sampling.frames, height, width = {size} do not fit", "change them"):
             model.patch.grid(*self.codec.latent_size(*size))
         if isinstance(source, ShapesConfig):
-            yield (
-                latents,
-                f"model.patch.channels is {channels}: moving shapes have 3, so give codec.path.",
-            )
+            text = f"model.patch.channels is {channels}: moving shapes have 3, so give codec.path."
+            yield latents, text
             clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
             clips += [(1, h, w) for h, w in source.image_sizes if source.image_fraction]
             for t, h, w in clips:
                 count = model.patch.num_tokens(*self.codec.latent_size(t, h, w))
-                yield (
-                    count > packing.row_tokens,
-                    f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: {t} x {h} "
-                    f"x {w} has {count} tokens. Raise it to at least {count}, or use larger patches.",
-                )
+                text = f"data.packing.row_tokens {packing.row_tokens} is smaller than one clip: "
+                text += f"{t} x {h} x {w} has {count} tokens. Raise it to at least {count}, or "
+                yield count > packing.row_tokens, text + "use larger patches."
         plots = any(isinstance(one, ClipsEvaluator) and one.prompts for one in self.evaluators)
-        yield (
-            latents and bool(self.log.draw_every or plots),
-            f"model.patch.channels is {channels}: these are latents, plotted by codec.path. Give it, "
-            "or set log.draw_every to 0, and the prompts of evaluators.",
-        )
-        yield (
-            bool(self.text_encoder.path) and not isinstance(model.text, TextStatesConfig),
-            f"text_encoder.path is {self.text_encoder.path!r}, and the model reads no states: leave "
-            "it out, or give model.text a TextStatesConfig.",
-        )
-        yield (
-            self.diffusion.variance == "learned_range" and not model.learned_variance,
-            "diffusion.variance is 'learned_range': set model.learned_variance, or another variance.",
-        )
+        text = f"model.patch.channels is {channels}: these are latents, plotted by codec.path. "
+        text += "Give it, or set log.draw_every to 0, and the prompts of evaluators."
+        yield latents and bool(self.log.draw_every or plots), text
+        folder, states = self.text_encoder.path, isinstance(model.text, TextStatesConfig)
+        text = f"text_encoder.path is {folder!r}, and the model reads no states: leave it out, or give "
+        yield bool(folder) and not states, text + "model.text a TextStatesConfig."
+        fixed = self.diffusion.variance == "learned_range" and not model.learned_variance
+        text = "diffusion.variance is 'learned_range': set model.learned_variance, or another variance."
+        yield fixed, text
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -372,15 +363,6 @@ def absolute_paths(config: Any) -> Any:
 # To JSON and back
 # ---------------------------------------------------------------------------------------------------
 
-MAX_BYTES = 2**20  # Of a stored config, which has some kB.
-
-
-@dataclasses.dataclass(frozen=True)
-class External:
-    """An object of a user's own module, as a stored config knows it."""
-
-    type: str
-
 
 def _class_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
@@ -392,8 +374,6 @@ def to_dict(config: Any, declared: Any = None) -> Any:
         return [to_dict(item) for item in config]
     if isinstance(config, dict):
         return {name: to_dict(item) for name, item in config.items()}
-    if isinstance(config, External):
-        return {"type": config.type, "external": True}
     if config is None or isinstance(config, str | int | float):
         return config
     kind = type(config)
@@ -425,7 +405,7 @@ def stored_config(values: Any, where: str | Path, kind: type[Kind] = VideoRun) -
 
 def read_config(path: str | Path, kind: type[Kind] = VideoRun) -> Kind:
     """The config that was stored in a file, local or on Cloud Storage, of a kind of run."""
-    return stored_config(read_json(path, "the config", MAX_BYTES), path, kind)
+    return stored_config(read_json(path, "the config"), path, kind)
 
 
 def flatten(values: Any, name: str) -> dict[str, Any]:
@@ -450,73 +430,46 @@ def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, An
 
 
 # Format 1 was that of dit_jax 0.1. It named these classes by their bare names,
-CLASSES = {
-    "CodecRun": "dit_jax.codec.run:CodecRun",
-    "ShapesConfig": "dit_jax.data.shapes:ShapesConfig",
-    "RecordsConfig": "dit_jax.data.records:RecordsConfig",
-    "MixtureConfig": "dit_jax.data.mixing:MixtureConfig",
-    "ByteEncoderConfig": "dit_jax.model.text:ByteEncoderConfig",
-    "TextStatesConfig": "dit_jax.model.text:TextStatesConfig",
-}
+BARE = (ShapesConfig, RecordsConfig, MixtureConfig, ByteEncoderConfig, TextStatesConfig)
+CLASSES = {kind.__name__: _class_name(kind) for kind in BARE}
+CLASSES["CodecRun"] = "dit_jax.codec.run:CodecRun"
 # had one class for what now has another if there is a folder of weights,
 FOLDERS = {
     "codec": "dit_jax.codec.config:LatentCodecConfig",
     "text_encoder": "dit_jax.text.config:TextEncoderConfig",
 }
-# called these fields otherwise,
+# called these fields of today's classes otherwise,
 RENAMED = {
-    "diffusion.ceilings": "diffusion.masks",
-    "diffusion.masks.free": "diffusion.masks.none",
-    "model.dit.band": "model.dit.window",
-    "model.dit.dense_every": "model.dit.global_every",
-    "evaluation.records_split": "data.eval_split",
+    "DiffusionConfig": {"ceilings": "masks"},
+    "MaskConfig": {"free": "none"},
+    "DiTConfig": {"band": "window", "dense_every": "global_every"},
 }
-# Format 1 had these, and format 2 the last four, of whose values nothing is lost; with others they are
-# refused by name.
+# and had these, of whose values nothing is lost; with others they are refused by name. (Format 2 too had
+# the weighting of the loss and the independent levels of frames.)
 REMOVED = {
-    "model.upscale": 1,
-    "diffusion.augmentation": 0.3,
-    "sampling.augmentation": 0.0,
-    "sampling.cfg_zero_star": False,
-    "sampling.cfg_zero_init": 0,
-    "data.packing.packer": "first_fit",
-    "data.transform.max_area": None,
-    "data.transform.whole_patches": False,
-    "text_encoder.layer": "last",
-    "diffusion.weighting": "none",
-    "diffusion.min_snr_gamma": 5.0,
-    "diffusion.masks.independent": 0.0,
-    "diffusion.masks.levels": 16,
+    "ModelConfig": {"upscale": 1},
+    "DiffusionConfig": {"augmentation": 0.3, "weighting": "none", "min_snr_gamma": 5.0},
+    "MaskConfig": {"independent": 0.0, "levels": 16},
+    "SamplingConfig": {"augmentation": 0.0, "cfg_zero_star": False, "cfg_zero_init": 0},
+    "PackingConfig": {"packer": "first_fit"},
+    "TransformConfig": {"max_area": None, "whole_patches": False},
+    "StatesConfig": {"layer": "last"},
+    "TextEncoderConfig": {"layer": "last"},
 }
 
 
 def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored config as this version stores it; evaluators of format 1 become those by default."""
-
-    def holder(name: str) -> tuple[dict[str, Any], str]:
-        *path, field = name.split(".")
-        return functools.reduce(lambda inner, key: inner.get(key, {}), path, values), field
-
-    values = copy.deepcopy({"type": _class_name(VideoRun)} | values)
-    if values["type"] != _class_name(VideoRun):
-        return values
-    old = "format" not in values
-    for name, new in RENAMED.items() if old else ():
-        (inner, field), (new_inner, new_field) = holder(name), holder(new)
-        if field in inner:
-            new_inner[new_field] = inner.pop(field)
-    for name, lossless in REMOVED.items():
-        inner, field = holder(name)
-        if (field, lossless) in inner.items():
-            del inner[field]
-    for name, kind in FOLDERS.items() if old else ():
-        inner = values.get(name, {})
-        if inner.get("path") is None:
-            values[name] = {k: v for k, v in inner.items() if k not in ("path", "tiles")}
-        else:
-            inner["type"] = kind
-    if old:
-        values.pop("evaluation", None)
+    """A config of format 1 with the sections of format 2; its evaluators are those of a config by
+    default. Names of fields are read by ``_walk``."""
+    values = {"type": _class_name(VideoRun)} | values
+    if values["type"] == _class_name(VideoRun):
+        split = values.pop("evaluation", {}).get("records_split")
+        values["data"] = values.get("data", {}) | {"eval_split": split}
+        for name, kind in FOLDERS.items():
+            inner = {"type": kind} | values.get(name, {})
+            if inner.get("path") is None:
+                inner = {k: v for k, v in inner.items() if k not in ("type", "path", "tiles")}
+            values[name] = inner
     return values
 
 
@@ -527,11 +480,10 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
 # scan="False" would be noticed late or never. The command line is read by tyro, which takes nan.
 
 
-def check_types(config: Any, name: str = "") -> None:
+def check_types(config: Any) -> None:
     """Raises ``InputError`` for a field, however deep, whose value is not of its type or in its range.
     Call it where a user's values enter: on a config or on the arguments of a command."""
-    for field, hint in _field_types(type(config)).items():
-        _walk(getattr(config, field), hint, f"{name}.{field}" if name else field)
+    _walk(config, type(config), "")
 
 
 def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
@@ -540,14 +492,20 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
     prefix = f"{name}." if name else ""
     if stored and isinstance(value, dict):
         if value.get("external"):
-            return External(str(value.get("type")))
+            return value
         kinds: list[Any] = [one for one in _options(hint) if dataclasses.is_dataclass(one)]
         if kinds or "type" in value:
             kind = _named_class(value["type"], kinds, prefix) if "type" in value else kinds[0]
-            hints, inner = _field_types(kind), value.keys() - {"format", "type", "subclass"}
-            message = f"the stored config has {{!r}}, which {kind.__name__} does not"
-            refuse_if((True, message.format(field)) for field in sorted(inner - hints.keys()))
-            return kind(**{k: _walk(value[k], hints[k], prefix + k, stored) for k in sorted(inner)})
+            hints, title, inner = _field_types(kind), kind.__name__, {}
+            removed, renamed = REMOVED.get(title, {}), RENAMED.get(title, {})
+            for field in sorted(value.keys() - {"format", "type", "subclass"}):
+                item = value[field]
+                if (field, item) not in removed.items():
+                    field = renamed.get(field, field)
+                    message = f"the stored config has {field!r}, which {title} does not"
+                    refuse_if([(field not in hints, message)])
+                    inner[field] = _walk(item, hints[field], prefix + field, stored)
+            return kind(**inner)
     if stored and isinstance(value, list):
         value = tuple(value)
 
@@ -565,15 +523,14 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
         hint = (*typing.get_args(option), Any, Any)[1]
         return {key: _walk(item, hint, f"{prefix}{key}", stored) for key, item in value.items()}
     if dataclasses.is_dataclass(value):
-        check_types(value, name)
+        for field, one in _field_types(type(value)).items():
+            _walk(getattr(value, field), one, prefix + field)
     return value
 
 
 def _named_class(tag: Any, kinds: list[Any], prefix: str) -> Any:
     """The dataclass "module:Class" of ours; of those that the field may hold, if it says which."""
-    module, _, title = (
-        CLASSES.get(tag, tag).partition(":") if isinstance(tag, str) else ("", "", "")
-    )
+    module, _, title = CLASSES.get(str(tag), str(tag)).partition(":")
     kind: Any = None
     if module.startswith(f"{__package__}."):
         with contextlib.suppress(ImportError):

@@ -150,12 +150,10 @@ def explain(error: BaseException) -> str:
 
 def passes(error: BaseException) -> bool:
     """Whether an error of storage may be gone at the next try."""
-    return (
-        isinstance(error, TimeoutError | ConnectionError)
-        or (isinstance(error, OSError) and error.errno in PASSING)
-        or str(getattr(error, "code", None)) in HTTP_PASSING
-        or any(name in str(error) for name in GRPC_PASSING)
-    )
+    of_network = isinstance(error, TimeoutError | ConnectionError)
+    of_network |= str(getattr(error, "code", None)) in HTTP_PASSING
+    of_network |= any(name in str(error) for name in GRPC_PASSING)
+    return of_network or getattr(error, "errno", None) in PASSING
 
 
 def is_storage_error(error: BaseException) -> bool:
@@ -231,9 +229,9 @@ def read_bytes(path: str | os.PathLike, limit: int, name: str = "the file") -> b
     return data
 
 
-def read_json(path: str | os.PathLike, name: str = "the file", limit: int = 64 * MiB) -> Any:
-    """The value of a JSON file of at most ``limit`` bytes; ``InputError`` as ``read_bytes``."""
-    data = read_bytes(path, limit, name)
+def read_json(path: str | os.PathLike, name: str = "the file") -> Any:
+    """The value of a JSON file; ``InputError`` as ``read_bytes``."""
+    data = read_bytes(path, 64 * MiB, name)
     # Not UTF-8, no JSON, or nested too deeply.
     with checking_input(f"{name} {os.fspath(path)!r} is no JSON", "restore it"):
         return json.loads(data)
@@ -337,10 +335,8 @@ def locked(directory: Path) -> Iterator[None]:
     holder, ended = read(), threading.Event()
     if any(holder.get(key, value) != value for key, value in me.items()):
         name = f"process {holder.get('pid')} on {holder.get('host')}"
-        message = (
-            f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
-            f"--output, or remove {os.fspath(path)!r} if it has ended already."
-        )
+        message = f"{os.fspath(directory)!r} is in use by {name}: wait for it to end, give another "
+        message += f"--output, or remove {os.fspath(path)!r} if it has ended already."
         refuse_if([(lives(holder, name), message)])
         _print(f"the lock of {name} is stale: taken over.")
 

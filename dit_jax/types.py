@@ -157,26 +157,13 @@ class Totals:
     parts: dict[str, Float[Array, ""]]
 
 
-class Attention(Protocol):
-    """Scaled dot-product attention within segments, chosen in ``parallel`` and handed to models.
-
-    The output at padding is finite and otherwise unspecified. Without ``k_segment_ids`` the keys are of
-    the queries' own tokens, and are sharded as those are; with them they are others (text), whole on
-    every device. ``window`` limits self-attention to keys at most so many tokens away.
-    """
-
-    def __call__(
-        self,
-        q: Float[Array, "b l a d"],
-        k: Float[Array, "b m a d"],
-        v: Float[Array, "b m a d"],
-        q_segment_ids: Int[Array, "b l"],
-        k_segment_ids: Int[Array, "b m"] | None,
-        *,
-        window: int | None = None,
-    ) -> Float[Array, "b l a d"]: ...
-
-
+# Scaled dot-product attention within segments, chosen in `parallel` and handed to models:
+# `attention(q, k, v, q_segment_ids, k_segment_ids, *, window=None)` with q [b, l, a, d], k and v
+# [b, m, a, d] and ids [b, l] and [b, m] makes [b, l, a, d]. The output at padding is finite and
+# otherwise unspecified. If `k_segment_ids` is None the keys are of the queries' own tokens, and are
+# sharded as those are; else they are others (text), whole on every device. `window` limits
+# self-attention to keys at most so many tokens away.
+Attention = Callable[..., jax.Array]
 # `constrain(x, *logical_axes) -> x` shards x over the mesh.
 Constrain = Callable[..., jax.Array]
 # What linear layers multiply with; the signature is that of `jax.lax.dot_general`.
@@ -185,7 +172,6 @@ DotGeneral = Callable[..., jax.Array]
 
 def unconstrained(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Returns ``x`` as it is: the ``Constrain`` of a single device."""
-    del logical_axes
     return x
 
 
@@ -263,10 +249,8 @@ class FrameGrid:
         """Raises ``ValueError``, with the nearest numbers, unless so many frames are whole tokens."""
         if frames < 1 or (frames - 1) % self.token_frames:
             low = self.whole(max(frames, 1))
-            raise ValueError(
-                f"{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token "
-                f"of its own. The nearest are {low} and {low + self.token_frames}."
-            )
+            text = f"{frames} frames: give 1 + {self.token_frames}n, as the first frame has a token of "
+            raise ValueError(f"{text}its own. The nearest are {low} and {low + self.token_frames}.")
 
     def whole(self, frames: int) -> int:
         """The most frames up to so many that have whole tokens."""
@@ -298,16 +282,9 @@ class FrameGrid:
 class Codec(Protocol):
     """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` and back."""
 
-    @property
-    def name(self) -> str: ...
-    # Of the weights' bytes: latents of another hash are of another codec.
-    @property
-    def hash(self) -> str: ...
     # Frames, rows and columns of pixels in one latent.
     @property
     def strides(self) -> tuple[int, int, int]: ...
-    @property
-    def channels(self) -> int: ...
     # Float32, shifted and scaled: the mean, or with a key a sample of their distribution.
     def encode(self, video: np.ndarray, key: jax.Array | None = None) -> np.ndarray: ...
     # Float32, not clipped to [-1, 1].
@@ -320,8 +297,6 @@ class Codec(Protocol):
 class PixelCodec:
     """The identity: models of pixels."""
 
-    name: str = "pixels"
-    hash: str = "pixels"
     strides: tuple[int, int, int] = (1, 1, 1)
     channels: int = 3
 
@@ -353,7 +328,4 @@ class TextEncoder(Protocol):
     def hash(self) -> str: ...
     @property
     def dim(self) -> int: ...
-    # Longer captions are cut there; the token that ends them counts.
-    @property
-    def max_tokens(self) -> int: ...
     def encode(self, captions: Sequence[str]) -> list[np.ndarray]: ...

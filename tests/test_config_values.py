@@ -187,7 +187,7 @@ def test_a_hostile_stored_config_is_refused_in_one_line(tmp_path: Path, text: st
 
 
 def test_a_stored_config_without_end_is_refused():
-    with pytest.raises(InputError, match="more than 1,048,576 bytes"):
+    with pytest.raises(InputError, match="more than [0-9,]+ bytes"):
         read_config("/dev/zero")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dit_jax import train
-from dit_jax.config import External, Run, VideoRun, parse_config, read_config
+from dit_jax.config import Run, VideoRun, parse_config, read_config
 from dit_jax.parallel import global_batch, local_rows, make_mesh
 from dit_jax.training import (
     Checkpointer,
@@ -91,7 +91,7 @@ def test_a_source_of_ones_own_is_resumed_bit_by_bit(tmp_path: Path, monkeypatch:
     train.train(again)
     jax.tree.map(np.testing.assert_array_equal, averages(whole), averages(again))
     stored = read_config(tmp_path / "again" / "config.json")
-    assert stored.data.source == External("my_source:GrowingBars")
+    assert stored.data.source == {"type": "my_source:GrowingBars", "external": True}
 
 
 def test_a_student_learns_from_a_teacher_that_is_no_part_of_it(tmp_path: Path, monkeypatch: Any):

@@ -75,11 +75,9 @@ def _kind(part: RecordsSource) -> tuple[str | None, ...]:
     compares with its own; None agrees with everything."""
     config, feature = part.config, part.features[part.config.video_key]
     latents = np.dtype(getattr(feature, "np_dtype", np.uint8)).kind in "fV"  # V is bfloat16.
-    return (
-        "latents" if latents else "pixels",
-        f"{feature.shape[-1]} channels" if latents else None,
-        ("labels" if config.label_key else "no labels") if config.captioned else None,
-    )
+    labels = "labels" if config.label_key else "no labels"
+    video = f"latents of {feature.shape[-1]} channels" if latents else "pixels"
+    return video, labels if config.captioned else None
 
 
 class MixedSource:

@@ -37,8 +37,6 @@ from dit_jax.types import Batch, NonNegativeInt, PositiveInt, Sample, Source
 
 # Key of what a saved data state holds of the run as a whole, beside the states of its rows.
 RUN = "run"
-# Grain packs flat elements: this stands before the names of fields in them.
-TOKEN, SEGMENT = "token_fields/", "segment_fields/"
 # Samples that are tried until one can be used, when a run begins.
 FIRST_TRIES = 64
 T = TypeVar("T")
@@ -104,10 +102,9 @@ class Reader:
             count = len(self.left_out)
         # Without the second condition, a stream without any sample would search for ever.
         if count > self.limit or count >= len(self.source):
-            raise DataError(
-                f"{count} of {len(self.source)} records cannot be used, and at most {self.limit} may "
-                f"be left out (data.max_bad_records). The last: {reason}"
-            ) from error
+            text = f"{count} of {len(self.source)} records cannot be used, and at most "
+            text += f"{self.limit} may be left out (data.max_bad_records). The last: {reason}"
+            raise DataError(text) from error
         if not self.quiet:
             tqdm.write(f"left out: {reason}")
 
@@ -115,10 +112,10 @@ class Reader:
         """Counts a caption that is longer than the text encoder reads; the first is printed."""
         self.cut_captions += 1
         if self.cut_captions == 1:
-            tqdm.write(
+            text = (
                 f"a caption of {length} tokens is cut to the {limit} that the text encoder reads: "
-                f"{caption[:60]!r}... (model.text says how many; others are counted as captions_cut)"
             )
+            tqdm.write(f"{text}{caption[:60]!r}... (others are counted as captions_cut)")
 
     def unfit_names(self, limit: int) -> list[str]:
         """Names of the first ``limit`` records that were known not to fit before training began."""
@@ -153,9 +150,7 @@ def checked_reader(
         return Reader(source, limit)
     # One number for each size: np.unique of rows takes ten times as long, and there may be millions.
     codes = sizes.astype(np.int64) @ np.array([1 << 40, 1 << 20, 1])
-    _, firsts, inverse, counts = np.unique(
-        codes, return_index=True, return_inverse=True, return_counts=True
-    )
+    _, firsts, inverse, counts = np.unique_all(codes)
     bad, lines = np.zeros(len(firsts), bool), []
     for i, first in enumerate(firsts.tolist()):
         size = sizes[first].tolist()
@@ -171,12 +166,8 @@ def checked_reader(
     unfit = bad[inverse]
     text = f"{int(unfit.sum())} of {len(unfit)} records cannot be packed:\n  "
     text += "\n  ".join(lines[:5]) + ("\n  ..." if len(lines) > 5 else "")
-    refuse_if(
-        [
-            (bool(unfit.all()), f"{text}\nNone is left to train on."),
-            (policy == "refuse", f"{text}\nLeave them out with --data.bad-records skip."),
-        ]
-    )
+    refuse_if([(bool(unfit.all()), f"{text}\nNone is left to train on.")])
+    refuse_if([(policy == "refuse", f"{text}\nLeave them out with --data.bad-records skip.")])
     if jax.process_index() == 0:
         print(f"{text}\nThey are left out.", flush=True)
     return Reader(source, limit, unfit)
@@ -354,19 +345,14 @@ class Loader(RowStreams[Batch]):
         token_fields: Sequence[str] = (),
         segment_fields: Sequence[str] = (),
     ) -> None:
-        along_tokens = ("positions", "frame_ids", *(TOKEN + name for name in token_fields))
-        along_segments = ("sample_ids", "num_tokens", "num_frames")
-        along_segments += tuple(SEGMENT + name for name in segment_fields)
-
-        def element(sample: Sample, name: str, place: int) -> dict[str, np.ndarray]:
+        def element(sample: Sample, name: str, place: int) -> dict[str, Any]:
             if augment is not None:
                 sample = augment(sample, np.random.default_rng((seed, place)))
             out = tokenize(sample)
             check_tokenized(config, out, f"{name} ({sample['caption'][:60]!r})")
             return {
-                **{key: out[key] for key in ("tokens", "positions", "frame_ids", "text")},
-                **{TOKEN + key: values for key, values in out["token_fields"].items()},
-                **{SEGMENT + key: value[None] for key, value in out["segment_fields"].items()},
+                **out,
+                "segment_fields": {k: value[None] for k, value in out["segment_fields"].items()},
                 # The place in the endless shuffled order names the sample: the same clip seen again in
                 # a later epoch has noise of its own even within one batch.
                 "sample_ids": np.array([place % 2**32], np.uint32),
@@ -374,19 +360,25 @@ class Loader(RowStreams[Batch]):
                 "num_frames": np.array([out["frame_ids"][-1] + 1], np.int32),
             }
 
+        # A sample enters a row that has room for it in each of these.
+        tokens, segments = config.row_tokens, config.row_segments
+        room: dict[str, Any] = {
+            **dict.fromkeys(("tokens", "positions", "frame_ids"), tokens),
+            "text": config.row_text,
+            **dict.fromkeys(("sample_ids", "num_tokens", "num_frames"), segments),
+            "token_fields": dict.fromkeys(token_fields, tokens),
+            "segment_fields": dict.fromkeys(segment_fields, segments),
+        }
+        room = {name: size for name, size in room.items() if size}  # Grain takes no empty dict.
+
         def pack(elements: grain.IterDataset) -> grain.IterDataset:
             return grain.experimental.FirstFitPackIterDataset(
                 elements,
-                # A sample enters a row that has room for it in each of these.
-                length_struct={
-                    **dict.fromkeys(("tokens", *along_tokens), config.row_tokens),
-                    "text": config.row_text,
-                    **dict.fromkeys(along_segments, config.row_segments),
-                },
+                length_struct=room,
                 num_packing_bins=config.bins,
                 seed=seed,
                 # Fields without positions and segment ids of their own.
-                meta_features=(*along_tokens, *along_segments),
+                meta_features=[name for name in room if name not in ("tokens", "text")],
             )
 
         # All that decides which samples share a row: reading ahead does not.
@@ -394,12 +386,10 @@ class Loader(RowStreams[Batch]):
         super().__init__(source, element, config, seed, rows, _stack, pack, layout)
 
 
-def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+def _stack(rows: Sequence[dict[str, Any]]) -> Batch:
     """A batch of one packed element a row; Grain adds ``NAME_segment_ids`` and ``NAME_positions``."""
-    stacked: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    stacked["segment_ids"] = stacked["tokens_segment_ids"]
-    stacked["token_ids"] = stacked["tokens_positions"]
-    for prefix in (TOKEN, SEGMENT):
-        inside = {k.removeprefix(prefix): v for k, v in stacked.items() if k.startswith(prefix)}
-        stacked[prefix[:-1]] = inside
-    return Batch(**{field.name: stacked[field.name] for field in dataclasses.fields(Batch)})
+    stacked = jax.tree.map(lambda *parts: np.stack(parts), *rows)
+    stacked["segment_ids"] = stacked.pop("tokens_segment_ids")
+    stacked["token_ids"] = stacked.pop("tokens_positions")
+    del stacked["text_positions"]
+    return Batch(**{"segment_fields": {}, **stacked})

@@ -61,11 +61,7 @@ OPEN_SHARDS = 256
 # No read-ahead: the order is random.
 READER: Any = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
 LOCAL = "ArrayRecord reads local files: mount the bucket by gcsfuse, or copy it (docs/storage.md)"
-STORE_AGAIN = "store it again by dit_jax.prepare.writing.write_records"
-_NAME = re.compile(r"\w+(/[\w.\-]+)*(:[\d.*]+)?")
-_CLASS = re.compile(r"tensorflow_datasets\.[\w.]+")
-_SHARD = re.compile(r".*-(\w+)\.array_record-(\d+)-of-\d+")
-_ERRNO = {os.strerror(number): number for number in errno.errorcode}
+ERRNO = {os.strerror(number): number for number in errno.errorcode}
 
 
 @dataclass(frozen=True)
@@ -109,26 +105,20 @@ class RecordsConfig:
             keys, why = self.template_keys, "names no feature"
         except ValueError as error:
             keys, why = (), f"is no template ({error})"
+        why = f"caption_template={template!r} {why}: put features in braces, as in 'a {{label}}'"
+        unnamed, labels = template is not None and not keys, self.label_names
         states = len(names) if self.text_states_key is not None else 0
+        mixed = f"caption_mix_states={self.caption_mix_states}: give {states}, the states of each "
+        mixed += "caption of caption_mix if text_states_key is given, else none"
         remote = [one for one in (self.path, self.data_dir) if is_remote(one or "")]
         refuse_if(
             [
                 (not self.path, "path is empty: give a builder's directory or a data set's name"),
                 (bool(remote), f"{remote} is on Cloud Storage, and {LOCAL}"),
-                (
-                    template is not None and not keys,
-                    f"caption_template={template!r} {why}: put features in braces, as in 'a {{label}}'",
-                ),
-                (
-                    bool(self.label_names) and len(keys) != 1,
-                    f"label_names need one feature, not {keys}",
-                ),
+                (unnamed, why),
+                (bool(labels) and len(keys) != 1, f"label_names need one feature, not {keys}"),
                 (len(set(names)) < len(names), f"caption_mix={names}: name each feature once"),
-                (
-                    len(self.caption_mix_states) != states,
-                    f"caption_mix_states={self.caption_mix_states}: give {states}, the states of each "
-                    "caption of caption_mix if text_states_key is given, else none",
-                ),
+                (len(self.caption_mix_states) != states, mixed),
             ]
         )
 
@@ -170,7 +160,7 @@ def storage_error(error: Exception, path: Path) -> Exception | None:
     if isinstance(error, OSError | MemoryError):
         return error
     match = re.search(r"\w+\(\) failed: ([^;]+)", str(error))
-    number = _ERRNO.get(match[1].strip()) if match else None
+    number = ERRNO.get(match[1].strip()) if match else None
     # A shard that is missing from its directory will not come back by waiting.
     if number is None or number == errno.ENOENT and path.parent.is_dir():
         return None
@@ -190,11 +180,8 @@ class RecordsSource:
         self.config = config
         info = find_builder(config.path, config.data_dir).info
         self.features, self._splits = info.features, info.splits
-        shards = self._check(info)
-        self._paths = [Path(shard.filename) for shard in shards]
-        self._ends = list(itertools.accumulate(shard.take for shard in shards))
-        # Of equation (1): what is added to an index.
-        self._offsets = [s.skip + s.take - end for s, end in zip(shards, self._ends, strict=True)]
+        self._shards = self._check(info)
+        self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
         # A reader that failed once goes on failing: the failures of a shard's are in the cache's key.
         self._failures: collections.Counter[Path] = collections.Counter()
         self._open_shard = functools.lru_cache(OPEN_SHARDS)(
@@ -238,18 +225,18 @@ class RecordsSource:
         does not say them."""
         if self.config.video_key != "video":  # The table is of that feature.
             return None
-        parts, first = [], 0
+        parts = []
         load = functools.cache(lambda table: np.load(table, mmap_mode="r"))
         try:
-            for path, end, offset in zip(self._paths, self._ends, self._offsets, strict=True):
-                (split, shard), *_ = _SHARD.findall(path.name)
+            for shard in self._shards:
+                path = Path(shard.filename)
+                (split, number), *_ = re.findall(r".*-(\w+)\.array_record-(\d+)-of-\d+", path.name)
                 lengths = self._splits[split].shard_lengths
                 table = load(path.parent / f"sizes-{split}.npy")
                 if table.shape != (sum(lengths), len(SIZES)):
                     return None
-                shift = sum(lengths[: int(shard)]) + offset
-                parts.append(table[shift + first : shift + end, :3])
-                first = end
+                start = sum(lengths[: int(number)]) + shard.skip
+                parts.append(table[start : start + shard.take, :3])
         except (OSError, ValueError):
             return None
         return np.concatenate(parts)
@@ -266,8 +253,10 @@ class RecordsSource:
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        shard = bisect.bisect_right(self._ends, index)
-        path, number = self._paths[shard], index + self._offsets[shard]
+        place = bisect.bisect_right(self._ends, index)
+        shard = self._shards[place]
+        path, first = Path(shard.filename), self._ends[place] - shard.take
+        number = index + shard.skip - first  # Equation (1).
         failures = self._failures[path]
         try:
             return self._sample(self._open_shard(path, failures).read([number])[0])
@@ -276,7 +265,8 @@ class RecordsSource:
             self._failures[path] = failures + isinstance(error, RuntimeError)
             reason = explain(error)
             if isinstance(error, ImportError | AttributeError):
-                reason = f"it cannot be decoded without TensorFlow ({reason}): {STORE_AGAIN}"
+                again = "store it again by dit_jax.prepare.writing.write_records"
+                reason = f"it cannot be decoded without TensorFlow ({reason}): {again}"
             bad = ValueError(f"{self.name(index)} (number {number} of {path.name}): {reason}")
             raise storage_error(error, path) or bad from error
 
@@ -342,7 +332,8 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
     path, info = Path(name).expanduser(), "dataset_info.json"
     is_folder = path.is_dir()
     # NAMESPACE:NAME loads code of others, and NAME/a=1 passes arguments to a builder's code.
-    known = (path / info).is_file() if is_folder else bool(_NAME.fullmatch(name))
+    pattern = r"\w+(/[\w.\-]+)*(:[\d.*]+)?"
+    known = (path / info).is_file() if is_folder else bool(re.fullmatch(pattern, name))
     inside = [] if known else sorted(str(one.parent) for one in path.glob(f"**/{info}"))
     what = "is neither the name of a TFDS data set nor a builder's directory, such as name/1.0.0"
     what += f"; it holds {', '.join(inside)}" if inside else ""
@@ -361,10 +352,8 @@ def find_builder(name: str, data_dir: str | None = None) -> Any:
     # A name may be refused in several ways, and the parsers of metadata have errors of their own.
     except Exception as error:
         raise InputError(f"{name!r} {what} ({explain(error)})") from error
-    message = (
-        f"{name!r} is not prepared in {builder.data_dir}: run `tfds build {name} "
-        "--file_format=array_record`, or give the right data_dir"
-    )
+    message = f"{name!r} is not prepared in {builder.data_dir}: run `tfds build {name} "
+    message += "--file_format=array_record`, or give the right data_dir"
     refuse_if([(not builder.is_prepared(), message)])
     return builder
 
@@ -391,7 +380,7 @@ def _check_classes(folder: Path) -> None:
         if file.is_file():
             text = read_bytes(file, 64 * MiB).decode(errors="replace")
             json.loads(text, object_hook=visit)
-    foreign = sorted(one for one in classes if not _CLASS.fullmatch(one))
+    foreign = sorted(x for x in classes if not re.fullmatch(r"tensorflow_datasets\.[\w.]+", x))
     message = f"its features are of the classes {foreign}, and only those of TFDS itself are read"
     refuse_if([(bool(foreign), message)])
 
@@ -430,9 +419,9 @@ def as_video(value: Any, where: str, latents: bool = True) -> np.ndarray:
     whole = video.ndim == 4 and min(video.shape) > 0
     if latents and whole and jnp.issubdtype(video.dtype, jnp.floating):
         return video.astype(np.float32)
-    message = (
-        f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or [h, w, c] with "
-        f"c of 1 or 3{', or float latents,' if latents else ''} and no axis empty"
+    message = f"{where} is {video.dtype} {list(np.shape(value))}: need uint8 [t, h, w, c] or "
+    message += (
+        f"[h, w, c] with c of 1 or 3{', or float latents,' if latents else ''} and no axis empty"
     )
     sound = whole and video.shape[-1] in (1, 3) and video.dtype == np.uint8
     refuse_if([(not sound, message)])

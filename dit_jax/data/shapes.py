@@ -46,15 +46,8 @@ MAX_SHADE = 0.2
 
 # Half extents in radii. They even out the areas (pi, 3.1, 2.2 and 2.8 radii squared) as far as the
 # largest shape still has 6 px of way on a 24 px canvas.
-_SQUARE, _TRIANGLE, _CROSS, _ARM = 0.886, 1.05, 1.09, 0.36
-EXTENTS = {"circle": 1.0, "square": _SQUARE, "triangle": _TRIANGLE, "cross": _CROSS}
-# Area in radii squared, by shape.
-AREAS = {
-    "circle": float(np.pi),
-    "square": 4 * _SQUARE**2,
-    "triangle": 2 * _TRIANGLE**2,
-    "cross": 4 * _ARM * (2 - _ARM) * _CROSS**2,
-}
+EXTENTS = {"circle": 1.0, "square": 0.886, "triangle": 1.05, "cross": 1.09}
+ARM = 0.36  # Half the width of a cross's bars, in its half extents.
 Triple = tuple[str, str, str]  # Colour, shape, direction.
 
 
@@ -99,6 +92,7 @@ def coverage(
     """
     # Reshaped to [t, 1, 1]; distances from the centre are rows [t, h, 1] and cols [t, 1, w].
     r = np.asarray(radius, np.float32).reshape(-1, 1, 1)
+    reach = EXTENTS[shape] * r
     rows = np.arange(height, dtype=np.float32) + 0.5 - np.asarray(y, np.float32)[:, None]
     cols = np.arange(width, dtype=np.float32) + 0.5 - np.asarray(x, np.float32)[:, None]
     rows, cols = rows[:, :, None], cols[:, None, :]
@@ -110,14 +104,13 @@ def coverage(
     if shape == "circle":
         return np.clip(0.5 - (np.sqrt(rows * rows + cols * cols) - r), 0, 1)
     if shape == "square":
-        return span(rows, _SQUARE * r) * span(cols, _SQUARE * r)
+        return span(rows, reach) * span(cols, reach)
     if shape == "cross":
-        long, short = _CROSS * r, _ARM * _CROSS * r
+        short = ARM * EXTENTS[shape] * r
         inner_y, inner_x = span(rows, short), span(cols, short)
         # The upright bar, and what the level one has beside it.
-        return span(rows, long) * inner_x + inner_y * (span(cols, long) - inner_x)
+        return span(rows, reach) * inner_x + inner_y * (span(cols, reach) - inner_x)
     # A triangle, apex up, base as wide as it is high: the sides are the lines 2|x| - y = extent.
-    reach = _TRIANGLE * r
     side = (2 * np.abs(cols) - rows - reach) / np.float32(np.sqrt(5))
     return np.clip(0.5 - side, 0, 1) * np.clip(0.5 + reach - rows, 0, 1)
 
@@ -244,9 +237,8 @@ class ShapesConfig:
         # What types alone cannot say; ``config.check_types`` holds the rest.
         for name in ("sizes", "frames", "image_sizes"):
             refuse_if([(not getattr(self, name), f"{name}=(): give at least one")])
-        refuse_if(
-            [(self.speeds[0] > self.speeds[1], f"speeds={self.speeds}: give the smaller first")]
-        )
+        slow, fast = self.speeds
+        refuse_if([(slow > fast, f"speeds={self.speeds}: give the smaller first")])
         sizes = [(*size, max(self.frames)) for size in self.sizes]
         for height, width, frames in [*sizes, *((*size, 1) for size in self.image_sizes)]:
             _check_room(height, width, frames)

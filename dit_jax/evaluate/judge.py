@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from dit_jax.data.shapes import AREAS, COLORS, EXTENTS, RADII, SHAPES, STEPS, Scene, coverage
+from dit_jax.data.shapes import ARM, COLORS, EXTENTS, RADII, SHAPES, STEPS, Scene, coverage
 
 MIN_CONTRAST = 0.25  # distance of foreground from background, in [0, 1] RGB: less is nothing
 MIN_AREA = 12.0  # px: the smallest triangle covers 35
@@ -31,6 +31,13 @@ MIN_MOTION = 0.25  # px/frame; below it rests. Scenes move at 0.5 or more
 MAX_CROSSWAYS = 0.5  # of the motion along the main axis
 FIT_FRAMES = 6  # frames that are compared with templates: more changed no verdict
 
+# Area in radii squared, by shape.
+AREAS = {
+    "circle": float(np.pi),
+    "square": 4 * EXTENTS["square"] ** 2,
+    "triangle": 2 * EXTENTS["triangle"] ** 2,
+    "cross": 4 * ARM * (2 - ARM) * EXTENTS["cross"] ** 2,
+}
 SIZE_BORDER = (RADII["small"][1] + RADII["big"][0]) / 2
 SIZE_LIMITS = (0.7 * RADII["small"][0], 1.3 * RADII["big"][1])
 

@@ -174,9 +174,7 @@ class Preparation:
         self.config = config
         self.output, self.work = places(config)
         mesh = make_mesh(config.mesh, jax.local_devices())
-        self.codec: Codec | None = (
-            interop.codec_tools().load_codec(config.codec) if config.codec else None
-        )
+        self.codec: Any = interop.codec_tools().load_codec(config.codec) if config.codec else None
         copies = interop.codec_tools().codec_copies(self.codec, mesh) if self.codec else []
         self.encode = [partial(_encode, copy) for copy in copies]
         self.encoder: TextEncoder | None = None

@@ -10,7 +10,6 @@ import pytest
 
 from dit_jax.config import check_types
 from dit_jax.data.shapes import (
-    AREAS,
     COLORS,
     DIRECTIONS,
     EXTENTS,
@@ -27,6 +26,7 @@ from dit_jax.data.shapes import (
     held_out_scenes,
     render,
 )
+from dit_jax.evaluate.judge import AREAS
 
 
 def still(shape="circle", size="big", radius=7.5, **changes):
