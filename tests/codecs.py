@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.video_codec import VideoCodec
-from tests.training.conftest import QUICK
 
 SMALL = CausalAutoencoderConfig(
     latent_channels=3,
@@ -55,19 +51,6 @@ def make_codec(
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """What is compared is what is computed, not how fast: compiling takes a sixth of the time."""
-    try:
-        jax.jit(lambda x: x, compiler_options=QUICK)(np.ones(()))
-    except jax.errors.JaxRuntimeError:  # another version of XLA, with other options: only slower
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        yield
 
 
 def diffusers_config(config: AutoencoderKLConfig, size: int = 256) -> dict[str, Any]:

@@ -17,6 +17,14 @@ from jaxtyping import install_import_hook
 from tests.runs import Run, Verbs, end, free_port
 
 jax.config.update("jax_num_cpu_devices", 8)
+# What tests compile runs for milliseconds, and compiling it so takes a fraction of the time. The
+# processes that they start do the same: what is compared bit by bit is compiled alike.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 # What one test compiles, its neighbours, the processes that they start and the next session find again.
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 for name, value in (
@@ -58,8 +66,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def verbs(tmp_path_factory: pytest.TempPathFactory) -> Verbs:
-    """Starts processes, which share what they compile."""
-    return Verbs(tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("logs"))
+    """Starts processes, which share what they compile, also with those of pytest's other workers."""
+    own = tmp_path_factory.getbasetemp()
+    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    cache.mkdir(exist_ok=True)
+    return Verbs(cache, tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +86,14 @@ def cached(verbs: Verbs) -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test runs in this process has one device: a step over eight takes longer to compile."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    monkeypatch.setattr(jax, "local_devices", lambda: first)
 
 
 @pytest.fixture(scope="session")

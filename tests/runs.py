@@ -95,7 +95,7 @@ class Verbs:
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+            "XLA_FLAGS": os.environ["XLA_FLAGS"],
             "PYTHONPATH": str(ROOT),
         }
         if place:

@@ -35,7 +35,7 @@ def start(
     ]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_goes_on_bit_by_bit(
     verbs: Verbs, tmp_path: Path, bucket: str, processes: int
 ):

@@ -29,10 +29,9 @@ def runs(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A run that nothing stopped, and one that SIGTERM did at its third step and that was resumed."""
     whole, stopped = (tmp_path_factory.mktemp(name) / "run" for name in ("whole", "stopped"))
     arguments = {run: ["--config", CODEC, "--output", run] for run in (whole, stopped)}
-    ended = end(
-        verbs.start("train", arguments[whole]),
-        verbs.start("train", arguments[stopped], stop=("SIGTERM", 3, 0)),
-    )
+    # One after another: each finds what the first one compiled.
+    ended = end(verbs.start("train", arguments[whole]))
+    ended += end(verbs.start("train", arguments[stopped], stop=("SIGTERM", 3, 0)))
     ended += end(verbs.start("train", arguments[stopped]))
     return whole, stopped, ended
 

@@ -42,7 +42,13 @@ from tests.runs import Run, Verbs, end, free_port, upload_checkpoint
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
 
 
-pytestmark = pytest.mark.usefixtures("cached")
+pytestmark = pytest.mark.usefixtures("cached", "one_device_for_features")
+
+
+@pytest.fixture
+def one_device_for_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight would fill batches up to eight: these tests have few samples, and networks of full size."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
 def random_weights(network: Network) -> dict[str, np.ndarray]:
@@ -102,7 +108,7 @@ def evaluated(tmp_path: Path) -> Evaluated:
 
 
 def flags(weights: dict[str, Path], flag: str = "--features-weights") -> list[object]:
-    return [flag, weights[flag], "--feature-batch", 8]
+    return [flag, weights[flag], "--feature-batch", 10 if "features" in flag else 3]
 
 
 def test_images_are_measured_and_statistics_kept(

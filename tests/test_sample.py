@@ -22,7 +22,6 @@ from dit_jax import sample, train
 from dit_jax.files import write_whole
 from dit_jax.sampling import grid
 from dit_jax.sampling.media import read_video, write_video
-from tests.codecs import quick_compilation
 from tests.runs import CONFIG, Run, Verbs, end, free_port, item_arrays, upload_checkpoint
 
 PROMPT = "a big red circle moves left"
@@ -34,7 +33,7 @@ ACROSS = 1
 Sampled = Callable[..., np.ndarray]
 
 
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__, "cached")
+pytestmark = pytest.mark.usefixtures("cached")
 
 
 @pytest.fixture
@@ -54,9 +53,7 @@ def sampled(whole: Run, tmp_path: Path) -> Sampled:
 
 
 @pytest.fixture(scope="module")
-def plain(
-    quick_compilation: None, cached: None, whole: Run, tmp_path_factory: pytest.TempPathFactory
-) -> np.ndarray:
+def plain(cached: None, whole: Run, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """The strip of what is made of the prompt alone."""
     file = tmp_path_factory.mktemp("plain") / "clip.png"
     given = ["--checkpoint", str(whole.directory), "--output", str(file), "--prompt", PROMPT]

@@ -26,13 +26,12 @@ from dit_jax.training import (
     open_run,
 )
 from dit_jax.training.video_task import init_params, make_model
-from tests.codecs import quick_compilation
 
-pytestmark = pytest.mark.usefixtures("cached", quick_compilation.__name__)
+pytestmark = pytest.mark.usefixtures("cached", "one_device")
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     *("--model.dit.width", "48", "--model.dit.heads", "4", "--model.text.width", "32"),
-    *("--model.text.depth", "1", "--data.packing.rows", "8", "--checkpoint.every", "2"),
+    *("--model.text.depth", "1", "--data.packing.rows", "2", "--checkpoint.every", "2"),
     *("--log.every", "1", "--log.draw-every", "0"),
 )
 NO_CLIPS = ("--evaluators.1.prompts", 0)
@@ -48,8 +47,8 @@ def write_page(page: str, folder: Path) -> None:
     shutil.copy(ROOT / "configs" / "quickstart.py", folder)
 
 
-def run(config: Path, output: Path, *more: object) -> Any:
-    arguments = ["--config", config, "--output", output, "--steps", 5, *SMALL, *more]
+def run(config: Path, output: Path, *more: object, steps: int = 5) -> Any:
+    arguments = ["--config", config, "--output", output, "--steps", steps, *SMALL, *more]
     return parse_config([str(one) for one in arguments], "train", "Trains.", Run)
 
 
@@ -96,9 +95,8 @@ def test_a_source_of_ones_own_is_resumed_bit_by_bit(tmp_path: Path, monkeypatch:
 
 def test_a_student_learns_from_a_teacher_that_is_no_part_of_it(tmp_path: Path, monkeypatch: Any):
     write_page("objectives.md", tmp_path)
-    teacher = run(
-        tmp_path / "quickstart.py", tmp_path / "teacher", "--model.dit.depth", 2, *NO_CLIPS
-    )
+    deep = ("--model.dit.depth", 2, *NO_CLIPS)
+    teacher = run(tmp_path / "quickstart.py", tmp_path / "teacher", *deep, steps=1)
     train.train(teacher)
     more = ("--model.dit.depth", 1, "--teacher", tmp_path / "teacher", *NO_CLIPS)
     student = run(tmp_path / "student.py", tmp_path / "student", *more)
@@ -117,7 +115,7 @@ def test_a_student_learns_from_a_teacher_that_is_no_part_of_it(tmp_path: Path, m
     frozen = init_frozen(task.init, mesh, jax.random.key(0), task.trainable, task.load_frozen)
     kept = Checkpointer(tmp_path / "teacher", student.checkpoint)
     of_teacher = frozen["teacher"]
-    same = kept.restore_ema(5, of_teacher, jax.tree.map(lambda leaf: leaf.sharding, of_teacher))
+    same = kept.restore_ema(1, of_teacher, jax.tree.map(lambda leaf: leaf.sharding, of_teacher))
     kept.close()
     jax.tree.map(np.testing.assert_array_equal, same, frozen["teacher"])
     rows = local_rows(mesh, task.rows)

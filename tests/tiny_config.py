@@ -18,7 +18,7 @@ def get_config() -> VideoRun:
             packing=PackingConfig(rows=4, row_tokens=64, row_text=96, row_segments=6, bins=2),
         ),
         model=ModelConfig(
-            dit=DiTConfig(width=32, depth=2, heads=2),
+            dit=DiTConfig(width=32, depth=1, heads=2),
             patch=PatchConfig(t=2, h=8, w=8, channels=3, reference_fps=8.0),
             text=ByteEncoderConfig(width=16, depth=1, heads=2, max_bytes=47),
         ),

@@ -7,6 +7,7 @@ that is missing, that nobody asked for or that has another shape is an error tha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,6 +92,7 @@ def check_weights(network: Network, path: str | None, why: str) -> Path:
     return local_copy(path)
 
 
+@functools.cache
 def parameter_shapes(network: Network) -> Params:
     """The parameters of a network as shapes."""
     example = jax.ShapeDtypeStruct(network.example, np.uint8)

@@ -19,7 +19,7 @@ from dit_jax.codec.causal_autoencoder import (
     CausalAutoencoderConfig,
 )
 from dit_jax.codec.causal_layers import Zeros, convolve, convolve_by_frames
-from tests.codecs import quick_compilation, random_params
+from tests.codecs import random_params
 
 PLAIN = CausalAutoencoderConfig(
     latent_channels=3, widths=(4, 8, 8), strides=((2, 2), (2, 1)), layers=1
@@ -30,7 +30,6 @@ VARIANTS = {
     "linear": dataclasses.replace(PLAIN, linear=True, patch=2, mid_attention=False),
     "wide decoder": dataclasses.replace(PLAIN, decoder_widths=(8, 8, 16), mid_attention=False),
 }
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 # Sums of float32 in another order, through some twenty layers; the outputs are of order one.
 CLOSE = 1e-5
 

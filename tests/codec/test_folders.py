@@ -18,9 +18,8 @@ from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.files import as_path, write_whole
-from tests.codecs import SMALL, noise, quick_compilation, random_params
+from tests.codecs import SMALL, noise, random_params
 
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARAMS = random_params(SMALL)
 

@@ -21,9 +21,8 @@ from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer
 from dit_jax.training.video_task import tokenize
-from tests.codecs import SMALL, quick_compilation, random_params
+from tests.codecs import SMALL, random_params
 
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 FRAMES = (5, 1, 9)
 ENCODER = dataclasses.replace(
     SMALL, latent_channels=4, shift=(0.1, -0.2, 0.0, 0.3), scale=(0.5, 2.0, 1.0, 1.0)

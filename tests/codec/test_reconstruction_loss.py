@@ -28,9 +28,7 @@ from dit_jax.training import (
     make_optimizer,
     make_step,
 )
-from tests.codecs import noise, quick_compilation, random_params
-
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
+from tests.codecs import noise, random_params
 
 CONFIG = CausalAutoencoderConfig(
     latent_channels=2, widths=(4, 4), strides=((2, 2),), layers=1, mid_attention=False

@@ -27,10 +27,8 @@ from dit_jax.sampling import to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
 from dit_jax.training.step import loss_and_gradients
-from tests.codecs import quick_compilation
 from tests.tiny_codec_config import get_config
 
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 CONFIG = get_config()
 STEPS = 40
 

@@ -16,9 +16,8 @@ from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.sharding import make_clip_constrain
 from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.parallel import MeshConfig, make_mesh
-from tests.codecs import SMALL, make_codec, noise, quick_compilation
+from tests.codecs import SMALL, make_codec, noise
 
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 WHOLE = TileConfig(frames=16)
 # Sums of float32 in another order, through some twenty layers; the outputs are of order one.
 CLOSE = 1e-5

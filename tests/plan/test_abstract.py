@@ -17,9 +17,6 @@ from dit_jax.sampling import Generator, Request, make_clips, plain
 from dit_jax.training import abstract_params
 from dit_jax.training.video_task import init_params, make_model
 from tests import tiny_config
-from tests.codecs import quick_compilation
-
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,6 @@ from dit_jax.sampling.modes import (
 from dit_jax.sampling.sampler import decode_loop, on_two_cuts
 from dit_jax.training.video_task import init_params, make_model
 from tests.denoiser import struct
-from tests.training.conftest import QUICK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,32 +278,30 @@ def every_mode():
 def makers():
     """Edits made on one device, and on eight; random parameters that leave nothing at zero."""
     found, params = {}, None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        shapes = {"one": MeshConfig(), "eight": MeshConfig(data=2, fsdp=1, context=2, tensor=2)}
-        for name, config in shapes.items():
-            mesh = make_mesh(config, jax.devices()[:1] if name == "one" else None)
-            model = make_model(MODEL, mesh)
-            made = SamplingConfig(steps=3, cfg_scale=2.0, batch=12)
-            generator = Generator(model, DiffusionConfig(), made)
-            if not found:
-                params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-                draw = functools.partial(np.random.default_rng(1).normal, 0.0, 0.2)
-                params = jax.tree.map(
-                    lambda x, draw=draw: jnp.asarray(draw(x.shape), jnp.float32), params
-                )
-            found[name] = (
-                functools.partial(
-                    make_clips,
-                    generator,
-                    params,
-                    mesh=mesh,
-                    decode=PixelCodec().decode,
-                ),
+    shapes = {"one": MeshConfig(), "eight": MeshConfig(data=2, fsdp=1, context=2, tensor=2)}
+    for name, config in shapes.items():
+        mesh = make_mesh(config, jax.devices()[:1] if name == "one" else None)
+        model = make_model(MODEL, mesh)
+        made = SamplingConfig(steps=3, cfg_scale=2.0, batch=12)
+        generator = Generator(model, DiffusionConfig(), made)
+        if not found:
+            params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+            draw = functools.partial(np.random.default_rng(1).normal, 0.0, 0.2)
+            params = jax.tree.map(
+                lambda x, draw=draw: jnp.asarray(draw(x.shape), jnp.float32), params
+            )
+        found[name] = (
+            functools.partial(
+                make_clips,
                 generator,
                 params,
-            )
-        yield found
+                mesh=mesh,
+                decode=PixelCodec().decode,
+            ),
+            generator,
+            params,
+        )
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,8 @@ from dit_jax.sampling.modes import (
     window_requests,
 )
 from dit_jax.training.video_task import init_params, make_model
-from tests.codecs import make_codec, quick_compilation
+from tests.codecs import make_codec
 
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 MODEL = ModelConfig(
     dit=DiTConfig(width=24, depth=1, heads=2),
     patch=PatchConfig(1, 2, 2, 3, 2.0),
@@ -43,7 +42,7 @@ PIXELS = np.random.default_rng(2).integers(0, 256, (13, SIDE, SIDE, 3)).astype(n
 
 
 @pytest.fixture(scope="module")
-def codec(quick_compilation: None):
+def codec():
     return make_codec()
 
 

@@ -41,12 +41,11 @@ from dit_jax.training.video_task import (
     with_states,
 )
 from tests import tiny_config
-from tests.codecs import quick_compilation
 from tests.prepare.chat_server import Response, serving
 from tests.scripts import load_script
 from tests.text_files import TINY, needs_tokenizers, write_t5
 
-pytestmark = [needs_tokenizers, pytest.mark.usefixtures(quick_compilation.__name__)]
+pytestmark = needs_tokenizers
 
 ROOMY = PackingConfig(row_text=10_000)
 PROMPTS = ["a big red circle moves left", "a small green cross moves up", ""]

@@ -37,26 +37,6 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_norm=0.1, w
 STEPS = 20
 SEED = 3
 
-# What is compared here is what the partitioner and the optimizer did, not how fast it runs:
-# without these, compiling one step takes six times as long.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    try:
-        jax.jit(lambda x: x, compiler_options=QUICK)(np.ones(()))
-    except jax.errors.JaxRuntimeError:  # another version of XLA, with other options: only slower
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        yield
-
 
 def random_params(shapes: Any) -> Any:
     """Parameters none of which is zero, so that every path has a gradient."""

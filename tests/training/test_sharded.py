@@ -186,7 +186,7 @@ def arrays(text):
 @pytest.mark.parametrize(
     "sizes", [pytest.param((1, 8, 1, 1), marks=pytest.mark.slow), (1, 2, 2, 2)], ids=str
 )
-def test_no_device_makes_the_whole_model(sizes, monkeypatch):
+def test_no_device_makes_the_whole_model(sizes):
     """Initialisation as compiled: every device draws its own part, and no array is larger than the
     largest of those."""
     config = DiTConfig(width=256, depth=4, heads=8, scan=True, pooled_text=True)
@@ -196,8 +196,6 @@ def test_no_device_makes_the_whole_model(sizes, monkeypatch):
     shapes, shardings = abstract_state(init, optimizer, mesh)
     fresh = functools.partial(init_state, init, optimizer, shardings)
     fresh = jax.jit(fresh, out_shardings=shardings)
-    # Only the outer one may have the options of `quick_compilation`.
-    monkeypatch.setattr(jax, "jit", getattr(jax.jit, "func", jax.jit))
     compiled = fresh.lower(jax.random.key(0)).compile()
 
     params = jax.tree.leaves(shapes.params)

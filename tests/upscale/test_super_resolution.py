@@ -33,10 +33,8 @@ from dit_jax.upscale.super_resolution import (
     low_res_field,
 )
 from tests import tiny_config
-from tests.codecs import quick_compilation
 from tests.denoiser import struct
 
-pytestmark = pytest.mark.usefixtures(quick_compilation.__name__)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLAIN = tiny_config.get_config()
 CONFIG = dataclasses.replace(
