@@ -201,14 +201,9 @@ class Progress:
         """Calls ``write`` with the writer, if there is one."""
         if not self._logging:
             return
-        # It imports PyTorch if that is installed, for tensors alone, which takes seconds: not now.
-        hidden = "torch" not in sys.modules
-        if hidden:
-            sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+        # Imported here, as it imports PyTorch if that is installed: seconds, for every other verb too.
         from tensorboardX import SummaryWriter
 
-        if hidden:
-            del sys.modules["torch"]
         try:
             if self._writer is None:
                 self._writer = SummaryWriter(self._local.name if self._local else str(self._logs))
