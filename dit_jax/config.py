@@ -399,7 +399,7 @@ def stored_config(values: Any, where: str | Path, kind: type[Kind] = VideoRun) -
     version = "dit_jax 0.1 (commit 57ee8cf)" if old else "the version that wrote it"
     prefix = f"{str(where)!r} holds no config that this version of dit_jax can use"
     with checking_input(prefix, f"restore the file, or use {version}"):
-        config = from_dict(Run, migrate(values))
+        config = from_dict(Run, migrate(values) if old else values)
     return _of_kind(config, kind, repr(str(where)))
 
 
@@ -444,8 +444,8 @@ RENAMED = {
     "MaskConfig": {"free": "none"},
     "DiTConfig": {"band": "window", "dense_every": "global_every"},
 }
-# and had these, of whose values nothing is lost; with others they are refused by name. (Format 2 too had
-# the weighting of the loss and the independent levels of frames.)
+# and had these, as format 2 had `weighting` and `independent`. Of these values nothing is lost; with
+# others they are refused by name.
 REMOVED = {
     "ModelConfig": {"upscale": 1},
     "DiffusionConfig": {"augmentation": 0.3, "weighting": "none", "min_snr_gamma": 5.0},

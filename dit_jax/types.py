@@ -282,6 +282,9 @@ class FrameGrid:
 class Codec(Protocol):
     """Pixels ``[t, h, w, 3]``, float in [-1, 1], to latents ``[t', h', w', c]`` and back."""
 
+    # Of the weights' bytes: latents of another hash are of another codec.
+    @property
+    def hash(self) -> str: ...
     # Frames, rows and columns of pixels in one latent.
     @property
     def strides(self) -> tuple[int, int, int]: ...
@@ -297,6 +300,7 @@ class Codec(Protocol):
 class PixelCodec:
     """The identity: models of pixels."""
 
+    hash: str = "pixels"
     strides: tuple[int, int, int] = (1, 1, 1)
     channels: int = 3
 

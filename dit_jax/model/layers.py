@@ -107,6 +107,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm (2) over the last axis with a learned scale."""
 
     axis_name: str | None = None
+    eps: float = NORM_EPS
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -115,7 +116,7 @@ class RMSNorm(nn.Module):
         scale: Any = self.param("scale", init, (x.shape[-1],))
         y = x.astype(jnp.float32)
         squares = jnp.square(y).mean(-1, keepdims=True)
-        return (y * jax.lax.rsqrt(squares + NORM_EPS) * scale).astype(x.dtype)
+        return (y * jax.lax.rsqrt(squares + self.eps) * scale).astype(x.dtype)
 
 
 FEW_GROUPS = 4

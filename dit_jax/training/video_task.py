@@ -217,7 +217,8 @@ def eval_requests(
             true.append(video)
         names = ("text_states", "segment_fields", "frame_fields", "pixel_fields")
         more = {name: sample[name] for name in names if name in sample} | {"time_stride": latents.t}
-        requests.append(Request(sample["caption"], *grid, fps, i, **more))
+        t, h, w = grid
+        requests.append(Request(sample["caption"], t, h, w, fps, i, **more))
     return requests, true
 
 
