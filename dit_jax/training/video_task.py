@@ -216,7 +216,8 @@ def eval_requests(
             grid, fps = latents.latent_size(*grid), latents.latent_fps(fps)
             true.append(video)
         names = ("text_states", "segment_fields", "frame_fields", "pixel_fields")
-        more = {name: sample[name] for name in names if name in sample} | {"time_stride": latents.t}
+        more: Any = {name: sample[name] for name in names if name in sample}
+        more["time_stride"] = latents.t
         t, h, w = grid
         requests.append(Request(sample["caption"], t, h, w, fps, i, **more))
     return requests, true
