@@ -439,14 +439,14 @@ FOLDERS = {
     "text_encoder": "dit_jax.text.config:TextEncoderConfig",
 }
 # called these fields of today's classes otherwise,
-RENAMED = {
+RENAMED: dict[str, dict[str, str]] = {
     "DiffusionConfig": {"ceilings": "masks"},
     "MaskConfig": {"free": "none"},
     "DiTConfig": {"band": "window", "dense_every": "global_every"},
 }
 # and had these, as format 2 had `weighting` and `independent`. Of these values nothing is lost; with
 # others they are refused by name.
-REMOVED = {
+REMOVED: dict[str, dict[str, Any]] = {
     "ModelConfig": {"upscale": 1},
     "DiffusionConfig": {"augmentation": 0.3, "weighting": "none", "min_snr_gamma": 5.0},
     "MaskConfig": {"independent": 0.0, "levels": 16},
