@@ -498,7 +498,8 @@ def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
             kind = _named_class(value["type"], kinds, prefix) if "type" in value else kinds[0]
             hints, title, inner = _field_types(kind), kind.__name__, {}
             removed, renamed = REMOVED.get(title, {}), RENAMED.get(title, {})
-            for field in sorted(value.keys() - {"format", "type", "subclass"}):
+            fields: list[str] = sorted(value.keys() - {"format", "type", "subclass"})
+            for field in fields:
                 item = value[field]
                 if (field, item) not in removed.items():
                     field = renamed.get(field, field)
