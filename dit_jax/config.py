@@ -444,13 +444,18 @@ RENAMED: dict[str, dict[str, str]] = {
     "MaskConfig": {"free": "none"},
     "DiTConfig": {"band": "window", "dense_every": "global_every"},
 }
-# and had these, as format 2 had `weighting` and `independent`. Of these values nothing is lost; with
+# and had these, as format 2 had some. Of these values nothing is lost; with
 # others they are refused by name.
 REMOVED: dict[str, dict[str, Any]] = {
     "ModelConfig": {"upscale": 1},
     "DiffusionConfig": {"augmentation": 0.3, "weighting": "none", "min_snr_gamma": 5.0},
     "MaskConfig": {"independent": 0.0, "levels": 16},
-    "SamplingConfig": {"augmentation": 0.0, "cfg_zero_star": False, "cfg_zero_init": 0},
+    "SamplingConfig": {
+        "augmentation": 0.0,
+        "cfg_zero_star": False,
+        "cfg_zero_init": 0,
+        "cfg_rescale": 0.0,
+    },
     "PackingConfig": {"packer": "first_fit"},
     "TransformConfig": {"max_area": None, "whole_patches": False},
     "StatesConfig": {"layer": "last"},

@@ -29,11 +29,9 @@ unipc     order 3, UniPC-2 with B_2(h) (Zhao et al. 2023, algorithms 5 and 6): p
 The steps to data and from no signal at all have an infinite h; multistep solvers take them at order 1.
 
 Guidance combines the conditional prediction c and the unconditional one u, in all channels or the first
-(DiT and SiT guide three of four), at all noise levels or in an interval (Kynkäänniemi et al. 2024); the
-deviations are those of each segment's generated tokens::
+(DiT and SiT guide three of four), at all noise levels or in an interval (Kynkäänniemi et al. 2024)::
 
     g = u + scale (c - u)                              Ho & Salimans 2022              (7)
-    g <- (phi std(c) / std(g) + 1 - phi) g             Lin et al. 2023, section 3.4    (8)
 """
 
 from __future__ import annotations
@@ -45,15 +43,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
-from dit_jax.types import PAD, NonNegativeFloat, PositiveInt, UnitInterval
+from dit_jax.types import NonNegativeFloat, PositiveInt
 
 Spacing = Literal["linear", "trailing", "linspace"]
 Tokens = Float[Array, "b l p"]
 ByToken = Float[Array, "b l"]
-Ids = Int[Array, "b l"]
 Scalar = Float[Array, ""]
 
 
@@ -262,8 +259,6 @@ class GuidanceConfig:
     cfg_channels: PositiveInt | None = None  # Guide the first so many (DiT: 3 of 4). None: all.
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Guide only at noise levels low < t <= high; outside, steps have half the work."""
-    cfg_rescale: UnitInterval = 0.0
-    """Share in which the guided prediction keeps the deviation of the conditional (0.7 is usual)."""
 
     def guided_at(self, t: float) -> bool:
         """Whether guidance changes anything at this noise level."""
@@ -272,39 +267,16 @@ class GuidanceConfig:
         return self.cfg_scale != 1 and bool(low < np.float32(t) <= high)
 
 
-def deviation(x: Tokens, counted: Bool[Array, "b l"], segment_ids: Ids, segments: int) -> ByToken:
-    """The standard deviation of each token's segment, over all numbers of its counted tokens."""
-    member = (segment_ids[..., None] == jnp.arange(1, segments + 1)).astype(x.dtype)  # [b, l, n]
-
-    def segment_sum(values: ByToken) -> ByToken:
-        values = jnp.where(counted, values, 0)
-        return jnp.einsum("bln,bn->bl", member, jnp.einsum("bln,bl->bn", member, values))
-
-    count = jnp.maximum(segment_sum(jnp.ones_like(x[..., 0])), 1)
-    mean = segment_sum(x.mean(-1)) / count
-    return jnp.sqrt(segment_sum(jnp.square(x - mean[..., None]).mean(-1)) / count)
-
-
 def guide(
     config: GuidanceConfig,
     conditional: Tokens,
     unconditional: Tokens,
     t: Float[Array, ""],
-    tau: ByToken,
-    segment_ids: Ids,
-    segments: int,
     channels: int,
 ) -> Tokens:
-    """The guided prediction at level ``t`` of the schedule, of rows with at most so many ``segments``
-    and of tokens whose numbers are ordered (t, h, w, c), with so many ``channels``."""
+    """The guided prediction at level ``t`` of the schedule; the numbers of a token are ordered
+    (t, h, w, c), with so many ``channels``."""
     guided = unconditional + config.cfg_scale * (conditional - unconditional)  # (7)
-    phi = config.cfg_rescale
-    if phi:
-        counted = (segment_ids != PAD) & (tau > 0)
-        expected = deviation(conditional, counted, segment_ids, segments)
-        actual = deviation(guided, counted, segment_ids, segments)
-        ratio = expected / jnp.where(actual > 0, actual, 1)
-        guided = guided * (phi * ratio + (1 - phi))[..., None]  # (8)
     if config.cfg_channels is not None:
         first = np.arange(conditional.shape[-1]) % channels < config.cfg_channels
         guided = jnp.where(first, guided, conditional)

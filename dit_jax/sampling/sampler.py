@@ -236,8 +236,8 @@ class Generator:
                 prediction = paths.velocity_of(path, kind, prediction, xt, rows(tau))
             if guided:
                 with_text, without = jnp.split(prediction, 2)
-                segments, channels = inputs.segment_ids, self.model.config.patch.channels
-                prediction = guide(self.config, with_text, without, t, tau, segments, 1, channels)
+                channels = self.model.config.patch.channels
+                prediction = guide(self.config, with_text, without, t, channels)
                 fraction = None if fraction is None else fraction[:b]
             return objective.estimate(diffusion, prediction, x, tau, fraction)
 

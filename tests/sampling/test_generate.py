@@ -189,7 +189,7 @@ def test_all_steps_run_one_compiled_step(solver):
 
 @pytest.mark.parametrize("solver", ["ddpm", "sde", "ddim", "unipc"])
 def test_a_sample_does_not_depend_on_its_batch(solver):
-    fields = dict(solver=solver, eta=0.5, cfg_scale=2.0, cfg_rescale=0.5)
+    fields = dict(solver=solver, eta=0.5, cfg_scale=2.0)
     together = made(**fields)
     alone = made(given=condition((2,), (0.7,)), **fields)
     np.testing.assert_allclose(together[1:], alone, atol=1e-6)  # float32
@@ -262,7 +262,6 @@ def test_what_a_model_cannot_be_asked_is_refused_at_once(diffusion, fields, mess
         ({"cfg_interval": (0.9, 0.1)}, "sampling.cfg_interval is"),
         ({"cfg_interval": (0.5, 0.5)}, "sampling.cfg_interval is"),
         ({"cfg_interval": (0.0, 1.5)}, "sampling.cfg_interval is"),
-        ({"cfg_rescale": 2.0}, "sampling.cfg_rescale is 2.0"),
         ({"cache_threshold": float("nan")}, "sampling.cache_threshold is nan"),
         ({"cache_threshold": 0.1, "solver": "heun"}, "sampling.cache_threshold is 0.1.* 'heun'"),
     ],
