@@ -485,10 +485,10 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
 # scan="False" would be noticed late or never. The command line is read by tyro, which takes nan.
 
 
-def check_types(config: Any) -> None:
+def check_types(config: Any, name: str = "") -> None:
     """Raises ``InputError`` for a field, however deep, whose value is not of its type or in its range.
     Call it where a user's values enter: on a config or on the arguments of a command."""
-    _walk(config, type(config), "")
+    _walk(config, type(config), name)
 
 
 def _walk(value: Any, hint: Any, name: str, stored: bool = False) -> Any:
