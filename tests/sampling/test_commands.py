@@ -90,7 +90,7 @@ def test_options_that_make_no_sense_are_refused(mode: str, options: dict[str, An
 
 
 def test_a_loop_of_text_needs_frames_and_attention_all_around():
-    job = job_of(pipeline(9, window=16, global_every=2))
+    job = job_of(pipeline(9, depth=2, window=16, global_every=2))
     with pytest.raises(ValueError, match="16 tokens"):
         command("loop").generation(job, TEMPLATE)
     command("loop", video="a").generation(job, TEMPLATE)
