@@ -2,7 +2,11 @@
 
 import dataclasses
 import itertools
+import mmap
 import random
+import subprocess
+import sys
+from platform import libc_ver
 
 import jax
 import jax.numpy as jnp
@@ -347,3 +351,30 @@ def test_what_is_smaller_than_its_parameter_is_whole(mesh):
 )
 def test_batches_lie_over_rows_and_tokens(mesh, ndim, tokens, expected):
     assert batch_sharding(mesh, ndim, tokens) == NamedSharding(mesh, expected)
+
+
+STEPS = """
+import sys, resource, jax, jax.numpy as jnp
+from dit_jax.parallel import tune_cpu
+if sys.argv[1] == "tuned":
+    tune_cpu()
+# The product in between is 64 MiB of temporary memory.
+step = jax.jit(lambda x: (x @ x.T) @ x)
+x = jax.block_until_ready(jnp.ones((4096, 8)))
+faults = []
+for _ in range(4):
+    step(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-2])
+"""
+
+
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="glibc keeps what is freed")
+def test_a_tuned_step_on_a_cpu_takes_no_new_memory():
+    faults = {}
+    for name in ("tuned", "plain"):
+        command = [sys.executable, "-c", STEPS, name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        faults[name] = int(out.stdout)
+    pages = 64 * 2**20 // mmap.PAGESIZE
+    assert faults["tuned"] < 0.1 * pages and faults["plain"] > 0.5 * pages
