@@ -116,7 +116,7 @@ def test_a_run_does_not_begin_with_parameters_that_mean_something_else(
     one = rig(1, 1, 1, 1)
     config = changed(changed(CONFIG, "checkpoint.initial", str(saved[0])), name, value)
     monkeypatch.setattr(Checkpointer, "restore_ema", None)  # nothing is read before
-    with pytest.raises(ValueError, match=f"' is a run with {name} = .*: set {name} as there"):
+    with pytest.raises(ValueError, match=f"' is a run with {name} = .*: set it as there"):
         init_from(config, one.state(), one.shapes, one.shardings)
 
 
