@@ -171,7 +171,11 @@ class Checkpointer:
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda shape, where: shape.update(sharding=where), shapes, shardings)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
 
 
 def open_run(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:
