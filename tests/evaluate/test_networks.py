@@ -84,7 +84,7 @@ def awaken(torch: Any, network: Any, *inputs: Any) -> None:
     network.eval()
 
 
-def close(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.shape == expected.shape
     assert expected.std(0).mean() > 1e-3  # the samples differ at all
     assert np.abs(found - expected).max() <= FEATURES * np.abs(expected).max()
@@ -128,7 +128,7 @@ def test_inception_features_are_those_of_torch_fidelity(both_features: Any):
     found, other = both_features
     assert found.pool.shape == (2 * COUNT, 2048) and found.spatial.shape == (2 * COUNT, 2023)
     for name, expected in other.items():
-        close(getattr(found, name), expected)
+        assert_close(getattr(found, name), expected)
 
 
 def test_fid_is_that_of_the_other_network(both_features: Any):
@@ -259,7 +259,7 @@ def test_i3d_logits_are_those_of_pytorch(torch: Any, tmp_path: Path, frames: int
         expected = network(scaled).numpy()
     params = read_weights(VIDEO, tmp_path / "i3d.pt")
     function = NetworkFeatures(VIDEO.model.apply, params, 2, jax.local_devices()[:1])
-    close(function(clips), expected)
+    assert_close(function(clips), expected)
 
 
 def test_short_clips_are_refused():
