@@ -32,14 +32,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 from jax.sharding import Mesh
 
-from dit_jax.data import (
-    MixtureConfig,
-    PackingConfig,
-    RecordsConfig,
-    RecordsSource,
-    ShapesConfig,
-    TransformConfig,
-)
+from dit_jax import data
 from dit_jax.diffusion import DiffusionConfig
 from dit_jax.files import InputError, absolute, checking_input, local_copy, read_json, refuse_if
 from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig, TextStatesConfig
@@ -125,10 +118,10 @@ Kind = TypeVar("Kind", bound=Run)
 class DataConfig:
     """What is trained on, and how it is packed."""
 
-    source: Any = ShapesConfig()
+    source: Any = data.ShapesConfig()
     """A config with a method ``open() -> Source``, or a ``Source`` itself, of any module."""
-    packing: PackingConfig = PackingConfig()
-    transform: TransformConfig = TransformConfig()
+    packing: data.PackingConfig = data.PackingConfig()
+    transform: data.TransformConfig = data.TransformConfig()
     # Whether records that cannot be packed, read or trained on are left out, counted and named, or the
     # run is refused before it begins (as far as the sizes in the data's metadata tell).
     bad_records: Literal["skip", "refuse"] = "skip"
@@ -224,7 +217,7 @@ class VideoRun(Run):
         """The config with the hashes of its codec and text encoder, as far as data or folders tell.
         Raises ``InputError`` if data, folders and config name different ones."""
         text, codec, encoder = self.model.text, self.codec, self.text_encoder
-        sets = [RecordsSource(one) for one in getattr(self.data.source, "record_sets", ())]
+        sets = [data.RecordsSource(one) for one in getattr(self.data.source, "record_sets", ())]
         hashes = [codec.hash, *(one.codec for one in sets), codec.weights_hash()]
         known = list(dict.fromkeys(filter(None, hashes)))
         message = (
@@ -257,7 +250,7 @@ class VideoRun(Run):
         size = (sampling.frames, sampling.height, sampling.width)
         with checking_input(f"sampling.frames, height, width = {size} do not fit", "change them"):
             model.patch.grid(*self.codec.latent_size(*size))
-        if isinstance(source, ShapesConfig):
+        if isinstance(source, data.ShapesConfig):
             text = f"model.patch.channels is {channels}: moving shapes have 3, so give codec.path."
             yield latents, text
             clips = [(frames, h, w) for frames in source.frames for h, w in source.sizes]
@@ -430,7 +423,8 @@ def differences(now: Any, before: Any, name: str = "") -> Iterator[tuple[str, An
 
 
 # Format 1 was that of dit_jax 0.1. It named these classes by their bare names,
-BARE = (ShapesConfig, RecordsConfig, MixtureConfig, ByteEncoderConfig, TextStatesConfig)
+BARE = (data.ShapesConfig, data.RecordsConfig, data.MixtureConfig)
+BARE += (ByteEncoderConfig, TextStatesConfig)
 CLASSES = {kind.__name__: _class_name(kind) for kind in BARE}
 CLASSES["CodecRun"] = "dit_jax.codec.run:CodecRun"
 # had one class for what now has another if there is a folder of weights,

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax import parallel, training
+from dit_jax import files, parallel, training
 from dit_jax.config import (
     Run,
     VideoRun,
@@ -39,17 +39,7 @@ from dit_jax.config import (
     to_dict,
 )
 from dit_jax.data import DataError, RowStreams
-from dit_jax.files import (
-    InputError,
-    check_writable,
-    explain,
-    is_storage_error,
-    locked,
-    refuse_if,
-    run_verb,
-    silence_traces,
-    write_json,
-)
+from dit_jax.training import TrainState
 from dit_jax.training.video_task import inflate, inflation
 from dit_jax.types import Params
 
@@ -64,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains what the command line says; returns the exit status."""
     arguments, flags = parallel.take_process_flags(sys.argv[1:] if arguments is None else arguments)
     config = parse_config(arguments, PROG, DESCRIPTION + parallel.PROCESS_HELP, Run)
-    silence_traces()
+    files.silence_traces()
 
     def work() -> int:
-        with parallel.joined(flags, PROG, InputError):
+        with parallel.joined(flags, PROG, files.InputError):
             stopped = train(config)
         return 128 + signal.Signals[stopped] if stopped else 0
 
-    return run_verb(PROG, work, InputError, (DataError, DivergedError))
+    return files.run_verb(PROG, work, files.InputError, (DataError, DivergedError))
 
 
 class DivergedError(RuntimeError):
@@ -89,7 +79,7 @@ def train(config: Run) -> str | None:
         try:
             # Relative paths would mean something else to whoever resumes or samples from elsewhere.
             config = absolute_paths(config).with_hashes()
-            directory, stored = check_writable(config.output), None
+            directory, stored = files.check_writable(config.output), None
             saved = directory / "checkpoints"
             begun = saved.is_dir() and any(one.name.isdigit() for one in saved.iterdir())
             if begun and (directory / "config.json").exists():
@@ -98,8 +88,8 @@ def train(config: Run) -> str | None:
                 remedy = "give a new --output, or the config that the run was made with"
                 check_same(config, stored, FIXED, MAY_CHANGE, run, remedy)
             if jax.process_index() == 0:
-                stack.enter_context(locked(directory))
-                write_json(directory / "config.json", to_dict(config))
+                stack.enter_context(files.locked(directory))
+                files.write_json(directory / "config.json", to_dict(config))
 
             # What is trained, and on what: the config knows, and the loop does not.
             mesh = parallel.make_mesh(config.mesh)
@@ -126,7 +116,7 @@ def train(config: Run) -> str | None:
                 repacked = not loader.set_state(data_state)
         except ValueError as error:
             # Only what the user gave was looked at: exit status 2, which launchers do not start again.
-            raise InputError(str(error)) from error
+            raise files.InputError(str(error)) from error
         start = int(state.step)
 
         progress = training.Progress(directory, start, config.steps)
@@ -213,14 +203,14 @@ def train(config: Run) -> str | None:
                 f"{left_out['captions_cut']} times (report.json names them)."
             )
         if report and jax.process_index() == 0:
-            write_json(directory / "report.json", report)
+            files.write_json(directory / "report.json", report)
         checkpointer.close()
     return None if finished else stop.name
 
 
 def evaluate(
     evaluator: training.Evaluator,
-    state: training.TrainState,
+    state: TrainState,
     frozen: Params,
     directory: Path,
     progress: training.Progress,
@@ -235,9 +225,9 @@ def evaluate(
         if picture is not None:
             progress.image(step, name, picture)
     except Exception as error:
-        if not is_storage_error(error):
+        if not files.is_storage_error(error):
             raise
-        progress.say(f"warning: {name} of step {step} not written ({explain(error)}).")
+        progress.say(f"warning: {name} of step {step} not written ({files.explain(error)}).")
     finally:
         parallel.trim_memory()
     return scalars
@@ -275,7 +265,7 @@ def check_same(
     """Raises ``InputError`` if two configs differ in a field of ``parts`` that is not in ``free``, by
     its last or whole name."""
     inside = tuple(f"{part}." for part in parts)
-    refuse_if(
+    files.refuse_if(
         (
             f"{name}.".startswith(inside) and {name, name.split(".")[-1]}.isdisjoint(free),
             f"{run} with {name} = {before!r}, and not {now!r}: {remedy}.",
@@ -299,11 +289,8 @@ def changes(config: Run, stored: Run, step: int) -> str:
 
 
 def init_from(
-    config: Run,
-    fresh: training.TrainState,
-    shapes: training.TrainState,
-    shardings: training.TrainState,
-) -> training.TrainState:
+    config: Run, fresh: TrainState, shapes: TrainState, shardings: TrainState
+) -> TrainState:
     """The state that a new run begins with: a fresh one, but for the newest averaged parameters of
     ``checkpoint.initial`` if it names a run."""
     if config.checkpoint.initial is None:

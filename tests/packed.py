@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data import PackingConfig, Tokenized, check_fits
+from dit_jax.data import PackingConfig, Tokenized
+from dit_jax.data.packing import check_fits
 from dit_jax.types import Batch
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int, UInt8
 
-from dit_jax.data import Reader, RowStreams
+from dit_jax.data import RowStreams
+from dit_jax.data.packing import Reader
 from dit_jax.types import FrameGrid, NonNegativeInt, PositiveInt, Sample, Source
 
 

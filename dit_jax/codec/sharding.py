@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.parallel import ROWS
+from dit_jax.parallel.mesh import ROWS
 
 
 def clip_sharding(mesh: Mesh, clips: int, h: int, w: int) -> NamedSharding:

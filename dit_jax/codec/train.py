@@ -29,14 +29,8 @@ from dit_jax.codec.reconstruction_loss import ReconstructionLoss
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.sharding import make_clip_constrain, make_gather
 from dit_jax.codec.vgg_files import load_vgg
-from dit_jax.data import (
-    Reader,
-    RecordsConfig,
-    ShapesConfig,
-    checked_reader,
-    first_sample,
-    open_source,
-)
+from dit_jax.data import RecordsConfig, ShapesConfig, open_source
+from dit_jax.data.packing import Reader, checked_reader, first_sample
 from dit_jax.parallel import batch_shards, platform
 from dit_jax.sampling import to_float, to_uint8
 from dit_jax.training import Evaluation, Evaluator, Parts, Task, Work, everything

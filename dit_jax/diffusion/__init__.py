@@ -5,9 +5,5 @@ from dit_jax.diffusion.objective import DiffusionConfig as DiffusionConfig
 from dit_jax.diffusion.objective import noise_batch as noise_batch
 from dit_jax.diffusion.objective import sample_keys as sample_keys
 from dit_jax.diffusion.objective import token_loss as token_loss
-from dit_jax.diffusion.objective import token_noise as token_noise
 from dit_jax.diffusion.paths import PathConfig as PathConfig
 from dit_jax.diffusion.paths import TimeConfig as TimeConfig
-from dit_jax.diffusion.solvers import SOLVERS as SOLVERS
-from dit_jax.diffusion.solvers import GuidanceConfig as GuidanceConfig
-from dit_jax.diffusion.solvers import guide as guide

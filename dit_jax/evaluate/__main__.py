@@ -62,8 +62,9 @@ from dit_jax.parallel import (
     take_process_flags,
     tune_cpu,
 )
-from dit_jax.sampling import Request, SamplingConfig, check_request, plain, read_prompts
+from dit_jax.sampling import Request, SamplingConfig, plain, read_prompts
 from dit_jax.sampling.pipeline import load_run, stored_sampling
+from dit_jax.sampling.request import check_request
 from dit_jax.training.video_task import cut_note, with_states
 
 PROG = "python -m dit_jax.evaluate"

@@ -7,8 +7,6 @@ from dit_jax.parallel.context import choose_attention as choose_attention
 from dit_jax.parallel.context import token_multiple as token_multiple
 from dit_jax.parallel.context import ulysses_size as ulysses_size
 from dit_jax.parallel.matmul import choose_dot_general as choose_dot_general
-from dit_jax.parallel.mesh import AXES as AXES
-from dit_jax.parallel.mesh import ROWS as ROWS
 from dit_jax.parallel.mesh import MeshConfig as MeshConfig
 from dit_jax.parallel.mesh import batch_sharding as batch_sharding
 from dit_jax.parallel.mesh import batch_shards as batch_shards

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import VideoRun
-from dit_jax.diffusion import SOLVERS
+from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.model import TextStatesConfig, forward_flops
 from dit_jax.parallel import batch_sharding, token_multiple
 from dit_jax.sampling import Generator, Request, make_inputs

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dit_jax.parallel import AXES, MeshConfig
+from dit_jax.parallel import MeshConfig
+from dit_jax.parallel.mesh import AXES
 from dit_jax.plan.report import Plan
 from dit_jax.plan.sweep import Trial
 

@@ -121,7 +121,7 @@ def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "pn
     h, w = image.shape[:2]
     if max(h, w) > max_side:
         # Here, because that room imports JAX, and processes that only decode do without.
-        from dit_jax.data import resized
+        from dit_jax.data.records import resized
 
         size = (max(round(side * max_side / max(h, w)), 1) for side in (h, w))
         image = resized(image[None], *size)[0]

@@ -26,7 +26,7 @@ from av.filter import Graph
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
-from dit_jax.data import cover
+from dit_jax.data.records import cover
 from dit_jax.files import as_path, atomic_path, check_file, checking_input, local_copy, refuse_if
 
 EXTENSIONS = (".mp4", ".gif", ".png")

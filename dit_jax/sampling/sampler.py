@@ -33,10 +33,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from dit_jax import model as models
-from dit_jax.diffusion import DiffusionConfig, GuidanceConfig, guide, objective, paths, solvers
+from dit_jax.diffusion import DiffusionConfig, objective, paths, solvers
 from dit_jax.diffusion.objective import each
-from dit_jax.model import TextToVideo
+from dit_jax.model import TextToVideo, dit, layers, prepare_fields, unpatchify
 from dit_jax.parallel import batch_shards, global_batch, token_multiple
 from dit_jax.sampling.request import Request, SamplerInputs, check_request, make_inputs
 from dit_jax.types import PAD, DenoiserInputs, Params, Range, UnitInterval, require
@@ -55,7 +54,7 @@ Decode = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerConfig(GuidanceConfig):
+class SamplerConfig(solvers.GuidanceConfig):
     """How clips of any size are sampled."""
 
     steps: Count = 30  # Steps of the solver.
@@ -176,13 +175,13 @@ class Generator:
         """Parameters in the dtypes in which the layers compute; the numbers come out the same."""
         dtype = self.model.config.compute_dtype()
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: models.as_computed([key.key for key in path], leaf, dtype), params
+            lambda path, leaf: layers.as_computed([key.key for key in path], leaf, dtype), params
         )
 
     def _prepare_fields(self, inputs: SamplerInputs) -> SamplerInputs:
         """The inputs with their fields as the model reads them (see ``Conditioner.prepare``)."""
         keys = each(jax.random.key)(inputs.seeds)
-        return models.prepare_fields(self.model.config.conditioners, keys, inputs, train=False)
+        return prepare_fields(self.model.config.conditioners, keys, inputs, train=False)
 
     def _begin(self, inputs: SamplerInputs, t: Float[Array, ""]) -> Carry:
         eps = self._noise(inputs)
@@ -214,7 +213,7 @@ class Generator:
             nonlocal residual
             if not keep:
                 return self.model.apply(params, seen, residual, encoded=True)
-            output, residual = models.denoise_and_keep(self.model, params, seen)
+            output, residual = dit.denoise_and_keep(self.model, params, seen)
             return output
 
         evaluate = network if cycles is None else partial(on_two_cuts, network, cycles, index)
@@ -237,7 +236,7 @@ class Generator:
             if guided:
                 with_text, without = jnp.split(prediction, 2)
                 channels = self.model.config.patch.channels
-                prediction = guide(self.config, with_text, without, t, channels)
+                prediction = solvers.guide(self.config, with_text, without, t, channels)
                 fraction = None if fraction is None else fraction[:b]
             return objective.estimate(diffusion, prediction, x, tau, fraction)
 
@@ -270,8 +269,7 @@ class Generator:
     def _changes(self, params: Params, levels: Float[Array, "k"]) -> Float[Array, "m"]:
         """How much the first block's modulation changes from each level to the next, ``m = k - 1``: the
         mean absolute change over the mean absolute value before."""
-        dit = self.model.config.dit
-        modulation = models.first_modulation(dit, params["params"]["dit"], levels)
+        modulation = dit.first_modulation(self.model.config.dit, params["params"]["dit"], levels)
         change = jnp.abs(modulation[1:] - modulation[:-1]).mean(-1)
         # Whole on every device, for every process reads them.
         return self.model.runtime.constrain(change / jnp.abs(modulation[:-1]).mean(-1), None)
@@ -373,5 +371,5 @@ def make_latents(
             rows = multihost_utils.process_allgather(tokens, tiled=True)
             for i, row in zip(part, rows, strict=False):
                 one, count = requests[i], requests[i].num_tokens(model.patch)
-                out[i] = models.unpatchify(model.patch, row[:count], *one.size, loop=one.loop)
+                out[i] = unpatchify(model.patch, row[:count], *one.size, loop=one.loop)
     return [out[i] for i in range(len(requests))]

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dit_jax.data import merge_states
+from dit_jax.data.packing import merge_states
 from dit_jax.files import InputError, as_path, check_exists, explain, passes, refuse_if, retry
 from dit_jax.training.step import TrainState
 from dit_jax.types import Params, PositiveInt

@@ -22,25 +22,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax import data, parallel
+from dit_jax import model as models
 from dit_jax.config import DataConfig, Run, VideoRun
+from dit_jax.data import packing, records, shapes
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, noise_batch, sample_keys, token_loss
 from dit_jax.files import refuse_if
-from dit_jax.model import (
-    ByteEncoderConfig,
-    ClassLabels,
-    ModelConfig,
-    NoTextConfig,
-    TextStatesConfig,
-    TextToVideo,
-    blank_inputs,
-    check_fields,
-    field_tokens,
-    forward_flops,
-    no_attention,
-    patchify,
-    positions,
-    prepare_fields,
-)
 from dit_jax.sampling import Generation, Generator, Request, make_clips, to_float
 from dit_jax.training.step import abstract_params
 from dit_jax.training.task import LEVELS, Evaluation, Evaluator, Parts, Task, Work, write_sheet
@@ -86,7 +72,7 @@ def prompt_length(config: VideoRun) -> tuple[Callable[[str], int], int] | None:
     """How the model counts a prompt, and how much of one it reads, in bytes or tokens; None for a model
     of classes, and for one of states without their encoder."""
     text, counted = config.model.text, config.text_encoder.length()
-    if isinstance(text, ByteEncoderConfig):
+    if isinstance(text, models.ByteEncoderConfig):
         return lambda prompt: text.length(prompt) - 1, text.max_bytes
     # One of the model's tokens stands for the beginning.
     return counted and (counted[0], min(counted[1], text.max_tokens - 1))
@@ -98,7 +84,7 @@ def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:
     cut = [text for text in dict.fromkeys(texts) if length(text) > limit]
     if not cut:
         return None
-    unit = "bytes" if isinstance(config.model.text, ByteEncoderConfig) else "tokens"
+    unit = "bytes" if isinstance(config.model.text, models.ByteEncoderConfig) else "tokens"
     return (
         f"{len(cut)} of {len(set(texts))} texts are longer than the {limit} {unit} that the model "
         f"reads, and cut there. The first has {length(cut[0])}: {cut[0][:200]!r}"
@@ -110,15 +96,15 @@ def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def make_augment(config: DataConfig) -> data.Augment | None:
+def make_augment(config: DataConfig) -> packing.Augment | None:
     """What is drawn anew for a sample in every epoch: its caption, its mirror image."""
     mixes = [one.caption_mix for one in getattr(config.source, "record_sets", ())]
     if not any(mixes):
-        return data.flip if config.transform.flip else None
+        return records.flip if config.transform.flip else None
 
     def augment(sample: Sample, rng: np.random.Generator) -> Sample:
-        sample = data.choose_caption(sample, rng, mixes[sample.get("part", 0)])
-        return data.flip(sample, rng) if config.transform.flip else sample
+        sample = records.choose_caption(sample, rng, mixes[sample.get("part", 0)])
+        return records.flip(sample, rng) if config.transform.flip else sample
 
     return augment
 
@@ -131,7 +117,7 @@ def to_latents(codec: Codec | None, video: np.ndarray) -> np.ndarray:
 
 
 def with_fields(
-    model: ModelConfig, sample: Sample, transform: data.TransformConfig, codec: Codec | None
+    model: models.ModelConfig, sample: Sample, transform: data.TransformConfig, codec: Codec | None
 ) -> Sample:
     """The sample cropped, with every field that the model reads: some conditioners derive theirs from
     the clip, and clips beside the clip become what the model generates."""
@@ -146,7 +132,7 @@ def with_fields(
 
 
 def tokenize(
-    model: ModelConfig,
+    model: models.ModelConfig,
     sample: Sample,
     transform: data.TransformConfig = UNCHANGED,
     codec: Codec | None = None,
@@ -163,18 +149,18 @@ def tokenize(
         time_stride = (codec or PixelCodec()).strides[0]
         fps = fps / time_stride
     t, h, w, _ = video.shape
-    places, frame_ids = positions(model.patch, t, h, w, fps=fps)
+    places, frame_ids = models.positions(model.patch, t, h, w, fps=fps)
     fields = sample.get("frame_fields", {}), sample.get("pixel_fields", {})
-    token_fields = field_tokens(model.patch, time_stride or 1, (t, h, w), *fields)
-    segment_fields = dict(sample.get("segment_fields", {}), fps=fps)
-    token_fields, segment_fields = check_fields(model, token_fields, segment_fields, "the sample")
+    per_token = models.field_tokens(model.patch, time_stride or 1, (t, h, w), *fields)
+    per_clip = dict(sample.get("segment_fields", {}), fps=fps)
+    per_token, per_clip = models.check_fields(model, per_token, per_clip, "the sample")
     return {
-        "tokens": patchify(model.patch, video),
+        "tokens": models.patchify(model.patch, video),
         "positions": places,
         "frame_ids": frame_ids,
         "text": model.text.tokens(sample["caption"], sample.get("text_states")),
-        "token_fields": token_fields,
-        "segment_fields": {**segment_fields, "fps": np.asarray(fps, np.float32)},
+        "token_fields": per_token,
+        "segment_fields": {**per_clip, "fps": np.asarray(fps, np.float32)},
     }
 
 
@@ -197,12 +183,14 @@ def eval_requests(
     source, sizes, latents = config.data.source, config.sampling, config.codec
     size, transform = (sizes.frames, sizes.height, sizes.width), config.data.transform
     labels = config.model.conditioners.get("label")
-    alone = isinstance(config.model.text, NoTextConfig) and len(config.model.conditioners) == 1
+    alone = (
+        isinstance(config.model.text, models.NoTextConfig) and len(config.model.conditioners) == 1
+    )
     if isinstance(source, data.ShapesConfig):  # Drawn at the size of sampling.
         transform, scenes = UNCHANGED, data.held_out_scenes(count, config.seed, *size)
-        clips = ((data.render(scene), data.caption(scene)) for scene in scenes)
+        clips = ((shapes.render(scene), data.caption(scene)) for scene in scenes)
         held: Any = [{"video": v, "caption": text, "fps": source.fps} for v, text in clips]
-    elif alone and isinstance(labels, ClassLabels):
+    elif alone and isinstance(labels, models.ClassLabels):
         grid, fps = latents.latent_size(*size), latents.latent_fps(sizes.fps)
         fields = [{"label": i % labels.classes} for i in range(count)]
         return [Request("", *grid, fps, i, segment_fields=one) for i, one in enumerate(fields)], []
@@ -229,10 +217,10 @@ def eval_requests(
 
 
 def make_model(
-    config: ModelConfig,
+    config: models.ModelConfig,
     mesh: Mesh,
     attention: parallel.AttentionConfig = parallel.DEFAULT_ATTENTION,
-) -> TextToVideo:
+) -> models.TextToVideo:
     """The model, with the attention and the sharding of a mesh."""
     heads, tensor = config.dit.heads, mesh.shape["tensor"]
     message = (
@@ -246,7 +234,7 @@ def make_model(
         dot_general=parallel.choose_dot_general(mesh),
         block_dot_general=parallel.choose_dot_general(mesh, config.matmul),
     )
-    return TextToVideo(config.on(parallel.platform(mesh)), runtime)
+    return models.TextToVideo(config.on(parallel.platform(mesh)), runtime)
 
 
 def check_layout(config: VideoRun, mesh: Mesh) -> None:
@@ -268,15 +256,15 @@ def check_layout(config: VideoRun, mesh: Mesh) -> None:
         parallel.ulysses_size(config.attention, context, heads)
 
 
-def init_params(model: TextToVideo, key: jax.Array) -> Params:
+def init_params(model: models.TextToVideo, key: jax.Array) -> Params:
     """Fresh parameters that carry their logical axes (the shapes do not depend on the batch)."""
     # Attention has no parameters, and its kernels do not take a single token.
-    model = model.clone(runtime=dataclasses.replace(model.runtime, attention=no_attention))
-    return model.init(key, blank_inputs(model.config))
+    model = model.clone(runtime=dataclasses.replace(model.runtime, attention=models.no_attention))
+    return model.init(key, models.blank_inputs(model.config))
 
 
 def batch_loss(
-    model: TextToVideo,
+    model: models.TextToVideo,
     config: DiffusionConfig,
     params: Params,
     frozen: Params,
@@ -289,7 +277,7 @@ def batch_loss(
     if it is not drawn."""
     del frozen, step
     keys = sample_keys(key, batch.sample_ids)
-    batch = prepare_fields(model.config.conditioners, keys, batch, train=True)
+    batch = models.prepare_fields(model.config.conditioners, keys, batch, train=True)
     inputs, target = noise_batch(config, key, batch, time)
     output: Any = model.apply(params, inputs)
     error, weight = token_loss(config, output, inputs, target, batch)
@@ -297,11 +285,11 @@ def batch_loss(
     return loss, Totals(loss, weight.sum(), {})
 
 
-def batch_work(model: ModelConfig, batch: Batch) -> Work:
+def batch_work(model: models.ModelConfig, batch: Batch) -> Work:
     """What training on a (local, NumPy) batch takes."""
     segments = np.arange(batch.num_tokens.shape[1]) + 1
     letters = (np.asarray(batch.text_segment_ids)[:, None] == segments[:, None]).sum(-1)  # [b, n]
-    flops = 3 * forward_flops(model, np.asarray(batch.num_tokens), letters).sum()
+    flops = 3 * models.forward_flops(model, np.asarray(batch.num_tokens), letters).sum()
     return Work(float((batch.segment_ids != PAD).sum()), float(batch.segment_ids.size), flops)
 
 
@@ -374,7 +362,7 @@ def inflate(
 def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     """The task of a config on a mesh; opens the data, and makes nothing else yet."""
     check_layout(config, mesh)
-    packing, transform, text = config.data.packing, config.data.transform, config.model.text
+    limits, transform, text = config.data.packing, config.data.transform, config.model.text
     codec = config.codec.open(config.model.patch.channels, mesh)
     source, encoder = data.open_source(config.data.source), None
 
@@ -387,7 +375,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         f"the model reads states of captions, and the set {', '.join(bare)!r} of data.source has none: "
         "name a feature (text_states_key), give text_encoder.path, or set captioned to False."
     )
-    missing = bool(bare) and encoder is None and isinstance(text, TextStatesConfig)
+    missing = bool(bare) and encoder is None and isinstance(text, models.TextStatesConfig)
     refuse_if([(missing, message)])
 
     # Sources repeat captions, and every epoch does.
@@ -402,10 +390,10 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         return tokenize(config.model, sample, transform, codec, config.codec.t)
 
     def check_first(sample: Sample, name: str) -> bool:
-        data.check_tokenized(packing, to_tokens(sample), name)
+        packing.check_tokenized(limits, to_tokens(sample), name)
         return sample["video"].dtype == np.uint8
 
-    pixels = data.first_sample(source, check_first)
+    pixels = packing.first_sample(source, check_first)
     message = (
         "data.transform.flip is set and the data are latents, which cannot be mirrored: write both when"
         " they are made (scripts/images_to_latents.py --flip), and unset it."
@@ -416,16 +404,16 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         name, side = f"{frames} x {height} x {width}", transform.crop
         size = frames, side or height, side or width
         size = config.codec.latent_size(*size) if pixels else (frames, height, width)
-        data.check_fits(packing, config.model.patch.num_tokens(*size), 0, name)
+        packing.check_fits(limits, config.model.patch.num_tokens(*size), 0, name)
 
-    reader = data.checked_reader(
+    reader = packing.checked_reader(
         source, check_size, config.data.bad_records, config.data.max_bad_records
     )
 
     kinds = {name: one.field(config.model).of for name, one in config.model.conditioners.items()}
     load = partial(
         data.Loader,
-        config=packing,
+        config=limits,
         token_fields=[name for name, of in kinds.items() if of == "token"],
         segment_fields=["fps", *(name for name, of in kinds.items() if of == "segment")],
     )
@@ -447,7 +435,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
 
     def held_out(rows: tuple[int, ...]) -> data.Loader:
         held = held_out_source(config)
-        return load(data.Reader(held, len(held), quiet=True), to_tokens, seed=0, rows=rows)
+        return load(packing.Reader(held, len(held), quiet=True), to_tokens, seed=0, rows=rows)
 
     # Every token generated and every caption read: else the draws of these would be noise.
     masks = MaskConfig.only(none=1.0)
@@ -471,7 +459,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
         loader=lambda rows: train(rows=rows),
-        rows=packing.rows,
+        rows=limits.rows,
         work=partial(batch_work, config.model),
         evaluators=tuple(evaluators),
     )

@@ -21,17 +21,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Shaped
 
-from dit_jax.diffusion import token_noise
+from dit_jax.diffusion.objective import token_noise
 from dit_jax.files import InputError
-from dit_jax.model import (
-    Conditioner,
-    Conditioning,
-    Field,
-    ModelConfig,
-    TimeEmbedding,
-    dense,
-    per_group,
-)
+from dit_jax.model import Conditioner, Conditioning, Field, ModelConfig, dense
+from dit_jax.model.conditioners import per_group
+from dit_jax.model.dit import TimeEmbedding
 from dit_jax.sampling import Generation, Request
 from dit_jax.types import DenoiserInputs, Range, Runtime, Sample, UnitInterval, per_segment
 from dit_jax.upscale.resizing import enlarge, shrink

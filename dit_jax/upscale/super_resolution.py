@@ -10,9 +10,9 @@ import numpy as np
 
 from dit_jax.config import VideoRun
 from dit_jax.files import InputError
-from dit_jax.sampling import Generation, Request, check_request, to_float
+from dit_jax.sampling import Generation, Request, to_float
 from dit_jax.sampling.media import mean_psnr
-from dit_jax.sampling.request import filled
+from dit_jax.sampling.request import check_request, filled
 from dit_jax.training import ClipsEvaluator
 from dit_jax.types import Codec
 from dit_jax.upscale.low_res import LEVEL, NAME, factor_of

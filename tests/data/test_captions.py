@@ -10,14 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dit_jax.config import DataConfig, VideoRun, check_types, from_dict, to_dict
-from dit_jax.data import (
-    Loader,
-    PackingConfig,
-    RecordsConfig,
-    RecordsSource,
-    TransformConfig,
-    choose_caption,
-)
+from dit_jax.data import Loader, PackingConfig, RecordsConfig, RecordsSource, TransformConfig
+from dit_jax.data.records import choose_caption
 from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.prepare.writing import write_records
 from dit_jax.training.video_task import make_augment, tokenize

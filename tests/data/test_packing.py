@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 
 from dit_jax.config import check_types
-from dit_jax.data import (
-    Loader,
-    PackingConfig,
-    ShapesConfig,
-    Tokenized,
-    check_fits,
-    merge_states,
-)
+from dit_jax.data import Loader, PackingConfig, ShapesConfig, Tokenized
+from dit_jax.data.packing import check_fits, merge_states
 from dit_jax.model import ByteEncoderConfig, ModelConfig, PatchConfig
 from dit_jax.training.video_task import tokenize
 from dit_jax.types import PAD, Batch, Sample

@@ -3,17 +3,8 @@
 import numpy as np
 import pytest
 
-from dit_jax.data import (
-    Loader,
-    PackingConfig,
-    RecordsConfig,
-    RecordsSource,
-    TransformConfig,
-    centre,
-    crop,
-    flip,
-    resized,
-)
+from dit_jax.data import Loader, PackingConfig, RecordsConfig, RecordsSource, TransformConfig, crop
+from dit_jax.data.records import centre, flip, resized
 from dit_jax.prepare.writing import write_records
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_jax.diffusion import GuidanceConfig, guide
+from dit_jax.diffusion.solvers import GuidanceConfig, guide
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2]], np.int32)  # two and padding
 CHANNELS, DIM = 4, 8

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_jax.diffusion import SOLVERS, PathConfig
+from dit_jax.diffusion import PathConfig
 from dit_jax.diffusion.paths import Estimate, alphas_cumprod, level
 from dit_jax.diffusion.solvers import (
+    SOLVERS,
     SolverConfig,
     interval,
     noise_levels,

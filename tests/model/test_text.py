@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from dit_jax.config import check_types
 from dit_jax.diffusion.objective import drop_captions
-from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, TextStatesConfig, as_computed
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, TextStatesConfig
+from dit_jax.model.layers import as_computed
 from dit_jax.model.text import BEGIN, FIRST_BYTE, VOCABULARY
 from dit_jax.types import PAD
 from tests.denoiser import byte_tokens, struct

@@ -18,7 +18,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_jax.parallel import (
-    AXES,
     MeshConfig,
     batch_sharding,
     batch_shards,
@@ -27,7 +26,7 @@ from dit_jax.parallel import (
     parameter_shardings,
     state_shardings,
 )
-from dit_jax.parallel.mesh import ACTIVATION_RULES, LARGE, PARAMETER_RULES, ROWS, device_grid
+from dit_jax.parallel.mesh import ACTIVATION_RULES, AXES, LARGE, PARAMETER_RULES, ROWS, device_grid
 
 EMBED = ("fsdp", "context")
 

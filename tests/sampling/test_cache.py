@@ -13,16 +13,8 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.diffusion import DiffusionConfig, solvers
-from dit_jax.model import (
-    ByteEncoderConfig,
-    DiTConfig,
-    ModelConfig,
-    PatchConfig,
-    TextToVideo,
-    denoise_and_keep,
-    first_modulation,
-)
-from dit_jax.model.dit import time_features
+from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig, TextToVideo
+from dit_jax.model.dit import denoise_and_keep, first_modulation, time_features
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.sampling import Generator, Request, SamplingConfig, make_inputs
 from dit_jax.training.video_task import init_params, make_model

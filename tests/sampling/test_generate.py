@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from dit_jax.config import check_types
-from dit_jax.diffusion import SOLVERS, DiffusionConfig, PathConfig, TimeConfig
+from dit_jax.diffusion import DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.diffusion.paths import alphas_cumprod
+from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.sampling import Generator, SamplingConfig
 from dit_jax.sampling.request import SamplerInputs
 

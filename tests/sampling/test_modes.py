@@ -14,11 +14,9 @@ from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import (
     Generator,
-    KnownLatents,
     Request,
     SamplingConfig,
     Space,
-    check_request,
     make_clips,
     make_inputs,
     plain,
@@ -38,6 +36,7 @@ from dit_jax.sampling.modes import (
     restyle,
     window_requests,
 )
+from dit_jax.sampling.request import KnownLatents, check_request
 from dit_jax.sampling.sampler import decode_loop, on_two_cuts
 from dit_jax.training.video_task import init_params, make_model
 from tests.denoiser import struct
