@@ -37,6 +37,9 @@ class Tally(collections.Counter[Any]):
         # Asynchronous work by name: when it began, and how long it takes alone. It is no sum.
         self.under_way: dict[str, tuple[float, float]] = {}
 
+    def __missing__(self, key: Any) -> float:
+        return 0.0
+
     @property
     def seconds(self) -> float:
         """As if nothing overlapped but what the schedule overlaps."""

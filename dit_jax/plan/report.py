@@ -34,18 +34,14 @@ def least_times(tally: Tally, topology: Topology) -> dict[str, Any]:
             networks[network] += sums["seconds"]
     # Permutations in both directions of a ring use different wires.
     networks[ICI] += max(tally["ring_up"], tally["ring_down"])
-    resources = {
-        "flops": (tally["flops"] + tally["kernel_flops"]) * chip.devices / chip.flops,
-        "hbm": tally["hbm_bytes"] * chip.devices / chip.hbm_bandwidth,
-        **networks,
-        "host": tally["host_bytes"] * chip.devices / chip.host_bandwidth,
-    }
-    busiest = max(resources, key=lambda name: resources[name])
-    roofline = resources[busiest]
-    per_op = max(tally["op_seconds"] + tally[SYNC], roofline)
-    scheduled = max(tally.seconds, per_op)
-    times = {"roofline": roofline, "bound_by": busiest, "per_op": per_op, "scheduled": scheduled}
-    return {**resources, **times}
+    flops = (tally["flops"] + tally["kernel_flops"]) * chip.devices / chip.flops
+    hbm = tally["hbm_bytes"] * chip.devices / chip.hbm_bandwidth
+    host = tally["host_bytes"] * chip.devices / chip.host_bandwidth
+    resources = {"flops": flops, "hbm": hbm, **networks, "host": host}
+    busiest = max(RESOURCES, key=lambda name: resources[name])
+    per_op = max(tally["op_seconds"] + tally[SYNC], resources[busiest])
+    bounds = {"roofline": resources[busiest], "bound_by": busiest, "per_op": per_op}
+    return {**resources, **bounds, "scheduled": max(tally.seconds, per_op)}
 
 
 def training_budget(
@@ -57,6 +53,13 @@ def training_budget(
     cost = None if price is None else hours * chips * price
     spent = {"days": hours / 24, "chip_hours": hours * chips, "price": cost}
     return {"tokens": tokens, "steps": steps, **spent}
+
+
+def memory_use(used: Any) -> dict[str, float]:
+    """Bytes as the compiler laid them out; ``aliased`` outputs take the place of arguments."""
+    kinds = {"argument": "arguments", "temp": "temporary", "output": "outputs", "alias": "aliased"}
+    sizes = {name: getattr(used, f"{kind}_size_in_bytes") for kind, name in kinds.items()}
+    return {**sizes, "host": used.host_temp_size_in_bytes + used.host_argument_size_in_bytes}
 
 
 def plan_step(
@@ -79,64 +82,40 @@ def plan_step(
     traced, compiled, compile_seconds = compile_step(step)
     kernels = find_kernels(traced.jaxpr)
     tally = analyse(parse(compiled.as_text()), kernels, list(mesh.devices.flat), topology)
-    seconds, flops = least_times(tally, topology), step.flops / topology.num_devices
-    used, counted = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    memory = {
-        "arguments": used.argument_size_in_bytes,
-        "temporary": used.temp_size_in_bytes,
-        "outputs": used.output_size_in_bytes,
-        "aliased": used.alias_size_in_bytes,  # Outputs that take the place of arguments.
-        "host": used.host_temp_size_in_bytes + used.host_argument_size_in_bytes,
-    }
+    memory, xla = memory_use(compiled.memory_analysis()), compiled.cost_analysis() or {}
     peak = memory["arguments"] + memory["temporary"] + memory["outputs"] - memory["aliased"]
     if peak > topology.capacity:
         # The compiler knows a little more memory than is published; a run needs some of its own.
         raise DoesNotFit(f"Used {peak:.0f} of {topology.capacity:.0f} hbm")
+
+    seconds, chips, chip = least_times(tally, topology), topology.num_chips, topology.chip
+    model, in_kernels = step.flops / topology.num_devices, tally["kernel_flops"]
+    traced = traced_flops(traced.jaxpr, mesh.size) / topology.num_devices
+    of_program = {"compiled": tally["flops"] + in_kernels, "kernels": in_kernels, "traced": traced}
     lines = [
         {"kind": kind, "network": network, "group": group, **sums}
         for (kind, network, group), sums in tally.lines("collectives").items()
     ]
-    chips, chip = topology.num_chips, topology.chip
-    return {
-        "what": what,
-        "config": name,
-        "topology": topology.name,
-        "slices": topology.slices,
-        "chips": chips,
-        "devices": topology.num_devices,
-        "mesh": dict(mesh.shape),
-        "remat": config.model.dit.remat if isinstance(config, VideoRun) else "none",
-        # Steps that one clip takes, if it is encoded or decoded in parts.
-        "parts": getattr(config, "parts", 1) if what in ("encode", "decode") else 1,
-        "parameters": step.parameters,
-        "tokens": step.tokens,  # Over all devices.
-        "state": step.state,
-        "memory": memory,
-        "peak_bytes": peak,
-        "capacity": topology.capacity,
-        "flops": {
-            "model": flops,  # What the mathematics asks for.
-            "compiled": tally["flops"] + tally["kernel_flops"],
-            "kernels": tally["kernel_flops"],
-            "traced": traced_flops(traced.jaxpr, mesh.size) / topology.num_devices,
-            "compiler": counted.get("flops"),  # XLA's count: bodies of loops once, no kernels.
-        },
-        "hbm_bytes": tally["hbm_bytes"],
-        "compiler_bytes": counted.get("bytes accessed"),
-        "host_bytes": tally["host_bytes"],
-        "wire_bytes": {
-            network: sum(one["wire_bytes"] for one in lines if one["network"] == network)
-            for network in (ICI, DCN)
-        },
-        "collectives": lines,
-        "kernels": [{"name": k, **sums} for (k,), sums in tally.lines("kernels").items()],
-        "seconds": seconds,
-        # Model flops over what the chip could do in each of the times.
-        "mfu": {k: flops / (chip.flops / chip.devices) / seconds[k] for k in TIMES if seconds[k]},
-        "budget": tokens and training_budget(tokens, step.tokens, seconds["per_op"], chips, price),
-        "compile_seconds": compile_seconds,
-        "warnings": sorted(key[1] for key in tally if key[0] == "warnings"),
-    }
+    wires = {ICI: 0, DCN: 0}
+    for one in lines:
+        wires[one["network"]] += one["wire_bytes"]
+    remat = config.model.dit.remat if isinstance(config, VideoRun) else "none"
+    # Steps that one clip takes, if it is encoded or decoded in parts.
+    parts = getattr(config, "parts", 1) if what in ("encode", "decode") else 1
+    # Model flops over what the chip could do in each of the times.
+    mfu = {k: model / (chip.flops / chip.devices) / seconds[k] for k in TIMES if seconds[k]}
+    budget = tokens and training_budget(tokens, step.tokens, seconds["per_op"], chips, price)
+    plan = {"what": what, "config": name, "topology": topology.name, "slices": topology.slices}
+    plan |= {"chips": chips, "devices": topology.num_devices, "mesh": dict(mesh.shape)}
+    plan |= {"remat": remat, "parts": parts, "parameters": step.parameters, "tokens": step.tokens}
+    plan |= {"state": step.state, "memory": memory, "peak_bytes": peak}
+    plan |= {"capacity": topology.capacity}
+    plan |= {"flops": {"model": model, **of_program, "compiler": xla.get("flops")}}
+    plan |= {"hbm_bytes": tally["hbm_bytes"], "compiler_bytes": xla.get("bytes accessed")}
+    plan |= {"host_bytes": tally["host_bytes"], "wire_bytes": wires, "collectives": lines}
+    plan |= {"kernels": [{"name": k, **sums} for (k,), sums in tally.lines("kernels").items()]}
+    plan |= {"seconds": seconds, "mfu": mfu, "budget": budget, "compile_seconds": compile_seconds}
+    return plan | {"warnings": sorted(key[1] for key in tally if key[0] == "warnings")}
 
 
 class Units(string.Formatter):
@@ -158,67 +137,57 @@ class Units(string.Formatter):
 
 line = Units().format
 
+TEXT = """\
+{what} step of {config} on {repeat}{topology} ({chips} chips), mesh {axes}, remat {remat}; amounts are \
+of one {device}
+model        {parameters:#} parameters, {tokens:,.0f} tokens a step over all{state_line}
+peak HBM     {peak_bytes:B} of {capacity:B} ({share:.0%}): arguments {memory[arguments]:B}, temporary \
+{memory[temporary]:B}, outputs {memory[outputs]:B}, of which in place {memory[aliased]:B}{on_host}
+flops        model {flops[model]:#}; compiled {flops[compiled]:#} ({ratio:.2f} x), kernels \
+{flops[kernels]:#} of them; traced {flops[traced]:#}; XLA's count {flops[compiler]:#}
+HBM moved    {hbm_bytes:B} (XLA's count {compiler_bytes:B}){to_host}{kernel_lines}
+wires        ICI {wire_bytes[ici]:B}, DCN {wire_bytes[dcn]:B} sent{collective_lines}
+roofline     {seconds[roofline]:sec} a step, bound by {seconds[bound_by]} (flops {seconds[flops]:sec}, \
+hbm {seconds[hbm]:sec}, ici {seconds[ici]:sec}, dcn {seconds[dcn]:sec}, host {seconds[host]:sec})
+per op       {seconds[per_op]:sec} a step at least; with the waits for asynchronous collectives \
+{seconds[scheduled]:sec}
+MFU at most  {reached}{clip_line}{training_line}
+compiled in  {compile_seconds:.0f} s{warning_lines}"""
+STATE = """
+state        {sum:B}: parameters {params:B}, average {ema:B}, optimizer {optimizer:B}"""
+KERNEL = """
+  kernel     {name}: {executions:g} x, {flops:flop}, {hbm_bytes:B}"""
+COLLECTIVE = """
+  {network}        {kind} among {group}: {executions:g} x ({asynchronous:g} asynchronous), \
+{logical_bytes:B}, on the wire {wire_bytes:B}, {seconds:sec}"""
+CLIP = """
+a clip       {} steps: at least {:sec} (roofline), {:sec} (per op)"""
+TRAINING = """
+training     {tokens:#} tokens: {steps:,.0f} steps, at least {days:.3g} days, {chip_hours:,.0f} \
+chip-hours{cost}"""
+
 
 def render(plan: Plan) -> str:
     """A plan as lines of text."""
-    seconds, flops, whole = plan["seconds"], plan["flops"], plan["chips"] == plan["devices"]
-    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "1"
-    slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
-    device = "chip" if whole else f"device ({plan['devices']} in all)"
-    host = line("; host {host:B}", **plan["memory"]) if plan["memory"]["host"] else ""
-    moved = line("; to and from the host {host_bytes:B}", **plan) if plan["host_bytes"] else ""
-    lines = [
-        f"{plan['what']} step of {plan['config']} on {slices}{plan['topology']} ({plan['chips']} "
-        f"chips), mesh {mesh}, remat {plan['remat']}; amounts are of one {device}",
-        line(
-            "model        {parameters:#} parameters, {tokens:,.0f} tokens a step over all", **plan
-        ),
-    ]
-    if state := plan["state"]:
-        parts = "parameters {params:B}, average {ema:B}, optimizer {optimizer:B}"
-        lines.append(line("state        {0:B}: " + parts, sum(state.values()), **state))
-    lines += [
-        line("peak HBM     {peak_bytes:B} of {capacity:B}", **plan)
-        + f" ({plan['peak_bytes'] / plan['capacity']:.0%}): "
-        + line(
-            "arguments {arguments:B}, temporary {temporary:B}, outputs {outputs:B}, ",
-            **plan["memory"],
-        )
-        + line("of which in place {aliased:B}", **plan["memory"])
-        + host,
-        line(
-            "flops        model {model:#}; compiled {compiled:#} ({0:.2f} x), kernels {kernels:#} of "
-            "them; traced {traced:#}; XLA's count {compiler:#}",
-            flops["compiled"] / flops["model"],
-            **flops,
-        ),
-        line("HBM moved    {hbm_bytes:B} (XLA's count {compiler_bytes:B}){0}", moved, **plan),
-    ]
-    kernel = "  kernel     {name}: {executions:g} x, {flops:flop}, {hbm_bytes:B}"
-    lines += [line(kernel, **one) for one in plan["kernels"]]
-    lines.append(line("wires        ICI {ici:B}, DCN {dcn:B} sent", **plan["wire_bytes"]))
-    collective = (
-        "  {network}        {kind} among {group}: {executions:g} x ({asynchronous:g} asynchronous), "
-        "{logical_bytes:B}, on the wire {wire_bytes:B}, {seconds:sec}"
+    state, parts, seconds, budget = (plan[k] for k in ("state", "parts", "seconds", "budget"))
+    cost = line(", {price:,.0f} USD", **budget) if budget and budget["price"] is not None else ""
+    least = (parts * seconds[name] for name in ("roofline", "per_op"))
+    whole = plan["chips"] == plan["devices"]
+    return line(
+        TEXT,
+        **plan,
+        repeat=f"{plan['slices']} x " if plan["slices"] > 1 else "",
+        axes=" x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "1",
+        device="chip" if whole else f"device ({plan['devices']} in all)",
+        state_line=line(STATE, sum=sum(state.values()), **state) if state else "",
+        share=plan["peak_bytes"] / plan["capacity"],
+        on_host=line("; host {host:B}", **plan["memory"]) if plan["memory"]["host"] else "",
+        ratio=plan["flops"]["compiled"] / plan["flops"]["model"],
+        to_host=line("; to and from the host {:B}", moved) if (moved := plan["host_bytes"]) else "",
+        kernel_lines="".join(line(KERNEL, **one) for one in plan["kernels"]),
+        collective_lines="".join(line(COLLECTIVE, **one) for one in plan["collectives"]),
+        reached=", ".join(f"{name} {x:.1%}" for name, x in plan["mfu"].items()),
+        clip_line=line(CLIP, parts, *least) if parts > 1 else "",
+        training_line=line(TRAINING, cost=cost, **budget) if budget else "",
+        warning_lines="".join(f"\nwarning      {warning}" for warning in plan["warnings"]),
     )
-    lines += [line(collective, **one) for one in plan["collectives"]]
-    shares = ", ".join(f"{name} {{{name}:sec}}" for name in RESOURCES)
-    mfu = ", ".join(f"{name} {x:.1%}" for name, x in plan["mfu"].items())
-    lines += [
-        line("roofline     {roofline:sec} a step, bound by {bound_by} (" + shares + ")", **seconds),
-        line(
-            "per op       {per_op:sec} a step at least; with the waits for asynchronous ", **seconds
-        )
-        + line("collectives {scheduled:sec}", **seconds),
-        f"MFU at most  {mfu}",
-    ]
-    if (parts := plan["parts"]) > 1:
-        least = (parts * seconds[name] for name in ("roofline", "per_op"))
-        text = "a clip       {} steps: at least {:sec} (roofline), {:sec} (per op)"
-        lines.append(line(text, parts, *least))
-    if budget := plan["budget"]:
-        price = "" if budget["price"] is None else f", {budget['price']:,.0f} USD"
-        text = "{tokens:#} tokens: {steps:,.0f} steps, at least {days:.3g} days, {chip_hours:,.0f}"
-        lines.append(line("training     " + text + " chip-hours{0}", price, **budget))
-    lines.append(f"compiled in  {plan['compile_seconds']:.0f} s")
-    return "\n".join([*lines, *(f"warning      {warning}" for warning in plan["warnings"])])

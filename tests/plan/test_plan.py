@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -15,8 +16,9 @@ from dit_jax.config import load_config
 from dit_jax.parallel import MeshConfig
 from dit_jax.plan import CompilerFailed, DoesNotFit, render_sweep, run_sweep
 from dit_jax.plan import __main__ as verb
-from dit_jax.plan.lowering import STEPS, compile_step
-from dit_jax.plan.sweep import candidates, meshes, remat_policies, state_alone
+from dit_jax.plan.abstract import STEPS
+from dit_jax.plan.lowering import compile_step
+from dit_jax.plan.sweep import REMAT_POLICIES, candidates, meshes, state_alone
 from dit_jax.plan.topologies import parse_topology
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,8 +58,9 @@ def test_without_libtpu_it_is_told_how_to_get_it(capsys, monkeypatch):
         (("--config", CONFIG), "topology"),
         (("--topology", "v5e:2x4"), "--config FILE is required"),
         (("--config", CONFIG, "--topology", "v5e:2x4", "--mesh.fsdpp", "2"), "fsdpp"),
-        (("--config", CONFIG, "--topology", "v5e:2x4", "--limit", "0"), "--limit is 0"),
-        (("--config", CONFIG, "--topology", "v5e:2x4", "--price", "-1"), "--price is -1"),
+        (("--config", CONFIG, "--topology", "v5e:2x4", "--limit", "0"), "limit is 0"),
+        (("--config", CONFIG, "--topology", "v5e:2x4", "--slices", "0"), "slices is 0"),
+        (("--config", CONFIG, "--topology", "v5e:2x4", "--price", "-1"), "price is -1"),
         (("--config", CONFIG, "--topology", "v5e:2x4", "--what", "dream"), "dream"),
         (
             ("--config", CONFIG, "--topology", "v5e:2x4", "--what", "sample", "--tokens", "1e9"),
@@ -117,7 +120,8 @@ def test_what_the_compiler_cannot_do_is_refused(capsys, monkeypatch, error, stat
     def fake(*_):
         raise error
 
-    step = SimpleNamespace(function=SimpleNamespace(trace=fake_trace(fake)), arguments=())
+    function = SimpleNamespace(trace=fake_trace(fake))
+    step = SimpleNamespace(function=function, arguments=(), state=None)
     monkeypatch.setitem(STEPS, "train", lambda *_: step)
     monkeypatch.setattr(verb, "topology_devices", lambda _: jax.devices())
     assert verb.main(["--config", CONFIG, "--topology", "v5e:2x4"]) == status
@@ -141,10 +145,9 @@ def test_a_mistake_of_ours_is_not_the_compilers(monkeypatch):
     def fake():
         raise TypeError("ours")
 
-    step = SimpleNamespace(function=SimpleNamespace(trace=fake_trace(fake)), arguments=())
-    monkeypatch.setitem(STEPS, "train", lambda *_: step)
+    step: Any = SimpleNamespace(function=SimpleNamespace(trace=fake_trace(fake)), arguments=())
     with pytest.raises(TypeError, match="ours"):
-        compile_step("train", load_config(CONFIG), None)
+        compile_step(step)
 
 
 @needs_libtpu
@@ -197,15 +200,15 @@ def test_a_guided_step_has_two_rows():
 
 def test_every_policy_is_tried_on_every_mesh():
     config, topology = sized(4, 1025, 3), parse_topology("v5e:2x2")
-    assert {"none", "full", "offload"} <= set(remat_policies())
+    assert {"none", "full", "offload"} <= set(REMAT_POLICIES)
     tried = [(m.sizes, remat) for m, remat, _ in candidates(config, "train", topology)]
-    assert tried == [(m, r) for m in shapes(config, "v5e:2x2") for r in remat_policies()]
+    assert tried == [(m, r) for m in shapes(config, "v5e:2x2") for r in REMAT_POLICIES]
     assert all(
         c.mesh == m and c.model.dit.remat == r for m, r, c in candidates(config, "train", topology)
     )
 
 
-def test_a_sweep_ranks_what_fits_and_says_why_the_rest_does_not(monkeypatch):
+def test_a_sweep_ranks_what_fits_and_says_why_the_rest_does_not(monkeypatch, capsys):
     config, topology = sized(4, 1025, 3), parse_topology("v5e:2x2")
 
     def fake(what, config, name, topology, devices, **_):
@@ -215,30 +218,24 @@ def test_a_sweep_ranks_what_fits_and_says_why_the_rest_does_not(monkeypatch):
             raise ValueError("no host")
         if config.model.dit.remat == "full":
             raise CompilerFailed("INTERNAL: Mosaic failed.")
-        return PLANS[config.model.dit.remat]
+        return plans[config.model.dit.remat]
 
-    class Fake:
-        """As much of a plan as a sweep looks at."""
-
-        def __init__(self, seconds):
-            self.seconds = type("Seconds", (), {"per_op": seconds, "bound_by": "hbm"})()
-            self.mfu, self.peak_bytes, self.wire_bytes = {"per_op": 0.5}, 1e9, {"ici": 2e9}
-
-    PLANS = {remat: Fake(1.0 + i) for i, remat in enumerate(reversed(remat_policies()))}
+    rest = {"mfu": {"per_op": 0.5}, "peak_bytes": 1e9, "wire_bytes": {"ici": 2e9}}
+    plans = {
+        remat: {"seconds": {"per_op": 1.0 + i, "bound_by": "hbm"}, **rest}
+        for i, remat in enumerate(reversed(REMAT_POLICIES))
+    }
     monkeypatch.setattr("dit_jax.plan.sweep.plan_step", fake)
     monkeypatch.setattr("dit_jax.plan.sweep.state_alone", lambda *_: None)
-    heard = []
-    limit = 2 * len(remat_policies()) - 1
-    trials, left_out = run_sweep(
-        "train", config, "c", topology, [], limit, lambda *t: heard.append(t)
-    )
-    assert left_out == 1 and [(i, n) for _, i, n in heard] == [(i + 1, limit) for i in range(limit)]
-    fitting = [trial for trial in trials if trial.plan]
-    assert [t.plan.seconds.per_op for t in fitting] == sorted(
-        t.plan.seconds.per_op for t in fitting
-    )
-    assert trials[: len(fitting)] == fitting and fitting[0].mesh == MeshConfig(1, 4)
-    reasons = {trial.reason for trial in trials[len(fitting) :]}
+    limit = 2 * len(REMAT_POLICIES) - 1
+    trials, left_out = run_sweep("train", config, "c", topology, [], limit)
+    printed = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert left_out == 1 and printed == [f"[{i + 1}/{limit}]" for i in range(limit)]
+    fitting = [trial for trial in trials if trial["plan"]]
+    seconds = [trial["plan"]["seconds"]["per_op"] for trial in fitting]
+    assert seconds == sorted(seconds) and trials[: len(fitting)] == fitting
+    assert fitting[0]["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    reasons = {trial["reason"] for trial in trials[len(fitting) :]}
     assert reasons == {
         "refused: no host",
         f"refused: {CompilerFailed('INTERNAL: Mosaic failed.')}",
