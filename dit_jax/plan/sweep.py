@@ -90,8 +90,8 @@ def run_sweep(
     limit: int,
     **budget: Any,
 ) -> tuple[list[Trial], int]:
-    """Tries and prints the first ``limit`` combinations, and sorts them by time, those last that do not fit
-    or are refused; and how many were left out."""
+    """The first ``limit`` combinations, each printed once it is tried, by time and last those that do
+    not fit or are refused; and how many were left out."""
     every = list(candidates(config, what, topology))
     trials: list[Trial] = []
     too_large: dict[MeshConfig, str | None] = {}

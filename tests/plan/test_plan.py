@@ -234,7 +234,7 @@ def test_a_sweep_ranks_what_fits_and_says_why_the_rest_does_not(monkeypatch, cap
     fitting = [trial for trial in trials if trial["plan"]]
     seconds = [trial["plan"]["seconds"]["per_op"] for trial in fitting]
     assert seconds == sorted(seconds) and trials[: len(fitting)] == fitting
-    assert fitting[0]["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    assert fitting[0]["mesh"] == dataclasses.asdict(MeshConfig(1, 4))
     reasons = {trial["reason"] for trial in trials[len(fitting) :]}
     assert reasons == {
         "refused: no host",
