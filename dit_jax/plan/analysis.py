@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from dit_jax.plan import costs
-from dit_jax.plan.collectives import Collective, coordinates, dcn_collective, ici_collective
 from dit_jax.plan.hlo import HBM, Computation, Instruction, Module, trip_count
 from dit_jax.plan.kernels import Kernel, match
 from dit_jax.plan.topologies import Topology
@@ -58,7 +57,7 @@ class Tally(collections.Counter[Any]):
         for key, value in other.items():
             self[(*under, key) if under else key] += times * value
 
-    def add_collective(self, one: Collective, name: str | None) -> None:
+    def add_collective(self, one: costs.Collective, name: str | None) -> None:
         """Counts one execution; with a ``name`` something can run beside it until it is finished."""
         sums = {"executions": 1.0, "asynchronous": float(name is not None)}
         sums |= {"logical_bytes": one.logical, "wire_bytes": one.wire, "seconds": one.seconds}
@@ -157,9 +156,9 @@ class Walker:
             scattered = "AllReduceScatter" in instruction.attributes.get("backend_config", "")
             beside = self._add_fused(total, contents, scattered)
         elif code in ("send", "recv"):
-            beside, one = True, dcn_collective(instruction, self._wires[1])
+            beside, one = True, costs.dcn_collective(instruction, self._wires[1])
         elif instruction.collective:
-            beside, one = True, ici_collective(instruction, computation, *self._wires)
+            beside, one = True, costs.ici_collective(instruction, computation, *self._wires)
         if one is not None:
             total.add_collective(one, None if code == one.kind else instruction.name)
         moved = costs.hbm_bytes(instruction, computation, self._module)
@@ -185,12 +184,14 @@ class Walker:
                     total.finish(chain)
                 if stages != {"Start"}:
                     continue
-            total.add_collective(ici_collective(inner, around, *self._wires, scattered), chain)
+            total.add_collective(
+                costs.ici_collective(inner, around, *self._wires, scattered), chain
+            )
             alone |= chain is None
         return alone
 
 
 def analyse(module: Module, kernels: list[Kernel], devices: list[Any], topology: Topology) -> Tally:
     """What one device does in one execution of a program that was compiled for these devices."""
-    wires = coordinates(devices, topology), topology
+    wires = costs.coordinates(devices, topology), topology
     return Walker(module, kernels, wires).tally(module.entry)

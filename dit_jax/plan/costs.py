@@ -1,4 +1,4 @@
-"""Flops and HBM bytes of single instructions of optimized HLO.
+"""Flops, HBM bytes and wire bytes of single instructions of optimized HLO.
 
 Flops are those of matrix products and convolutions, a multiplication and an addition counting as two;
 elementwise work is left out. Bytes are logical sizes of what is read from and written to HBM: arrays
@@ -12,11 +12,22 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_jax.plan import hlo
-from dit_jax.plan.hlo import Array, Computation, Instruction, Module, parameters, root
+from dit_jax.plan.hlo import (
+    HBM,
+    HOST,
+    Array,
+    Computation,
+    Instruction,
+    Module,
+    numbers,
+    parameters,
+    root,
+)
+from dit_jax.plan.topologies import Topology
 
 # Instructions that move nothing themselves.
 FREE = {
@@ -27,6 +38,8 @@ FREE = {
 # Asynchronous copies between memories (prefetches, offloads), which run beside computation.
 COPIES = {"copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"}
 SLICES = {"dynamic-slice", "slice", "gather"}
+ICI, DCN = "ici", "dcn"
+PERMUTE = "collective-permute"
 
 
 def fusion_contents(
@@ -67,7 +80,7 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> float:
     lhs, rhs = (computation[name].results[0].dims for name in instruction.operands[:2])
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, lhs, rhs)
-    contracted = hlo.numbers(instruction.attributes["lhs_contracting_dims"])
+    contracted = numbers(instruction.attributes["lhs_contracting_dims"])
     return 2.0 * math.prod(instruction.results[0].dims) * math.prod(lhs[d] for d in contracted)
 
 
@@ -101,7 +114,7 @@ def _taps(out: int, size: int, kernel: int, stride: int, pad: int, base: int, wi
 
 def hbm(arrays: Iterable[Array]) -> float:
     """Bytes of those arrays that lie in HBM."""
-    return sum(array.bytes for array in arrays if array.space == hlo.HBM)
+    return sum(array.bytes for array in arrays if array.space == HBM)
 
 
 def _transfer(instruction: Instruction, computation: Computation) -> tuple[float, tuple[int, int]]:
@@ -122,7 +135,7 @@ def host_bytes(instruction: Instruction, computation: Computation) -> float:
     if instruction.opcode not in COPIES:
         return 0.0
     moved, spaces = _transfer(instruction, computation)
-    return moved * (hlo.HOST in spaces)
+    return moved * (HOST in spaces)
 
 
 def hbm_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
@@ -132,17 +145,17 @@ def hbm_bytes(instruction: Instruction, computation: Computation, module: Module
         return 0.0
     if code in COPIES:
         moved, spaces = _transfer(instruction, computation)
-        return moved * spaces.count(hlo.HBM)
+        return moved * spaces.count(HBM)
     if code in ("send", "recv") or (instruction.collective and code.endswith("-start")):
         return written  # The result of a start is a tuple of what is read and what is written.
     operands = [computation[o].results for o in instruction.operands if o in computation]
     if code == "fusion":
         return _fusion_bytes(instruction, operands, module)
     if code in SLICES:
-        read = operands[0][0].space == hlo.HBM
+        read = operands[0][0].space == HBM
         return written + sum(array.bytes for array in instruction.results) * read
     if code == "dynamic-update-slice":
-        in_place = instruction.results[0].space == hlo.HBM
+        in_place = instruction.results[0].space == HBM
         return hbm(operands[1]) + sum(array.bytes for array in operands[1]) * in_place
     return written + sum(hbm(arrays) for arrays in operands)
 
@@ -166,7 +179,7 @@ def _fusion_bytes(
         return total + hbm(instruction.results[:2])
     for array, output in zip(instruction.results, outputs, strict=False):
         if output.opcode == "dynamic-update-slice":  # In place.
-            total += body[output.operands[1]].results[0].bytes * (array.space == hlo.HBM)
+            total += body[output.operands[1]].results[0].bytes * (array.space == HBM)
         elif output.opcode != "parameter" and not _carried(output):
             total += hbm([array])
     return total + hbm(instruction.results[len(outputs) :])
@@ -194,3 +207,150 @@ def _read(module: Module, body: Computation, name: str) -> float:
         else:
             return math.inf
     return total
+
+
+# --- Wires ---
+#
+# Logical bytes B are the whole array that a group of n gathers, reduces or exchanges; wire bytes are what
+# a chip must send by the best known algorithm:
+#
+#     (1)  gather, scatter, exchange   (n - 1) / n B
+#     (2)  all-reduce                  2 (n - 1) / n B
+#     (3)  permutation, broadcast      B
+#
+# Seconds are wire bytes over the links that a group can use; no latency. Within a slice they travel over
+# ICI. XLA compiles a program of several slices as one slice's program, and what crosses slices as
+# transfers by the host ("megascale"): those are DCN.
+
+
+class Collective(NamedTuple):
+    """One execution of a collective, on one chip."""
+
+    kind: str
+    network: str
+    group: int  # Members; of DCN transfers, slices.
+    logical: float
+    wire: float
+    seconds: float
+    direction: int = 0  # Of a permutation: +1 up, -1 down the ring; both can run at once.
+    warning: str | None = None
+
+
+def coordinates(devices: list[Any], topology: Topology) -> np.ndarray:
+    """Where a mesh's partitions, which are numbered within a slice, lie in it: [partitions, axes]."""
+    slices = [getattr(device, "slice_index", 0) or 0 for device in devices]
+    places = [d.coords for d, index in zip(devices, slices, strict=True) if index == min(slices)]
+    return np.array(places)[:, : topology.chip.dimensions]
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """Partitions counted up in an array of these sizes, which is then transposed."""
+    ids = np.arange(math.prod(numbers(sizes))).reshape(numbers(sizes))
+    return ids.transpose(numbers(order)) if order else ids
+
+
+def replica_groups(text: str) -> np.ndarray | None:
+    """The groups of a ``replica_groups`` attribute, [groups, members]; None if it is not understood.
+
+    Three forms: ``{{0,1},{2,3}}``, ``[2,4]<=[4,2]T(1,0)`` and ``mesh['a'=2,'b'=4] {'b'}``, the last
+    with ``device_ids=([4,2]T(1,0))`` in between if the mesh's devices are not in order.
+    """
+    if text.startswith("{{"):
+        groups = [numbers(group) for group in re.findall(r"\{([\d,\s]+)\}", text)]
+        return np.array(groups) if len({len(group) for group in groups}) == 1 else None
+    if form := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _iota(form.group(2), form.group(3)).reshape(numbers(form.group(1)))
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    form = re.fullmatch(rf"mesh\[([^\]]*)\]{order}\s*\{{([^}}]*)\}}", text)
+    axes = dict(re.findall(r"'([^']+)'=(\d+)", form.group(1))) if form else {}
+    chosen = re.findall(r"'([^']+)'", form.group(4)) if form else []
+    if form is None or not axes.keys() >= set(chosen):
+        return None
+    sizes = list(map(int, axes.values()))
+    ids = _iota(form.group(2) or ",".join(axes.values()), form.group(3)).reshape(sizes)
+    inner = [list(axes).index(name) for name in chosen]
+    outer = [d for d in range(len(sizes)) if d not in inner]
+    return ids.transpose(outer + inner).reshape(-1, math.prod(sizes[d] for d in inner))
+
+
+def links(points: np.ndarray, topology: Topology) -> tuple[int, int, bool]:
+    """How many links a chip has for a group of chips [n, axes]: two along every axis that it spans as a
+    closed ring, one along other axes; the group's longest extent, and whether that is a ring."""
+    count, longest, ring = 0, 1, False
+    for axis, (size, wraps) in enumerate(zip(topology.shape, topology.wrap, strict=True)):
+        extent = len(set(points[:, axis].tolist()))
+        if extent > 1:
+            closed = wraps and extent == size and extent > 2
+            count += 2 if closed else 1
+            if extent > longest:
+                longest, ring = extent, closed
+    return max(count, 1), longest, ring
+
+
+def _bytes(arrays: tuple[Array, ...]) -> float:
+    # The scalars of a start's result are semaphores.
+    return sum(array.bytes for array in arrays if array.dims)
+
+
+def _wire_bytes(kind: str, logical: float, n: int) -> float:
+    share = (n - 1) / n
+    if kind == "all-reduce":
+        return 2 * logical * share  # (2)
+    shared = kind in ("all-gather", "reduce-scatter") or "all-to-all" in kind
+    return logical * share if shared else logical  # (1), (3)
+
+
+def ici_collective(
+    one: Instruction,
+    computation: Computation,
+    points: np.ndarray,
+    topology: Topology,
+    scattered: bool = False,
+) -> Collective:
+    """A collective within a slice. ``scattered`` says that a slice of its result is taken in the same
+    fusion: XLA:TPU writes a reduce-scatter as an all-reduce and a slice."""
+    kind = str(one.collective)
+    if scattered and kind == "all-reduce":
+        kind = "reduce-scatter"
+    operand = sum(_bytes(computation[o].results) for o in one.operands if o in computation)
+    link = topology.chip.link_bandwidth
+    if kind == PERMUTE:
+        pairs = re.findall(r"\{(\d+),\s*(\d+)\}", one.attributes["source_target_pairs"])
+        up = 2 * sum(int(target) > int(source) for source, target in pairs) > len(pairs)
+        seconds = operand / link
+        return Collective(kind, ICI, len(pairs), operand, operand, seconds, 1 if up else -1)
+    text, warning = one.attributes.get("replica_groups", "{}"), None
+    if ids := one.attributes.get("device_ids"):
+        text = f"{text}, device_ids={ids}"
+    groups = replica_groups(text)
+    if groups is None:
+        groups = np.arange(len(points))[None]
+        if text != "{}":
+            warning = f"replica groups {text[:80]} not understood: all chips assumed"
+    n, logical = len(groups[0]), operand
+    if kind == "all-gather":
+        logical = operand * n if one.opcode.endswith("-start") else _bytes(one.results)
+    number, longest, ring = links(points[groups[0]], topology)
+    wire = _wire_bytes(kind, logical, n)
+    seconds = wire / (number * link)
+    if "all-to-all" in kind:
+        # Half of everything crosses the middle of the longest axis: over two links of a ring, in each
+        # direction, or one of a line.
+        seconds = logical * longest / ((8 if ring else 4) * link)
+    return Collective(kind, ICI, n, logical, wire, seconds, warning=warning)
+
+
+def dcn_collective(instruction: Instruction, topology: Topology) -> Collective | None:
+    """What a ``recv`` brings over DCN; None for transfers to the host alone.
+
+    A collective across slices is a ``send`` and a ``recv`` that the host's runtime carries out; the
+    result is what was gathered, reduced or exchanged.
+    """
+    attributes = instruction.attributes.get("frontend_attributes", "")
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+    if instruction.opcode != "recv" or transfer is None:
+        return None
+    kind, slices = transfer.group(1).lower().replace("_", "-"), topology.slices
+    logical = _bytes(instruction.results) * (slices if kind == "reduce-scatter" else 1)
+    wire = _wire_bytes(kind, logical, slices)
+    return Collective(kind, DCN, slices, logical, wire, wire / topology.chip.dcn_bandwidth)

@@ -13,12 +13,11 @@ from typing import Any
 
 from dit_jax.config import Run, VideoRun
 from dit_jax.parallel import make_mesh
-from dit_jax.plan.abstract import STEPS
+from dit_jax.plan.abstract import STEPS, DoesNotFit, compile_step
 from dit_jax.plan.analysis import SYNC, Tally, analyse
-from dit_jax.plan.collectives import DCN, ICI, PERMUTE
+from dit_jax.plan.costs import DCN, ICI, PERMUTE
 from dit_jax.plan.hlo import parse
 from dit_jax.plan.kernels import find_kernels, traced_flops
-from dit_jax.plan.lowering import DoesNotFit, compile_step
 from dit_jax.plan.topologies import Topology
 
 RESOURCES = ("flops", "hbm", "ici", "dcn", "host")

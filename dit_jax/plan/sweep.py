@@ -18,8 +18,7 @@ from typing import Any
 from dit_jax.config import VideoRun
 from dit_jax.model import DiTConfig
 from dit_jax.parallel import AXES, MeshConfig, make_mesh
-from dit_jax.plan.abstract import STEPS
-from dit_jax.plan.lowering import DoesNotFit
+from dit_jax.plan.abstract import STEPS, DoesNotFit
 from dit_jax.plan.report import line, plan_step
 from dit_jax.plan.topologies import Topology
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_jax.plan.analysis import SYNC, WAIT, analyse
-from dit_jax.plan.collectives import coordinates, links, replica_groups
+from dit_jax.plan.costs import coordinates, links, replica_groups
 from dit_jax.plan.hlo import parse
 
 LINK, DCN = 50e9, 3.125e9  # Of v5e.

@@ -16,8 +16,7 @@ from dit_jax.config import load_config
 from dit_jax.parallel import MeshConfig
 from dit_jax.plan import CompilerFailed, DoesNotFit, render_sweep, run_sweep
 from dit_jax.plan import __main__ as verb
-from dit_jax.plan.abstract import STEPS
-from dit_jax.plan.lowering import compile_step
+from dit_jax.plan.abstract import STEPS, compile_step
 from dit_jax.plan.sweep import REMAT_POLICIES, candidates, meshes, state_alone
 from dit_jax.plan.topologies import parse_topology
 
