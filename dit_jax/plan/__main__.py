@@ -62,13 +62,9 @@ def plan(arguments: list[str]) -> int:
     tokens, price, what = options.tokens, options.price, options.what
     untrained = f"and --what is {what}: leave it out, or plan --what train."
     alone = f"--price is {price} and --tokens is unset: give both, or leave --price out."
-    refuse_if(
-        [
-            (what != "train" and tokens is not None, f"--tokens is {tokens} {untrained}"),
-            (what != "train" and price is not None, f"--price is {price} {untrained}"),
-            (price is not None and tokens is None, alone),
-        ]
-    )
+    costs = {name: n for name, n in (("tokens", tokens), ("price", price)) if n is not None}
+    refuse_if((what != "train", f"--{name} is {n} {untrained}") for name, n in costs.items())
+    refuse_if([(costs.keys() == {"price"}, alone)])
     if options.json not in (None, "-"):
         check_file(options.json, "--json")
     topology = parse_topology(options.topology, options.slices)
@@ -83,12 +79,11 @@ def plan(arguments: list[str]) -> int:
         assert isinstance(config, VideoRun)
         limits = {"limit": options.limit, "tokens": tokens, "price": price}
         trials, left_out = run_sweep(what, config, name, topology, devices, **limits)
-        packing = config.data.packing
-        indivisible = (
-            f"no mesh of {topology.num_devices} devices divides data.packing.rows {packing.rows} and "
-            f"row_tokens {packing.row_tokens}: change them, or the topology."
+        rows, row_tokens = config.data.packing.rows, config.data.packing.row_tokens
+        remedy = (
+            f"data.packing.rows {rows} and row_tokens {row_tokens}: change them, or the topology."
         )
-        refuse_if([(not trials, indivisible)])
+        refuse_if([(not trials, f"no mesh of {topology.num_devices} devices divides {remedy}")])
         values, text = {"trials": trials, "left_out": left_out}, render_sweep(trials, left_out)
         if trials[0]["plan"] is None:
             status = 2 if all(one["reason"].startswith(REFUSED) for one in trials) else 3

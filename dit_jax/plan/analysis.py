@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dit_jax.plan import costs
-from dit_jax.plan.hlo import HBM, Computation, Instruction, Module, trip_count
+from dit_jax.plan.hlo import HBM, HOST, Computation, Instruction, Module, trip_count
 from dit_jax.plan.kernels import Kernel, match
 from dit_jax.plan.topologies import Topology
 
@@ -127,8 +127,7 @@ class Walker:
 
     def _seconds(self, flops: float, moved: float) -> float:
         """Of an instruction at the published peaks of one device."""
-        chip = self._wires[1].chip
-        n = chip.devices
+        chip, n = self._wires[1].chip, self._wires[1].chip.devices
         return max(flops / (chip.flops / n), moved / (chip.hbm_bandwidth / n))
 
     def _add_kernel(self, total: Tally, instruction: Instruction, computation: Computation) -> None:
@@ -147,24 +146,28 @@ class Walker:
         total.add({"kernel_flops": flops, "hbm_bytes": moved, "op_seconds": seconds})
 
     def _add_plain(self, total: Tally, instruction: Instruction, computation: Computation) -> None:
-        code, flops = instruction.opcode, costs.matmul_flops(instruction, computation)
+        code, contents = instruction.opcode, [(instruction, computation)]
         # Copies run beside computation, and a collective's bytes beside its wires.
-        beside, one = code in costs.COPIES, None
+        beside = code in costs.COPIES
         if code == "fusion":
             contents = list(costs.fusion_contents(self._module, instruction))
-            flops = sum(costs.matmul_flops(inner, around) for inner, around in contents)
             scattered = "AllReduceScatter" in instruction.attributes.get("backend_config", "")
             beside = self._add_fused(total, contents, scattered)
-        elif code in ("send", "recv"):
+        elif code in ("send", "recv") or instruction.collective:
             beside, one = True, costs.dcn_collective(instruction, self._wires[1])
-        elif instruction.collective:
-            beside, one = True, costs.ici_collective(instruction, computation, *self._wires)
-        if one is not None:
-            total.add_collective(one, None if code == one.kind else instruction.name)
-        moved = costs.hbm_bytes(instruction, computation, self._module)
+            if instruction.collective:
+                one = costs.ici_collective(instruction, computation, *self._wires, False)
+            if one is not None:
+                total.add_collective(one, None if code == one.kind else instruction.name)
+        flops = sum(costs.matmul_flops(inner, around) for inner, around in contents)
+        if code in costs.COPIES:
+            size, spaces = costs.transfer(instruction, computation)
+            moved, to_host = size * spaces.count(HBM), size * (HOST in spaces)
+        else:
+            moved, to_host = costs.hbm_bytes(instruction, computation, self._module), 0.0
+        seconds = 0.0 if beside else self._seconds(flops, moved)
         total.add({"flops": flops, "hbm_bytes": moved})
-        total["host_bytes"] += costs.host_bytes(instruction, computation)
-        total["op_seconds"] += 0.0 if beside else self._seconds(flops, moved)
+        total.add({"host_bytes": to_host, "op_seconds": seconds})
 
     def _add_fused(
         self, total: Tally, contents: Iterable[tuple[Instruction, Computation]], scattered: bool
@@ -174,20 +177,18 @@ class Walker:
         for inner, around in contents:
             if not inner.collective:
                 continue
-            chain = None
+            chain, stages = None, {"Start"}
             if costs.chained(inner):
                 chain = f"chain of channel {inner.attributes.get('channel_id')}"
                 stages = {
                     s for s in ("Start", "Done") for i in around.values() if costs.marks(i, s)
                 }
-                if "Done" in stages:
-                    total.finish(chain)
-                if stages != {"Start"}:
-                    continue
-            total.add_collective(
-                costs.ici_collective(inner, around, *self._wires, scattered), chain
-            )
-            alone |= chain is None
+            if "Done" in stages:
+                total.finish(str(chain))
+            elif stages:
+                one = costs.ici_collective(inner, around, *self._wires, scattered)
+                total.add_collective(one, chain)
+                alone |= chain is None
         return alone
 
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from dit_jax.plan.hlo import (
     HBM,
-    HOST,
     Array,
     Computation,
     Instruction,
@@ -117,7 +116,7 @@ def hbm(arrays: Iterable[Array]) -> float:
     return sum(array.bytes for array in arrays if array.space == HBM)
 
 
-def _transfer(instruction: Instruction, computation: Computation) -> tuple[float, tuple[int, int]]:
+def transfer(instruction: Instruction, computation: Computation) -> tuple[float, tuple[int, int]]:
     """Bytes that one of ``COPIES`` moves, and the memory spaces that it moves them from and to."""
     operands = [computation[o].results[0] for o in instruction.operands if o in computation]
     if instruction.opcode == "dynamic-update-slice-start":
@@ -130,22 +129,11 @@ def _transfer(instruction: Instruction, computation: Computation) -> tuple[float
     return target.bytes, (source.space, target.space)
 
 
-def host_bytes(instruction: Instruction, computation: Computation) -> float:
-    """Bytes that an asynchronous copy moves to or from the host's memory."""
-    if instruction.opcode not in COPIES:
-        return 0.0
-    moved, spaces = _transfer(instruction, computation)
-    return moved * (HOST in spaces)
-
-
 def hbm_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
-    """What one instruction reads from and writes to HBM."""
+    """What one instruction, but for ``COPIES``, reads from and writes to HBM."""
     code, written = instruction.opcode, hbm(instruction.results)
     if code in FREE or code.endswith("-done"):
         return 0.0
-    if code in COPIES:
-        moved, spaces = _transfer(instruction, computation)
-        return moved * spaces.count(HBM)
     if code in ("send", "recv") or (instruction.collective and code.endswith("-start")):
         return written  # The result of a start is a tuple of what is read and what is written.
     operands = [computation[o].results for o in instruction.operands if o in computation]
@@ -211,14 +199,14 @@ def _read(module: Module, body: Computation, name: str) -> float:
 
 # --- Wires ---
 #
-# Logical bytes B are the whole array that a group of n gathers, reduces or exchanges; wire bytes are what
-# a chip must send by the best known algorithm:
+# Logical bytes B are the whole array that a group of n gathers, reduces or exchanges; wire bytes are
+# what a chip must send by the best known algorithm:
 #
 #     (1)  gather, scatter, exchange   (n - 1) / n B
 #     (2)  all-reduce                  2 (n - 1) / n B
 #     (3)  permutation, broadcast      B
 #
-# Seconds are wire bytes over the links that a group can use; no latency. Within a slice they travel over
+# Seconds are wire bytes over the links that a group can use; no latency. Within a slice they go over
 # ICI. XLA compiles a program of several slices as one slice's program, and what crosses slices as
 # transfers by the host ("megascale"): those are DCN.
 
@@ -287,7 +275,7 @@ def links(points: np.ndarray, topology: Topology) -> tuple[int, int, bool]:
     return max(count, 1), longest, ring
 
 
-def _bytes(arrays: tuple[Array, ...]) -> float:
+def _array_bytes(arrays: tuple[Array, ...]) -> float:
     # The scalars of a start's result are semaphores.
     return sum(array.bytes for array in arrays if array.dims)
 
@@ -301,35 +289,29 @@ def _wire_bytes(kind: str, logical: float, n: int) -> float:
 
 
 def ici_collective(
-    one: Instruction,
-    computation: Computation,
-    points: np.ndarray,
-    topology: Topology,
-    scattered: bool = False,
+    one: Instruction, around: Computation, points: np.ndarray, topology: Topology, scattered: bool
 ) -> Collective:
     """A collective within a slice. ``scattered`` says that a slice of its result is taken in the same
     fusion: XLA:TPU writes a reduce-scatter as an all-reduce and a slice."""
-    kind = str(one.collective)
-    if scattered and kind == "all-reduce":
-        kind = "reduce-scatter"
-    operand = sum(_bytes(computation[o].results) for o in one.operands if o in computation)
-    link = topology.chip.link_bandwidth
+    reduced = scattered and one.collective == "all-reduce"
+    kind = "reduce-scatter" if reduced else str(one.collective)
+    logical = sum(_array_bytes(around[o].results) for o in one.operands if o in around)
+    link, warning = topology.chip.link_bandwidth, None
     if kind == PERMUTE:
         pairs = re.findall(r"\{(\d+),\s*(\d+)\}", one.attributes["source_target_pairs"])
         up = 2 * sum(int(target) > int(source) for source, target in pairs) > len(pairs)
-        seconds = operand / link
-        return Collective(kind, ICI, len(pairs), operand, operand, seconds, 1 if up else -1)
-    text, warning = one.attributes.get("replica_groups", "{}"), None
-    if ids := one.attributes.get("device_ids"):
-        text = f"{text}, device_ids={ids}"
-    groups = replica_groups(text)
+        seconds, direction = logical / link, 1 if up else -1
+        return Collective(kind, ICI, len(pairs), logical, logical, seconds, direction)
+    text, ids = (one.attributes.get(key, "") for key in ("replica_groups", "device_ids"))
+    groups = replica_groups(f"{text}, device_ids={ids}" if ids else text)
     if groups is None:
         groups = np.arange(len(points))[None]
-        if text != "{}":
+        if text not in ("", "{}"):
             warning = f"replica groups {text[:80]} not understood: all chips assumed"
-    n, logical = len(groups[0]), operand
+    n = len(groups[0])
     if kind == "all-gather":
-        logical = operand * n if one.opcode.endswith("-start") else _bytes(one.results)
+        whole = not one.opcode.endswith("-start")
+        logical = _array_bytes(one.results) if whole else logical * n
     number, longest, ring = links(points[groups[0]], topology)
     wire = _wire_bytes(kind, logical, n)
     seconds = wire / (number * link)
@@ -340,17 +322,14 @@ def ici_collective(
     return Collective(kind, ICI, n, logical, wire, seconds, warning=warning)
 
 
-def dcn_collective(instruction: Instruction, topology: Topology) -> Collective | None:
-    """What a ``recv`` brings over DCN; None for transfers to the host alone.
-
-    A collective across slices is a ``send`` and a ``recv`` that the host's runtime carries out; the
-    result is what was gathered, reduced or exchanged.
-    """
-    attributes = instruction.attributes.get("frontend_attributes", "")
+def dcn_collective(one: Instruction, topology: Topology) -> Collective | None:
+    """What a ``recv`` brings over DCN, which is what was gathered, reduced or exchanged across slices;
+    None for a ``send``, and for transfers to the host alone."""
+    attributes = one.attributes.get("frontend_attributes", "")
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
-    if instruction.opcode != "recv" or transfer is None:
+    if one.opcode != "recv" or transfer is None:
         return None
     kind, slices = transfer.group(1).lower().replace("_", "-"), topology.slices
-    logical = _bytes(instruction.results) * (slices if kind == "reduce-scatter" else 1)
+    logical = _array_bytes(one.results) * (slices if kind == "reduce-scatter" else 1)
     wire = _wire_bytes(kind, logical, slices)
     return Collective(kind, DCN, slices, logical, wire, wire / topology.chip.dcn_bandwidth)

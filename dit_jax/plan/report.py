@@ -43,17 +43,6 @@ def least_times(tally: Tally, topology: Topology) -> dict[str, Any]:
     return {**resources, **bounds, "scheduled": max(tally.seconds, per_op)}
 
 
-def training_budget(
-    tokens: float, step_tokens: float, step_seconds: float, chips: int, price: float | None
-) -> dict[str, float | None]:
-    """What training on so many tokens takes; ``price`` is USD for a chip-hour."""
-    steps = tokens / step_tokens
-    hours = steps * step_seconds / 3600
-    cost = None if price is None else hours * chips * price
-    spent = {"days": hours / 24, "chip_hours": hours * chips, "price": cost}
-    return {"tokens": tokens, "steps": steps, **spent}
-
-
 def memory_use(used: Any) -> dict[str, float]:
     """Bytes as the compiler laid them out; ``aliased`` outputs take the place of arguments."""
     kinds = {"argument": "arguments", "temp": "temporary", "output": "outputs", "alias": "aliased"}
@@ -103,7 +92,13 @@ def plan_step(
     parts = getattr(config, "parts", 1) if what in ("encode", "decode") else 1
     # Model flops over what the chip could do in each of the times.
     mfu = {k: model / (chip.flops / chip.devices) / seconds[k] for k in TIMES if seconds[k]}
-    budget = tokens and training_budget(tokens, step.tokens, seconds["per_op"], chips, price)
+    budget = None
+    if tokens is not None:
+        steps = tokens / step.tokens
+        hours = steps * seconds["per_op"] / 3600
+        cost = None if price is None else hours * chips * price
+        budget = {"tokens": tokens, "steps": steps, "days": hours / 24}
+        budget |= {"chip_hours": hours * chips, "price": cost}
     plan = {"what": what, "config": name, "topology": topology.name, "slices": topology.slices}
     plan |= {"chips": chips, "devices": topology.num_devices, "mesh": dict(mesh.shape)}
     plan |= {"remat": remat, "parts": parts, "parameters": step.parameters, "tokens": step.tokens}
