@@ -6,7 +6,6 @@ dearest branch counts, kernels cost what ``plan.kernels`` reads in the traced pr
 
 from __future__ import annotations
 
-import collections
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -16,19 +15,18 @@ from dit_jax.plan.hlo import HBM, HOST, Computation, Instruction, Module, trip_c
 from dit_jax.plan.kernels import Kernel, match
 from dit_jax.plan.topologies import Topology
 
-# Of collectives that nothing can run beside, and of the others what the work beside them does not fill.
+# Of collectives that nothing can run beside; of the others what the work beside them does not fill.
 SYNC, WAIT = "sync_seconds", "wait_seconds"
 
 
-class Tally(collections.Counter[Any]):
-    """Sums over executed instructions, of one device::
+class Tally(dict[Any, float]):
+    """Sums over executed instructions, of one device, by these keys:
 
-    flops, kernel_flops (of matrix products outside and in kernels), hbm_bytes, host_bytes
-    op_seconds (each instruction at the larger of its flops and its bytes), SYNC, WAIT
-    ring_up, ring_down (seconds of permutations in each direction of a ring: they can overlap)
-    (collectives, kind, network, group, SUM): executions, asynchronous, logical_bytes, ...
-    (kernels, name, SUM): executions, flops, hbm_bytes
-    (warnings, text)
+    - flops and kernel_flops, of matrix products outside and in kernels; hbm_bytes; host_bytes
+    - op_seconds, each instruction at the larger of its flops and its bytes; SYNC; WAIT
+    - ring_up, ring_down: seconds of permutations in each direction of a ring, which can overlap
+    - (collectives, kind, network, group, SUM), (kernels, name, SUM): SUM is executions, seconds, ...
+    - (warnings, text)
     """
 
     def __init__(self, values: Any = ()) -> None:
