@@ -4,6 +4,8 @@ for a topology by the compiler that TPUs run (libtpu's)."""
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
