@@ -77,13 +77,13 @@ def plan(arguments: list[str]) -> int:
         codec = "--sweep is over meshes of models, and the config is a codec's: leave it out."
         refuse_if([(not isinstance(config, VideoRun), codec)])
         assert isinstance(config, VideoRun)
-        limits = {"limit": options.limit, "tokens": tokens, "price": price}
-        trials, left_out = run_sweep(what, config, name, topology, devices, **limits)
-        rows, row_tokens = config.data.packing.rows, config.data.packing.row_tokens
-        remedy = (
-            f"data.packing.rows {rows} and row_tokens {row_tokens}: change them, or the topology."
+        trials, left_out = run_sweep(
+            what, config, name, topology, devices, options.limit, tokens=tokens, price=price
         )
-        refuse_if([(not trials, f"no mesh of {topology.num_devices} devices divides {remedy}")])
+        packing, n = config.data.packing, topology.num_devices
+        sizes = f"data.packing.rows {packing.rows} and row_tokens {packing.row_tokens}"
+        message = f"no mesh of {n} devices divides {sizes}: change them, or the topology."
+        refuse_if([(not trials, message)])
         values, text = {"trials": trials, "left_out": left_out}, render_sweep(trials, left_out)
         if trials[0]["plan"] is None:
             status = 2 if all(one["reason"].startswith(REFUSED) for one in trials) else 3

@@ -84,7 +84,7 @@ def plan_step(
         {"kind": kind, "network": network, "group": group, **sums}
         for (kind, network, group), sums in tally.lines("collectives").items()
     ]
-    wires = {ICI: 0, DCN: 0}
+    wires: dict[str, float] = {ICI: 0, DCN: 0}
     for one in lines:
         wires[one["network"]] += one["wire_bytes"]
     remat = config.model.dit.remat if isinstance(config, VideoRun) else "none"
@@ -92,18 +92,19 @@ def plan_step(
     parts = getattr(config, "parts", 1) if what in ("encode", "decode") else 1
     # Model flops over what the chip could do in each of the times.
     mfu = {k: model / (chip.flops / chip.devices) / seconds[k] for k in TIMES if seconds[k]}
-    budget = None
+    budget: dict[str, float | None] | None = None
     if tokens is not None:
         steps = tokens / step.tokens
         hours = steps * seconds["per_op"] / 3600
         cost = None if price is None else hours * chips * price
         budget = {"tokens": tokens, "steps": steps, "days": hours / 24}
         budget |= {"chip_hours": hours * chips, "price": cost}
-    plan = {"what": what, "config": name, "topology": topology.name, "slices": topology.slices}
+    plan: Plan = {"what": what, "config": name}
+    plan |= {"topology": topology.name, "slices": topology.slices}
     plan |= {"chips": chips, "devices": topology.num_devices, "mesh": dict(mesh.shape)}
     plan |= {"remat": remat, "parts": parts, "parameters": step.parameters, "tokens": step.tokens}
-    plan |= {"state": step.state, "memory": memory, "peak_bytes": peak}
-    plan |= {"capacity": topology.capacity}
+    plan |= {"state": step.state, "memory": memory}
+    plan |= {"peak_bytes": peak, "capacity": topology.capacity}
     plan |= {"flops": {"model": model, **of_program, "compiler": xla.get("flops")}}
     plan |= {"hbm_bytes": tally["hbm_bytes"], "compiler_bytes": xla.get("bytes accessed")}
     plan |= {"host_bytes": tally["host_bytes"], "wire_bytes": wires, "collectives": lines}

@@ -1,7 +1,6 @@
 """Named topologies: shapes, the table of chips, and what is refused."""
 
 import importlib.util
-import sys
 
 import pytest
 
@@ -77,14 +76,6 @@ def test_peaks_by_device_kind(kind, peak):
 def test_every_chip_has_an_example():
     for name, chip in CHIPS.items():
         assert parse_topology(chip.example).chip is chip and chip.example.startswith(f"{name}:")
-
-
-def test_without_libtpu_it_is_told_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(
-        ValueError, match=r"libtpu.* is not installed: pip install 'dit-jax\[tpu\]'"
-    ):
-        topology_devices(parse_topology("v5e:2x4"))
 
 
 @needs_libtpu
