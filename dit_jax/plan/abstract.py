@@ -147,9 +147,7 @@ def train_step(config: Any, mesh: Mesh) -> AbstractStep:
 
 def abstract_denoise(config: Run, mesh: Mesh, rows: int = 1) -> AbstractStep:
     """One step of the solver for ``rows`` clips of the size in ``config.sampling``, guided if it is."""
-    message = (
-        "--what sample is of models, and the config is a codec's: plan train, encode or decode."
-    )
+    message = "--what sample is of models, and the config is a codec's: plan encode or decode."
     refuse_if([(not isinstance(config, VideoRun), message)])
     assert isinstance(config, VideoRun)
     sampling, model_config, text = config.sampling, config.model, config.model.text
@@ -254,9 +252,8 @@ class DoesNotFit(ValueError):
             reason = f"the program needs {used / 1e9:.1f} of {capacity / 1e9:.1f} GB of HBM"
             if self.space != "hbm":
                 name, mib = kernel.group(1) if kernel else "a kernel", 2**20
-                reason = (
-                    f"{name} needs {used / mib:.4g} of {capacity / mib:.4g} MiB of {self.space}"
-                )
+                amounts = f"{used / mib:.4g} of {capacity / mib:.4g} MiB"
+                reason = f"{name} needs {amounts} of {self.space}"
         remedy = (
             "Spread it over more devices (mesh.fsdp, mesh.context); in training, recompute more "
             "(model.dit.remat), or split the batch (optimizer.accumulate) into parts whose rows still "

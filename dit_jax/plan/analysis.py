@@ -113,8 +113,8 @@ class Walker:
                 inner[key] = inner[*key[:-1], "executions"]
             total.add(inner)
         elif code == "async-update":
-            start = total.under_way.pop(instruction.operands[0], (total.seconds, 0.0))
-            total.under_way[name] = start
+            start = total.seconds, 0.0
+            total.under_way[name] = total.under_way.pop(instruction.operands[0], start)
         elif code.endswith("-done"):
             total.finish(instruction.operands[0])
         elif code != "custom-call":
@@ -181,8 +181,8 @@ class Walker:
                 stages = {
                     s for s in ("Start", "Done") for i in around.values() if costs.marks(i, s)
                 }
-            if "Done" in stages:
-                total.finish(str(chain))
+            if chain and "Done" in stages:
+                total.finish(chain)
             elif stages:
                 one = costs.ici_collective(inner, around, *self._wires, scattered)
                 total.add_collective(one, chain)
