@@ -147,7 +147,7 @@ def train_step(config: Any, mesh: Mesh) -> AbstractStep:
 
 def abstract_denoise(config: Run, mesh: Mesh, rows: int = 1) -> AbstractStep:
     """One step of the solver for ``rows`` clips of the size in ``config.sampling``, guided if it is."""
-    message = "--what sample is of models, and the config is a codec's: plan encode or decode."
+    message = "--what sample is of models, and the config is a codec's: give a model's."
     refuse_if([(not isinstance(config, VideoRun), message)])
     assert isinstance(config, VideoRun)
     sampling, model_config, text = config.sampling, config.model, config.model.text
