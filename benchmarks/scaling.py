@@ -57,12 +57,12 @@ def line(tokens: int, name: str, plan: Plan | None) -> str:
     """A row of the table."""
     if plan is None:
         return f"| {tokens:,} | {name} | does not fit | | | | | |"
-    mesh = f"fsdp {plan.mesh['fsdp']} x context {plan.mesh['context']}"
-    seconds = plan.seconds
+    mesh, seconds = plan["mesh"], plan["seconds"]
     return (
-        f"| {tokens:,} | {name} ({plan.chips}) | {mesh}, {plan.remat} | {plan.peak_bytes / 1e9:.1f} | "
-        f"{seconds.roofline:.3g} ({seconds.bound_by}) | {seconds.per_op:.3g} | "
-        f"{sum(plan.wire_bytes.values()) / 1e9:.3g} | {100 * plan.mfu['per_op']:.0f} % |"
+        f"| {tokens:,} | {name} ({plan['chips']}) | fsdp {mesh['fsdp']} x context {mesh['context']}, "
+        f"{plan['remat']} | {plan['peak_bytes'] / 1e9:.1f} | "
+        f"{seconds['roofline']:.3g} ({seconds['bound_by']}) | {seconds['per_op']:.3g} | "
+        f"{sum(plan['wire_bytes'].values()) / 1e9:.3g} | {100 * plan['mfu']['per_op']:.0f} % |"
     )
 
 

@@ -3,8 +3,8 @@
 Flops are the products in a kernel's body times its grid. HBM bytes are the blocks that the pipeline
 fetches and writes: a block is moved again whenever its index changes from one grid step to the next, so
 that keys streamed once for every block of queries are counted as often. The dearest branch counts as
-taken, but where splash attention is told by a constant which blocks its mask hides, those count
-nothing. Copies that a kernel starts by hand, and its vector operations, are not counted.
+taken, but if a constant tells splash attention which blocks its mask hides, those count nothing. Copies
+that a kernel starts by hand, and its vector operations, are not counted.
 """
 
 from __future__ import annotations
@@ -18,22 +18,16 @@ import numpy as np
 from dit_jax.model.flops import traced_flops
 from dit_jax.plan.hlo import Instruction
 
-Signature = tuple[tuple[int, ...], ...]
-"""Shapes of a call's operands."""
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Kernel(NamedTuple):
     """One call of a kernel on one device."""
 
     name: str
-    operands: Signature
+    operands: Shapes
     flops: float
-    block_bytes: tuple[float, ...]
-    """Of each operand, then each result: what is moved if it lies in HBM."""
-
-
-def _grid_size(grid: Iterable[Any]) -> int:
-    return math.prod(int(size) for size in grid if isinstance(size, int | np.integer))
+    block_bytes: tuple[float, ...]  # Of each operand and result: what is moved if it lies in HBM.
 
 
 def find_kernels(jaxpr: Any, arguments: Iterable[Any] = ()) -> list[Kernel]:
@@ -43,25 +37,23 @@ def find_kernels(jaxpr: Any, arguments: Iterable[Any] = ()) -> list[Kernel]:
     handed down to kernels this way.
     """
     consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
-    given = (
-        *zip(jaxpr.constvars, consts, strict=False),
-        *zip(jaxpr.invars, arguments, strict=False),
-    )
-    known = {id(v): value for v, value in given if _is_mask(value) and value.shape == v.aval.shape}
-    found = []
+    pairs = [*zip(jaxpr.constvars, consts, strict=False)]
+    pairs += zip(jaxpr.invars, arguments, strict=False)
+    known = {id(v): value for v, value in pairs if _is_mask(value) and value.shape == v.aval.shape}
+    kernels = []
     for equation in jaxpr.eqns:
         values = [known.get(id(v)) for v in equation.invars]
         if equation.primitive.name == "pallas_call":
-            found.append(_kernel(equation, values))
-        else:
-            for value in equation.params.values():
-                for one in value if isinstance(value, tuple | list) else (value,):
-                    inner = getattr(one, "jaxpr", one)
-                    if hasattr(inner, "eqns"):
-                        # A branch is not given the predicate, which comes first.
-                        skipped = max(len(values) - len(inner.invars), 0)
-                        found += find_kernels(one, values[skipped:])
-    return found
+            kernels.append(_kernel(equation, values))
+            continue
+        for value in equation.params.values():
+            for one in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(one, "jaxpr", one)
+                if hasattr(inner, "eqns"):
+                    # A branch is not given the predicate, which comes first.
+                    skipped = max(len(values) - len(inner.invars), 0)
+                    kernels += find_kernels(one, values[skipped:])
+    return kernels
 
 
 def _is_mask(value: Any) -> bool:
@@ -70,36 +62,26 @@ def _is_mask(value: Any) -> bool:
 
 
 def _kernel(equation: Any, values: list[Any]) -> Kernel:
-    params = equation.params
+    params, name = equation.params, str(equation.params["name"])
     mapping = params["grid_mapping"]
-    steps = float(_grid_size(mapping.grid))
-    shown = 1.0
+    grid, prefetched, shown = mapping.grid, mapping.num_index_operands, 1.0
     # The prefetched scalars of a splash kernel: where the next block is, and which are hidden (0).
-    if str(params["name"]).startswith("splash") and mapping.num_index_operands > 1:
-        shown = 1.0 if values[1] is None else float((np.asarray(values[1]) > 0).mean())
-    moved: list[float] = []
+    if name.startswith("splash") and prefetched > 1 and values[1] is not None:
+        shown = float((np.asarray(values[1]) > 0).mean())
+    moved = [0.0] * prefetched  # They come first, and are small.
     for block in mapping.block_mappings:
         aval = block.transformed_block_aval
-        size = math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
         axes = _depends(block.index_map_jaxpr)
-        told = any(axis >= len(mapping.grid) for axis in axes)
-        moved.append(size * _fetches(axes, mapping.grid) * (shown if told else 1.0))
-    # Prefetched scalars come first, and are small.
-    prefetched = [0.0] * mapping.num_index_operands
-    return Kernel(
-        name=str(params["name"]),
-        operands=tuple(tuple(map(int, v.aval.shape)) for v in equation.invars),
-        flops=steps * shown * traced_flops(params["jaxpr"]),
-        block_bytes=(*prefetched, *moved),
-    )
-
-
-def _fetches(axes: set[int], grid: tuple[Any, ...]) -> int:
-    """How often a block is moved: its index changes with the innermost grid axis that it depends on,
-    and with all axes around that one."""
-    sizes = [int(size) for size in grid]
-    inner = max((a for a in axes if a < len(sizes) and sizes[a] > 1), default=-1)
-    return math.prod(sizes[: inner + 1])
+        # A block is moved again when the index changes of the innermost axis that it depends on, or of
+        # any axis around that one.
+        inner = max((a for a in axes if a < len(grid) and int(grid[a]) > 1), default=-1)
+        fetches = math.prod(int(n) for n in grid[: inner + 1])
+        scalars = any(axis >= len(grid) for axis in axes)
+        size = math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
+        moved.append(size * fetches * (shown if scalars else 1.0))
+    steps = float(math.prod(int(n) for n in grid if isinstance(n, int | np.integer)))
+    operands = tuple(tuple(map(int, v.aval.shape)) for v in equation.invars)
+    return Kernel(name, operands, steps * shown * traced_flops(params["jaxpr"]), tuple(moved))
 
 
 def _depends(index_map: Any) -> set[int]:
@@ -112,7 +94,7 @@ def _depends(index_map: Any) -> set[int]:
     return set().union(*(sources.get(id(v), set()) for v in jaxpr.outvars))
 
 
-def match(kernels: list[Kernel], instruction: Instruction, operands: Signature) -> Kernel | None:
+def match(kernels: list[Kernel], instruction: Instruction, operands: Shapes) -> Kernel | None:
     """The kernel that a custom call of HLO runs: of the same operand shapes, the name deciding between
     several. Calls that differ in nothing but their masks, as the parts of a ring do, cost the mean."""
     text = instruction.name + " " + instruction.attributes.get("metadata", "")

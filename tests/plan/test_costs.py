@@ -1,13 +1,10 @@
 """Flops, bytes and trips of compiled programs, by closed forms."""
 
-import re
-
 import pytest
 
 from dit_jax.plan.analysis import analyse
 from dit_jax.plan.costs import fusion_contents, matmul_flops
-from dit_jax.plan.hlo import parse
-from dit_jax.plan.loops import trip_count
+from dit_jax.plan.hlo import parse, trip_count
 
 
 @pytest.fixture
@@ -90,29 +87,30 @@ def test_known_trips_are_believed():
 
 def test_unknown_trips_are_counted_once_and_told(chips):
     text = LOOP.format(begin=0, end=6, step=2, change="multiply", sides="%j, %end", direction="LT")
-    assert analyse(parse(text), [], *chips("v5e:2x4")).warnings == {
-        "trips of loop unknown: counted once"
-    }
+    tally = analyse(parse(text), [], *chips("v5e:2x4"))
+    assert [key[1].split()[:3] for key in tally if key[0] == "warnings"] == [
+        ["trips", "of", "loop"]
+    ]
 
 
 def test_a_scanned_and_an_unrolled_program_cost_the_same(tally):
     scanned, unrolled = tally("scanned"), tally("unrolled")
     # Six products [512, 512] x [512, 512]: exact.
-    assert scanned.flops == unrolled.flops == 6 * 2 * 512**3
+    assert scanned["flops"] == unrolled["flops"] == 6 * 2 * 512**3
     # The weights are read once; activations stay on the chip but for the first and last.
     weights, activations = 6 * 512 * 512 * 2, 2 * 512 * 512 * 2
     for one in (scanned, unrolled):
-        assert weights + activations <= one.hbm_bytes < 1.05 * (weights + activations)
+        assert weights + activations <= one["hbm_bytes"] < 1.05 * (weights + activations)
 
 
 def test_nested_loops_multiply(tally):
-    assert tally("nested").flops == 35 * 2 * 256**3
+    assert tally("nested")["flops"] == 35 * 2 * 256**3
 
 
 def test_a_batched_product_is_not_counted_as_the_convolution_that_it_became(tally):
     # q k^T of 4 heads: XLA writes a convolution over a dilated dimension of 4, most taps of which
     # meet nothing.
-    assert tally("batched").flops == 2 * 4 * 256 * 256 * 72
+    assert tally("batched")["flops"] == 2 * 4 * 256 * 256 * 72
 
 
 DOT = """
@@ -135,13 +133,13 @@ def test_an_update_in_place_moves_the_update(program, chips):
     tally = analyse(program("update"), [], *chips("v5e:2x4"))
     whole, part = 8192 * 8192 * 2, 128 * 8192 * 2
     # The copy of an argument that is not donated, the update read ahead and written in place.
-    assert tally.hbm_bytes == 2 * whole + 2 * part
+    assert tally["hbm_bytes"] == 2 * whole + 2 * part
 
 
 def test_prefetches_run_beside_computation(program, chips):
     tally = analyse(program("update"), [], *chips("v5e:2x4"))
     whole, part = 8192 * 8192 * 2, 128 * 8192 * 2
-    assert tally.op_seconds == pytest.approx((2 * whole + part) / 819e9, rel=1e-12)
+    assert tally["op_seconds"] == pytest.approx((2 * whole + part) / 819e9, rel=1e-12)
 
 
 OFFLOAD = """
@@ -157,7 +155,7 @@ ENTRY %main (p: f32[1024]) -> f32[1024] {
 
 def test_offloading_is_told_apart_from_hbm(chips):
     tally = analyse(parse(OFFLOAD), [], *chips("v5e:2x4"))
-    assert (tally.host_bytes, tally.hbm_bytes) == (2 * 4096, 4096)
+    assert (tally["host_bytes"], tally["hbm_bytes"]) == (2 * 4096, 4096)
 
 
 def test_contents_of_nested_fusions(program):
@@ -190,5 +188,5 @@ ENTRY %main (i: s32[], x: f32[64,64]) -> f32[64,64] {
 }
 """
     tally = analyse(parse(text), [], *chips("v5e:2x4"))
-    assert tally.flops == 2 * 64**3
-    assert any(re.search("dearest of 2 branches", warning) for warning in tally.warnings)
+    assert tally["flops"] == 2 * 64**3
+    assert any("2 branches" in key[1] for key in tally if key[0] == "warnings")
