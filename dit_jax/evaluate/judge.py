@@ -56,13 +56,11 @@ class _Foreground(NamedTuple):
 
 def judge(video: np.ndarray) -> Verdict:
     """What a clip [t, h, w, 3] shows, uint8 or float in [-1, 1] (clipped)."""
-    foreground = _foreground(video)
-    if foreground is None:
+    fg = _foreground(video)
+    if fg is None:
         return Verdict()
-    shape = _shape(foreground)
-    return Verdict(
-        _color(foreground), shape, _direction(foreground, len(video)), _size(foreground, shape)
-    )
+    shape = _shape(fg)
+    return Verdict(_color(fg), shape, _direction(fg, len(video)), _size(fg, shape))
 
 
 def prompt_following(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
@@ -89,9 +87,9 @@ def prompt_following(videos: Sequence[np.ndarray], scenes: Sequence[Scene]) -> d
 
 def centroids(video: np.ndarray) -> np.ndarray:
     """Where the shape is in each frame: (x, y) in px, [t, 2]; NaN where nothing is seen."""
-    foreground, places = _foreground(video), np.full((len(video), 2), np.nan)
-    if foreground is not None:
-        places[foreground.times] = foreground.centers
+    fg, places = _foreground(video), np.full((len(video), 2), np.nan)
+    if fg is not None:
+        places[fg.times] = fg.centers
     return places
 
 
@@ -146,12 +144,9 @@ def _hue(rgb: np.ndarray) -> np.ndarray:
     return np.degrees(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b))
 
 
-def _color(foreground: _Foreground) -> str | None:
+def _color(fg: _Foreground) -> str | None:
     """The palette colour that the foreground's pixels agree on."""
-    rgb, palette = (
-        foreground.pixels[foreground.alpha > 0.7],
-        np.array(list(COLORS.values()), np.float32),
-    )
+    rgb, palette = fg.pixels[fg.alpha > 0.7], np.array([*COLORS.values()], np.float32)
     chroma = rgb.max(-1) - rgb.min(-1)
     error = np.abs((_hue(rgb)[:, None] - _hue(palette) + 180) % 360 - 180)
     sure = (chroma >= MIN_CHROMA) & (error.min(1) <= MAX_HUE_ERROR)
@@ -159,15 +154,15 @@ def _color(foreground: _Foreground) -> str | None:
     return tuple(COLORS)[counts.argmax()] if counts.max() >= MIN_COLOR_VOTE * len(rgb) else None
 
 
-def _direction(foreground: _Foreground, frames: int) -> str | None:
+def _direction(fg: _Foreground, frames: int) -> str | None:
     """One of DIRECTIONS, "still", or None for a single frame, a diagonal and erratic motion."""
-    if frames < 2 or len(foreground.times) < 2:
+    if frames < 2 or len(fg.times) < 2:
         return None
-    first, second = np.triu_indices(len(foreground.times), 1)
-    steps = foreground.centers[second] - foreground.centers[first]
-    slopes = steps / (foreground.times[second] - foreground.times[first])[:, None]
+    first, second = np.triu_indices(len(fg.times), 1)
+    centers, times = fg.centers, fg.times[:, None]
+    slopes = (centers[second] - centers[first]) / (times[second] - times[first])
     velocity = np.median(slopes, axis=0)
-    path = foreground.centers - velocity * foreground.times[:, None]
+    path = centers - velocity * times
     scatter = np.abs(path - np.median(path, axis=0)).max(1)
     axis = int(np.abs(velocity).argmax())
     speed = float(np.abs(velocity[axis]))
@@ -178,30 +173,29 @@ def _direction(foreground: _Foreground, frames: int) -> str | None:
         return "still"
     if np.abs(velocity[1 - axis]) > MAX_CROSSWAYS * speed:
         return None
-    step = [0, 0]
-    step[axis] = int(np.sign(velocity[axis]))
-    return next(name for name, way in STEPS.items() if way == tuple(step))
+    step = tuple(np.sign(velocity) * (np.arange(2) == axis))
+    return next(name for name, way in STEPS.items() if way == step)
 
 
-def _size(foreground: _Foreground, shape: str | None) -> str | None:
+def _size(fg: _Foreground, shape: str | None) -> str | None:
     """The size word by the median area; a shape that cannot be told counts as an average one."""
     factor = AREAS[shape] if shape else np.mean(list(AREAS.values()))
-    radius = float(np.sqrt(np.median(foreground.area) / factor))
+    radius = float(np.sqrt(np.median(fg.area) / factor))
     if not SIZE_LIMITS[0] <= radius <= SIZE_LIMITS[1]:
         return None
     return "small" if radius < SIZE_BORDER else "big"
 
 
-def _shape(foreground: _Foreground) -> str | None:
+def _shape(fg: _Foreground) -> str | None:
     """The shape whose template fits best, if it fits well, has edges, and is alone."""
-    chosen = np.unique(np.linspace(0, len(foreground.area) - 1, FIT_FRAMES).round().astype(int))
-    mask, alpha, area = foreground.mask[chosen], foreground.alpha[chosen], foreground.area[chosen]
+    chosen = np.unique(np.linspace(0, len(fg.area) - 1, FIT_FRAMES).round().astype(int))
+    mask, alpha, area = fg.mask[chosen], fg.alpha[chosen], fg.area[chosen]
     softness = ((alpha > 0.2) & (alpha < 0.8)).sum((1, 2)) / area
     if np.median(softness) > MAX_SOFTNESS or np.median(_second_blob(mask)) > MAX_SECOND_BLOB:
         return None
     # Shapes that no scene has compete too: a diamond is nearest to a diamond, and so is nothing.
     names = (*SHAPES, *OTHERS)
-    scores = np.array([_overlap(name, mask, area, foreground.centers[chosen]) for name in names])
+    scores = np.array([_overlap(name, mask, area, fg.centers[chosen]) for name in names])
     best, second = np.argsort(scores[: len(SHAPES)])[::-1][:2]
     lead = scores[best] - scores[second]
     if scores.argmax() != best or scores[best] < MIN_SHAPE_IOU or lead < MIN_SHAPE_LEAD:

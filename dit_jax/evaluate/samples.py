@@ -47,18 +47,16 @@ class SampleStore:
             directory / "shards" / f"{i:06d}.npy": range(first, min(first + shard, count))
             for i, first in enumerate(range(0, count, shard))
         }
-        place, bare = directory / "plan.json", {}
-        stored = read_json(place) if place.is_file() else bare
-        alone = stored is bare and (self.path.exists() or (directory / "shards").exists())
-        name, remedy = repr(str(directory)), "give another --output, or the same settings to go on."
-        odd = alone or not isinstance(stored, dict)
-        refuse_if(
-            [(odd, f"{name} has samples and no plan.json that tells their settings: {remedy}")]
-        )
-        for key in sorted(stored | self.plan) if stored else ():
-            pair = stored.get(key), self.plan.get(key)
-            message = f"{name} holds samples made with {key} {pair[0]!r}, not {pair[1]!r}: {remedy}"
-            refuse_if([(pair[0] != pair[1], message)])
+        place, name = directory / "plan.json", repr(str(directory))
+        planned = place.is_file()
+        bare = not planned and (self.path.exists() or (directory / "shards").exists())
+        stored = read_json(place) if planned else self.plan
+        remedy = "give another --output, or the same settings to go on."
+        odd = f"{name} has samples and no plan.json that tells their settings: {remedy}"
+        refuse_if([(bare or not isinstance(stored, dict), odd)])
+        message = f"{name} holds samples made with {{}} {{!r}}, not {{!r}}: {remedy}"
+        pairs = {key: (stored.get(key), self.plan.get(key)) for key in sorted(stored | self.plan)}
+        refuse_if((a != b, message.format(key, a, b)) for key, (a, b) in pairs.items())
 
     def fill(
         self, sample: Callable[[range], Sequence[np.ndarray]], labels: np.ndarray | None = None
