@@ -20,15 +20,9 @@ import numpy as np
 import tyro
 
 from dit_jax.config import check_types, to_dict
+from dit_jax.evaluate import networks
 from dit_jax.evaluate.images import ImageSet, open_images, open_reference, save_statistics
 from dit_jax.evaluate.measure import Metric, check_metrics, check_reference, complete, measure
-from dit_jax.evaluate.networks import (
-    I3D_FRAMES,
-    I3D_MIN_FRAMES,
-    INCEPTION,
-    VIDEO,
-    NetworkFeatures,
-)
 from dit_jax.evaluate.samples import ClassOrder, SampleStore, class_labels
 from dit_jax.files import as_path, check_file, check_writable, refuse_if, run_verb, write_json
 from dit_jax.model import ClassLabels
@@ -67,7 +61,7 @@ class EvaluateArguments:
     features_weights: str | None = None
     """File with the weights of Inception-v3 (pt_inception-2015-12-05-6726825d.pth), for images."""
     i3d_weights: str | None = None  # File with the weights of I3D (rgb_imagenet.pt), for clips.
-    fvd_frames: Annotated[int, Range(I3D_MIN_FRAMES)] = I3D_FRAMES
+    fvd_frames: Annotated[int, Range(networks.I3D_MIN_FRAMES)] = networks.I3D_FRAMES
     """Frames of every clip that fvd looks at, from the first."""
     feature_batch: PositiveInt = 64  # Images (or clips) that the feature network sees at once.
     save_statistics: str | None = None  # Writes the reference's statistics to this .npz.
@@ -135,9 +129,9 @@ def evaluate(options: EvaluateArguments) -> None:
     weights = options.i3d_weights if kind == "clips" else options.features_weights
     features: Any = None
     if metrics or save:
-        network = VIDEO if kind == "clips" else INCEPTION
+        network = networks.VIDEO if kind == "clips" else networks.INCEPTION
         params = network.read(network.check(weights, " ".join(metrics) or "--save-statistics"))
-        features = NetworkFeatures(network.model.apply, params, options.feature_batch)
+        features = networks.NetworkFeatures(network.model.apply, params, options.feature_batch)
     first = jax.process_index() == 0
     if store and generate:
         samples = generate()

@@ -16,15 +16,8 @@ from jax.experimental import multihost_utils
 from scipy.special import softmax
 from tqdm import tqdm
 
-from dit_jax.evaluate.distances import (
-    NEIGHBOURS,
-    Moments,
-    Statistics,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-    small_sample_note,
-)
+from dit_jax.evaluate import distances
+from dit_jax.evaluate.distances import Moments, Statistics
 from dit_jax.evaluate.images import ImageSet, Reference
 from dit_jax.files import refuse_if
 
@@ -66,16 +59,14 @@ def check_reference(name: str, kind: str, reference: Reference | None, frames: i
     lacks = f"{name} needs more than the statistics ({', '.join(stored)}) in {path}: give {kind}."
     refuse_if([(items is None, lacks)])
     assert items is not None
-    message = (
-        f"{path} holds {items.kind}, and {name} is of {kind} here: give a reference of {kind}."
-    )
-    refuse_if([(items.kind != kind, message)])
+    other = f"{path} holds {items.kind}, and {name} is of {kind} here: give a reference of {kind}."
+    refuse_if([(items.kind != kind, other)])
     check_items(name, items, path, frames)
 
 
 def check_items(name: str, items: ImageSet, what: str, frames: int) -> None:
     """Refuses items that are too few for a metric (or for statistics), or clips that are too short."""
-    least = 1 if name == "is" else NEIGHBOURS + 1 if name in MANIFOLDS else 2
+    least = 1 if name == "is" else distances.NEIGHBOURS + 1 if name in MANIFOLDS else 2
     least = max(least, jax.process_count())
     few = f"{name} takes at least {least} items here, and {what} are {items.count}: give more."
     short = f"the clips of {what} have {items.shape[0]} frames, fewer than --fvd-frames {frames}."
@@ -166,14 +157,16 @@ def measure(
         reference, true = complete(reference, features, kinds, pool, frames)
         for name in (name for name in metrics if name in FRECHET):
             pair = statistics[FRECHET[name]], reference.statistics[FRECHET[name]]
-            out[name] = frechet_distance(*pair)
+            out[name] = distances.frechet_distance(*pair)
             for one, what in zip(pair, ("samples", "reference items"), strict=True):
-                note = small_sample_note(one, what)
+                note = distances.small_sample_note(one, what)
                 notes += [f"{name}: {note}"] if note else []
         if pool:
-            shares = zip(MANIFOLDS, precision_recall(values["pool"], true["pool"]), strict=True)
+            shares = zip(
+                MANIFOLDS, distances.precision_recall(values["pool"], true["pool"]), strict=True
+            )
             out |= {name: share for name, share in shares if name in metrics}
     if "is" in metrics:
         probabilities = softmax(values["logits"].astype(np.float64), axis=1)
-        out["is"], out["is_std"] = inception_score(probabilities)
+        out["is"], out["is_std"] = distances.inception_score(probabilities)
     return out, notes
