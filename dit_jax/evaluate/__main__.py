@@ -117,6 +117,7 @@ def evaluate(options: EvaluateArguments) -> None:
         check_file(save, "--save-statistics")
     if either:
         check_writable(options.output)
+    # All that can be wrong is read before the long work begins.
     reference = open_reference(options.reference) if options.reference else None
     samples = open_images(options.samples) if options.samples else None
     planned, store, generate = plan_samples(options) if options.checkpoint else (None,) * 3
@@ -132,6 +133,7 @@ def evaluate(options: EvaluateArguments) -> None:
         network = networks.VIDEO if kind == "clips" else networks.INCEPTION
         params = network.read(network.check(weights, " ".join(metrics) or "--save-statistics"))
         features = networks.NetworkFeatures(network.model.apply, params, options.feature_batch)
+    # Every process computes; the first one writes and prints.
     first = jax.process_index() == 0
     if store and generate:
         samples = generate()
@@ -165,9 +167,10 @@ def evaluate(options: EvaluateArguments) -> None:
             print("\n".join([*lines, f"of {samples.count} samples: {path}"]))
 
 
-def plan_samples(
-    options: EvaluateArguments,
-) -> tuple[ImageSet, SampleStore, Callable[[], ImageSet]]:
+Plan = tuple[ImageSet, SampleStore, Callable[[], ImageSet]]
+
+
+def plan_samples(options: EvaluateArguments) -> Plan:
     """What a run is asked for, without batches; where it is kept; and what generates it."""
     pipeline = load_run(
         str(options.checkpoint),

@@ -162,10 +162,8 @@ def measure(
                 note = distances.small_sample_note(one, what)
                 notes += [f"{name}: {note}"] if note else []
         if pool:
-            shares = zip(
-                MANIFOLDS, distances.precision_recall(values["pool"], true["pool"]), strict=True
-            )
-            out |= {name: share for name, share in shares if name in metrics}
+            shares = distances.precision_recall(values["pool"], true["pool"])
+            out |= {k: v for k, v in zip(MANIFOLDS, shares, strict=True) if k in metrics}
     if "is" in metrics:
         probabilities = softmax(values["logits"].astype(np.float64), axis=1)
         out["is"], out["is_std"] = distances.inception_score(probabilities)
