@@ -121,7 +121,7 @@ def evaluate(options: EvaluateArguments) -> None:
     reference = open_reference(options.reference) if options.reference else None
     samples = open_images(options.samples) if options.samples else None
     planned, store, generate = plan_samples(options) if options.checkpoint else (None,) * 3
-    items = samples or planned or (reference and reference.items)
+    items = samples or planned or (reference.items if reference else None)
     kind = items.kind if items else "images"
     if items and either:
         check_metrics(metrics, items, options.samples or "the model's samples", reference, frames)
@@ -131,7 +131,7 @@ def evaluate(options: EvaluateArguments) -> None:
     features: Any = None
     if metrics or save:
         network = networks.VIDEO if kind == "clips" else networks.INCEPTION
-        params = network.read(network.check(weights, " ".join(metrics) or "--save-statistics"))
+        params = network.read(weights, " ".join(metrics) or "--save-statistics")
         features = networks.NetworkFeatures(network.model.apply, params, options.feature_batch)
     # Every process computes; the first one writes and prints.
     first = jax.process_index() == 0

@@ -13,9 +13,9 @@ is TensorFlow's "SAME". Logits of several moments, of clips of more than 16 fram
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -239,20 +239,17 @@ class Network:
         unit = [re.sub(r"^(b\d)_(\d)$", lambda m: m[1] + "ab"[int(m[2]) - 1], x) for x in unit]
         return ".".join([*unit, names[leaf]])
 
-    def check(self, path: str | None, why: str) -> Path:
-        """The path of the weights, if there is a file."""
+    def read(self, path: str | os.PathLike | None, why: str = "a metric") -> Params:
+        """The float32 parameters in a PyTorch file (no code in it is run), safetensors or an .npz."""
         place = as_path(path or ".")
         absent = f"{why} needs the weights of {self.name}: give {self.flag} FILE, {self.source}."
-        missing = f"{self.flag} {path!r} is not a file: fetch {self.source}."
+        missing = f"{self.flag} {str(path)!r} is not a file: fetch {self.source}."
         refuse_if([(not path, absent), (not place.is_file(), missing)])
-        return local_copy(place)
-
-    def read(self, path: Path) -> Params:
-        """The float32 parameters in a PyTorch file (no code in it is run), safetensors or an .npz."""
-        if path.suffix == ".npz":
-            arrays = read_arrays(path, npz_keys(path), WEIGHTS_LIMIT)
+        if place.suffix == ".npz":
+            arrays = read_arrays(place, npz_keys(place), WEIGHTS_LIMIT)
         else:
-            arrays = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
+            reader = read_safetensors if place.suffix == ".safetensors" else read_torch
+            arrays = reader(local_copy(place))
         # Batch norms of some versions of PyTorch count batches; no metric uses Inception's bias.
         unused = ("num_batches_tracked", "fc.bias")
         arrays = {key: array for key, array in arrays.items() if not key.endswith(unused)}

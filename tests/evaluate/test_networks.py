@@ -296,9 +296,9 @@ def test_every_fault_of_a_file_is_named(tmp_path: Path):
 
 def test_absent_weights_are_explained(tmp_path: Path):
     with pytest.raises(ValueError, match="fid needs the weights of Inception-v3: give --features-"):
-        INCEPTION.check(None, "fid")
+        INCEPTION.read(None, "fid")
     with pytest.raises(ValueError, match="none.pth.*pytorch-fid on GitHub .* Apache License 2.0"):
-        INCEPTION.check(str(tmp_path / "none.pth"), "fid")
+        INCEPTION.read(str(tmp_path / "none.pth"), "fid")
     (tmp_path / "broken.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="broken.npz"):
         VIDEO.read(tmp_path / "broken.npz")
