@@ -140,13 +140,13 @@ def evaluate(options: EvaluateArguments) -> None:
         if first:
             print(f"{options.num} sample(s): {store.path}")
     if save:
-        assert reference is not None and reference.items is not None
+        assert reference is not None and (true := reference.items) is not None
         kinds = ("video",) if kind == "clips" else ("pool", "spatial")
         reference, _ = complete(reference, features, kinds, frames=frames)
         if first:
-            kept = reference.items if reference.items.count <= IMAGES_KEPT else None
+            kept = true if true.count <= IMAGES_KEPT else None
             save_statistics(as_path(save), reference.statistics, kept)
-            print(f"statistics of {reference.items.count} item(s): {save}")
+            print(f"statistics of {true.count} item(s): {save}")
     if samples and metrics:
         values, notes = measure(metrics, samples, reference, features, frames)
         report = {

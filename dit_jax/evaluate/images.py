@@ -18,6 +18,7 @@ Statistics that a file has are taken as they are, never recomputed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import zipfile
@@ -45,7 +46,8 @@ KINDS = {
 STATISTICS_LIMIT = 2**27
 
 
-class ImageSet(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
     """Images or clips that can be read in order from anywhere."""
 
     count: int
@@ -209,9 +211,9 @@ def open_reference(path: str) -> Reference:
     statistics: dict[str, Statistics] = {}
     for kind, (mean, covariance, width) in KINDS.items():
         if {mean, covariance} <= arrays.keys():
-            pair = arrays[mean], arrays[covariance]
             with checking_input(f"{mean!r} and {covariance!r} in {path!r}", "make the file again"):
-                one = Statistics(*(array.astype(np.float64) for array in pair), size)
+                pair = arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)
+                one = Statistics(*pair, size)
                 other = f"{one.mean.size} numbers, but there are {width} such features"
                 refuse_if([(one.mean.size != width, other)])
             statistics[kind] = one

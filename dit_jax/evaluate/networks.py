@@ -224,8 +224,8 @@ class Network:
         """The table of a file's keys, which follow from the parameters' names."""
         example = jax.ShapeDtypeStruct(self.example, np.uint8)
         shapes: Any = jax.eval_shape(self.model.init, jax.random.key(0), example)
-        leaves = flatten_dict(shapes["params"]).items()
-        entries = [Entry(path, (self.key(path),), _layout(leaf.shape)) for path, leaf in leaves]
+        leaves: Any = flatten_dict(shapes["params"])
+        entries = [Entry(p, (self.key(p),), _layout(leaf.shape)) for p, leaf in leaves.items()]
         return Map(f"{self.name} (docs/evaluate.md, Weights)", tuple(entries))
 
     def key(self, path: tuple[str, ...]) -> str:
