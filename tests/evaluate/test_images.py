@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from dit_jax.evaluate import (
-    SampleStore,
     Statistics,
-    class_labels,
-    is_clips,
     open_images,
     open_reference,
     save_statistics,
     write_npz,
 )
+from dit_jax.evaluate.samples import SampleStore, class_labels
 from dit_jax.files import as_path
 from dit_jax.sampling import write_png, write_video
 
@@ -37,7 +35,7 @@ def test_npz_is_read_in_pieces(tmp_path: Path, images: np.ndarray, compressed: b
     path = tmp_path / "a.npz"
     (np.savez_compressed if compressed else np.savez)(path, images, np.arange(11))
     items = open_images(str(path))
-    assert (items.count, items.shape) == (11, (8, 6, 3)) and not is_clips(items)
+    assert (items.count, items.shape) == (11, (8, 6, 3)) and items.kind == "images"
     np.testing.assert_array_equal(everything(items), images)
     np.testing.assert_array_equal(everything(items, 3, 4, 9), images[4:9])
     assert [len(batch) for batch in items.batches(4, 9, 3)] == [3, 2]
@@ -69,7 +67,7 @@ def test_folder_of_images_in_order_of_names(tmp_path: Path, images: np.ndarray):
     assert (items.count, items.shape) == (11, (8, 6, 3))
     np.testing.assert_array_equal(everything(items), images)
     write_png(tmp_path / "03.png", images[3, :4])
-    with pytest.raises(ValueError, match=r"03.png' is \[4, 6, 3\], but .*bring all .* to one size"):
+    with pytest.raises(ValueError, match=r"03.png' is \(4, 6, 3\)"):
         everything(items)
 
 
@@ -77,10 +75,10 @@ def test_folder_of_clips(tmp_path: Path):
     for i in range(3):
         write_video(tmp_path / f"{i}.mp4", np.full((4, 8, 8, 3), 80 * i, np.uint8), 8)
     items = open_images(str(tmp_path))
-    assert (items.count, items.shape) == (3, (4, 8, 8, 3)) and is_clips(items)
+    assert (items.count, items.shape) == (3, (4, 8, 8, 3)) and items.kind == "clips"
     assert np.abs(everything(items).mean((1, 2, 3, 4)) - [0, 80, 160]).max() < 3
     write_png(tmp_path / "x.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"both images and clips \(x.png, 0.mp4\)"):
+    with pytest.raises(ValueError, match=r"\(x.png, 0.mp4\)"):
         open_images(str(tmp_path))
 
 
@@ -91,7 +89,7 @@ def test_what_holds_no_images_is_refused(tmp_path: Path, images: np.ndarray):
         with pytest.raises(ValueError, match="must hold uint8 images"):
             open_images(str(path))
     np.savez(path, mu=np.zeros(3))
-    with pytest.raises(ValueError, match="has no 'arr_0', only mu"):
+    with pytest.raises(ValueError, match="a.npz.*arr_0"):
         open_images(str(path))
     path.write_bytes(b"PK")
     with pytest.raises(ValueError, match="cannot be read as .npz"):
@@ -100,7 +98,7 @@ def test_what_holds_no_images_is_refused(tmp_path: Path, images: np.ndarray):
         with pytest.raises(ValueError, match=r"none(\.npz)?' is not there"):
             open_images(str(name))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="but holds none"):
+    with pytest.raises(ValueError, match="holds none"):
         open_images(str(tmp_path / "empty"))
 
 
@@ -124,7 +122,7 @@ def test_statistics_and_headers_that_inflate_are_refused(tmp_path: Path):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, mu=np.zeros(2048), sigma=np.zeros((4200, 4200)))
     assert path.stat().st_size < 2**18
-    with pytest.raises(ValueError, match="a.npz' has 141,136,640 bytes in mu, sigma"):
+    with pytest.raises(ValueError, match="a.npz' .*141,136,640 bytes in mu, sigma"):
         open_reference(str(path))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         header = b"\x93NUMPY\x02\x00" + (2**27).to_bytes(4, "little") + bytes(2**27)
@@ -135,20 +133,15 @@ def test_statistics_and_headers_that_inflate_are_refused(tmp_path: Path):
 
 def test_samples_are_stored_on_cloud_storage(bucket: str, images: np.ndarray):
     place = as_path(f"{bucket}/evaluation")
-    store = SampleStore(place, {"seed": 3}, 11, 6)
-    store.begin()
-    store.put(0, images[:6])
-    assert [SampleStore(place, {"seed": 3}, 11, 6).has(i) for i in range(2)] == [True, False]
-    store.put(1, images[6:])
-    store.finish(None)
+    items = SampleStore(place, {"seed": 3}, 11, 6).fill(lambda numbers: images[numbers, None])
     assert sorted(one.name for one in place.iterdir()) == ["plan.json", "samples.npz"]
-    np.testing.assert_array_equal(everything(open_images(f"{place}/samples.npz")), images)
+    np.testing.assert_array_equal(everything(items), images)
 
 
 @pytest.mark.parametrize("count", [np.array([3, 4]), np.array(0), np.array(2.5), np.array("many")])
 def test_an_odd_count_is_refused(tmp_path: Path, count: np.ndarray):
     np.savez(tmp_path / "a.npz", mu_v=np.zeros(400), sigma_v=np.eye(400), count=count)
-    with pytest.raises(ValueError, match="'count' in .*a.npz' is .*: it is one whole number"):
+    with pytest.raises(ValueError, match="'count' in .*a.npz' is "):
         open_reference(str(tmp_path / "a.npz"))
 
 
@@ -172,10 +165,10 @@ def test_published_layouts_are_read(tmp_path: Path, images: np.ndarray):
     assert found.items is not None and found.items.count == 11
     np.testing.assert_array_equal(found.statistics["spatial"].covariance, spatial.covariance)
     np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
-    with pytest.raises(ValueError, match="has 64 numbers, but those features 2048"):
+    with pytest.raises(ValueError, match="64 numbers, .* 2048"):
         open_reference(str(path))
     np.savez(path, x=np.zeros(3))
-    with pytest.raises(ValueError, match="holds x: a reference holds statistics"):
+    with pytest.raises(ValueError, match="holds x"):
         open_reference(str(path))
     np.savez(path, mu=np.full(2048, np.nan), sigma=np.eye(2048))
     with pytest.raises(ValueError, match="'mu' and 'sigma' in .*NaN"):
@@ -198,30 +191,39 @@ def test_statistics_are_saved_and_read_back(tmp_path: Path, images: np.ndarray):
     assert set(open_reference(str(tmp_path / "video.npz")).statistics) == {"video"}
 
 
+class Killed(Exception):
+    """Stands for a signal: nothing catches it."""
+
+
 def test_store_goes_on_and_refuses_another_plan(tmp_path: Path, images: np.ndarray):
     plan = {"seed": 3, "sampling": {"interval": (0.0, 1.0)}}
-    store = SampleStore(tmp_path, plan, 11, 4)
-    assert [list(shard) for shard in store.shards()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    store.begin()
-    store.put(1, images[4:8])
-    again = SampleStore(tmp_path, plan, 11, 4)
-    assert [again.has(i) for i in range(3)] == [False, True, False] and not again.finished
+    asked: list[list[int]] = []
+
+    def sample(numbers: range) -> np.ndarray:
+        if len(asked) == 1:
+            asked.append([])
+            raise Killed
+        asked.append(list(numbers))
+        return images[numbers, None]
+
+    with pytest.raises(Killed):
+        SampleStore(tmp_path, plan, 11, 4).fill(sample)
+    assert [one.name for one in (tmp_path / "shards").iterdir()] == ["000000.npy"]
     for other, size, words in (
         ({**plan, "seed": 4}, 4, "seed 3, not 4"),
         (plan, 5, "shard 4, not 5"),
     ):
-        with pytest.raises(ValueError, match=f"samples made with {words}"):
+        with pytest.raises(ValueError, match=words):
             SampleStore(tmp_path, other, 11, size)
-    again.put(0, images[:4])
-    again.put(2, images[8:])
-    again.finish(None)
-    assert again.finished and {one.name for one in tmp_path.iterdir()} == {
-        "plan.json",
-        "samples.npz",
-    }
-    np.testing.assert_array_equal(everything(store.open()), images)
+    items = SampleStore(tmp_path, plan, 11, 4).fill(sample)
+    assert asked == [[0, 1, 2, 3], [], [4, 5, 6, 7], [8, 9, 10]]
+    assert {one.name for one in tmp_path.iterdir()} == {"plan.json", "samples.npz"}
+    np.testing.assert_array_equal(everything(items), images)
+    # What is finished is not sampled again.
+    SampleStore(tmp_path, plan, 11, 4).fill(sample, np.arange(11))
+    assert len(asked) == 4
     (tmp_path / "plan.json").unlink()
-    with pytest.raises(ValueError, match="samples but no plan.json"):
+    with pytest.raises(ValueError, match="no plan.json"):
         SampleStore(tmp_path, plan, 11, 4)
 
 

@@ -1,7 +1,5 @@
 """The judge is exact on true clips, sturdy under mild damage, and strict with impostors."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -69,14 +67,14 @@ def test_sturdy_under_noise_blur_and_a_wobbling_background(noise, blur, shape_sh
         right.append(verdict.shape == expected.shape)
         # A shape that is not sure is None, never another.
         assert verdict.shape in (expected.shape, None)
-        assert dataclasses.replace(verdict, shape=expected.shape) == expected
+        assert verdict._replace(shape=expected.shape) == expected
     assert np.mean(right) >= shape_share
 
 
 def test_reversal_flips_the_direction_and_nothing_else():
     for i in range(60):
         scene = SOURCE.scene(i)
-        expected = dataclasses.replace(truth(scene), direction=REVERSED[scene.direction])
+        expected = truth(scene)._replace(direction=REVERSED[scene.direction])
         assert judge(render(scene)[::-1]) == expected
 
 
