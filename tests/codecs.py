@@ -14,8 +14,7 @@ from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
-from dit_jax.codec.codec import TileConfig
-from dit_jax.codec.video_codec import VideoCodec
+from dit_jax.codec.codec import TileConfig, VideoCodec
 from tests.training.conftest import QUICK
 
 SMALL = CausalAutoencoderConfig(

@@ -7,8 +7,7 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from dit_jax.codec.codec import ImageCodec, TileConfig
-from dit_jax.codec.tiling import ramp, tile_starts, tiled
+from dit_jax.codec.codec import ImageCodec, TileConfig, ramp, tile_starts, tiled
 
 SMALL = AutoencoderKLConfig(widths=(4, 4, 8, 8), layers=1, norm_groups=2)
 

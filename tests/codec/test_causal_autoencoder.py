@@ -17,8 +17,10 @@ from dit_jax.codec.causal_autoencoder import (
     WAN,
     CausalAutoencoder,
     CausalAutoencoderConfig,
+    Zeros,
+    convolve,
+    convolve_by_frames,
 )
-from dit_jax.codec.causal_layers import Zeros, convolve, convolve_by_frames
 from tests.codecs import quick_compilation, random_params
 
 PLAIN = CausalAutoencoderConfig(

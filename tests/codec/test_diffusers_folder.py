@@ -9,10 +9,10 @@ import pytest
 from einops import rearrange
 
 from dit_jax import interop
-from dit_jax.codec import folders, kl_weights
+from dit_jax.codec import folders
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.codec import TileConfig
-from dit_jax.codec.kl_weights import OLD_ATTENTION
+from dit_jax.codec.folders import OLD_ATTENTION
 from tests.codecs import diffusers_config
 from tests.interop.published import diffusers, needs_diffusers, relative, torch
 
@@ -118,7 +118,7 @@ def test_the_folder_comes_back_byte_for_byte(saved, tmp_path):
     folder, _ = saved
     codec = folders.load_codec(folder)
     config = diffusers_config(codec.config, 32)
-    table = kl_weights.autoencoder_map(codec.config)
+    table = folders.autoencoder_map(codec.config)
     interop.write_folder(tmp_path / "out", config, table.export(codec.params))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out")
@@ -156,7 +156,7 @@ def test_old_names_of_attention_are_read_and_written(saved, tmp_path, kind):
     new = folders.load_codec(folder)
     jax.tree.map(np.testing.assert_array_equal, codec.params, new.params)
     assert codec.hash == new.hash and len(codec.hash) == 16
-    written = kl_weights.autoencoder_map(codec.config, old_names=True).export(codec.params)
+    written = folders.autoencoder_map(codec.config, old_names=True).export(codec.params)
     assert set(written) == set(state)
 
 
@@ -222,4 +222,4 @@ def test_a_folder_that_is_none_is_said_to_be(tmp_path):
 def test_a_config_with_odd_values_is_refused(name, value, said):
     config = diffusers_config(AutoencoderKLConfig())
     with pytest.raises(ValueError, match=f"in has .*{said}"):
-        kl_weights.autoencoder_from_diffusers(config | {name: value}, "in")
+        folders.autoencoder_from_diffusers(config | {name: value}, "in")

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax.codec.adversarial import (
+from dit_jax.codec.reconstruction_loss import (
+    Discriminator,
+    DiscriminatorConfig,
     adaptive_weight,
     hinge_discriminator_loss,
     hinge_generator_loss,
     last_layer_gradients,
     masked_mean,
 )
-from dit_jax.codec.discriminator import Discriminator, DiscriminatorConfig
 
 SMALL = DiscriminatorConfig(width=4, layers=2)
 SLOW = DiscriminatorConfig(width=4, layers=2, time_layers=1)

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
-from dit_jax.codec.causal_layers import Computation
-from dit_jax.codec.flops import autoencoder_flops
+from dit_jax.codec.causal_autoencoder import (
+    CausalAutoencoder,
+    CausalAutoencoderConfig,
+    Computation,
+    autoencoder_flops,
+)
 from dit_jax.plan.kernels import traced_flops
 
 PLAIN = CausalAutoencoderConfig(

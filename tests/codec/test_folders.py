@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
-from dit_jax.codec import folders, wan
+from dit_jax.codec import folders
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
-from dit_jax.codec.codec import TileConfig
-from dit_jax.codec.video_codec import VideoCodec
+from dit_jax.codec.codec import TileConfig, VideoCodec
 from dit_jax.files import as_path, write_whole
 from tests.codecs import SMALL, noise, quick_compilation, random_params
 
@@ -109,7 +108,7 @@ def test_diffusers_folder_of_the_same_codec_has_the_same_hash(tmp_path: Path):
     config = dataclasses.replace(SMALL, strides=((2, 2), (2, 2)), scale=(0.3, 1.7, 1.1))
     params = random_params(config)
     folders.write_codec(tmp_path / "ours", config, params)
-    values, arrays = wan.autoencoder_to_wan(config), wan.wan_map(config).export(params)
+    values, arrays = folders.autoencoder_to_wan(config), folders.wan_map(config).export(params)
     interop.write_folder(tmp_path / "theirs", values, arrays)
     assert opened(tmp_path / "theirs").hash == opened(tmp_path / "ours").hash
 

@@ -16,8 +16,12 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
-from dit_jax.codec.discriminator import Discriminator, DiscriminatorConfig
-from dit_jax.codec.reconstruction_loss import ReconstructionLoss, ReconstructionLossConfig
+from dit_jax.codec.reconstruction_loss import (
+    Discriminator,
+    DiscriminatorConfig,
+    ReconstructionLoss,
+    ReconstructionLossConfig,
+)
 from dit_jax.codec.vgg import VGG, PerceptualNetwork, VGGConfig
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.training import (

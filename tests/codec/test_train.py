@@ -15,11 +15,11 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec import measures
-from dit_jax.codec.discriminator import DiscriminatorConfig
+from dit_jax.codec.codec import VideoCodec
 from dit_jax.codec.folders import load_codec
+from dit_jax.codec.reconstruction_loss import DiscriminatorConfig
 from dit_jax.codec.run import CodecRun
 from dit_jax.codec.train import HeldOut, _held_out
-from dit_jax.codec.video_codec import VideoCodec
 from dit_jax.data import open_source
 from dit_jax.data.shapes import held_out_combinations
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh

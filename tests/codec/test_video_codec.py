@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
-from dit_jax.codec.codec import TileConfig
-from dit_jax.codec.sharding import make_clip_constrain
-from dit_jax.codec.video_codec import VideoCodec
+from dit_jax.codec.codec import TileConfig, VideoCodec, make_clip_constrain
 from dit_jax.parallel import MeshConfig, make_mesh
 from tests.codecs import SMALL, make_codec, noise, quick_compilation
 
