@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
-from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig, param_shapes
 from dit_jax.codec.codec import TileConfig, VideoCodec
 from tests.training.conftest import QUICK
 
@@ -30,9 +29,6 @@ SMALL = CausalAutoencoderConfig(
 
 def random_params(config: CausalAutoencoderConfig, seed: int = 0) -> Any:
     """Parameters none of which is zero, under "params"."""
-    model = CausalAutoencoder(config)
-    frame = jnp.zeros((1, 1, *config.stride[1:], config.channels))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), frame, mutable="params"))
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> jax.Array:
@@ -43,7 +39,7 @@ def random_params(config: CausalAutoencoderConfig, seed: int = 0) -> Any:
             value = {"scale": 1 + 0.1 * normal, "bias": 0.1 * normal}[kind]
         return jnp.asarray(value, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
+    return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
 
 
 def make_codec(

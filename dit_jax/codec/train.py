@@ -50,8 +50,8 @@ def build_codec(config: CodecRun, mesh: Mesh) -> Task:
     each = f" in each of optimizer.accumulate {accumulate} parts" if accumulate > 1 else ""
     message = (
         f"data.crop.rows {crop.rows}: {crop.rows // accumulate} windows{each} do not divide over "
-        f"mesh.data x mesh.fsdp = {shards}. Make rows a multiple of {accumulate * shards}, or spread the "
-        "windows themselves (mesh.context) instead."
+        f"mesh.data x mesh.fsdp = {shards}. Make rows a multiple of {accumulate * shards}, or spread "
+        "the windows themselves (mesh.context) instead."
     )
     refuse_if([(crop.rows // accumulate % shards > 0, message)])
     source, held = open_source(config.data.source), open_source(held_out(config))
