@@ -64,8 +64,8 @@ def one(given: argparse.Namespace, tile: int, out: str) -> None:
 
 def seams(given: argparse.Namespace, out: str) -> None:
     """Compares what tiles gave with the whole."""
+    from dit_jax.codec.codec import tile_starts
     from dit_jax.codec.folders import load_codec
-    from dit_jax.codec.tiling import tile_starts
 
     stride = load_codec(given.codec).strides[1]
     large = max(given.height, given.width)

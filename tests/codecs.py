@@ -7,12 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
-from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
-from dit_jax.codec.codec import TileConfig
-from dit_jax.codec.video_codec import VideoCodec
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig, param_shapes
+from dit_jax.codec.codec import TileConfig, VideoCodec
 
 SMALL = CausalAutoencoderConfig(
     latent_channels=3,
@@ -27,9 +25,6 @@ SMALL = CausalAutoencoderConfig(
 
 def random_params(config: CausalAutoencoderConfig, seed: int = 0) -> Any:
     """Parameters none of which is zero, under "params"."""
-    model = CausalAutoencoder(config)
-    frame = jnp.zeros((1, 1, *config.stride[1:], config.channels))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), frame, mutable="params"))
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> jax.Array:
@@ -40,7 +35,7 @@ def random_params(config: CausalAutoencoderConfig, seed: int = 0) -> Any:
             value = {"scale": 1 + 0.1 * normal, "bias": 0.1 * normal}[kind]
         return jnp.asarray(value, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))
+    return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
 
 
 def make_codec(

@@ -41,10 +41,7 @@ install_import_hook(
     ["dit_jax.model", "dit_jax.diffusion", "dit_jax.text.t5"]
     + [
         f"dit_jax.codec.{name}"
-        for name in (
-            "adversarial autoencoder_kl causal_autoencoder causal_layers codec discriminator "
-            "reconstruction_loss tiling vgg video_codec"
-        ).split()
+        for name in ("autoencoder_kl causal_autoencoder codec reconstruction_loss vgg").split()
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop, sample
-from dit_jax.codec import kl_weights
+from dit_jax.codec import folders
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.kl_weights import OLD_ATTENTION
+from dit_jax.codec.folders import OLD_ATTENTION
 from dit_jax.config import stored_config
 from dit_jax.files import as_path, write_whole
 from dit_jax.parallel import make_mesh
@@ -52,7 +52,7 @@ def autoencoder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     arrays = {
         key: 0.1 * rng.normal(size=entry.layout.their_shape).astype(np.float32)
-        for entry in kl_weights.autoencoder_map(config).entries
+        for entry in folders.autoencoder_map(config).entries
         for key in entry.keys
     }
     interop.write_folder(tmp_path / "vae", diffusers_config(config), arrays)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop
-from dit_jax.codec import folders, kl_weights
-from dit_jax.codec import wan as wan_files
+from dit_jax.codec import folders
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
 from dit_jax.codec.config import LatentCodecConfig
@@ -33,8 +32,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def wan(tmp_path: Path) -> Path:
     """A small folder of AutoencoderKLWan."""
-    values = wan_files.autoencoder_to_wan(LIKE_WAN) | {"_diffusers_version": "0.35.1"}
-    arrays = wan_files.wan_map(LIKE_WAN).export(random_params(LIKE_WAN))
+    values = folders.autoencoder_to_wan(LIKE_WAN) | {"_diffusers_version": "0.35.1"}
+    arrays = folders.wan_map(LIKE_WAN).export(random_params(LIKE_WAN))
     interop.write_folder(tmp_path / "wan", values, arrays)
     return tmp_path / "wan"
 
@@ -111,7 +110,7 @@ def test_codecs_that_a_layout_cannot_hold_are_refused(wan: Path, tmp_path: Path,
     target = tmp_path / "out"
     run = run_with(SMALL, tmp_path / "run")
     said = refused(capsys, run, target, "diffusers")
-    assert "has strides ((2, 2), (2, 1)), for which AutoencoderKLWan has no setting" in said
+    assert "AutoencoderKLWan has no setting" in said and "strides is ((2, 2), (2, 1))" in said
     assert "is a codec, and --to safetensors is of transformers" in refused(
         capsys, wan, tmp_path / "out.safetensors", "safetensors"
     )
@@ -120,7 +119,7 @@ def test_codecs_that_a_layout_cannot_hold_are_refused(wan: Path, tmp_path: Path,
     )
     images = tmp_path / "images"
     config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
-    table = kl_weights.autoencoder_map(config)
+    table = folders.autoencoder_map(config)
     arrays = {
         key: np.zeros(entry.layout.their_shape, np.float32)
         for entry in table.entries

@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.kl_weights import autoencoder_map
+from dit_jax.codec.folders import autoencoder_map
 from dit_jax.config import CodecConfig, DataConfig, LogConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluate import INCEPTION, VIDEO, write_npz

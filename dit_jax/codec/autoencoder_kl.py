@@ -1,19 +1,16 @@
 """The image autoencoder of Stable Diffusion: images to latents an eighth as large, and back.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (sections 3.1 and
-G): residual convolutions with group norm at four resolutions, one attention layer in the middle, a
-diagonal Gaussian over latents. The configuration and the computation are those of Diffusers'
-``AutoencoderKL``, whose weights ``interop`` reads; channels come last here.
+G), with the configuration and the computation of Diffusers' ``AutoencoderKL``; channels come last here.
+Everything is float32 (products too, whatever the accelerator would round them to). It is not trained.
 
-Everything is float32 (products too, whatever the accelerator would round them to). Training it (the
-discriminator, the perceptual loss) is not here.
-
-Axis letters: b images, h w pixels or latents, c channels.
+Axis letters: b images, h w pixels, i j latents, c channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,9 +19,11 @@ from einops import rearrange, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-NORM_EPS = 1e-6
+from dit_jax.model.layers import dense
+from dit_jax.types import require
+
+Images = Float[Array, "b _ _ _"]
 LOGVAR_RANGE = (-30.0, 20.0)
-"""Bounds of the log-variance that the encoder may give."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,73 +47,57 @@ class AutoencoderKLConfig:
     shift: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("channels", "latent_channels", "layers", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"autoencoder {name} is {getattr(self, name)}: it is at least 1.")
-        if not self.widths or any(width % self.norm_groups for width in self.widths):
-            raise ValueError(
-                f"autoencoder widths {self.widths} are not all multiples of the {self.norm_groups} "
-                "groups of its norms: change one of them."
-            )
-        if self.scale == 0:
-            raise ValueError("autoencoder scale is 0: latents would all be 0.")
+        groups = self.norm_groups
+        whole = bool(self.widths) and all(width % groups == 0 for width in self.widths)
+        require(
+            "autoencoder ",
+            self,
+            ("widths", whole, f"multiples of the {groups} groups of its norms"),
+            ("scale", self.scale != 0, "other than 0"),
+        )
 
     @property
-    def stride(self) -> int:
-        """Pixels along a side of one latent."""
-        return 2 ** (len(self.widths) - 1)
+    def stride(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels in one latent."""
+        side = 2 ** (len(self.widths) - 1)
+        return 1, side, side
 
 
-def conv(features: int, size: int, name: str, **given: Any) -> nn.Conv:
+def conv(features: int, size: int, name: str, **settings: Any) -> nn.Conv:
     """A convolution with a bias, whose kernel ``[h, w, in, out]`` carries logical axes."""
     init = nn.initializers.lecun_normal()
     return nn.Conv(
         features,
         (size, size),
-        padding=given.pop("padding", size // 2),
-        precision=jax.lax.Precision.HIGHEST,
+        padding=settings.pop("padding", size // 2),
+        precision="highest",
         kernel_init=nn.with_logical_partitioning(init, (None, None, "embed", "embed_out")),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed_vector",)),
         name=name,
-        **given,
+        **settings,
     )
 
 
-def linear(features: int, name: str) -> nn.Dense:
-    """A linear layer whose kernel ``[in, out]`` carries logical axes."""
-    init = nn.initializers.lecun_normal()
-    return nn.Dense(
-        features,
-        precision=jax.lax.Precision.HIGHEST,
-        kernel_init=nn.with_logical_partitioning(init, ("embed", "embed_out")),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed_vector",)),
-        name=name,
-    )
-
-
-def norm(groups: int, name: str) -> nn.GroupNorm:
-    """Group norm (Wu & He 2018); the variance is that of the centred values."""
-    ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
-    return nn.GroupNorm(
-        groups,
-        epsilon=NORM_EPS,
-        use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(ones, ("embed_vector",)),
-        bias_init=nn.with_logical_partitioning(zeros, ("embed_vector",)),
-        name=name,
-    )
+# The variance of group norm (Wu & He 2018) is that of the centred values, as PyTorch's.
+norm = partial(
+    nn.GroupNorm,
+    epsilon=1e-6,
+    use_fast_variance=False,
+    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed_vector",)),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed_vector",)),
+)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions after norms, and around them the input (projected where widths differ)."""
+    """Two convolutions after norms, and around them the input (projected if widths differ)."""
 
     features: int
     groups: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
-        y = conv(self.features, 3, "conv1")(nn.silu(norm(self.groups, "norm1")(x)))
-        y = conv(self.features, 3, "conv2")(nn.silu(norm(self.groups, "norm2")(y)))
+    def __call__(self, x: Images) -> Images:
+        y = conv(self.features, 3, "conv1")(nn.silu(norm(self.groups, name="norm1")(x)))
+        y = conv(self.features, 3, "conv2")(nn.silu(norm(self.groups, name="norm2")(y)))
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, "shortcut")(x)
         return x + y
@@ -126,13 +109,20 @@ class MidAttention(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Images) -> Images:
         height, width, c = x.shape[1:]
-        y = rearrange(norm(self.groups, "norm")(x), "b h w c -> b (h w) c")
-        q, k, v = (linear(c, name)(y) for name in ("q", "k", "v"))
+        linear = partial(
+            dense,
+            axes=("embed", "embed_out"),
+            dtype=jnp.float32,
+            init=nn.initializers.lecun_normal(),
+            precision="highest",
+        )
+        y = rearrange(norm(self.groups, name="norm")(x), "b h w c -> b (h w) c")
+        q, k, v = (linear(c, name=name)(y) for name in ("q", "k", "v"))
         logits = jnp.einsum("bqc,bkc->bqk", q, k, precision="highest") / c**0.5
         y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits), v, precision="highest")
-        y = linear(c, "out")(y)
+        y = linear(c, name="out")(y)
         return x + rearrange(y, "b (h w) c -> b h w c", h=height, w=width)
 
 
@@ -142,7 +132,7 @@ class Middle(nn.Module):
     config: AutoencoderKLConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Images) -> Images:
         groups = self.config.norm_groups
         x = ResBlock(x.shape[-1], groups, name="resnet_0")(x)
         if self.config.mid_attention:
@@ -156,7 +146,7 @@ class Encoder(nn.Module):
     config: AutoencoderKLConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j m"]:
+    def __call__(self, x: Images) -> Images:
         config = self.config
         x = conv(config.widths[0], 3, "conv_in")(x)
         for i, width in enumerate(config.widths):
@@ -167,7 +157,7 @@ class Encoder(nn.Module):
                 side = ((0, 1), (0, 1))
                 x = conv(width, 3, f"level_{i}_down", strides=(2, 2), padding=side)(x)
         x = Middle(config, name="mid")(x)
-        x = nn.silu(norm(config.norm_groups, "norm_out")(x))
+        x = nn.silu(norm(config.norm_groups, name="norm_out")(x))
         x = conv(2 * config.latent_channels, 3, "conv_out")(x)
         return conv(2 * config.latent_channels, 1, "quant")(x) if config.quant_conv else x
 
@@ -178,7 +168,7 @@ class Decoder(nn.Module):
     config: AutoencoderKLConfig
 
     @nn.compact
-    def __call__(self, z: Float[Array, "b i j z"]) -> Float[Array, "b h w c"]:
+    def __call__(self, z: Images) -> Images:
         config = self.config
         x = conv(config.latent_channels, 1, "post_quant")(z) if config.post_quant_conv else z
         x = conv(config.widths[-1], 3, "conv_in")(x)
@@ -189,7 +179,7 @@ class Decoder(nn.Module):
             if i < len(config.widths) - 1:
                 x = repeat(x, "b h w c -> b (h 2) (w 2) c")
                 x = conv(width, 3, f"level_{i}_up")(x)
-        x = nn.silu(norm(config.norm_groups, "norm_out")(x))
+        x = nn.silu(norm(config.norm_groups, name="norm_out")(x))
         return conv(config.channels, 3, "conv_out")(x)
 
 
@@ -205,16 +195,14 @@ class AutoencoderKL(nn.Module):
     def encode(
         self, images: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b i j z"], Float[Array, "b i j z"]]:
-        """Images in [-1, 1] to mean and log-variance of their latents, not scaled.
-
-        Height and width are multiples of ``config.stride``.
-        """
+        """Images in [-1, 1], whose sides are multiples of the stride, to mean and log-variance of their
+        latents, not scaled."""
         mean, logvar = jnp.split(self.encoder(images), 2, -1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
-    def decode(self, latents: Float[Array, "b i j z"]) -> Float[Array, "b h w c"]:
+    def decode(self, latents: Float[Array, "b i j z"]) -> Images:
         """Latents, not scaled, to images; about [-1, 1], not clipped."""
         return self.decoder(latents)
 
-    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, images: Float[Array, "b h w c"]) -> Images:
         return self.decode(self.encode(images)[0])

@@ -1,62 +1,61 @@
 """A causal autoencoder of video: clips to latents of fewer frames, rows and columns, and back.
 
-Residual convolutions over time and space at several resolutions, one attention layer within frames in
-the middle, a diagonal Gaussian over latents (or none). Nothing looks ahead in time and no norm takes
-statistics over positions, so that latent i depends on the frames up to its own last one, and latent 0
-is that of the first frame as an image. The configuration ``WAN`` is Wan 2.1's (Wan 2025, "Wan: Open and
-Advanced Large-Scale Video Generative Models", section 4.1), whose weights ``interop`` reads.
+Residual convolutions over time and space at several resolutions, attention within frames in the middle,
+a diagonal Gaussian over latents (or none); ``WAN`` is Wan 2.1's (Wan 2025, "Wan: Open and Advanced
+Large-Scale Video Generative Models", section 4.1). Nothing looks ahead in time, and no norm takes
+statistics over positions. With a stride of s in time, latent 0 holds frame 0, as an image's does, and
+latent i > 0 the frames 1 + s (i - 1) to s i: a clip has 1 + s n frames (Yu et al. 2023, "Language Model
+Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.2).
 
-Which frames a latent holds: with a stride of s in time latent 0 holds frame 0, and latent i > 0 frames
-1 + s (i - 1) to s i. A clip has 1 + s n frames.
+Clips are taken in any number of parts. With the collection ``cache`` mutable, every layer leaves there
+the frames that it will look back to in the next part, and with ``first=False`` it begins with those:
+parts put together are the whole, exactly. Before a clip are zeros.
 
-Axis letters: b clips, t h w pixels, i j k latents, c channels, z latent channels.
+Axis letters: b clips, t h w frames and pixels, i j k latents, c channels, z latent channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dit_jax.codec.autoencoder_kl import LOGVAR_RANGE
-from dit_jax.codec.causal_layers import (
-    Computation,
-    Conv,
-    Down,
-    FrameAttention,
-    OwnLatent,
-    OwnPixels,
-    ResBlock,
-    RMSNorm,
-    Up,
-    averaged_down,
-    convolve,
-    convolve_by_frames,
-    repeated_up,
-)
+from dit_jax.model import layers
+from dit_jax.model.flops import traced_flops
+from dit_jax.types import Params, PositiveInt, require
+
+Frames = Float[Array, "b _ _ _ _"]
+CACHE = "cache"
+
+# ---------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalAutoencoderConfig:
     """Sizes of the autoencoder; the defaults are Wan 2.1's, without its shift and scale."""
 
-    channels: int = 3
-    latent_channels: int = 16
+    channels: PositiveInt = 3
+    latent_channels: PositiveInt = 16
     widths: tuple[int, ...] = (96, 192, 384, 384)
     """Channels at each resolution, from the finest."""
     strides: tuple[tuple[int, int], ...] = ((1, 2), (2, 2), (2, 2))
     """From each resolution to the next: 1, or 2 to halve, in time and in space."""
-    layers: int = 2
+    layers: PositiveInt = 2
     """Residual blocks at each resolution (the decoder has one more)."""
     decoder_widths: tuple[int, ...] = ()
-    """The decoder's channels where they are others, from the finest."""
-    patch: int = 1
+    """The decoder's channels if they are others, from the finest."""
+    patch: PositiveInt = 1
     """Rows and columns of pixels that are taken together as channels before anything else."""
     shortcuts: bool = False
     """Whether every resolution is passed by without parameters too (Wan 2.2 has it): learns faster."""
@@ -73,66 +72,51 @@ class CausalAutoencoderConfig:
     """Of activations; auto is bfloat16 on accelerators and float32 on CPUs."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "latent_channels", "layers", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"autoencoder {name} is {getattr(self, name)}: it is at least 1.")
-        for name in ("widths", "decoder_widths"):
-            widths = getattr(self, name)
-            if name == "decoder_widths" and not widths:
-                continue
-            if len(widths) != len(self.strides) + 1 or any(w < 2 or w % 2 for w in widths):
-                raise ValueError(
-                    f"autoencoder {name} {widths} with strides {self.strides}: give an even width for "
-                    f"each of the {len(self.strides) + 1} resolutions."
-                )
-        if any(len(pair) != 2 or not set(pair) <= {1, 2} for pair in self.strides):
-            raise ValueError(
-                f"autoencoder strides {self.strides}: each is a pair for time and space of 1 or 2. "
-                "More comes from more resolutions, or in space from a patch."
-            )
-        if self.shortcuts:
-            self._check_shortcuts()
-        for name in ("shift", "scale"):
-            count = len(getattr(self, name))
-            if count not in (0, self.latent_channels):
-                raise ValueError(
-                    f"autoencoder {name} has {count} values for {self.latent_channels} channels: "
-                    "give one for each, or none."
-                )
-        if any(scale == 0 for scale in self.scale):
-            raise ValueError("autoencoder scale is 0 for a channel: its latents would all be 0.")
+        count, z = len(self.strides) + 1, self.latent_channels
 
-    def _check_shortcuts(self) -> None:
-        widths, strides = self.widths, (*self.strides, (1, 1))
-        before = (widths[0], *widths)
-        of_decoder = (self.decoder_widths or widths)[::-1]
-        pairs = [(i * t * s * s, o) for i, o, (t, s) in zip(before, widths, strides, strict=False)]
-        pairs += [
-            (o * t * s * s, i)
-            for i, o, (t, s) in zip(
-                (of_decoder[0], *of_decoder), of_decoder, self.strides[::-1], strict=False
-            )
-        ]
-        if any(many % few for many, few in pairs):
-            raise ValueError(
-                f"autoencoder widths {widths} and strides {self.strides} have no shortcuts, whose "
-                "channels are averaged or repeated whole: make each width a multiple of the one "
-                "before, or unset shortcuts."
-            )
+        def fit(widths: tuple[int, ...]) -> bool:
+            return len(widths) == count and all(w >= 2 and w % 2 == 0 for w in widths)
+
+        fits = fit(self.widths) and (not self.decoder_widths or fit(self.decoder_widths))
+        pairs = all(set(pair) <= {1, 2} for pair in self.strides)
+        per_channel = f"empty, or {z} values, none of them 0"
+        even = f"an even width for each of the {count} resolutions"
+        require(
+            "autoencoder ",
+            self,
+            ("widths", fit(self.widths), even),
+            ("decoder_widths", fits, even),
+            ("strides", pairs, "pairs for time and space of 1 or 2 (more by further resolutions)"),
+            (
+                "widths",
+                not (self.shortcuts and fits and pairs) or self._shortcuts_fit(),
+                "multiples, each of the one before, unless shortcuts is unset",
+            ),
+            ("shift", len(self.shift) in (0, z), f"empty, or {z} values"),
+            ("scale", len(self.scale) in (0, z) and 0 not in self.scale, per_channel),
+        )
+
+    def _shortcuts_fit(self) -> bool:
+        """Whether the channels that shortcuts average or repeat divide."""
+        up = (self.decoder_widths or self.widths)[::-1]
+        down = zip(
+            (self.widths[0], *self.widths), self.widths, (*self.strides, (1, 1)), strict=False
+        )
+        back = zip(up, (up[0], *up), self.strides[::-1], strict=False)
+        return not any(i * t * s * s % o for i, o, (t, s) in (*down, *back))
 
     @property
     def stride(self) -> tuple[int, int, int]:
         """Frames, rows and columns of pixels in one latent."""
-        time = math.prod(pair[0] for pair in self.strides)
-        space = math.prod(pair[1] for pair in self.strides) * self.patch
-        return time, space, space
+        time, space = (math.prod(pair[axis] for pair in self.strides) for axis in (0, 1))
+        return time, space * self.patch, space * self.patch
 
-    def computation(self, platform: str | None = None, **given: Any) -> Computation:
+    def computation(self, platform: str | None = None, **functions: Any) -> Computation:
         """How it computes on a platform: "cpu", "tpu", "gpu" (the one at hand)."""
         platform = platform or jax.default_backend()
         low = self.dtype == "bfloat16" or (self.dtype == "auto" and platform != "cpu")
-        how = convolve_by_frames if platform == "cpu" else convolve
-        return Computation(jnp.bfloat16 if low else jnp.float32, how, **given)
+        convolution = convolve_by_frames if platform == "cpu" else convolve
+        return Computation(jnp.bfloat16 if low else jnp.float32, convolution, **functions)
 
 
 WAN_SHIFT = (
@@ -144,28 +128,167 @@ WAN_STD = (
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
 WAN = CausalAutoencoderConfig(shift=WAN_SHIFT, scale=tuple(1 / std for std in WAN_STD))
-"""Wan 2.1's autoencoder: 4 x 8 x 8, 16 channels."""
 SPACETIME_8 = CausalAutoencoderConfig(strides=((2, 2),) * 3)
-"""8 x 8 x 8, 16 channels."""
 SPACETIME_8_32 = CausalAutoencoderConfig(
     latent_channels=128, widths=(128, 256, 512, 512), strides=((2, 2),) * 3, patch=4
 )
-"""8 x 32 x 32, 128 channels."""
+
+# ---------------------------------------------------------------------------------------------------
+# Convolutions that look back
+# ---------------------------------------------------------------------------------------------------
+
+Triple = tuple[int, int, int]
+Pair = tuple[int, int]
 
 
-LOGVAR_BEGIN = -6.0
+def _precision(dtype: Any) -> jax.lax.Precision:
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
 
-def begin_certain(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Biases of the moments: log-variances begin at ``LOGVAR_BEGIN``, with less noise than latents."""
-    del key
-    half = shape[0] // 2
-    return jnp.where(jnp.arange(shape[0]) < half, 0.0, LOGVAR_BEGIN).astype(dtype)
+def convolve(
+    x: jax.Array, kernel: jax.Array, strides: Triple, before: int, sides: Pair
+) -> jax.Array:
+    """Convolves ``x [b, t, h, w, i]`` with ``kernel [t, h, w, i, o]`` after ``before`` frames of zeros,
+    with ``sides`` zeros before and after rows and columns."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        ((before, 0), sides, sides),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        precision=_precision(x.dtype),
+    )
 
 
-def correction_init(config: CausalAutoencoderConfig) -> nn.initializers.Initializer:
-    """Of the last kernels: nothing where they correct what is linear."""
-    return nn.initializers.zeros_init() if config.linear else nn.initializers.lecun_normal()
+def convolve_by_frames(
+    x: jax.Array, kernel: jax.Array, strides: Triple, before: int, sides: Pair
+) -> jax.Array:
+    """The same as a sum of convolutions of frames: twice as fast on CPUs (jax 0.10.2), and nothing is
+    computed of the zeros before a clip."""
+    b, frames, taps, step = *x.shape[:2], kernel.shape[0], strides[0]
+    count = (before + frames - taps) // step + 1
+    total: Any = 0
+    for tap in range(taps):
+        # The first output frame whose input at this tap is in the clip.
+        start = max(-((tap - before) // step), 0)
+        if start >= count:
+            continue
+        at = start * step + tap - before
+        part = x[:, at : at + (count - start - 1) * step + 1 : step]
+        out = jax.lax.conv_general_dilated(
+            rearrange(part, "b t h w c -> (b t) h w c"),
+            kernel[tap],
+            strides[1:],
+            (sides, sides),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=_precision(x.dtype),
+        )
+        out = rearrange(out, "(b t) h w c -> b t h w c", b=b)
+        total += jnp.pad(out, ((0, 0), (start, 0), (0, 0), (0, 0), (0, 0)))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """How the layers compute, which their parameters do not know of."""
+
+    dtype: Any = jnp.float32
+    """Of activations; norms and softmax are float32."""
+    convolve: Callable[..., jax.Array] = convolve
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x
+    """Shards activations ``[b, t, h, w, c]`` over a mesh."""
+    gather: Callable[[jax.Array], jax.Array] = lambda x: x
+    """Makes a kernel whole, of which devices have parts, before it is used."""
+
+
+def with_past(module: nn.Module, x: Frames, count: int, first: bool) -> tuple[Frames, int]:
+    """``x`` after the ``count`` frames before it, and how many of these are zeros, left out: all in a
+    clip's first part. The last ``count`` are kept for the next part."""
+    if not first:
+        x = jnp.concatenate([module.get_variable(CACHE, "past"), x], 1)
+    if module.is_mutable_collection(CACHE):
+        last = x[:, max(x.shape[1] - count, 0) :]
+        absent = count - last.shape[1]
+        past = jnp.pad(last, ((0, 0), (absent, 0), (0, 0), (0, 0), (0, 0)))
+        module.put_variable(CACHE, "past", past)
+    return x, count if first else 0
+
+
+class Conv(nn.Module):
+    """A convolution with a bias over ``size`` frames, rows and columns, looking back in time."""
+
+    features: int
+    size: Triple
+    compute: Computation
+    strides: Triple = (1, 1, 1)
+    sides: Pair | None = None
+    """Zeros before and after rows and columns; half the size if not given."""
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True, before: int | None = None) -> Frames:
+        """``before``: ``x`` has the frames before it already, after so many zeros that are left out."""
+        if before is None:
+            before, back = 0, self.size[0] - 1
+            if back:
+                x, before = with_past(self, x, back, first)
+        axes = (None, None, None, "embed", "embed_out")
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, axes)
+        bias_init = nn.with_logical_partitioning(self.bias_init, ("embed_vector",))
+        kernel: Any = self.param("kernel", kernel_init, (*self.size, x.shape[-1], self.features))
+        bias: Any = self.param("bias", bias_init, (self.features,))
+        dtype, half = self.compute.dtype, self.size[1] // 2
+        kernel = self.compute.gather(kernel.astype(dtype))
+        sides = self.sides or (half, half)
+        y = self.compute.convolve(x.astype(dtype), kernel, self.strides, before, sides)
+        return self.compute.constrain(y + bias.astype(dtype))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------
+
+# The epsilon is nothing beside usual activations; if all are 0 it bounds the gradient, at 1e4.
+RMSNorm = functools.partial(layers.RMSNorm, "embed_vector", 1e-8)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions after norms, and around them the input (projected if widths differ)."""
+
+    features: int
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        size, compute = (3, 3, 3), self.compute
+        y = nn.silu(RMSNorm(name="norm1")(x))
+        y = Conv(self.features, size, compute, name="conv1")(y, first)
+        y = nn.silu(RMSNorm(name="norm2")(y))
+        y = Conv(self.features, size, compute, name="conv2")(y, first)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, (1, 1, 1), compute, name="shortcut")(x)
+        return x + y
+
+
+class FrameAttention(nn.Module):
+    """One head of attention of every place to every place of its frame."""
+
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        b, _, h, _, c = x.shape
+        y = RMSNorm(name="norm")(x)
+        qkv = Conv(3 * c, (1, 1, 1), self.compute, name="qkv")(y)
+        q, k, v = jnp.split(rearrange(qkv, "b t h w c -> (b t) (h w) c"), 3, -1)
+        precision = _precision(self.compute.dtype)
+        logits = jnp.einsum("bqc,bkc->bqk", q, k, precision=precision)
+        weights = jax.nn.softmax(logits.astype(jnp.float32) / c**0.5).astype(v.dtype)
+        y = jnp.einsum("bqk,bkc->bqc", weights, v, precision=precision)
+        y = rearrange(y, "(b t) (h w) c -> b t h w c", b=b, h=h)
+        return x + Conv(c, (1, 1, 1), self.compute, name="out")(self.compute.constrain(y))
 
 
 class Middle(nn.Module):
@@ -175,27 +298,150 @@ class Middle(nn.Module):
     compute: Computation
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b i j k c"], first: bool = True
-    ) -> Float[Array, "b i j k c"]:
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
         x = ResBlock(x.shape[-1], self.compute, name="resnet_0")(x, first)
         if self.config.mid_attention:
             x = FrameAttention(self.compute, name="attention")(x)
         return ResBlock(x.shape[-1], self.compute, name="resnet_1")(x, first)
 
 
+class Down(nn.Module):
+    """Half the rows and columns, then half the frames: the first stays, every two others become one,
+    seen with the one before."""
+
+    strides: Pair
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        (time, space), c = self.strides, x.shape[-1]
+        if space == 2:
+            # Zeros after the last row and column alone, so that windows lie on the coarse grid.
+            x = Conv(c, (1, 3, 3), self.compute, (1, 2, 2), (0, 1), name="space")(x)
+        if time == 1:
+            return x
+        seen, _ = with_past(self, x, 1, first)
+        # A lone first frame leaves the kernel unused but there.
+        alone = first and x.shape[1] == 1
+        halve = Conv(c, (3, 1, 1), self.compute, (2, 1, 1), name="time")
+        pairs = halve(jnp.repeat(x, 3, 1) if alone else seen, before=0)
+        if alone or not first:
+            return x if alone else pairs
+        return jnp.concatenate([x[:, :1].astype(pairs.dtype), pairs], 1)
+
+
+class Up(nn.Module):
+    """Twice the frames, of which the first stays and is not looked back to, then twice the rows and
+    columns and ``features`` channels."""
+
+    strides: Pair
+    features: int
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        time, space = self.strides
+        if time == 2:
+            head, rest = x[:, : int(first)], x[:, int(first) :]
+            rest, before = with_past(self, rest, 2, first)
+            # A lone first frame leaves the kernel unused but there.
+            alone = rest.shape[1] == 0
+            double = Conv(2 * x.shape[-1], (3, 1, 1), self.compute, name="time")
+            both = double(head if alone else rest, before=before)
+            pairs = rearrange(both[:, alone:], "b t h w (n c) -> b (t n) h w c", n=2)
+            x = jnp.concatenate([head.astype(pairs.dtype), pairs], 1)
+        if space == 2:
+            x = repeat(x, "b t h w c -> b t (h 2) (w 2) c")
+        return Conv(self.features, (1, 3, 3), self.compute, name="space")(x)
+
+
+def averaged_down(x: Frames, strides: Pair, features: int, first: bool) -> Frames:
+    """A shortcut past ``Down``: positions become channels, and neighbouring channels are averaged (Chen
+    et al. 2024, "Deep Compression Autoencoder", section 3.2). The first frame is paired with zeros."""
+    n, p = strides
+    if first:
+        x = jnp.pad(x, ((0, 0), (n - 1, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, "b (t n) (h p) (w q) c -> b t h w (c n p q)", n=n, p=p, q=p)
+    return reduce(x, "b t h w (c g) -> b t h w c", "mean", c=features)
+
+
+def repeated_up(x: Frames, strides: Pair, features: int, first: bool) -> Frames:
+    """A shortcut past ``Up``, the transpose of the other: channels, repeated, become positions."""
+    n, p = strides
+    x = repeat(x, "b t h w c -> b t h w (c r)", r=features * n * p * p // x.shape[-1])
+    x = rearrange(x, "b t h w (c n p q) -> b (t n) (h p) (w q) c", n=n, p=p, q=p)
+    return x[:, n - 1 :] if first else x
+
+
+class OwnPixels(nn.Module):
+    """A linear projection of what each latent holds: the first frame's places alone, every later one's
+    of ``strides`` frames, rows and columns."""
+
+    features: int
+    strides: Triple
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, x: Frames, first: bool = True) -> Frames:
+        t, p, q = self.strides
+        x = rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=p, q=q)
+        head, rest = x[:, : int(first)], x[:, int(first) :]
+        # A lone first frame leaves the other kernel unused but there.
+        rest = rest if rest.shape[1] else jnp.repeat(head, t, 1)
+        rest = rearrange(rest, "b (i t) h w c -> b i h w (t c)", t=t)
+        out = Conv(self.features, (1, 1, 1), self.compute, name="rest")(rest)
+        if not first:
+            return out
+        head = Conv(self.features, (1, 1, 1), self.compute, name="first")(head)
+        return jnp.concatenate([head, out], 1) if x.shape[1] > 1 else head
+
+
+class OwnLatent(nn.Module):
+    """The transpose of ``OwnPixels``: every place of a latent's frames from that latent alone."""
+
+    features: int
+    strides: Triple
+    compute: Computation
+
+    @nn.compact
+    def __call__(self, z: Frames, first: bool = True) -> Frames:
+        t, p, q = self.strides
+        count = p * q * self.features
+        head, rest = z[:, : int(first)], z[:, int(first) :]
+        alone = rest.shape[1] == 0
+        out = Conv(t * count, (1, 1, 1), self.compute, name="rest")(head if alone else rest)
+        out = rearrange(out, "b i h w (t c) -> b (i t) h w c", t=t)
+        if first:
+            head = Conv(count, (1, 1, 1), self.compute, name="first")(head)
+            out = head if alone else jnp.concatenate([head, out], 1)
+        return rearrange(out, "b t h w (p q c) -> b t (h p) (w q) c", p=p, q=q)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The autoencoder
+# ---------------------------------------------------------------------------------------------------
+
+
+def moments_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Biases of the moments: log-variances begin at -6, with less noise than latents."""
+    del key
+    return jnp.where(jnp.arange(shape[0]) < shape[0] // 2, 0.0, -6.0).astype(dtype)
+
+
+def last_init(config: CausalAutoencoderConfig) -> nn.initializers.Initializer:
+    """Of the last kernels: zeros if they correct what is linear."""
+    return nn.initializers.zeros_init() if config.linear else nn.initializers.lecun_normal()
+
+
 class Encoder(nn.Module):
-    """Clips to the moments of their latents, the mean and, if it is variational, the log-variance."""
+    """Clips to the moments of their latents: the mean and, if it is variational, the log-variance."""
 
     config: CausalAutoencoderConfig
     compute: Computation
 
     @nn.compact
-    def __call__(
-        self, video: Float[Array, "b t h w c"], first: bool = True
-    ) -> Float[Array, "b _ _ _ m"]:
-        config, compute = self.config, self.compute
-        p = config.patch
+    def __call__(self, video: Frames, first: bool = True) -> Frames:
+        config, compute, p = self.config, self.compute, self.config.patch
         x = rearrange(video, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
         x = Conv(config.widths[0], (3, 3, 3), compute, name="conv_in")(x, first)
         for i, width in enumerate(config.widths):
@@ -211,60 +457,14 @@ class Encoder(nn.Module):
         x = nn.silu(RMSNorm(name="norm_out")(x))
         moments = config.latent_channels * (2 if config.variational else 1)
         x = Conv(moments, (3, 3, 3), compute, name="conv_out")(x, first)
-        biases = begin_certain if config.variational else nn.initializers.zeros_init()
-        quant = Conv(
-            moments,
-            (1, 1, 1),
-            compute,
-            bias_init=biases,
-            kernel_init=correction_init(config),
-            name="quant",
-        )
-        x = quant(x).astype(jnp.float32)
+        inits: Any = dict(kernel_init=last_init(config))
+        if config.variational:
+            inits["bias_init"] = moments_init
+        x = Conv(moments, (1, 1, 1), compute, name="quant", **inits)(x).astype(jnp.float32)
         if config.linear:
             own = OwnPixels(config.latent_channels, config.stride, compute, name="linear")
             x = x.at[..., : config.latent_channels].add(own(video, first))
         return x
-
-
-class Decoder(nn.Module):
-    """Latents (as the encoder gave them, not scaled) to clips."""
-
-    config: CausalAutoencoderConfig
-    compute: Computation
-
-    def setup(self) -> None:
-        config, compute = self.config, self.compute
-        made = config.channels * config.patch**2
-        self.conv_out = Conv(made, (3, 3, 3), compute, kernel_init=correction_init(config))
-        self.body = DecoderBody(config, compute)
-        if config.linear:
-            time, rows, columns = config.stride
-            strides = (time, rows // config.patch, columns // config.patch)
-            self.linear = OwnLatent(made, strides, compute)
-
-    def __call__(
-        self, z: Float[Array, "b i j k z"], first: bool = True
-    ) -> Float[Array, "b _ _ _ _"]:
-        return self.head(self.features(z, first), first)
-
-    def features(
-        self, z: Float[Array, "b i j k z"], first: bool = True
-    ) -> Float[Array, "b _ _ _ f"]:
-        """What the last convolution is given; after it, as channels, what is added to what it gives."""
-        x = self.body(z, first)
-        return jnp.concatenate([x, self.linear(z, first)], -1) if self.config.linear else x
-
-    def head(self, x: Float[Array, "b t h w f"], first: bool = True) -> Float[Array, "b _ _ _ _"]:
-        """The last convolution, and pixels out of patches."""
-        p = self.config.patch
-        if self.config.linear:
-            x, own = jnp.split(x, [x.shape[-1] - self.config.channels * p * p], -1)
-            x = self.conv_out(x, first) + own
-        else:
-            x = self.conv_out(x, first)
-        x = x.astype(jnp.float32)
-        return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
 
 
 class DecoderBody(nn.Module):
@@ -274,9 +474,7 @@ class DecoderBody(nn.Module):
     compute: Computation
 
     @nn.compact
-    def __call__(
-        self, z: Float[Array, "b i j k z"], first: bool = True
-    ) -> Float[Array, "b _ _ _ f"]:
+    def __call__(self, z: Frames, first: bool = True) -> Frames:
         config, compute = self.config, self.compute
         widths = config.decoder_widths or config.widths
         x = Conv(config.latent_channels, (1, 1, 1), compute, name="post_quant")(z)
@@ -288,20 +486,49 @@ class DecoderBody(nn.Module):
                 x = ResBlock(width, compute, name=f"level_{i}_resnet_{j}")(x, first)
             if i < len(config.strides):
                 strides = config.strides[-1 - i]
-                made = width if config.shortcuts else width // 2
-                x = Up(strides, made, compute, name=f"level_{i}_up")(x, first)
+                features = width if config.shortcuts else width // 2
+                x = Up(strides, features, compute, name=f"level_{i}_up")(x, first)
                 if config.shortcuts:
-                    x = x + repeated_up(before, strides, made, first)
+                    x = x + repeated_up(before, strides, features, first)
         return nn.silu(RMSNorm(name="norm_out")(x))
 
 
-class CausalAutoencoder(nn.Module):
-    """Both halves; ``encode`` and ``decode`` are the methods to apply.
+class Decoder(nn.Module):
+    """Latents (as the encoder gave them, not scaled) to clips."""
 
-    With ``mutable=["cache"]`` they take a clip in parts: the first part with ``first=True``, 1 + s n
-    frames or some latents, every other with ``first=False`` and the cache that the one before left,
-    s n frames or some latents.
-    """
+    config: CausalAutoencoderConfig
+    compute: Computation
+
+    def setup(self) -> None:
+        config, compute = self.config, self.compute
+        features = config.channels * config.patch**2
+        self.conv_out = Conv(features, (3, 3, 3), compute, kernel_init=last_init(config))
+        self.body = DecoderBody(config, compute)
+        if config.linear:
+            time, rows, columns = config.stride
+            strides = (time, rows // config.patch, columns // config.patch)
+            self.linear = OwnLatent(features, strides, compute)
+
+    def features(self, z: Frames, first: bool = True) -> Frames:
+        """The input of the last convolution; behind it, as channels, what is added to its output."""
+        x = self.body(z, first)
+        return jnp.concatenate([x, self.linear(z, first)], -1) if self.config.linear else x
+
+    def head(self, x: Frames, first: bool = True) -> Frames:
+        """The last convolution, and pixels out of patches."""
+        p = self.config.patch
+        if self.config.linear:
+            x, own = jnp.split(x, [x.shape[-1] - self.config.channels * p * p], -1)
+            x = self.conv_out(x, first) + own
+        else:
+            x = self.conv_out(x, first)
+        x = x.astype(jnp.float32)
+        return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
+
+
+class CausalAutoencoder(nn.Module):
+    """Both halves; ``encode`` and ``decode`` are the methods to apply. The first part of a clip has
+    1 + s n frames or some latents, every other s n frames or some latents."""
 
     config: CausalAutoencoderConfig
     compute: Computation = Computation()
@@ -321,19 +548,36 @@ class CausalAutoencoder(nn.Module):
         mean, logvar = jnp.split(moments, 2, -1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
-    def decode(
-        self, latents: Float[Array, "b i j k z"], first: bool = True
-    ) -> Float[Array, "b _ _ _ _"]:
+    def decode(self, latents: Float[Array, "b i j k z"], first: bool = True) -> Frames:
         """Latents, not shifted or scaled, to pixels; about [-1, 1], not clipped."""
-        return self.decoder(latents, first)
+        return self.head(self.features(latents, first), first)
 
-    def features(self, latents: Float[Array, "b i j k z"]) -> Float[Array, "b _ _ _ f"]:
-        """What the decoder's last convolution is given for a whole clip."""
-        return self.decoder.features(latents)
+    def features(self, latents: Float[Array, "b i j k z"], first: bool = True) -> Frames:
+        """The input of the decoder's last convolution."""
+        return self.decoder.features(latents, first)
 
-    def head(self, features: Float[Array, "b t h w f"]) -> Float[Array, "b _ _ _ _"]:
+    def head(self, features: Float[Array, "b t h w f"], first: bool = True) -> Frames:
         """The decoder's last convolution."""
-        return self.decoder.head(features)
+        return self.decoder.head(features, first)
 
-    def __call__(self, video: Float[Array, "b t h w c"]) -> Float[Array, "b _ _ _ _"]:
+    def __call__(self, video: Float[Array, "b t h w c"]) -> Frames:
         return self.decode(self.encode(video)[0])
+
+
+def param_shapes(config: CausalAutoencoderConfig) -> Params:
+    """The shapes of the parameters, under "params"."""
+    model = CausalAutoencoder(config)
+    frame = jnp.zeros((1, 1, *config.stride[1:], config.channels))
+    return nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), frame, mutable="params")))
+
+
+@functools.cache
+def autoencoder_flops(
+    config: CausalAutoencoderConfig, frames: int, height: int, width: int
+) -> tuple[float, float]:
+    """Flops of the products of encoding a clip of so many frames of pixels, and of decoding it."""
+    model, params = CausalAutoencoder(config), param_shapes(config)
+    encode, decode = (functools.partial(model.apply, method=m) for m in ("encode", "decode"))
+    video = jax.ShapeDtypeStruct((1, frames, height, width, config.channels), jnp.float32)
+    encoded, (latents, _) = jax.make_jaxpr(encode, return_shape=True)(params, video)
+    return traced_flops(encoded), traced_flops(jax.make_jaxpr(decode)(params, latents))

@@ -1,4 +1,4 @@
-"""Codecs from folder to folder, and to runs that fine-tune them.
+"""Codecs from folder to folder, and to runs that fine-tune them: what ``convert`` and ``prepare`` use.
 
 A codec's meaning is its parameters together with the shift and scale of its latents: folders have
 both, and of runs the folder that training wrote at its end.
@@ -7,89 +7,82 @@ both, and of runs the folder that training wrote at its end.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dit_jax import interop
-from dit_jax.codec import kl_weights, wan
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.config import LatentCodecConfig as LatentCodecConfig
 from dit_jax.codec.config import codec_copies as codec_copies
 from dit_jax.codec.crops import CropConfig
-from dit_jax.codec.folders import codec_config, write_codec
+from dit_jax.codec.folders import (
+    WAN_CLASS,
+    Kind,
+    autoencoder_map,
+    autoencoder_to_wan,
+    codec_config,
+    wan_map,
+    write_codec,
+)
 from dit_jax.codec.folders import load_codec as load_codec
-from dit_jax.codec.run import CodecDataConfig, CodecRun
-from dit_jax.codec.train import FOLDER
+from dit_jax.codec.run import FOLDER, CodecDataConfig, CodecRun
 from dit_jax.data import RecordsConfig
-from dit_jax.files import local_copy
+from dit_jax.files import local_copy, refuse_if
 from dit_jax.types import Params
-
-SIDE = 256
-"""Pixels of the windows, about, that a converted codec's run is to be trained on."""
 
 
 def finished_codec(run: Path) -> Path:
-    """The folder of the codec that a run trained.
-
-    Raises:
-        ValueError: where the run has not come to its end.
-    """
+    """The folder of the codec that a run trained."""
     folder = run / FOLDER
-    if not (folder / "config.json").exists():
-        raise ValueError(
-            f"{str(run)!r} is the run of a codec, and its folder {FOLDER!r} is not there: it is "
-            "written when training ends. Run the same command again until it does."
-        )
+    message = (
+        f"{str(run)!r} is the run of a codec, and its folder {FOLDER!r} is not there: it is "
+        "written when training ends. Run the same command again until it does."
+    )
+    refuse_if([(not (folder / "config.json").exists(), message)])
     return folder
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecFolder:
-    """A codec read from a folder."""
+    """A codec read from a folder: its ``config.json`` as ours and as the file's values, and its
+    parameters as NumPy arrays, not shifted or scaled by anything."""
 
     source: Path
-    config: AutoencoderKLConfig | CausalAutoencoderConfig
+    config: Kind
     values: dict[str, Any]
-    """Of its ``config.json``."""
     params: Params
-    """NumPy arrays, not shifted or scaled by anything."""
 
     @property
     def name(self) -> str:
         return str(self.values["_class_name"])
 
     def write_diffusers(self, target: Path, dtype: Any, old_names: bool) -> None:
-        """Diffusers' folder; ``old_names`` are those of before 0.16, of autoencoders of images.
-
-        Raises:
-            ValueError: where Diffusers has no class that could hold it.
-        """
+        """Diffusers' folder; ``old_names`` are those of before 0.16, of autoencoders of images."""
         config, values = self.config, self.values
         if isinstance(config, AutoencoderKLConfig):
-            table = kl_weights.autoencoder_map(config, old_names)
+            table = autoencoder_map(config, old_names)
         else:
-            theirs = self.name == wan.WAN_CLASS
-            values = values if theirs else wan.autoencoder_to_wan(config)
-            table = wan.wan_map(config)
+            values = values if self.name == WAN_CLASS else autoencoder_to_wan(config)
+            table = wan_map(config)
         interop.write_folder(target, values, table.export(self.params, dtype))
 
     def video(self, kind: str) -> CausalAutoencoderConfig:
-        """Its config; raises ``ValueError`` for an autoencoder of images, naming what was asked for."""
-        if isinstance(self.config, AutoencoderKLConfig):
-            raise ValueError(
-                f"--input {str(self.source)!r} is an autoencoder of images, which is used from its "
-                f"folder as it is, and --to is {kind!r}: --to diffusers writes it again (as "
-                "safetensors, with the newer names)."
-            )
+        """Its config, unless it is an autoencoder of images, of which ``kind`` cannot be made."""
+        message = (
+            f"--input {str(self.source)!r} is an autoencoder of images, used from its folder as it is, "
+            f"and --to is {kind!r}: --to diffusers writes it again."
+        )
+        refuse_if([(isinstance(self.config, AutoencoderKLConfig), message)])
+        assert isinstance(self.config, CausalAutoencoderConfig)
         return self.config
 
     def write_codec(self, target: Path, dtype: Any) -> None:
-        """Our own folder. Raises ``ValueError`` for an autoencoder of images."""
+        """Our own folder."""
         write_codec(target, self.video("codec"), self.params, dtype)
 
     def as_run(self, output: str) -> tuple[CodecRun, Params]:
@@ -100,11 +93,7 @@ class CodecFolder:
 
 
 def read_codec_folder(folder: Path) -> CodecFolder:
-    """A codec with all of its parameters, on the host.
-
-    Raises:
-        ValueError: where the folder is of no codec, or is damaged.
-    """
+    """A codec with all of its parameters, on the host."""
     folder = local_copy(folder)
     config, table = codec_config(folder)
     arrays, path = interop.read_weights(folder)
@@ -113,15 +102,13 @@ def read_codec_folder(folder: Path) -> CodecFolder:
 
 
 def run_of_codec(config: CausalAutoencoderConfig, output: str) -> CodecRun:
-    """The config of a run that fine-tunes a codec. The data are to be named where it is trained on, and
-    the latents' shift and scale are measured again when that ends."""
+    """The config of a run that fine-tunes a codec, on data to be named, in windows of 256 pixels or
+    more. The latents' shift and scale are measured again when it ends."""
     time, space, _ = config.stride
-    side = int(np.ceil(SIDE / space)) * space
+    side = math.ceil(256 / space) * space
+    crop = CropConfig(frames=1 + 4 * time, height=side, width=side)
     return CodecRun(
         output=output,
-        data=CodecDataConfig(
-            source=RecordsConfig(path="clips"),
-            crop=CropConfig(frames=1 + 4 * time, height=side, width=side),
-        ),
+        data=CodecDataConfig(source=RecordsConfig(path="clips"), crop=crop),
         model=dataclasses.replace(config, shift=(), scale=()),
     )

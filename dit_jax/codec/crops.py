@@ -2,14 +2,14 @@
 
 Rows of a batch have one size. A clip (or image) with fewer frames than a window keeps its own, as many
 as make whole latents, and the row is filled up by its last frame: an autoencoder that looks back alone
-makes of a clip's first frames the same whatever follows, so that the rest has only to be left out of
-the loss.
+makes of a clip's first frames the same whatever follows, so that the rest is only left out of the loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from flax import struct
@@ -17,6 +17,7 @@ from jaxtyping import Array, Int, UInt8
 
 from dit_jax.data import RowStreams
 from dit_jax.data.packing import Reader
+from dit_jax.files import refuse_if
 from dit_jax.types import FrameGrid, NonNegativeInt, PositiveInt, Sample, Source
 
 
@@ -43,16 +44,24 @@ class CropConfig:
     """Threads that read ahead for each row."""
 
 
+def check_window(
+    config: CropConfig, frames: int, height: int, width: int, what: str = "a clip"
+) -> None:
+    """Refuses a clip of this size if it is smaller than a window; any number of frames fits."""
+    message = (
+        f"{what} is of {height} x {width} pixels, and data.crop takes {config.height} x "
+        f"{config.width}: make the windows smaller, or leave such clips out."
+    )
+    refuse_if([(height < config.height or width < config.width, message)])
+
+
 def cut(
     config: CropConfig, time: int, sample: Sample, rng: np.random.Generator, what: str
 ) -> np.ndarray:
-    """A window uint8 ``[t, height, width, 3]`` of 1 + ``time`` n frames, at most ``config.frames``.
-
-    Raises ``ValueError`` if the clip is smaller than a window, or no pixels.
-    """
+    """A window uint8 ``[t, height, width, 3]`` of 1 + ``time`` n frames, at most ``config.frames``."""
     video, size = sample["video"], (config.height, config.width)
-    if video.dtype != np.uint8:
-        raise ValueError(f"{what} is {video.dtype}: an autoencoder learns from pixels, uint8.")
+    message = f"{what} is {video.dtype}: an autoencoder learns from pixels, uint8."
+    refuse_if([(video.dtype != np.uint8, message)])
     check_window(config, *video.shape[:3], what=what)
     frames = FrameGrid(time).whole(min(len(video), config.frames))
     t, y, x = (
@@ -63,30 +72,9 @@ def cut(
     return window[:, :, ::-1] if config.flip and rng.random() < 0.5 else window
 
 
-def check_window(
-    config: CropConfig, frames: int, height: int, width: int, what: str = "a clip"
-) -> None:
-    """Raises ``ValueError`` if a clip of this size is smaller than a window."""
-    del frames
-    if height < config.height or width < config.width:
-        raise ValueError(
-            f"{what} is of {height} x {width} pixels, and data.crop takes {config.height} x "
-            f"{config.width}: make the windows smaller, or leave such clips out."
-        )
-
-
-def _stack(rows: Sequence[dict[str, np.ndarray]]) -> ClipBatch:
-    return ClipBatch(
-        video=np.stack([row["video"] for row in rows]),  # pyright: ignore[reportArgumentType]
-        num_frames=np.stack([row["num_frames"] for row in rows]),  # pyright: ignore[reportArgumentType]
-    )
-
-
 class CropLoader(RowStreams[ClipBatch]):
-    """Batches of windows: this process's rows of the global batches.
-
-    ``time`` is the codec's stride in time. What is drawn depends on the seed and on nothing else.
-    """
+    """Batches of windows: this process's rows of the global batches. ``time`` is the codec's stride in
+    time. The seed decides what is cut, and nothing else."""
 
     def __init__(
         self,
@@ -98,8 +86,12 @@ class CropLoader(RowStreams[ClipBatch]):
     ) -> None:
         def window(sample: Sample, name: str, place: int) -> dict[str, np.ndarray]:
             frames = cut(config, time, sample, np.random.default_rng((seed, place)), name)
-            missing = config.frames - len(frames)
-            video = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
+            fill = np.repeat(frames[-1:], config.frames - len(frames), 0)
+            video = np.concatenate([frames, fill])
             return {"video": video, "num_frames": np.array(len(frames), np.int32)}
 
-        super().__init__(source, window, config, seed, rows, _stack)
+        def stack(rows: Sequence[dict[str, np.ndarray]]) -> ClipBatch:
+            fields: Any = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            return ClipBatch(**fields)
+
+        super().__init__(source, window, config, seed, rows, stack)

@@ -2,34 +2,177 @@
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models" (section G) for
 images, here of clips. All terms are of one step: the gradients of the autoencoder's terms do not reach
-the discriminator, and its own do not reach the autoencoder.
+the discriminator D, and its own do not reach the autoencoder. With the reconstruction x̂ of x, the hinge
+losses (Lim & Ye 2017, "Geometric GAN") and the adaptive weight (Esser et al. 2021, "Taming transformers
+for high-resolution image synthesis", equation 7) at the decoder's last layer W::
 
-Axis letters: b clips, t h w frames and pixels.
+    L     = l1 |x̂ - x| + l2 (x̂ - x)^2 + perceptual d(x̂, x) + kl KL + adversarial λ L_G + L_D      (1)
+    L_G   = - mean D(x̂)                                                                          (2)
+    L_D   = mean(relu(1 - D(x)) + relu(1 + D(x̂))) / 2                                            (3)
+    λ     = min(|∇_W reconstruction| / (|∇_W L_G| + 1e-6), bound)                                (4)
+
+Axis letters: b clips, t h w frames and pixels, i j k moments, rows and columns of logits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from dit_jax.codec.adversarial import (
-    adaptive_weight,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-    last_layer_gradients,
-    masked_mean,
-)
 from dit_jax.codec.causal_autoencoder import CausalAutoencoder
-from dit_jax.codec.discriminator import Discriminator, DiscriminatorConfig
 from dit_jax.codec.vgg import VGG, PerceptualNetwork
-from dit_jax.types import Params, Totals
+from dit_jax.model.layers import RMSNorm
+from dit_jax.types import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    Params,
+    PositiveInt,
+    Totals,
+    require,
+)
 
+Clips = Float[Array, "b t h w c"]
+Logits = Float[Array, "b i j k"]
+Mask = Bool[Array, "b t"] | None
 FROZEN = ("params/vgg/", "params/lpips/")
+
+# ---------------------------------------------------------------------------------------------------
+# The discriminator
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Sizes of the discriminator; the defaults are those of the 70 x 70 PatchGAN, and 3 frames deep."""
+
+    width: PositiveInt = 64
+    """Channels of the first layer; doubled in each next one, up to 8 times."""
+    layers: PositiveInt = 3
+    """Convolutions that halve height and width; two follow that do not."""
+    kernel: PositiveInt = 4
+    """Rows and columns of a kernel."""
+    time_kernel: PositiveInt = 3
+    """Frames of a kernel; 1 judges every frame alone."""
+    time_layers: NonNegativeInt = 0
+    """The last so many of ``layers`` halve time too: there is a logit for every 2**time_layers-th
+    frame, from the first on. No frame goes unseen if a clip has 1 + n · 2**time_layers of them."""
+
+    def __post_init__(self) -> None:
+        skips = self.time_layers and self.time_kernel < 2
+        require(
+            "discriminator.",
+            self,
+            ("time_layers", self.time_layers <= self.layers, f"at most the {self.layers} layers"),
+            ("time_kernel", not skips, "2 or more with time_layers, or frames are skipped"),
+        )
+
+    def logit_mask(self, mask: Bool[Array, "b t"]) -> Bool[Array, "b i"]:
+        """Which moments of the logits count, of the frames that do (the first ones of each clip): logit
+        i looks at frames up to i · 2**time_layers."""
+        return mask[:, :: 2**self.time_layers]
+
+
+class Discriminator(nn.Module):
+    """Clips in [-1, 1] to a logit for every patch, float32, above 0 for what looks real.
+
+    Isola et al. 2017, "Image-to-image translation with conditional adversarial networks" (PatchGAN,
+    appendix 6.1.2), with convolutions over time too, which are causal: before the first frame stands
+    the first again, so that an image is judged as a still clip, and frames that pad a clip at its end
+    reach no logit of a valid frame. The norms are of one place each: statistics of a batch or a clip
+    would let neighbours, padding and later frames in. Products are in ``dtype``.
+    """
+
+    config: DiscriminatorConfig = DiscriminatorConfig()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, clips: Clips) -> Logits:
+        config, x = self.config, clips
+        for i in range(config.layers + 1):
+            down = 2 if i < config.layers else 1
+            in_time = down if i >= config.layers - config.time_layers else 1
+            x = self._conv(x, config.width * min(2**i, 8), (in_time, down, down), f"conv_{i}")
+            if i:
+                x = RMSNorm("embed_vector", name=f"norm_{i}")(x)
+            x = nn.leaky_relu(x, 0.2)
+        return self._conv(x, 1, (1, 1, 1), "logits")[..., 0].astype(jnp.float32)
+
+    def _conv(
+        self, x: jax.Array, features: int, strides: tuple[int, int, int], name: str
+    ) -> jax.Array:
+        """Zeros around the frame, as many as give ceil(size / stride); the first frame before it."""
+        size = (self.config.time_kernel, self.config.kernel, self.config.kernel)
+        x = jnp.pad(x, ((0, 0), (size[0] - 1, 0), (0, 0), (0, 0), (0, 0)), mode="edge")
+        around = jax.lax.padtype_to_pads(x.shape[2:4], size[1:], strides[1:], "SAME")
+        kernel, zeros = nn.initializers.normal(0.02), nn.initializers.zeros_init()
+        axes = (None, None, None, "embed", "embed_out")
+        return nn.Conv(
+            features,
+            size,
+            strides,
+            padding=[(0, 0), *around],
+            dtype=self.dtype,
+            precision="highest" if self.dtype == jnp.float32 else None,
+            kernel_init=nn.with_logical_partitioning(kernel, axes),
+            bias_init=nn.with_logical_partitioning(zeros, ("embed_vector",)),
+            name=name,
+        )(x)
+
+
+def masked_mean(values: Float[Array, "b t *s"], mask: Mask = None) -> Float[Array, ""]:
+    """The mean over what the mask leaves; 0 if that is nothing. What is left out may be NaN."""
+    if mask is None:
+        return values.astype(jnp.float32).mean()
+    wide = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
+    kept = jnp.where(wide, values.astype(jnp.float32), 0)
+    each = values.size // max(mask.size, 1)
+    return kept.sum() / jnp.maximum(mask.sum() * each, 1)
+
+
+def hinge_discriminator_loss(real: Logits, fake: Logits, mask: Mask = None) -> Float[Array, ""]:
+    """Equation (3)."""
+    return masked_mean(jax.nn.relu(1 - real) + jax.nn.relu(1 + fake), mask) / 2
+
+
+def hinge_generator_loss(fake: Logits, mask: Mask = None) -> Float[Array, ""]:
+    """Equation (2)."""
+    return -masked_mean(fake, mask)
+
+
+def adaptive_weight(
+    reconstruction: Params, adversarial: Params, bound: float = 1e4
+) -> Float[Array, ""]:
+    """Equation (4) of the gradients of both losses; no gradient flows through the weight."""
+
+    def norm(tree: Params) -> jax.Array:
+        squares = [jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree)]
+        return jnp.sqrt(sum(squares, jnp.zeros(())))
+
+    ratio = norm(reconstruction) / (norm(adversarial) + 1e-6)
+    return jax.lax.stop_gradient(jnp.minimum(ratio, bound))
+
+
+def last_layer_gradients(
+    losses: tuple[Callable[[jax.Array], jax.Array], ...],
+    last_layer: Callable[[Params], jax.Array],
+    params: Params,
+) -> list[Params]:
+    """The gradients of losses of a clip for the parameters of the layer that makes it, of features that
+    ``last_layer`` closes over: each loss is differentiated down to the clip and no further."""
+    clips, back = jax.vjp(last_layer, params)
+    return [back(jax.grad(loss)(clips))[0] for loss in losses]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,38 +181,34 @@ class ReconstructionLossConfig:
 
     paths: ClassVar[tuple[str, ...]] = ("vgg", "lpips")
 
-    l1: float = 1.0
-    l2: float = 0.0
+    l1: NonNegativeFloat = 1.0
+    l2: NonNegativeFloat = 0.0
     """Of squared differences: what PSNR measures."""
-    kl: float = 1e-6
+    kl: NonNegativeFloat = 1e-6
     """Of the divergence from a normal distribution, summed over a latent's channels and averaged over
     latents; for variational autoencoders."""
-    perceptual: float = 0.0
+    perceptual: NonNegativeFloat = 0.0
     """Of the distance in VGG's features; needs ``vgg``."""
     vgg: str | None = None
     """torchvision's file of VGG-16 (vgg16-397923af.pth)."""
     lpips: str | None = None
     """The LPIPS package's linear weights for it (vgg.pth); without them features count alike."""
-    adversarial: float = 0.0
+    adversarial: NonNegativeFloat = 0.0
     """Of the discriminator's judgement, beside the adaptive weight."""
-    adversarial_start: int = 0
+    adversarial_start: NonNegativeInt = 0
     """The step from which the discriminator counts; it is trained from the start."""
-    adversarial_bound: float = 1e4
+    adversarial_bound: NonNegativeFloat = 1e4
     """Of the adaptive weight."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
     def __post_init__(self) -> None:
-        weights = ("l1", "l2", "kl", "perceptual", "adversarial", "adversarial_start")
-        for name in (*weights, "adversarial_bound"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"loss.{name} is {getattr(self, name)}: it is at least 0.")
-        if self.l1 + self.l2 == 0:
-            raise ValueError("loss.l1 and loss.l2 are both 0: nothing would be reconstructed.")
-        if self.perceptual and self.vgg is None:
-            raise ValueError(
-                f"loss.perceptual is {self.perceptual} and loss.vgg is unset: give torchvision's file "
-                "of VGG-16 (vgg16-397923af.pth), or set loss.perceptual to 0."
-            )
+        file = "torchvision's file of VGG-16 (vgg16-397923af.pth) if loss.perceptual is above 0"
+        require(
+            "loss.",
+            self,
+            ("l1", self.l1 + self.l2 > 0, "above 0 if loss.l2 is 0"),
+            ("vgg", not self.perceptual or self.vgg is not None, file),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +223,15 @@ class ReconstructionLoss:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters that carry their logical axes."""
-        config = self.model.config
-        keys = jax.random.split(key)
+        config, keys = self.model.config, jax.random.split(key)
         frame = jnp.zeros((1, 1, *config.stride[1:], config.channels))
         params = {"autoencoder": self.model.init(keys[0], frame, mutable="params")["params"]}
         if self.config.adversarial:
-            made: Any = self._discriminator.init(keys[1], frame)
-            params["discriminator"] = made["params"]
+            params["discriminator"] = self._discriminator.init(keys[1], frame)["params"]
         if self.network is not None:
-            frame = jnp.zeros((1, *[self.network.config.smallest] * 2, 3))
             # The values are the file's (load_frozen); these say the shapes and logical axes.
-            vgg: Any = VGG(self.network.config).init(keys[0], frame)
-            params["vgg"] = vgg["params"]
+            frame = jnp.zeros((1, *[self.network.config.smallest] * 2, 3))
+            params["vgg"] = VGG(self.network.config).init(keys[0], frame)["params"]
             weights = self.network.weights or ()
             params["lpips"] = {str(i): jnp.zeros(one.shape) for i, one in enumerate(weights)}
         return {"params": params}
@@ -128,71 +264,63 @@ class ReconstructionLoss:
         self,
         params: Params,
         frozen: Params,
-        video: Float[Array, "b t h w c"],
+        video: Clips,
         mask: Bool[Array, "b t"],
         key: jax.Array,
         step: jax.Array,
     ) -> Totals:
         """``mask`` tells the frames that count; the noise of latents is drawn from ``key``."""
-        of_model = {"params": params["params"]["autoencoder"]}
-        network = self._network(frozen)
-        encoded: Any = self.model.apply(of_model, video, method="encode")
-        mean, logvar = encoded
+        apply: Any = self.model.apply
+        config, network = self.config, self._network(frozen)
+        autoencoder = params["params"]["autoencoder"]
+        mean, logvar = apply({"params": autoencoder}, video, method="encode")
         z, parts = mean, {}
         if logvar is not None:
             z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
             parts["kl"] = self._kl(mean, logvar, mask)
-        features: Any = self.model.apply(of_model, z, method="features")
+        features = apply({"params": autoencoder}, z, method="features")
+        weights = autoencoder["decoder"]["conv_out"]
 
         def last(weights: Params) -> jax.Array:
-            body = of_model["params"]["decoder"] | {"conv_out": weights}
-            joined = {"params": of_model["params"] | {"decoder": body}}
-            made: Any = self.model.apply(joined, features, method="head")
-            return made
+            decoder = autoencoder["decoder"] | {"conv_out": weights}
+            return apply({"params": autoencoder | {"decoder": decoder}}, features, method="head")
 
-        weights = of_model["params"]["decoder"]["conv_out"]
         back = last(weights)
         reconstruction, named = self._reconstruction(network, video, back, mask)
         parts |= named
-        total = reconstruction + self.config.kl * parts.get("kl", 0.0)
-        if self.config.adversarial:
-            judge = jax.tree.map(self.model.compute.gather, params["params"]["discriminator"])
-            stopped = jax.lax.stop_gradient(judge)
-            keep = self.config.discriminator.logit_mask(mask)
+        total = reconstruction + config.kl * parts.get("kl", 0.0)
+        if config.adversarial:
+            judge: Any = self._discriminator.apply
+            learned = jax.tree.map(self.model.compute.gather, params["params"]["discriminator"])
+            stopped = jax.lax.stop_gradient(learned)
+            keep = config.discriminator.logit_mask(mask)
 
-            def judged(clips: jax.Array) -> jax.Array:
-                logits: Any = self._discriminator.apply({"params": stopped}, clips)
-                return hinge_generator_loss(logits, keep)
+            def generator(clips: jax.Array) -> jax.Array:
+                return hinge_generator_loss(judge({"params": stopped}, clips), keep)
 
-            gradients = last_layer_gradients(
-                lambda clips: self._reconstruction(network, video, clips, mask)[0],
-                judged,
-                last,
-                weights,
-            )
-            parts["adaptive"] = adaptive_weight(*gradients, self.config.adversarial_bound)
-            parts["generator"] = judged(back)
-            parts["discriminator"] = self._of_discriminator(judge, video, back, keep)
-            counts = jnp.where(step >= self.config.adversarial_start, self.config.adversarial, 0.0)
+            losses = (lambda x: self._reconstruction(network, video, x, mask)[0], generator)
+            gradients = last_layer_gradients(losses, last, weights)
+            parts["adaptive"] = adaptive_weight(*gradients, config.adversarial_bound)
+            parts["generator"] = generator(back)
+            real = judge({"params": learned}, video)
+            fake = judge({"params": learned}, jax.lax.stop_gradient(back))
+            parts["discriminator"] = hinge_discriminator_loss(real, fake, keep)
+            counts = jnp.where(step >= config.adversarial_start, config.adversarial, 0.0)
             total += counts * parts["adaptive"] * parts["generator"] + parts["discriminator"]
         count = jnp.float32(len(video))
         return Totals(total * count, count, {name: part * count for name, part in parts.items()})
 
     @property
-    def _discriminator(self) -> Discriminator:
+    def _discriminator(self) -> Any:
         return Discriminator(self.config.discriminator, self.model.compute.dtype)
 
     def _kl(self, mean: jax.Array, logvar: jax.Array, mask: jax.Array) -> jax.Array:
-        time = self.model.config.stride[0]
         of_latent = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).sum(-1)
-        return masked_mean(of_latent, mask[:, ::time])
+        # A latent counts if the last frame that it holds does.
+        return masked_mean(of_latent, mask[:, :: self.model.config.stride[0]])
 
     def _reconstruction(
-        self,
-        network: PerceptualNetwork | None,
-        video: jax.Array,
-        back: jax.Array,
-        mask: jax.Array,
+        self, network: PerceptualNetwork | None, video: jax.Array, back: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         parts = {"l1": masked_mean(jnp.abs(back - video), mask)}
         parts["l2"] = masked_mean((back - video) ** 2, mask)
@@ -201,10 +329,3 @@ class ReconstructionLoss:
             parts["perceptual"] = masked_mean(network(video, back), mask)
             total += self.config.perceptual * parts["perceptual"]
         return total, parts
-
-    def _of_discriminator(
-        self, judge: Params, video: jax.Array, back: jax.Array, keep: jax.Array
-    ) -> jax.Array:
-        real: Any = self._discriminator.apply({"params": judge}, video)
-        fake: Any = self._discriminator.apply({"params": judge}, jax.lax.stop_gradient(back))
-        return hinge_discriminator_loss(real, fake, keep)

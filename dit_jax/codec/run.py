@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.crops import CropConfig
+from dit_jax.codec.measures import WINDOW
 from dit_jax.codec.reconstruction_loss import ReconstructionLossConfig
 from dit_jax.config import Run
 from dit_jax.data import ShapesConfig
 from dit_jax.training import Task
 from dit_jax.types import FrameGrid, NonNegativeInt, PositiveInt
 
-SSIM_WINDOW = 11
-"""Pixels of each side of the window that SSIM looks at: smaller frames have none."""
+FOLDER = "codec"
+"""Of the finished codec, in a run's output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +44,15 @@ class CodecEvaluationConfig:
     """For recorded data: the split they are cut out of; unset, that of the training data. Of moving
     shapes they are of those combinations that training never draws."""
     frames: PositiveInt | None = None
-    """Frames of these windows, where they are others than in training."""
+    """Frames of these windows, if they are others than in training."""
     statistics: PositiveInt = 256
     """Training windows over which the latents' mean and deviation are taken."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecRun(Run):
-    """A run of training: a causal autoencoder of video (``CausalAutoencoderConfig``).
-
-    When it is done, the folder ``codec`` in its output is what ``codec.path`` of other runs takes.
-    """
+    """A run of training: a causal autoencoder of video. When it is done, the folder ``codec`` in its
+    output is what ``codec.path`` of other runs takes."""
 
     ROWS = "data.crop.rows"
 
@@ -65,46 +64,44 @@ class CodecRun(Run):
     """In what parts the finished codec takes clips."""
 
     def build(self, mesh: Mesh) -> Task:
-        """See ``Run.build``."""
         from dit_jax.codec.train import build_codec  # It imports this module.
 
         return build_codec(self, mesh)
 
     def constraints(self) -> Iterator[tuple[bool, str]]:
-        """See ``Run.constraints``."""
         yield from super().constraints()
-        crop, (time, space, _) = self.data.crop, self.model.stride
+        crop, model, evaluation = self.data.crop, self.model, self.evaluation
+        (time, space, _), size = model.stride, (crop.height, crop.width)
+        name = f"data.crop.height, width = {crop.height}, {crop.width}"
         yield (
-            crop.height % space + crop.width % space > 0,
-            f"data.crop.height, width = {crop.height}, {crop.width}: give multiples of the model's "
-            f"stride in space, {space}.",
+            any(side % space for side in size),
+            f"{name}: give multiples of the model's stride in space, {space}.",
         )
-        for name, frames in (
+        for field, frames in (
             ("data.crop.frames", crop.frames),
-            ("evaluation.frames", self.evaluation.frames),
+            ("evaluation.frames", evaluation.frames),
         ):
             yield (
-                frames is not None and FrameGrid(time).whole(frames) != frames,
-                f"{name} is {frames}: the model's stride in time is {time}, so give 1 + {time}n.",
+                frames is not None and (frames - 1) % time > 0,
+                f"{field} is {frames}: the model's stride in time is {time}, so give 1 + {time}n.",
             )
-        smallest = min(crop.height, crop.width)
         yield (
-            self.evaluation.clips > 0 and smallest < SSIM_WINDOW,
-            f"data.crop.height, width = {crop.height}, {crop.width}: SSIM, which is measured when "
-            f"training ends, looks at windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels. Make them "
-            "larger, or set evaluation.clips to 0.",
+            evaluation.clips > 0 and min(size) < WINDOW,
+            f"{name}: SSIM, which is measured at the end, looks at windows of {WINDOW} x {WINDOW} "
+            "pixels. Make them larger, or set evaluation.clips to 0.",
         )
         yield (
-            self.evaluation.records_split is not None
-            and isinstance(self.data.source, ShapesConfig),
-            f"evaluation.records_split is {self.evaluation.records_split!r}, and the data are "
-            "moving shapes, which have none: leave it unset.",
+            evaluation.records_split is not None and isinstance(self.data.source, ShapesConfig),
+            f"evaluation.records_split is {evaluation.records_split!r}, and the data are moving "
+            "shapes, which have none: leave it unset.",
         )
         yield (
-            bool(self.model.shift or self.model.scale),
+            bool(model.shift or model.scale),
             "model.shift and model.scale are measured when training ends: leave them empty.",
         )
-        yield (self.model.channels != 3, f"model.channels is {self.model.channels}: clips have 3.")
+        yield (model.channels != 3, f"model.channels is {model.channels}: clips have 3.")
+
+    # What `plan` asks a run that is not a model's for.
 
     @property
     def parts(self) -> int:
@@ -113,15 +110,16 @@ class CodecRun(Run):
         return -(-latents // self.tiles.frames)
 
     def abstract_task(self, mesh: Mesh) -> dict[str, Any]:
-        """What a compiler needs to know of the task, for ``plan``; no data are opened."""
-        from dit_jax.codec.abstract import abstract_codec_task  # It imports this module.
+        """The fields of ``plan``'s task on a mesh; no data are opened."""
+        from dit_jax.codec.train import abstract_codec_task  # It imports this module.
 
         return abstract_codec_task(self, mesh)
 
     def abstract_part(
         self, mesh: Mesh, what: Literal["encode", "decode"]
-    ) -> tuple[Any, Any, float]:
-        """The same of encoding or decoding one part of a clip."""
-        from dit_jax.codec.abstract import abstract_codec_part  # It imports this module.
+    ) -> tuple[Any, tuple[Any, ...], float]:
+        """A jitted function that encodes or decodes one part of a clip, its arguments without contents,
+        and its flops."""
+        from dit_jax.codec.train import abstract_codec_part  # It imports this module.
 
         return abstract_codec_part(self, mesh, what)

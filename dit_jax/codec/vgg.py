@@ -1,9 +1,13 @@
 """VGG-16's convolutional features, and the distance between frames that is taken in them.
 
 Simonyan & Zisserman 2015, "Very deep convolutional networks for large-scale image recognition",
-configuration D, without its linear layers; Zhang et al. 2018, "The unreasonable effectiveness of deep
-features as a perceptual metric" (LPIPS), equation 1. The network is frozen: it measures what an
-autoencoder learns. Its weights are read by ``vgg_files.load_vgg``; fitting LPIPS is not here.
+configuration D without its linear layers, and Zhang et al. 2018, "The unreasonable effectiveness of
+deep features as a perceptual metric" (LPIPS), with f̂ = f / |f| along the channels of each place::
+
+    d(a, b) = Σ_maps mean_places Σ_channels w (f̂(a) - f̂(b))^2                                     (1)
+
+The network is frozen. Its weights are torchvision's (``vgg16-397923af.pth``) and, for w, those of the
+``lpips`` package (``vgg.pth`` of version 0.1); either may be safetensors.
 
 Axis letters: b frames, h w pixels or places of a feature map, c channels.
 """
@@ -11,8 +15,10 @@ Axis letters: b frames, h w pixels or places of a feature map, c channels.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +27,16 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float
 
+from dit_jax.files import refuse_if
+from dit_jax.interop import read_safetensors, read_torch
+from dit_jax.interop.layouts import Layout
+from dit_jax.interop.maps import Entry, Map
 from dit_jax.types import Params
 
+# Of ImageNet's pixels in [0, 1], as torchvision's networks expect them; LPIPS' own shift and scale are
+# the same numbers for pixels in [-1, 1].
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-"""Of ImageNet's pixels in [0, 1], as torchvision's networks expect them; LPIPS' own shift and scale
-are the same numbers for pixels in [-1, 1]."""
-NORM_EPS = 1e-10
-"""Beside a sum of squares: where no channel is active, features and their gradient are 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +48,6 @@ class VGGConfig:
     layers: tuple[int, ...] = (2, 2, 3, 3, 3)
     """Convolutions of each block."""
 
-    def __post_init__(self) -> None:
-        if not self.widths or len(self.widths) != len(self.layers):
-            raise ValueError(
-                f"VGG has {len(self.widths)} widths and {len(self.layers)} layers: give one of each "
-                "for every block, of which there is at least one."
-            )
-        if min(*self.widths, *self.layers) < 1:
-            raise ValueError(
-                f"VGG widths {self.widths} and layers {self.layers}: each is at least 1."
-            )
-
     @property
     def smallest(self) -> int:
         """Rows and columns that a frame has at least."""
@@ -58,31 +55,17 @@ class VGGConfig:
 
 
 class VGG(nn.Module):
-    """Frames to the feature maps after the last ReLU of each block (relu1_2, 2_2, 3_3, 4_3, 5_3).
-
-    Products are in ``dtype`` (in float32 they are that on every accelerator), maps too.
-    """
+    """Frames in [-1, 1] to the feature maps after the last ReLU of each block (relu1_2, 2_2, 3_3, 4_3,
+    5_3), computed in ``dtype`` (float32 is that on every accelerator)."""
 
     config: VGGConfig = VGGConfig()
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, frames: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
-        """Frames in [-1, 1].
-
-        Raises:
-            ValueError: for frames so small that a later map would be empty.
-        """
-        if min(frames.shape[1:3]) < self.config.smallest:
-            raise ValueError(
-                f"frames of {frames.shape[1]} x {frames.shape[2]} pixels: VGG of "
-                f"{len(self.config.widths)} blocks takes at least {self.config.smallest} of each."
-            )
+        config, maps = self.config, []
         x = ((frames.astype(jnp.float32) + 1) / 2 - MEAN) / STD
-        maps = []
-        for i, (width, layers) in enumerate(
-            zip(self.config.widths, self.config.layers, strict=True)
-        ):
+        for i, (width, layers) in enumerate(zip(config.widths, config.layers, strict=True)):
             if i:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for j in range(layers):
@@ -109,34 +92,27 @@ def perceptual_distance(
     features_b: Sequence[Float[Array, "b _ _ _"]],
     weights: Sequence[Float[Array, "_"]] | None = None,
 ) -> Float[Array, "b"]:
-    """LPIPS (equation 1) of each pair of frames, of their feature maps; float32, 0 for equal ones.
+    """LPIPS (1) of each pair of frames, of their feature maps; without weights each is 1."""
 
-    At every place the features are scaled to length 1 along the channels; squared differences are
-    weighted by ``weights`` (for each map ``[c]``, not negative; None: each 1), summed over channels,
-    averaged over places and summed over maps.
-    """
+    def unit(features: jax.Array) -> jax.Array:
+        wide = features.astype(jnp.float32)
+        # If no channel is active, features and their gradient are 0.
+        return wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True) + 1e-10)
+
     total = jnp.zeros(features_a[0].shape[0])
     each = weights if weights is not None else [jnp.ones(())] * len(features_a)
     for a, b, weight in zip(features_a, features_b, each, strict=True):
-        difference = jnp.square(_unit(a) - _unit(b)) * weight
-        total += difference.sum(-1).mean((1, 2))
+        total += (jnp.square(unit(a) - unit(b)) * weight).sum(-1).mean((1, 2))
     return total
-
-
-def _unit(features: jax.Array) -> jax.Array:
-    wide = features.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True) + NORM_EPS)
 
 
 @struct.dataclass
 class PerceptualNetwork:
-    """A frozen network and, where there are any, the weights of LPIPS: a tree of arrays, to be handed
-    to a compiled function as an argument (closed over, it would be part of the program)."""
+    """A frozen network and, if there are any, the weights of LPIPS: a tree of arrays, to be handed to a
+    compiled function as an argument (closed over, it would be part of the program)."""
 
     params: Params
-    """Of ``VGG``."""
     weights: Params = None
-    """For each map ``[c]``, or None."""
     config: VGGConfig = struct.field(pytree_node=False, default=VGGConfig())
     dtype: Any = struct.field(pytree_node=False, default=jnp.float32)
 
@@ -144,8 +120,60 @@ class PerceptualNetwork:
         self, a: Float[Array, "*b h w 3"], b: Float[Array, "*b h w 3"]
     ) -> Float[Array, "*b"]:
         """The distance of each frame of ``a`` to that of ``b``, in [-1, 1] both."""
-        network = VGG(self.config, self.dtype)
-        flat = (frames.reshape(-1, *frames.shape[-3:]) for frames in (a, b))
-        # Flax types what else a module may return too.
-        of_a, of_b = (cast(list[jax.Array], network.apply(self.params, frames)) for frames in flat)
-        return perceptual_distance(of_a, of_b, self.weights).reshape(a.shape[:-3])
+        network: Any = VGG(self.config, self.dtype)
+        maps = [network.apply(self.params, x.reshape(-1, *x.shape[-3:])) for x in (a, b)]
+        return perceptual_distance(*maps, self.weights).reshape(a.shape[:-3])
+
+
+def vgg_map(config: VGGConfig) -> Map:
+    """The keys of torchvision's features; between blocks one number is a pool's."""
+    entries, at, before = [], 0, 3
+    for i, (width, layers) in enumerate(zip(config.widths, config.layers, strict=True)):
+        for j in range(layers):
+            path, key = f"block_{i}_conv_{j}", f"features.{at}"
+            kernel = Layout("o i h w -> h w i o", {"o": width, "i": before, "h": 3, "w": 3})
+            entries.append(Entry((path, "kernel"), (f"{key}.weight",), kernel))
+            entries.append(Entry((path, "bias"), (f"{key}.bias",), Layout("o -> o", {"o": width})))
+            at, before = at + 2, width
+        at += 1
+    return Map("torchvision's VGG-16", tuple(entries))
+
+
+def lpips_map(config: VGGConfig) -> Map:
+    """The keys of LPIPS' linear layers: 1x1 convolutions to one channel."""
+
+    def entry(i: int, width: int) -> Entry:
+        layout = Layout("o c h w -> (o c h w)", {"o": 1, "c": width, "h": 1, "w": 1})
+        return Entry((str(i),), (f"lin{i}.model.1.weight",), layout)
+
+    entries = tuple(entry(i, width) for i, width in enumerate(config.widths))
+    return Map("the linear weights of LPIPS for VGG-16", entries)
+
+
+def load_vgg(
+    path: str | Path,
+    lpips: str | Path | None = None,
+    config: VGGConfig | None = None,
+    dtype: Any = jnp.float32,
+) -> PerceptualNetwork:
+    """The network in a file of torchvision's (``.pth``, ``.pt``, ``.bin`` or ``.safetensors``), with
+    the weights in a file of LPIPS' if one is given, else all channels count alike."""
+    config = config or VGGConfig()
+
+    def read(table: Map, path: str | Path) -> Params:
+        reader = read_safetensors if str(path).endswith(".safetensors") else read_torch
+        arrays = reader(path)
+        # The linear layers behind the features are not needed.
+        kept = {k: a for k, a in arrays.items() if not re.fullmatch(r"classifier\.[036]\.\w+", k)}
+        return table.read(kept, repr(str(path)))
+
+    params, weights = read(vgg_map(config), path), None
+    if lpips is not None:
+        linear = read(lpips_map(config), lpips)["params"]
+        weights = tuple(linear[str(i)] for i in range(len(config.widths)))
+        negative = ", ".join(f"lin{i}" for i, weight in enumerate(weights) if (weight < 0).any())
+        message = (
+            f"{str(lpips)!r} has negative weights in {negative}: give the lpips package's vgg.pth."
+        )
+        refuse_if([(bool(negative), message)])
+    return PerceptualNetwork(*jax.tree.map(jnp.asarray, (params, weights)), config, dtype)

@@ -17,8 +17,10 @@ from dit_jax.codec.causal_autoencoder import (
     WAN,
     CausalAutoencoder,
     CausalAutoencoderConfig,
+    convolve,
+    convolve_by_frames,
 )
-from dit_jax.codec.causal_layers import Zeros, convolve, convolve_by_frames
+from dit_jax.config import check_types
 from tests.codecs import random_params
 
 PLAIN = CausalAutoencoderConfig(
@@ -135,8 +137,8 @@ def test_frame_by_frame_is_the_same_convolution(taps: int, step: int, before: in
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (2, 5, 6, 4, 3))
     kernel = jax.random.normal(keys[1], (taps, 3, 3, 3, 2))
-    strides, zeros = (step, 1, 1), Zeros(before, (1, 1))
-    made, expected = (f(x, kernel, strides, zeros) for f in (convolve_by_frames, convolve))
+    given = (x, kernel, (step, 1, 1), before, (1, 1))
+    made, expected = (f(*given) for f in (convolve_by_frames, convolve))
     np.testing.assert_allclose(made, expected, atol=1e-5)  # sums of 81 products, in another order
 
 
@@ -182,15 +184,15 @@ def test_presets_have_the_strides_they_are_named_for():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"widths": (4, 8)}, "3 resolutions"),
-        ({"widths": (4, 8, 9)}, "even width"),
-        ({"strides": ((2, 2), (4, 1))}, "of 1 or 2"),
-        ({"latent_channels": 0}, "at least 1"),
-        ({"shift": (1.0,)}, "1 values for 3"),
-        ({"scale": (1.0, 0.0, 1.0)}, "scale is 0"),
-        ({"shortcuts": True, "widths": (4, 10, 14)}, "no shortcuts"),
+        ({"widths": (4, 8)}, r"widths is \(4, 8\)"),
+        ({"widths": (4, 8, 9)}, "an even width for each of the 3"),
+        ({"strides": ((2, 2), (4, 1))}, "strides is"),
+        ({"latent_channels": 0}, "latent_channels is 0"),
+        ({"shift": (1.0,)}, "empty, or 3 values"),
+        ({"scale": (1.0, 0.0, 1.0)}, r"scale is \(1.0, 0.0, 1.0\)"),
+        ({"shortcuts": True, "widths": (4, 10, 14)}, "unless shortcuts is unset"),
     ],
 )
 def test_refuses_what_cannot_be(change: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):
-        dataclasses.replace(PLAIN, **change)
+        check_types(dataclasses.replace(PLAIN, **change))

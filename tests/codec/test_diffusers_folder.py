@@ -9,10 +9,10 @@ import pytest
 from einops import rearrange
 
 from dit_jax import interop
-from dit_jax.codec import folders, kl_weights
+from dit_jax.codec import folders
 from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.codec import TileConfig
-from dit_jax.codec.kl_weights import OLD_ATTENTION
+from dit_jax.codec.folders import OLD_ATTENTION
 from tests.codecs import diffusers_config
 from tests.interop.published import diffusers, needs_diffusers, relative, torch
 
@@ -105,10 +105,8 @@ def test_variants_are_diffusers_too(tmp_path, variant):
         mean = model.encode(channels_first(clip)).latent_dist.mean
         back = channels_last(model.decode(mean).sample)
     latents = (channels_last(mean) - codec.shift) * codec.scale
-    assert (codec.shift, codec.scale) == (
-        model.config.shift_factor or 0.0,
-        model.config.scaling_factor,
-    )
+    np.testing.assert_allclose(codec.shift, model.config.shift_factor or 0.0, rtol=1e-6)
+    np.testing.assert_allclose(codec.scale, model.config.scaling_factor, rtol=1e-6)
     assert relative(codec.encode(clip), latents) < TOLERANCE
     assert relative(codec.decode(latents), back) < TOLERANCE
 
@@ -118,7 +116,7 @@ def test_the_folder_comes_back_byte_for_byte(saved, tmp_path):
     folder, _ = saved
     codec = folders.load_codec(folder)
     config = diffusers_config(codec.config, 32)
-    table = kl_weights.autoencoder_map(codec.config)
+    table = folders.autoencoder_map(codec.config)
     interop.write_folder(tmp_path / "out", config, table.export(codec.params))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out")
@@ -132,8 +130,7 @@ def old_names(state):
     """As files from before Diffusers 0.16 have them: other names, 1x1 convolutions."""
     renamed = {}
     for key, tensor in state.items():
-        for ours, old in OLD_ATTENTION.items():
-            new = {"out": "to_out.0"}.get(ours, f"to_{ours}")
+        for new, old in OLD_ATTENTION.items():
             if f"attentions.0.{new}." in key:
                 key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
                 tensor = tensor[..., None, None] if key.endswith("weight") else tensor
@@ -156,7 +153,7 @@ def test_old_names_of_attention_are_read_and_written(saved, tmp_path, kind):
     new = folders.load_codec(folder)
     jax.tree.map(np.testing.assert_array_equal, codec.params, new.params)
     assert codec.hash == new.hash and len(codec.hash) == 16
-    written = kl_weights.autoencoder_map(codec.config, old_names=True).export(codec.params)
+    written = folders.autoencoder_map(codec.config, old_names=True).export(codec.params)
     assert set(written) == set(state)
 
 
@@ -201,25 +198,25 @@ def test_a_folder_that_is_none_is_said_to_be(tmp_path):
         folders.load_codec(tmp_path)
     other = config | {"act_fn": "relu", "latents_mean": [0.0]}
     (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="act_fn is 'relu'; latents_mean is"):
+    with pytest.raises(ValueError, match="act_fn is 'relu'"):
         folders.load_codec(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("block_out_channels", 64, "block_out_channels 64: these are a list"),
+        ("block_out_channels", 64, "block_out_channels is 64"),
         ("block_out_channels", [8, None], r"block_out_channels\[1\] is None"),
-        ("block_out_channels", [], "at least one"),
+        ("block_out_channels", [], r"widths is \(\)"),
         ("in_channels", 0, "in_channels is 0"),
         ("layers_per_block", None, "layers_per_block is None"),
         ("norm_num_groups", 1.5, "norm_num_groups is 1.5"),
-        ("scaling_factor", None, "scaling_factor None: it is a number"),
-        ("shift_factor", "0", "shift_factor '0': it is a number"),
-        ("use_quant_conv", None, "use_quant_conv None: it is true or false"),
+        ("scaling_factor", None, "scaling_factor is None"),
+        ("shift_factor", "0", "shift_factor is '0'"),
+        ("use_quant_conv", None, "use_quant_conv is None"),
     ],
 )
 def test_a_config_with_odd_values_is_refused(name, value, said):
     config = diffusers_config(AutoencoderKLConfig())
-    with pytest.raises(ValueError, match=f"in has .*{said}"):
-        kl_weights.autoencoder_from_diffusers(config | {name: value}, "in")
+    with pytest.raises(ValueError, match=said):
+        folders.autoencoder_from_diffusers(config | {name: value})

@@ -1,44 +1,28 @@
-"""What the causal autoencoder is counted to take, against the products of the traced program."""
+"""What the causal autoencoder takes, against sums over its layers by hand."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 
-from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
-from dit_jax.codec.causal_layers import Computation
-from dit_jax.codec.flops import autoencoder_flops
-from dit_jax.plan.kernels import traced_flops
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig, autoencoder_flops
 
 PLAIN = CausalAutoencoderConfig(
     latent_channels=3, widths=(4, 8, 8), strides=((2, 2), (2, 1)), layers=1
 )
-VARIANTS = {
-    "plain": PLAIN,
-    "shortcuts": dataclasses.replace(PLAIN, shortcuts=True, patch=2, variational=False),
-    "linear": dataclasses.replace(PLAIN, linear=True, patch=2, mid_attention=False),
-    "wide decoder": dataclasses.replace(PLAIN, decoder_widths=(8, 8, 16), mid_attention=False),
+CASES = {
+    "plain": ({}, 54_228_992, 89_540_096),
+    "shortcuts": (dict(shortcuts=True, patch=2, variational=False), 71_108_096, 124_184_064),
+    "linear": (dict(linear=True, patch=2, mid_attention=False), 66_123_776, 101_434_880),
+    "wide decoder": (dict(decoder_widths=(8, 8, 16), mid_attention=False), 47_544_320, 239_261_184),
 }
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_flops_are_those_of_the_program(name: str):
-    """Of convolutions as accelerators have them; norms and activations come on top there."""
-    config = VARIANTS[name]
-    model = CausalAutoencoder(config, Computation())
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_flops_of_encoding_and_decoding(name: str):
+    """Of nine frames of 16 x 16 latents."""
+    change, *expected = CASES[name]
+    config = dataclasses.replace(PLAIN, **change)
     side = 16 * config.stride[1]
-    video, latents = jnp.zeros((1, 9, side, side, 3)), jnp.zeros((1, 3, 16, 16, 3))
-    variables = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), video[:, :1])))
-
-    def products(method: str, x: jax.Array) -> float:
-        return traced_flops(
-            jax.make_jaxpr(lambda v, x: model.apply(v, x, method=method))(variables, x)
-        )
-
-    encode, decode = autoencoder_flops(config, 9, side, side)
-    assert products("encode", video) == encode
-    assert products("decode", latents) == decode
+    assert autoencoder_flops(config, 9, side, side) == tuple(expected)

@@ -110,22 +110,6 @@ def test_the_report_is_the_means_over_clips():
     assert set(reconstruction_report(originals[1:2], back[1:2])) == {"psnr", "ssim", "count"}
 
 
-def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(ValueError, match="windows of 11 x 11 pixels, and the frames are 10 x 20"):
-        ssim(clip()[:, :10], clip()[:, :10])
-    with pytest.raises(ValueError, match="cannot be compared"):
-        ssim(clip(), clip(4))
-    with pytest.raises(ValueError, match="float64"):
-        flicker(clip(), clip() / 255)
-    with pytest.raises(ValueError, match="has one"):
-        flicker(clip(1), clip(1))
-    for function in (reconstruction_report, lambda *both: side_by_side(*both, path="x.png")):
-        with pytest.raises(ValueError, match="2 originals and 1 reconstructions"):
-            function([clip(), clip()], [clip()])
-        with pytest.raises(ValueError, match="0 originals"):
-            function([], [])
-
-
 def test_side_by_side_shows_input_output_and_difference(tmp_path):
     original = [np.full((4, 6, 5, 3), 100, np.uint8), np.full((1, 6, 5, 3), 20, np.uint8)]
     back = [original[0] + 7, original[1] - 3]
@@ -172,5 +156,5 @@ def test_the_baseline_stores_as_many_values_as_latents_have():
     wanted = np.mean([psnr(resize_clip(v, r), v) for v, r in zip(originals, ratios, strict=True)])
     assert resize_baseline(originals, (4, 8, 8), 16) == pytest.approx(wanted)
     assert resize_baseline(originals, (4, 8, 8), 64) > resize_baseline(originals, (4, 8, 8), 8)
-    with pytest.raises(ValueError, match="at least 1"):
-        resize_baseline(originals, (1, 1, 1), 16)
+    # Latents of more values than the clip: nothing is lost.
+    assert resize_baseline(originals, (1, 1, 1), 16) > 100

@@ -15,11 +15,11 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec import measures
-from dit_jax.codec.discriminator import DiscriminatorConfig
+from dit_jax.codec.codec import VideoCodec
 from dit_jax.codec.folders import load_codec
+from dit_jax.codec.reconstruction_loss import DiscriminatorConfig
 from dit_jax.codec.run import CodecRun
-from dit_jax.codec.train import HeldOut, _held_out
-from dit_jax.codec.video_codec import VideoCodec
+from dit_jax.codec.train import held_out, windows
 from dit_jax.data import open_source
 from dit_jax.data.shapes import held_out_combinations
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
@@ -105,9 +105,10 @@ def test_the_codec_that_is_left_has_latents_of_unit_variance(trained: Any, finis
     assert isinstance(codec, VideoCodec)
     assert (codec.strides, codec.channels) == ((4, 4, 4), 3)
     source = open_source(CONFIG.data.source)
-    windows = HeldOut(CONFIG, source, source).training()
-    assert len(windows) == 16
-    latents = np.concatenate([codec.encode(to_float(w)).reshape(-1, 3) for w in windows])
+    crop = dataclasses.replace(CONFIG.data.crop, flip=False)
+    training = windows(CONFIG, crop, source, 16, 2)
+    assert len(training) == 16
+    latents = np.concatenate([codec.encode(to_float(w)).reshape(-1, 3) for w in training])
     # The very windows that were measured: float32 sums in another order.
     np.testing.assert_allclose(latents.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(latents.std(0), 1, atol=1e-4)
@@ -120,8 +121,8 @@ def test_the_report_is_of_what_comes_back(trained: Any, finished: Any):
     assert set(report) == {"psnr", "ssim", "flicker", "resize_psnr", "count"}
     assert report["count"] == 6 and 5 < report["psnr"] < 50 and 0 < report["flicker"] < 255
     codec = load_codec(directory / "codec")
-    held = open_source(_held_out(CONFIG))
-    clips = HeldOut(CONFIG, open_source(CONFIG.data.source), held).held
+    crop = dataclasses.replace(CONFIG.data.crop, flip=False)
+    clips = windows(CONFIG, crop, open_source(held_out(CONFIG)), 6, 1)
     back = [codec.decode(codec.encode(to_float(clip))) for clip in clips]
     pixels = [np.clip(np.rint((clip + 1) * 127.5), 0, 255).astype(np.uint8) for clip in back]
     found = measures.reconstruction_report(clips, pixels)
@@ -130,7 +131,7 @@ def test_the_report_is_of_what_comes_back(trained: Any, finished: Any):
 
 
 def test_moving_shapes_that_are_measured_are_never_trained_on():
-    held = open_source(_held_out(CONFIG))
+    held = open_source(held_out(CONFIG))
     combinations = held_out_combinations()
     for i in range(8):
         caption = held[i]["caption"]

@@ -94,12 +94,3 @@ def test_bfloat16_is_near(params):
     coarse = PerceptualNetwork(params, None, SMALL, jnp.bfloat16)(a, b)
     assert coarse.dtype == jnp.float32
     np.testing.assert_allclose(coarse, fine, rtol=0.05)  # eight bits, through four layers
-
-
-def test_what_cannot_be_is_refused(params):
-    with pytest.raises(ValueError, match="takes at least 4 of each"):
-        VGG(SMALL).apply(params, jnp.zeros((1, 3, 8, 3)))
-    with pytest.raises(ValueError, match="2 widths and 1 layers"):
-        VGGConfig(widths=(4, 4), layers=(1,))
-    with pytest.raises(ValueError, match="each is at least 1"):
-        VGGConfig(widths=(4, 0), layers=(1, 1))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dit_jax import interop
-from dit_jax.codec import vgg_files
+from dit_jax.codec import vgg
 from dit_jax.codec.vgg import VGG, VGGConfig
 from tests.interop.published import optional, relative
 
@@ -86,7 +86,7 @@ def test_features_and_distance_are_those_of_pytorch(network, tmp_path, suffix):
         else:
             arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
             interop.write_safetensors(path, arrays)
-    ours = vgg_files.load_vgg(*paths, CONFIG)
+    ours = vgg.load_vgg(*paths, CONFIG)
     a, b = frames(0), frames(1)
     with torch.no_grad():
         theirs = [x.permute(0, 2, 3, 1).numpy() for x in their_maps(features, a)]
@@ -96,7 +96,7 @@ def test_features_and_distance_are_those_of_pytorch(network, tmp_path, suffix):
         assert wanted.std() > 1e-3 and relative(found, wanted) < TOLERANCE
     pair = jnp.asarray(a), jnp.asarray(b)
     assert relative(ours(*pair), distance) < TOLERANCE
-    assert relative(vgg_files.load_vgg(paths[0], config=CONFIG)(*pair), plain) < TOLERANCE
+    assert relative(vgg.load_vgg(paths[0], config=CONFIG)(*pair), plain) < TOLERANCE
 
 
 def arrays_of(table):
@@ -109,25 +109,25 @@ def arrays_of(table):
 
 
 def test_keys_are_torchvisions_and_shapes_vgg_16s():
-    shapes = {e.keys[0]: e.layout.their_shape for e in vgg_files.vgg_map(VGGConfig()).entries}
+    shapes = {e.keys[0]: e.layout.their_shape for e in vgg.vgg_map(VGGConfig()).entries}
     places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     kinds = ("weight", "bias")
     assert list(shapes) == [f"features.{at}.{kind}" for at in places for kind in kinds]
     assert shapes["features.5.weight"] == (128, 64, 3, 3)
     assert shapes["features.28.weight"] == (512, 512, 3, 3)
-    lins = {e.keys[0]: e.layout.their_shape for e in vgg_files.lpips_map(VGGConfig()).entries}
+    lins = {e.keys[0]: e.layout.their_shape for e in vgg.lpips_map(VGGConfig()).entries}
     assert lins["lin0.model.1.weight"] == (1, 64, 1, 1) and len(lins) == 5
 
 
 def test_files_that_do_not_hold_it_are_refused(tmp_path):
-    features, lins = arrays_of(vgg_files.vgg_map(CONFIG)), arrays_of(vgg_files.lpips_map(CONFIG))
+    features, lins = arrays_of(vgg.vgg_map(CONFIG)), arrays_of(vgg.lpips_map(CONFIG))
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     interop.write_safetensors(good, features)
 
     def refused(arrays, said, **given):
         interop.write_safetensors(bad, arrays)
         with pytest.raises(ValueError, match=said):
-            vgg_files.load_vgg(**{"path": good, "lpips": bad, "config": CONFIG, **given})
+            vgg.load_vgg(**{"path": good, "lpips": bad, "config": CONFIG, **given})
 
     fewer = {key: array for key, array in features.items() if key != "features.5.bias"}
     alone = {"path": bad, "lpips": None}
@@ -139,4 +139,4 @@ def test_files_that_do_not_hold_it_are_refused(tmp_path):
     refused(features, "is not the linear weights of LPIPS")
     refused(lins | {"lin2.model.1.weight": -lins["lin2.model.1.weight"]}, "negative .* in lin2")
     with pytest.raises(ValueError, match="nowhere"):
-        vgg_files.load_vgg(tmp_path / "nowhere.pth")
+        vgg.load_vgg(tmp_path / "nowhere.pth")

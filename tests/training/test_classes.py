@@ -13,8 +13,7 @@ from flax import linen as nn
 
 from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.folders import load_codec
-from dit_jax.codec.kl_weights import autoencoder_map
+from dit_jax.codec.folders import autoencoder_map, load_codec
 from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import ClassEvaluator, judge_classes
