@@ -2,8 +2,6 @@
 
 Nothing here imports JAX: it runs in many light processes (`workers.py`)."""
 
-from dit_jax.prepare.answer_cache import AnswerCache as AnswerCache
-from dit_jax.prepare.answer_cache import default_cache as default_cache
 from dit_jax.prepare.captions import Caption as Caption
 from dit_jax.prepare.captions import TableConfig as TableConfig
 from dit_jax.prepare.captions import match_table as match_table
@@ -11,11 +9,13 @@ from dit_jax.prepare.captions import read_sidecars as read_sidecars
 from dit_jax.prepare.captions import read_table as read_table
 from dit_jax.prepare.captions import record_texts as record_texts
 from dit_jax.prepare.captions import text_features as text_features
+from dit_jax.prepare.chat import AnswerCache as AnswerCache
 from dit_jax.prepare.chat import ChatClient as ChatClient
 from dit_jax.prepare.chat import ChatConfig as ChatConfig
 from dit_jax.prepare.chat import ChatError as ChatError
 from dit_jax.prepare.chat import ChatOptions as ChatOptions
 from dit_jax.prepare.chat import Unreachable as Unreachable
+from dit_jax.prepare.chat import default_cache as default_cache
 from dit_jax.prepare.clips import ClipConfig as ClipConfig
 from dit_jax.prepare.clips import Geometry as Geometry
 from dit_jax.prepare.clips import Rect as Rect

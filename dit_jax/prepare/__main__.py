@@ -297,7 +297,7 @@ class Preparation:
             client = ChatClient(chat, cache)
             decoding = self.examined.config.decoding
             failed = self.models.ask(kept, total, client, decoding, config.workers, self.progress)
-            print(client.summary.render())
+            print(client.summary())
         if failed:
             print(f"clips without captions of the model:\n{failures(failed)}", file=sys.stderr)
         self.problems |= {one.name: one.error for one in failed}

@@ -13,19 +13,22 @@ spares sending the frames twice and keeps both to the same facts.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import av
 import numpy as np
 from av.error import FFmpegError
 
-from dit_jax.prepare.answers import tell
 from dit_jax.prepare.captions import Caption, Kind
-from dit_jax.prepare.chat import ChatClient, message
-from dit_jax.prepare.ordered import ordered
+from dit_jax.prepare.chat import ChatClient, message, tell
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 DESCRIPTIVE = """\
 You see {what}. Describe what is seen in one paragraph of up to {words} words, for somebody who will \
@@ -191,3 +194,28 @@ def _filled(template: str, **values: object) -> str:
 def failures(results: Iterable[Recaptioned]) -> str:
     """A line for every clip that keeps its given caption alone, or lacks one of the others."""
     return "\n".join(f"  {one.name}: {one.error}" for one in results if one.error)
+
+
+def ordered(
+    function: Callable[[A], B], items: Iterable[A], threads: int, stop: Callable[[], object]
+) -> Iterator[B]:
+    """``function`` of every item, as soon as those before it are done; items are drawn as needed.
+
+    At most four results a thread wait for an earlier one. Where something goes wrong (an error in
+    ``function``, a keyboard interrupt) no further items begin, ``stop`` is called, and what had begun
+    is waited for.
+    """
+    waiting: deque[Future[B]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            while waiting and (len(waiting) > 4 * threads or waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except (Exception, KeyboardInterrupt):
+        stop()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -23,10 +23,18 @@ from dit_jax import interop
 from dit_jax.config import check_types
 from dit_jax.files import check_file, run_verb, write_json
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
-from dit_jax.prepare.answer_cache import AnswerCache, default_cache
-from dit_jax.prepare.answers import tell, whole_sentences
-from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatOptions, Unreachable, message
-from dit_jax.prepare.ordered import ordered
+from dit_jax.prepare.chat import (
+    AnswerCache,
+    ChatClient,
+    ChatConfig,
+    ChatOptions,
+    Unreachable,
+    default_cache,
+    message,
+    tell,
+    whole_sentences,
+)
+from dit_jax.prepare.recaption import ordered
 from dit_jax.sampling import read_prompts
 from dit_jax.sampling.pipeline import stored_run
 
@@ -215,7 +223,7 @@ def run(given: UpsampleArguments) -> None:
         results = upsample(prompts, client, given.upsampling, **limits)
     write_json(output, records(results, given.model))
     print(changes(results) or "no prompt was changed")
-    print(client.summary.render())
+    print(client.summary())
     print(f"{len(results)} prompt(s): {output}", flush=True)
     if kept := warnings(results):
         failed = sum(bool(one.error) for one in results)
