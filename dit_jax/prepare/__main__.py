@@ -71,9 +71,8 @@ from dit_jax.prepare.assembling import (
     write_builder,
 )
 from dit_jax.prepare.beam import BeamConfig, examine_on_beam
-from dit_jax.prepare.captioning import (
+from dit_jax.prepare.captions import (
     CaptionsConfig,
-    Models,
     clip_features,
     clip_texts,
     given_captions,
@@ -81,6 +80,7 @@ from dit_jax.prepare.captioning import (
 from dit_jax.prepare.encoding import BatchConfig, Latents, States
 from dit_jax.prepare.listing import find_media
 from dit_jax.prepare.progress import Progress
+from dit_jax.prepare.recaption import Models
 from dit_jax.prepare.report import LISTED, render, write_reports
 from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting, share
 from dit_jax.prepare.tables import encodable
@@ -193,7 +193,7 @@ class Preparation:
         )
         self.items = self.listed.items
         strides = self.codec.strides if self.codec else (1, 1, 1)
-        self.given = given_captions(self.items, config.captions)
+        self.given = given_captions({item.name: item.path for item in self.items}, config.captions)
         examine = fitting(config.examine, strides)
         self.examined = Examined(self.work, examine, config.workers)
         self.models = Models(self.work, config.caption_model or "", config.recaption)

@@ -13,19 +13,28 @@ spares sending the frames twice and keeps both to the same facts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import av
 import numpy as np
 from av.error import FFmpegError
 
+from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
 from dit_jax.prepare.chat import ChatClient, message, tell
+from dit_jax.prepare.decoding import DecodingConfig
+from dit_jax.prepare.progress import Progress
+from dit_jax.prepare.stages import Kept, read_clips
+from dit_jax.prepare.work import digest, file_name
+from dit_jax.prepare.workers import WorkersConfig
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -63,13 +72,12 @@ class RecaptionConfig:
     """``{caption}`` becomes the descriptive caption, ``{medium}`` "an image" or "a video clip"."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "descriptive_words", "short_words"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recaption.{name} is {getattr(self, name)}: it is at least 1.")
-        if self.max_side < 16:
-            raise ValueError(f"recaption.max_side is {self.max_side}: it is at least 16 pixels.")
-        if "{caption}" not in self.short:
-            raise ValueError("recaption.short has no {caption}: say where the description stands.")
+        least = {"frames": 1, "descriptive_words": 1, "short_words": 1, "max_side": 16}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            refuse_if([(value < bound, f"recaption.{name} is {value}: it is at least {bound}.")])
+        message = "recaption.short has no {caption}: say where the description stands."
+        refuse_if([("{caption}" not in self.short, message)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,3 +227,78 @@ def ordered(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Models:
+    """The captions of a model, in a folder with a file for each clip that it answered for."""
+
+    def __init__(self, work: Path, model: str, config: RecaptionConfig):
+        self.config = config
+        self.folder = work / "captions" / digest(model, config)
+
+    def place(self, one: Kept) -> Path:
+        """Where a clip's captions are, or will be."""
+        key = digest(one.item.key, one.clip.start, one.clip.frames)
+        return self.folder / file_name(one.name, key, ".json")
+
+    def captions(self, one: Kept) -> tuple[Caption, ...]:
+        """Those that there are."""
+        if not self.place(one).exists():
+            return ()
+        return tuple(Caption(**values) for values in json.loads(self.place(one).read_bytes()))
+
+    def ask(
+        self,
+        kept: Iterable[Kept],
+        total: int,
+        client: ChatClient,
+        decoding: DecodingConfig,
+        workers: WorkersConfig,
+        progress: Progress,
+    ) -> list[Recaptioned]:
+        """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
+        asked for next time.
+
+        Raises:
+            ChatError: where the server refuses the key or does not know the model.
+        """
+        failed, probed = [], False
+        waiting: deque[Kept] = deque()
+        with progress.stage("captions", total, "clips") as bar:
+
+            def missing() -> Iterator[Kept]:
+                nonlocal probed
+                for one in kept:
+                    if self.place(one).exists():
+                        bar.add(1, 0, 0.0)
+                        continue
+                    if not probed:
+                        client.probe()
+                        probed = True
+                    waiting.append(one)
+                    yield one
+
+            for told in recaption(self._clips(missing(), decoding, workers), client, self.config):
+                one = waiting.popleft()
+                if told.error:
+                    failed.append(told)
+                else:
+                    made = [dataclasses.asdict(caption) for caption in told.captions()]
+                    write_json(self.place(one), made)
+                bar.add(1, 1, one.video_seconds)
+        return failed
+
+    def _clips(
+        self, wanted: Iterable[Kept], decoding: DecodingConfig, workers: WorkersConfig
+    ) -> Iterator[ClipFrames]:
+        at = partial(evenly_spaced, wanted=self.config.frames)
+        names, clips = itertools.tee(wanted)
+        for read in read_clips(clips, decoding, workers, at):
+            error = f"{read.reason}: {read.detail}" if read.reason else ""
+            yield ClipFrames(next(names).name, "", partial(_frames, read.value, error))
+
+
+def _frames(frames: np.ndarray | None, error: str) -> np.ndarray:
+    if frames is None:
+        raise ValueError(error)
+    return frames
