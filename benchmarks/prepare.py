@@ -35,8 +35,8 @@ from dit_jax.prepare import (
 from dit_jax.prepare import examine as examine_one
 from dit_jax.prepare.examining import read_clip
 from dit_jax.prepare.listing import Item, find_media
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.stages import Examined, Kept, examine_files, read_clips
+from dit_jax.prepare.work import Progress
 
 WAYS = ("plain decoding", "decoding to pixels", "examine", "read clips")
 FOLDER = tempfile.TemporaryDirectory()

@@ -15,10 +15,9 @@ from dit_jax import files
 from dit_jax.prepare import ExamineConfig, FileReport, WorkersConfig
 from dit_jax.prepare.__main__ import CaptionsConfig, PrepareConfig, main, prepare
 from dit_jax.prepare.listing import Item, find_media
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.report import LISTED, SAMPLE, write_reports
 from dit_jax.prepare.stages import TRIES, Examined, report_line
-from dit_jax.prepare.work import Logs, digest
+from dit_jax.prepare.work import Logs, Progress, digest
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra: pip install -e '.[prepare]'")
 pytest.importorskip("cv2", reason="needs the extra: pip install -e '.[prepare]'")

@@ -70,7 +70,6 @@ from dit_jax.prepare.assembling import (
     up_to_date,
     write_builder,
 )
-from dit_jax.prepare.beam import BeamConfig, examine_on_beam
 from dit_jax.prepare.captions import (
     CaptionsConfig,
     clip_features,
@@ -79,12 +78,20 @@ from dit_jax.prepare.captions import (
 )
 from dit_jax.prepare.encoding import BatchConfig, Latents, States
 from dit_jax.prepare.listing import find_media
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.recaption import Models
 from dit_jax.prepare.report import LISTED, render, write_reports
-from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting, share
+from dit_jax.prepare.stages import (
+    TRIES,
+    BeamConfig,
+    Examined,
+    Kept,
+    examine_files,
+    examine_on_beam,
+    fitting,
+    share,
+)
 from dit_jax.prepare.tables import encodable
-from dit_jax.prepare.work import digest
+from dit_jax.prepare.work import Progress, digest
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.types import Codec, TextEncoder

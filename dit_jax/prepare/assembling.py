@@ -15,8 +15,8 @@ import numpy as np
 from dit_jax.files import write_json
 from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.encoded import EncodedVideo
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.stages import Kept, read_clips
+from dit_jax.prepare.work import Progress
 from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.writing import (
     SHARD_BYTES,
@@ -140,7 +140,7 @@ def write_builder(
         failed |= {clip: tuple(why) for clip, why in _mark(made)["failed"].items()}
     else:
         shutil.rmtree(made, ignore_errors=True)
-        with progress.stage("records", total, "clips") as bar:
+        with progress.stage("records", total, "clips") as add:
 
             def after(start: int) -> Iterator[Mapping[str, Any]]:
                 """The records from the ``start``-th on: those before are in finished shards."""
@@ -153,7 +153,7 @@ def write_builder(
                         failed[one.name] = tuple(earlier[one.name])
                     else:
                         done += 1
-                bar.add(start, 0, 0.0)
+                add(start, 0, 0.0)
                 written = -1
                 for record in records(clips):
                     # Before the shard is finished that leaves them out.
@@ -162,7 +162,7 @@ def write_builder(
                         written = len(failed)
                     yield record
                     video = record["video"].shape[0] > 1  # A picture has no duration.
-                    bar.add(1, 1, record["stop"] - record["start"] if video else 0.0)
+                    add(1, 1, record["stop"] - record["start"] if video else 0.0)
 
             write_records(
                 fresh,

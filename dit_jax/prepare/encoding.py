@@ -22,10 +22,9 @@ import numpy as np
 
 from dit_jax.files import write_json, write_whole
 from dit_jax.prepare.decoding import DecodingConfig
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.refusals import MACHINE_REASONS
 from dit_jax.prepare.stages import TRIES, Kept, read_clips
-from dit_jax.prepare.work import digest, file_name
+from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import Outcome, WorkersConfig
 
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -114,7 +113,7 @@ class Latents:
         """
         running: collections.deque[tuple[list[Kept], Future[None]]] = collections.deque()
         with (
-            progress.stage("latents", total, "clips") as bar,
+            progress.stage("latents", total, "clips") as add,
             ThreadPoolExecutor(len(encoders)) as pool,
         ):
 
@@ -122,14 +121,14 @@ class Latents:
                 for part in parts:
                     for batch in self._batches(part):
                         if all(map(self.done, batch)):
-                            bar.add(len(batch), 0, 0.0)
+                            add(len(batch), 0, 0.0)
                         else:
                             yield batch
 
             def finish() -> None:
                 batch, done = running.popleft()
                 done.result()
-                bar.add(len(batch), len(batch), sum(one.video_seconds for one in batch))
+                add(len(batch), len(batch), sum(one.video_seconds for one in batch))
 
             ahead, wanted = itertools.tee(missing())
             frames = read_clips(itertools.chain.from_iterable(ahead), decoding, workers)
@@ -199,10 +198,10 @@ class States:
         progress: Progress,
     ) -> None:
         """Encodes the captions, ``total`` at most, of every part that has no states yet."""
-        with progress.stage("states", total, "captions") as bar:
+        with progress.stage("states", total, "captions") as add:
             for part in map(_unlike, parts):
                 if not part or self.place(part).exists():
-                    bar.add(len(part), 0, 0.0)
+                    add(len(part), 0, 0.0)
                     continue
                 made = encode(part)
                 data = io.BytesIO()
@@ -214,7 +213,7 @@ class States:
                     bits=np.concatenate(made).view(np.uint16),
                 )
                 write_whole(self.place(part), data.getvalue())
-                bar.add(len(part), 0, 0.0)
+                add(len(part), 0, 0.0)
 
     def load(self, captions: Sequence[str], caption: str, dtype: Any) -> np.ndarray:
         """The states ``[s, e]`` of one of a part's captions."""

@@ -31,9 +31,8 @@ from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
 from dit_jax.prepare.chat import ChatClient, message, tell
 from dit_jax.prepare.decoding import DecodingConfig
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.stages import Kept, read_clips
-from dit_jax.prepare.work import digest, file_name
+from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import WorkersConfig
 
 A = TypeVar("A")
@@ -264,13 +263,13 @@ class Models:
         """
         failed, probed = [], False
         waiting: deque[Kept] = deque()
-        with progress.stage("captions", total, "clips") as bar:
+        with progress.stage("captions", total, "clips") as add:
 
             def missing() -> Iterator[Kept]:
                 nonlocal probed
                 for one in kept:
                     if self.place(one).exists():
-                        bar.add(1, 0, 0.0)
+                        add(1, 0, 0.0)
                         continue
                     if not probed:
                         client.probe()
@@ -285,7 +284,7 @@ class Models:
                 else:
                     made = [dataclasses.asdict(caption) for caption in told.captions()]
                     write_json(self.place(one), made)
-                bar.add(1, 1, one.video_seconds)
+                add(1, 1, one.video_seconds)
         return failed
 
     def _clips(

@@ -17,10 +17,10 @@ from typing import Any
 from dit_jax.files import atomic_path, json_bytes, write_json, write_whole
 from dit_jax.prepare.examining import FileReport
 from dit_jax.prepare.listing import Item
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.refusals import extra
 from dit_jax.prepare.stages import Examined, Kept, video_seconds
 from dit_jax.prepare.tables import encodable
+from dit_jax.prepare.work import Progress
 
 PICTURES = 400
 """Thumbnails in the page, at most."""
