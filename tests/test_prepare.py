@@ -24,7 +24,8 @@ from dit_jax.codec.config import codec_copies
 from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, assembling, writing
+from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, writing
+from dit_jax.prepare import records as prepared_records
 from dit_jax.prepare.__main__ import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
 from dit_jax.text.folders import load_text_encoder
 from tests.prepare.chat_server import Response, serving, words
@@ -199,9 +200,9 @@ def test_records_go_on_after_a_full_disk_and_keep_what_was_left_out(media, tmp_p
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    read_all = assembling.read_clips
-    monkeypatch.setattr(assembling, "read_clips", read_clips)
-    small = partial(assembling.write_builder, shard_bytes=1)
+    read_all = prepared_records.read_clips
+    monkeypatch.setattr(prepared_records, "read_clips", read_clips)
+    small = partial(prepared_records.write_builder, shard_bytes=1)
     monkeypatch.setattr("dit_jax.prepare.__main__.write_builder", small)
     expected = prepare(config(media, tmp_path / "whole"), shown=False)
     assert len(list((tmp_path / "whole" / "clips" / "1.0.0").glob("*array_record*"))) == 4
