@@ -57,7 +57,6 @@ from dit_jax.prepare import (
     ExamineConfig,
     RecaptionConfig,
     WorkersConfig,
-    failures,
     near_duplicates,
 )
 from dit_jax.prepare.captions import (
@@ -67,7 +66,7 @@ from dit_jax.prepare.captions import (
     given_captions,
 )
 from dit_jax.prepare.listing import find_media
-from dit_jax.prepare.recaption import Models
+from dit_jax.prepare.recaption import Models, failures
 from dit_jax.prepare.records import (
     MARK,
     BatchConfig,

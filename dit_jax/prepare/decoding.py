@@ -29,6 +29,7 @@ from av.filter import Graph
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import Interpolation
 
+from dit_jax.files import refuse_if
 from dit_jax.prepare.media import Probe, Timing, is_still, opened, rewound, scanned, unscanned
 from dit_jax.prepare.recorded import is_record, read_record
 from dit_jax.prepare.refusals import Refused, extra
@@ -47,10 +48,16 @@ class DecodingConfig:
     """`tone map`, or `refuse`."""
 
     def __post_init__(self) -> None:
-        if self.hdr not in ("tone map", "refuse"):
-            raise ValueError(f"hdr is {self.hdr!r}: it is 'tone map' or 'refuse'")
-        if len(self.background) != 3 or not all(0 <= x <= 255 for x in self.background):
-            raise ValueError(f"background is {self.background}: it is three numbers in 0..255")
+        colour = len(self.background) == 3 and all(0 <= x <= 255 for x in self.background)
+        refuse_if(
+            [
+                (
+                    self.hdr not in ("tone map", "refuse"),
+                    f"hdr is {self.hdr!r}: it is 'tone map' or 'refuse'",
+                ),
+                (not colour, f"background is {self.background}: it is three numbers in 0..255"),
+            ]
+        )
 
 
 class Entry(NamedTuple):

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from dit_jax.files import refuse_if
 from dit_jax.prepare.refusals import extra
 
 K = TypeVar("K", bound=Hashable)
@@ -59,8 +60,8 @@ def near_duplicates(
     of all clips; and of clips that are near on average, at least one pair of hashes is. The tables are
     sorted arrays: about 100 bytes a clip, beside its key.
     """
-    if not 0 <= distance < 8:
-        raise ValueError(f"distance is {distance} bits: it is at least 0 and below 8")
+    message = f"distance is {distance} bits: it is at least 0 and below 8"
+    refuse_if([(not 0 <= distance < 8, message)])
     groups: dict[int, tuple[list[K], array]] = {}
     for key, hashes in clips:
         keys, bits = groups.setdefault(len(hashes), ([], array("Q")))

@@ -18,19 +18,17 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import av
 import numpy as np
-from av.error import FFmpegError
 
 from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
 from dit_jax.prepare.chat import ChatClient, message, tell
 from dit_jax.prepare.decoding import DecodingConfig
+from dit_jax.prepare.refusals import extra
 from dit_jax.prepare.stages import Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import WorkersConfig
@@ -120,31 +118,17 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 
 
 def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "png"]) -> bytes:
-    """A frame uint8 ``[h, w, 3]`` as a JPEG or PNG file, shrunk to ``max_side`` where it is larger.
-
-    The same pixels give the same bytes. Raises ``ValueError`` for another array.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-        raise ValueError(
-            f"a frame is {image.dtype} {list(image.shape)}: frames are uint8 [h, w, 3], not empty"
-        )
+    """A frame uint8 ``[h, w, 3]`` as a JPEG or PNG file, shrunk to ``max_side`` if it is larger."""
+    cv2 = extra("cv2")
+    sound = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3 and image.size
+    message = f"a frame is {image.dtype} {list(image.shape)}: frames are uint8 [h, w, 3], not empty"
+    refuse_if([(not sound, message)])
     h, w = image.shape[:2]
     if max(h, w) > max_side:
-        # Here, because that room imports JAX, and processes that only decode do without.
-        from dit_jax.data import resized
-
-        size = (max(round(side * max_side / max(h, w)), 1) for side in (h, w))
-        image = resized(image[None], *size)[0]
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    if encoding == "jpeg":
-        frame = frame.reformat(format="yuvj420p", dst_color_range="JPEG", threads=1)
-    encoder = av.VideoCodecContext.create("mjpeg" if encoding == "jpeg" else "png", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
-    encoder.time_base, encoder.thread_count = Fraction(1), 1
-    if encoding == "jpeg":
-        encoder.color_range = 2
-        encoder.qmin = encoder.qmax = 3  # of 2..31: near a quality of 90 of 100
-    return b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode(None)))
+        size = (max(round(side * max_side / max(h, w)), 1) for side in (w, h))
+        image = cv2.resize(image, tuple(size), interpolation=cv2.INTER_AREA)
+    flags = [cv2.IMWRITE_JPEG_QUALITY, 90] if encoding == "jpeg" else []
+    return cv2.imencode(f".{encoding}", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
 
 
 def recaption(
@@ -170,7 +154,7 @@ def _recaption(clip: ClipFrames, client: ChatClient, config: RecaptionConfig) ->
         images = [encode_image(frame, config.max_side, config.encoding) for frame in chosen]
         if not images:
             raise ValueError("there are none")
-    except (ValueError, OSError, FFmpegError) as error:
+    except (ValueError, OSError) as error:
         return dataclasses.replace(result, error=f"its frames cannot be read: {error}")
     del frames, chosen
     many = len(images) > 1

@@ -27,6 +27,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dit_jax.files import refuse_if
 from dit_jax.prepare.refusals import extra
 
 FLASH = 2
@@ -65,16 +66,14 @@ class ShotConfig:
     three in a row; None: they are as others."""
 
     def __post_init__(self) -> None:
-        if not (self.ratio > 1 and self.structure > 1 and self.change >= 0 and self.window >= 1):
-            raise ValueError(
-                f"shots: ratio {self.ratio}, structure {self.structure}, change {self.change}, window "
-                f"{self.window}: the first two are above 1, the others at least 0 and 1"
-            )
-        if not (-1 <= self.likeness <= 1 and -1 <= self.outlines <= 1 and self.held >= 0):
-            raise ValueError(
-                f"shots: likeness {self.likeness}, outlines {self.outlines}, held {self.held}: the "
-                "first two are correlations, -1 to 1, the last is at least 0"
-            )
+        rules = {
+            "ratio and structure are above 1": self.ratio > 1 and self.structure > 1,
+            "change and held are at least 0": self.change >= 0 and self.held >= 0,
+            "window is at least 1": self.window >= 1,
+            "likeness and outlines are correlations": -1 <= self.likeness <= 1
+            and -1 <= self.outlines <= 1,
+        }
+        refuse_if((not kept, f"{self}: {rule}.") for rule, kept in rules.items())
 
 
 class ShotFinder:

@@ -21,7 +21,7 @@ import tyro
 
 from dit_jax import interop
 from dit_jax.config import check_types
-from dit_jax.files import check_file, run_verb, write_json
+from dit_jax.files import check_file, refuse_if, run_verb, write_json
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
 from dit_jax.prepare.chat import (
     AnswerCache,
@@ -62,8 +62,7 @@ class UpsampleConfig:
     """The instruction; ``{words}`` becomes the limit."""
 
     def __post_init__(self) -> None:
-        if self.words < 1:
-            raise ValueError(f"upsampling.words is {self.words}: it is at least 1.")
+        refuse_if([(self.words < 1, f"upsampling.words is {self.words}: it is at least 1.")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +204,7 @@ def run(given: UpsampleArguments) -> None:
     output = check_file(given.output)
     prompts = [one for some in given.prompt for one in some]
     prompts += read_prompts(given.prompts_file) if given.prompts_file else []
-    if not prompts:
-        raise ValueError('nothing to upsample: give --prompt "..." or --prompts-file FILE.')
+    refuse_if([(not prompts, 'nothing to upsample: give --prompt "..." or --prompts-file FILE.')])
     limits: dict[str, Any] = {}
     if given.checkpoint is not None:
         config = stored_run(given.checkpoint)[2]
