@@ -27,9 +27,10 @@ from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.files import InputError, as_path, write_whole
 from dit_jax.model import DiTConfig, PatchConfig
 from dit_jax.plan import __main__ as plan
-from dit_jax.prepare import ChatOptions, WorkersConfig
 from dit_jax.prepare import __main__ as prepare
+from dit_jax.prepare.chat import ChatOptions
 from dit_jax.prepare.shots import ShotConfig
+from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import OptimizerConfig
 

@@ -24,9 +24,12 @@ from dit_jax.codec.config import codec_copies
 from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, writing
 from dit_jax.prepare import records as prepared_records
+from dit_jax.prepare import writing
 from dit_jax.prepare.__main__ import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
+from dit_jax.prepare.clips import ClipConfig
+from dit_jax.prepare.examining import ExamineConfig
+from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.text.folders import load_text_encoder
 from tests.prepare.chat_server import Response, serving, words
 from tests.runs import free_port

@@ -12,12 +12,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dit_jax import files
-from dit_jax.prepare import ExamineConfig, FileReport, WorkersConfig
 from dit_jax.prepare.__main__ import CaptionsConfig, PrepareConfig, main, prepare
+from dit_jax.prepare.examining import ExamineConfig, FileReport
 from dit_jax.prepare.listing import Item, find_media
 from dit_jax.prepare.report import LISTED, SAMPLE, write_reports
 from dit_jax.prepare.stages import TRIES, Examined, report_line
 from dit_jax.prepare.work import Logs, Progress, digest
+from dit_jax.prepare.workers import WorkersConfig
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra: pip install -e '.[prepare]'")
 pytest.importorskip("cv2", reason="needs the extra: pip install -e '.[prepare]'")
@@ -117,7 +118,7 @@ def test_captions_and_files_that_do_not_meet_are_counted_and_named(folder, tmp_p
 
 
 def test_the_shared_table_of_two_rows(folder):
-    from dit_jax.prepare import match_table, read_table
+    from dit_jax.prepare.captions import match_table, read_table
 
     table = FAULTS / "table_two_rows_unmatched.csv"
     if not table.exists():

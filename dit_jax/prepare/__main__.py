@@ -48,25 +48,18 @@ from dit_jax.parallel import (
     make_mesh,
     take_process_flags,
 )
-from dit_jax.prepare import (
-    AnswerCache,
-    Caption,
-    ChatClient,
-    ChatConfig,
-    ChatOptions,
-    ExamineConfig,
-    RecaptionConfig,
-    WorkersConfig,
-    near_duplicates,
-)
 from dit_jax.prepare.captions import (
+    Caption,
     CaptionsConfig,
     clip_features,
     clip_texts,
     given_captions,
 )
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions
+from dit_jax.prepare.duplicates import near_duplicates
+from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import find_media
-from dit_jax.prepare.recaption import Models, failures
+from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
 from dit_jax.prepare.records import (
     MARK,
     BatchConfig,
@@ -94,6 +87,7 @@ from dit_jax.prepare.stages import (
 )
 from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import Progress, digest
+from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.types import Codec, TextEncoder

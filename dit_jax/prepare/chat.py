@@ -30,8 +30,10 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx2
+import openai
+
 from dit_jax.files import SURROGATES, InputError, as_path, is_remote, refuse_if
-from dit_jax.prepare.refusals import extra
 from dit_jax.prepare.tables import encodable
 
 FATAL = (401, 403, 404, 405)
@@ -243,43 +245,47 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _http_client(counts: Counter[str], dropped: Sequence[str], **options: Any) -> Any:
-    """An HTTP client whose responses are bounded in bytes and in time; it drops headers of these names.
+class _Bounded(httpx2.AsyncClient):
+    """An HTTP client whose responses are bounded in bytes and in time.
 
     Its own time-outs begin anew with every piece: headers that drip, a slow body or ``100 Continue``
     without end would never run into them.
     """
-    httpx = extra("httpx2")
 
-    class Bounded(httpx.AsyncClient):
-        async def send(self, request: Any, **options: Any) -> Any:
-            counts["attempts"] += 1
-            for name in dropped:
-                request.headers.pop(name, None)
-            data = bytearray()
+    def __init__(self, counts: Counter[str], dropped: Sequence[str], **options: Any) -> None:
+        """``counts``: of "attempts"; ``dropped``: headers that are not sent."""
+        # Connections are not kept: one that is left open when the program ends is a warning.
+        super().__init__(limits=httpx2.Limits(max_keepalive_connections=0), **options)
+        self._counts, self._dropped = counts, dropped
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        self._counts["attempts"] += 1
+        for name in self._dropped:
+            request.headers.pop(name, None)
+        try:
+            async with asyncio.timeout(request.extensions["timeout"]["read"]):
+                response = await super().send(request, **{**options, "stream": True})
+                async with contextlib.aclosing(response):
+                    data = await self._read(response)
+        except TimeoutError as error:
+            raise httpx2.ReadTimeout("not all of it came in time", request=request) from error
+        if request.method == "POST" and response.status_code == 200:
             try:
-                async with asyncio.timeout(request.extensions["timeout"]["read"]):
-                    response = await super().send(request, **{**options, "stream": True})
-                    async with contextlib.aclosing(response):
-                        async for piece in response.aiter_raw():
-                            data += piece
-                            if len(data) > MAX_BYTES:
-                                large = f"the answer has more than {MAX_BYTES:,} bytes"
-                                raise httpx.RemoteProtocolError(large, request=request)
-            except TimeoutError as error:
-                raise httpx.ReadTimeout("not all of it came in time", request=request) from error
-            if request.method == "POST" and response.status_code == 200:
-                try:
-                    parse_answer(bytes(data))
-                except MALFORMED as error:  # Tried again, like a connection that broke.
-                    malformed = f"malformed answer: {type(error).__name__}, {bytes(data[:80])!r}"
-                    raise httpx.RemoteProtocolError(malformed, request=request) from error
-            headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-            content = {"headers": headers, "content": bytes(data), "request": request}
-            return httpx.Response(response.status_code, **content)
+                parse_answer(data)
+            except MALFORMED as error:  # Tried again, like a connection that broke.
+                said = f"malformed answer: {type(error).__name__}, {data[:80]!r}"
+                raise httpx2.RemoteProtocolError(said, request=request) from error
+        headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
+        return httpx2.Response(response.status_code, headers=headers, content=data, request=request)
 
-    # Connections are not kept: one that is left open when the program ends is a warning.
-    return Bounded(limits=httpx.Limits(max_keepalive_connections=0), **options)
+    async def _read(self, response: httpx2.Response) -> bytes:
+        data = bytearray()
+        async for piece in response.aiter_raw():
+            data += piece
+            if len(data) > MAX_BYTES:
+                large = f"the answer has more than {MAX_BYTES:,} bytes"
+                raise httpx2.RemoteProtocolError(large, request=response.request)
+        return bytes(data)
 
 
 class ChatClient:
@@ -301,14 +307,13 @@ class ChatClient:
         # The client's own error would show the key.
         wrong = f"the key in {self.options.api_key_variable} is not printable ASCII: correct it."
         refuse_if([(not (key.isascii() and key.isprintable()), wrong)])
-        openai = extra("openai")
         here = urllib.parse.urlsplit(config.url).hostname in ("localhost", "127.0.0.1", "::1")
         self._client = openai.AsyncOpenAI(
             base_url=config.base,
             api_key=key or "none",
             timeout=self.options.timeout,
             max_retries=self.options.retries,
-            http_client=_http_client(
+            http_client=_Bounded(
                 self.counts,
                 # What the environment says of an account at OpenAI is no other server's business.
                 ["OpenAI-Organization", "OpenAI-Project", *([] if key else ["Authorization"])],
@@ -347,7 +352,6 @@ class ChatClient:
             raise self._refusal
         if self._failed_in_a_row >= self.options.give_up_after:
             return f"not sent: {self._failed_in_a_row} requests before it failed in a row"
-        openai = extra("openai")
         try:
             raw = self._wait(self._client.chat.completions.with_raw_response.create(**body))
         except concurrent.futures.CancelledError:
@@ -402,7 +406,7 @@ class ChatClient:
             Unreachable: nobody answers.
             ChatError: the key is refused, or the model is not among those there.
         """
-        openai, model = extra("openai"), self.config.model
+        model = self.config.model
         timeout = min(PROBE_TIMEOUT, self.options.timeout)
         client = self._client.with_options(timeout=timeout, max_retries=0)
         try:

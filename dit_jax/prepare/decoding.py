@@ -32,7 +32,7 @@ from av.video.reformatter import Interpolation
 from dit_jax.files import refuse_if
 from dit_jax.prepare.media import Probe, Timing, is_still, opened, rewound, scanned, unscanned
 from dit_jax.prepare.recorded import is_record, read_record
-from dit_jax.prepare.refusals import Refused, extra
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.rendering import EXACT, Renderer
 from dit_jax.prepare.stills import images, probe_image
 from dit_jax.prepare.timeline import Clock, on_grid
@@ -141,7 +141,6 @@ def probe(path: str | os.PathLike, config: DecodingConfig | None = None) -> Prob
     Refused: every reason that can be told from that.
     """
     if not is_record(path) and is_still(path):
-        _check_heif()
         return probe_image(path)
     losses = Losses()
     first = next(pictures(path, config, losses), None)
@@ -197,7 +196,6 @@ def pictures(
         yield from _of_record(path, losses)
         return
     if is_still(path):
-        _check_heif()
         yield from _drawn(path, config, losses)
         return
     with contextlib.ExitStack() as stack:
@@ -396,9 +394,3 @@ def _of_record(path: str | os.PathLike, losses: Losses) -> Iterator[Picture]:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         renderer = renderer or Renderer(frame)
         yield Picture(float(time), False, frame, renderer)
-
-
-def _check_heif() -> None:
-    """Lets Pillow read HEIC where pillow-heif is installed."""
-    with contextlib.suppress(ImportError):
-        extra("pillow_heif").register_heif_opener()

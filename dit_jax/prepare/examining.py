@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 
+import cv2
 import numpy as np
 from av.error import FFmpegError
 
@@ -31,7 +32,7 @@ from dit_jax.prepare.filters import FilterConfig, Rejection, verdict
 from dit_jax.prepare.measuring import Run, small_frame
 from dit_jax.prepare.media import Probe
 from dit_jax.prepare.recorded import is_record, read_record
-from dit_jax.prepare.refusals import Refused, extra
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.shots import ShotConfig
 from dit_jax.prepare.stills import probe_image
 from dit_jax.prepare.timeline import on_grid
@@ -115,7 +116,7 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
     Errors: ImportError where the extra `prepare` is not installed.
     """
     begun, name = time.perf_counter(), os.fspath(path)
-    extra("cv2").setNumThreads(1)  # Its pictures are small here, and there is a worker a core.
+    cv2.setNumThreads(1)  # Its pictures are small here, and there is a worker a core.
     try:
         report = _examined(name, config or ExamineConfig())
     except Refused as refused:

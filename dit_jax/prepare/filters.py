@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 
 from dit_jax.prepare.clips import Rect
-from dit_jax.prepare.refusals import extra
 
 DARK = 16
 """Pixels up to this are black."""
@@ -91,7 +91,6 @@ def black_part(lightness: np.ndarray) -> float:
 def sharpness(grey: np.ndarray, area: int | None) -> float:
     """Variance of the Laplacian of uint8 [h, w], shrunk to `area` pixels first where it is larger:
     as sharp as the clip will be, and comparable between sizes (Pech-Pacheco et al. 2000)."""
-    cv2 = extra("cv2")
     h, w = grey.shape
     if area is not None and h * w > area:
         scale = (area / (h * w)) ** 0.5
@@ -103,7 +102,6 @@ def sharpness(grey: np.ndarray, area: int | None) -> float:
 def motion(before: np.ndarray, after: np.ndarray, fps: float) -> float:
     """Mean length of the optical flow between uint8 [h, w] and the next frame, in diagonals a second
     (DIS flow, Kroeger et al. 2016)."""
-    cv2 = extra("cv2")
     if min(before.shape) < 12:
         return 0.0
     scale = 1 if min(before.shape) >= 32 else 32 / min(before.shape)
@@ -148,7 +146,6 @@ def text_part(grey: np.ndarray) -> float:
 
     A rough guess: fences and blinds look like text as well, and single large letters do not.
     """
-    cv2 = extra("cv2")
     if grey.shape[1] > 640:
         size = 640, max(round(grey.shape[0] * 640 / grey.shape[1]), 1)
         grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)

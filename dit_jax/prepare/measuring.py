@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import cv2
 import numpy as np
 from av.video.reformatter import Interpolation
 
@@ -12,7 +13,6 @@ from dit_jax.prepare import filters
 from dit_jax.prepare.clips import Rect, shots_of
 from dit_jax.prepare.decoding import Picture
 from dit_jax.prepare.duplicates import hash_square, hashed_frames, perceptual_hash
-from dit_jax.prepare.refusals import extra
 from dit_jax.prepare.shots import ShotConfig, ShotFinder
 
 SMALL = 128
@@ -28,7 +28,6 @@ def small_frame(picture: Picture) -> np.ndarray:
 
     Every n-th row and column, down to a little more than that, then averages.
     """
-    cv2 = extra("cv2")
     height, width = picture.renderer.height, picture.renderer.width
     light = picture.lightness(max(round(max(height, width) / (1.25 * SMALL)), 1))
     scale = SMALL / max(height, width)
@@ -49,7 +48,6 @@ class Sample:
     @classmethod
     def of(cls, picture: Picture, area: int | None, text: bool) -> Sample:
         """Measures a picture; `area`: pixels of a clip's frame."""
-        cv2 = extra("cv2")
         grey = picture.lightness()
         height, width = picture.renderer.height, picture.renderer.width
         scale = min(THUMBNAIL / max(height, width), 1.0)

@@ -22,13 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import cv2
 import numpy as np
 
 from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
 from dit_jax.prepare.chat import ChatClient, message, tell
 from dit_jax.prepare.decoding import DecodingConfig
-from dit_jax.prepare.refusals import extra
 from dit_jax.prepare.stages import Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import WorkersConfig
@@ -119,7 +119,6 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 
 def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "png"]) -> bytes:
     """A frame uint8 ``[h, w, 3]`` as a JPEG or PNG file, shrunk to ``max_side`` if it is larger."""
-    cv2 = extra("cv2")
     sound = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3 and image.size
     message = f"a frame is {image.dtype} {list(image.shape)}: frames are uint8 [h, w, 3], not empty"
     refuse_if([(not sound, message)])

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from dit_jax.files import atomic_path, json_bytes, write_json, write_whole
 from dit_jax.prepare.examining import FileReport
 from dit_jax.prepare.listing import Item
-from dit_jax.prepare.refusals import extra
 from dit_jax.prepare.stages import Examined, Kept, video_seconds
 from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import Progress
@@ -117,7 +118,7 @@ def write_reports(
     stages = {name: f"{one['seconds']:.1f} s" for name, one in summary["stages"].items()}
     tables = {"Files": summary["files_by_reason"], "Clips": summary["clips_by_reason"]}
     tables |= {"Notes": summary["notes"], "Seconds of this run": stages}
-    page = extra("jinja2").Template(TEMPLATE.read_text(), autoescape=True)
+    page = jinja2.Template(TEMPLATE.read_text(), autoescape=True)
     bounds = {"sample": SAMPLE, "listed": LISTED, "clips": CLIPS}
     values = {"text": render(summary), "tables": tables, "rows": rows, **bounds}
     write_whole(

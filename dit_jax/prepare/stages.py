@@ -21,7 +21,7 @@ from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
 from dit_jax.prepare.media import Probe
-from dit_jax.prepare.refusals import MACHINE_REASONS, check_installed
+from dit_jax.prepare.refusals import MACHINE_REASONS
 from dit_jax.prepare.work import Logs, Progress, digest, pack, unpack
 from dit_jax.prepare.workers import Outcome, WorkersConfig, run
 
@@ -185,7 +185,6 @@ def examine_into(
 
 def examine_files(items: Sequence[Item], examined: Examined, progress: Progress) -> None:
     """Examines those of the files that have no report yet; every one has one afterwards."""
-    check_installed()
     wanted = examined.missing(items, tried=True)
     parts = (examined.logs, wanted, examined.config, examined.limits, examined.workers)
     with progress.stage("examine", len(wanted), "files") as add:

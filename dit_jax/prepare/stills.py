@@ -18,13 +18,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from dit_jax.prepare.media import Probe
-from dit_jax.prepare.refusals import Refused, extra
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.rendering import LARGEST, over
 from dit_jax.prepare.timeline import native_rate
 
 ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
+with contextlib.suppress(ImportError):  # Pillow reads HEIC where it is installed.
+    import pillow_heif  # pyright: ignore[reportMissingImports]
+
+    pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = None  # Larger ones are refused by name.
 _SHORTEST, _DEFAULT = 0.02, 0.1  # Seconds.
 _MIRRORED, _TURNS = (2, 4, 5, 7), {3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}  # EXIF's numbers.
 
@@ -44,14 +50,13 @@ class Still:
 @contextlib.contextmanager
 def opened_image(path: str | os.PathLike) -> Iterator[Any]:
     """Pillow's image. Refused: not an image, an unsupported format, too many pixels."""
-    pil: Any = extra("PIL.Image")
-    pil.MAX_IMAGE_PIXELS = None  # The size is checked below, and refused by name.
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _refusing():
             try:
-                image = pil.open(path)
-            except pil.UnidentifiedImageError as error:
+                image = Image.open(path)
+            except UnidentifiedImageError as error:
                 raise _unidentified(path) from error
         with image:
             if image.width * image.height > LARGEST:
@@ -108,7 +113,7 @@ def images(path: str | os.PathLike, background: tuple[int, int, int]) -> Iterato
 
 def to_rgb(image: Any, background: tuple[int, int, int]) -> np.ndarray:
     """A Pillow image as displayed: uint8 [h, w, 3], upright, before the background, in sRGB."""
-    image = extra("PIL.ImageOps").exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _deep(image)
     image = _in_srgb(image)
@@ -131,11 +136,14 @@ def _in_srgb(image: Any) -> Any:
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "L", "CMYK"):
         return image
-    cms = extra("PIL.ImageCms")
-    with contextlib.suppress(cms.PyCMSError, OSError, ValueError):
+
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        source, target = cms.ImageCmsProfile(io.BytesIO(profile)), cms.createProfile("sRGB")
-        return cms.profileToProfile(image, source, target, outputMode=mode) or image
+        source, target = (
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+        )
+        return ImageCms.profileToProfile(image, source, target, outputMode=mode) or image
     return image
 
 

@@ -13,18 +13,16 @@ import numpy as np
 import pytest
 
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.prepare import (
-    AnswerCache,
-    Caption,
+from dit_jax.prepare.captions import Caption, record_texts, text_features
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatError, ChatOptions
+from dit_jax.prepare.recaption import (
     ClipFrames,
     RecaptionConfig,
+    encode_image,
     evenly_spaced,
+    failures,
     recaption,
-    record_texts,
-    text_features,
 )
-from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatError, ChatOptions
-from dit_jax.prepare.recaption import encode_image, failures
 from dit_jax.prepare.writing import write_records
 from tests.prepare.chat_server import Response, serving, words
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from made_media import moving
 
-from dit_jax.prepare import ShotConfig, examine, shot_cuts
 from dit_jax.prepare.decoding import sampled
+from dit_jax.prepare.examining import examine
 from dit_jax.prepare.measuring import small_frame
+from dit_jax.prepare.shots import ShotConfig, shot_cuts
 from tests.scripts import load_script
 
 REAL = [

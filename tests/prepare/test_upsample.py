@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_jax.prepare import AnswerCache
-from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatError, ChatOptions
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatError, ChatOptions
 from dit_jax.prepare.upsample import (
     UpsampleConfig,
     Upsampled,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_jax.prepare import Outcome, WorkersConfig, run
+from dit_jax.prepare.workers import Outcome, WorkersConfig, run
 
 # Children import what they do by name: by one that is found on the module search path.
 sys.path.append(str(Path(__file__).parent))
@@ -110,7 +110,7 @@ def test_an_interrupted_program_leaves_no_children(how):
     # A program in the background of a script ignores SIGINT unless it says otherwise.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from dit_jax.prepare import run, WorkersConfig\n"
+        "from dit_jax.prepare.workers import run, WorkersConfig\n"
         "from preparation_jobs import job\n"
         "for o in run(job, [('pid', 0), ('hang', 0)], WorkersConfig(count=1)):\n"
         "    print(o.value, flush=True)\n"
