@@ -67,12 +67,6 @@ class Geometry:
     """The same in the displayed picture, to the nearest pixel."""
 
 
-def shots_of(start: int, stop: int, cuts: list[int]) -> list[tuple[int, int]]:
-    """[start, stop) split at its cuts: (first, last + 1) of every shot."""
-    edges = [start, *cuts, stop]
-    return list(zip(edges, edges[1:], strict=False))
-
-
 def spans(count: int, fps: float, config: ClipConfig) -> list[tuple[int, int]]:
     """(first frame, number of frames) of the clips of a shot of `count` frames, in order.
 

@@ -60,6 +60,10 @@ class DecodingConfig:
         )
 
 
+LOOKS = "width height pixel_format transfer primaries matrix full_range hdr".split()
+"""What a probe has of the renderer of the first picture."""
+
+
 class Entry(NamedTuple):
     """A key frame, at which a file can be entered."""
 
@@ -156,26 +160,17 @@ def describe(first: Picture, when: Timing) -> Probe:
     span = float(when.times[-1] - when.times[0]) + 1 / when.fps if count else 0.0
     return Probe(
         kind="video" if count > 1 else "image",
-        container=when.container,
-        codec=when.codec,
-        width=renderer.width,
-        height=renderer.height,
-        fps=when.fps,
         constant_rate=when.constant,
         frames=count,
         duration=span if count > 1 else 0.0,
-        declared_duration=when.declared_duration,
-        pixel_format=renderer.pixel_format,
         sample_aspect_ratio=when.aspect,
         rotation=renderer.orientation.rotation,
         mirrored=renderer.orientation.mirrored,
-        transfer=renderer.transfer,
-        primaries=renderer.primaries,
-        matrix=renderer.matrix,
-        full_range=renderer.full_range,
-        hdr=renderer.hdr,
         timed=when.trusted,
-        audio=when.audio,
+        **{
+            k: getattr(when, k) for k in ("container", "codec", "fps", "declared_duration", "audio")
+        },
+        **{k: getattr(renderer, k) for k in LOOKS},
     )
 
 
@@ -373,10 +368,10 @@ def _drawn(path, config: DecodingConfig, losses: Losses) -> Iterator[Picture]:
     """An image's pictures in the form of decoded frames; damage after the first one ends them."""
     renderer = None
     try:
-        for still in images(path, config.background):
-            frame = av.VideoFrame.from_ndarray(still.pixels, format="rgb24")
+        for time, pixels in images(path, config.background):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             renderer = renderer or Renderer(frame)
-            yield Picture(still.time, False, frame, renderer)
+            yield Picture(time, False, frame, renderer)
     except Refused as refused:
         if renderer is None:
             raise

@@ -28,8 +28,7 @@ from dit_jax.prepare.decoding import (
     pictures,
 )
 from dit_jax.prepare.duplicates import hashed_frames, perceptual_hash
-from dit_jax.prepare.filters import FilterConfig, Rejection, verdict
-from dit_jax.prepare.measuring import Run, small_frame
+from dit_jax.prepare.measuring import FilterConfig, Rejection, Run, small_frame, verdict
 from dit_jax.prepare.media import Probe
 from dit_jax.prepare.recorded import is_record, read_record
 from dit_jax.prepare.refusals import Refused

@@ -9,7 +9,6 @@ browsers); of other files with several pictures (MPO, TIFF) the first is taken.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import struct
@@ -37,14 +36,6 @@ _MIRRORED, _TURNS = (2, 4, 5, 7), {3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}
 
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, LookupError, RuntimeError, TypeError)
 _DAMAGE += (ArithmeticError, struct.error)
-
-
-@dataclasses.dataclass(frozen=True)
-class Still:
-    """A picture, uint8 RGB [h, w, 3], and when it is shown, in seconds."""
-
-    time: float
-    pixels: np.ndarray
 
 
 @contextlib.contextmanager
@@ -93,8 +84,10 @@ def probe_image(path: str | os.PathLike) -> Probe:
         )
 
 
-def images(path: str | os.PathLike, background: tuple[int, int, int]) -> Iterator[Still]:
-    """The pictures of a file in order.
+def images(
+    path: str | os.PathLike, background: tuple[int, int, int]
+) -> Iterator[tuple[float, np.ndarray]]:
+    """(seconds, uint8 RGB [h, w, 3]) of the pictures of a file in order.
 
     Refused: see `opened_image`, and `cannot be decoded` or `truncated` where a picture is damaged.
     """
@@ -108,7 +101,7 @@ def images(path: str | os.PathLike, background: tuple[int, int, int]) -> Iterato
                 if first + i:
                     image.seek(first + i)
                 pixels = to_rgb(image, background)
-            yield Still(time, pixels)
+            yield time, pixels
 
 
 def to_rgb(image: Any, background: tuple[int, int, int]) -> np.ndarray:

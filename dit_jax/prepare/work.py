@@ -33,7 +33,7 @@ from tqdm import tqdm
 from dit_jax.files import json_bytes
 from dit_jax.prepare.clips import Geometry, Rect
 from dit_jax.prepare.examining import Clip, FileReport
-from dit_jax.prepare.filters import Rejection
+from dit_jax.prepare.measuring import Rejection
 from dit_jax.prepare.media import Probe
 
 _START = b'{"key": "'
