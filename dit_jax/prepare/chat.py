@@ -324,11 +324,8 @@ class ChatClient:
         )
 
     def ask(self, messages: Sequence[Message]) -> Answer | str:
-        """The answer to a conversation, or, as a text, the reason why there is none.
-
-        Raises:
-            ChatError: the server refuses the key or does not know the model.
-        """
+        """The answer to a conversation, or, as a text, why there is none; ``ChatError`` if the server
+        refuses the key or does not know the model."""
         body = self.config.request(messages)
         key = request_key(body)
         self.count("asked")
@@ -402,9 +399,7 @@ class ChatClient:
     def probe(self) -> None:
         """Asks which models there are, before long work begins; a server need not say.
 
-        Raises:
-            Unreachable: nobody answers.
-            ChatError: the key is refused, or the model is not among those there.
+        ``Unreachable`` if nobody answers, ``ChatError`` if the key is refused or the model is not there.
         """
         model = self.config.model
         timeout = min(PROBE_TIMEOUT, self.options.timeout)
@@ -564,9 +559,6 @@ def tell(client: ChatClient, messages: Sequence[Message]) -> tuple[str, str]:
     """What a model says, cleaned, and no reason; or nothing, and the reason why it is of no use.
 
     An answer that was cut at the limit of tokens loses its last, broken sentence.
-
-    Raises:
-        ChatError: the server refuses the key or does not know the model.
     """
     answer = client.ask(messages)
     if isinstance(answer, str):

@@ -31,7 +31,7 @@ from dit_jax.prepare.chat import ChatClient, message, tell
 from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.stages import Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
-from dit_jax.prepare.workers import WorkersConfig
+from dit_jax.prepare.workers import Outcome, WorkersConfig
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -138,8 +138,7 @@ def recaption(
     As many clips as ``client.options.concurrency`` are in memory. Begun again, it asks for what it has
     no answer to yet. ``client.summary`` tells what it took.
 
-    Raises:
-        ChatError: where the server refuses the key or does not know the model.
+    A refused key or an unknown model is a ``ChatError``.
     """
     one = partial(_recaption, client=client, config=config or RecaptionConfig())
     return ordered(one, clips, client.options.concurrency, client.close)
@@ -239,11 +238,7 @@ class Models:
         progress: Progress,
     ) -> list[Recaptioned]:
         """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
-        asked for next time.
-
-        Raises:
-            ChatError: where the server refuses the key or does not know the model.
-        """
+        asked for next time; a refused key or an unknown model is a ``ChatError``."""
         failed, probed = [], False
         waiting: deque[Kept] = deque()
         with progress.stage("captions", total, "clips") as add:
@@ -276,11 +271,9 @@ class Models:
         at = partial(evenly_spaced, wanted=self.config.frames)
         names, clips = itertools.tee(wanted)
         for read in read_clips(clips, decoding, workers, at):
-            error = f"{read.reason}: {read.detail}" if read.reason else ""
-            yield ClipFrames(next(names).name, "", partial(_frames, read.value, error))
+            yield ClipFrames(next(names).name, "", partial(_frames, read))
 
 
-def _frames(frames: np.ndarray | None, error: str) -> np.ndarray:
-    if frames is None:
-        raise ValueError(error)
-    return frames
+def _frames(read: Outcome) -> np.ndarray:
+    refuse_if([(bool(read.reason), f"{read.reason}: {read.detail}")])
+    return read.value
