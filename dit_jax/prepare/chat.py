@@ -399,7 +399,7 @@ class ChatClient:
     def probe(self) -> None:
         """Asks which models there are, before long work begins; a server need not say.
 
-        ``Unreachable`` if nobody answers, ``ChatError`` if the key is refused or the model is not there.
+        ``Unreachable`` if nobody answers, ``ChatError`` for a refused key or an absent model.
         """
         model = self.config.model
         timeout = min(PROBE_TIMEOUT, self.options.timeout)
