@@ -1,4 +1,4 @@
-"""What every file of the shared media is expected to give, in `media_table.csv`; `colours` by another decoder.
+"""What every shared media file is expected to give (`media_table.csv`); `colours` by another decoder.
 
 `colours` are the mean R, G, B of the nine parts (three rows of three) of the first displayed frame, in
 hexadecimal, as FFmpeg 9.0.2 (another build and version than PyAV's) shows it, turned by its own
