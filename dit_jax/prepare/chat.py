@@ -224,7 +224,7 @@ class AnswerCache:
     def asking(self, key: str) -> Iterator[Answer | None]:
         """Yields the answer, or None to the one that shall ask now; others wait until it is done."""
         # Held by the open file: threads and processes wait alike, and a killed process lets go.
-        with (self._locks / key[:3]).open("w") as file:
+        with (self._locks / key[:2]).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield self.get(key)
 
