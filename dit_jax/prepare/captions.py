@@ -166,8 +166,9 @@ def _captions(
     columns = list(row)
     named: list[tuple[str, Kind]] = [(column, _kind(column)) for column in config.caption_columns]
     if not named:
-        guesses = ((find_column(columns, keys), kind) for kind, keys in CAPTION_KEYS.items())
-        named = [(column, kind) for column, kind in guesses if column]
+        for kind, keys in CAPTION_KEYS.items():
+            if column := find_column(columns, keys):
+                named.append((column, kind))
     absent = [column for column, _ in named if column not in row] or [CAPTION_KEYS["given"][0]]
     message = (
         f"{where} has no {absent[0]!r}, only {', '.join(columns) or 'nothing'}: name the column"

@@ -26,7 +26,7 @@ import threading
 import urllib.parse
 import weakref
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -373,7 +373,7 @@ class ChatClient:
         self._failed_in_a_row = 0
         return parse_answer(raw.content)
 
-    def _wait(self, request: Coroutine) -> Any:
+    def _wait(self, request: Any) -> Any:
         """The result of a request in the thread of the event loop."""
         future = asyncio.run_coroutine_threadsafe(request, _loop())
         with self._lock:

@@ -259,6 +259,6 @@ def examine_on_beam(
 def _examine_batch(
     items: Sequence[Item], shared: tuple[Path, ExamineConfig, int, WorkersConfig]
 ) -> None:
-    folder, *settings = shared
-    for _ in examine_into(Logs(folder), items, *settings):
+    folder, config, limits, workers = shared
+    for _ in examine_into(Logs(folder), items, config, limits, workers):
         pass

@@ -70,9 +70,11 @@ def unpack(line: bytes) -> FileReport:
     kinds |= {"crop": Rect, "source": Rect}
 
     def restored(name: str, value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, list):
             return tuple(restored(name, one) for one in value)
-        if name in kinds and value is not None:
+        if name in kinds:
             return kinds[name](**{field: restored(field, inner) for field, inner in value.items()})
         return base64.b64decode(value) if name == "thumbnail" else value
 
