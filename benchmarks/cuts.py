@@ -22,9 +22,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dit_jax.prepare import DecodingConfig, shot_cuts
-from dit_jax.prepare.decoding import sampled
+from dit_jax.prepare.decoding import DecodingConfig, sampled
 from dit_jax.prepare.measuring import small_frame
+from dit_jax.prepare.shots import shot_cuts
 
 CUTS = {"torchcodec__nasa_13013.mp4": [202], "ffmpeg-python__in.mp4": [180]}
 """Cuts within the clips, looked at frame by frame; the second is to black, which is not joined."""

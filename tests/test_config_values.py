@@ -27,9 +27,10 @@ from dit_jax.diffusion import DiffusionConfig, MaskConfig, TimeConfig
 from dit_jax.files import InputError, as_path, write_whole
 from dit_jax.model import DiTConfig, PatchConfig
 from dit_jax.plan import __main__ as plan
-from dit_jax.prepare import ChatOptions, WorkersConfig
 from dit_jax.prepare import __main__ as prepare
+from dit_jax.prepare.chat import ChatOptions
 from dit_jax.prepare.shots import ShotConfig
+from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.sampling import SamplingConfig
 from dit_jax.training import OptimizerConfig
 
@@ -294,7 +295,6 @@ def test_verbs_refuse_numbers_that_are_not_finite(
         lambda x: check_types(RecordsConfig("x", fps=x)),
         lambda x: WorkersConfig(time_limit=x),
         lambda x: ShotConfig(ratio=x),
-        lambda x: ChatOptions(backoff=x),
         lambda x: ChatOptions(timeout=x),
     ],
 )

@@ -12,13 +12,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dit_jax import files
-from dit_jax.prepare import ExamineConfig, FileReport, WorkersConfig
 from dit_jax.prepare.__main__ import CaptionsConfig, PrepareConfig, main, prepare
+from dit_jax.prepare.examining import ExamineConfig, FileReport
 from dit_jax.prepare.listing import Item, find_media
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.report import LISTED, SAMPLE, write_reports
 from dit_jax.prepare.stages import TRIES, Examined, report_line
-from dit_jax.prepare.work import Logs, digest
+from dit_jax.prepare.work import Logs, Progress, digest
+from dit_jax.prepare.workers import WorkersConfig
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra: pip install -e '.[prepare]'")
 pytest.importorskip("cv2", reason="needs the extra: pip install -e '.[prepare]'")
@@ -118,7 +118,7 @@ def test_captions_and_files_that_do_not_meet_are_counted_and_named(folder, tmp_p
 
 
 def test_the_shared_table_of_two_rows(folder):
-    from dit_jax.prepare import match_table, read_table
+    from dit_jax.prepare.captions import match_table, read_table
 
     table = FAULTS / "table_two_rows_unmatched.csv"
     if not table.exists():
@@ -149,7 +149,10 @@ def test_linked_folders_are_followed_and_loops_end(folder, tmp_path):
 
 def test_what_the_machine_kept_from_being_read_is_tried_again(folder, tmp_path):
     picture(folder / "a.png", 1)
-    (folder / "b.png").write_bytes(b"")
+    # What takes longer to be refused than the time limit below.
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "b.png")
+    os.truncate(folder / "b.png", 400_000)
     short = WorkersConfig(count=1, time_limit=1e-6)
     said = [run(folder, tmp_path, workers=short) for _ in range(TRIES - 1)]
     with pytest.raises(ValueError, match="no clip"):
@@ -163,7 +166,7 @@ def test_what_the_machine_kept_from_being_read_is_tried_again(folder, tmp_path):
     # Under another limit they are read, once; they are not looked at again.
     run(folder, tmp_path)
     about = run(folder, tmp_path)
-    assert about["files_by_reason"] == {"used": 1, "empty file": 1}
+    assert about["files_by_reason"] == {"used": 1, "truncated": 1}
     logs = tmp_path.glob("work/examined/*/*.jsonl")
     assert sorted(path.read_bytes().count(b"\n") for path in logs) == [2] * (TRIES + 1)
 

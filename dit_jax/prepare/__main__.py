@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -38,6 +37,7 @@ from dit_jax.files import (
     check_writable,
     is_remote,
     locked,
+    refuse_if,
     run_verb,
     write_json,
 )
@@ -48,43 +48,46 @@ from dit_jax.parallel import (
     make_mesh,
     take_process_flags,
 )
-from dit_jax.prepare import (
-    MACHINE_REASONS,
-    AnswerCache,
+from dit_jax.prepare.captions import (
     Caption,
-    ChatClient,
-    ChatConfig,
-    ChatOptions,
-    ExamineConfig,
-    RecaptionConfig,
-    WorkersConfig,
-    failures,
-    near_duplicates,
-)
-from dit_jax.prepare.assembling import (
-    MARK,
-    Failed,
-    Videos,
-    pixels,
-    samples,
-    up_to_date,
-    write_builder,
-)
-from dit_jax.prepare.beam import BeamConfig, examine_on_beam
-from dit_jax.prepare.captioning import (
     CaptionsConfig,
-    Models,
     clip_features,
     clip_texts,
     given_captions,
 )
-from dit_jax.prepare.encoding import BatchConfig, Latents, States
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions
+from dit_jax.prepare.duplicates import near_duplicates
+from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import find_media
-from dit_jax.prepare.progress import Progress
+from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
+from dit_jax.prepare.records import (
+    MARK,
+    BatchConfig,
+    Failed,
+    Latents,
+    States,
+    Videos,
+    pixels,
+    read_mark,
+    samples,
+    tried_again,
+    up_to_date,
+    write_builder,
+)
 from dit_jax.prepare.report import LISTED, render, write_reports
-from dit_jax.prepare.stages import TRIES, Examined, Kept, examine_files, fitting, share
+from dit_jax.prepare.stages import (
+    TRIES,
+    BeamConfig,
+    Examined,
+    Kept,
+    examine_files,
+    examine_on_beam,
+    fitting,
+    share,
+)
 from dit_jax.prepare.tables import encodable
-from dit_jax.prepare.work import digest
+from dit_jax.prepare.work import Progress, digest
+from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.types import Codec, TextEncoder
@@ -143,13 +146,18 @@ class PrepareConfig:
     beam: BeamConfig = BeamConfig()
 
     def __post_init__(self) -> None:
-        if bool(self.caption_server) != bool(self.caption_model):
-            raise ValueError(
-                "--caption-server URL and --caption-model NAME go together: give both, or neither."
-            )
         index, _, count = self.shard.partition("/")
-        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-            raise ValueError(f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1.")
+        share = index.isdigit() and count.isdigit() and int(index) < int(count)
+        half = bool(self.caption_server) != bool(self.caption_model)
+        refuse_if(
+            [
+                (
+                    half,
+                    "--caption-server URL and --caption-model NAME go together: give both.",
+                ),
+                (not share, f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1."),
+            ]
+        )
 
     def reaches(self, stage: str) -> bool:
         """Whether a stage is done."""
@@ -165,17 +173,18 @@ class PrepareConfig:
 
 
 class Preparation:
-    """The parts of one preparation, opened; nothing is done yet.
-
-    Raises ``ValueError`` for a codec, input, output or table that is absent or foreign.
-    """
+    """The parts of one preparation, opened; nothing is done yet."""
 
     def __init__(self, config: PrepareConfig, shown: bool = True):
         self.config = config
         self.output, self.work = places(config)
         mesh = make_mesh(config.mesh, jax.local_devices())
-        self.codec: Any = interop.codec_tools().load_codec(config.codec) if config.codec else None
-        copies = interop.codec_tools().codec_copies(self.codec, mesh) if self.codec else []
+        self.codec: Codec | None = None
+        copies: Sequence[Any] = ()
+        if config.codec:
+            tools = interop.codec_tools()
+            self.codec = tools.load_codec(config.codec)
+            copies = tools.codec_copies(self.codec, mesh)
         self.encode = [partial(_encode, copy) for copy in copies]
         self.encoder: TextEncoder | None = None
         self.too_long: Callable[[str], bool] = lambda caption: False
@@ -183,17 +192,14 @@ class Preparation:
             text = interop.text_tools()
             self.encoder = encoder = text.load_text_encoder(config.text_encoder, mesh=mesh)
             length, _ = text.text_length(config.text_encoder)
-            limit = encoder.max_tokens
-            self.too_long = lambda caption: length(caption) > limit
-        table = config.captions.table
-        self.listed = find_media(
-            config.input, [self.output, self.work, *([table] if table else [])]
-        )
+            self.too_long = lambda caption: length(caption) > encoder.max_tokens
+        table = [config.captions.table] if config.captions.table else []
+        self.listed = find_media(config.input, [self.output, self.work, *table])
         self.items = self.listed.items
+        paths = {item.name: item.path for item in self.items}
+        self.given = given_captions(paths, config.captions)
         strides = self.codec.strides if self.codec else (1, 1, 1)
-        self.given = given_captions(self.items, config.captions)
-        examine = fitting(config.examine, strides)
-        self.examined = Examined(self.work, examine, config.workers)
+        self.examined = Examined(self.work, fitting(config.examine, strides), config.workers)
         self.models = Models(self.work, config.caption_model or "", config.recaption)
         self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
         self.states = States(self.work, self.encoder.hash if self.encoder else "")
@@ -236,84 +242,58 @@ class Preparation:
     def kept(self, part: range) -> Iterator[Kept]:
         """The clips of some files, in order, without near-duplicates."""
         counts, duplicates = self.survey
-        chosen = (self.items[i] for i in part if counts[i])
-        return (one for one in self.examined.kept(chosen) if one.name not in duplicates)
+        items = (self.items[i] for i in part if counts[i])
+        return (one for one in self.examined.kept(items) if one.name not in duplicates)
 
     def captions_of(self, part: range) -> list[str]:
-        """Those of the clips of a part, whose states are made together."""
+        """Those of the clips of a part, whose states are computed together."""
         return [self.texts(one)["caption"] for one in self.kept(part)]
 
-    def examine(self, index: int, count: int) -> None:
-        """The first stage, for this machine's share of the files."""
-        config = self.config
-        parts = share(len(self.items), config.batch.files, index, count)
-        mine = [self.items[i] for part in parts for i in part]
-        if config.beam.runner:
-            examine_on_beam(mine, self.examined, config.beam, self.progress)
-        else:
-            examine_files(mine, self.examined, self.progress)
-
-    @property
-    def more(self) -> bool:
-        """Whether anything is done between examining and the records."""
-        config = self.config
-        served = bool(config.caption_server) and config.reaches("captions")
-        coded = self.codec is not None and config.reaches("latents")
-        return served or coded or self.encoder is not None
+    def parts(self, index: int = 0, count: int = 1) -> list[range]:
+        """The parts of the files that a machine takes."""
+        return share(len(self.items), self.config.batch.files, index, count)
 
     def not_examined(self, wait: float) -> int:
         """Files that have no report, after waiting for those of others so many seconds."""
         deadline = time.monotonic() + wait
-        while missing := self.examined.missing(self.items):
-            if time.monotonic() >= deadline:
-                return len(missing)
+        while (missing := self.examined.missing(self.items)) and time.monotonic() < deadline:
             time.sleep(1.0)
-        return 0
+        return len(missing)
 
     def run_stages(self, index: int, count: int) -> None:
         """All stages between examining, which all files are, and the last, for this machine's share."""
-        config, decoding = self.config, self.examined.config.decoding
-        parts = share(len(self.items), config.batch.files, index, count)
+        config, progress, parts = self.config, self.progress, self.parts(index, count)
+        reading = self.examined.config.decoding, config.workers, progress
         total = sum(int(self.survey[0][part.start : part.stop].sum()) for part in parts)
-        if config.caption_server and config.reaches("captions"):
-            self._recaption((one for part in parts for one in self.kept(part)), total)
+        if config.caption_server and config.caption_model and config.reaches("captions"):
+            chat = ChatConfig(config.caption_server, config.caption_model, config.chat)
+            answers = self.work / f"answers-{index}-of-{count}.sqlite"
+            with contextlib.closing(AnswerCache(answers)) as cache:
+                client = ChatClient(chat, cache)
+                kept = (one for part in parts for one in self.kept(part))
+                failed = self.models.ask(kept, total, client, *reading)
+                print(client.summary())
+            if failed:
+                told = failures(failed)
+                print(f"clips without captions of the model:\n{told}", file=sys.stderr)
+            self.problems |= {one.name: one.error for one in failed}
+            self.notes["clips without captions of the model"] += len(failed)
         if self.encoder is not None:
             captions = map(self.captions_of, parts)
-            self.states.store(captions, total, self.encoder.encode, self.progress)
+            self.states.store(captions, total, self.encoder.encode, progress)
         if self.codec is not None and config.reaches("latents"):
-            kept = (list(self.kept(part)) for part in parts)
-            given = (self.encode, decoding, config.workers, self.progress)
-            self.latents.store(kept, total, *given)
-
-    def _recaption(self, kept: Iterable[Kept], total: int) -> None:
-        config = self.config
-        assert config.caption_server and config.caption_model
-        chat = ChatConfig(config.caption_server, config.caption_model, config.chat)
-        index, count = config.place
-        answers = self.work / f"answers-{index}-of-{count}.sqlite"
-        with contextlib.closing(AnswerCache(answers)) as cache:
-            client = ChatClient(chat, cache)
-            decoding = self.examined.config.decoding
-            failed = self.models.ask(kept, total, client, decoding, config.workers, self.progress)
-            print(client.summary.render())
-        if failed:
-            print(f"clips without captions of the model:\n{failures(failed)}", file=sys.stderr)
-        self.problems |= {one.name: one.error for one in failed}
-        self.notes["clips without captions of the model"] += len(failed)
+            clips = (list(self.kept(part)) for part in parts)
+            self.latents.store(clips, total, self.encode, *reading)
 
     def finish(self) -> dict[str, Any]:
-        """Writes records and reports, and returns what ``report.json`` says.
-
-        Raises:
-            ValueError: where no clip is left, or the records cannot be written.
-        """
+        """Writes records and reports, and returns what ``report.json`` says."""
         config, failed, again = self.config, Failed(), 0
-        every = range(len(self.items))
         if self.codec is not None and config.reaches("latents"):
-            for one in self.kept(every):
+            for one in self.kept(range(len(self.items))):
                 if (failure := self.latents.failure(one)) is not None:
-                    failed[one.name] = failure.reason, failure.detail
-                    again += failure.again
+                    reason, detail, tries = failure
+                    failed[one.name] = reason, detail
+                    again += tried_again(reason, tries)
         total = int(self.survey[0].sum()) - len(failed)
         if total and config.reaches("records"):
             again += self._records(total, failed)
@@ -321,7 +301,7 @@ class Preparation:
         def why(name: str) -> str:
             if name in self.survey[1]:
                 return f"near-duplicate: of {self.survey[1][name]}"
-            return ": ".join(failed[name]) if name in failed else ""
+            return ": ".join(failed.get(name, ()))
 
         def texts(one: Kept) -> dict[str, str]:
             captions = self.texts(one)
@@ -338,11 +318,11 @@ class Preparation:
         }
         given = (why, texts, self.problems, about, self.notes, self.progress)
         about = write_reports(self.output, self.items, self.examined, *given)
-        if not total and not (about["files_tried_again"] or again):
-            raise ValueError(
-                f"no clip of {config.input!r} was kept ({render(about)}): see "
-                f"{str(self.output / 'report.html')!r}, and --examine.filters and --examine.clips."
-            )
+        message = (
+            f"no clip of {config.input!r} was kept ({render(about)}): see "
+            f"{str(self.output / 'report.html')!r}, and --examine.filters and --examine.clips."
+        )
+        refuse_if([(not total and not (about["files_tried_again"] or again), message)])
         self._publish()
         return about
 
@@ -354,11 +334,12 @@ class Preparation:
         config, codec, encoder = self.config, self.codec, self.encoder
         latents = LatentsOf(codec.channels, codec.hash, codec.name) if codec else None
         states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
-        parts = share(len(self.items), config.batch.files)
-        unfit = frozenset(failed)
+        unfit, unread = frozenset(failed), Failed()
 
         def kept() -> Iterator[Kept]:
-            return (one for part in parts for one in self.kept(part) if one.name not in unfit)
+            return (
+                one for part in self.parts() for one in self.kept(part) if one.name not in unfit
+            )
 
         made_of = hashlib.sha256(
             digest(self.examined.config, config.encoding, latents, states).encode()
@@ -367,46 +348,36 @@ class Preparation:
             made_of.update(digest(one.name, one.item.key, self.texts(one)).encode())
         key = made_of.hexdigest()[:16]
         target = self.output / config.name / VERSION
-        before = {"tries": 0, "failed": {}}
+        tries = 0
         if up_to_date(target, key):
-            before |= json.loads((target / MARK).read_bytes())
-            lost = sum(reason in MACHINE_REASONS for reason, _ in before["failed"].values())
-            if not lost or before["tries"] >= TRIES:
+            before = read_mark(target)
+            tries = before.get("tries", 0)
+            if not any(tried_again(reason, tries) for reason, _ in before["failed"].values()):
                 failed |= {name: tuple(why) for name, why in before["failed"].items()}
                 return 0
-        decoding = self.examined.config.decoding
-        unread = Failed()
-        states_of = self._states_of(parts) if states else None
+        states_of = self._states_of() if states else None
 
         def records(clips: Iterable[Kept]) -> Iterator[dict[str, Any]]:
-            if codec is None:
-                encoded = config.encoding == "video"
-                videos = pixels(clips, decoding, config.workers, unread, encoded)
+            if codec is not None:
+                rate = codec.strides[0]  # Latents have their own frames a second.
+                videos: Videos = ((o, self.latents.load(o), o.clip.fps / rate) for o in clips)
             else:
-                videos = self._encoded(clips, codec)
+                encoded, decoding = config.encoding == "video", self.examined.config.decoding
+                videos = pixels(clips, decoding, config.workers, unread, encoded)
             return samples(videos, self.texts, states_of, unread)
 
         where = (self.output, config.name, key, total, kept(), records, unread)
         fields = (clip_features(config.captions), config.encoding, latents, states)
         write_builder(*where, *fields, self.progress)
         failed |= unread
-        lost = sum(reason in MACHINE_REASONS for reason, _ in unread.values())
-        if not lost:
-            return 0
-        tries = before["tries"] + 1
-        write_json(target / MARK, {"made_of": key, "tries": tries, "failed": unread})
-        return lost if tries < TRIES else 0
+        lost = sum(tried_again(reason, 0) for reason, _ in unread.values())
+        if lost:
+            write_json(target / MARK, {"made_of": key, "tries": tries + 1, "failed": unread})
+        return lost if tries + 1 < TRIES else 0
 
-    def _encoded(self, kept: Iterable[Kept], codec: Codec) -> Videos:
-        """Latents, with their own frames a second."""
-        for one in kept:
-            yield one, self.latents.load(one), one.clip.fps / codec.strides[0]
-
-    def _states_of(self, parts: Sequence[range]) -> Callable[[Kept], np.ndarray]:
+    def _states_of(self) -> Callable[[Kept], np.ndarray]:
         """The states of a clip's caption, found with those of its part; clips come in order."""
-        waiting = iter(parts)
-        names: set[str] = set()
-        captions: list[str] = []
+        waiting, names, captions = iter(self.parts()), set[str](), list[str]()
 
         def states(one: Kept) -> np.ndarray:
             while one.name not in names:
@@ -437,43 +408,24 @@ class Preparation:
 
 
 def places(config: PrepareConfig) -> tuple[Path, Path]:
-    """The local folders of what is made and of the work; Cloud Storage gets a copy at the end.
-
-    Raises:
-        InputError: where one of them, or the output on Cloud Storage, cannot be written.
-    """
+    """The local folders of the output and of the work; Cloud Storage gets a copy at the end."""
     output = check_writable(config.output)
     if not is_remote(config.output):
         work = check_writable(config.work, "--work") if config.work else output / "work"
         return output, work
-    if config.work is None and config.place[1] > 1:
-        raise InputError(
-            f"--output {config.output!r} is on Cloud Storage, and the machines that share the work "
-            "need a folder that all of them see: give --work DIR on a shared disk."
-        )
+    message = (
+        f"--output {config.output!r} is on Cloud Storage, and the machines that share the work "
+        "need a folder that all of them see: give --work DIR on a shared disk."
+    )
+    refuse_if([(config.work is None and config.place[1] > 1, message)])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dit_jax" / "prepare"
     work = check_writable(config.work or cache / digest(str(output)), "--work")
-    print(
-        f"{config.output}: made in {os.fspath(work)!r} (--work), which stays to go on from; the "
-        "records and reports are copied when they are finished."
-    )
+    print(f"{config.output}: made in {os.fspath(work)!r} (--work) and copied when it is finished.")
     return work / "output", work
 
 
 def _encode(codec: Any, videos: np.ndarray) -> np.ndarray:
     return codec.encode_many(to_float(videos))
-
-
-def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
-    """Does what is left to be done; what was made is returned by the process that finishes.
-
-    Raises:
-        ValueError: where an input, codec, encoder, table or output does not serve.
-    """
-    preparation = Preparation(config, shown)
-    index, count = config.place
-    with locked(preparation.work / f"share-{index}-of-{count}"):
-        return _run(preparation, config)
 
 
 def _wait_for_all(stage: str) -> None:
@@ -483,28 +435,43 @@ def _wait_for_all(stage: str) -> None:
     client.wait_at_barrier(f"dit_jax/{stage}", 7 * 24 * 3600 * 1000)
 
 
+def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
+    """Does what is left to be done; the process that finishes returns what ``report.json`` says."""
+    preparation = Preparation(config, shown)
+    index, count = config.place
+    with locked(preparation.work / f"share-{index}-of-{count}"):
+        return _run(preparation, config)
+
+
 def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | None:
-    if preparation.given.table:
-        print(preparation.given.table)
-        for row in preparation.given.unmatched[:TOLD]:
-            print(f"  no such file: {row}")
-    for name in preparation.listed.orphans[:TOLD]:
-        print(f"a caption without a media file: {name}")
+    given, listed, examined = preparation.given, preparation.listed, preparation.examined
+    if given.table:
+        print(given.table)
+    lines = [f"  no such file: {row}" for row in given.unmatched[:TOLD]]
+    lines += [f"a caption without a media file: {name}" for name in listed.orphans[:TOLD]]
+    print("\n".join(lines), end="\n" * bool(lines))
     index, count = config.place
     alone = jax.process_count() == 1
-    preparation.examine(index, count)
+    mine = [preparation.items[i] for part in preparation.parts(index, count) for i in part]
+    if config.beam.runner:
+        examine_on_beam(mine, examined, config.beam, preparation.progress)
+    else:
+        examine_files(mine, examined, preparation.progress)
+    served = bool(config.caption_server) and config.reaches("captions")
+    coded = preparation.codec is not None and config.reaches("latents")
+    more = served or coded or preparation.encoder is not None
     if not alone:
         _wait_for_all("examined")
         # What other machines wrote may take a while to be seen on a network disk.
         if left := preparation.not_examined(max(config.wait, VISIBLE)):
             raise OSError(f"{left} files that other processes examined have no report here")
-    elif count > 1 and preparation.more and (left := preparation.not_examined(config.wait)):
+    elif count > 1 and more and (left := preparation.not_examined(config.wait)):
         print(
             f"share {config.shard} is examined, and {left} files of other shares are not: run the same "
             "command again when they are (or give --wait SECONDS)."
         )
         return None
-    if preparation.more:
+    if more:
         preparation.run_stages(index, count)
     if not alone:
         _wait_for_all("prepared")
@@ -520,9 +487,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
-    left = []
 
-    def work() -> None:
+    def work() -> int:
         config = tyro.cli(
             PrepareConfig,
             args=given,
@@ -537,21 +503,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             raise InputError(str(error)) from error
         if about is None:
-            return
+            return 0
         print(render(about))
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
-        left.extend((about["files_tried_again"], about["clips_tried_again"]))
+        files, clips = about["files_tried_again"], about["clips_tried_again"]
+        if files or clips:
+            print(
+                f"{PROG}: {files} files and {clips} clips could not be read for want of time, memory "
+                "or a disk that answers, or crashed a decoder (report.html): the same command tries "
+                f"them again, in up to {TRIES} runs.",
+                file=sys.stderr,
+            )
+        return int(bool(files or clips))
 
-    status = run_verb(PROG, work)
-    if not any(left):
-        return status
-    print(
-        f"{PROG}: {left[0]} files and {left[1]} clips could not be read for want of time, memory or a "
-        "disk that answers, or crashed a decoder (report.html): the same command tries them again, in "
-        f"up to {TRIES} runs.",
-        file=sys.stderr,
-    )
-    return 1
+    return run_verb(PROG, work)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from dit_jax.files import SURROGATES
+from dit_jax.files import SURROGATES, MiB, refuse_if
+from dit_jax.prepare.recorded import is_record
 from dit_jax.prepare.tables import (
     encodable,
     find_column,
@@ -33,33 +34,18 @@ Kind = Literal["given", "short", "descriptive"]
 CAPTION_KEYS: dict[Kind, tuple[str, ...]] = {
     "given": ("caption", "captions", "text", "prompt", "description"),
     "short": ("short", "caption_short", "short_caption"),
-    "descriptive": (
-        "descriptive",
-        "long",
-        "caption_descriptive",
-        "caption_long",
-        "long_caption",
-        "detailed_caption",
+    "descriptive": tuple(
+        "descriptive long caption_descriptive caption_long long_caption detailed_caption".split()
     ),
 }
-FILE_KEYS = (
-    *(
-        "file",
-        "file_name",
-        "filename",
-        "media",
-        "clip",
-        "video",
-        "image",
-        "video_path",
-        "image_path",
-    ),
-    *("path", "name", "video_id", "videoid", "id", "key"),
+FILE_KEYS = tuple(
+    "file file_name filename media clip video image video_path image_path path name video_id videoid "
+    "id key".split()
 )
 LICENCE_KEYS = ("licence", "license")
 SIDECARS = (".txt", ".json")
 """The suffixes of sidecars, in any case."""
-LARGEST = 1 << 20
+LARGEST = MiB
 """Bytes of a sidecar."""
 
 
@@ -112,17 +98,6 @@ class Matched:
     uncaptioned: tuple[str, ...]
     """Media files without a row."""
 
-    def render(self) -> str:
-        """How many matched, and the names of those that did not."""
-        lines = [f"{len(self.captions)} of {self._media} media files have a caption in the table"]
-        lines += [f"  no such file: {row.file} ({row.where})" for row in self.unmatched]
-        lines += [f"  no caption: {name}" for name in self.uncaptioned]
-        return "\n".join(lines)
-
-    @property
-    def _media(self) -> int:
-        return len(self.captions) + len(self.uncaptioned)
-
 
 def stem(path: str) -> str:
     """What a media file and its sidecars have in common: the path without suffix, composed (NFC)."""
@@ -148,39 +123,34 @@ def read_sidecars(media: str | os.PathLike, whole_text: bool = False) -> tuple[C
 
     A text file has a caption on each line that is not blank, or, with ``whole_text``, is one caption.
     A JSON file is a string, a list of strings, or an object with any of ``CAPTION_KEYS`` (and a
-    licence); their values are strings or lists of strings. Their suffixes may be in capitals.
-
-    Raises:
-        ValueError: where a sidecar cannot be read, or holds no caption.
+    licence); their values are strings or lists of strings. ``InputError`` if one cannot be read, or
+    holds no caption.
     """
     _sidecars_in.cache_clear()
-    return read_listed_sidecars(media, whole_text)
+    return _listed_sidecars(media, whole_text)
 
 
-def read_listed_sidecars(media: str | os.PathLike, whole_text: bool = False) -> tuple[Caption, ...]:
+def _listed_sidecars(media: str | os.PathLike, whole_text: bool) -> tuple[Caption, ...]:
     """``read_sidecars`` of file after file: a folder is listed once, as it was at the first of them."""
     path = Path(media)
-    found: list[Caption] = []
-    for file in _sidecars_in(os.path.dirname(path)).get(stem(path.name), ()):
-        if file != path:
-            found += _read_sidecar(file, whole_text)
-    return tuple(dict.fromkeys(found))
+    files = _sidecars_in(os.path.dirname(path)).get(stem(path.name), ())
+    captions = [one for file in files if file != path for one in _read_sidecar(file, whole_text)]
+    return tuple(dict.fromkeys(captions))
 
 
 def _read_sidecar(path: Path, whole_text: bool) -> tuple[Caption, ...]:
-    if (size := os.stat(path).st_size) > LARGEST:
-        raise ValueError(f"{str(path)!r} has {size:,} bytes: captions have at most {LARGEST:,}")
+    large = os.stat(path).st_size > LARGEST
+    refuse_if([(large, f"{str(path)!r} has more than {LARGEST:,} bytes: captions are shorter")])
     if path.suffix.lower() == ".txt":
-        lines = [read_text(path)] if whole_text else [line for _, line in read_lines(path)]
-        found = [_caption(line, "sidecar") for line in lines if line.strip()]
-        if not found:
-            raise ValueError(f"{str(path)!r} holds no caption: write one, or remove the file")
-        return tuple(found)
-    value = read_json(path)
+        text = read_text(path)
+        value: Any = [text] if whole_text else [line for _, line in read_lines(path)]
+        refuse_if([(not text.strip(), f"{str(path)!r} holds no caption: write one, or remove it")])
+    else:
+        value = read_json(path)
     if isinstance(value, str | list):
         value = {"caption": value}
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} is neither a string nor an object: see docs/captions")
+    message = f"{str(path)!r} is neither a string nor an object: see docs/captions"
+    refuse_if([(not isinstance(value, dict), message)])
     return _captions(value, TableConfig(), "sidecar", f"{str(path)!r}")
 
 
@@ -192,29 +162,33 @@ def _caption(text: str, origin: str, kind: Kind = "given", licence: str | None =
 def _captions(
     row: Mapping[str, Any], config: TableConfig, origin: str, where: str
 ) -> tuple[Caption, ...]:
-    """The captions in a row; ``ValueError`` where it has no column for them, or no text in any."""
+    """The captions in a row; ``InputError`` if it has no column for them, or no text in any."""
     columns = list(row)
-    licence = row.get(config.licence_column or find_column(columns, LICENCE_KEYS) or "")
     named: list[tuple[str, Kind]] = [(column, _kind(column)) for column in config.caption_columns]
     if not named:
         for kind, keys in CAPTION_KEYS.items():
             if column := find_column(columns, keys):
                 named.append((column, kind))
-    if not named or any(column not in row for column, _ in named):
-        wanted = next((c for c, _ in named if c not in row), CAPTION_KEYS["given"][0])
-        raise ValueError(
-            f"{where} has no {wanted!r}, only {', '.join(columns) or 'nothing'}: name the column of "
-            "the captions"
-        )
+    absent = [column for column, _ in named if column not in row] or [CAPTION_KEYS["given"][0]]
+    message = (
+        f"{where} has no {absent[0]!r}, only {', '.join(columns) or 'nothing'}: name the column"
+    )
+    refuse_if([(not named or absent[0] in dict(named) and absent[0] not in row, message)])
+    licence = row.get(config.licence_column or find_column(columns, LICENCE_KEYS) or "")
     licence = encodable(str(licence)) if licence else None
-    found = [
-        _caption(text, origin, kind, licence)
-        for column, kind in named
-        for text in _texts(row[column], column, where)
-    ]
-    if not found:
-        raise ValueError(f"{where} has no text as {named[0][0]!r}: write one, or leave it out")
-    return tuple(found)
+    captions: list[Caption] = []
+    for column, kind in named:
+        value = row[column]
+        texts = [
+            text for text in (value if isinstance(value, list) else [value]) if text is not None
+        ]
+        strings = all(isinstance(text, str) for text in texts)
+        refuse_if([(not strings, f"{where} has the {column} {value!r}: give a string or several")])
+        captions += [_caption(text, origin, kind, licence) for text in texts if text.strip()]
+    refuse_if(
+        [(not captions, f"{where} has no text as {named[0][0]!r}: write one, or leave it out")]
+    )
+    return tuple(captions)
 
 
 def _kind(column: str) -> Kind:
@@ -224,46 +198,29 @@ def _kind(column: str) -> Kind:
     return "given"
 
 
-def _texts(value: Any, column: str, where: str) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    if any(text is not None and not isinstance(text, str) for text in values):
-        raise ValueError(f"{where} has the {column} {value!r}: give a string, or a list of them")
-    return [text for text in values if text and text.strip()]
-
-
 def read_table(path: str | os.PathLike, config: TableConfig | None = None) -> tuple[TableRow, ...]:
     """The rows of a table of captions, in its order.
 
-    Raises:
-        ValueError: where it cannot be read, its columns are not there or not known, a row has no
-            file or no caption, or (unless ``config.repeated`` joins them) two have the same file.
+    ``InputError`` if it cannot be read, its columns are not there or not known, a row has no file or no
+    caption, or (unless ``config.repeated`` joins them) two have the same file.
     """
     config = config or TableConfig()
     rows: dict[str, TableRow] = {}
     for place, row in read_rows(path):
         where = f"{str(path)!r}, {place}"
-        column = config.file_column or find_column(list(row), FILE_KEYS)
-        if column is None or column not in row:
-            raise ValueError(
-                f"{where} has no {column or FILE_KEYS[0]!r}, only {', '.join(row) or 'nothing'}: name "
-                "the column of the media files"
-            )
-        name = str(row[column] or "").strip()
-        if not name:
-            raise ValueError(f"{where} has no media file as {column!r}: fill it in")
+        column = config.file_column or find_column(list(row), FILE_KEYS) or FILE_KEYS[0]
+        name = str(row.get(column) or "").strip()
+        message = f"{where} has no {column!r}, only {', '.join(row) or 'nothing'}: name the column"
+        blank = f"{where} has no media file as {column!r}: fill it in"
+        refuse_if([(column not in row, message), (not name, blank)])
         file = _normal(name)
         captions = _captions(row, config, "table", where)
-        before = rows.get(file)
-        if before is not None and config.repeated == "refuse":
-            raise ValueError(
-                f"{str(path)!r} has {file!r} twice, at {before.where} and {place}: remove one, or "
-                "join them as its several captions (repeated='join')"
-            )
-        if before is not None:
+        if before := rows.get(file):
+            message = f"{str(path)!r} has {file!r} twice, at {before.where} and {place}: remove one"
+            refuse_if([(config.repeated == "refuse", f"{message}, or join them (repeated='join')")])
             captions = tuple(dict.fromkeys(before.captions + captions))
         rows[file] = TableRow(file, captions, before.where if before else place)
-    if not rows:
-        raise ValueError(f"{str(path)!r} has a header and no rows: give a row for each media file")
+    refuse_if([(not rows, f"{str(path)!r} has a header and no rows: give one for each file")])
     return tuple(rows.values())
 
 
@@ -338,8 +295,7 @@ def record_texts(captions: Sequence[Caption], given: int = 1) -> dict[str, str]:
     ``caption_short`` and ``caption_descriptive`` are the first of their kind. ``caption_origin`` says
     where each is from: "caption: sidecar; caption_short: model:NAME".
     """
-    if given < 1:
-        raise ValueError(f"given is {given}: at least 1 caption of a clip is kept.")
+    refuse_if([(given < 1, f"given is {given}: at least 1 caption of a clip is kept.")])
     of_kind = {kind: [one for one in captions if one.kind == kind] for kind in CAPTION_KEYS}
     places = ["caption", *(f"caption_{i}" for i in range(2, given + 1))]
     found = dict(zip(places, of_kind["given"], strict=False))
@@ -352,3 +308,88 @@ def record_texts(captions: Sequence[Caption], given: int = 1) -> dict[str, str]:
     }
     texts["caption_origin"] = "; ".join(f"{name}: {one.origin}" for name, one in found.items())
     return texts
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionsConfig:
+    """Where given captions are from."""
+
+    table: str | None = None
+    """A CSV, TSV, JSONL or JSON file with a row for each media file (docs/captions.md)."""
+    columns: TableConfig = TableConfig()
+    whole_text: bool = False
+    """A sidecar ``cat.txt`` is one caption, and not one on each line."""
+    given: int = 1
+    """Captions that came with a file are kept, at most so many."""
+    licence: str = ""
+    """Of files of which neither table nor sidecar says one."""
+
+    def __post_init__(self) -> None:
+        refuse_if([(self.given < 1, f"captions.given is {self.given}: it is at least 1.")])
+
+
+@dataclasses.dataclass
+class Given:
+    """The captions that came with files, by their names."""
+
+    captions: dict[str, tuple[Caption, ...]]
+    problems: dict[str, str]
+    """Sidecars that could not be read."""
+    table: str = ""
+    """What became of the table, in a line."""
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
+    """What did not meet, or was repaired, counted by what it is."""
+    unmatched: tuple[str, ...] = ()
+    """Rows of the table that match no file, and where they stand."""
+
+
+def given_captions(paths: Mapping[str, str], config: CaptionsConfig) -> Given:
+    """Captions of the table and, behind them, of sidecars, of files by name; a bad sidecar is a note, a
+    bad table an ``InputError``."""
+    given = Given({}, {})
+    if config.table is not None:
+        matched = match_table(read_table(config.table, config.columns), list(paths))
+        given.captions |= matched.captions
+        given.table = (
+            f"{config.table}: {len(matched.captions)} of {len(paths)} files have a row, and "
+            f"{len(matched.unmatched)} rows match no file"
+        )
+        given.unmatched = tuple(f"{row.file} ({row.where})" for row in matched.unmatched)
+        given.notes["table rows that match no file"] = len(matched.unmatched)
+        given.notes["files without a row in the table"] = len(matched.uncaptioned)
+    for name, path in paths.items():
+        if is_record(path):
+            continue
+        try:
+            beside = _listed_sidecars(path, config.whole_text)
+        except (ValueError, OSError) as error:
+            given.problems[name] = encodable(f"sidecar: {error}")
+            given.notes["sidecars that cannot be read"] += 1
+            beside = ()
+        if both := tuple(dict.fromkeys(given.captions.get(name, ()) + beside)):
+            given.captions[name] = both
+            if any(caption.repaired for caption in both):
+                given.problems.setdefault(name, "caption: half a surrogate pair became U+FFFD")
+                given.notes["files whose captions were repaired"] += 1
+    return given
+
+
+def clip_texts(captions: Sequence[Caption], config: CaptionsConfig) -> dict[str, str]:
+    """A clip's captions and licence as features of its record.
+
+    Where none was given, ``caption`` is the descriptive or else the short one of the model, and its
+    origin says so; a clip without any has an empty one, and trains as if it had been dropped.
+    """
+    texts = record_texts(captions, config.given)
+    made = next((k for k in ("caption_descriptive", "caption_short") if texts[k]), None)
+    if not texts["caption"] and made is not None:
+        texts["caption"] = texts[made]
+        origins = dict(one.split(": ", 1) for one in texts["caption_origin"].split("; "))
+        texts["caption_origin"] = f"caption: {origins[made]}; {texts['caption_origin']}"
+    licences = [one.licence for one in captions if one.licence]
+    return {**texts, "licence": licences[0] if licences else encodable(config.licence)}
+
+
+def clip_features(config: CaptionsConfig) -> tuple[str, ...]:
+    """The names of what ``clip_texts`` gives beside ``caption``."""
+    return (*text_features(config.given), "licence")

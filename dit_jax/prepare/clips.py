@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from dit_jax.files import refuse_if
+
 
 @dataclasses.dataclass(frozen=True)
 class Rect:
@@ -43,19 +45,14 @@ class ClipConfig:
     """Frames left out at either end of a shot that begins or ends with a cut."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_seconds <= self.max_seconds:
-            raise ValueError(
-                f"clips: {self.min_seconds} to {self.max_seconds} s: they must be above 0, in order"
-            )
-        for name in ("stride", "multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"clips.{name} is {getattr(self, name)}: it is at least 1")
-        if self.margin < 0 or self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"clips: margin {self.margin}, fps {self.fps}: at least 0, above 0")
-        if self.area is not None and self.area < self.multiple**2:
-            raise ValueError(
-                f"clips.area is {self.area}, less than one square of {self.multiple}: enlarge it"
-            )
+        rules = {
+            "0 < min_seconds <= max_seconds": 0 < self.min_seconds <= self.max_seconds,
+            "stride and multiple are at least 1": min(self.stride, self.multiple) >= 1,
+            "margin is at least 0": self.margin >= 0,
+            "fps is above 0": self.fps is None or 0 < self.fps < math.inf,
+            "area is at least a square of multiple": (self.area or math.inf) >= self.multiple**2,
+        }
+        refuse_if((not kept, f"{self}: {rule}.") for rule, kept in rules.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +65,6 @@ class Geometry:
     """Of the scaled picture: what the clip shows."""
     source: Rect
     """The same in the displayed picture, to the nearest pixel."""
-
-
-def shots_of(start: int, stop: int, cuts: list[int]) -> list[tuple[int, int]]:
-    """[start, stop) split at its cuts: (first, last + 1) of every shot."""
-    edges = [start, *cuts, stop]
-    return list(zip(edges, edges[1:], strict=False))
 
 
 def spans(count: int, fps: float, config: ClipConfig) -> list[tuple[int, int]]:

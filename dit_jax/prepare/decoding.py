@@ -29,9 +29,10 @@ from av.filter import Graph
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import Interpolation
 
+from dit_jax.files import refuse_if
 from dit_jax.prepare.media import Probe, Timing, is_still, opened, rewound, scanned, unscanned
 from dit_jax.prepare.recorded import is_record, read_record
-from dit_jax.prepare.refusals import Refused, extra
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.rendering import EXACT, Renderer
 from dit_jax.prepare.stills import images, probe_image
 from dit_jax.prepare.timeline import Clock, on_grid
@@ -47,10 +48,20 @@ class DecodingConfig:
     """`tone map`, or `refuse`."""
 
     def __post_init__(self) -> None:
-        if self.hdr not in ("tone map", "refuse"):
-            raise ValueError(f"hdr is {self.hdr!r}: it is 'tone map' or 'refuse'")
-        if len(self.background) != 3 or not all(0 <= x <= 255 for x in self.background):
-            raise ValueError(f"background is {self.background}: it is three numbers in 0..255")
+        colour = len(self.background) == 3 and all(0 <= x <= 255 for x in self.background)
+        refuse_if(
+            [
+                (
+                    self.hdr not in ("tone map", "refuse"),
+                    f"hdr is {self.hdr!r}: it is 'tone map' or 'refuse'",
+                ),
+                (not colour, f"background is {self.background}: it is three numbers in 0..255"),
+            ]
+        )
+
+
+LOOKS = "width height pixel_format transfer primaries matrix full_range hdr".split()
+"""What a probe has of the renderer of the first picture."""
 
 
 class Entry(NamedTuple):
@@ -134,7 +145,6 @@ def probe(path: str | os.PathLike, config: DecodingConfig | None = None) -> Prob
     Refused: every reason that can be told from that.
     """
     if not is_record(path) and is_still(path):
-        _check_heif()
         return probe_image(path)
     losses = Losses()
     first = next(pictures(path, config, losses), None)
@@ -150,26 +160,17 @@ def describe(first: Picture, when: Timing) -> Probe:
     span = float(when.times[-1] - when.times[0]) + 1 / when.fps if count else 0.0
     return Probe(
         kind="video" if count > 1 else "image",
-        container=when.container,
-        codec=when.codec,
-        width=renderer.width,
-        height=renderer.height,
-        fps=when.fps,
         constant_rate=when.constant,
         frames=count,
         duration=span if count > 1 else 0.0,
-        declared_duration=when.declared_duration,
-        pixel_format=renderer.pixel_format,
         sample_aspect_ratio=when.aspect,
         rotation=renderer.orientation.rotation,
         mirrored=renderer.orientation.mirrored,
-        transfer=renderer.transfer,
-        primaries=renderer.primaries,
-        matrix=renderer.matrix,
-        full_range=renderer.full_range,
-        hdr=renderer.hdr,
         timed=when.trusted,
-        audio=when.audio,
+        **{
+            k: getattr(when, k) for k in ("container", "codec", "fps", "declared_duration", "audio")
+        },
+        **{k: getattr(renderer, k) for k in LOOKS},
     )
 
 
@@ -190,7 +191,6 @@ def pictures(
         yield from _of_record(path, losses)
         return
     if is_still(path):
-        _check_heif()
         yield from _drawn(path, config, losses)
         return
     with contextlib.ExitStack() as stack:
@@ -368,10 +368,10 @@ def _drawn(path, config: DecodingConfig, losses: Losses) -> Iterator[Picture]:
     """An image's pictures in the form of decoded frames; damage after the first one ends them."""
     renderer = None
     try:
-        for still in images(path, config.background):
-            frame = av.VideoFrame.from_ndarray(still.pixels, format="rgb24")
+        for time, pixels in images(path, config.background):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             renderer = renderer or Renderer(frame)
-            yield Picture(still.time, False, frame, renderer)
+            yield Picture(time, False, frame, renderer)
     except Refused as refused:
         if renderer is None:
             raise
@@ -389,9 +389,3 @@ def _of_record(path: str | os.PathLike, losses: Losses) -> Iterator[Picture]:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         renderer = renderer or Renderer(frame)
         yield Picture(float(time), False, frame, renderer)
-
-
-def _check_heif() -> None:
-    """Lets Pillow read HEIC where pillow-heif is installed."""
-    with contextlib.suppress(ImportError):
-        extra("pillow_heif").register_heif_opener()

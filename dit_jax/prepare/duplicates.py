@@ -12,9 +12,10 @@ from array import array
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import cv2
 import numpy as np
 
-from dit_jax.prepare.refusals import extra
+from dit_jax.files import refuse_if
 
 K = TypeVar("K", bound=Hashable)
 FRAMES = 4
@@ -25,14 +26,13 @@ _BITS = 16
 
 def hash_square(grey: np.ndarray) -> np.ndarray:
     """What is hashed of uint8 [h, w]: uint8 [32, 32]."""
-    cv2 = extra("cv2")
     return cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA)
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
     """64 bits of uint8 [h, w]: which of the lowest 8 x 8 frequencies are above their median."""
     small = grey if grey.shape == (32, 32) else hash_square(grey)
-    low = extra("cv2").dct(small.astype(np.float32))[:8, :8].ravel()
+    low = cv2.dct(small.astype(np.float32))[:8, :8].ravel()
     low[0] = 0.0  # The mean says nothing of the shape.
     middle = np.partition(low, 32)[31:33]  # Half of the 64 are above.
     return int.from_bytes(np.packbits(low > middle.mean()).tobytes(), "big")
@@ -59,8 +59,8 @@ def near_duplicates(
     of all clips; and of clips that are near on average, at least one pair of hashes is. The tables are
     sorted arrays: about 100 bytes a clip, beside its key.
     """
-    if not 0 <= distance < 8:
-        raise ValueError(f"distance is {distance} bits: it is at least 0 and below 8")
+    message = f"distance is {distance} bits: it is at least 0 and below 8"
+    refuse_if([(not 0 <= distance < 8, message)])
     groups: dict[int, tuple[list[K], array]] = {}
     for key, hashes in clips:
         keys, bits = groups.setdefault(len(hashes), ([], array("Q")))

@@ -11,8 +11,9 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
+import cv2
 import numpy as np
 from av.error import FFmpegError
 
@@ -27,11 +28,10 @@ from dit_jax.prepare.decoding import (
     pictures,
 )
 from dit_jax.prepare.duplicates import hashed_frames, perceptual_hash
-from dit_jax.prepare.filters import FilterConfig, Rejection, verdict
-from dit_jax.prepare.measuring import Run, small_frame
+from dit_jax.prepare.measuring import FilterConfig, Rejection, Run, small_frame, verdict
 from dit_jax.prepare.media import Probe
 from dit_jax.prepare.recorded import is_record, read_record
-from dit_jax.prepare.refusals import Refused, extra
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.shots import ShotConfig
 from dit_jax.prepare.stills import probe_image
 from dit_jax.prepare.timeline import on_grid
@@ -115,7 +115,7 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
     Errors: ImportError where the extra `prepare` is not installed.
     """
     begun, name = time.perf_counter(), os.fspath(path)
-    extra("cv2").setNumThreads(1)  # Its pictures are small here, and there is a worker a core.
+    cv2.setNumThreads(1)  # Its pictures are small here, and there is a worker a core.
     try:
         report = _examined(name, config or ExamineConfig())
     except Refused as refused:
@@ -130,48 +130,45 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
 
 def _examined(path: str, config: ExamineConfig) -> FileReport:
     losses = Losses()
-    found = pictures(path, config.decoding, losses)
-    first = next(found, None)
+    decoded = pictures(path, config.decoding, losses)
+    first = next(decoded, None)
     if first is None:
         raise nothing_decoded(losses)
     probe = describe(first, losses.timing) if losses.timing else probe_image(path)
     target = config.clips.fps
     fps = target if target and probe.kind == "video" and probe.fps > target * 1.01 else probe.fps
-    runs = _runs(itertools.chain([first], found), fps, first.time, config)
-    frames = sum(run.stop - run.start for run in runs)
-    if losses.errors and probe.kind == "video" and frames < config.min_clean_frames:
-        raise Refused("cannot be decoded", f"{frames} clean frames; {losses.first_error}")
-    clips, shots = [], []
-    for run in runs:
-        for start, stop in run.shots():
-            clips += _clips(run, len(shots), start, stop, fps, first.time, probe, config)
-            shots.append((start, stop))
-    if len({entry.offset for entry in losses.entries}) > 1:
-        clips = [_entered(clip, losses.entries) for clip in clips]
-    notes = losses.notes()
-    lasts = runs[-1].stop / fps
-    if (
-        probe.declared_duration
-        and lasts < 0.9 * probe.declared_duration - 1 / fps
-        and losses.errors
-    ):
-        notes.append(f"truncated: {lasts:.2f} s of {probe.declared_duration:.2f} s")
-    caption = read_record(path)[2] if is_record(path) else ""
-    found = (tuple(clips), tuple(shots), frames, tuple(notes))
-    return FileReport(path, probe, None, *found, caption=caption)
-
-
-def _runs(found: Iterable[Picture], fps: float, origin: float, config: ExamineConfig) -> list[Run]:
-    """Measures all frames on the grid, in runs without gaps."""
-    shortest = bounds(fps, config.clips)[0]
-    step = max(min(round(fps / SAMPLES), shortest), 1)
+    # All frames on the grid are measured, in runs without gaps.
+    step = max(min(round(fps / SAMPLES), bounds(fps, config.clips)[0]), 1)
     text = config.filters.max_text is not None
     runs: list[Run] = []
-    for k, picture in on_grid(found, fps, origin):
+    for k, picture in on_grid(itertools.chain([first], decoded), fps, first.time):
         if not runs or k != runs[-1].stop:
             runs.append(Run(k, fps, config.shots, step, config.clips.area, text))
         runs[-1].add(picture)
-    return runs
+    frames = sum(run.stop - run.start for run in runs)
+    if losses.errors and probe.kind == "video" and frames < config.min_clean_frames:
+        raise Refused("cannot be decoded", f"{frames} clean frames; {losses.first_error}")
+    shots = [(run, *shot) for run in runs for shot in run.shots()]
+    clips = [
+        clip
+        for i, (run, start, stop) in enumerate(shots)
+        for clip in _clips(run, i, start, stop, fps, first.time, probe, config)
+    ]
+    if len({entry.offset for entry in losses.entries}) > 1:
+        clips = [_entered(clip, losses.entries) for clip in clips]
+    notes = losses.notes()
+    lasts, declared = runs[-1].stop / fps, probe.declared_duration
+    if declared and lasts < 0.9 * declared - 1 / fps and losses.errors:
+        notes.append(f"truncated: {lasts:.2f} s of {declared:.2f} s")
+    return FileReport(
+        path,
+        probe,
+        clips=tuple(clips),
+        shots=tuple((start, stop) for _, start, stop in shots),
+        frames=frames,
+        notes=tuple(notes),
+        caption=read_record(path)[2] if is_record(path) else "",
+    )
 
 
 def _clips(
@@ -183,25 +180,21 @@ def _clips(
     origin: float,
     probe: Probe,
     config: ExamineConfig,
-) -> list[Clip]:
+) -> Iterator[Clip]:
     """The clips of one shot, [start, stop) in grid indices; one that is rejected if it has none."""
-    margin = config.clips.margin
+    margin, image = config.clips.margin, probe.kind == "image"
     begin = start + (margin if start > run.start else 0)
     end = stop - (margin if stop < run.stop else 0)
-    if probe.kind == "image":
-        parts = [(0, 1)]
-    else:
-        parts = spans(end - begin, fps, config.clips)
+    parts = [(0, 1)] if image else spans(end - begin, fps, config.clips)
     rejection = None
     if not parts:
-        begin, parts = start, [(0, stop - start)]
         rejection = Rejection("duration", (end - begin) / fps, config.clips.min_seconds)
-    elif probe.kind == "image" and not config.clips.images:
+        begin, parts = start, [(0, stop - start)]
+    elif image and not config.clips.images:
         rejection = Rejection("image", 1.0, 0.0)
-    made = []
+    whole = Rect(0, 0, probe.height, probe.width)
     for offset, count in parts:
         first = begin + offset
-        whole = Rect(0, 0, probe.height, probe.width)
         part = run.picture(first, count, whole) if config.filters.crop_bars else whole
         geometry = fit(probe.height, probe.width, part, config.clips)
         sides = sorted((part.height, part.width))
@@ -213,22 +206,19 @@ def _clips(
         why = rejection or verdict(scores, config.filters)
         if why is None and geometry is None:
             why = Rejection("resolution", float(sides[0]), float(config.clips.multiple))
-        made.append(
-            Clip(
-                shot=shot,
-                start=first,
-                frames=count,
-                fps=fps,
-                begin=origin + first / fps,
-                geometry=geometry,
-                scores=scores,
-                rejection=why,
-                hashes=run.hashes(first, count),
-                thumbnail=run.thumbnail(first, count),
-                timed=probe.timed,
-            )
+        yield Clip(
+            shot=shot,
+            start=first,
+            frames=count,
+            fps=fps,
+            begin=origin + first / fps,
+            geometry=geometry,
+            scores=scores,
+            rejection=why,
+            hashes=run.hashes(first, count),
+            thumbnail=run.thumbnail(first, count),
+            timed=probe.timed,
         )
-    return made
 
 
 def _entered(clip: Clip, entries: list[Entry]) -> Clip:

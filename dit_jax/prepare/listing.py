@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from dit_jax.files import InputError, is_remote
+from dit_jax.files import is_remote, refuse_if
 from dit_jax.prepare.captions import SIDECARS, stem
 from dit_jax.prepare.recorded import find_records, is_record
 from dit_jax.prepare.tables import read_lines
@@ -50,18 +50,15 @@ def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLik
     over and counted; what ``leave_out`` names (tables of captions, the output) is passed over.
     Nothing is told by a file's name but that ``cat.txt`` and ``cat.json`` beside ``cat.mp4`` are its
     captions, whatever the case of their suffixes.
-
-    Raises:
-        ValueError: where there is nothing, or what is listed is there twice.
     """
     if is_record(source):
         records = find_records(str(source))
         return Listed(tuple(Item(name, path, digest(path, key)) for name, path, key in records))
-    if is_remote(source):
-        raise InputError(
-            f"--input {str(source)!r}: media are read as local files, many times over. Mount the "
-            "bucket (gcsfuse BUCKET /mnt/media) and give a path there, or copy it to a disk."
-        )
+    message = (
+        f"--input {str(source)!r}: media are read as local files, many times over. Mount the "
+        "bucket (gcsfuse BUCKET /mnt/media) and give a path there, or copy it to a disk."
+    )
+    refuse_if([(is_remote(source), message)])
     root = Path(source).expanduser()
     out = {os.path.realpath(Path(path).expanduser()) for path in leave_out}
     notes: Counter[str] = Counter()
@@ -79,21 +76,20 @@ def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLik
                 orphans.append(name)
             paths[name] = str(root / raw)
     elif root.is_file() and root.suffix.lower() in LISTS:
-        lines = [line.strip() for _, line in read_lines(root)]
-        listed = [line for line in lines if line and not line.startswith("#")]
-        name, times = Counter(listed).most_common(1)[0] if listed else ("", 0)
-        if times > 1:
-            raise ValueError(f"{str(source)!r} lists {name!r} twice: remove one of the lines.")
+        listed = [line for _, line in read_lines(root) if not line.startswith("#")]
+        twice = [name for name, times in Counter(listed).items() if times > 1]
+        refuse_if([(bool(twice), f"{str(source)!r} lists {twice} twice: remove one of the lines.")])
         paths = {name: str(root.parent / name) for name in sorted(listed)}
-    elif root.is_file():
-        paths = {next(iter(_escaped([root.name]))): str(root)}
     else:
-        raise ValueError(
+        message = (
             f"--input {str(source)!r} is not there: give a folder of media, a list of them "
             "(.txt), or tfds:NAME_OR_BUILDER_DIR[:split]."
         )
-    if not paths:
-        raise ValueError(f"--input {str(source)!r} holds no files: give a folder or list of media.")
+        refuse_if([(not root.is_file(), message)])
+        paths = {next(iter(_escaped([root.name]))): str(root)}
+    refuse_if(
+        [(not paths, f"--input {str(source)!r} holds no files: give a folder or list of media.")]
+    )
     items = tuple(Item(name, path, _key(name, path)) for name, path in paths.items())
     return Listed(items, sidecars, notes, tuple(orphans))
 

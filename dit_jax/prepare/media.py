@@ -26,7 +26,8 @@ from dit_jax.prepare.timeline import Clock, native_rate
 NOT_MEDIA = {"tty", "hls", "dash", "concat", "image2", "sdp", "rtsp", "lavfi", "vobsub", "ass"}
 """Formats of FFmpeg that name other files, or that take text for pictures."""
 _LARGEST_MOOV = 256 << 20
-_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
+_BOXES = b"ftyp moov mdat wide free skip styp".split()
+_HEIF = b"heic heix heim heis hevc hevx mif1 msf1 avif avis".split()
 _STILL = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 _STILL += (b"8BPS", b"\0\0\0\x0cjP  ", b"qoif")
 
@@ -210,15 +211,7 @@ def _check_boxes(path: str | os.PathLike) -> None:
             file.seek(at)
             header = file.read(16)
             length, kind = struct.unpack(">I4s", header[:8])
-            if not at and kind not in (
-                b"ftyp",
-                b"moov",
-                b"mdat",
-                b"wide",
-                b"free",
-                b"skip",
-                b"styp",
-            ):
+            if not at and kind not in _BOXES:
                 return
             if length == 1 and len(header) == 16:
                 length = struct.unpack(">Q", header[8:])[0]

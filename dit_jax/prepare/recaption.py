@@ -13,19 +13,28 @@ spares sending the frames twice and keeps both to the same facts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from fractions import Fraction
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
-import av
+import cv2
 import numpy as np
-from av.error import FFmpegError
 
-from dit_jax.prepare.answers import tell
+from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
-from dit_jax.prepare.chat import ChatClient, message
-from dit_jax.prepare.ordered import ordered
+from dit_jax.prepare.chat import ChatClient, message, tell
+from dit_jax.prepare.decoding import DecodingConfig
+from dit_jax.prepare.stages import Kept, read_clips
+from dit_jax.prepare.work import Progress, digest, file_name
+from dit_jax.prepare.workers import Outcome, WorkersConfig
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 DESCRIPTIVE = """\
 You see {what}. Describe what is seen in one paragraph of up to {words} words, for somebody who will \
@@ -60,13 +69,12 @@ class RecaptionConfig:
     """``{caption}`` becomes the descriptive caption, ``{medium}`` "an image" or "a video clip"."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "descriptive_words", "short_words"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recaption.{name} is {getattr(self, name)}: it is at least 1.")
-        if self.max_side < 16:
-            raise ValueError(f"recaption.max_side is {self.max_side}: it is at least 16 pixels.")
-        if "{caption}" not in self.short:
-            raise ValueError("recaption.short has no {caption}: say where the description stands.")
+        least = {"frames": 1, "descriptive_words": 1, "short_words": 1, "max_side": 16}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            refuse_if([(value < bound, f"recaption.{name} is {value}: it is at least {bound}.")])
+        message = "recaption.short has no {caption}: say where the description stands."
+        refuse_if([("{caption}" not in self.short, message)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,31 +118,16 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
 
 
 def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "png"]) -> bytes:
-    """A frame uint8 ``[h, w, 3]`` as a JPEG or PNG file, shrunk to ``max_side`` where it is larger.
-
-    The same pixels give the same bytes. Raises ``ValueError`` for another array.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-        raise ValueError(
-            f"a frame is {image.dtype} {list(image.shape)}: frames are uint8 [h, w, 3], not empty"
-        )
+    """A frame uint8 ``[h, w, 3]`` as a JPEG or PNG file, shrunk to ``max_side`` if it is larger."""
+    sound = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3 and image.size
+    message = f"a frame is {image.dtype} {list(image.shape)}: frames are uint8 [h, w, 3], not empty"
+    refuse_if([(not sound, message)])
     h, w = image.shape[:2]
     if max(h, w) > max_side:
-        # Here, because that room imports JAX, and processes that only decode do without.
-        from dit_jax.data.records import resized
-
-        size = (max(round(side * max_side / max(h, w)), 1) for side in (h, w))
-        image = resized(image[None], *size)[0]
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    if encoding == "jpeg":
-        frame = frame.reformat(format="yuvj420p", dst_color_range="JPEG", threads=1)
-    encoder = av.VideoCodecContext.create("mjpeg" if encoding == "jpeg" else "png", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
-    encoder.time_base, encoder.thread_count = Fraction(1), 1
-    if encoding == "jpeg":
-        encoder.color_range = 2
-        encoder.qmin = encoder.qmax = 3  # of 2..31: near a quality of 90 of 100
-    return b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode(None)))
+        size = (max(round(side * max_side / max(h, w)), 1) for side in (w, h))
+        image = cv2.resize(image, tuple(size), interpolation=cv2.INTER_AREA)
+    flags = [cv2.IMWRITE_JPEG_QUALITY, 90] if encoding == "jpeg" else []
+    return cv2.imencode(f".{encoding}", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), flags)[1].tobytes()
 
 
 def recaption(
@@ -145,8 +138,7 @@ def recaption(
     As many clips as ``client.options.concurrency`` are in memory. Begun again, it asks for what it has
     no answer to yet. ``client.summary`` tells what it took.
 
-    Raises:
-        ChatError: where the server refuses the key or does not know the model.
+    A refused key or an unknown model is a ``ChatError``.
     """
     one = partial(_recaption, client=client, config=config or RecaptionConfig())
     return ordered(one, clips, client.options.concurrency, client.close)
@@ -160,7 +152,7 @@ def _recaption(clip: ClipFrames, client: ChatClient, config: RecaptionConfig) ->
         images = [encode_image(frame, config.max_side, config.encoding) for frame in chosen]
         if not images:
             raise ValueError("there are none")
-    except (ValueError, OSError, FFmpegError) as error:
+    except (ValueError, OSError) as error:
         return dataclasses.replace(result, error=f"its frames cannot be read: {error}")
     del frames, chosen
     many = len(images) > 1
@@ -191,3 +183,97 @@ def _filled(template: str, **values: object) -> str:
 def failures(results: Iterable[Recaptioned]) -> str:
     """A line for every clip that keeps its given caption alone, or lacks one of the others."""
     return "\n".join(f"  {one.name}: {one.error}" for one in results if one.error)
+
+
+def ordered(
+    function: Callable[[A], B], items: Iterable[A], threads: int, stop: Callable[[], object]
+) -> Iterator[B]:
+    """``function`` of every item, as soon as those before it are done; items are drawn as needed.
+
+    At most four results a thread wait for an earlier one. Where something goes wrong (an error in
+    ``function``, a keyboard interrupt) no further items begin, ``stop`` is called, and what had begun
+    is waited for.
+    """
+    waiting: deque[Future[B]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            while waiting and (len(waiting) > 4 * threads or waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except (Exception, KeyboardInterrupt):
+        stop()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Models:
+    """The captions of a model, in a folder with a file for each clip that it answered for."""
+
+    def __init__(self, work: Path, model: str, config: RecaptionConfig):
+        self.config = config
+        self.folder = work / "captions" / digest(model, config)
+
+    def place(self, one: Kept) -> Path:
+        """Where a clip's captions are, or will be."""
+        key = digest(one.item.key, one.clip.start, one.clip.frames)
+        return self.folder / file_name(one.name, key, ".json")
+
+    def captions(self, one: Kept) -> tuple[Caption, ...]:
+        """Those that there are."""
+        if not self.place(one).exists():
+            return ()
+        return tuple(Caption(**values) for values in json.loads(self.place(one).read_bytes()))
+
+    def ask(
+        self,
+        kept: Iterable[Kept],
+        total: int,
+        client: ChatClient,
+        decoding: DecodingConfig,
+        workers: WorkersConfig,
+        progress: Progress,
+    ) -> list[Recaptioned]:
+        """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
+        asked for next time; a refused key or an unknown model is a ``ChatError``."""
+        failed, probed = [], False
+        waiting: deque[Kept] = deque()
+        with progress.stage("captions", total, "clips") as add:
+
+            def missing() -> Iterator[Kept]:
+                nonlocal probed
+                for one in kept:
+                    if self.place(one).exists():
+                        add(1, 0, 0.0)
+                        continue
+                    if not probed:
+                        client.probe()
+                        probed = True
+                    waiting.append(one)
+                    yield one
+
+            for told in recaption(self._clips(missing(), decoding, workers), client, self.config):
+                one = waiting.popleft()
+                if told.error:
+                    failed.append(told)
+                else:
+                    made = [dataclasses.asdict(caption) for caption in told.captions()]
+                    write_json(self.place(one), made)
+                add(1, 1, one.video_seconds)
+        return failed
+
+    def _clips(
+        self, wanted: Iterable[Kept], decoding: DecodingConfig, workers: WorkersConfig
+    ) -> Iterator[ClipFrames]:
+        at = partial(evenly_spaced, wanted=self.config.frames)
+        names, clips = itertools.tee(wanted)
+        for read in read_clips(clips, decoding, workers, at):
+            yield ClipFrames(next(names).name, "", partial(_frames, read))
+
+
+def _frames(read: Outcome) -> np.ndarray:
+    refuse_if([(bool(read.reason), f"{read.reason}: {read.detail}")])
+    return read.value

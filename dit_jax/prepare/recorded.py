@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.files import refuse_if
 from dit_jax.prepare.refusals import Refused
 
 PREFIX = "tfds:"
@@ -47,20 +48,17 @@ def is_record(path: str | os.PathLike) -> bool:
 
 def parse_input(given: str) -> tuple[str, str]:
     """Builder and split of ``tfds:NAME_OR_BUILDER_DIR[:split]``; ``train`` where none is named."""
-    found = re.fullmatch(r"(.+?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?))?", given.removeprefix(PREFIX))
-    if found is None:
-        raise ValueError(
-            f"--input {given!r}: give tfds:NAME or tfds:DIRECTORY of a version, then perhaps :SPLIT."
-        )
-    return found[1], found[2] or "train"
+    parts = re.fullmatch(r"(.+?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?))?", given.removeprefix(PREFIX))
+    message = (
+        f"--input {given!r}: give tfds:NAME or tfds:DIRECTORY of a version, then perhaps :SPLIT."
+    )
+    refuse_if([(parts is None, message)])
+    assert parts is not None
+    return parts[1], parts[2] or "train"
 
 
 def find_records(given: str) -> list[tuple[str, str, list[Any]]]:
-    """Name, path and what tells of a change of every record of an input, in order.
-
-    Raises:
-        ValueError: where there is no such builder or split, or it has no videos or images.
-    """
+    """Name, path and what tells of a change of every record of an input, in order."""
     from dit_jax.data.records import ENCODED_VIDEOS, find_builder
 
     path, split = parse_input(given)
@@ -72,12 +70,9 @@ def find_records(given: str) -> list[tuple[str, str, list[Any]]]:
     stem = f"{builder.info.full_name}/{split}"
     splits = builder.info.splits.values()
     stamp = [(one.name, one.num_bytes, list(one.shard_lengths)) for one in splits]
-    made = []
-    for index in range(count):
-        text = json.dumps(dataclasses.asdict(dataclasses.replace(place, index=index)))
-        name = f"{stem}/{index:0{len(str(count - 1))}d}"
-        made.append((name, PREFIX + text, stamp))
-    return made
+    values, width = dataclasses.asdict(place), len(str(count - 1))
+    texts = (json.dumps(values | {"index": index}) for index in range(count))
+    return [(f"{stem}/{i:0{width}d}", PREFIX + text, stamp) for i, text in enumerate(texts)]
 
 
 def _features(
@@ -87,11 +82,11 @@ def _features(
     ranks = {name: _rank(name, feature) for name, feature in features.items()}
     ranks |= {name: (0, name != "video") for name in encoded if name in features}
     videos = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
-    if not videos:
-        raise ValueError(
-            f"--input {given!r} has the features {', '.join(sorted(features))}: none is a video or an "
-            "image, uint8 [t, h, w, 1 or 3] or [h, w, 1 or 3]."
-        )
+    message = (
+        f"--input {given!r} has the features {', '.join(sorted(features))}: none is a video or an "
+        "image, uint8 [t, h, w, 1 or 3] or [h, w, 1 or 3]."
+    )
+    refuse_if([(not videos, message)])
     texts = [name for name, feature in features.items() if type(feature).__name__ == "Text"]
     texts = [name for name in texts if name not in encoded]
     captions = [name for name in CAPTIONS if name in texts]
@@ -121,17 +116,9 @@ def _opened(place: RecordPlace) -> Any:
 
     caption = place.caption or ""
     template = caption if caption.startswith("{") else None
-    return RecordsSource(
-        RecordsConfig(
-            place.path,
-            place.split,
-            place.video,
-            caption_key=caption,
-            caption_template=template,
-            fps=FPS,
-            captioned=bool(caption),
-        )
-    )
+    captions: dict[str, Any] = {"caption_key": caption, "caption_template": template}
+    captions["captioned"] = bool(caption)
+    return RecordsSource(RecordsConfig(place.path, place.split, place.video, fps=FPS, **captions))
 
 
 def _source(place: RecordPlace) -> Any:

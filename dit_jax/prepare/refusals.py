@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
-
 REASONS = (
     "empty file",
     "cannot be read",
@@ -42,21 +38,3 @@ class Refused(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
-
-def check_installed() -> None:
-    """Errors: ImportError, with what to do, if the extra `prepare` is not installed."""
-    for module in ("PIL.Image", "cv2"):
-        extra(module)
-
-
-@functools.cache
-def extra(module: str) -> ModuleType:
-    """A module that the extra `prepare` installs; ImportError says how, where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"preparing media needs {module.partition('.')[0]} ({error}); install it with "
-            "pip install -e '.[prepare]'"
-        ) from error

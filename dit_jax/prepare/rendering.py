@@ -14,12 +14,13 @@ import struct
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from dit_jax.prepare import colour
-from dit_jax.prepare.refusals import Refused, extra
+from dit_jax.prepare.refusals import Refused
 
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273's numbers to the scaler's.
 _KNOWN_MATRICES = {*_MATRICES, 0, 2, 3}
@@ -169,7 +170,6 @@ class Renderer:
         mapped = colour.needs_mapping(self.transfer, self.primaries)
         if mapped or self.rgb or form.name not in _PLANAR:
             size = max(self.height // every, 1), max(self.width // every, 1)
-            cv2 = extra("cv2")
             return cv2.cvtColor(self.pixels(frame, *size, _QUICK), cv2.COLOR_RGB2GRAY)
         plane, bits = frame.planes[0], form.components[0].bits
         rows = np.frombuffer(memoryview(plane), np.dtype("<u2" if bits > 8 else np.uint8))
@@ -177,7 +177,7 @@ class Renderer:
         if bits > 8:
             luma = (luma >> (bits - 8)).astype(np.uint8)
         if not self.full_range:
-            luma = extra("cv2").LUT(luma, _expansion())
+            luma = cv2.LUT(luma, _expansion())
         return self.orientation.apply(luma)
 
 
@@ -187,7 +187,7 @@ def _merged(image: av.VideoFrame) -> np.ndarray:
         np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:, : image.width]
         for plane in image.planes
     ]
-    return extra("cv2").merge([planes[2], planes[0], planes[1]])
+    return cv2.merge([planes[2], planes[0], planes[1]])
 
 
 def over(rgb: np.ndarray, opacity: np.ndarray, background: np.ndarray) -> np.ndarray:

@@ -7,20 +7,21 @@
 from __future__ import annotations
 
 import base64
-import html
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from dit_jax.files import atomic_path, json_bytes, write_json, write_whole
 from dit_jax.prepare.examining import FileReport
 from dit_jax.prepare.listing import Item
-from dit_jax.prepare.progress import Progress
 from dit_jax.prepare.stages import Examined, Kept, video_seconds
 from dit_jax.prepare.tables import encodable
+from dit_jax.prepare.work import Progress
 
 PICTURES = 400
 """Thumbnails in the page, at most."""
@@ -30,6 +31,7 @@ SAMPLE = 200
 """Files of each reason in the page, at most."""
 CLIPS = 100
 """Clips of each file in the page and in ``report.json``, at most."""
+TEMPLATE = Path(__file__).with_suffix(".html")
 HINTS = {
     "examine": "decoding and measuring on the host: more processes (--workers.count) or machines "
     "(--shard)",
@@ -88,9 +90,10 @@ def write_reports(
             if len(listed) < LISTED:
                 listed.append({**file, "clips": clips[:CLIPS]})
             if reasons[reason] <= SAMPLE:
-                shown = [clip.thumbnail for clip in report.clips[: min(thumbnails, CLIPS)]]
-                thumbnails -= len(shown)
-                rows.append(_row(file, shown))
+                clips = report.clips[: min(thumbnails, CLIPS)]
+                thumbnails -= len(clips)
+                shown = [base64.b64encode(clip.thumbnail).decode() for clip in clips]
+                rows.append((file, shown))
     longest = progress.bottleneck
     summary = {
         "files": reasons.total(),
@@ -112,7 +115,15 @@ def write_reports(
         "by_file": listed,
     }
     write_json(output / "report.json", summary)
-    write_whole(output / "report.html", encodable(_page(summary, rows)))
+    stages = {name: f"{one['seconds']:.1f} s" for name, one in summary["stages"].items()}
+    tables = {"Files": summary["files_by_reason"], "Clips": summary["clips_by_reason"]}
+    tables |= {"Notes": summary["notes"], "Seconds of this run": stages}
+    page = jinja2.Template(TEMPLATE.read_text(), autoescape=True)
+    bounds = {"sample": SAMPLE, "listed": LISTED, "clips": CLIPS}
+    values = {"text": render(summary), "tables": tables, "rows": rows, **bounds}
+    write_whole(
+        output / "report.html", encodable(page.render(problems=summary["problems"], **values))
+    )
     return summary
 
 
@@ -164,55 +175,3 @@ def render(summary: Mapping[str, Any]) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
-
-
-def _row(file: Mapping[str, Any], thumbnails: Sequence[bytes]) -> str:
-    about = ""
-    if "codec" in file:
-        about = f"{file['codec']} {file['width']}x{file['height']}, {file['fps']:.3g} fps"
-        about += f", {file['duration']:.2f} s" if file["duration"] else ""
-    refusal = file["refusal"]
-    told = [f"{refusal['reason']}: {refusal['detail']}"] if refusal else []
-    told += [*file["notes"], *filter(None, [file["problem"]])]
-    figures = []
-    for i, clip in enumerate(file["clips"][:CLIPS]):
-        picture = ""
-        if i < len(thumbnails) and thumbnails[i]:
-            data = base64.b64encode(thumbnails[i]).decode()
-            picture = f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{data}">'
-        caption = html.escape(clip["captions"].get("caption", ""))
-        state = html.escape(clip["left_out"] or f"kept. {caption}")
-        kind = "out" if clip["left_out"] else "kept"
-        span = f"{clip['begin']:.2f} s + {clip['seconds']:.2f} s"
-        figures.append(
-            f'<figure class="{kind}">{picture}<figcaption>{span}<br>{state}</figcaption></figure>'
-        )
-    if len(file["clips"]) > CLIPS:
-        told.append(f"{len(file['clips'])} clips, of which the first {CLIPS} are shown")
-    told_html = "<br>".join(html.escape(line) for line in told)
-    name = html.escape(file["path"])
-    return (
-        f"<tr><td>{name}<br><small>{html.escape(about)}</small><br><b>{told_html}</b></td>"
-        f"<td>{''.join(figures)}</td></tr>"
-    )
-
-
-def _page(summary: Mapping[str, Any], rows: Iterable[str]) -> str:
-    def table(title: str, counts: Mapping[str, Any]) -> str:
-        cells = "".join(
-            f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>"
-            for k, v in counts.items()
-        )
-        return f"<h2>{title}</h2><table>{cells}</table>"
-
-    problems = "\n".join(f"{name}: {text}" for name, text in summary["problems"].items())
-    stages = {name: f"{one['seconds']:.1f} s" for name, one in summary["stages"].items()}
-    return f"""<!doctype html><meta charset="utf-8"><title>Prepared clips</title><style>
-body {{ font: 14px sans-serif; margin: 2em }} td {{ border-top: 1px solid #ccc; vertical-align: top;
-padding: .4em }} figure {{ display: inline-block; margin: .3em; width: 200px; vertical-align: top }}
-img {{ max-width: 100% }} .out {{ opacity: .5 }} .kept {{ border-bottom: 3px solid #3a3 }}
-</style><h1>Prepared clips</h1><pre>{html.escape(render(summary))}</pre>
-{table("Files", summary["files_by_reason"])}{table("Clips", summary["clips_by_reason"])}
-{table("Notes", summary["notes"])}{table("Seconds of this run", stages)}
-<h2>Files, at most {SAMPLE} of each reason (all are in files.jsonl)</h2><table>{"".join(rows)}</table>
-<details><summary>Problems, at most {LISTED}</summary><pre>{html.escape(problems)}</pre></details>"""

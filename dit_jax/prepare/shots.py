@@ -25,9 +25,10 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
+import cv2
 import numpy as np
 
-from dit_jax.prepare.refusals import extra
+from dit_jax.files import refuse_if
 
 FLASH = 2
 """Frames that a flash lasts, at most."""
@@ -65,23 +66,21 @@ class ShotConfig:
     three in a row; None: they are as others."""
 
     def __post_init__(self) -> None:
-        if not (self.ratio > 1 and self.structure > 1 and self.change >= 0 and self.window >= 1):
-            raise ValueError(
-                f"shots: ratio {self.ratio}, structure {self.structure}, change {self.change}, window "
-                f"{self.window}: the first two are above 1, the others at least 0 and 1"
-            )
-        if not (-1 <= self.likeness <= 1 and -1 <= self.outlines <= 1 and self.held >= 0):
-            raise ValueError(
-                f"shots: likeness {self.likeness}, outlines {self.outlines}, held {self.held}: the "
-                "first two are correlations, -1 to 1, the last is at least 0"
-            )
+        rules = {
+            "ratio and structure are above 1": self.ratio > 1 and self.structure > 1,
+            "change and held are at least 0": self.change >= 0 and self.held >= 0,
+            "window is at least 1": self.window >= 1,
+            "likeness and outlines are correlations": -1 <= self.likeness <= 1
+            and -1 <= self.outlines <= 1,
+        }
+        refuse_if((not kept, f"{self}: {rule}.") for rule, kept in rules.items())
 
 
 class ShotFinder:
     """Finds the cuts of frames that are fed in order; one for each run without gaps."""
 
     def __init__(self, config: ShotConfig):
-        self.config, self._cv2 = config, extra("cv2")
+        self.config = config
         self._recent = collections.deque[np.ndarray](maxlen=2 * config.window + 2)
         self._changes: list[float] = []
         self._black: list[bool] = []
@@ -160,22 +159,22 @@ class ShotFinder:
 
     def _difference(self, one: np.ndarray, other: np.ndarray) -> float:
         """Equation 1."""
-        return self._cv2.mean(self._cv2.absdiff(one, other))[0]
+        return cv2.mean(cv2.absdiff(one, other))[0]
 
     def _structure_of(self, at: int) -> tuple[float, float]:
         """Equations 3 and 2 of a frame."""
         if at not in self._structure:
             pair = self._frame(at - 1), self._frame(at)
-            change, outlines = self._changes[at], _likeness(self._cv2, *pair)
+            change, outlines = self._changes[at], _likeness(*pair)
             self._structure[at] = change * (1 - outlines), outlines
-            shifted = _aligned(self._cv2, *pair) if outlines <= self.config.likeness else None
+            shifted = _aligned(*pair) if outlines <= self.config.likeness else None
             if shifted is not None:
-                change, outlines = self._difference(*shifted), _likeness(self._cv2, *shifted)
+                change, outlines = self._difference(*shifted), _likeness(*shifted)
                 self._structure[at] = min(self._structure[at], (change * (1 - outlines), outlines))
         return self._structure[at]
 
 
-def _aligned(cv2, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _aligned(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """What two frames both show, if one is the other shifted, as far as phase correlation tells."""
     height, width = one.shape
     window = _window(height, width)
@@ -190,17 +189,17 @@ def _aligned(cv2, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.nd
 
 @functools.cache
 def _window(height: int, width: int) -> np.ndarray:
-    return extra("cv2").createHanningWindow((width, height), extra("cv2").CV_32F)
+    return cv2.createHanningWindow((width, height), cv2.CV_32F)
 
 
-def _likeness(cv2, one: np.ndarray, other: np.ndarray) -> float:
+def _likeness(one: np.ndarray, other: np.ndarray) -> float:
     """Equation 2, -1..1; flat pictures are unlike all others."""
-    first, second = _outlines(cv2, one), _outlines(cv2, other)
+    first, second = _outlines(one), _outlines(other)
     scale = float(np.sqrt((first**2).mean() * (second**2).mean()))
     return float((first * second).mean()) / scale if scale else 0.0
 
 
-def _outlines(cv2, light: np.ndarray) -> np.ndarray:
+def _outlines(light: np.ndarray) -> np.ndarray:
     """Where lightness changes: float32 [h, w], its mean subtracted; flat areas give zeros."""
     x, y = (cv2.Sobel(light, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1)))
     edges = np.minimum(cv2.magnitude(x, y), 128.0)  # The outline, and not how strong it is.

@@ -7,6 +7,7 @@ however many machines there are, and so is every bit of the result.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -16,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from dit_jax.prepare.decoding import DecodingConfig
-from dit_jax.prepare.encoded import EncodedVideo, encode_video
+from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
 from dit_jax.prepare.media import Probe
-from dit_jax.prepare.progress import Progress
-from dit_jax.prepare.refusals import MACHINE_REASONS, check_installed
-from dit_jax.prepare.work import Logs, digest, pack, unpack
+from dit_jax.prepare.refusals import MACHINE_REASONS
+from dit_jax.prepare.work import Logs, Progress, digest, pack, unpack
 from dit_jax.prepare.workers import Outcome, WorkersConfig, run
 
 AHEAD = 2
@@ -30,6 +30,8 @@ AHEAD = 2
 TRIES = 3
 """Runs that try a file which time, memory, a disk or a crash kept them from reading. After these the
 refusal stays: nothing else tells a decoder that crashes every time from one that is short of memory."""
+BEAM_BATCH = 256
+"""Files that a worker of Beam takes at a time."""
 THUMBNAILS = 400
 """Of the first clips of a process, so many keep theirs."""
 
@@ -183,27 +185,19 @@ def examine_into(
 
 def examine_files(items: Sequence[Item], examined: Examined, progress: Progress) -> None:
     """Examines those of the files that have no report yet; every one has one afterwards."""
-    check_installed()
     wanted = examined.missing(items, tried=True)
     parts = (examined.logs, wanted, examined.config, examined.limits, examined.workers)
-    with progress.stage("examine", len(wanted), "files") as bar:
+    with progress.stage("examine", len(wanted), "files") as add:
         for clips, seconds in examine_into(*parts):
-            bar.add(1, clips, seconds)
+            add(1, clips, seconds)
     examined.logs.refresh()
 
 
-def _read(job: tuple[str, Clip], decoding: DecodingConfig) -> np.ndarray:
-    path, clip = job
-    return read_clip(path, clip, decoding)
-
-
-def _read_encoded(job: tuple[str, Clip], decoding: DecodingConfig) -> EncodedVideo:
-    return encode_video(read_clip(*job, decoding), job[1].fps)
-
-
-def _read_some(job: tuple[str, Clip], decoding: DecodingConfig, at: Any) -> np.ndarray:
+def _read(job: tuple[str, Clip], decoding: DecodingConfig, at: Any, encoded: bool) -> Any:
     frames = read_clip(*job, decoding)
-    return frames[at(len(frames))]
+    if encoded:
+        return encode_video(frames, job[1].fps)
+    return frames if at is None else frames[at(len(frames))]
 
 
 def read_clips(
@@ -217,8 +211,54 @@ def read_clips(
 
     With ``encoded`` an ``EncodedVideo``: every worker encodes, and little crosses the pipe.
     """
-    function = partial(_read_encoded if encoded else _read, decoding=decoding)
-    if at is not None:
-        function = partial(_read_some, decoding=decoding, at=at)
+    function = partial(_read, decoding=decoding, at=at, encoded=encoded)
     jobs = ((one.item.path, one.clip) for one in kept)
     return run(function, jobs, dataclasses.replace(workers, ahead=AHEAD))
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamConfig:
+    """Where Apache Beam runs: on this machine, on Dataflow, Flink or Spark.
+
+    Its workers read the media and write logs of reports, so all must see both.
+    """
+
+    runner: str | None = None
+    """DirectRunner, DataflowRunner, FlinkRunner, SparkRunner; None: Beam is not used."""
+    options: tuple[str, ...] = ()
+    """Of the pipeline, as its own flags: ``--project=...``."""
+
+
+def examine_on_beam(
+    items: Sequence[Item], examined: Examined, beam: BeamConfig, progress: Progress
+) -> None:
+    """``examine_files`` by a pipeline; in every worker the decoder is in a process of its own."""
+    try:
+        engine: Any = importlib.import_module("apache_beam")
+        options: Any = importlib.import_module("apache_beam.options.pipeline_options")
+    except ImportError as error:
+        raise ImportError(
+            f"--beam.runner needs Apache Beam: pip install -e '.[beam]' ({error})"
+        ) from error
+    wanted = examined.missing(items, tried=True)
+    with progress.stage("examine", len(wanted), "files") as add:
+        if wanted:
+            flags = options.PipelineOptions(list(beam.options))
+            shared = (examined.logs.folder, examined.config, examined.limits, examined.workers)
+            with engine.Pipeline(runner=beam.runner, options=flags) as pipeline:
+                batches = engine.BatchElements(min_batch_size=1, max_batch_size=BEAM_BATCH)
+                files = pipeline | engine.Create(wanted) | engine.Reshuffle()
+                _ = files | batches | engine.Map(_examine_batch, shared)
+        examined.logs.refresh()
+        for item in wanted:
+            report = examined.report(item)
+            kept = [clip for clip in report.clips if clip.rejection is None]
+            add(1, len(kept), video_seconds(report.probe, kept))
+
+
+def _examine_batch(
+    items: Sequence[Item], shared: tuple[Path, ExamineConfig, int, WorkersConfig]
+) -> None:
+    folder, config, limits, workers = shared
+    for _ in examine_into(Logs(folder), items, config, limits, workers):
+        pass

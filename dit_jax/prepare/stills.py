@@ -9,7 +9,6 @@ browsers); of other files with several pictures (MPO, TIFF) the first is taken.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import struct
@@ -18,13 +17,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from dit_jax.prepare.media import Probe
-from dit_jax.prepare.refusals import Refused, extra
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.rendering import LARGEST, over
 from dit_jax.prepare.timeline import native_rate
 
 ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
+with contextlib.suppress(ImportError):  # Pillow reads HEIC where it is installed.
+    import pillow_heif  # pyright: ignore[reportMissingImports]
+
+    pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = None  # Larger ones are refused by name.
 _SHORTEST, _DEFAULT = 0.02, 0.1  # Seconds.
 _MIRRORED, _TURNS = (2, 4, 5, 7), {3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}  # EXIF's numbers.
 
@@ -33,25 +38,16 @@ _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, LookupError, RuntimeError
 _DAMAGE += (ArithmeticError, struct.error)
 
 
-@dataclasses.dataclass(frozen=True)
-class Still:
-    """A picture, uint8 RGB [h, w, 3], and when it is shown, in seconds."""
-
-    time: float
-    pixels: np.ndarray
-
-
 @contextlib.contextmanager
 def opened_image(path: str | os.PathLike) -> Iterator[Any]:
     """Pillow's image. Refused: not an image, an unsupported format, too many pixels."""
-    pil: Any = extra("PIL.Image")
-    pil.MAX_IMAGE_PIXELS = None  # The size is checked below, and refused by name.
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _refusing():
             try:
-                image = pil.open(path)
-            except pil.UnidentifiedImageError as error:
+                image = Image.open(path)
+            except UnidentifiedImageError as error:
                 raise _unidentified(path) from error
         with image:
             if image.width * image.height > LARGEST:
@@ -88,8 +84,10 @@ def probe_image(path: str | os.PathLike) -> Probe:
         )
 
 
-def images(path: str | os.PathLike, background: tuple[int, int, int]) -> Iterator[Still]:
-    """The pictures of a file in order.
+def images(
+    path: str | os.PathLike, background: tuple[int, int, int]
+) -> Iterator[tuple[float, np.ndarray]]:
+    """(seconds, uint8 RGB [h, w, 3]) of the pictures of a file in order.
 
     Refused: see `opened_image`, and `cannot be decoded` or `truncated` where a picture is damaged.
     """
@@ -103,12 +101,12 @@ def images(path: str | os.PathLike, background: tuple[int, int, int]) -> Iterato
                 if first + i:
                     image.seek(first + i)
                 pixels = to_rgb(image, background)
-            yield Still(time, pixels)
+            yield time, pixels
 
 
 def to_rgb(image: Any, background: tuple[int, int, int]) -> np.ndarray:
     """A Pillow image as displayed: uint8 [h, w, 3], upright, before the background, in sRGB."""
-    image = extra("PIL.ImageOps").exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _deep(image)
     image = _in_srgb(image)
@@ -131,11 +129,14 @@ def _in_srgb(image: Any) -> Any:
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "L", "CMYK"):
         return image
-    cms = extra("PIL.ImageCms")
-    with contextlib.suppress(cms.PyCMSError, OSError, ValueError):
+
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        source, target = cms.ImageCmsProfile(io.BytesIO(profile)), cms.createProfile("sRGB")
-        return cms.profileToProfile(image, source, target, outputMode=mode) or image
+        source, target = (
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+        )
+        return ImageCms.profileToProfile(image, source, target, outputMode=mode) or image
     return image
 
 

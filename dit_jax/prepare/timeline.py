@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -53,18 +53,6 @@ class Clock:
         return stamp + self.offset, anew
 
 
-class Timed(Protocol):
-    """A frame with its time in seconds; `after_gap`: frames before it were lost."""
-
-    @property
-    def time(self) -> float: ...
-    @property
-    def after_gap(self) -> bool: ...
-
-
-T = TypeVar("T", bound=Timed)
-
-
 def native_rate(times: np.ndarray, hint: float | None = None) -> tuple[float, bool]:
     """(frames per second, whether it is constant) of sorted time stamps, float [n] in seconds.
 
@@ -98,12 +86,13 @@ def _fits(times: np.ndarray, rate: float) -> bool:
 
 
 def on_grid(
-    frames: Iterable[T], fps: float, origin: float, end: float = math.inf
-) -> Iterator[tuple[int, T]]:
+    frames: Iterable[Any], fps: float, origin: float, end: float = math.inf
+) -> Iterator[tuple[int, Any]]:
     """(k, frame) for every grid index k >= 0 with a frame: the one nearest to origin + k/fps.
 
-    `frames` come in order of time; of those with one time stamp the first counts. Stops after the
-    grid points before `end` seconds, having read one frame beyond.
+    `frames`, in order of time, have a `time` in seconds and say `after_gap` if some before them were
+    lost; of those with one time stamp the first counts. Stops after the grid points before `end`
+    seconds, having read one frame beyond.
     """
     pause = max(LONGEST_GAP, 4 / fps)
     index, before = 0, None

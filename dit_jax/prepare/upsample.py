@@ -14,19 +14,26 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Annotated, Any
 
 import tyro
 
 from dit_jax import interop
 from dit_jax.config import check_types
-from dit_jax.files import check_file, run_verb, write_json
+from dit_jax.files import check_file, refuse_if, run_verb, write_json
 from dit_jax.model import ByteEncoderConfig, TextStatesConfig
-from dit_jax.prepare.answer_cache import AnswerCache, default_cache
-from dit_jax.prepare.answers import tell, whole_sentences
-from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatOptions, Unreachable, message
-from dit_jax.prepare.ordered import ordered
+from dit_jax.prepare.chat import (
+    AnswerCache,
+    ChatClient,
+    ChatConfig,
+    ChatOptions,
+    Unreachable,
+    default_cache,
+    message,
+    tell,
+    whole_sentences,
+)
+from dit_jax.prepare.recaption import ordered
 from dit_jax.sampling import read_prompts
 from dit_jax.sampling.pipeline import stored_run
 
@@ -54,8 +61,7 @@ class UpsampleConfig:
     """The instruction; ``{words}`` becomes the limit."""
 
     def __post_init__(self) -> None:
-        if self.words < 1:
-            raise ValueError(f"upsampling.words is {self.words}: it is at least 1.")
+        refuse_if([(self.words < 1, f"upsampling.words is {self.words}: it is at least 1.")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +98,8 @@ def upsample(
     ``of_word``): longer texts lose sentences at their end until they fit, and are not used where the
     first is too long already.
 
-    Raises:
-        ChatError: where the server refuses the key or does not know the model. Where nobody answers at
-            all, prompts that no kept answer is of come back as they are, each with that error.
+    A refused key or an unknown model is a ``ChatError``. If nobody answers at all, prompts that no kept
+    answer is of come back as they are, each with that error.
     """
     config = config or UpsampleConfig()
     absent = ""
@@ -102,38 +107,29 @@ def upsample(
         client.probe()
     except Unreachable as error:
         absent = str(error)
-        client.close()  # what was answered once is there still
+        client.close()  # What was answered once is there still.
     words = config.words if limit is None else min(config.words, max(limit // of_word, 3))
     system = message("system", config.system.replace("{words}", str(words)))
-    one = partial(_upsample, client=client, system=system, limit=limit, length=length)
+
+    def one(prompt: str) -> Upsampled:
+        whole, why = tell(client, [system, message("user", prompt)])
+        text = whole
+        while text and limit is not None and length(text) > limit:
+            shorter = whole_sentences(text[:-1])
+            text = shorter if shorter != text else ""
+        if not text and not why:
+            why = f"too long: {length(whole)} where the text encoder reads {limit}, in one sentence"
+            why += f": {whole[:60]!r}..."
+        if why:
+            return Upsampled(
+                prompt, prompt, absent if absent and why.startswith("not sent") else why
+            )
+        return Upsampled(prompt, text)
+
     unique = list(dict.fromkeys(prompts))
-    found = ordered(one, unique, client.options.concurrency, client.close)
-    made = dict(zip(unique, found, strict=True))
-    if absent:
-        for prompt, one in made.items():
-            if one.error.startswith("not sent"):
-                made[prompt] = dataclasses.replace(one, error=absent)
-    return [made[prompt] for prompt in prompts]
-
-
-def _upsample(
-    prompt: str,
-    client: ChatClient,
-    system: Any,
-    limit: int | None,
-    length: Callable[[str], int],
-) -> Upsampled:
-    text, why = tell(client, [system, message("user", prompt)])
-    if why:
-        return Upsampled(prompt, prompt, why)
-    whole = text
-    while text and limit is not None and length(text) > limit:
-        shorter = whole_sentences(text[:-1])
-        text = shorter if shorter != text else ""
-    if not text:
-        why = f"too long: {length(whole)} where the text encoder reads {limit}, in one sentence"
-        return Upsampled(prompt, prompt, f"{why}: {whole[:60]!r}...")
-    return Upsampled(prompt, text)
+    results = ordered(one, unique, client.options.concurrency, client.close)
+    by_prompt = dict(zip(unique, results, strict=True))
+    return [by_prompt[prompt] for prompt in prompts]
 
 
 def changes(results: Sequence[Upsampled]) -> str:
@@ -197,8 +193,7 @@ def run(given: UpsampleArguments) -> None:
     output = check_file(given.output)
     prompts = [one for some in given.prompt for one in some]
     prompts += read_prompts(given.prompts_file) if given.prompts_file else []
-    if not prompts:
-        raise ValueError('nothing to upsample: give --prompt "..." or --prompts-file FILE.')
+    refuse_if([(not prompts, 'nothing to upsample: give --prompt "..." or --prompts-file FILE.')])
     limits: dict[str, Any] = {}
     if given.checkpoint is not None:
         config = stored_run(given.checkpoint)[2]
@@ -215,7 +210,7 @@ def run(given: UpsampleArguments) -> None:
         results = upsample(prompts, client, given.upsampling, **limits)
     write_json(output, records(results, given.model))
     print(changes(results) or "no prompt was changed")
-    print(client.summary.render())
+    print(client.summary())
     print(f"{len(results)} prompt(s): {output}", flush=True)
     if kept := warnings(results):
         failed = sum(bool(one.error) for one in results)

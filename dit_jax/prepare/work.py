@@ -21,16 +21,19 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from dit_jax.files import json_bytes
 from dit_jax.prepare.clips import Geometry, Rect
 from dit_jax.prepare.examining import Clip, FileReport
-from dit_jax.prepare.filters import Rejection
+from dit_jax.prepare.measuring import Rejection
 from dit_jax.prepare.media import Probe
 
 _START = b'{"key": "'
@@ -60,21 +63,22 @@ def pack(key: str, report: FileReport, thumbnails: bool) -> bytes:
 
 
 def unpack(line: bytes) -> FileReport:
-    """What ``pack`` made a line of."""
+    """What ``pack`` wrote as a line."""
     values = json.loads(line)
     del values["key"]
-    clips = tuple(map(_clip, values["clips"]))
-    probe, refusal = values["probe"], values["refusal"]
-    return FileReport(
-        **{
-            **values,
-            "probe": Probe(**probe) if probe else None,
-            "refusal": tuple(refusal) if refusal else None,
-            "clips": clips,
-            "shots": tuple((first, last) for first, last in values["shots"]),
-            "notes": tuple(values["notes"]),
-        }
-    )
+    kinds = {"probe": Probe, "clips": Clip, "geometry": Geometry, "rejection": Rejection}
+    kinds |= {"crop": Rect, "source": Rect}
+
+    def restored(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, list):
+            return tuple(restored(name, one) for one in value)
+        if name in kinds:
+            return kinds[name](**{field: restored(field, inner) for field, inner in value.items()})
+        return base64.b64decode(value) if name == "thumbnail" else value
+
+    return FileReport(**{name: restored(name, value) for name, value in values.items()})
 
 
 class Logs:
@@ -163,17 +167,41 @@ class Logs:
         return self._open[log].readline()
 
 
-def _clip(values: dict[str, Any]) -> Clip:
-    geometry, rejection = values["geometry"], values["rejection"]
-    if geometry is not None:
-        rects = {name: Rect(**geometry[name]) for name in ("crop", "source")}
-        geometry = Geometry(**{**geometry, **rects})
-    return Clip(
-        **{
-            **values,
-            "geometry": geometry,
-            "rejection": Rejection(**rejection) if rejection else None,
-            "hashes": tuple(values["hashes"]),
-            "thumbnail": base64.b64decode(values["thumbnail"]),
-        }
-    )
+class Progress:
+    """The progress bars of the stages, one after the other, and the seconds that each took."""
+
+    def __init__(self, shown: bool = True):
+        self.seconds: dict[str, float] = {}
+        self.clips: Counter[str] = Counter()
+        self._shown = shown
+
+    @contextlib.contextmanager
+    def stage(
+        self, name: str, total: int, unit: str
+    ) -> Iterator[Callable[[int, int, float], None]]:
+        """A stage of ``total`` files, captions or clips (``unit``). Yields what counts so many of them
+        as done, with so many clips of so many seconds of video in all."""
+        begun, video, clips = time.monotonic(), 0.0, 0
+        bar = tqdm(total=total, desc=name, unit=f" {unit}", disable=not self._shown or not total)
+
+        def add(count: int, more: int, seconds: float) -> None:
+            nonlocal video, clips
+            video, clips = video + seconds, clips + more
+            passed = max(time.monotonic() - begun, 1e-6)
+            rate = f", {video / passed:.2f} h of video/h" if video else ""
+            bar.set_postfix_str(f"{clips / passed:.2f} clips/s{rate}", refresh=False)
+            bar.update(count)
+
+        try:
+            yield add
+        finally:
+            bar.close()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+            self.clips[name] += clips
+
+    @property
+    def bottleneck(self) -> tuple[str, float] | None:
+        """The stage that took the most of all the time so far, and which part of it."""
+        total = sum(self.seconds.values())
+        longest = max(self.seconds, key=self.seconds.__getitem__, default="")
+        return (longest, self.seconds[longest] / total) if total else None

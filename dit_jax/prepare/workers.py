@@ -16,15 +16,23 @@ import itertools
 import multiprocessing.connection as connections
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import Pipe
 from typing import Any
 
-_CHILD = "from dit_jax.prepare.child import main; main()"
+import av.logging
+
+from dit_jax.files import refuse_if
+from dit_jax.prepare.refusals import Refused
+
+_CHILD = "from dit_jax.prepare.workers import work; work()"
 _STARTING = 120.0  # Seconds: for importing, from a slow disk.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -45,13 +53,11 @@ class WorkersConfig:
     """Results for each child, at most, that wait for that of a slow item before them."""
 
     def __post_init__(self) -> None:
-        least = min(self.items_per_child, self.ahead)
-        if not (self.count >= 0 and self.time_limit > 0 and least >= 1):
-            raise ValueError(
-                f"workers: count {self.count}, time_limit {self.time_limit}, items_per_child "
-                f"{self.items_per_child}, ahead {self.ahead}: they are at least 0, above 0, at least 1 "
-                "and at least 1"
-            )
+        sound = (
+            self.count >= 0 and self.time_limit > 0 and min(self.items_per_child, self.ahead) >= 1
+        )
+        message = "count is at least 0, time_limit above 0, items_per_child and ahead at least 1"
+        refuse_if([(not sound, f"workers: {self}: {message}")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Outcome:
     """Which item, from 0."""
     value: Any = None
     reason: str = ""
-    """`timed out`, `decoder crashed`, `out of memory` or `failed`; empty where there is a value."""
+    """`timed out`, `decoder crashed`, `out of memory` or `failed`; empty if there is a value."""
     detail: str = ""
     seconds: float = 0.0
 
@@ -75,10 +81,14 @@ def run(
     `function`, items and values are pickled; the function by its name, so it stands in a module. Items
     are taken as they are needed, and some more, so that one slow item does not stop the rest. Closing
     the iterator, an exception or Ctrl-C kills all children.
-    Errors: ValueError for a function that children cannot find by name.
     """
     config = config or WorkersConfig()
-    called = _by_name(function)
+    called = b"__main__"
+    with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
+        called = pickle.dumps(function)
+    refuse_if(
+        [(b"__main__" in called, f"{function!r}: define it in a module, for children to import")]
+    )
     count = config.count or len(os.sched_getaffinity(0))
     waiting = enumerate(items)
     children: list[_Child] = []
@@ -98,7 +108,12 @@ def run(
             busy = [child for child in children if child.index is not None]
             if not busy:
                 return
-            for child in _ready(busy):
+            wait = min(child.deadline for child in busy) - time.monotonic()
+            spoke = connections.wait([child.pipe for child in busy], min(max(wait, 0.0), 60.0))
+            now = time.monotonic()
+            for child in busy:
+                if child.pipe not in spoke and child.deadline > now:
+                    continue
                 outcome = child.heard()
                 if outcome is not None:
                     done[outcome.index] = outcome
@@ -113,17 +128,6 @@ def run(
             child.kill()
 
 
-def _ready(busy: list[_Child]) -> list[_Child]:
-    """The children that have answered, died or run out of time; waits for the first of them."""
-    while True:
-        now = time.monotonic()
-        late = [child for child in busy if child.deadline <= now]
-        wait = 0.0 if late else min(min(child.deadline for child in busy) - now, 60.0)
-        spoke = connections.wait([child.pipe for child in busy], max(wait, 0.0))
-        if late or spoke:
-            return [child for child in busy if child in late or child.pipe in spoke]
-
-
 class _Child:
     """A process, and the item that it works on."""
 
@@ -131,12 +135,13 @@ class _Child:
         self.pipe, theirs = Pipe()
         self.config, self.index, self.spent = config, None, False
         self._given, self._begun, self.deadline = 0, 0.0, 0.0
+        path = os.pathsep.join(path or os.getcwd() for path in sys.path)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1"), "PYTHONPATH": _path()},
+                env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1"), "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is for us; and what it starts dies with it.
             )
         self._to_send = [called, pickle.dumps(config.memory_limit)]
@@ -156,13 +161,12 @@ class _Child:
         self.deadline = self._begun + limit
 
     def heard(self) -> Outcome | None:
-        """What became of the item, once the child answered, died, or ran out of time; None: it has
-        only started. Errors: ChildProcessError if it did not even start."""
+        """What became of the item, once the child answered, died, or ran out of time; None if it has
+        only started."""
         if not self._started:
             if not self.pipe.poll() or not self._received():
-                raise ChildProcessError(
-                    f"a child process did not start ({self._death()}); what it said is on stderr"
-                )
+                message = "a child process did not start ({}); what it said is on stderr"
+                raise ChildProcessError(message.format(self._death()))
             self._started = True
             self._begin(self.config.time_limit)
             return None
@@ -191,10 +195,9 @@ class _Child:
 
     def _received(self) -> bytes:
         """The child's message; empty if it is dead."""
-        try:
+        with contextlib.suppress(EOFError, OSError):
             return self.pipe.recv_bytes()
-        except (EOFError, OSError):
-            return b""
+        return b""
 
     def _death(self) -> str:
         try:
@@ -203,26 +206,40 @@ class _Child:
             return f"silent for {_STARTING:g} s"
         if code >= 0:
             return f"its process ended with status {code}"
-        with contextlib.suppress(ValueError):
-            return f"its process was ended by {signal.Signals(-code).name}"
-        return f"its process was ended by signal {-code}"
+        names = {int(one): one.name for one in signal.Signals}
+        return f"its process was ended by {names.get(-code, f'signal {-code}')}"
 
 
-def _by_name(function: Callable[[Any], Any]) -> bytes:
-    """The function, pickled; ValueError unless a child can import it."""
-    try:
-        called = pickle.dumps(function)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{function!r} cannot be pickled ({error}): define it in a module"
-        ) from error
-    if b"__main__" in called:
-        raise ValueError(
-            f"{function!r} is in the main module, which children do not import: move it"
-        )
-    return called
+def work() -> None:
+    """What a child runs: answers (value, reason, detail) to every item, until its pipe is closed."""
+    parent = int(sys.argv[2])
 
+    def die_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
 
-def _path() -> str:
-    """This process's module search path, for a child."""
-    return os.pathsep.join(path or os.getcwd() for path in sys.path)
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    av.logging.set_level(av.logging.PANIC)  # What is wrong with a file is in its report.
+    pipe = connections.Connection(int(sys.argv[1]))
+    function = pickle.loads(pipe.recv_bytes())
+    limit = pickle.loads(pipe.recv_bytes())
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    pipe.send_bytes(b"started")
+    while True:
+        try:
+            item = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = pickle.dumps((function(item), "", ""))
+        except Refused as refused:
+            answer = pickle.dumps((None, refused.reason, refused.detail))
+        except MemoryError:
+            answer = pickle.dumps((None, "out of memory", "its process may have no more"))
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{os.path.basename(place.filename)}:{place.lineno}"
+            answer = pickle.dumps((None, "failed", f"{type(error).__name__}: {error} ({where})"))
+        pipe.send_bytes(answer)

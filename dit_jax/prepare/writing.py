@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -133,38 +133,52 @@ class _Schema(NamedTuple):
         texts, numbers = ("caption", *self.texts), ("fps", *self.numbers)
         missing = [k for k in ("video", *texts, *numbers, *self.labels) if k not in sample]
         refuse_if([(bool(missing), f"{where} lacks {missing}: it has {sorted(sample)}")])
-        record: dict[str, Any] = {key: int(sample[key]) for key in self.labels}
-        for key in numbers:
-            record[key] = value = float(sample[key])
-            sound = 0 < value < LARGEST_FPS if key == "fps" else np.isfinite(value)
-            refuse_if([(not sound, f"{where} has {key} {value}: need a (positive) finite number")])
-        for key in texts:
-            message = f"{where} has the {key} {sample[key]!r}: need a string, perhaps empty"
-            refuse_if([(not isinstance(sample[key], str), message)])
-            record[key] = encodable(sample[key])
-        record["video"], shape = self._video(sample["video"], record["fps"], where)
-        states = 0
+        values = {key: float(sample[key]) for key in numbers}
+        sound = {
+            key: 0 < x < LARGEST_FPS if key == "fps" else np.isfinite(x)
+            for key, x in values.items()
+        }
+        need = "need a (positive) finite number"
+        refuse_if((not sound[key], f"{where} has {key} {x}: {need}") for key, x in values.items())
+        need = "need a string, perhaps empty"
+        refuse_if(
+            (not isinstance(sample[key], str), f"{where} has the {key} {sample[key]!r}: {need}")
+            for key in texts
+        )
+        record: dict[str, Any] = {key: int(sample[key]) for key in self.labels} | values
+        record |= {key: encodable(sample[key]) for key in texts}
+        record["video"], shape = self._video(sample["video"], values["fps"], f"video of {where}")
         if self.states is not None:
-            record[STATES] = _states(sample, where, self.states)
-            states = len(record[STATES])
-        return record, [*shape, len(record["caption"].encode()), states]
+            record[STATES] = self._states(np.asarray(sample.get(STATES)), f"{STATES} of {where}")
+        return record, [*shape, len(record["caption"].encode()), len(record.get(STATES, ()))]
 
-    def _video(self, value: Any, fps: float, where: str) -> tuple[Any, tuple[int, ...]]:
+    def _video(self, value: Any, fps: float, what: str) -> tuple[Any, tuple[int, ...]]:
         if isinstance(value, EncodedVideo):
-            message = f"video of {where} is encoded: give encoding='video'"
-            refuse_if([(self.encoding != "video", message)])
+            refuse_if([(self.encoding != "video", f"{what} is encoded: give encoding='video'")])
             return value
-        video = as_video(value, f"video of {where}", latents=self.latents is not None)
+        video = as_video(value, what, latents=self.latents is not None)
         shape = video.shape[:3]
         if self.latents is None:
             return (encode_video(video, fps).data if self.encoding == "video" else video), shape
+        other = video.dtype == np.uint8 or video.shape[-1] != self.latents.channels
         message = (
-            f"video of {where} is {video.dtype} with {video.shape[-1]} channels: latents of "
+            f"{what} is {video.dtype} with {video.shape[-1]} channels: latents of "
             f"{self.latents.hash!r} are float with {self.latents.channels}"
         )
-        other = video.dtype == np.uint8 or video.shape[-1] != self.latents.channels
         refuse_if([(other, message)])
-        return _finite(video, np.float16, f"video of {where}"), shape
+        return _finite(video, np.float16, what), shape
+
+    def _states(self, states: np.ndarray, what: str) -> np.ndarray:
+        """The states of a sample's caption, bfloat16."""
+        assert self.states is not None
+        floats = jnp.issubdtype(states.dtype, jnp.floating)
+        sound = floats and states.ndim == 2 and states.shape[1] == self.states.dim and len(states)
+        message = (
+            f"{what} is {states.dtype} {list(states.shape)}: those of {self.states.name!r} are "
+            f"float [s, {self.states.dim}], at least one"
+        )
+        refuse_if([(not sound, message)])
+        return _finite(states, ml_dtypes.bfloat16, what)
 
 
 def _finite(values: np.ndarray, dtype: Any, what: str) -> np.ndarray:
@@ -174,19 +188,6 @@ def _finite(values: np.ndarray, dtype: Any, what: str) -> np.ndarray:
     message = f"{what} has numbers of which one {bad} as {np.dtype(dtype).name}"
     refuse_if([(not np.isfinite(stored.astype(np.float32)).all(), message)])
     return stored
-
-
-def _states(sample: Mapping[str, Any], where: str, of: StatesOf) -> np.ndarray:
-    """The states of a sample's caption, bfloat16."""
-    states = np.asarray(sample.get(STATES))
-    floats = jnp.issubdtype(states.dtype, jnp.floating)
-    sound = floats and states.ndim == 2 and states.shape[1] == of.dim and len(states) > 0
-    message = (
-        f"{STATES} of {where} is {states.dtype} {list(states.shape)}: those of {of.name!r} are "
-        f"float [s, {of.dim}], at least one"
-    )
-    refuse_if([(not sound, message)])
-    return _finite(states, ml_dtypes.bfloat16, f"{STATES} of {where}")
 
 
 class _Shard:
@@ -260,7 +261,10 @@ class _Split:
         start, shard = sum(self.lengths), None
         repaired: list[str] = []
         try:
-            for index, sample in enumerate(_from(samples, start), start):
+            left = samples(start) if callable(samples) else itertools.islice(samples, start, None)
+            if isinstance(samples, Sequence):  # What is not asked for is not computed.
+                left = (samples[i] for i in range(start, len(samples)))
+            for index, sample in enumerate(left, start):
                 where = f"sample {index} of split {self.name!r}"
                 record, sizes = schema.record(sample, where)
                 texts = ("caption", *schema.texts)
@@ -321,14 +325,6 @@ class _Split:
         )
 
 
-def _from(samples: Samples, start: int) -> Iterator[Mapping[str, Any]]:
-    if callable(samples):
-        return iter(samples(start))
-    if isinstance(samples, Sequence):
-        return (samples[i] for i in range(start, len(samples)))
-    return itertools.islice(samples, start, None)
-
-
 def write_records(
     directory: str | Path,
     name: str,
@@ -344,28 +340,24 @@ def write_records(
     shard_bytes: int = SHARD_BYTES,
     resume: str | None = None,
 ) -> Path:
-    """Writes samples as the TFDS builder `directory/name/1.0.0` and return that path.
+    """Writes samples as the TFDS builder `directory/name/1.0.0` and returns that path.
 
-    `splits` maps split names to samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float}
-    plus the integers named in `labels`, the strings named in `texts` (further captions, which may be
-    empty, and where they are from) and the floats named in `numbers`; sizes and lengths may differ,
-    order is kept, and equal samples give equal files. Half a surrogate pair in a text becomes U+FFFD.
+    Args:
+        splits: By name, samples {"video": uint8 [t, h, w, 3], "caption": str, "fps": float} plus the
+            integers named in `labels`, the strings named in `texts` and the floats named in `numbers`.
+            Sizes and lengths may differ, order is kept, equal samples give equal files, and half a
+            surrogate pair in a text becomes U+FFFD.
+        encoding: Of the videos: "video" is H.264 of high quality (`encoded.py`; a sample's video may be
+            an `EncodedVideo` then), "zlib" is lossless compression, "bytes" is raw.
+        latents: The codec of which the videos are latents (stored as float16, never as "video").
+        text_states: The encoder of the samples' "text_states", float [s, e] (stored as bfloat16).
+        shard_bytes: A shard is closed at this size.
+        resume: What the samples are made of. Shards that a failed or killed call with the same string
+            and settings finished are kept: their samples are skipped (a split that is a function from
+            the first record to samples is called with their number), and the result is the same bytes.
+            Without it, nothing but empty directories is left of a call that fails.
 
-    `encoding` of the videos: "video" is H.264 of high quality, small and quick (`encoded.py`; a
-    sample's video may be an `EncodedVideo` then), "zlib" is lossless compression, "bytes" is raw.
-    `latents` says that the videos are latents (stored as float16, with "video" as with "zlib"): their
-    channels, the codec's hash and its name. `text_states` says that samples have their captions'
-    states, "text_states" float [s, e] (stored as bfloat16), and which encoder made them.
-
-    A shard is closed at `shard_bytes`. With `resume`, a string that says what the samples are made of,
-    shards that a failed or killed call with the same string and settings finished are kept: their
-    samples are skipped (a sequence is not asked for them; of a split that is a function from the first
-    record to samples, it is called with their number), and the result is the same bytes. Without it,
-    nothing but empty directories is left of a call that fails.
-
-    Raises InputError for a bad name, an existing builder, a directory that cannot be written or that
-    another process is writing, an empty split and a sample that does not fit or has numbers that are
-    not finite; OSError for a disk that is full.
+    `InputError` for what was given wrong, samples included; `OSError` for a disk that is full.
     """
     names = ["video", "caption", "fps", STATES, *labels, *texts, *numbers]
     twice = sorted({key for key in names if names.count(key) > 1})

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -127,19 +126,3 @@ def serving(respond: Respond) -> Iterator[ChatServer]:
         server.http.shutdown()
         server.http.server_close()
         thread.join()
-
-
-class FakeTime:
-    """A clock that moves when somebody sleeps, and with the true one."""
-
-    def __init__(self) -> None:
-        self.slept: list[float] = []
-        self.lock = threading.Lock()
-
-    def sleep(self, seconds: float) -> None:
-        with self.lock:
-            self.slept.append(seconds)
-
-    def clock(self) -> float:
-        with self.lock:
-            return time.monotonic() + sum(self.slept)

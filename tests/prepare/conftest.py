@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-for module in ("PIL", "cv2"):
+for module in ("PIL", "cv2", "openai"):
     pytest.importorskip(module, reason="needs the extra: pip install -e '.[prepare]'")
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -23,6 +23,19 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"no shared media at {os.fspath(SHARED)}")
     return lambda name: SHARED / name
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """Without a key in the environment: the seconds a chat client waits for, which take none."""
+    seconds = []
+
+    async def sleep(wait):
+        seconds.append(wait)
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
+    return seconds
 
 
 @pytest.fixture

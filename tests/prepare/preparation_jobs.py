@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from dit_jax.prepare import Refused
+from dit_jax.prepare.refusals import Refused
 
 
 def job(item):

@@ -5,11 +5,12 @@ import json
 import pytest
 from made_media import moving
 
-from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig
-from dit_jax.prepare.beam import BeamConfig, examine_on_beam
+from dit_jax.prepare.clips import ClipConfig
+from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import find_media
-from dit_jax.prepare.progress import Progress
-from dit_jax.prepare.stages import Examined, examine_files
+from dit_jax.prepare.stages import BeamConfig, Examined, examine_files, examine_on_beam
+from dit_jax.prepare.work import Progress
+from dit_jax.prepare.workers import WorkersConfig
 
 ONE = WorkersConfig(count=1, time_limit=60.0)
 CONFIG = ExamineConfig(clips=ClipConfig(area=32 * 32))

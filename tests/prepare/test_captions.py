@@ -56,7 +56,7 @@ def test_sidecars_of_text_and_json(tmp_path: Path):
     ("name", "raw", "said"),
     [
         ("a.txt", b" \n", "a.txt' holds no caption"),
-        ("a.txt", "Straße".encode("latin-1"), "line 1 is not utf-8 text .byte 0xdf; Latin-1"),
+        ("a.txt", "Straße".encode("latin-1"), "line 1 is not utf-8 text .byte 0xdf"),
         ("a.json", b"{", "is no JSON"),
         ("a.json", b'{"fps": 3, "size": 4}', "a.json' has no 'caption', only fps, size"),
         ("a.json", b'{"caption": 3}', "has the caption 3: give a string"),
@@ -133,20 +133,20 @@ def test_several_captions_of_a_file(tmp_path: Path):
         (
             "t.csv",
             "caption\na cat\n",
-            "line 2 has no 'file', only caption: name the column of the m",
+            "line 2 has no 'file', only caption: name the column",
         ),
         ("t.csv", "file,size\n1.mp4,3\n", "line 2 has no 'caption', only file, size"),
         ("t.csv", "file,caption\n1.mp4,a\n2.mp4, \n", "line 3 has no text as 'caption'"),
         ("t.csv", "file,caption\n,a\n", "line 2 has no media file as 'file'"),
-        ("t.csv", "file,caption\n1.mp4,a,b\n", "line 2 has 3 cells, and its header 2: quote"),
+        ("t.csv", "file,caption\n1.mp4,a,b\n", "line 2 has more cells than its 2"),
         ("t.csv", 'file,caption\n1.mp4,"a\n', "line 2 is no CSV"),
         ("t.csv", "file,caption\n", "a header and no rows"),
         (
             "t.jsonl",
             '{"file": "1", "caption": "a"}\n["2", "b"]',
-            "line 2 is a list: every row is a JSON object",
+            "line 2 is no JSON object",
         ),
-        ("t.json", '{"1.mp4": "a"}', "holds one JSON object: give a JSON list"),
+        ("t.json", '{"1.mp4": "a"}', "is no JSON list"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, name: str, text: str, said: str):
@@ -175,9 +175,6 @@ def test_rows_find_their_media():
     # Two files are called 1.mp4; d/5.mp4 is not c/5.mp4; 6 was named better already.
     assert [one.file for one in matched.unmatched] == ["d/5.mp4", "1.mp4", "6", "7.mp4"]
     assert matched.uncaptioned == ("b/1.mp4", "c/5.mp4")
-    said = matched.render()
-    assert said.startswith("5 of 7 media files have a caption")
-    assert "no such file: d/5.mp4 (line 7)" in said and "no caption: b/1.mp4" in said
 
 
 def test_captions_as_features_of_a_record():

@@ -4,16 +4,11 @@ import itertools
 
 import pytest
 
-from dit_jax.prepare.clips import ClipConfig, Geometry, Rect, bounds, fit, shots_of, spans
+from dit_jax.prepare.clips import ClipConfig, Geometry, Rect, bounds, fit, spans
 
 
 def whole(height, width):
     return Rect(0, 0, height, width)
-
-
-def test_shots_lie_between_cuts():
-    assert shots_of(3, 50, [10, 30]) == [(3, 10), (10, 30), (30, 50)]
-    assert shots_of(0, 5, []) == [(0, 5)]
 
 
 def test_a_shot_is_one_clip_or_split_evenly():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from made_media import displayed, moving
 
-from dit_jax.prepare import DecodingConfig, Refused, probe
-from dit_jax.prepare.decoding import Losses, pictures, sampled
+from dit_jax.prepare.decoding import DecodingConfig, Losses, pictures, probe, sampled
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.rendering import Orientation, orientation
 
 # Four quadrants: red, green / blue, white.

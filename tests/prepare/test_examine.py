@@ -10,18 +10,13 @@ import pytest
 from made_media import moving
 from PIL import Image
 
-from dit_jax.prepare import (
-    REASONS,
-    ClipConfig,
-    ExamineConfig,
-    FileReport,
-    FilterConfig,
-    WorkersConfig,
-    examine,
-    near_duplicates,
-    read_clip,
-)
+from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.decoding import sampled
+from dit_jax.prepare.duplicates import near_duplicates
+from dit_jax.prepare.examining import ExamineConfig, FileReport, examine, read_clip
+from dit_jax.prepare.measuring import FilterConfig
+from dit_jax.prepare.refusals import REASONS
+from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.workers import run as run_in_children
 
 

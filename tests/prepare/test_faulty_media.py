@@ -10,17 +10,10 @@ import pytest
 from av.filter import Graph
 from made_media import moving
 
-from dit_jax.prepare import (
-    MACHINE_REASONS,
-    REASONS,
-    ClipConfig,
-    DecodingConfig,
-    ExamineConfig,
-    examine,
-    probe,
-    read_clip,
-)
-from dit_jax.prepare.decoding import Entry, Losses, pictures
+from dit_jax.prepare.clips import ClipConfig
+from dit_jax.prepare.decoding import DecodingConfig, Entry, Losses, pictures, probe
+from dit_jax.prepare.examining import ExamineConfig, examine, read_clip
+from dit_jax.prepare.refusals import MACHINE_REASONS, REASONS
 
 
 def write(path, frames, codec="libx264", fps=25, container=None, **options):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from made_media import moving
 
-from dit_jax.prepare import FilterConfig, Rejection, near_duplicates
-from dit_jax.prepare import filters as f
+from dit_jax.prepare import measuring as f
 from dit_jax.prepare.clips import Rect
-from dit_jax.prepare.duplicates import hashed_frames, perceptual_hash
+from dit_jax.prepare.duplicates import hashed_frames, near_duplicates, perceptual_hash
+from dit_jax.prepare.measuring import FilterConfig, Rejection
 
 RNG = np.random.default_rng(0)
 

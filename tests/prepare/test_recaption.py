@@ -13,33 +13,27 @@ import numpy as np
 import pytest
 
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.prepare import (
-    AnswerCache,
-    Caption,
+from dit_jax.prepare.captions import Caption, record_texts, text_features
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatError, ChatOptions
+from dit_jax.prepare.recaption import (
     ClipFrames,
     RecaptionConfig,
+    encode_image,
     evenly_spaced,
+    failures,
     recaption,
-    record_texts,
-    text_features,
 )
-from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatError, ChatOptions
-from dit_jax.prepare.recaption import encode_image, failures
 from dit_jax.prepare.writing import write_records
-from tests.prepare.chat_server import FakeTime, Response, serving, words
+from tests.prepare.chat_server import Response, serving, words
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"
 
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("slept")
 
 
 def client_of(url: str, cache: AnswerCache | None = None, **options) -> ChatClient:
-    clock = FakeTime()
-    given = ChatOptions(**{"concurrency": 4, "timeout": 0.5, **options})
-    return ChatClient(ChatConfig(url, "seer", given), cache, sleep=clock.sleep, clock=clock.clock)
+    options = ChatOptions(**{"concurrency": 4, "timeout": 0.5, **options})
+    return ChatClient(ChatConfig(url, "seer", options), cache)
 
 
 def picture(number: int, h: int = 24, w: int = 32) -> np.ndarray:
@@ -137,7 +131,7 @@ def test_faults_lose_nothing_and_repeat_nothing(tmp_path: Path):
         assert set(server.billed.values()) == {1} and server.bill == 4 + 7 * 8
         again = client_of(server.url, AnswerCache(path))
         assert list(recaption(map(clip, range(36)), again)) == results
-        assert server.bill == 60 and again.summary.answered == 0 and again.summary.cached == 60
+        assert server.bill == 60 and again.counts["answered"] == 0 and again.counts["cached"] == 60
     told = failures(results).splitlines()
     assert len(told) == 12
     assert told[
@@ -147,9 +141,9 @@ def test_faults_lose_nothing_and_repeat_nothing(tmp_path: Path):
     )
     assert told[1] == "  1.mp4: no descriptive caption: status 400: no, 400"
     assert told[2].startswith("  2.mp4: no short caption: refused by the model")
-    said = client.summary.render()
+    said = client.summary()
     assert "60 answered, 0 from cache, 4 failed" in said and "billed: 600 + 180 tokens" in said
-    assert "failed: 4 x status 400" in said and "8 x status 429" in said
+    assert "failed: 4 x status 400" in said
     assert "of no use: 8 x refused" in said
 
 

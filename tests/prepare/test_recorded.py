@@ -8,10 +8,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dit_jax.data import RecordsConfig, RecordsSource
-from dit_jax.prepare import ClipConfig, ExamineConfig, WorkersConfig, examine, read_clip
 from dit_jax.prepare.__main__ import PrepareConfig, prepare
+from dit_jax.prepare.clips import ClipConfig
+from dit_jax.prepare.examining import ExamineConfig, examine, read_clip
 from dit_jax.prepare.listing import find_media
 from dit_jax.prepare.recorded import _features, parse_input, read_place, read_record
+from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.writing import LatentsOf, write_records
 
 SMALL = ExamineConfig(clips=ClipConfig(min_seconds=0.5, stride=2, multiple=8))

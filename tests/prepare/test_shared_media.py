@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from media_table import DECODED, REFUSED
 
-from dit_jax.prepare import Refused, examine, probe
-from dit_jax.prepare.decoding import Losses, pictures
+from dit_jax.prepare.decoding import Losses, pictures, probe
+from dit_jax.prepare.examining import examine
+from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.timeline import on_grid
 
 LONG = 300

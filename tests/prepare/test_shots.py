@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from made_media import moving
 
-from dit_jax.prepare import ShotConfig, examine, shot_cuts
 from dit_jax.prepare.decoding import sampled
+from dit_jax.prepare.examining import examine
 from dit_jax.prepare.measuring import small_frame
+from dit_jax.prepare.shots import ShotConfig, shot_cuts
 from tests.scripts import load_script
 
 REAL = [
@@ -166,7 +167,7 @@ def test_none_is_invented_in_real_clips_and_all_pairs_are_told_apart(shared, tak
 
 
 def test_configs_check_themselves():
-    with pytest.raises(ValueError, match="the first two are above 1"):
+    with pytest.raises(ValueError, match="ratio=1.0"):
         ShotConfig(ratio=1.0)
     nan = float("nan")
     for values in ({"structure": nan}, {"likeness": nan}, {"outlines": 2.0}, {"held": nan}):

@@ -5,7 +5,9 @@ import pytest
 from made_media import displayed
 from PIL import Image
 
-from dit_jax.prepare import DecodingConfig, Refused, examine, probe
+from dit_jax.prepare.decoding import DecodingConfig, probe
+from dit_jax.prepare.examining import examine
+from dit_jax.prepare.refusals import Refused
 
 RNG = np.random.default_rng(0)
 BLOCKS = np.kron(RNG.integers(0, 256, (4, 6, 3)), np.ones((16, 16, 1))).astype(np.uint8)

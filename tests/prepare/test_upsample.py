@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_jax.prepare import AnswerCache
-from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatError, ChatOptions
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatError, ChatOptions
 from dit_jax.prepare.upsample import (
     UpsampleConfig,
     Upsampled,
@@ -19,19 +18,15 @@ from dit_jax.prepare.upsample import (
     warnings,
 )
 from dit_jax.sampling import read_prompts
-from tests.prepare.chat_server import FakeTime, Response, serving, words
+from tests.prepare.chat_server import Response, serving, words
 from tests.runs import free_port
 
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("slept")
 
 
 def client_of(url: str, cache: AnswerCache | None = None, **options) -> ChatClient:
-    clock = FakeTime()
-    given = ChatOptions(**{"timeout": 0.5, **options})
-    return ChatClient(ChatConfig(url, "seer", given), cache, sleep=clock.sleep, clock=clock.clock)
+    options = ChatOptions(**{"concurrency": 4, "timeout": 0.5, **options})
+    return ChatClient(ChatConfig(url, "seer", options), cache)
 
 
 ANSWERS = {
@@ -76,7 +71,7 @@ def test_no_server_is_told_for_every_prompt_and_not_tried_for_minutes():
     assert [one.text for one in found] == ["a cat", "a dog"]
     assert all("no server answers at http://127.0.0.1" in one.error for one in found)
     assert warnings(found).count("used as given") == 2
-    assert client.summary.failed == {"not sent": 2} and not client.summary.retried
+    assert client.failed == {"not sent": 2} and client.counts["attempts"] == 1
 
 
 def test_what_was_answered_once_needs_no_server():

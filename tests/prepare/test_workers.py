@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_jax.prepare import Outcome, WorkersConfig, run
+from dit_jax.prepare.workers import Outcome, WorkersConfig, run
 
 # Children import what they do by name: by one that is found on the module search path.
 sys.path.append(str(Path(__file__).parent))
@@ -69,7 +69,7 @@ def test_hanging_and_dying_children_are_reported_and_replaced():
 
 def test_children_import_neither_jax_nor_the_main_module():
     names = ["jax", "flax", "tensorflow", "tensorflow_datasets", "grain", "pytest", "torch"]
-    assert values([("modules", [*names, "av", "numpy"])]) == [["av", "numpy"]]
+    assert values([("modules", [*names, "av"])]) == [["av"]]
 
 
 def test_memory_is_limited():
@@ -110,7 +110,7 @@ def test_an_interrupted_program_leaves_no_children(how):
     # A program in the background of a script ignores SIGINT unless it says otherwise.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from dit_jax.prepare import run, WorkersConfig\n"
+        "from dit_jax.prepare.workers import run, WorkersConfig\n"
         "from preparation_jobs import job\n"
         "for o in run(job, [('pid', 0), ('hang', 0)], WorkersConfig(count=1)):\n"
         "    print(o.value, flush=True)\n"
@@ -145,5 +145,5 @@ def alive_or_not(pid):
 def test_functions_without_a_name_are_refused():
     with pytest.raises(ValueError, match="define it in a module"):
         next(run(lambda item: item, [1]))
-    with pytest.raises(ValueError, match="at least 0, above 0"):
+    with pytest.raises(ValueError, match="time_limit=0"):
         WorkersConfig(time_limit=0)

@@ -21,7 +21,7 @@ from dit_jax.data import (
 from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.model import TextStatesConfig
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.prepare import ChatClient, ChatConfig
+from dit_jax.prepare.chat import ChatClient, ChatConfig
 from dit_jax.prepare.upsample import upsample
 from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.sampling import Request
