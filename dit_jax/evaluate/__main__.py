@@ -36,7 +36,8 @@ from dit_jax.parallel import (
 )
 from dit_jax.sampling import Request, SamplingConfig, plain, read_prompts
 from dit_jax.sampling.pipeline import load_run, stored_sampling
-from dit_jax.training.video_task import cut_note, open_text_encoder, with_states
+from dit_jax.sampling.request import check_request
+from dit_jax.training.video_task import cut_note, with_states
 from dit_jax.types import PositiveInt, Range
 
 PROG = "python -m dit_jax.evaluate"
@@ -200,7 +201,7 @@ def plan_samples(options: EvaluateArguments) -> Plan:
     if jax.process_index() == 0 and (note := cut_note(config, prompts)):
         print(f"{PROG}: warning: {note}", file=sys.stderr, flush=True)
     # Opened once, when the first shard is sampled.
-    encoder = functools.cache(lambda: open_text_encoder(config, pipeline.mesh))
+    encoder = functools.cache(lambda: config.text_encoder.open(config.model.text, pipeline.mesh))
 
     def sample(numbers: range) -> list[np.ndarray]:
         requests = with_states([request(i) for i in numbers], encoder())

@@ -14,9 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from dit_jax.data.shapes import AREAS, COLORS, EXTENTS, RADII, SHAPES, STEPS, Scene, coverage
+from dit_jax.data.shapes import ARM, COLORS, EXTENTS, RADII, SHAPES, STEPS, Scene, coverage
 from dit_jax.files import refuse_if
 
+# Area in radii squared, by shape.
+AREAS = {
+    "circle": float(np.pi),
+    "square": 4 * EXTENTS["square"] ** 2,
+    "triangle": 2 * EXTENTS["triangle"] ** 2,
+    "cross": 4 * ARM * (2 - ARM) * EXTENTS["cross"] ** 2,
+}
 MIN_CONTRAST = 0.25  # distance of foreground from background, in [0, 1] RGB: less is nothing
 MIN_AREA = 12.0  # px: the smallest triangle covers 35
 MIN_PRESENCE = 0.6  # share of the frames that must show something
