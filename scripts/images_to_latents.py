@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from dit_jax.codec.codec import Codec
 from dit_jax.codec.folders import load_codec
-from dit_jax.data import RecordsConfig, RecordsSource, TransformConfig, centre, crop, resized
+from dit_jax.data import RecordsConfig, RecordsSource, TransformConfig, crop
+from dit_jax.data.records import centre, resized
 from dit_jax.files import as_path
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import to_float
