@@ -28,7 +28,7 @@ from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
 from dit_jax.files import InputError, explain, refuse_if
-from dit_jax.parallel.mesh import batch_sharding, batch_shards
+from dit_jax.parallel.mesh import batch_sharding, batch_shards, platform
 from dit_jax.types import is_token_field
 
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
@@ -210,4 +210,6 @@ def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> A
 
         return jax.make_array_from_callback((total, *field.shape[1:]), sharding, shard)
 
-    return jax.tree.map(put, is_token_field(batch), batch)
+    placed = jax.tree.map(put, is_token_field(batch), batch)
+    # A CPU computes in the main thread, whose memory it keeps (`tune_cpu`), only what waits for nothing.
+    return jax.block_until_ready(placed) if platform(mesh) == "cpu" else placed

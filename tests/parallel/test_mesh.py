@@ -353,19 +353,31 @@ def test_batches_lie_over_rows_and_tokens(mesh, ndim, tokens, expected):
 
 
 STEPS = """
-import sys, resource, jax, jax.numpy as jnp
-from dit_jax.parallel import tune_cpu
+import dataclasses, resource, sys
+import jax, numpy as np
+from dit_jax.parallel import MeshConfig, global_batch, make_mesh, tune_cpu
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Field:
+    values: np.ndarray
+
 if sys.argv[1] == "tuned":
     tune_cpu()
+mesh, rows = make_mesh(MeshConfig()), 4096
 # The product in between is 64 MiB of temporary memory.
-step = jax.jit(lambda x: (x @ x.T) @ x)
-x = jax.block_until_ready(jnp.ones((4096, 8)))
+step = jax.jit(lambda x, y: (x @ y.T) @ x)
+x = jax.block_until_ready(jax.numpy.ones((rows, 512)))
+# What is not aligned is copied by another thread.
+field = Field(np.ones(rows * 512 + 1, np.float32)[1:].reshape(rows, 512))
 faults = []
 for _ in range(16):
-    step(x).block_until_ready()
+    # As in training, nothing waits for a step but the next one.
+    x = step(x, global_batch(mesh, field, tuple(range(rows)), rows).values)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+x.block_until_ready()
 # The heap may grow in the first steps, whose blocks lie as they come.
-print((faults[15] - faults[7]) // 8)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults[7]) // 8)
 """
 
 
@@ -377,4 +389,4 @@ def test_a_tuned_step_on_a_cpu_takes_no_new_memory():
         out = subprocess.run(command, capture_output=True, text=True, check=True)
         faults[name] = int(out.stdout)
     pages = 64 * 2**20 // mmap.PAGESIZE
-    assert faults["tuned"] < 0.1 * pages and faults["plain"] > 0.5 * pages
+    assert faults["tuned"] < 0.25 * pages and faults["plain"] > 0.5 * pages
