@@ -1,5 +1,7 @@
 """Eight emulated CPU devices for every test, set before JAX makes its backend; shapes checked."""
 
+import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests.runs import Run, Verbs, end, free_port
+from tests.runs import Ended, Run, Verbs, end, free_port
 
 jax.config.update("jax_num_cpu_devices", 8)
 # What tests compile runs for milliseconds, and compiling it so takes a fraction of the time. The
@@ -64,10 +66,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def verbs(tmp_path_factory: pytest.TempPathFactory) -> Verbs:
     """Starts processes, which share what they compile, also with those of pytest's other workers."""
-    own = tmp_path_factory.getbasetemp()
-    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    cache = shared(tmp_path_factory) / "compiled"
     cache.mkdir(exist_ok=True)
     return Verbs(cache, tmp_path_factory.mktemp("logs"))
+
+
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this session, the same for all of pytest's workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +102,16 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def whole(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run of the tiny config that nothing interrupted."""
-    directory = tmp_path_factory.mktemp("alone") / "run"
-    started = [verbs.train(directory)]
-    return Run(directory, started, end(*started))
+    """The run of the tiny config that nothing interrupted, which the first worker to ask makes."""
+    directory = shared(tmp_path_factory) / "whole"
+    directory.mkdir(exist_ok=True)
+    said = directory / "said.json"
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            (ended,) = end(verbs.train(directory / "run"))
+            said.write_text(json.dumps([ended.status, ended.text]))
+    return Run(directory / "run", ended=[Ended(*json.loads(said.read_text()))])
 
 
 @pytest.fixture(scope="session")

@@ -289,7 +289,7 @@ def test_verbs_refuse_numbers_that_are_not_finite(
         lambda x: VideoRun(sampling=SamplingConfig(sde_strength=x)),
         lambda x: check_types(PatchConfig(reference_fps=x)),
         lambda x: check_types(DiTConfig(time_std=x)),
-        lambda x: ReconstructionLossConfig(kl=x),
+        lambda x: check_types(ReconstructionLossConfig(kl=x)),
         lambda x: check_types(MaskConfig(none=x)),
         lambda x: check_types(ShapesConfig(fps=x)),
         lambda x: check_types(RecordsConfig("x", fps=x)),

@@ -77,12 +77,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sets of coarse random images: a folder of PNG, and an .npz of others."""
     directory = tmp_path_factory.mktemp("sets")
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (20, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+    images = rng.integers(0, 256, (10, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
     (directory / "true").mkdir()
-    for i, image in enumerate(images[:10]):
+    for i, image in enumerate(images[:5]):
         write_png(directory / "true" / f"{i}.png", image)
-    write_npz(directory / "true.npz", {}, [images[:10]], 10)
-    write_npz(directory / "made.npz", {}, [images[10:] // 2 + 60], 10)
+    write_npz(directory / "true.npz", {}, [images[:5]], 5)
+    write_npz(directory / "made.npz", {}, [images[5:] // 2 + 60], 5)
     return directory
 
 
@@ -103,7 +103,7 @@ def evaluated(tmp_path: Path) -> Evaluated:
 
 
 def flags(weights: dict[str, Path], flag: str = "--features-weights") -> list[object]:
-    return [flag, weights[flag], "--feature-batch", 10 if "features" in flag else 3]
+    return [flag, weights[flag], "--feature-batch", 5 if "features" in flag else 3]
 
 
 def test_images_are_measured_and_statistics_kept(
@@ -117,17 +117,17 @@ def test_images_are_measured_and_statistics_kept(
     common = [*flags(weights), "--metrics", *names]
     report = evaluated("--samples", sets / "made.npz", "--reference", sets / "true", *common)
     found = report["metrics"]
-    assert set(found) == {*names, "is_std"} and report["num"] == 10
+    assert set(found) == {*names, "is_std"} and report["num"] == 5
     assert found["fid"] > 0 and found["sfid"] > 0 and 1 <= found["is"] <= 1008
-    assert len(report["notes"]) == 4 and "10 samples for 2048 features" in report["notes"][0]
+    assert len(report["notes"]) == 4 and "5 samples for 2048 features" in report["notes"][0]
     out = capfd.readouterr().out
-    assert re.search(r"fid \d", out) and "of 10 samples" in out
+    assert re.search(r"fid \d", out) and "of 5 samples" in out
 
     kept = tmp_path / "true-statistics.npz"
     evaluated("--reference", sets / "true", "--save-statistics", kept, *flags(weights))
     with np.load(kept) as file:
         assert set(file.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "count"}
-        assert file["sigma_s"].shape == (2023, 2023) and int(file["count"]) == 10
+        assert file["sigma_s"].shape == (2023, 2023) and int(file["count"]) == 5
     again = evaluated("--samples", sets / "made.npz", "--reference", kept, *common)["metrics"]
     np.testing.assert_allclose([again[n] for n in names], [found[n] for n in names], rtol=1e-6)
     # The same images from another kind of file, against themselves.
@@ -212,8 +212,8 @@ def test_samples_of_a_run_are_measured(
     evaluated: Evaluated, making: list[object], weights: dict[str, Path], sets: Path
 ):
     given = [*flags(weights), "--metrics", "fid", "precision", "--reference", sets / "true"]
-    report = evaluated(*making, *given)
-    assert set(report["metrics"]) == {"fid", "precision"} and report["num"] == 10
+    report = evaluated(*making, *given, "--num", 5)
+    assert set(report["metrics"]) == {"fid", "precision"} and report["num"] == 5
     assert report["made"]["sampling"]["steps"] == 2 and report["made"]["step"] == 20
     assert "samples are 24 x 24 and references 32 x 32" in report["notes"][0]
     # The file is what a measurement of the file reads.
@@ -225,11 +225,21 @@ def test_a_run_on_cloud_storage_is_measured_into_cloud_storage(
     whole: Run, making: list[object], weights: dict[str, Path], sets: Path, bucket: str
 ):
     run, output = upload_checkpoint(whole.directory, 20, f"{bucket}/measured"), f"{bucket}/report"
-    given = [*flags(weights), "--metrics", "fid", "--reference", sets / "true", "--output", output]
+    given = [
+        *flags(weights),
+        "--metrics",
+        "fid",
+        "--reference",
+        sets / "true",
+        "--output",
+        output,
+        "--num",
+        5,
+    ]
     arguments = [run if one == whole.directory else one for one in making]
     assert evaluate.main([str(one) for one in [*arguments, *given]]) == 0
     report = json.loads(as_path(f"{output}/report.json").read_bytes())
-    assert report["num"] == 10 and report["metrics"]["fid"] > 0
+    assert report["num"] == 5 and report["metrics"]["fid"] > 0
     assert report["made"]["checkpoint"] == run
     assert as_path(f"{output}/samples.npz").exists()
 

@@ -671,6 +671,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow  # tests/parallel/test_multihost.py reads the same variables
 def test_slurm_tasks_find_each_other(tmp_path: Path):
     folder, output, config = (tmp_path / name for name in ("bin", "run", "config.py"))
     config.write_text(TRAINS_ONLY.format(str(CONFIG)))

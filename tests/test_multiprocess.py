@@ -231,7 +231,7 @@ def test_processes_end_together():
     assert statuses == [0, 0], texts
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_death_of_one_ends_the_other(victim: int):
     statuses, texts, seconds = run_program("kill", victim)
     assert statuses[victim] == -signal.SIGKILL

@@ -52,7 +52,7 @@ def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
 
 def read_json(path: str | os.PathLike) -> Any:
     """The value of a JSON file."""
-    return read_json_file(path, limit=LIMIT)
+    return read_json_file(path)
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
