@@ -211,5 +211,5 @@ def global_batch(mesh: Mesh, batch: Any, rows: tuple[int, ...], total: int) -> A
         return jax.make_array_from_callback((total, *field.shape[1:]), sharding, shard)
 
     placed = jax.tree.map(put, is_token_field(batch), batch)
-    # A CPU computes in the main thread, whose memory it keeps (`tune_cpu`), only what waits for nothing.
+    # A CPU computes in the main thread, whose memory is kept (`tune_cpu`), what waits for nothing.
     return jax.block_until_ready(placed) if platform(mesh) == "cpu" else placed
