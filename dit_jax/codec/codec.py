@@ -313,7 +313,7 @@ class VideoCodec(LatentCodec):
             first: bool,
             size: tuple[int, int] | None,
         ) -> tuple[jax.Array, Any]:
-            over = {"constrain": self.constrain(*size)} if self.constrain and size else {}
+            over: Any = {"constrain": self.constrain(*size)} if self.constrain and size else {}
             model = CausalAutoencoder(self.config, self.config.computation(**over))
             return part_step(model, params, cache, x, method, first)
 

@@ -45,7 +45,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
             image = ndimage.correlate1d(image, weights, axis)
         return image[half:-half, half:-half]
 
-    def of_frames(x: np.ndarray, y: np.ndarray) -> float:
+    def of_frames(pair: tuple[np.ndarray, np.ndarray]) -> float:
+        x, y = (one.astype(np.float64) for one in pair)
         mean_x, mean_y = windowed(x), windowed(y)
         variance_x = windowed(x * x) - mean_x**2
         variance_y = windowed(y * y) - mean_y**2
@@ -54,7 +55,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
         spreads = (2 * covariance + c2) / (variance_x + variance_y + c2)
         return float(np.mean(means * spreads))
 
-    return float(np.mean([of_frames(*map(np.float64, pair)) for pair in zip(a, b, strict=True)]))
+    return float(np.mean([of_frames(pair) for pair in zip(a, b, strict=True)]))
 
 
 def flicker(original: np.ndarray, reconstruction: np.ndarray) -> float:

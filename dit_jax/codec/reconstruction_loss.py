@@ -299,8 +299,8 @@ class ReconstructionLoss:
                 return hinge_generator_loss(judge({"params": stopped}, clips), keep)
 
             losses = (lambda x: self._reconstruction(network, video, x, mask)[0], generator)
-            gradients = last_layer_gradients(losses, last, weights)
-            parts["adaptive"] = adaptive_weight(*gradients, config.adversarial_bound)
+            of_loss, of_judge = last_layer_gradients(losses, last, weights)
+            parts["adaptive"] = adaptive_weight(of_loss, of_judge, config.adversarial_bound)
             parts["generator"] = generator(back)
             real = judge({"params": learned}, video)
             fake = judge({"params": learned}, jax.lax.stop_gradient(back))

@@ -121,8 +121,8 @@ class PerceptualNetwork:
     ) -> Float[Array, "*b"]:
         """The distance of each frame of ``a`` to that of ``b``, in [-1, 1] both."""
         network: Any = VGG(self.config, self.dtype)
-        maps = [network.apply(self.params, x.reshape(-1, *x.shape[-3:])) for x in (a, b)]
-        return perceptual_distance(*maps, self.weights).reshape(a.shape[:-3])
+        of_a, of_b = (network.apply(self.params, x.reshape(-1, *x.shape[-3:])) for x in (a, b))
+        return perceptual_distance(of_a, of_b, self.weights).reshape(a.shape[:-3])
 
 
 def vgg_map(config: VGGConfig) -> Map:
@@ -176,4 +176,5 @@ def load_vgg(
             f"{str(lpips)!r} has negative weights in {negative}: give the lpips package's vgg.pth."
         )
         refuse_if([(bool(negative), message)])
-    return PerceptualNetwork(*jax.tree.map(jnp.asarray, (params, weights)), config, dtype)
+    params, weights = jax.tree.map(jnp.asarray, (params, weights))
+    return PerceptualNetwork(params, weights, config, dtype)

@@ -41,7 +41,7 @@ class AbstractTask(NamedTuple):
 class AbstractStep(NamedTuple):
     """A jitted function, and arguments for it without contents."""
 
-    function: Callable[..., Any]
+    function: Any
     arguments: tuple[Any, ...]
     flops: float  # Model flops, over all devices.
     parameters: int
@@ -94,16 +94,19 @@ def abstract_batch(config: VideoRun, mesh: Mesh) -> Batch:
         return jax.ShapeDtypeStruct((b, *shape), dtype)
 
     real = partial(array, dtype=jnp.float32)
-    states = isinstance(model.text, TextStatesConfig)
+    text = real(s, model.text.dim) if isinstance(model.text, TextStatesConfig) else array(s)
     token_fields, segment_fields = _conditioner_fields(model, b, l, n)
     batch = Batch(
         tokens=real(l, model.patch.dim),
         positions=real(l, 3),
-        **dict.fromkeys(("segment_ids", "frame_ids", "token_ids"), array(l)),
-        text=real(s, model.text.dim) if states else array(s),
+        segment_ids=array(l),
+        frame_ids=array(l),
+        token_ids=array(l),
+        text=text,
         text_segment_ids=array(s),
         sample_ids=array(n, dtype=jnp.uint32),
-        **dict.fromkeys(("num_tokens", "num_frames"), array(n)),
+        num_tokens=array(n),
+        num_frames=array(n),
         token_fields=token_fields,
         segment_fields={"fps": real(n), **segment_fields},
     )
@@ -115,13 +118,13 @@ def abstract_task(config: VideoRun, mesh: Mesh) -> AbstractTask:
     packing = config.data.packing
     check_layout(config, mesh)
     model = make_model(config.model, mesh, config.attention)
-    full = (np.full(packing.rows, n) for n in (packing.row_tokens, packing.row_text))
+    tokens, text = (np.full(packing.rows, n) for n in (packing.row_tokens, packing.row_text))
     return AbstractTask(
         init=partial(init_params, model),
         loss=partial(batch_loss, model, config.diffusion),
         batch=abstract_batch(config, mesh),
         tokens=float(packing.rows * packing.row_tokens),
-        flops=float((3 * forward_flops(config.model, *full)).sum()),
+        flops=float((3 * forward_flops(config.model, tokens, text)).sum()),
     )
 
 

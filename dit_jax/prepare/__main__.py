@@ -90,7 +90,7 @@ from dit_jax.prepare.work import Progress, digest
 from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
-from dit_jax.types import Codec, TextEncoder
+from dit_jax.types import TextEncoder
 
 PROG = "python -m dit_jax.prepare"
 TOLD = 20
@@ -179,7 +179,7 @@ class Preparation:
         self.config = config
         self.output, self.work = places(config)
         mesh = make_mesh(config.mesh, jax.local_devices())
-        self.codec: Codec | None = None
+        self.codec: Any = None
         copies: Sequence[Any] = ()
         if config.codec:
             tools = interop.codec_tools()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -112,7 +113,7 @@ def motion(before: np.ndarray, after: np.ndarray, fps: float) -> float:
     scale = 1 if min(before.shape) >= 32 else 32 / min(before.shape)
     if scale != 1:
         before, after = (cv2.resize(x, None, fx=scale, fy=scale) for x in (before, after))
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+    flow: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
     moved = flow.calc(np.ascontiguousarray(before), np.ascontiguousarray(after), None)
     return float(np.hypot(moved[..., 0], moved[..., 1]).mean() / np.hypot(*before.shape) * fps)
 
