@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices for every test, set before JAX makes its backend; shapes checked."""
+"""Eight emulated CPU devices for every test, set before JAX makes its backend."""
 
 import fcntl
 import json
@@ -37,21 +37,23 @@ for name, value in (
         os.environ[f"JAX_{name}"] = str(value)  # for processes
         jax.config.update(f"jax_{name.lower()}", value)
 
-# From here on the annotated shapes and dtypes of these rooms are checked at every call (once per
-# trace where a function is compiled); an int may stand for a float, as for type checkers.
-install_import_hook(
-    ["dit_jax.model", "dit_jax.diffusion", "dit_jax.text.t5"]
-    + [
-        f"dit_jax.codec.{name}"
-        for name in ("autoencoder_kl causal_autoencoder codec reconstruction_loss vgg").split()
-    ],
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+# Under `-m core` and `-m slow` the annotated shapes and dtypes of these rooms are checked at every call
+# from here on (once per trace where a function is compiled); an int may stand for a float, as for type
+# checkers. It makes tracing a model half as long again, so the default suite does without.
+CHECKED = "dit_jax.model dit_jax.diffusion dit_jax.text.t5 " + " ".join(
+    f"dit_jax.codec.{name}"
+    for name in ("autoencoder_kl causal_autoencoder codec reconstruction_loss vgg".split())
 )
+if {"core", "slow"} & {*sys.argv}:
+    os.environ["DIT_JAX_CHECK_SHAPES"] = "1"  # for pytest's workers
+if "DIT_JAX_CHECK_SHAPES" in os.environ:
+    checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    install_import_hook(CHECKED.split(), checker)
 # Imported below the hook, which checks only what is imported after it.
 from tests.latents import latent_records, latents  # noqa: E402, F401
 
 # One room's own tests each, all in one process in two minutes: what one runs while working.
-CORE = ("test_imports.py", "data/", "diffusion/", "model/test_dit.py", "model/test_layers.py")
+CORE = ("test_imports.py", "data/", "diffusion/", "model/test_dit.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,6 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(tests).as_posix()
         if path.startswith(CORE) and not item.get_closest_marker("slow"):
             item.add_marker("core")
+
+
+@pytest.fixture
+def checked() -> None:
+    """For tests of what the check of shapes finds."""
+    if "DIT_JAX_CHECK_SHAPES" not in os.environ:
+        pytest.skip("shapes are checked under -m core")
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ def test_no_dtype_is_promoted_silently():
         assert guided(GuidanceConfig(3.0, 3, (0.1, 0.9))).dtype == np.float32
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_wrong_shape_is_caught():
     with pytest.raises(TypeCheckError, match="parameter 'unconditional'"):
         guided(GuidanceConfig(2.0), 0.5, WITH_TEXT, WITHOUT[:1])

@@ -266,6 +266,7 @@ def test_a_samples_loss_does_not_depend_on_its_neighbours(config, noise, jit):
 # --- types and errors ---
 
 
+@pytest.mark.usefixtures("checked")
 def test_dtypes_and_shapes_are_checked():
     config = dataclasses.replace(CONFIG, prediction="x0")
 

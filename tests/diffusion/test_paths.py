@@ -253,6 +253,7 @@ def test_times_have_the_distribution_of_their_config(config, r, jit):
     assert np.abs(cdf - shift_time(cdf, 1 / 1.1)).max() > 0.02
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_wrong_shape_or_kind_is_caught():
     x = jnp.zeros((2, 3))
     with pytest.raises(TypeCheckError, match="parameter 't'"):

@@ -291,6 +291,7 @@ def test_a_token_moves_as_far_as_its_cap_lets_it():
     assert one.moves[0, :, 0].tolist() == [False, False, True, True]
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_wrong_shape_is_caught():
     x = jnp.zeros((1, 4, 2))
     with pytest.raises(TypeCheckError, match="parameter 'caps'"):
