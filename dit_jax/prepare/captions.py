@@ -31,8 +31,8 @@ from dit_jax.prepare.tables import (
 )
 from dit_jax.types import PositiveInt
 
+# As it came; of the main subject; of everything that is seen.
 Kind = Literal["given", "short", "descriptive"]
-"""``given``: as it came; ``short``: the main subject; ``descriptive``: everything that is seen."""
 
 CAPTION_KEYS: dict[Kind, tuple[str, ...]] = {
     "given": ("caption", "captions", "text", "prompt", "description"),
@@ -56,41 +56,34 @@ class Caption:
     """A caption of a media file, and where it is from."""
 
     text: str
-    origin: str
-    """``sidecar``, ``table``, ``record`` or ``model:NAME``."""
+    origin: str  # "sidecar", "table", "record" or "model:NAME".
     kind: Kind = "given"
-    licence: str | None = None
-    """That of the media file, if a table or sidecar says it."""
-    repaired: bool = False
-    """Half a surrogate pair in its text was replaced by U+FFFD."""
+    licence: str | None = None  # That of the media file, if a table or sidecar says it.
+    repaired: bool = False  # Half a surrogate pair in its text was replaced by U+FFFD.
 
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig:
     """The columns of a table; those that are not named are guessed from their names."""
 
+    # The media file: its path relative to the media's folder, its base name, or its stem.
     file_column: str | None = None
-    """The media file: its path relative to the media's folder, its base name, or its stem."""
-    caption_columns: tuple[str, ...] = ()
-    """Each gives a caption."""
+    caption_columns: tuple[str, ...] = ()  # Each gives a caption.
     licence_column: str | None = None
+    # What several rows of one file are: a mistake, or its several captions.
     repeated: Literal["refuse", "join"] = "refuse"
-    """What several rows of one file are: a mistake, or its several captions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionsConfig:
     """Which captions that came with media are kept."""
 
+    # A CSV, TSV, JSONL or JSON file with a row for each media file (docs/captions.md).
     table: str | None = None
-    """A CSV, TSV, JSONL or JSON file with a row for each media file (docs/captions.md)."""
-    columns: TableConfig = TableConfig()
-    whole_text: bool = False
-    """A sidecar ``cat.txt`` is one caption, and not one on each line."""
-    given: PositiveInt = 1
-    """Captions that came with a file are kept, at most so many."""
-    licence: str = ""
-    """Of files of which neither table nor sidecar says one."""
+    columns: TableConfig = TableConfig()  # Of the table; those that are not named are guessed.
+    whole_text: bool = False  # A sidecar cat.txt is one caption, and not one on each line.
+    given: PositiveInt = 1  # Captions that came with a file are kept, at most so many.
+    licence: str = ""  # Of files of which neither table nor sidecar says one.
 
 
 def _captions(

@@ -37,8 +37,8 @@ from dit_jax.files import SURROGATES, InputError, as_path, is_remote, refuse_if
 from dit_jax.prepare.tables import encodable
 from dit_jax.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+# Statuses that say that the server, key or model is wrong: no other request would fare better.
 FATAL = (401, 403, 404, 405)
-"""Statuses that say that the server, key or model is wrong: no other request would fare better."""
 PROBE_TIMEOUT = 10.0
 MAX_BYTES = 1 << 22  # Of a response. A caption has some hundred bytes.
 # What reading a value that is not of the protocol may raise; deep JSON is a RecursionError.
@@ -60,24 +60,18 @@ class Unreachable(ChatError):
 class ChatOptions:
     """How a server is asked."""
 
+    # The environment variable with the key, which is sent to the server if it is set.
     api_key_variable: str = "OPENAI_API_KEY"
-    """The environment variable with the key, which is sent to the server if it is set."""
-    concurrency: PositiveInt = 8
-    """Requests under way at once."""
-    timeout: PositiveFloat = 120.0
-    """Seconds for an answer to come, all of it."""
-    retries: NonNegativeInt = 5
-    """Further attempts after one that failed and may pass."""
+    concurrency: PositiveInt = 8  # Requests under way at once.
+    timeout: PositiveFloat = 120.0  # Seconds for an answer to come, all of it.
+    retries: NonNegativeInt = 5  # Further attempts after one that failed and may pass.
+    # After so many requests in a row that failed, each with all its attempts, no more are sent.
     give_up_after: PositiveInt = 20
-    """After so many requests in a row that failed, each with all its attempts, no more are sent."""
-    max_tokens: PositiveInt = 1024
-    """Of an answer."""
+    max_tokens: PositiveInt = 1024  # Of an answer.
+    # What the server calls that limit: OpenAI's newer models want the second.
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls that limit: OpenAI's newer models want the second."""
-    temperature: NonNegativeFloat | None = 0.0
-    """Of the model's sampling; None leaves it to the server."""
-    seed: int | None = 0
-    """None leaves it to the server."""
+    temperature: NonNegativeFloat | None = 0.0  # Of sampling; None leaves it to the server.
+    seed: int | None = 0  # None leaves it to the server.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +86,11 @@ class ChatConfig:
         address = re.sub(r"//.*@|[?#].*", "...", self.url)  # Without what may be a key.
         host = r"(\[[\da-f:.]+\]|[^\s/:@?#\[\]]+)(:[1-9]\d*)?"
         http = re.fullmatch(rf"https?://{host}(/[^\s?#@]*)?", self.url, re.IGNORECASE)
-        message = f"the server's address is {address!r}: give http://HOST:PORT, and a key in "
+        remedy = f"give http://HOST:PORT, and a key in {self.options.api_key_variable}"
         unnamed = not self.model or SURROGATES.search(self.model) is not None
-        refuse_if(
-            [
-                (http is None, f"{message}{self.options.api_key_variable}."),
-                (unnamed, f"the model of {address!r} is {self.model!r}: name one it serves."),
-            ]
-        )
+        faults = [(http is None, f"the server's address is {address!r}: {remedy}.")]
+        message = f"the model of {address!r} is {self.model!r}: name one it serves."
+        refuse_if([*faults, (unnamed, message)])
 
     @property
     def base(self) -> str:
@@ -110,14 +101,14 @@ class ChatConfig:
 
     def request(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The body of a request, which is also what an answer is kept under."""
-        options = self.options
-        optional = {"temperature": options.temperature, "seed": options.seed}
-        return {
+        one = self.options
+        body = {
             "model": self.model,
             "messages": list(messages),
-            options.max_tokens_name: options.max_tokens,
-            **{name: value for name, value in optional.items() if value is not None},
+            one.max_tokens_name: one.max_tokens,
         }
+        body |= {"temperature": one.temperature, "seed": one.seed}
+        return {name: value for name, value in body.items() if value is not None}
 
 
 def message(role: str, text: str, images: Sequence[bytes] = ()) -> Message:
@@ -138,10 +129,8 @@ class Answer:
     """What a model said, and the tokens that the server counts (0 if it does not)."""
 
     text: str
-    finish_reason: str = "stop"
-    """``stop``, ``length`` (cut at the limit of tokens), ``content_filter``, or what else was sent."""
-    refusal: bool = False
-    """The server marked the message as a refusal."""
+    finish_reason: str = "stop"  # Or "length" (cut at the limit), "content_filter", or another.
+    refusal: bool = False  # The server marked the message as a refusal.
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -153,13 +142,9 @@ def parse_answer(raw: bytes) -> Answer:
     content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
     if isinstance(content, list):
         content = "".join(part.get("text", "") for part in content)
-    return Answer(
-        encodable(content or refusal or ""),
-        str(choice.get("finish_reason") or "stop"),
-        bool(refusal),
-        int(usage.get("prompt_tokens") or 0),
-        int(usage.get("completion_tokens") or 0),
-    )
+    tokens = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+    reason = str(choice.get("finish_reason") or "stop")
+    return Answer(encodable(content or refusal or ""), reason, bool(refusal), *tokens)
 
 
 def request_key(request: Mapping[str, Any]) -> str:
@@ -245,12 +230,10 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 class _Bounded(httpx2.AsyncClient):
-    """An HTTP client whose responses are bounded in bytes and in time.
+    """An HTTP client whose responses are bounded in bytes and in time."""
 
-    Its own time-outs begin anew with every piece: headers that drip, a slow body or ``100 Continue``
-    without end would never run into them.
-    """
-
+    # Its own time-outs begin anew with every piece: headers that drip, a slow body or "100 Continue"
+    # without end would never run into them.
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         data = bytearray()
         try:
@@ -282,11 +265,9 @@ class ChatClient:
     def __init__(self, config: ChatConfig, cache: AnswerCache | None = None) -> None:
         self.config, self.options = config, config.options
         self.cache = AnswerCache() if cache is None else cache
+        # Requests asked, answered, cached; attempts; answers that were refused, cut, empty; tokens.
         self.counts: Counter[str] = Counter()
-        """Requests ``asked``, ``answered``, ``cached``; ``attempts``; answers of no use: ``refused``,
-        ``cut``, ``empty``; and the tokens of those that were answered."""
-        self.failed: Counter[str] = Counter()
-        """Requests that were given up, by reason."""
+        self.failed: Counter[str] = Counter()  # Requests that were given up, by reason.
         self._lock = threading.Lock()
         self._under_way: set[concurrent.futures.Future] = set()
         self._closed, self._failed_in_a_row = False, 0
@@ -403,9 +384,9 @@ class ChatClient:
                 raise self._remedy(error.status_code, _said(error.response)) from error
             return
         except openai.APIConnectionError as error:
+            remedy = f"start it (such as `vllm serve {model}`), or give another address"
             raise Unreachable(
-                f"no {where.removeprefix('the ')} answers ({error.__cause__ or error}): start it "
-                f"(such as `vllm serve {model}`), or give another address."
+                f"{where} is not there ({error.__cause__ or error}): {remedy}."
             ) from error
         except MALFORMED:
             return
@@ -468,7 +449,7 @@ def ordered(
 # What answers say beside what was asked for: refusals, labels, quotes, thoughts. The lists are short on
 # purpose and look at the beginning alone: a caption may tell of somebody who says "I'm sorry".
 
-REFUSALS = (
+REFUSALS = (  # What a refusal begins with, whatever the case, ’ read as '.
     r"(i'?m |i am |we'?re |we are )?(very |so |really )?sorry\b"
     r".*\b(can'?t|cannot|unable|not able|won'?t|but)\b",
     r"(i )?apologi[sz]e\b.*\b(can'?t|cannot|unable|not able|won'?t|but)\b",
@@ -478,8 +459,6 @@ REFUSALS = (
     r"no (images?|videos?|frames?) (was|were|has been|have been|is|are) (provided|attached|given)",
     r"(很|非常)?抱歉|对不起，我(不能|无法)|我(不能|无法)",
 )
-"""Regular expressions that a refusal begins with, whatever the case, ``’`` read as ``'``."""
-
 _REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern in REFUSALS), re.IGNORECASE)
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _LABEL = re.compile(

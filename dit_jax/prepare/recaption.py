@@ -54,18 +54,16 @@ sentence alone."""
 class RecaptionConfig:
     """What is shown, and what is asked."""
 
-    frames: PositiveInt = 8
-    """Of a clip, evenly spaced."""
-    max_side: Annotated[int, Range(16)] = 512
-    """Pixels of the longer side; larger frames are shrunk."""
+    frames: PositiveInt = 8  # Of a clip, evenly spaced.
+    max_side: Annotated[int, Range(16)] = 512  # Pixels of the longer side; larger ones are shrunk.
     encoding: Literal["jpeg", "png"] = "jpeg"
     descriptive_words: PositiveInt = 120
     short_words: PositiveInt = 15
+    # {what} becomes "an image" or "8 frames, in order, of one video clip", {motion} a few words about
+    # motion if there is any, {words} the limit.
     descriptive: str = DESCRIPTIVE
-    """``{what}`` becomes "an image" or "8 frames, in order, of one video clip", ``{motion}`` a few
-    words about motion where there is any, ``{words}`` the limit."""
+    # {caption} becomes the descriptive caption, {medium} "an image" or "a video clip".
     short: str = SHORT
-    """``{caption}`` becomes the descriptive caption, ``{medium}`` "an image" or "a video clip"."""
 
     def __post_init__(self) -> None:
         message = f"recaption.short is {self.short!r}: say by {{caption}} where the description is."

@@ -48,18 +48,16 @@ does, the surroundings, the background, the light and the style, wherever the pr
 Add no new subject. Write one paragraph of at most {words} words in plain present tense, as one \
 describes something that is seen. A prompt that is long enough already comes back as it is. Answer \
 with the prompt alone."""
+# With the blank behind it; and of a tokenizer, most of whose words are one token.
 BYTES_OF_WORD, TOKENS_OF_WORD = 6, 2
-"""With the blank behind it; and of a tokenizer, most of whose words are one token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UpsampleConfig:
     """What is asked of the model."""
 
-    words: PositiveInt = 100
-    """Of an upsampled prompt at most; fewer where the text encoder reads less."""
-    system: str = SYSTEM
-    """The instruction; ``{words}`` becomes the limit."""
+    words: PositiveInt = 100  # Of an upsampled prompt at most.
+    system: str = SYSTEM  # The instruction; {words} becomes the limit.
 
 
 class Upsampled(NamedTuple):
@@ -125,22 +123,15 @@ def upsample(
 class UpsampleArguments:
     """Has a language model write prompts out, for --prompts-file of python -m dit_jax.sample."""
 
-    prompt: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """Short prompts."""
-    prompts_file: str | None = None
-    """A file of them, as --prompts-file of sample."""
-    output: str = "prompts.json"
-    """The prompts that are to be used."""
-    server: str
-    """The address of any server of OpenAI's protocol (vLLM, Ollama, ...)."""
-    model: str
-    """The language model's name there."""
+    prompt: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()  # Short prompts.
+    prompts_file: str | None = None  # A file of them, as --prompts-file of sample.
+    output: str = "prompts.json"  # The prompts that are to be used.
+    server: str  # The address of any server of OpenAI's protocol (vLLM, Ollama, ...).
+    model: str  # The language model's name there.
+    # File that keeps answers, none being asked for twice. Unset: in the user's cache directory.
     cache: str | None = None
-    """File that keeps answers, none being asked for twice. Unset: in the user's cache directory."""
-    checkpoint: str | None = None
-    """Directory of the run that will read the prompts: none becomes longer than it reads."""
-    text_encoder: str | None = None
-    """Folder of that run's text encoder. Unset: the one that its config names."""
+    checkpoint: str | None = None  # Directory of the run that will read the prompts.
+    text_encoder: str | None = None  # Folder of its text encoder, if not the one of its config.
     upsampling: UpsampleConfig = UpsampleConfig()
     chat: ChatOptions = ChatOptions()
 
