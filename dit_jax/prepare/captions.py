@@ -90,19 +90,13 @@ def _captions(
     row: Mapping[str, Any], config: TableConfig, origin: str, where: str
 ) -> tuple[Caption, ...]:
     """The captions in a row; ``InputError`` if it has no column for them, or no text in any."""
-    named = [(column, KINDS.get(plain(column), "given")) for column in config.caption_columns]
-    if not named:
-        columns = {kind: find_column(row, keys) for kind, keys in CAPTION_KEYS.items()}
-        named = [(column, kind) for kind, column in columns.items() if column]
-    absent = next((column for column, _ in named if column not in row), None)
-    absent = absent if named else "caption"
-    message = f"{where} has no {absent!r}, only {', '.join(row) or 'nothing'}: name the column"
-    refuse_if([(absent is not None, message)])
+    guessed = (find_column(row, keys) for keys in CAPTION_KEYS.values())
+    columns = config.caption_columns or [column for column in guessed if column] or ["caption"]
     licence = row.get(config.licence_column or find_column(row, LICENCE_KEYS) or "")
     licence = encodable(str(licence)) if licence else None
     captions: list[Caption] = []
-    for column, kind in named:
-        value = row[column]
+    for column in columns:
+        value, kind = _cell(row, column, where), KINDS.get(plain(column), "given")
         texts = [x for x in (value if isinstance(value, list) else [value]) if x is not None]
         message = f"{where} has the {column} {value!r}: give a string or several"
         refuse_if((not isinstance(text, str), message) for text in texts)
@@ -110,9 +104,15 @@ def _captions(
             repaired = SURROGATES.search(text) is not None
             text = encodable(" ".join(text.split()))
             captions.append(Caption(text, origin, kind, licence, repaired))
-    message = f"{where} has no text as {named[0][0]!r}: write one, or leave it out"
+    message = f"{where} has no text as {columns[0]!r}: write one, or leave it out"
     refuse_if([(not captions, message)])
     return tuple(captions)
+
+
+def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
+    message = f"{where} has no {column!r}, only {', '.join(row) or 'nothing'}: name the column"
+    refuse_if([(column not in row, message)])
+    return row[column]
 
 
 # Sidecars
@@ -202,10 +202,8 @@ def read_table(
     for place, row in read_rows(path):
         where = f"{str(path)!r}, {place}"
         column = config.file_column or find_column(row, FILE_KEYS) or FILE_KEYS[0]
-        name = str(row.get(column) or "").strip()
-        message = f"{where} has no {column!r}, only {', '.join(row) or 'nothing'}: name the column"
-        blank = f"{where} has no media file as {column!r}: fill it in"
-        refuse_if([(column not in row, message), (not name, blank)])
+        name = str(_cell(row, column, where) or "").strip()
+        refuse_if([(not name, f"{where} has no media file as {column!r}: fill it in")])
         file, captions = _normal(name), _captions(row, config, "table", where)
         if before := rows.get(file):
             message = f"{str(path)!r} has {file!r} twice, at {before.where} and {place}: remove one"

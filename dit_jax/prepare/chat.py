@@ -147,11 +147,6 @@ def parse_answer(raw: bytes) -> Answer:
     return Answer(encodable(content or refusal or ""), reason, bool(refusal), *tokens)
 
 
-def request_key(request: Mapping[str, Any]) -> str:
-    """The hash of a request's JSON, whatever the order of its keys; the address is not in it."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-
-
 def default_cache() -> Path:
     """``dit_jax/answers.sqlite`` in the user's cache directory (``XDG_CACHE_HOME``)."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -191,11 +186,6 @@ class AnswerCache:
         except sqlite3.Error as error:
             raise OSError(f"answers cannot be kept in {str(self.path)!r}: {error}") from error
 
-    def get(self, key: str) -> Answer | None:
-        """The answer to a request, if it was given."""
-        row = self._run("SELECT answer FROM answers WHERE key = ?", key)
-        return Answer(**json.loads(row[0])) if row else None
-
     def put(self, key: str, model: str, answer: Answer) -> None:
         """Keeps an answer; it is on disk when this returns. ``OSError`` if it cannot be."""
         stored = json.dumps(dataclasses.asdict(answer))
@@ -207,7 +197,8 @@ class AnswerCache:
         # Held by the open file: threads and processes wait alike, and a killed process lets go.
         with (self._locks / key[:2]).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield self.get(key)
+            row = self._run("SELECT answer FROM answers WHERE key = ?", key)
+            yield Answer(**json.loads(row[0])) if row else None
 
     def __len__(self) -> int:
         return self._run("SELECT count(*) FROM answers")[0]
@@ -305,7 +296,8 @@ class ChatClient:
         """The answer to a conversation, or, as a text, why there is none; ``ChatError`` if the server
         refuses the key or does not know the model."""
         body = self.config.request(messages)
-        key = request_key(body)
+        # Of all that the answer depends on, whatever the order; the address is not in it.
+        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         self.count(["asked"])
         with self.cache.asking(key) as known:
             if known is not None:

@@ -35,7 +35,6 @@ from dit_jax.prepare.chat import (
     is_refusal,
     message,
     ordered,
-    request_key,
     tell,
     whole_sentences,
 )
@@ -131,9 +130,7 @@ def test_what_cannot_pass_is_not_tried_again(status: int, slept):
 def test_a_wrong_server_key_or_model_ends_all_at_once(status: int, monkeypatch, slept):
     with serving(lambda *_: Response(status=status)) as server:
         client = client_of(server.url)
-        with pytest.raises(
-            ChatError, match=f"{server.url}/v1 answers {status} for 'seer'"
-        ) as first:
+        with pytest.raises(ChatError, match=f"{server.url}.* {status} for 'seer'") as first:
             ask(client, "x")
         assert ("OPENAI_API_KEY" in str(first.value)) == (status != 404) and not slept
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -188,11 +185,11 @@ def test_an_answer_without_end_takes_neither_more_time_nor_more_memory(what: str
     assert said.startswith("time-out") or f"{MAX_BYTES:,}" in said
 
 
-@pytest.mark.parametrize(
-    "body",
-    ["[" * 100_000, '{"a":' * 100_000, '{"choices": [{"message": {"content": "x"}}], "usage": '
-     '{"prompt_tokens": 1e999}}'],
-)  # fmt: skip
+DEEP = ("[" * 100_000, '{"a":' * 100_000)
+INFINITE = '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}'
+
+
+@pytest.mark.parametrize("body", [*DEEP, INFINITE])
 def test_json_that_is_deep_or_infinite_is_no_answer(body: str):
     with serving(lambda *_: Response(body=body)) as server:
         client = client_of(server.url, dataclasses.replace(QUICK, retries=0))
@@ -259,19 +256,16 @@ def test_probe_names_the_models_that_there_are():
             client_of(server.url).probe()
 
 
-@pytest.mark.parametrize(
-    ("url", "base"),
-    [
-        ("http://h:8000", "http://h:8000/v1"),
-        ("http://h:8000/v1/", "http://h:8000/v1"),
-        ("http://h:8000/v1/chat/completions", "http://h:8000/v1"),
-        ("http://[::1]:8000/", "http://[::1]:8000/v1"),
-        ("https://h/openai", "https://h/openai/v1"),
-        ("https://h/v1beta/openai/", "https://h/v1beta/openai"),
-    ],
-)
-def test_addresses(url: str, base: str):
-    assert ChatConfig(url, "m").base == base
+def test_addresses():
+    addresses = {
+        "http://h:8000": "http://h:8000/v1",
+        "http://h:8000/v1/": "http://h:8000/v1",
+        "http://h:8000/v1/chat/completions": "http://h:8000/v1",
+        "http://[::1]:8000/": "http://[::1]:8000/v1",
+        "https://h/openai": "https://h/openai/v1",
+        "https://h/v1beta/openai/": "https://h/v1beta/openai",
+    }
+    assert {url: ChatConfig(url, "m").base for url in addresses} == addresses
 
 
 @pytest.mark.parametrize(
@@ -430,9 +424,7 @@ def test_the_cache_refuses_what_is_none(tmp_path: Path):
         AnswerCache("/proc/x/a.sqlite")
 
 
-def test_keys_and_places(monkeypatch, tmp_path: Path):
-    assert request_key({"a": 1, "b": [2]}) == request_key({"b": [2], "a": 1})
-    assert request_key({"a": 1}) != request_key({"a": 2})
+def test_answers_of_a_user_are_in_the_cache_directory(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "dit_jax" / "answers.sqlite"
 
@@ -473,59 +465,49 @@ def test_ordered_keeps_the_order_the_limit_and_errors():
     assert seen == list(range(1, 50)) and stopped == [True]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I'm sorry, but I can't help with that.",
-        "I’m sorry, I cannot describe people in this image.",
-        "Sorry, I can't assist with that request.",
-        "I apologize, but I am unable to view videos.",
-        "I cannot create content like this.",
-        "Unfortunately, I can't see the images.",
-        "As an AI language model, I do not have eyes.",
-        "No images were provided.",
-        "<think>hm, a person</think>I'm unable to identify people.",
-        "抱歉，我无法描述这个视频。",
-    ],
-)
-def test_refusals_are_known(text: str):
-    assert is_refusal(text)
+REFUSED = """\
+I'm sorry, but I can't help with that.
+I’m sorry, I cannot describe people in this image.
+Sorry, I can't assist with that request.
+I apologize, but I am unable to view videos.
+I cannot create content like this.
+Unfortunately, I can't see the images.
+As an AI language model, I do not have eyes.
+No images were provided.
+<think>hm, a person</think>I'm unable to identify people.
+抱歉，我无法描述这个视频。"""
+TOLD = """\
+A woman says 'I'm sorry, I can't' to a man in the rain.
+A sign reads: I cannot come in.
+No people are on the street; an icy wind moves the flags.
+A sorry-looking dog that cannot walk waits.
+一只猫无法跳上墙。"""
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A woman says 'I'm sorry, I can't' to a man in the rain.",
-        "A sign reads: I cannot come in.",
-        "No people are on the street; an icy wind moves the flags.",
-        "A sorry-looking dog that cannot walk waits.",
-        "一只猫无法跳上墙。",
-    ],
-)
-def test_captions_are_no_refusals(text: str):
-    assert not is_refusal(text)
+def test_refusals_are_told_from_captions():
+    assert [text for text in REFUSED.splitlines() if not is_refusal(text)] == []
+    assert [text for text in TOLD.splitlines() if is_refusal(text)] == []
 
 
-@pytest.mark.parametrize(
-    ("said", "kept"),
-    [
-        ('  "A cat sits."\n', "A cat sits."),
-        ("Caption: A cat sits.", "A cat sits."),
-        ("**Caption:** A cat sits.", "A cat sits."),
-        ("Sure! Here is a short caption:\n\n“A cat sits.”", "A cat sits."),
-        ("Here's the upsampled prompt: A cat.", "A cat."),
-        ("The video shows a cat that sits.", "A cat that sits."),
-        ("This image depicts two cats.", "Two cats."),
-        ("The video shows how to fold paper.", "The video shows how to fold paper."),
-        ("<think>A cat, surely.</think>\nA cat\nsits.", "A cat sits."),
-        ("<think>never ends", ""),
-        ('"Go" and "stop"', '"Go" and "stop"'),
-        ("A description: none.", "A description: none."),
-        ("一只猫", "一只猫"),
-    ],
-)
-def test_answers_are_cleaned(said: str, kept: str):
-    assert clean(said) == kept
+CLEANED = {
+    '  "A cat sits."\n': "A cat sits.",
+    "Caption: A cat sits.": "A cat sits.",
+    "**Caption:** A cat sits.": "A cat sits.",
+    "Sure! Here is a short caption:\n\n“A cat sits.”": "A cat sits.",
+    "Here's the upsampled prompt: A cat.": "A cat.",
+    "The video shows a cat that sits.": "A cat that sits.",
+    "This image depicts two cats.": "Two cats.",
+    "The video shows how to fold paper.": "The video shows how to fold paper.",
+    "<think>A cat, surely.</think>\nA cat\nsits.": "A cat sits.",
+    "<think>never ends": "",
+    '"Go" and "stop"': '"Go" and "stop"',
+    "A description: none.": "A description: none.",
+    "一只猫": "一只猫",
+}
+
+
+def test_answers_are_cleaned():
+    assert {said: clean(said) for said in CLEANED} == CLEANED
 
 
 def test_whole_sentences():
