@@ -135,7 +135,7 @@ class Answer:
     completion_tokens: int = 0
 
 
-def parse_answer(raw: bytes) -> Answer:
+def parse_answer(raw: bytes | bytearray) -> Answer:
     """The answer in a response; one of ``MALFORMED`` if it is none, as when a server broke off."""
     value = json.loads(raw)
     choice, usage = value["choices"][0], value.get("usage") or {}
@@ -246,7 +246,7 @@ class _Bounded(httpx2.AsyncClient):
                 raise httpx2.RemoteProtocolError(said, request=request) from error
         # What was read is decoded already.
         headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-        whole = {"headers": headers, "content": bytes(data), "request": request}
+        whole: dict[str, Any] = {"headers": headers, "content": bytes(data), "request": request}
         return httpx2.Response(response.status_code, **whole)
 
 
