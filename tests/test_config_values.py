@@ -295,7 +295,7 @@ def test_verbs_refuse_numbers_that_are_not_finite(
         lambda x: check_types(RecordsConfig("x", fps=x)),
         lambda x: WorkersConfig(time_limit=x),
         lambda x: ShotConfig(ratio=x),
-        lambda x: ChatOptions(timeout=x),
+        lambda x: check_types(ChatOptions(timeout=x)),
     ],
 )
 def test_bounds_refuse_nan(make: Any):

@@ -25,25 +25,27 @@ import tempfile
 import threading
 import urllib.parse
 import weakref
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import httpx2
 import openai
 
 from dit_jax.files import SURROGATES, InputError, as_path, is_remote, refuse_if
 from dit_jax.prepare.tables import encodable
+from dit_jax.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+# Statuses that say that the server, key or model is wrong: no other request would fare better.
 FATAL = (401, 403, 404, 405)
-"""Statuses that say that the server, key or model is wrong: no other request would fare better."""
 PROBE_TIMEOUT = 10.0
-MAX_BYTES = 1 << 22
-"""Of a response. A caption has some hundred bytes."""
+MAX_BYTES = 1 << 22  # Of a response. A caption has some hundred bytes.
+# What reading a value that is not of the protocol may raise; deep JSON is a RecursionError.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
-"""What reading a value that is not of the protocol may raise; deep JSON is a ``RecursionError``."""
 Message = Mapping[str, Any]
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class ChatError(InputError):
@@ -58,86 +60,55 @@ class Unreachable(ChatError):
 class ChatOptions:
     """How a server is asked."""
 
+    # The environment variable with the key, which is sent to the server if it is set.
     api_key_variable: str = "OPENAI_API_KEY"
-    """The environment variable with the key, which is sent to the server if it is set."""
-    concurrency: int = 8
-    """Requests under way at once."""
-    timeout: float = 120.0
-    """Seconds for an answer to come, all of it."""
-    retries: int = 5
-    """Further attempts after one that failed and may pass."""
-    give_up_after: int = 20
-    """After so many requests in a row that failed, each with all its attempts, no more are sent."""
-    max_tokens: int = 1024
-    """Of an answer."""
+    concurrency: PositiveInt = 8  # Requests under way at once.
+    timeout: PositiveFloat = 120.0  # Seconds for an answer to come, all of it.
+    retries: NonNegativeInt = 5  # Further attempts after one that failed and may pass.
+    # After so many requests in a row that failed, each with all its attempts, no more are sent.
+    give_up_after: PositiveInt = 20
+    max_tokens: PositiveInt = 1024  # Of an answer.
+    # What the server calls that limit: OpenAI's newer models want the second.
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls that limit: OpenAI's newer models want the second."""
-    temperature: float | None = 0.0
-    """Of the model's sampling; None leaves it to the server."""
-    seed: int | None = 0
-    """None leaves it to the server."""
-
-    def __post_init__(self) -> None:
-        least = dict(concurrency=1, give_up_after=1, max_tokens=1, retries=0, temperature=0)
-        values = {name: getattr(self, name) or 0 for name in least}
-        faults = [
-            (not values[name] >= bound, f"chat.{name} is {values[name]}: it is at least {bound}.")
-            for name, bound in least.items()
-        ]
-        message = f"chat.timeout is {self.timeout}: give seconds above 0."
-        refuse_if([*faults, (not self.timeout > 0, message)])
+    temperature: NonNegativeFloat | None = 0.0  # Of sampling; None leaves it to the server.
+    seed: int | None = 0  # None leaves it to the server.
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
-    """A model on a server."""
+    """A model on a server, ``http://localhost:8000``, with or without ``/v1``."""
 
     url: str
-    """The server, ``http://localhost:8000``; with or without ``/v1``."""
     model: str
     options: ChatOptions = ChatOptions()
 
     def __post_init__(self) -> None:
-        parts, port = urllib.parse.urlsplit(""), None
-        with contextlib.suppress(ValueError):
-            parts, port = urllib.parse.urlsplit(self.url), 0
-            port = parts.port  # Raises for what is no number, and leaves 0.
-        address = f"{parts.scheme}://{parts.hostname}"
-        more = bool(parts.username or parts.query or parts.fragment)
+        address = re.sub(r"//.*@|[?#].*", "...", self.url)  # Without what may be a key.
+        host = r"(\[[\da-f:.]+\]|[^\s/:@?#\[\]]+)(:[1-9]\d*)?"
+        http = re.fullmatch(rf"https?://{host}(/[^\s?#@]*)?", self.url, re.IGNORECASE)
+        remedy = f"give http://HOST:PORT, and a key in {self.options.api_key_variable}"
         unnamed = not self.model or SURROGATES.search(self.model) is not None
-        http = parts.scheme in ("http", "https") and parts.hostname and port != 0
-        refuse_if(
-            [
-                (not http, f"the server's address is {self.url!r}: give http://HOST:PORT."),
-                (
-                    more,
-                    f"the server's address has more than host and path: give {address}..., and a key "
-                    f"in {self.options.api_key_variable}.",
-                ),
-                (
-                    unnamed,
-                    f"no model of {self.url!r} is named ({self.model!r}): name one it serves.",
-                ),
-            ]
-        )
+        faults = [(http is None, f"the server's address is {address!r}: {remedy}.")]
+        message = f"the model of {address!r} is {self.model!r}: name one it serves."
+        refuse_if([*faults, (unnamed, message)])
 
     @property
     def base(self) -> str:
         """The address with its version, ``http://localhost:8000/v1``."""
-        base = re.sub(r"/chat/completions$", "", self.url.rstrip("/"))
+        base = self.url.rstrip("/").removesuffix("/chat/completions")
         path = urllib.parse.urlsplit(base).path
         return base if re.search(r"/v\d\w*(/|$)", path) else f"{base}/v1"
 
     def request(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The body of a request, which is also what an answer is kept under."""
-        options = self.options
-        optional = {"temperature": options.temperature, "seed": options.seed}
-        return {
+        one = self.options
+        body = {
             "model": self.model,
             "messages": list(messages),
-            options.max_tokens_name: options.max_tokens,
-            **{name: value for name, value in optional.items() if value is not None},
+            one.max_tokens_name: one.max_tokens,
         }
+        body |= {"temperature": one.temperature, "seed": one.seed}
+        return {name: value for name, value in body.items() if value is not None}
 
 
 def message(role: str, text: str, images: Sequence[bytes] = ()) -> Message:
@@ -150,23 +121,30 @@ def message(role: str, text: str, images: Sequence[bytes] = ()) -> Message:
     return {"role": role, "content": [*content, {"type": "text", "text": text}] if images else text}
 
 
+# Answers, and where they are kept
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model said."""
+    """What a model said, and the tokens that the server counts (0 if it does not)."""
 
     text: str
-    finish_reason: str = "stop"
-    """``stop``, ``length`` (cut at the limit of tokens), ``content_filter``, or what else was sent."""
-    refusal: bool = False
-    """The server marked the message as a refusal."""
+    finish_reason: str = "stop"  # Or "length" (cut at the limit), "content_filter", or another.
+    refusal: bool = False  # The server marked the message as a refusal.
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    """As the server counts them; 0 if it does not say."""
 
 
-def request_key(request: Mapping[str, Any]) -> str:
-    """The hash of a request's JSON, whatever the order of its keys; the address is not in it."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+def parse_answer(raw: bytes | bytearray) -> Answer:
+    """The answer in a response; one of ``MALFORMED`` if it is none, as when a server broke off."""
+    value = json.loads(raw)
+    choice, usage = value["choices"][0], value.get("usage") or {}
+    content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    tokens = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+    reason = str(choice.get("finish_reason") or "stop")
+    return Answer(encodable(content or refusal or ""), reason, bool(refusal), *tokens)
 
 
 def default_cache() -> Path:
@@ -176,10 +154,8 @@ def default_cache() -> Path:
 
 
 class AnswerCache:
-    """Answers by the hash of their request, in a SQLite file that threads and processes share.
-
-    ``path`` None keeps them for as long as the object lives.
-    """
+    """Answers by the hash of their request, in a SQLite file that threads and processes share; without
+    a ``path`` they are kept for as long as the object lives."""
 
     def __init__(self, path: str | os.PathLike | None = None) -> None:
         remote = path is not None and is_remote(path)
@@ -190,15 +166,15 @@ class AnswerCache:
             path = Path(folder, "answers")
         self.path = as_path(path)
         self._locks = self.path.with_name(self.path.name + ".locks")
+        columns = "key TEXT PRIMARY KEY, model TEXT, answer TEXT"
+        # One statement at a time: while another thread of the connection reads, a write fails at once
+        # if another process waits to write, too.
         self._lock = threading.Lock()
+        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         try:
             self._locks.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(
-                self.path, timeout=60, isolation_level=None, check_same_thread=False
-            )
-            self._run(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, model TEXT, answer TEXT)"
-            )
+            self._database = sqlite3.connect(self.path, timeout=60, **options)
+            self._run(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
         except (OSError, sqlite3.Error) as error:
             message = f"cannot keep answers in {str(self.path)!r} ({error}): name another file"
             raise InputError(message) from error
@@ -209,11 +185,6 @@ class AnswerCache:
                 return self._database.execute(command, values).fetchone()
         except sqlite3.Error as error:
             raise OSError(f"answers cannot be kept in {str(self.path)!r}: {error}") from error
-
-    def get(self, key: str) -> Answer | None:
-        """The answer to a request, if it was given."""
-        row = self._run("SELECT answer FROM answers WHERE key = ?", key)
-        return Answer(**json.loads(row[0])) if row else None
 
     def put(self, key: str, model: str, answer: Answer) -> None:
         """Keeps an answer; it is on disk when this returns. ``OSError`` if it cannot be."""
@@ -226,7 +197,8 @@ class AnswerCache:
         # Held by the open file: threads and processes wait alike, and a killed process lets go.
         with (self._locks / key[:2]).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield self.get(key)
+            row = self._run("SELECT answer FROM answers WHERE key = ?", key)
+            yield Answer(**json.loads(row[0])) if row else None
 
     def __len__(self) -> int:
         return self._run("SELECT count(*) FROM answers")[0]
@@ -235,6 +207,9 @@ class AnswerCache:
         """Closes the file."""
         with self._lock:
             self._database.close()
+
+
+# The client
 
 
 @functools.cache
@@ -246,46 +221,33 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 class _Bounded(httpx2.AsyncClient):
-    """An HTTP client whose responses are bounded in bytes and in time.
+    """An HTTP client whose responses are bounded in bytes and in time."""
 
-    Its own time-outs begin anew with every piece: headers that drip, a slow body or ``100 Continue``
-    without end would never run into them.
-    """
-
-    def __init__(self, counts: Counter[str], dropped: Sequence[str], **options: Any) -> None:
-        """``counts``: of "attempts"; ``dropped``: headers that are not sent."""
-        # Connections are not kept: one that is left open when the program ends is a warning.
-        super().__init__(limits=httpx2.Limits(max_keepalive_connections=0), **options)
-        self._counts, self._dropped = counts, dropped
-
+    # Its own time-outs begin anew with every piece: headers that drip, a slow body or "100 Continue"
+    # without end would never run into them.
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        self._counts["attempts"] += 1
-        for name in self._dropped:
-            request.headers.pop(name, None)
+        data = bytearray()
         try:
             async with asyncio.timeout(request.extensions["timeout"]["read"]):
                 response = await super().send(request, **{**options, "stream": True})
                 async with contextlib.aclosing(response):
-                    data = await self._read(response)
+                    async for piece in response.aiter_bytes():
+                        data += piece
+                        if len(data) > MAX_BYTES:
+                            large = f"the answer has more than {MAX_BYTES:,} bytes"
+                            raise httpx2.RemoteProtocolError(large, request=request)
         except TimeoutError as error:
             raise httpx2.ReadTimeout("not all of it came in time", request=request) from error
         if request.method == "POST" and response.status_code == 200:
             try:
                 parse_answer(data)
             except MALFORMED as error:  # Tried again, like a connection that broke.
-                said = f"malformed answer: {type(error).__name__}, {data[:80]!r}"
+                said = f"malformed answer: {type(error).__name__}, {bytes(data[:80])!r}"
                 raise httpx2.RemoteProtocolError(said, request=request) from error
+        # What was read is decoded already.
         headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-        return httpx2.Response(response.status_code, headers=headers, content=data, request=request)
-
-    async def _read(self, response: httpx2.Response) -> bytes:
-        data = bytearray()
-        async for piece in response.aiter_raw():
-            data += piece
-            if len(data) > MAX_BYTES:
-                large = f"the answer has more than {MAX_BYTES:,} bytes"
-                raise httpx2.RemoteProtocolError(large, request=response.request)
-        return bytes(data)
+        whole: dict[str, Any] = {"headers": headers, "content": bytes(data), "request": request}
+        return httpx2.Response(response.status_code, **whole)
 
 
 class ChatClient:
@@ -294,11 +256,9 @@ class ChatClient:
     def __init__(self, config: ChatConfig, cache: AnswerCache | None = None) -> None:
         self.config, self.options = config, config.options
         self.cache = AnswerCache() if cache is None else cache
+        # Requests asked, answered, cached; attempts; answers that were refused, cut, empty; tokens.
         self.counts: Counter[str] = Counter()
-        """Requests ``asked``, ``answered``, ``cached``; ``attempts``; answers of no use: ``refused``,
-        ``cut``, ``empty``; and the tokens of those that were answered."""
-        self.failed: Counter[str] = Counter()
-        """Requests that were given up, by reason."""
+        self.failed: Counter[str] = Counter()  # Requests that were given up, by reason.
         self._lock = threading.Lock()
         self._under_way: set[concurrent.futures.Future] = set()
         self._closed, self._failed_in_a_row = False, 0
@@ -307,31 +267,41 @@ class ChatClient:
         # The client's own error would show the key.
         wrong = f"the key in {self.options.api_key_variable} is not printable ASCII: correct it."
         refuse_if([(not (key.isascii() and key.isprintable()), wrong)])
+        # What the environment says of an account at OpenAI is no other server's business.
+        unsent = ["OpenAI-Organization", "OpenAI-Project", *([] if key else ["Authorization"])]
+
+        async def prepare(request: httpx2.Request) -> None:
+            self.count(["attempts"])
+            for name in unsent:
+                request.headers.pop(name, None)
+
         here = urllib.parse.urlsplit(config.url).hostname in ("localhost", "127.0.0.1", "::1")
+        http = _Bounded(
+            timeout=self.options.timeout,
+            trust_env=not here,
+            follow_redirects=False,
+            event_hooks={"request": [prepare]},
+            # Connections are not kept: one that is left open when the program ends is a warning.
+            limits=httpx2.Limits(max_keepalive_connections=0),
+        )
         self._client = openai.AsyncOpenAI(
             base_url=config.base,
             api_key=key or "none",
             timeout=self.options.timeout,
             max_retries=self.options.retries,
-            http_client=_Bounded(
-                self.counts,
-                # What the environment says of an account at OpenAI is no other server's business.
-                ["OpenAI-Organization", "OpenAI-Project", *([] if key else ["Authorization"])],
-                timeout=self.options.timeout,
-                trust_env=not here,
-                follow_redirects=False,
-            ),
+            http_client=http,
         )
 
     def ask(self, messages: Sequence[Message]) -> Answer | str:
         """The answer to a conversation, or, as a text, why there is none; ``ChatError`` if the server
         refuses the key or does not know the model."""
         body = self.config.request(messages)
-        key = request_key(body)
-        self.count("asked")
+        # Of all that the answer depends on, whatever the order; the address is not in it.
+        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        self.count(["asked"])
         with self.cache.asking(key) as known:
             if known is not None:
-                self.count("cached")
+                self.count(["cached"])
                 return known
             answer = self._answer(body)
             if isinstance(answer, str):
@@ -339,9 +309,8 @@ class ChatClient:
                     self.failed[answer.partition(":")[0]] += 1
                 return answer
             self.cache.put(key, self.config.model, answer)
-        self.count("answered")
-        self.count("prompt tokens", answer.prompt_tokens)
-        self.count("completion tokens", answer.completion_tokens)
+        tokens = {"prompt tokens": answer.prompt_tokens}
+        self.count({"answered": 1, "completion tokens": answer.completion_tokens, **tokens})
         return answer
 
     def _answer(self, body: Mapping[str, Any]) -> Answer | str:
@@ -356,7 +325,7 @@ class ChatClient:
         except openai.APIStatusError as error:
             status, said = error.status_code, _said(error.response)
             if status in FATAL:
-                self._refusal = ChatError(self._remedy(status, said))
+                self._refusal = self._remedy(status, said)
                 raise self._refusal from error
             if moved := error.response.headers.get("location"):
                 said = f"redirected to {moved!r}: name that address"
@@ -376,32 +345,27 @@ class ChatClient:
     def _wait(self, request: Any) -> Any:
         """The result of a request in the thread of the event loop."""
         future = asyncio.run_coroutine_threadsafe(request, _loop())
-        with self._lock:
-            self._under_way.add(future)
-            if self._closed:
-                future.cancel()
-        try:
-            return future.result()
-        finally:
-            with self._lock:
-                self._under_way.discard(future)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        if self._closed:
+            future.cancel()
+        return future.result()
 
-    def _remedy(self, code: int, said: str) -> str:
-        where = (
-            f"the server at {self.config.base} answers {code} for {self.config.model!r} ({said})"
-        )
+    def _remedy(self, code: int, said: str) -> ChatError:
         variable = self.options.api_key_variable
+        remedy = "name a model that is served there, and the address without /chat/completions"
         if code in (401, 403):
             state = "is wrong" if os.environ.get(variable) else "is not set"
-            return f"{where}: the environment variable {variable}, which holds the key, {state}."
-        return f"{where}: name a model that is served there, and the address without /chat/completions."
+            remedy = f"the environment variable {variable}, which holds the key, {state}"
+        where = f"the server at {self.config.base} answers {code} for {self.config.model!r}"
+        return ChatError(f"{where} ({said}): {remedy}.")
 
     def probe(self) -> None:
         """Asks which models there are, before long work begins; a server need not say.
 
         ``Unreachable`` if nobody answers, ``ChatError`` for a refused key or an absent model.
         """
-        model = self.config.model
+        model, where = self.config.model, f"the server at {self.config.base}"
         timeout = min(PROBE_TIMEOUT, self.options.timeout)
         client = self._client.with_options(timeout=timeout, max_retries=0)
         try:
@@ -409,52 +373,35 @@ class ChatClient:
             names = [str(one["id"]) for one in json.loads(raw.content)["data"]]
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
-                raise ChatError(self._remedy(error.status_code, _said(error.response))) from error
+                raise self._remedy(error.status_code, _said(error.response)) from error
             return
         except openai.APIConnectionError as error:
+            remedy = f"start it (such as `vllm serve {model}`), or give another address"
             raise Unreachable(
-                f"no server answers at {self.config.base} ({error.__cause__ or error}): start it "
-                f"(such as `vllm serve {model}`), or give another address."
+                f"{where} is not there ({error.__cause__ or error}): {remedy}."
             ) from error
         except MALFORMED:
             return
-        near = difflib.get_close_matches(model, names, 1, 0.4)
-        message = (
-            f"the server at {self.config.base} has no model {model!r}; it has "
-            f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
-            + (f" Perhaps {near[0]!r} was meant." if near else "")
-        )
         if names and model not in names and f"{model}:latest" not in names:
-            raise ChatError(message)
+            near = ", ".join(difflib.get_close_matches(model, names, 20, 0.0))
+            raise ChatError(f"{where} has no model {model!r}: name one it has, such as {near}.")
 
-    def count(self, event: str, by: int = 1) -> None:
-        """Adds to ``counts``."""
+    def count(self, events: Iterable[str] | Mapping[str, int]) -> None:
+        """Adds to ``counts``, one of each event or as many as a mapping says."""
         with self._lock:
-            self.counts[event] += by
+            self.counts.update(events)
 
     def summary(self) -> str:
         """What became of the requests and what they cost, in some lines."""
-        counts, failed = self.counts, self.failed
-        useless = {name: counts[name] for name in ("refused", "cut", "empty") if counts[name]}
-        lines = [
-            f"{self.config.model} at {self.config.base}: {counts['asked']} asked: {counts['answered']} "
-            f"answered, {counts['cached']} from cache, {failed.total()} failed",
-            f"  billed: {counts['prompt tokens']} + {counts['completion tokens']} tokens, in "
-            f"{counts['attempts']} attempts",
-        ]
-        for name, reasons in (("failed", failed), ("of no use", useless)):
-            if reasons:
-                lines.append(
-                    f"  {name}: " + ", ".join(f"{n} x {why}" for why, n in reasons.items())
-                )
-        return "\n".join(lines)
+        counts = ", ".join(f"{count} {event}" for event, count in sorted(self.counts.items()))
+        failed = [f"\n  failed: {count} x {why}" for why, count in self.failed.items()]
+        return f"{self.config.model} at {self.config.base}: {counts}" + "".join(failed)
 
     def close(self) -> None:
         """Ends what is under way; no more is sent."""
-        with self._lock:
-            self._closed = True
-            for future in self._under_way:
-                future.cancel()
+        self._closed = True
+        for future in list(self._under_way):
+            future.cancel()
 
 
 def _said(response: Any) -> str:
@@ -467,26 +414,34 @@ def _said(response: Any) -> str:
     return encodable(" ".join(text.split())[:300] or response.reason_phrase)
 
 
-def parse_answer(raw: bytes) -> Answer:
-    """The answer in a response; one of ``MALFORMED`` if it is none, as when a server broke off."""
-    value = json.loads(raw)
-    choice, usage = value["choices"][0], value.get("usage") or {}
-    content, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content)
-    return Answer(
-        encodable(content or refusal or ""),
-        str(choice.get("finish_reason") or "stop"),
-        bool(refusal),
-        int(usage.get("prompt_tokens") or 0),
-        int(usage.get("completion_tokens") or 0),
-    )
+def ordered(
+    function: Callable[[A], B], items: Iterable[A], threads: int, stop: Callable[[], object]
+) -> Iterator[B]:
+    """``function`` of every item, as soon as those before it are done; items are drawn as needed.
+
+    At most four results a thread wait for an earlier one. If something goes wrong (an error in
+    ``function``, a keyboard interrupt) no further items begin, ``stop`` is called, and what had begun
+    is waited for.
+    """
+    waiting: deque[concurrent.futures.Future[B]] = deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                while waiting and (len(waiting) > 4 * threads or waiting[0].done()):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BaseException:
+            stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 # What answers say beside what was asked for: refusals, labels, quotes, thoughts. The lists are short on
 # purpose and look at the beginning alone: a caption may tell of somebody who says "I'm sorry".
 
-REFUSALS = (
+REFUSALS = (  # What a refusal begins with, whatever the case, ’ read as '.
     r"(i'?m |i am |we'?re |we are )?(very |so |really )?sorry\b"
     r".*\b(can'?t|cannot|unable|not able|won'?t|but)\b",
     r"(i )?apologi[sz]e\b.*\b(can'?t|cannot|unable|not able|won'?t|but)\b",
@@ -496,8 +451,6 @@ REFUSALS = (
     r"no (images?|videos?|frames?) (was|were|has been|have been|is|are) (provided|attached|given)",
     r"(很|非常)?抱歉|对不起，我(不能|无法)|我(不能|无法)",
 )
-"""Regular expressions that a refusal begins with, whatever the case, ``’`` read as ``'``."""
-
 _REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern in REFUSALS), re.IGNORECASE)
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _LABEL = re.compile(
@@ -519,9 +472,8 @@ _SENTENCE_END = re.compile(r"[.!?…](?=[\"'”’)]*(\s|$))[\"'”’)]*|[。�
 
 def is_refusal(text: str) -> bool:
     """Whether an answer begins as one of ``REFUSALS``."""
-    return (
-        _REFUSAL.match(_THOUGHT.sub("", text).replace("’", "'").lstrip(" \t\r\n\"'*")) is not None
-    )
+    text = _THOUGHT.sub("", text).replace("’", "'").lstrip(" \t\r\n\"'*")
+    return _REFUSAL.match(text) is not None
 
 
 def clean(text: str) -> str:
@@ -565,16 +517,16 @@ def tell(client: ChatClient, messages: Sequence[Message]) -> tuple[str, str]:
         return "", answer
     filtered = answer.finish_reason == "content_filter"
     if answer.refusal or filtered or is_refusal(answer.text):
-        client.count("refused")
+        client.count(["refused"])
         said = " ".join(answer.text.split())[:120]
         return "", f"refused by {'its filter' if filtered else 'the model'}: {said!r}"
     text = clean(answer.text)
     if answer.finish_reason == "length":
-        client.count("cut")
+        client.count(["cut"])
         limit, text = client.options.max_tokens, whole_sentences(text)
         why = f"cut off at {limit} tokens in its first sentence (raise chat.max_tokens)"
-        return (text, "") if text else ("", why)
+        return text, "" if text else why
     if not text:
-        client.count("empty")
+        client.count(["empty"])
         return "", "empty answer"
     return text, ""

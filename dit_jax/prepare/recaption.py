@@ -4,7 +4,7 @@ After Betker et al. 2023, "Improving Image Generation with Better Captions" (DAL
 and as Sora does for clips: each gets a *descriptive* caption, of everything that is seen, and a *short*
 one, of its main subject. Training draws among them and the caption that was given
 (``RecordsConfig.caption_mix``); DALL-E 3 had 95 % synthetic to 5 % given (section 3). Theirs is a
-captioner fine-tuned for the purpose; here it is any model that sees, told what to write.
+captioner fine-tuned for the purpose; here it is any model that sees, with instructions.
 
 The descriptive caption is asked for with the frames, the short one with the descriptive alone, which
 spares sending the frames twice and keeps both to the same facts.
@@ -13,28 +13,27 @@ spares sending the frames twice and keeps both to the same facts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 
 from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
-from dit_jax.prepare.chat import ChatClient, message, tell
+from dit_jax.prepare.chat import ChatClient, message, ordered, tell
 from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.stages import Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import Outcome, WorkersConfig
+from dit_jax.types import PositiveInt, Range
 
-A = TypeVar("A")
-B = TypeVar("B")
+Frames = Sequence[np.ndarray] | np.ndarray
+"""The frames of a clip, each uint8 ``[h, w, 3]``."""
 
 DESCRIPTIVE = """\
 You see {what}. Describe what is seen in one paragraph of up to {words} words, for somebody who will \
@@ -55,59 +54,28 @@ sentence alone."""
 class RecaptionConfig:
     """What is shown, and what is asked."""
 
-    frames: int = 8
-    """Of a clip, evenly spaced."""
-    max_side: int = 512
-    """Pixels of the longer side; larger frames are shrunk."""
+    frames: PositiveInt = 8  # Of a clip, evenly spaced.
+    max_side: Annotated[int, Range(16)] = 512  # Pixels of the longer side; larger ones are shrunk.
     encoding: Literal["jpeg", "png"] = "jpeg"
-    descriptive_words: int = 120
-    short_words: int = 15
+    descriptive_words: PositiveInt = 120
+    short_words: PositiveInt = 15
+    # {what} becomes "an image" or "8 frames, in order, of one video clip", {motion} a few words about
+    # motion if there is any, {words} the limit.
     descriptive: str = DESCRIPTIVE
-    """``{what}`` becomes "an image" or "8 frames, in order, of one video clip", ``{motion}`` a few
-    words about motion where there is any, ``{words}`` the limit."""
+    # {caption} becomes the descriptive caption, {medium} "an image" or "a video clip".
     short: str = SHORT
-    """``{caption}`` becomes the descriptive caption, ``{medium}`` "an image" or "a video clip"."""
 
     def __post_init__(self) -> None:
-        least = {"frames": 1, "descriptive_words": 1, "short_words": 1, "max_side": 16}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            refuse_if([(value < bound, f"recaption.{name} is {value}: it is at least {bound}.")])
-        message = "recaption.short has no {caption}: say where the description stands."
+        message = f"recaption.short is {self.short!r}: say by {{caption}} where the description is."
         refuse_if([("{caption}" not in self.short, message)])
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipFrames:
-    """What is to be described."""
+class Recaptioned(NamedTuple):
+    """The captions of a clip that could be had, and why not both."""
 
-    name: str
-    given: str
-    """The caption it has; empty where there is none."""
-    frames: Callable[[], Sequence[np.ndarray] | np.ndarray]
-    """Reads its frames, each uint8 ``[h, w, 3]``: called once, in a thread, when its turn comes. Frames
-    that ``evenly_spaced`` does not name need not be among them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recaptioned:
-    """The captions of a clip; those that could not be had are empty, and ``error`` says why."""
-
-    name: str
-    given: str
-    short: str
-    descriptive: str
-    origin: str
-    """``model:NAME``, of the short and the descriptive one."""
-    error: str = ""
-
-    def captions(self) -> tuple[Caption, ...]:
-        """Those that were made; ``record_texts`` puts them beside those that were given."""
-        made: tuple[tuple[str, Kind], ...] = (
-            (self.short, "short"),
-            (self.descriptive, "descriptive"),
-        )
-        return tuple(Caption(text, self.origin, kind) for text, kind in made if text)
+    name: Any
+    captions: tuple[Caption, ...]
+    error: str
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
@@ -131,83 +99,59 @@ def encode_image(image: np.ndarray, max_side: int, encoding: Literal["jpeg", "pn
 
 
 def recaption(
-    clips: Iterable[ClipFrames], client: ChatClient, config: RecaptionConfig | None = None
+    clips: Iterable[tuple[Any, Callable[[], Frames]]],
+    client: ChatClient,
+    config: RecaptionConfig = RecaptionConfig(),
 ) -> Iterator[Recaptioned]:
-    """Yields the captions of every clip, in order, as they come; a failure is told and goes on.
+    """Yields the captions of every clip, in order, as they come; a failure is noted and goes on.
 
-    As many clips as ``client.options.concurrency`` are in memory. Begun again, it asks for what it has
-    no answer to yet. ``client.summary`` tells what it took.
-
+    A clip is its name, and a function that reads its frames (those that ``evenly_spaced`` names among
+    them): called once, in a thread, when its turn comes, so that as many clips as
+    ``client.options.concurrency`` are in memory. Begun again, it asks for what it has no answer to yet.
     A refused key or an unknown model is a ``ChatError``.
     """
-    one = partial(_recaption, client=client, config=config or RecaptionConfig())
+    one = functools.partial(_recaption, client=client, config=config)
     return ordered(one, clips, client.options.concurrency, client.close)
 
 
-def _recaption(clip: ClipFrames, client: ChatClient, config: RecaptionConfig) -> Recaptioned:
-    result = Recaptioned(clip.name, clip.given, "", "", f"model:{client.config.model}")
+def _recaption(
+    clip: tuple[Any, Callable[[], Frames]], client: ChatClient, config: RecaptionConfig
+) -> Recaptioned:
+    name, read = clip
     try:
-        frames = clip.frames()
-        chosen = [np.asarray(frames[i]) for i in evenly_spaced(len(frames), config.frames)]
-        images = [encode_image(frame, config.max_side, config.encoding) for frame in chosen]
-        if not images:
-            raise ValueError("there are none")
+        frames = read()
+        chosen = evenly_spaced(len(frames), config.frames)
+        how = config.max_side, config.encoding
+        images = [encode_image(np.asarray(frames[i]), *how) for i in chosen]
+        refuse_if([(not images, "there are none")])
     except (ValueError, OSError) as error:
-        return dataclasses.replace(result, error=f"its frames cannot be read: {error}")
-    del frames, chosen
-    many = len(images) > 1
-    what = f"{len(images)} frames, in order, of one video clip" if many else "an image"
-    asked = _filled(
-        config.descriptive,
-        what=what,
-        words=config.descriptive_words,
-        motion=", and how things and the camera move" if many else "",
-    )
-    descriptive, why = tell(client, [message("user", asked, images)])
-    if why:
-        return dataclasses.replace(result, error=f"no descriptive caption: {why}")
-    medium = "a video clip" if many else "an image"
-    asked = _filled(config.short, words=config.short_words, medium=medium, caption=descriptive)
-    short, why = tell(client, [message("user", asked)])
-    error = f"no short caption: {why}" if why else ""
-    return dataclasses.replace(result, short=short, descriptive=descriptive, error=error)
-
-
-def _filled(template: str, **values: object) -> str:
-    # Not str.format: what stands in braces otherwise is the user's. The caption comes last.
-    for name, value in values.items():
-        template = template.replace(f"{{{name}}}", str(value))
-    return template
+        return Recaptioned(name, (), f"its frames cannot be read: {error}")
+    del frames  # Large, and an answer may take minutes.
+    many, captions = len(images) > 1, []
+    values: dict[str, Any] = {
+        "what": f"{len(images)} frames, in order, of one video clip" if many else "an image",
+        "motion": ", and how things and the camera move" if many else "",
+        "medium": "a video clip" if many else "an image",
+    }
+    kinds: list[tuple[Kind, str, int]] = [
+        ("descriptive", config.descriptive, config.descriptive_words),
+        ("short", config.short, config.short_words),
+    ]
+    for kind, template, words in kinds:
+        # Not str.format: what stands in braces otherwise is the user's. The caption comes last.
+        for key, value in {"words": words, **values}.items():
+            template = template.replace(f"{{{key}}}", str(value))
+        text, why = tell(client, [message("user", template, images)])
+        if why:
+            return Recaptioned(name, tuple(captions), f"no {kind} caption: {why}")
+        captions.append(Caption(text, f"model:{client.config.model}", kind))
+        images, values["caption"] = [], text
+    return Recaptioned(name, tuple(captions), "")
 
 
 def failures(results: Iterable[Recaptioned]) -> str:
     """A line for every clip that keeps its given caption alone, or lacks one of the others."""
     return "\n".join(f"  {one.name}: {one.error}" for one in results if one.error)
-
-
-def ordered(
-    function: Callable[[A], B], items: Iterable[A], threads: int, stop: Callable[[], object]
-) -> Iterator[B]:
-    """``function`` of every item, as soon as those before it are done; items are drawn as needed.
-
-    At most four results a thread wait for an earlier one. Where something goes wrong (an error in
-    ``function``, a keyboard interrupt) no further items begin, ``stop`` is called, and what had begun
-    is waited for.
-    """
-    waiting: deque[Future[B]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            while waiting and (len(waiting) > 4 * threads or waiting[0].done()):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except (Exception, KeyboardInterrupt):
-        stop()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class Models:
@@ -239,39 +183,29 @@ class Models:
     ) -> list[Recaptioned]:
         """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
         asked for next time; a refused key or an unknown model is a ``ChatError``."""
-        failed, probed = [], False
-        waiting: deque[Kept] = deque()
+        failed, probe = [], functools.cache(client.probe)
         with progress.stage("captions", total, "clips") as add:
 
             def missing() -> Iterator[Kept]:
-                nonlocal probed
                 for one in kept:
                     if self.place(one).exists():
                         add(1, 0, 0.0)
                         continue
-                    if not probed:
-                        client.probe()
-                        probed = True
-                    waiting.append(one)
+                    probe()
                     yield one
 
-            for told in recaption(self._clips(missing(), decoding, workers), client, self.config):
-                one = waiting.popleft()
-                if told.error:
-                    failed.append(told)
+            clips, again = itertools.tee(missing())
+            at = functools.partial(evenly_spaced, wanted=self.config.frames)
+            reads = read_clips(again, decoding, workers, at)
+            frames = (functools.partial(_frames, read) for read in reads)
+            pairs = zip(clips, frames, strict=True)
+            for one, captions, error in recaption(pairs, client, self.config):
+                if error:
+                    failed.append(Recaptioned(one.name, captions, error))
                 else:
-                    made = [dataclasses.asdict(caption) for caption in told.captions()]
-                    write_json(self.place(one), made)
+                    write_json(self.place(one), [dataclasses.asdict(x) for x in captions])
                 add(1, 1, one.video_seconds)
         return failed
-
-    def _clips(
-        self, wanted: Iterable[Kept], decoding: DecodingConfig, workers: WorkersConfig
-    ) -> Iterator[ClipFrames]:
-        at = partial(evenly_spaced, wanted=self.config.frames)
-        names, clips = itertools.tee(wanted)
-        for read in read_clips(clips, decoding, workers, at):
-            yield ClipFrames(next(names).name, "", partial(_frames, read))
 
 
 def _frames(read: Outcome) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Text files that people write by hand or export: their encodings, lines, tables and JSON.
 
-What is read keeps the place that it is from (``line 12``), so that a mistake can be named. Encodings
-are UTF-8, with or without a byte order mark, and UTF-16 with one; others cannot be told apart.
+What is read keeps its place (``line 12``), so that a mistake can be named. Encodings are UTF-8, with or
+without a byte order mark, and UTF-16 with one; others cannot be told apart.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dit_jax.files import SURROGATES, InputError, MiB, checking_input, read_bytes, refuse_if
-from dit_jax.files import read_json as read_json_file
 
-LIMIT = 256 * MiB
-"""Bytes of a file: some millions of prompts or captions."""
+LIMIT = 256 * MiB  # Bytes of a file: some millions of prompts or captions.
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LINE_ENDS = re.compile(r"\r\n|\n|\r")  # A caption may hold U+2028 and its like.
-Row = tuple[str, Mapping[str, Any]]
-"""Where it stands ("line 3"), and its cells by the names of their columns."""
+Row = tuple[str, dict[str, Any]]
+"""Its place in the file, and its cells by the names of their columns."""
 
 
 def encodable(text: str) -> str:
@@ -52,25 +51,19 @@ def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
 
 def read_json(path: str | os.PathLike) -> Any:
     """The value of a JSON file."""
-    return read_json_file(path)
+    with checking_input(f"{str(path)!r} is no JSON", "correct it"):
+        return json.loads(read_text(path))
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
-    """The rows of a table by extension: ``.csv`` and ``.tsv`` with a header, ``.jsonl`` and ``.json``
-    of objects.
-
-    CSV is separated by ``,``, ``;`` or tabs (the header tells); a quoted cell may have several lines.
-    A TSV row is a line; a cell that is quoted as spreadsheets quote it loses those quotes.
-    """
+    """The rows of a table: CSV and TSV with a header, or the objects of JSON Lines or a JSON list."""
     suffix = Path(path).suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return _separated(path, suffix == ".tsv")
+        return _read_separated(path, suffix == ".tsv")
     rows: list[tuple[str, Any]] = []
     if suffix in (".jsonl", ".ndjson"):
         for i, line in read_lines(path):
-            with checking_input(
-                f"{str(path)!r}, line {i} is no JSON", "write one value on each line"
-            ):
+            with checking_input(f"{str(path)!r}, line {i} is no JSON", "one value on each line"):
                 rows.append((f"line {i}", json.loads(line)))
     else:
         value = read_json(path)
@@ -84,43 +77,44 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
-def _separated(path: str | os.PathLike, tsv: bool) -> list[Row]:
-    """The rows of a CSV or TSV file."""
+def _read_separated(path: str | os.PathLike, tsv: bool) -> list[Row]:
     text, name = read_text(path), repr(str(path))
     header = next((line for line in text.splitlines() if line.strip()), "")
-    separator = "\t" if tsv else max(",;\t", key=header.count)
+    # Quotes in TSV have no meaning but around a whole cell, where spreadsheets put them.
     quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
+    separator = "\t" if tsv else max(",;\t", key=header.count)
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
-    rows: list[tuple[int, list[str]]] = []
+    rows: list[tuple[str, list[str]]] = []
     start = 1
     try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                rows.append((start, [_unquoted(cell) for cell in row] if tsv else row))
-            start = reader.line_num + 1
+        for cells in reader:
+            if any(map(str.strip, cells)):
+                rows.append((f"line {start}", [_unquoted(x) for x in cells] if tsv else cells))
+            start = reader.line_num + 1  # A quoted cell may have several lines.
     except csv.Error as error:
         raise InputError(f"{name}, line {start} is no CSV ({error}): close every quote") from error
     refuse_if([(not rows, f"{name} is empty: begin it with a line of column names")])
     columns = [column.strip() for column in rows[0][1]]
-    twice = sorted({column for column in columns if columns.count(column) > 1 and column})
+    twice = [column for column, times in Counter(columns).items() if column and times > 1]
+    refuse_if([(bool(twice), f"{name} has two columns {twice}: rename one of them")])
     message = f"has more cells than its {len(columns)} columns: quote cells that hold the separator"
-    refuse_if(
-        [
-            (bool(twice), f"{name} has two columns {twice}: rename one of them"),
-            *((len(row) > len(columns), f"{name}, line {i} {message}") for i, row in rows),
-        ]
-    )
+    refuse_if((len(row) > len(columns), f"{name}, {place} {message}") for place, row in rows)
     blank = dict.fromkeys(columns, "")
-    return [(f"line {i}", blank | dict(zip(columns, row, strict=False))) for i, row in rows[1:]]
+    return [(place, blank | dict(zip(columns, row, strict=False))) for place, row in rows[1:]]
 
 
 def _unquoted(cell: str) -> str:
-    whole = re.fullmatch(r'"((?:[^"]|"")*)"', cell, re.DOTALL)
+    whole = re.fullmatch(r'"((?:[^"]|"")*)"', cell)
     return whole[1].replace('""', '"') if whole else cell
 
 
-def find_column(columns: list[str], known: tuple[str, ...]) -> str | None:
-    """The first of the ``known`` names that a column has, whatever its case, ``-`` and blanks."""
-    plain = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(columns)}
-    return next((plain[name] for name in known if name in plain), None)
+def plain(column: str) -> str:
+    """A column's name as those that are known are written: in lower case, without ``-`` and blanks."""
+    return re.sub(r"[\s-]+", "_", column.strip().lower())
+
+
+def find_column(columns: Iterable[str], known: Iterable[str]) -> str | None:
+    """The first of the ``known`` names that a column has, as ``plain`` reads it."""
+    names = {plain(column): column for column in reversed(list(columns))}
+    return next((names[name] for name in known if name in names), None)

@@ -23,7 +23,7 @@ class Response:
     text: str | None = "a caption."
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
-    body: str | None = None
+    body: str | bytes | None = None
     """In place of the protocol's."""
     finish: str = "stop"
     refusal: str | None = None
@@ -33,7 +33,7 @@ class Response:
 
     def encoded(self) -> bytes:
         if self.body is not None:
-            return self.body.encode()
+            return self.body if isinstance(self.body, bytes) else self.body.encode()
         if self.status != 200:
             return json.dumps({"error": {"message": f"no, {self.status}"}}).encode()
         message = {"role": "assistant", "content": self.text, "refusal": self.refusal}

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.prepare.captions import (
     Caption,
+    CaptionsConfig,
     TableConfig,
     TableRow,
+    clip_features,
+    clip_texts,
     match_table,
     read_sidecars,
     read_table,
-    record_texts,
-    text_features,
 )
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"
@@ -32,20 +34,14 @@ def test_sidecars_of_text_and_json(tmp_path: Path):
     side = (given("A cat.", "sidecar"), given("猫。", "sidecar"))
     assert read_sidecars(media) == side
     assert read_sidecars(media, whole_text=True) == (given("A cat. 猫。", "sidecar"),)
-    stored = {
-        "caption": ["A cat.", "Cat!"],
-        "short": "A cat",
-        "long": "A grey cat.",
-        "license": "CC0",
-    }
-    (tmp_path / "a.b.json").write_text(json.dumps(stored))
-    assert read_sidecars(media) == (
-        *side,
-        given("A cat.", "sidecar", licence="CC0"),
-        given("Cat!", "sidecar", licence="CC0"),
-        given("A cat", "sidecar", kind="short", licence="CC0"),
-        given("A grey cat.", "sidecar", kind="descriptive", licence="CC0"),
+    stored = {"caption": ["A cat.", "Cat!"], "short": "A cat", "long": "A grey cat."}
+    (tmp_path / "a.b.json").write_text(json.dumps({**stored, "license": "CC0"}))
+    texts = [("A cat.", "given"), ("Cat!", "given"), ("A cat", "short")]
+    more = (
+        Caption(text, "sidecar", kind, "CC0")
+        for text, kind in [*texts, ("A grey cat.", "descriptive")]
     )
+    assert read_sidecars(media) == (*side, *more)
     (tmp_path / "a.b.json").write_text('["One.", "Two."]')
     assert [one.text for one in read_sidecars(media)] == ["A cat.", "猫。", "One.", "Two."]
     # The text file of a text file is not its caption.
@@ -55,7 +51,7 @@ def test_sidecars_of_text_and_json(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "raw", "said"),
     [
-        ("a.txt", b" \n", "a.txt' holds no caption"),
+        ("a.txt", b" \n", "a.txt' has no text"),
         ("a.txt", "Straße".encode("latin-1"), "line 1 is not utf-8 text .byte 0xdf"),
         ("a.json", b"{", "is no JSON"),
         ("a.json", b'{"fps": 3, "size": 4}', "a.json' has no 'caption', only fps, size"),
@@ -70,27 +66,33 @@ def test_bad_sidecars_are_refused(tmp_path: Path, name: str, raw: bytes, said: s
         read_sidecars(tmp_path / "a.mp4")
 
 
-TABLES = {
-    "t.csv": 'file_name,text,licence\na/1.mp4,"A ""big"" cat,\nasleep",CC0\n2.mp4,Dogs,',
-    "t.tsv": 'Video\tCaption\tLicense\r\na/1.mp4\tA "big" cat, asleep\tCC0\r\n2.mp4\tDogs\t\r\n',
-    "t.jsonl": '{"path": "./a/1.mp4", "caption": "A \\"big\\" cat, asleep", "licence": "CC0"}\n'
-    '\n{"path": "2.mp4", "caption": "Dogs"}',
-    "t.json": '[{"file": "a\\\\1.mp4", "prompt": "A \\"big\\" cat, asleep", "licence": "CC0"},'
-    ' {"file": "2.mp4", "prompt": "Dogs"}]',
-}
-PLACES = {
-    "t.csv": ("line 2", "line 4"),
-    "t.tsv": ("line 2", "line 3"),
-    "t.jsonl": ("line 1", "line 3"),
-    "t.json": ("item 1", "item 2"),
+TABLES = {  # Each with the places of its two rows.
+    "t.csv": (
+        'file_name,text,licence\na/1.mp4,"A ""big"" cat,\nasleep",CC0\n2.mp4,Dogs,',
+        ("line 2", "line 4"),
+    ),
+    "t.tsv": (
+        'Video\tCaption\tLicense\r\na/1.mp4\tA "big" cat, asleep\tCC0\r\n2.mp4\t"Dogs"\t\r\n',
+        ("line 2", "line 3"),
+    ),
+    "t.jsonl": (
+        '{"path": "./a/1.mp4", "caption": "A \\"big\\" cat, asleep", "licence": "CC0"}\n'
+        '\n{"path": "2.mp4", "caption": "Dogs"}',
+        ("line 1", "line 3"),
+    ),
+    "t.json": (
+        '[{"file": "a\\\\1.mp4", "prompt": "A \\"big\\" cat, asleep", "licence": "CC0"},'
+        ' {"file": "2.mp4", "prompt": "Dogs"}]',
+        ("item 1", "item 2"),
+    ),
 }
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_every_kind(tmp_path: Path, name: str, encoding: str):
-    (tmp_path / name).write_bytes(TABLES[name].encode(encoding))
-    first, second = PLACES[name]
+    text, (first, second) = TABLES[name]
+    (tmp_path / name).write_bytes(text.encode(encoding))
     cat = given('A "big" cat, asleep', licence="CC0")
     assert read_table(tmp_path / name) == (
         TableRow("a/1.mp4", (cat,), first),
@@ -103,25 +105,17 @@ def test_columns_are_guessed_or_named(tmp_path: Path):
     path.write_text("id,file,text,short caption,Long-Caption,words\n7,1.mp4,t,s,l,w\n")
     (row,) = read_table(path)
     assert row.file == "1.mp4"
-    assert [(one.text, one.kind) for one in row.captions] == [
-        ("t", "given"),
-        ("s", "short"),
-        ("l", "descriptive"),
-    ]
+    kinds = [("t", "given"), ("s", "short"), ("l", "descriptive")]
+    assert [(one.text, one.kind) for one in row.captions] == kinds
     (row,) = read_table(path, TableConfig("id", ("words", "short caption"), "text"))
-    assert row == TableRow(
-        "7",
-        (given("w", licence="t"), given("s", kind="short", licence="t")),
-        "line 2",
-    )
+    captions = given("w", licence="t"), given("s", kind="short", licence="t")
+    assert row == TableRow("7", captions, "line 2")
 
 
 def test_several_captions_of_a_file(tmp_path: Path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"file": "1", "caption": ["a", "b"]}\n{"file": "./1", "caption": ["b", "c"]}')
-    with pytest.raises(
-        ValueError, match="has '1' twice, at line 1 and line 2: remove one, or join"
-    ):
+    with pytest.raises(ValueError, match="has '1' twice, at line 1 and line 2"):
         read_table(path)
     (row,) = read_table(path, TableConfig(repeated="join"))
     assert [one.text for one in row.captions] == ["a", "b", "c"]
@@ -130,22 +124,16 @@ def test_several_captions_of_a_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        (
-            "t.csv",
-            "caption\na cat\n",
-            "line 2 has no 'file', only caption: name the column",
-        ),
+        ("t.csv", "caption\na cat\n", "line 2 has no 'file', only caption"),
         ("t.csv", "file,size\n1.mp4,3\n", "line 2 has no 'caption', only file, size"),
         ("t.csv", "file,caption\n1.mp4,a\n2.mp4, \n", "line 3 has no text as 'caption'"),
         ("t.csv", "file,caption\n,a\n", "line 2 has no media file as 'file'"),
         ("t.csv", "file,caption\n1.mp4,a,b\n", "line 2 has more cells than its 2"),
         ("t.csv", 'file,caption\n1.mp4,"a\n', "line 2 is no CSV"),
         ("t.csv", "file,caption\n", "a header and no rows"),
-        (
-            "t.jsonl",
-            '{"file": "1", "caption": "a"}\n["2", "b"]',
-            "line 2 is no JSON object",
-        ),
+        ("t.csv", "file,caption,file\n1.mp4,a,b\n", "two columns ..file"),
+        ("t.jsonl", '{"file": "1", "caption": "a"}\n["2", "b"]', "line 2 is no JSON object"),
+        ("t.jsonl", '{"file": "1", "caption": "a"}\n{', "line 2 is no JSON"),
         ("t.json", '{"1.mp4": "a"}', "is no JSON list"),
     ],
 )
@@ -178,24 +166,33 @@ def test_rows_find_their_media():
 
 
 def test_captions_as_features_of_a_record():
+    model = [Caption("s", "model:seer", "short"), Caption("d", "model:seer", "descriptive")]
     captions = [
-        *(given(f"g{i}") for i in range(3)),
+        *(given(f"g{i}", licence="CC0") for i in range(3)),
         given("s", kind="short"),
-        given("s of a model", "model:seer", kind="short"),
+        *model,
     ]
-    texts = record_texts(captions, given=2)
-    assert set(texts) == {"caption", *text_features(2)}
+    two = CaptionsConfig(given=2, licence="mine")
+    texts = clip_texts(captions[:-1], two)
+    assert set(texts) == {"caption", *clip_features(two)}
+    origins = "caption: table; caption_2: table; caption_short: table"
     assert texts == {
         "caption": "g0",
         "caption_2": "g1",
         "caption_short": "s",
         "caption_descriptive": "",
-        "caption_origin": "caption: table; caption_2: table; caption_short: table",
+        "caption_origin": origins,
+        "licence": "CC0",
     }
-    assert set(record_texts([]).values()) == {""}
-    assert record_texts(captions[:1], given=2)["caption_2"] == ""
+    assert set(clip_texts([]).values()) == {""} and clip_texts([], two)["licence"] == "mine"
+    assert clip_texts(captions[:1], two)["caption_2"] == ""
+    # Without a caption that was given, that of a model stands in its place.
+    texts = clip_texts(model)
+    assert texts["caption"] == texts["caption_descriptive"] == "d"
+    assert texts["caption_origin"].startswith("caption: model:seer; caption_short: model:seer; ")
+    assert clip_texts(model[:1])["caption"] == "s"
     with pytest.raises(ValueError, match="given is 0"):
-        record_texts([], given=0)
+        check_types(CaptionsConfig(given=0))
 
 
 def test_the_manifest_of_real_clips():

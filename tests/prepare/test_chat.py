@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.prepare.chat import (
     MAX_BYTES,
     Answer,
@@ -32,11 +34,10 @@ from dit_jax.prepare.chat import (
     default_cache,
     is_refusal,
     message,
-    request_key,
+    ordered,
     tell,
     whole_sentences,
 )
-from dit_jax.prepare.recaption import ordered
 from tests.prepare.chat_server import Respond, Response, serving, words
 from tests.runs import ROOT, free_port
 
@@ -129,23 +130,21 @@ def test_what_cannot_pass_is_not_tried_again(status: int, slept):
 def test_a_wrong_server_key_or_model_ends_all_at_once(status: int, monkeypatch, slept):
     with serving(lambda *_: Response(status=status)) as server:
         client = client_of(server.url)
-        with pytest.raises(ChatError) as raised:
+        with pytest.raises(ChatError, match=f"{server.url}.* {status} for 'seer'") as first:
             ask(client, "x")
-        said = str(raised.value)
-        assert f"{server.url}/v1 answers {status} for 'seer'" in said and not slept
-        assert ("OPENAI_API_KEY, which holds the key, is not set" in said) == (status != 404)
+        assert ("OPENAI_API_KEY" in str(first.value)) == (status != 404) and not slept
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         # The same client asks no more.
         with pytest.raises(ChatError) as again:
             ask(client, "y")
-        assert again.value is raised.value
+        assert again.value is first.value
         with pytest.raises(ChatError, match="name a model" if status == 404 else "is wrong"):
             ask(client_of(server.url), "x")
     assert server.keys == [None, "Bearer secret"]
     assert sum(server.seen.values()) == 2
 
 
-def raw_server(pieces, pause=0.0):
+def endless_server(first: bytes, ever: bytes, pause: float):
     """A server that sends these bytes to whoever connects, whatever it is asked."""
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -155,7 +154,7 @@ def raw_server(pieces, pause=0.0):
                 connection, _ = listener.accept()
                 with connection, contextlib.suppress(OSError):
                     connection.recv(1 << 16)
-                    for piece in pieces():
+                    for piece in itertools.chain([first], itertools.repeat(ever)):
                         connection.sendall(piece)
                         time.sleep(pause)
 
@@ -163,25 +162,19 @@ def raw_server(pieces, pause=0.0):
     return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-OK = b"HTTP/1.1 200 OK\r\n"
-ENDLESS = {
-    "headers that drip": (lambda: itertools.chain([OK], itertools.repeat(b"X")), 0.02),
-    "100 Continue": (lambda: itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.02),
-    "a body that drips": (lambda: itertools.chain([OK + b"\r\n"], itertools.repeat(b" ")), 0.02),
-    "a body without end": (
-        lambda: itertools.chain([OK + b"\r\n"], itertools.repeat(b" " * (1 << 16))),
-        0.0,
-    ),
-    "100 Continue without pause": (
-        lambda: itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
-        0.0,
-    ),
+OK, CONTINUE = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"
+ENDLESS = {  # What comes once, what comes for ever, and the seconds between.
+    "headers that drip": (OK, b"X", 0.02),
+    "100 Continue": (b"", CONTINUE, 0.02),
+    "100 Continue without pause": (b"", CONTINUE * 1000, 0.0),
+    "a body that drips": (OK + b"\r\n", b" ", 0.02),
+    "a body without end": (OK + b"\r\n", b" " * (1 << 16), 0.0),
 }
 
 
 @pytest.mark.parametrize("what", ENDLESS)
 def test_an_answer_without_end_takes_neither_more_time_nor_more_memory(what: str):
-    listener, url = raw_server(*ENDLESS[what])
+    listener, url = endless_server(*ENDLESS[what])
     with listener:
         client = client_of(url, dataclasses.replace(QUICK, timeout=1.0, retries=0))
         begun = time.monotonic()
@@ -192,11 +185,11 @@ def test_an_answer_without_end_takes_neither_more_time_nor_more_memory(what: str
     assert said.startswith("time-out") or f"{MAX_BYTES:,}" in said
 
 
-@pytest.mark.parametrize(
-    "body",
-    ["[" * 100_000, '{"a":' * 100_000, '{"choices": [{"message": {"content": "x"}}], "usage": '
-     '{"prompt_tokens": 1e999}}'],
-)  # fmt: skip
+DEEP = ("[" * 100_000, '{"a":' * 100_000)
+INFINITE = '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}'
+
+
+@pytest.mark.parametrize("body", [*DEEP, INFINITE])
 def test_json_that_is_deep_or_infinite_is_no_answer(body: str):
     with serving(lambda *_: Response(body=body)) as server:
         client = client_of(server.url, dataclasses.replace(QUICK, retries=0))
@@ -221,8 +214,6 @@ def test_half_a_surrogate_pair_in_an_answer_is_replaced_and_kept(tmp_path: Path)
         client = client_of(server.url, cache=AnswerCache(tmp_path / "a.sqlite"))
         assert ask(client, "x") == ask(client, "x") == Answer("a \ufffd cat")
         assert sum(server.seen.values()) == 1 and len(client.cache) == 1
-    with pytest.raises(ValueError, match="udce9"):
-        ChatConfig("http://h", "caf\udce9")
 
 
 @pytest.mark.parametrize("key", ["se\ncret", "secr\u00e9t"])
@@ -243,7 +234,7 @@ def test_redirects_are_not_followed():
 def test_a_dead_server_is_given_up(slept):
     url = f"http://127.0.0.1:{free_port()}"
     client = client_of(url, dataclasses.replace(QUICK, retries=1, give_up_after=3))
-    with pytest.raises(Unreachable, match=f"no server answers at {url}/v1 .*vllm serve seer"):
+    with pytest.raises(Unreachable, match=f"{url}/v1.*vllm serve seer"):
         client.probe()
     said = [str(ask(client, str(i))) for i in range(5)]
     assert all(one.startswith("no connection: ") for one in said[:3])
@@ -255,42 +246,42 @@ def test_probe_names_the_models_that_there_are():
     with serving(lambda *_: Response()) as server:
         client_of(server.url).probe()
         client_of(server.url + "/v1/", model="teller").probe()
-        with pytest.raises(ChatError, match="no model 'sear'; it has seer, teller:latest. Perhaps"):
+        with pytest.raises(ChatError, match="no model 'sear'.* seer, teller:latest"):
             client_of(server.url, model="sear").probe()
         for response in (Response(status=404), Response(status=500), Response(body="hello")):
             server.models = response
             client_of(server.url, model="any").probe()
         server.models = Response(status=401)
-        with pytest.raises(ChatError, match="OPENAI_API_KEY, which holds the key, is not set"):
+        with pytest.raises(ChatError, match="OPENAI_API_KEY"):
             client_of(server.url).probe()
 
 
-@pytest.mark.parametrize(
-    ("url", "base"),
-    [
-        ("http://h:8000", "http://h:8000/v1"),
-        ("http://h:8000/", "http://h:8000/v1"),
-        ("http://h:8000/v1", "http://h:8000/v1"),
-        ("http://h:8000/v1/chat/completions", "http://h:8000/v1"),
-        ("https://h/openai", "https://h/openai/v1"),
-        ("https://h/v1beta/openai/", "https://h/v1beta/openai"),
-    ],
-)
-def test_addresses(url: str, base: str):
-    assert ChatConfig(url, "m").base == base
+def test_addresses():
+    addresses = {
+        "http://h:8000": "http://h:8000/v1",
+        "http://h:8000/v1/": "http://h:8000/v1",
+        "http://h:8000/v1/chat/completions": "http://h:8000/v1",
+        "http://[::1]:8000/": "http://[::1]:8000/v1",
+        "https://h/openai": "https://h/openai/v1",
+        "https://h/v1beta/openai/": "https://h/v1beta/openai",
+    }
+    assert {url: ChatConfig(url, "m").base for url in addresses} == addresses
 
 
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: ChatConfig("localhost:8000", "m"), "'localhost:8000': give http://HOST:PORT"),
-        (lambda: ChatConfig("http://h:x", "m"), "give http://HOST:PORT"),
-        (lambda: ChatConfig("file:///etc/passwd", "m"), "give http://HOST:PORT"),
-        (lambda: ChatConfig("http://me:secret@h", "m"), "a key in OPENAI_API_KEY"),
-        (lambda: ChatConfig("http://h", ""), "no model of 'http://h' is named"),
-        (lambda: ChatOptions(concurrency=0), "concurrency is 0: it is at least 1"),
-        (lambda: ChatOptions(retries=-1), "retries is -1"),
-        (lambda: ChatOptions(timeout=0), "timeout is 0"),
+        (lambda: ChatConfig("localhost:8000", "m"), "localhost:8000"),
+        (lambda: ChatConfig("http://h:x", "m"), "http://h:x"),
+        (lambda: ChatConfig("file:///etc/passwd", "m"), "file:"),
+        (lambda: ChatConfig("http://me:secret@h", "m"), "OPENAI_API_KEY"),
+        (lambda: ChatConfig("http://h/?key=secret", "m"), "OPENAI_API_KEY"),
+        (lambda: ChatConfig("http://h", ""), "''"),
+        (lambda: ChatConfig("http://h", "caf\udce9"), "udce9"),
+        (lambda: check_types(ChatOptions(concurrency=0)), "concurrency is 0"),
+        (lambda: check_types(ChatOptions(retries=-1)), "retries is -1"),
+        (lambda: check_types(ChatOptions(timeout=0)), "timeout is 0"),
+        (lambda: check_types(ChatOptions(temperature=-1.0)), "temperature is -1"),
     ],
 )
 def test_bad_values_are_refused(build, said: str):
@@ -318,9 +309,12 @@ def test_requests_say_what_the_options_say():
     }
 
 
-def test_content_in_parts_and_missing_usage_are_read():
+@pytest.mark.parametrize("coding", ["", "gzip"])
+def test_content_in_parts_and_missing_usage_are_read(coding: str):
     body = {"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}]}}]}
-    with serving(lambda *_: Response(body=json.dumps(body))) as server:
+    raw = json.dumps(body).encode()
+    coded = Response(body=gzip.compress(raw), headers=(("Content-Encoding", "gzip"),))
+    with serving(lambda *_: coded if coding else Response(body=raw)) as server:
         assert ask(client_of(server.url), "x") == Answer("ab")
 
 
@@ -347,7 +341,7 @@ def test_every_request_is_answered_and_paid_once_under_faults(tmp_path: Path):
     assert [again.counts[kind] for kind in kinds] == [200, 0, 200, 0, 0]
     # Of each sixteen requests eleven meet a fault first; a full backlog may refuse some more.
     assert client.counts["attempts"] >= 170 and not again.counts["attempts"]
-    assert not client.failed and "100 answered, 100 from cache, 0 failed" in client.summary()
+    assert not client.failed and "100 answered, 200 asked" in client.summary()
 
 
 def test_the_same_question_at_once_is_asked_once():
@@ -424,15 +418,13 @@ def test_two_processes_share_a_bill(tmp_path: Path):
 
 def test_the_cache_refuses_what_is_none(tmp_path: Path):
     (tmp_path / "file").write_text("no database, certainly not one " * 100)
-    with pytest.raises(ValueError, match="cannot keep answers in .*file' .*not a database"):
+    with pytest.raises(ValueError, match="file' .*not a database"):
         AnswerCache(tmp_path / "file")
-    with pytest.raises(ValueError, match="cannot keep answers in '/proc/x/a.sqlite'"):
+    with pytest.raises(ValueError, match="/proc/x/a.sqlite"):
         AnswerCache("/proc/x/a.sqlite")
 
 
-def test_keys_and_places(monkeypatch, tmp_path: Path):
-    assert request_key({"a": 1, "b": [2]}) == request_key({"b": [2], "a": 1})
-    assert request_key({"a": 1}) != request_key({"a": 2})
+def test_answers_of_a_user_are_in_the_cache_directory(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "dit_jax" / "answers.sqlite"
 
@@ -473,59 +465,49 @@ def test_ordered_keeps_the_order_the_limit_and_errors():
     assert seen == list(range(1, 50)) and stopped == [True]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I'm sorry, but I can't help with that.",
-        "I’m sorry, I cannot describe people in this image.",
-        "Sorry, I can't assist with that request.",
-        "I apologize, but I am unable to view videos.",
-        "I cannot create content like this.",
-        "Unfortunately, I can't see the images.",
-        "As an AI language model, I do not have eyes.",
-        "No images were provided.",
-        "<think>hm, a person</think>I'm unable to identify people.",
-        "抱歉，我无法描述这个视频。",
-    ],
-)
-def test_refusals_are_known(text: str):
-    assert is_refusal(text)
+REFUSED = """\
+I'm sorry, but I can't help with that.
+I’m sorry, I cannot describe people in this image.
+Sorry, I can't assist with that request.
+I apologize, but I am unable to view videos.
+I cannot create content like this.
+Unfortunately, I can't see the images.
+As an AI language model, I do not have eyes.
+No images were provided.
+<think>hm, a person</think>I'm unable to identify people.
+抱歉，我无法描述这个视频。"""
+TOLD = """\
+A woman says 'I'm sorry, I can't' to a man in the rain.
+A sign reads: I cannot come in.
+No people are on the street; an icy wind moves the flags.
+A sorry-looking dog that cannot walk waits.
+一只猫无法跳上墙。"""
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A woman says 'I'm sorry, I can't' to a man in the rain.",
-        "A sign reads: I cannot come in.",
-        "No people are on the street; an icy wind moves the flags.",
-        "A sorry-looking dog that cannot walk waits.",
-        "一只猫无法跳上墙。",
-    ],
-)
-def test_captions_are_no_refusals(text: str):
-    assert not is_refusal(text)
+def test_refusals_are_told_from_captions():
+    assert [text for text in REFUSED.splitlines() if not is_refusal(text)] == []
+    assert [text for text in TOLD.splitlines() if is_refusal(text)] == []
 
 
-@pytest.mark.parametrize(
-    ("said", "kept"),
-    [
-        ('  "A cat sits."\n', "A cat sits."),
-        ("Caption: A cat sits.", "A cat sits."),
-        ("**Caption:** A cat sits.", "A cat sits."),
-        ("Sure! Here is a short caption:\n\n“A cat sits.”", "A cat sits."),
-        ("Here's the upsampled prompt: A cat.", "A cat."),
-        ("The video shows a cat that sits.", "A cat that sits."),
-        ("This image depicts two cats.", "Two cats."),
-        ("The video shows how to fold paper.", "The video shows how to fold paper."),
-        ("<think>A cat, surely.</think>\nA cat\nsits.", "A cat sits."),
-        ("<think>never ends", ""),
-        ('"Go" and "stop"', '"Go" and "stop"'),
-        ("A description: none.", "A description: none."),
-        ("一只猫", "一只猫"),
-    ],
-)
-def test_answers_are_cleaned(said: str, kept: str):
-    assert clean(said) == kept
+CLEANED = {
+    '  "A cat sits."\n': "A cat sits.",
+    "Caption: A cat sits.": "A cat sits.",
+    "**Caption:** A cat sits.": "A cat sits.",
+    "Sure! Here is a short caption:\n\n“A cat sits.”": "A cat sits.",
+    "Here's the upsampled prompt: A cat.": "A cat.",
+    "The video shows a cat that sits.": "A cat that sits.",
+    "This image depicts two cats.": "Two cats.",
+    "The video shows how to fold paper.": "The video shows how to fold paper.",
+    "<think>A cat, surely.</think>\nA cat\nsits.": "A cat sits.",
+    "<think>never ends": "",
+    '"Go" and "stop"': '"Go" and "stop"',
+    "A description: none.": "A description: none.",
+    "一只猫": "一只猫",
+}
+
+
+def test_answers_are_cleaned():
+    assert {said: clean(said) for said in CLEANED} == CLEANED
 
 
 def test_whole_sentences():
@@ -538,12 +520,7 @@ def test_whole_sentences():
 @pytest.mark.parametrize(
     ("response", "text", "why", "event"),
     [
-        (
-            Response("I'm sorry, I can't do that."),
-            "",
-            "refused by the model: \"I'm sorry",
-            "refused",
-        ),
+        (Response("Sorry, I can't do that."), "", 'refused by the model: "Sorry', "refused"),
         (Response(None, refusal="Nothing on this."), "", "refused by the model: 'Noth", "refused"),
         (Response("A", finish="content_filter"), "", "refused by its filter: 'A'", "refused"),
         (Response("  "), "", "empty answer", "empty"),
@@ -559,4 +536,4 @@ def test_answers_of_no_use_are_told_counted_and_paid_once(response, text, why, e
             said, reason = tell(client, [message("user", "x")])
             assert said == text and reason.startswith(why) and bool(reason) == bool(why)
         assert server.bill == 1 and client.counts[event] == 2
-        assert "of no use: 2 x" in client.summary()
+        assert f"2 {event}" in client.summary()

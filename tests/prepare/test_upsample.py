@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dit_jax.config import check_types
 from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatError, ChatOptions
-from dit_jax.prepare.upsample import (
-    UpsampleConfig,
-    Upsampled,
-    changes,
-    main,
-    records,
-    upsample,
-    warnings,
-)
-from dit_jax.sampling import read_prompts
+from dit_jax.prepare.upsample import UpsampleConfig, Upsampled, main, upsample
+from dit_jax.sampling.request import read_prompts
 from tests.prepare.chat_server import Response, serving, words
 from tests.runs import free_port
 
@@ -48,19 +41,18 @@ def test_every_prompt_comes_back_in_order_with_its_reason():
         client = client_of(server.url, retries=1)
         found = upsample(prompts, client)
         assert upsample(prompts, client)[0] == found[0]
-    assert [one.original for one in found] == prompts
     cat = "A grey cat sleeps. The sun shines."
-    texts = [cat, "a dog", "a cow", "a fox", "雪が降る夜の町。", cat]
-    assert [one.text for one in found] == texts
-    assert [one.changed for one in found] == [True, False, False, False, True, True]
-    assert [bool(one.error) for one in found] == [False, True, True, False, False, False]
+    refused = "refused by the model: \"I'm sorry, I can't help with that.\""
+    assert found == [
+        Upsampled("a cat", cat),
+        Upsampled("a dog", "a dog", refused),
+        Upsampled("a cow", "a cow", "status 500: no, 500"),
+        Upsampled("a fox", "a fox"),
+        Upsampled("雪", "雪が降る夜の町。"),
+        Upsampled("a cat", cat),
+    ]
     # Equal prompts are asked for once, and what failed again.
     assert server.bill == 4 and server.seen.total() == 4 + 2 * 2
-    assert changes(found) == f"'a cat'\n  -> {cat!r}\n'雪'\n  -> '雪が降る夜の町。'"
-    assert warnings(found).splitlines() == [
-        "used as given: 'a dog': refused by the model: \"I'm sorry, I can't help with that.\"",
-        "used as given: 'a cow': status 500: no, 500",
-    ]
     system = server.bodies[0]["messages"][0]
     assert system["role"] == "system" and "at most 100 words" in system["content"]
 
@@ -69,8 +61,7 @@ def test_no_server_is_told_for_every_prompt_and_not_tried_for_minutes():
     client = client_of(f"http://127.0.0.1:{free_port()}")
     found = upsample(["a cat", "a dog"], client)
     assert [one.text for one in found] == ["a cat", "a dog"]
-    assert all("no server answers at http://127.0.0.1" in one.error for one in found)
-    assert warnings(found).count("used as given") == 2
+    assert all("http://127.0.0.1" in one.error for one in found)
     assert client.failed == {"not sent": 2} and client.counts["attempts"] == 1
 
 
@@ -80,25 +71,21 @@ def test_what_was_answered_once_needs_no_server():
         (before,) = upsample(["a cat"], client)
     cat, fox = upsample(["a cat", "a fox"], client_of(server.url, client.cache))
     assert cat == before and not cat.error
-    assert fox.text == "a fox" and "no server answers at" in fox.error
+    assert fox.text == "a fox" and server.url in fox.error
 
 
 def test_wrong_models_and_keys_are_refused():
     with serving(lambda *_: Response(status=401)) as server:
-        with pytest.raises(ChatError, match="is not set"):
+        with pytest.raises(ChatError, match="OPENAI_API_KEY"):
             upsample(["a cat"], client_of(server.url))
         config = ChatConfig(server.url, "sear")
-        with pytest.raises(ChatError, match="has no model 'sear'; it has seer"):
+        with pytest.raises(ChatError, match="'sear'.* seer"):
             upsample(["a cat"], ChatClient(config))
 
 
 @pytest.mark.parametrize(
     ("limit", "text"),
-    [
-        (34, "A grey cat sleeps. The sun shines."),
-        (33, "A grey cat sleeps."),
-        (18, "A grey cat sleeps."),
-    ],
+    [(34, "A grey cat sleeps. The sun shines."), *((i, "A grey cat sleeps.") for i in (33, 18))],
 )
 def test_what_the_text_encoder_cannot_read_is_cut_at_sentences(limit: int, text: str):
     with serving(respond) as server:
@@ -119,24 +106,12 @@ def test_what_cannot_be_cut_is_not_used_and_told():
     assert short.text == "雪が降る夜の町。"
 
 
-def test_records_are_prompts_again(tmp_path: Path):
-    found = [Upsampled("a cat", "A grey cat."), Upsampled("a dog", "a dog", "refused")]
-    (tmp_path / "p.json").write_text(json.dumps(records(found, "seer")))
-    assert read_prompts(tmp_path / "p.json") == ["A grey cat.", "a dog"]
-    assert records(found, "seer") == [
-        {"prompt": "A grey cat.", "original": "a cat", "upsampled_by": "seer"},
-        {"prompt": "a dog", "original": "a dog", "error": "refused"},
-    ]
-
-
 def test_a_limit_of_no_words_is_refused():
-    with pytest.raises(ValueError, match="upsampling.words is 0"):
-        UpsampleConfig(words=0)
+    with pytest.raises(ValueError, match="words is 0"):
+        check_types(UpsampleConfig(words=0))
 
 
-def test_the_command_tells_what_it_changed_and_what_not(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_the_command_tells_what_it_changed_and_what_not(tmp_path: Path, capfd):
     output = tmp_path / "prompts.json"
     with serving(respond) as server:
         words = ["--prompt", "a cat", "a dog", "--prompt", "雪", "--output", str(output)]
@@ -144,21 +119,22 @@ def test_the_command_tells_what_it_changed_and_what_not(
         assert main(words) == 0
         out, err = capfd.readouterr()
         assert main(words) == 0
-        assert server.bill == 3 and "0 answered, 3 from cache" in capfd.readouterr().out
-    assert "'a cat'\n  -> 'A grey cat sleeps. The sun shines.'" in out and "billed: 30 + 9" in out
-    assert "1 of 3 prompts were NOT upsampled" in err and "'a dog': refused by the model" in err
-    expected = ["A grey cat sleeps. The sun shines.", "a dog", "雪が降る夜の町。"]
-    assert read_prompts(output) == expected
+        assert server.bill == 3 and "3 cached" in capfd.readouterr().out
+    cat, snow = "A grey cat sleeps. The sun shines.", "雪が降る夜の町。"
+    assert f"'a cat'\n  -> {cat!r}\n'雪'\n  -> {snow!r}" in out and "30 prompt tokens" in out
+    assert "1 of 3 prompts" in err and "'a dog': refused by the model" in err
+    assert read_prompts(output) == [cat, "a dog", snow]
+    first, second, _ = json.loads(output.read_text())
+    assert first == {"prompt": cat, "original": "a cat", "upsampled_by": "seer"}
+    assert second["original"] == "a dog" and second["error"].startswith("refused")
 
 
-def test_the_command_goes_on_without_a_server_and_refuses_a_wrong_model(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_the_command_goes_on_without_a_server_and_refuses_a_wrong_model(tmp_path: Path, capfd):
     output = tmp_path / "prompts.json"
     words = ["--prompt", "a cat", "--output", str(output), "--cache", str(tmp_path / "a.sqlite")]
     absent = ["--server", f"http://127.0.0.1:{free_port()}", "--model", "seer"]
     assert main([*words, *absent]) == 0 and read_prompts(output) == ["a cat"]
-    assert "no server answers at" in capfd.readouterr().err
+    assert absent[1] in capfd.readouterr().err
     output.unlink()
     with serving(respond) as server:
         assert main([*words, "--server", server.url, "--model", "m"]) == 2

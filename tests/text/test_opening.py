@@ -250,7 +250,8 @@ def test_prompts_are_counted_in_the_tokens_that_the_encoder_reads(captioned, rec
         client = ChatClient(ChatConfig(server.url, "seer"))
         kept = sentences[: sentences.rindex(" A ")]
         assert length(kept) < length(sentences)
-        (found,) = upsample(["a circle"], client, None, length(kept), length, of_word=2)
+        given = {"limit": length(kept), "length": length, "of_word": 2}
+        (found,) = upsample(["a circle"], client, **given)
         asked = server.bodies[0]["messages"][0]["content"]
     assert found.text == kept and f"at most {max(length(kept) // 2, 3)} words" in asked
 
