@@ -53,7 +53,6 @@ def test_hanging_and_dying_children_are_reported_and_replaced():
     begun = time.monotonic()
     found = list(run(job, items, WorkersConfig(count=2, time_limit=1.5)))
     assert time.monotonic() - begun < 30
-    assert [outcome.index for outcome in found] == list(range(len(items)))
     assert [outcome.value for outcome in found] == [4, None, None, 9, *[None] * 5, 16]
     assert [(o.reason, o.detail) for o in found if o.reason] == [
         ("timed out", "killed after 1.5 s"),
@@ -92,7 +91,7 @@ def test_items_are_not_taken_far_ahead():
             yield ("square", n)
 
     results = run(job, items(), TWO)
-    assert next(results) == Outcome(0, 0, seconds=pytest.approx(0, abs=5))
+    assert next(results) == Outcome(0, seconds=pytest.approx(0, abs=5))
     assert len(taken) < 100
     results.close()
 
