@@ -24,12 +24,12 @@ from dit_jax.codec.config import codec_copies
 from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.prepare import records as prepared_records
-from dit_jax.prepare import writing
+from dit_jax.prepare import __main__ as verb
 from dit_jax.prepare.__main__ import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
 from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.workers import WorkersConfig
+from dit_jax.prepare.writing import _Split
 from dit_jax.text.folders import load_text_encoder
 from tests.prepare.chat_server import Response, serving, words
 from tests.runs import free_port
@@ -200,23 +200,21 @@ def test_records_go_on_after_a_full_disk_and_keep_what_was_left_out(media, tmp_p
             gone = one.name.startswith("b.mkv")
             yield dataclasses.replace(outcome, reason="truncated", value=None) if gone else outcome
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    read_all = prepared_records.read_clips
-    monkeypatch.setattr(prepared_records, "read_clips", read_clips)
-    small = partial(prepared_records.write_builder, shard_bytes=1)
-    monkeypatch.setattr("dit_jax.prepare.__main__.write_builder", small)
+    read_all = verb.read_clips
+    monkeypatch.setattr(verb, "read_clips", read_clips)
+    monkeypatch.setattr(verb, "write_builder", partial(verb.write_builder, shard_bytes=1))
     expected = prepare(config(media, tmp_path / "whole"), shown=False)
     assert len(list((tmp_path / "whole" / "clips" / "1.0.0").glob("*array_record*"))) == 4
-    finish, finished = writing._Shard.finish, []
 
-    def third(shard):
-        finished.append(shard)
-        return full() if len(finished) == 3 else finish(shard)
+    def third(split, records, most):
+        if len(split.lengths) == 2:
+            next(records)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_shard(split, records, most)
 
+    write_shard = _Split._write_shard
     with monkeypatch.context() as patch:
-        patch.setattr(writing._Shard, "finish", third)
+        patch.setattr(_Split, "_write_shard", third)
         with pytest.raises(OSError):
             prepare(config(media, tmp_path / "cut"), shown=False)
     read.clear()

@@ -1,5 +1,6 @@
 """Dirt and size: names that are no text, captions that meet no file, machines that fail, many files."""
 
+import contextlib
 import errno
 import json
 import os
@@ -260,12 +261,12 @@ def test_reports_of_many_files_are_some_files(tmp_path):
     examined = Examined(tmp_path / "work", ExamineConfig(), ONE)
     assert len(examined.missing(items)) == count
     for half in (items[::2], items[1::2]):  # Two processes.
-        logs = Logs(examined.logs.folder)
-        for item in half:
-            refusal = ("not media", "<b>" + "x" * 100)
-            report = FileReport(item.path, refusal=refusal)
-            logs.append(report_line(item, report, examined.limits, False))
-    logs.append(b'{"key": "torn')
+        with contextlib.closing(Logs(examined.logs.folder)) as logs:
+            for item in half:
+                refusal = ("not media", "<b>" + "x" * 100)
+                report = FileReport(item.path, refusal=refusal)
+                logs.append(report_line(item, report, examined.limits, False))
+            logs.append(b'{"key": "torn')
     assert not examined.missing(items)
     assert len(list(tmp_path.rglob("*.jsonl"))) == 2
     assert examined.report(items[7]).path == items[7].name

@@ -3,6 +3,9 @@
 Every file is examined once (shots, clips, filters), captioned, and written as records that
 ``data.source.path`` takes: pixels, or the latents of a codec, and the states of a text encoder. Nothing
 is done twice: what is in ``OUTPUT/work`` is used again, by this process or another.
+
+Files are dealt out in *parts* of so many in a row, whole, so that what is computed together is the same
+however many machines there are, and so is every bit of the result.
 """
 
 from __future__ import annotations
@@ -10,19 +13,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 import tyro
@@ -39,15 +42,8 @@ from dit_jax.files import (
     locked,
     refuse_if,
     run_verb,
-    write_json,
 )
-from dit_jax.parallel import (
-    PROCESS_HELP,
-    MeshConfig,
-    joined,
-    make_mesh,
-    take_process_flags,
-)
+from dit_jax.parallel import PROCESS_HELP, MeshConfig, joined, make_mesh, take_process_flags
 from dit_jax.prepare.captions import (
     Caption,
     CaptionsConfig,
@@ -66,12 +62,8 @@ from dit_jax.prepare.records import (
     Failed,
     Latents,
     States,
-    Videos,
-    pixels,
-    read_mark,
     samples,
     tried_again,
-    up_to_date,
     write_builder,
 )
 from dit_jax.prepare.report import LISTED, render, write_reports
@@ -81,13 +73,12 @@ from dit_jax.prepare.stages import (
     Examined,
     Kept,
     examine_files,
-    examine_on_beam,
     fitting,
-    share,
+    read_clips,
 )
 from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import Progress, digest
-from dit_jax.prepare.workers import WorkersConfig
+from dit_jax.prepare.workers import Outcome, WorkersConfig
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.types import TextEncoder
@@ -151,10 +142,7 @@ class PrepareConfig:
         half = bool(self.caption_server) != bool(self.caption_model)
         refuse_if(
             [
-                (
-                    half,
-                    "--caption-server URL and --caption-model NAME go together: give both.",
-                ),
+                (half, "--caption-server URL and --caption-model NAME go together: give both."),
                 (not share, f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1."),
             ]
         )
@@ -180,12 +168,12 @@ class Preparation:
         self.output, self.work = places(config)
         mesh = make_mesh(config.mesh, jax.local_devices())
         self.codec: Any = None
-        copies: Sequence[Any] = ()
+        self.encode: list[Callable[[np.ndarray], np.ndarray]] = []
         if config.codec:
             tools = interop.codec_tools()
             self.codec = tools.load_codec(config.codec)
             copies = tools.codec_copies(self.codec, mesh)
-        self.encode = [partial(_encode, copy) for copy in copies]
+            self.encode = [lambda x, to=to: to.encode_many(to_float(x)) for to in copies]
         self.encoder: TextEncoder | None = None
         self.too_long: Callable[[str], bool] = lambda caption: False
         if config.text_encoder and config.reaches("states"):
@@ -207,6 +195,8 @@ class Preparation:
         self.problems = dict(self.given.problems)
         self.notes = self.listed.notes + self.given.notes
         self.notes["sidecars without a media file"] = len(self.listed.orphans)
+        self.captioned = bool(config.caption_server) and config.reaches("captions")
+        self.coded = self.codec is not None and config.reaches("latents")
 
     def texts(self, one: Kept) -> dict[str, str]:
         """The captions and licence of a clip."""
@@ -217,7 +207,7 @@ class Preparation:
             captions += self.models.captions(one)
         return clip_texts(captions, self.config.captions)
 
-    @cached_property
+    @functools.cached_property
     def survey(self) -> tuple[np.ndarray, dict[str, str]]:
         """How many clips of each file are kept, and which are near-duplicates, with the earlier one."""
         counts = np.zeros(len(self.items), np.int64)
@@ -250,8 +240,9 @@ class Preparation:
         return [self.texts(one)["caption"] for one in self.kept(part)]
 
     def parts(self, index: int = 0, count: int = 1) -> list[range]:
-        """The parts of the files that a machine takes."""
-        return share(len(self.items), self.config.batch.files, index, count)
+        """The parts of the files that the ``index``-th of ``count`` machines takes."""
+        size, total = self.config.batch.files, len(self.items)
+        return [range(i, min(i + size, total)) for i in range(0, total, size)][index::count]
 
     def not_examined(self, wait: float) -> int:
         """Files that have no report, after waiting for those of others so many seconds."""
@@ -265,8 +256,8 @@ class Preparation:
         config, progress, parts = self.config, self.progress, self.parts(index, count)
         reading = self.examined.config.decoding, config.workers, progress
         total = sum(int(self.survey[0][part.start : part.stop].sum()) for part in parts)
-        if config.caption_server and config.caption_model and config.reaches("captions"):
-            chat = ChatConfig(config.caption_server, config.caption_model, config.chat)
+        if self.captioned:
+            chat = ChatConfig(config.caption_server or "", config.caption_model or "", config.chat)
             answers = self.work / f"answers-{index}-of-{count}.sqlite"
             with contextlib.closing(AnswerCache(answers)) as cache:
                 client = ChatClient(chat, cache)
@@ -281,19 +272,18 @@ class Preparation:
         if self.encoder is not None:
             captions = map(self.captions_of, parts)
             self.states.store(captions, total, self.encoder.encode, progress)
-        if self.codec is not None and config.reaches("latents"):
+        if self.coded:
             clips = (list(self.kept(part)) for part in parts)
             self.latents.store(clips, total, self.encode, *reading)
 
     def finish(self) -> dict[str, Any]:
         """Writes records and reports, and returns what ``report.json`` says."""
         config, failed, again = self.config, Failed(), 0
-        if self.codec is not None and config.reaches("latents"):
-            for one in self.kept(range(len(self.items))):
-                if (failure := self.latents.failure(one)) is not None:
-                    reason, detail, tries = failure
-                    failed[one.name] = reason, detail
-                    again += tried_again(reason, tries)
+        for one in self.kept(range(len(self.items))) if self.coded else ():
+            if (failure := self.latents.failure(one)) is not None:
+                reason, detail, tries = failure
+                failed[one.name] = reason, detail
+                again += tried_again(reason, tries)
         total = int(self.survey[0].sum()) - len(failed)
         if total and config.reaches("records"):
             again += self._records(total, failed)
@@ -323,7 +313,8 @@ class Preparation:
             f"{str(self.output / 'report.html')!r}, and --examine.filters and --examine.clips."
         )
         refuse_if([(not total and not (about["files_tried_again"] or again), message)])
-        self._publish()
+        if is_remote(config.output):
+            self._publish()
         return about
 
     def _records(self, total: int, failed: Failed) -> int:
@@ -334,65 +325,53 @@ class Preparation:
         config, codec, encoder = self.config, self.codec, self.encoder
         latents = LatentsOf(codec.channels, codec.hash, codec.name) if codec else None
         states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
-        unfit, unread = frozenset(failed), Failed()
+        unfit = frozenset(failed)
 
         def kept() -> Iterator[Kept]:
-            return (
-                one for part in self.parts() for one in self.kept(part) if one.name not in unfit
-            )
+            every = (one for part in self.parts() for one in self.kept(part))
+            return (one for one in every if one.name not in unfit)
 
-        made_of = hashlib.sha256(
-            digest(self.examined.config, config.encoding, latents, states).encode()
-        )
+        def read(clips: Iterable[Kept]) -> Iterator[Outcome]:
+            if codec is not None:
+                return (Outcome(self.latents.load(one)) for one in clips)
+            decoding, encoded = self.examined.config.decoding, config.encoding == "video"
+            return read_clips(clips, decoding, config.workers, encoded=encoded)
+
+        def records(clips: Iterable[Kept], unread: Failed) -> Iterator[dict[str, Any]]:
+            clips, others = itertools.tee(clips)
+            videos = zip(clips, read(others), strict=True)
+            rate = codec.strides[0] if codec else 1  # Latents have their own frames a second.
+            return samples(videos, rate, self.texts, states_of if states else None, unread)
+
+        # The states of a caption are with those of its part.
+        parts, captions_of = self.parts(), functools.lru_cache(1)(self.captions_of)
+        part_of = {item.name: i // config.batch.files for i, item in enumerate(self.items)}
+
+        def states_of(one: Kept) -> np.ndarray:
+            captions = captions_of(parts[part_of[one.item.name]])
+            return self.states.load(captions, self.texts(one)["caption"])
+
+        first = digest(self.examined.config, config.encoding, latents, states)
+        made_of = hashlib.sha256(first.encode())
         for one in kept():
             made_of.update(digest(one.name, one.item.key, self.texts(one)).encode())
-        key = made_of.hexdigest()[:16]
-        target = self.output / config.name / VERSION
-        tries = 0
-        if up_to_date(target, key):
-            before = read_mark(target)
-            tries = before.get("tries", 0)
-            if not any(tried_again(reason, tries) for reason, _ in before["failed"].values()):
-                failed |= {name: tuple(why) for name, why in before["failed"].items()}
-                return 0
-        states_of = self._states_of() if states else None
-
-        def records(clips: Iterable[Kept]) -> Iterator[dict[str, Any]]:
-            if codec is not None:
-                rate = codec.strides[0]  # Latents have their own frames a second.
-                videos: Videos = ((o, self.latents.load(o), o.clip.fps / rate) for o in clips)
-            else:
-                encoded, decoding = config.encoding == "video", self.examined.config.decoding
-                videos = pixels(clips, decoding, config.workers, unread, encoded)
-            return samples(videos, self.texts, states_of, unread)
-
-        where = (self.output, config.name, key, total, kept(), records, unread)
-        fields = (clip_features(config.captions), config.encoding, latents, states)
-        write_builder(*where, *fields, self.progress)
-        failed |= unread
-        lost = sum(tried_again(reason, 0) for reason, _ in unread.values())
-        if lost:
-            write_json(target / MARK, {"made_of": key, "tries": tries + 1, "failed": unread})
-        return lost if tries + 1 < TRIES else 0
-
-    def _states_of(self) -> Callable[[Kept], np.ndarray]:
-        """The states of a clip's caption, found with those of its part; clips come in order."""
-        waiting, names, captions = iter(self.parts()), set[str](), list[str]()
-
-        def states(one: Kept) -> np.ndarray:
-            while one.name not in names:
-                part = next(waiting)
-                names.clear()
-                names.update(other.name for other in self.kept(part))
-                captions[:] = self.captions_of(part)
-            return self.states.load(captions, self.texts(one)["caption"], ml_dtypes.bfloat16)
-
-        return states
+        return write_builder(
+            self.output,
+            config.name,
+            made_of.hexdigest()[:16],
+            total,
+            kept(),
+            records,
+            failed,
+            self.progress,
+            texts=("source", *clip_features(config.captions)),
+            encoding=config.encoding,
+            latents=latents,
+            text_states=states,
+        )
 
     def _publish(self) -> None:
-        """Copies what is finished to Cloud Storage, if the output is there."""
-        if not is_remote(self.config.output):
-            return
+        """Copies what is finished to Cloud Storage."""
         out, records = as_path(self.config.output), Path(self.config.name, VERSION)
         mark = records / MARK
         names = [Path(name) for name in ("files.jsonl", "report.html", "report.json")]
@@ -424,10 +403,6 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
     return work / "output", work
 
 
-def _encode(codec: Any, videos: np.ndarray) -> np.ndarray:
-    return codec.encode_many(to_float(videos))
-
-
 def _wait_for_all(stage: str) -> None:
     """Returns when every process has come to the end of a stage."""
     # Not by a collective: on CPUs it gives up after 30 s, and the shares may be hours apart.
@@ -440,27 +415,22 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
     preparation = Preparation(config, shown)
     index, count = config.place
     with locked(preparation.work / f"share-{index}-of-{count}"):
-        return _run(preparation, config)
+        return _run(preparation, index, count)
 
 
-def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | None:
-    given, listed, examined = preparation.given, preparation.listed, preparation.examined
+def _run(preparation: Preparation, index: int, count: int) -> dict[str, Any] | None:
+    config, given = preparation.config, preparation.given
     if given.table:
         print(given.table)
-    lines = [f"  no such file: {row}" for row in given.unmatched[:TOLD]]
-    lines += [f"a caption without a media file: {name}" for name in listed.orphans[:TOLD]]
-    print("\n".join(lines), end="\n" * bool(lines))
-    index, count = config.place
-    alone = jax.process_count() == 1
+    for row in given.unmatched[:TOLD]:
+        print(f"  no such file: {row}")
+    for name in preparation.listed.orphans[:TOLD]:
+        print(f"a caption without a media file: {name}")
     mine = [preparation.items[i] for part in preparation.parts(index, count) for i in part]
-    if config.beam.runner:
-        examine_on_beam(mine, examined, config.beam, preparation.progress)
-    else:
-        examine_files(mine, examined, preparation.progress)
-    served = bool(config.caption_server) and config.reaches("captions")
-    coded = preparation.codec is not None and config.reaches("latents")
-    more = served or coded or preparation.encoder is not None
-    if not alone:
+    examine_files(mine, preparation.examined, preparation.progress, config.beam)
+    more = preparation.captioned or preparation.coded or preparation.encoder is not None
+    cluster = jax.process_count() > 1
+    if cluster:
         _wait_for_all("examined")
         # What other machines wrote may take a while to be seen on a network disk.
         if left := preparation.not_examined(max(config.wait, VISIBLE)):
@@ -473,7 +443,7 @@ def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | No
         return None
     if more:
         preparation.run_stages(index, count)
-    if not alone:
+    if cluster:
         _wait_for_all("prepared")
     elif count > 1:
         print(f"share {config.shard} is done: when all are, run the same command without --shard.")
@@ -508,12 +478,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
         files, clips = about["files_tried_again"], about["clips_tried_again"]
         if files or clips:
-            print(
-                f"{PROG}: {files} files and {clips} clips could not be read for want of time, memory "
-                "or a disk that answers, or crashed a decoder (report.html): the same command tries "
-                f"them again, in up to {TRIES} runs.",
-                file=sys.stderr,
+            message = (
+                f"{PROG}: {files} files and {clips} clips could not be read for want of time, "
             )
+            message += (
+                "memory or a disk that answers, or crashed a decoder (report.html): the same "
+            )
+            print(f"{message}command tries them again, in up to {TRIES} runs.", file=sys.stderr)
         return int(bool(files or clips))
 
     return run_verb(PROG, work)
