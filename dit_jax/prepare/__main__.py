@@ -251,14 +251,45 @@ class Preparation:
             time.sleep(1.0)
         return len(missing)
 
-    def run_stages(self, index: int, count: int) -> None:
-        """All stages between examining, which all files are, and the last, for this machine's share."""
+    def run_stages(self, index: int, count: int) -> bool:
+        """All stages but the last, for a machine's share; whether they are done for all shares."""
         config, progress, parts = self.config, self.progress, self.parts(index, count)
+        lines = [self.given.table] if self.given.table else []
+        lines += [f"  no such file: {row}" for row in self.given.unmatched[:TOLD]]
+        lines += [f"a caption without a media file: {name}" for name in self.listed.orphans[:TOLD]]
+        print("\n".join(lines), end="\n" * bool(lines))
+        mine = [self.items[i] for part in parts for i in part]
+        examine_files(mine, self.examined, progress, config.beam)
+        more = self.captioned or self.coded or self.encoder is not None
+        cluster = jax.process_count() > 1
+        if cluster:
+            _wait_for_all("examined")
+            # What other machines wrote may take a while to be seen on a network disk.
+            if left := self.not_examined(max(config.wait, VISIBLE)):
+                raise OSError(f"{left} files that other processes examined have no report here")
+        elif count > 1 and more and (left := self.not_examined(config.wait)):
+            print(
+                f"share {config.shard} is examined, and {left} files of other shares are not: run the "
+                "same command again when they are (or give --wait SECONDS)."
+            )
+            return False
+        if more:
+            self.run_on_clips(parts, self.work / f"answers-{index}-of-{count}.sqlite")
+        if cluster:
+            _wait_for_all("prepared")
+        elif count > 1:
+            print(
+                f"share {config.shard} is done: when all are, run the same command without --shard."
+            )
+        return cluster or count == 1
+
+    def run_on_clips(self, parts: Sequence[range], answers: Path) -> None:
+        """Captions, states and latents of some parts; all files are examined."""
+        config, progress = self.config, self.progress
         reading = self.examined.config.decoding, config.workers, progress
         total = sum(int(self.survey[0][part.start : part.stop].sum()) for part in parts)
         if self.captioned:
             chat = ChatConfig(config.caption_server or "", config.caption_model or "", config.chat)
-            answers = self.work / f"answers-{index}-of-{count}.sqlite"
             with contextlib.closing(AnswerCache(answers)) as cache:
                 client = ChatClient(chat, cache)
                 kept = (one for part in parts for one in self.kept(part))
@@ -333,7 +364,7 @@ class Preparation:
 
         def read(clips: Iterable[Kept]) -> Iterator[Outcome]:
             if codec is not None:
-                return (Outcome(self.latents.load(one)) for one in clips)
+                return (Outcome(np.load(self.latents.place(one))) for one in clips)
             decoding, encoded = self.examined.config.decoding, config.encoding == "video"
             return read_clips(clips, decoding, config.workers, encoded=encoded)
 
@@ -355,20 +386,10 @@ class Preparation:
         made_of = hashlib.sha256(first.encode())
         for one in kept():
             made_of.update(digest(one.name, one.item.key, self.texts(one)).encode())
-        return write_builder(
-            self.output,
-            config.name,
-            made_of.hexdigest()[:16],
-            total,
-            kept(),
-            records,
-            failed,
-            self.progress,
-            texts=("source", *clip_features(config.captions)),
-            encoding=config.encoding,
-            latents=latents,
-            text_states=states,
-        )
+        given = (self.output, config.name, made_of.hexdigest()[:16], total, kept(), records, failed)
+        schema = {"encoding": config.encoding, "latents": latents, "text_states": states}
+        texts = ("source", *clip_features(config.captions))
+        return write_builder(*given, self.progress, texts=texts, **schema)
 
     def _publish(self) -> None:
         """Copies what is finished to Cloud Storage."""
@@ -415,40 +436,8 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
     preparation = Preparation(config, shown)
     index, count = config.place
     with locked(preparation.work / f"share-{index}-of-{count}"):
-        return _run(preparation, index, count)
-
-
-def _run(preparation: Preparation, index: int, count: int) -> dict[str, Any] | None:
-    config, given = preparation.config, preparation.given
-    if given.table:
-        print(given.table)
-    for row in given.unmatched[:TOLD]:
-        print(f"  no such file: {row}")
-    for name in preparation.listed.orphans[:TOLD]:
-        print(f"a caption without a media file: {name}")
-    mine = [preparation.items[i] for part in preparation.parts(index, count) for i in part]
-    examine_files(mine, preparation.examined, preparation.progress, config.beam)
-    more = preparation.captioned or preparation.coded or preparation.encoder is not None
-    cluster = jax.process_count() > 1
-    if cluster:
-        _wait_for_all("examined")
-        # What other machines wrote may take a while to be seen on a network disk.
-        if left := preparation.not_examined(max(config.wait, VISIBLE)):
-            raise OSError(f"{left} files that other processes examined have no report here")
-    elif count > 1 and more and (left := preparation.not_examined(config.wait)):
-        print(
-            f"share {config.shard} is examined, and {left} files of other shares are not: run the same "
-            "command again when they are (or give --wait SECONDS)."
-        )
-        return None
-    if more:
-        preparation.run_stages(index, count)
-    if cluster:
-        _wait_for_all("prepared")
-    elif count > 1:
-        print(f"share {config.shard} is done: when all are, run the same command without --shard.")
-        return None
-    return preparation.finish() if index == 0 else None
+        done = preparation.run_stages(index, count)
+        return preparation.finish() if done and index == 0 else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

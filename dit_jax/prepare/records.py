@@ -71,7 +71,7 @@ class Latents:
         self.folder = work / "latents" / digest(codec, batch)
 
     def place(self, one: Kept) -> Path:
-        """Where a clip's latents are, or will be; with the end .json, why there are none."""
+        """Where a clip's latents are, float16 ``[t, h, w, c]``; with .json, why there are none."""
         key = digest(one.item.key, one.clip.start, one.clip.geometry)
         return self.folder / file_name(one.name, digest(key, one.clip.frames), ".npy")
 
@@ -83,10 +83,6 @@ class Latents:
         if place.with_suffix(".json").exists():
             return json.loads(place.with_suffix(".json").read_bytes())
         return "failed", "it was not encoded", 0
-
-    def load(self, one: Kept) -> np.ndarray:
-        """float16 ``[t, h, w, c]``."""
-        return np.load(self.place(one))
 
     def store(
         self,

@@ -98,27 +98,26 @@ class _Schema(NamedTuple):
     states: StatesOf | None
 
     def features(self) -> Any:
-        tensor, text, scalar = (
-            tfds.features.Tensor,
-            tfds.features.Text,
-            tfds.features.Scalar,
-        )
+        kinds: Any = tfds.features
         if self.encoding == "video":
             # TFDS's Video feature needs TensorFlow. Text is bytes to TFDS, and it looks into none.
-            video: Any = text(doc=f"uint8 [t, h, w, 3] as {FORMAT}")
+            video = kinds.Text(doc=f"uint8 [t, h, w, 3] as {FORMAT}")
         else:
             of = self.latents
             channels, dtype = (of.channels, np.float16) if of is not None else (3, np.uint8)
-            video = tensor(shape=(None, None, None, channels), dtype=dtype, encoding=self.encoding)
-        features = {"video": video, "caption": text(), "fps": scalar(np.float32)}
-        features |= {name: scalar(np.int64) for name in self.labels}
-        features |= {name: text() for name in self.texts}
-        features |= {name: scalar(np.float64) for name in self.numbers}
+            video = kinds.Tensor(
+                shape=(None, None, None, channels), dtype=dtype, encoding=self.encoding
+            )
+        features = {"video": video, "caption": kinds.Text(), "fps": kinds.Scalar(np.float32)}
+        features |= {name: kinds.Scalar(np.int64) for name in self.labels}
+        features |= {name: kinds.Text() for name in self.texts}
+        features |= {name: kinds.Scalar(np.float64) for name in self.numbers}
         if self.states is not None:
             # As plain bytes: a list of numbers would hold them as float32, and they do not compress.
-            shape = (None, self.states.dim)
-            features[STATES] = tensor(shape=shape, dtype=ml_dtypes.bfloat16, encoding="bytes")
-        return tfds.features.FeaturesDict(features)
+            features[STATES] = kinds.Tensor(
+                shape=(None, self.states.dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
+            )
+        return kinds.FeaturesDict(features)
 
     def metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
@@ -215,12 +214,7 @@ class _Split:
     def write(self, samples: Samples, schema: _Schema, shard_bytes: int) -> None:
         """Writes what is not there yet."""
         start = sum(self.lengths)
-        if callable(samples):
-            left = iter(samples(start))
-        elif isinstance(samples, Sequence):  # What is not asked for is not computed.
-            left = (samples[i] for i in range(start, len(samples)))
-        else:
-            left = itertools.islice(samples, start, None)
+        left = samples(start) if callable(samples) else itertools.islice(samples, start, None)
         records = self._serialized(left, schema, start)
         try:
             for first in records:
@@ -353,10 +347,9 @@ def write_records(
         ]
     )
     check_writable(target.parent, "directory")
-    if latents is not None:
-        latents = LatentsOf(*latents)
-        encoding = "zlib" if encoding == "video" else encoding
-    schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), encoding, latents, text_states)
+    codec = None if latents is None else LatentsOf(*latents)
+    stored = "zlib" if codec is not None and encoding == "video" else encoding
+    schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
     folder = target.with_name(f"{VERSION}.incomplete")
     folder.mkdir(exist_ok=True)
     with locked(folder):
