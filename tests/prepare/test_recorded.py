@@ -40,13 +40,8 @@ def builder(tmp_path_factory):
 
 
 def test_records_go_through_all_stages_and_keep_their_ids(builder, tmp_path):
-    config = PrepareConfig(
-        f"tfds:{builder}",
-        str(tmp_path),
-        encoding="zlib",
-        examine=SMALL,
-        workers=WorkersConfig(count=1),
-    )
+    given = {"encoding": "zlib", "examine": SMALL, "workers": WorkersConfig(count=1)}
+    config = PrepareConfig(f"tfds:{builder}", str(tmp_path), **given)
     about = prepare(config, shown=False)
     assert about["files_by_reason"] == {"used": 3, "all clips left out": 2}
     told = {file["path"]: [c["left_out"] for c in file["clips"]] for file in about["by_file"]}
