@@ -394,14 +394,13 @@ class Preparation:
     def _publish(self) -> None:
         """Copies what is finished to Cloud Storage."""
         out, records = as_path(self.config.output), Path(self.config.name, VERSION)
-        mark = records / MARK
         names = [Path(name) for name in ("files.jsonl", "report.html", "report.json")]
-        if (self.output / mark).exists():
-            there = (out / mark).read_bytes() if (out / mark).exists() else b""
-            if there != (self.output / mark).read_bytes():
-                # The mark is last: where it stands, all is there.
-                files = sorted(one.name for one in (self.output / records).iterdir())
-                names += [records / name for name in files if name != MARK] + [mark]
+        mark = records / MARK
+        made = (self.output / mark).read_bytes() if (self.output / mark).exists() else b""
+        if made and not ((out / mark).exists() and (out / mark).read_bytes() == made):
+            # The mark is last: where it stands, all is there.
+            every = [records / one.name for one in (self.output / records).iterdir()]
+            names += sorted(every, key=lambda one: (one == mark, one))
         for name in names:
             with atomic_path(out / name) as fresh:
                 shutil.copyfile(self.output / name, fresh)
@@ -467,13 +466,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
         files, clips = about["files_tried_again"], about["clips_tried_again"]
         if files or clips:
-            message = (
-                f"{PROG}: {files} files and {clips} clips could not be read for want of time, "
+            print(
+                f"{PROG}: {files} files and {clips} clips could not be read for want of time, memory "
+                "or a disk that answers, or crashed a decoder (report.html): the same command tries "
+                f"them again, in up to {TRIES} runs.",
+                file=sys.stderr,
             )
-            message += (
-                "memory or a disk that answers, or crashed a decoder (report.html): the same "
-            )
-            print(f"{message}command tries them again, in up to {TRIES} runs.", file=sys.stderr)
         return int(bool(files or clips))
 
     return run_verb(PROG, work)
