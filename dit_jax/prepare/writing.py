@@ -105,18 +105,16 @@ class _Schema(NamedTuple):
         else:
             of = self.latents
             channels, dtype = (of.channels, np.float16) if of is not None else (3, np.uint8)
-            video = kinds.Tensor(
-                shape=(None, None, None, channels), dtype=dtype, encoding=self.encoding
-            )
+            shape = (None, None, None, channels)
+            video = kinds.Tensor(shape=shape, dtype=dtype, encoding=self.encoding)
         features = {"video": video, "caption": kinds.Text(), "fps": kinds.Scalar(np.float32)}
         features |= {name: kinds.Scalar(np.int64) for name in self.labels}
         features |= {name: kinds.Text() for name in self.texts}
         features |= {name: kinds.Scalar(np.float64) for name in self.numbers}
         if self.states is not None:
             # As plain bytes: a list of numbers would hold them as float32, and they do not compress.
-            features[STATES] = kinds.Tensor(
-                shape=(None, self.states.dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
-            )
+            shape, dtype = (None, self.states.dim), ml_dtypes.bfloat16
+            features[STATES] = kinds.Tensor(shape=shape, dtype=dtype, encoding="bytes")
         return kinds.FeaturesDict(features)
 
     def metadata(self) -> dict[str, Any]:
@@ -239,10 +237,8 @@ class _Split:
             # In the order of names: a hash table's is another one in every process.
             yield example.SerializeToString(deterministic=True), sizes
         if repaired:
-            message = (
-                f"{len(repaired)} texts had halves of surrogate pairs, which became U+FFFD: the"
-            )
-            print(f"{message} first is of {repaired[0]}.", file=sys.stderr)
+            what = f"{len(repaired)} texts had halves of surrogate pairs, which became U+FFFD"
+            print(f"{what}: the first is of {repaired[0]}.", file=sys.stderr)
 
     def _write_shard(self, records: Iterator[tuple[bytes, list[int]]], most: int) -> None:
         """Writes records up to so many bytes; the shard has its name when it is whole."""
@@ -283,15 +279,10 @@ class _Split:
             size += shard.stat().st_size
             os.replace(shard, shard.with_name(f"{shard.name}-of-{total:05d}"))
         table.flush()
-        template = ShardedFileTemplate(
-            data_dir=epath.Path(self._data),
-            dataset_name=self._builder,
-            split=self.name,
-            filetype_suffix="array_record",
-        )
-        return tfds.core.SplitInfo(
-            name=self.name, shard_lengths=self.lengths, num_bytes=size, filename_template=template
-        )
+        names = {"dataset_name": self._builder, "split": self.name}
+        names |= {"data_dir": epath.Path(self._data), "filetype_suffix": "array_record"}
+        template: Any = ShardedFileTemplate(**names)
+        return tfds.core.SplitInfo(self.name, self.lengths, size, template)
 
 
 def write_records(
