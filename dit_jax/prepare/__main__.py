@@ -269,18 +269,16 @@ class Preparation:
                 raise OSError(f"{left} files that other processes examined have no report here")
         elif count > 1 and more and (left := self.not_examined(config.wait)):
             print(
-                f"share {config.shard} is examined, and {left} files of other shares are not: run the "
-                "same command again when they are (or give --wait SECONDS)."
+                f"share {config.shard} is examined, and {left} files of other shares are not yet:"
             )
+            print("run the same command again when they are (or give --wait SECONDS).")
             return False
         if more:
             self.run_on_clips(parts, self.work / f"answers-{index}-of-{count}.sqlite")
         if cluster:
             _wait_for_all("prepared")
         elif count > 1:
-            print(
-                f"share {config.shard} is done: when all are, run the same command without --shard."
-            )
+            print(f"share {config.shard} is done: when all are, leave --shard out.")
         return cluster or count == 1
 
     def run_on_clips(self, parts: Sequence[range], answers: Path) -> None:
@@ -339,11 +337,10 @@ class Preparation:
         }
         given = (why, texts, self.problems, about, self.notes, self.progress)
         about = write_reports(self.output, self.items, self.examined, *given)
-        message = (
-            f"no clip of {config.input!r} was kept ({render(about)}): see "
-            f"{str(self.output / 'report.html')!r}, and --examine.filters and --examine.clips."
-        )
-        refuse_if([(not total and not (about["files_tried_again"] or again), message)])
+        nothing = f"no clip of {config.input!r} was kept ({render(about)})"
+        see = f"see {str(self.output / 'report.html')!r}, --examine.filters and --examine.clips"
+        worth = total or again or about["files_tried_again"]
+        refuse_if([(not worth, f"{nothing}: {see}.")])
         if is_remote(config.output):
             self._publish()
         return about
@@ -412,11 +409,9 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
     if not is_remote(config.output):
         work = check_writable(config.work, "--work") if config.work else output / "work"
         return output, work
-    message = (
-        f"--output {config.output!r} is on Cloud Storage, and the machines that share the work "
-        "need a folder that all of them see: give --work DIR on a shared disk."
-    )
-    refuse_if([(config.work is None and config.place[1] > 1, message)])
+    message = f"--output {config.output!r} is on Cloud Storage: machines that share the work need "
+    hidden = config.work is None and config.place[1] > 1
+    refuse_if([(hidden, f"{message}--work DIR on a disk that all of them see.")])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dit_jax" / "prepare"
     work = check_writable(config.work or cache / digest(str(output)), "--work")
     print(f"{config.output}: made in {os.fspath(work)!r} (--work) and copied when it is finished.")
@@ -447,13 +442,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tfds.disable_progress_bar()
 
     def work() -> int:
-        config = tyro.cli(
-            PrepareConfig,
-            args=given,
-            prog=PROG,
-            description=f"Turns a folder of media into records to train on. {PROCESS_HELP}",
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        )
+        text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
+        ways = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+        config = tyro.cli(PrepareConfig, args=given, prog=PROG, description=text, config=ways)
         check_types(config)
         try:
             with joined(flags, PROG):
@@ -466,12 +457,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
         files, clips = about["files_tried_again"], about["clips_tried_again"]
         if files or clips:
-            print(
-                f"{PROG}: {files} files and {clips} clips could not be read for want of time, memory "
-                "or a disk that answers, or crashed a decoder (report.html): the same command tries "
-                f"them again, in up to {TRIES} runs.",
-                file=sys.stderr,
-            )
+            why = f"{files} files and {clips} clips could not be read this time (report.html)"
+            again = f"the same command tries them again, in up to {TRIES} runs"
+            print(f"{PROG}: {why}: {again}.", file=sys.stderr)
         return int(bool(files or clips))
 
     return run_verb(PROG, work)

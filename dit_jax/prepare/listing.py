@@ -55,14 +55,8 @@ def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLik
         records = find_records(str(source))
         return Listed(tuple(Item(name, path, digest(path, key)) for name, path, key in records))
     root, given = Path(source).expanduser(), f"--input {str(source)!r}"
-    remote = (
-        f"{given}: media are read as local files, many times over. Mount the bucket (gcsfuse BUCKET "
-        "/mnt/media) and give a path there, or copy it to a disk."
-    )
-    absent = (
-        f"{given} is not there: give a folder of media, a list of them (.txt), or "
-        "tfds:NAME_OR_BUILDER_DIR[:split]."
-    )
+    remote = f"{given}: media are read as local files. Mount the bucket (gcsfuse BUCKET DIR)."
+    absent = f"{given} is not there: give a folder of media, a list (.txt) or tfds:NAME[:split]."
     refuse_if([(is_remote(source), remote), (not root.is_dir() and not root.is_file(), absent)])
     notes: Counter[str] = Counter()
     names, beside = [root.name], set[str]()

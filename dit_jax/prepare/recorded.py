@@ -74,11 +74,8 @@ def find_features(
             texts.append(name)
         elif getattr(feature, "names", None):
             labels.append(f"{{{name}}}")
-    message = (
-        f"--input {given!r} has the features {', '.join(sorted(features))}: none is a video or an "
-        "image, uint8 [t, h, w, 1 or 3] or [h, w, 1 or 3]."
-    )
-    refuse_if([(not videos, message)])
+    message = f"--input {given!r} has the features {', '.join(sorted(features))}: none is a video, "
+    refuse_if([(not videos, f"{message}uint8 [t, h, w, 1 or 3], or an image.")])
     captions = [name for name in CAPTIONS if name in texts]
     captions += sorted(name for name in texts if name not in (*CAPTIONS, *IDS)) + sorted(labels)
     return min(videos)[2], captions[0] if captions else None
