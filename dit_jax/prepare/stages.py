@@ -220,7 +220,7 @@ def read_clips(
     """
     function = partial(_read, decoding=decoding, at=at, encoded=encoded)
     jobs = ((one.item.path, one.clip) for one in kept)
-    return run(function, jobs, dataclasses.replace(workers, ahead=AHEAD))
+    return run(function, jobs, workers, AHEAD)
 
 
 def _read(job: tuple[str, Clip], decoding: DecodingConfig, at: Any, encoded: bool) -> Any:

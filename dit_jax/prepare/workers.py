@@ -50,12 +50,10 @@ class WorkersConfig:
     """Bytes of address space of a child (RLIMIT_AS)."""
     items_per_child: int = 1000
     """After so many a child is replaced by a new one, and what leaked is given back."""
-    ahead: int = 16
-    """Results for each child, at most, that wait for that of a slow item before them."""
 
     def __post_init__(self) -> None:
-        sound = self.count >= 0 < self.time_limit and min(self.items_per_child, self.ahead) >= 1
-        message = "count is at least 0, time_limit above 0, items_per_child and ahead at least 1"
+        sound = self.count >= 0 < self.time_limit and self.items_per_child >= 1
+        message = "count is at least 0, time_limit above 0, items_per_child at least 1"
         refuse_if([(not sound, f"workers: {self}: {message}")])
 
 
@@ -71,15 +69,18 @@ class Outcome:
 
 
 def run(
-    function: Callable[[Any], Any], items: Iterable[Any], config: WorkersConfig | None = None
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    config: WorkersConfig = WorkersConfig(),
+    ahead: int = 16,
 ) -> Iterator[Outcome]:
     """Yields the outcome of function(item) for every item in order, whatever happens to the children.
 
-    `function`, items and values are pickled; the function by its name, so it stands in a module. Items
-    are taken some way ahead, so that one slow item does not stop the rest. Closing the iterator, an
-    exception or Ctrl-C kills all children.
+    `function`, items and values are pickled; the function by its name, so it stands in a module. So
+    that a slow item does not stop the rest, up to `ahead` for each child are taken before it is done.
+    Closing the iterator, an exception or Ctrl-C kills all children.
     """
-    config, called = config or WorkersConfig(), b"__main__"
+    called = b"__main__"
     with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
         called = pickle.dumps(function)
     message = f"{function!r}: define it in a module, for children to import"
@@ -96,7 +97,7 @@ def run(
         for item in items:
             waiting.append(Future())
             jobs.put((pickle.dumps(item), waiting[-1]))
-            while waiting and (waiting[0].done() or len(waiting) >= config.ahead * count):
+            while waiting and (waiting[0].done() or len(waiting) >= ahead * count):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
