@@ -132,8 +132,8 @@ class _Child:
 
     def kill(self) -> None:
         """Ends the process at once; the thread that serves notices."""
-        if self._process is not None:
-            self._process.kill()
+        if (process := self._process) is not None:
+            process.kill()
 
     def _start(self) -> None:
         self._pipe, theirs = connections.Pipe()
