@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,7 @@ from dit_jax.prepare.captions import (
 from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions
 from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig
-from dit_jax.prepare.listing import find_media
+from dit_jax.prepare.listing import Item, find_media
 from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
 from dit_jax.prepare.records import (
     MARK,
@@ -208,41 +209,38 @@ class Preparation:
         return clip_texts(captions, self.config.captions)
 
     @functools.cached_property
-    def survey(self) -> tuple[np.ndarray, dict[str, str]]:
-        """How many clips of each file are kept, and which are near-duplicates, with the earlier one."""
-        counts = np.zeros(len(self.items), np.int64)
+    def survey(self) -> tuple[Counter[str], dict[str, str]]:
+        """How many clips of each file are kept, and of each near-duplicate the earlier clip."""
+        counts = Counter[str]()
 
-        def hashes() -> Iterator[tuple[int, tuple[int, ...]]]:
-            for i, item in enumerate(self.items):
-                for one in self.examined.kept([item]):
-                    counts[i] += 1
-                    yield i << 32 | one.index, one.clip.hashes
-
-        def name(key: int) -> str:
-            return f"{self.items[key >> 32].name}#{key & 0xFFFFFFFF}"
+        def hashes() -> Iterator[tuple[str, tuple[int, ...]]]:
+            for one in self.examined.kept(self.items):
+                counts[one.item.name] += 1
+                yield one.name, one.clip.hashes
 
         if self.config.duplicates is None:
             collections.deque(hashes(), 0)
             return counts, {}
         near = near_duplicates(hashes(), self.config.duplicates)
-        for key in near:
-            counts[key >> 32] -= 1
-        return counts, {name(key): name(earlier) for key, (earlier, _) in near.items()}
+        for name in near:
+            counts[name.rpartition("#")[0]] -= 1
+        return counts, {name: earlier for name, (earlier, _) in near.items()}
 
-    def kept(self, part: range) -> Iterator[Kept]:
+    def kept(self, part: Sequence[Item]) -> Iterator[Kept]:
         """The clips of some files, in order, without near-duplicates."""
         counts, duplicates = self.survey
-        items = (self.items[i] for i in part if counts[i])
+        items = (item for item in part if counts[item.name])
         return (one for one in self.examined.kept(items) if one.name not in duplicates)
 
-    def captions_of(self, part: range) -> list[str]:
+    def captions_of(self, part: Sequence[Item]) -> list[str]:
         """Those of the clips of a part, whose states are computed together."""
         return [self.texts(one)["caption"] for one in self.kept(part)]
 
-    def parts(self, index: int = 0, count: int = 1) -> list[range]:
+    def parts(self, index: int = 0, count: int = 1) -> list[tuple[Item, ...]]:
         """The parts of the files that the ``index``-th of ``count`` machines takes."""
-        size, total = self.config.batch.files, len(self.items)
-        return [range(i, min(i + size, total)) for i in range(0, total, size)][index::count]
+        size = self.config.batch.files
+        starts = range(0, len(self.items), size)[index::count]
+        return [self.items[start : start + size] for start in starts]
 
     def not_examined(self, wait: float) -> int:
         """Files that have no report, after waiting for those of others so many seconds."""
@@ -258,7 +256,7 @@ class Preparation:
         lines += [f"  no such file: {row}" for row in self.given.unmatched[:TOLD]]
         lines += [f"a caption without a media file: {name}" for name in self.listed.orphans[:TOLD]]
         print("\n".join(lines), end="\n" * bool(lines))
-        mine = [self.items[i] for part in parts for i in part]
+        mine = itertools.chain.from_iterable(parts)
         examine_files(mine, self.examined, progress, config.beam)
         more = self.captioned or self.coded or self.encoder is not None
         cluster = jax.process_count() > 1
@@ -281,11 +279,11 @@ class Preparation:
             print(f"share {config.shard} is done: when all are, leave --shard out.")
         return cluster or count == 1
 
-    def run_on_clips(self, parts: Sequence[range], answers: Path) -> None:
+    def run_on_clips(self, parts: Sequence[Sequence[Item]], answers: Path) -> None:
         """Captions, states and latents of some parts; all files are examined."""
         config, progress = self.config, self.progress
         reading = self.examined.config.decoding, config.workers, progress
-        total = sum(int(self.survey[0][part.start : part.stop].sum()) for part in parts)
+        total = sum(self.survey[0][item.name] for part in parts for item in part)
         if self.captioned:
             chat = ChatConfig(config.caption_server or "", config.caption_model or "", config.chat)
             with contextlib.closing(AnswerCache(answers)) as cache:
@@ -308,12 +306,12 @@ class Preparation:
     def finish(self) -> dict[str, Any]:
         """Writes records and reports, and returns what ``report.json`` says."""
         config, failed, again = self.config, Failed(), 0
-        for one in self.kept(range(len(self.items))) if self.coded else ():
+        for one in self.kept(self.items) if self.coded else ():
             if (failure := self.latents.failure(one)) is not None:
                 reason, detail, tries = failure
                 failed[one.name] = reason, detail
                 again += tried_again(reason, tries)
-        total = int(self.survey[0].sum()) - len(failed)
+        total = self.survey[0].total() - len(failed)
         if total and config.reaches("records"):
             again += self._records(total, failed)
 
@@ -356,8 +354,7 @@ class Preparation:
         unfit = frozenset(failed)
 
         def kept() -> Iterator[Kept]:
-            every = (one for part in self.parts() for one in self.kept(part))
-            return (one for one in every if one.name not in unfit)
+            return (one for one in self.kept(self.items) if one.name not in unfit)
 
         def read(clips: Iterable[Kept]) -> Iterator[Outcome]:
             if codec is not None:
@@ -372,11 +369,11 @@ class Preparation:
             return samples(videos, rate, self.texts, states_of if states else None, unread)
 
         # The states of a caption are with those of its part.
-        parts, captions_of = self.parts(), functools.lru_cache(1)(self.captions_of)
-        part_of = {item.name: i // config.batch.files for i, item in enumerate(self.items)}
+        captions_of = functools.lru_cache(1)(self.captions_of)
+        part_of = {item.name: part for part in self.parts() for item in part}
 
         def states_of(one: Kept) -> np.ndarray:
-            captions = captions_of(parts[part_of[one.item.name]])
+            captions = captions_of(part_of[one.item.name])
             return self.states.load(captions, self.texts(one)["caption"])
 
         first = digest(self.examined.config, config.encoding, latents, states)
