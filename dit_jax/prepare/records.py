@@ -30,13 +30,12 @@ from dit_jax.prepare.stages import TRIES, Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import Outcome, WorkersConfig
 from dit_jax.prepare.writing import SHARD_BYTES, VERSION, write_records
+from dit_jax.types import PositiveInt
 
 MARK = "prepared.json"
 """Beside the records: what they were made of, and that they were made here."""
 Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 ``[b, t, h, w, 3]`` to latents ``[b, t', h', w', c]``."""
-EncodeTexts = Callable[[Sequence[str]], Sequence[np.ndarray]]
-"""Captions to states, bfloat16 ``[s, e]`` each."""
 Failed = dict[str, Sequence[str]]
 """By the names of clips: a reason of ``REASONS``, and words."""
 
@@ -45,16 +44,12 @@ Failed = dict[str, Sequence[str]]
 class BatchConfig:
     """How much is encoded at once."""
 
-    files: int = 64
+    files: PositiveInt = 64
     """Files that are dealt to one machine together; batches are drawn from these."""
-    clips: int = 8
+    clips: PositiveInt = 8
     """Clips of a batch, at most, all of one shape. Each device takes a batch at a time."""
-    pixels: int = 1 << 25
+    pixels: PositiveInt = 1 << 25
     """Pixels of all frames of a batch, at most; a larger clip is encoded alone."""
-
-    def __post_init__(self) -> None:
-        least = min(self.files, self.clips, self.pixels)
-        refuse_if([(least < 1, f"batch: {self}: files, clips and pixels are at least 1.")])
 
 
 def tried_again(reason: str, tries: int) -> bool:
@@ -175,7 +170,11 @@ class States:
         return self.folder / key[:2] / f"{key}.npz"
 
     def store(
-        self, parts: Iterable[Sequence[str]], total: int, encode: EncodeTexts, progress: Progress
+        self,
+        parts: Iterable[Sequence[str]],
+        total: int,
+        encode: Callable[[Sequence[str]], Sequence[np.ndarray]],
+        progress: Progress,
     ) -> None:
         """Encodes the captions, ``total`` at most, of every part that has no states yet."""
         with progress.stage("states", total, "captions") as add:
