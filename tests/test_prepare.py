@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,18 +23,19 @@ from dit_jax.codec.config import codec_copies
 from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.prepare import records as prepared_records
-from dit_jax.prepare import writing
+from dit_jax.prepare import __main__ as verb
 from dit_jax.prepare.__main__ import BatchConfig, CaptionsConfig, PrepareConfig, main, prepare
 from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.workers import WorkersConfig
+from dit_jax.prepare.writing import _Split
 from dit_jax.text.folders import load_text_encoder
 from tests.prepare.chat_server import Response, serving, words
 from tests.runs import free_port
 from tests.text_files import needs_tokenizers, write_t5
 
 ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 SMALL = ExamineConfig(clips=ClipConfig(area=32 * 32, max_seconds=2.0))
 TWO = WorkersConfig(count=2, time_limit=60.0)
 
@@ -84,10 +84,14 @@ def config(media, output, **changes):
     return PrepareConfig(str(media), str(output), **{**given, **changes})
 
 
+def run(media, output, **changes):
+    return prepare(config(media, output, **changes), shown=False)
+
+
 @pytest.fixture(scope="module")
 def prepared(media, tmp_path_factory):
     output = tmp_path_factory.mktemp("prepared")
-    return output, prepare(config(media, output), shown=False)
+    return output, run(media, output)
 
 
 def shards(output):
@@ -103,12 +107,8 @@ def test_records_say_what_the_clips_are_and_where_from(prepared):
     # 41 frames at 12 fps are 3.4 s, at most 2 s a clip: two.
     assert names == ["a.mp4", "b.mkv", "deep/c.mp4", "deep/d.mp4", "deep/d.mp4"]
     a, b, c, d, d2 = source
-    assert (a["caption"], b["caption"], c["caption"], d["caption"]) == (
-        b"squares, moving",
-        b"B",
-        b"from the table",
-        b"",
-    )
+    captions = [one["caption"] for one in (a, b, c, d)]
+    assert captions == [b"squares, moving", b"B", b"from the table", b""]
     assert b["caption_origin"] == b"caption: sidecar" and c["caption_origin"] == b"caption: table"
     assert b["licence"] == b"CC0" and a["licence"] == b"mine"
     # 80 x 64 keeps its shape in 1024 pixels, in multiples of 16; 17 = 1 + 4 * 4 of 20 frames.
@@ -142,30 +142,30 @@ def test_every_file_is_accounted_for(prepared):
 def test_nothing_is_done_twice_and_a_changed_file_is_done_anew(media, prepared):
     output, _ = prepared
     before = shards(output)
-    again = prepare(config(media, output), shown=False)
+    again = run(media, output)
     assert again["stages"]["examine"]["clips"] == 0 and "records" not in again["stages"]
     (media / "a.txt").write_text("other words\n")
     try:
-        changed = prepare(config(media, output), shown=False)
+        changed = run(media, output)
     finally:
         (media / "a.txt").write_text("squares, moving\n")
     assert changed["stages"]["examine"]["clips"] == 0 and "records" in changed["stages"]
     assert shards(output) != before
-    prepare(config(media, output), shown=False)
+    run(media, output)
     assert shards(output) == before
 
 
 def test_two_machines_make_the_same_records(media, prepared, tmp_path):
     for shard in ("1/2", "0/2"):
-        assert prepare(config(media, tmp_path, shard=shard), shown=False) is None
+        assert run(media, tmp_path, shard=shard) is None
         assert not (tmp_path / "clips").exists()
-    finished = prepare(config(media, tmp_path), shown=False)
+    finished = run(media, tmp_path)
     assert finished["stages"]["examine"]["clips"] == 0
     assert shards(tmp_path) == shards(prepared[0])
 
 
 def command(media, output, *more):
-    """The same as ``config`` says."""
+    """The same as ``run``, as arguments of the verb."""
     flags = ["--examine.clips.area", "1024", "--examine.clips.max-seconds", "2"]
     flags += ["--captions.table", str(media / "table.csv"), "--captions.licence", "mine"]
     flags += ["--batch.files", "2", "--batch.clips", "2", "--workers.count", "1", *more]
@@ -174,17 +174,16 @@ def command(media, output, *more):
 
 def test_records_after_sigkill_are_the_same_bytes(media, prepared, tmp_path):
     line = [sys.executable, "-m", "dit_jax.prepare", *command(media, tmp_path)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(line, env=ENV, stderr=subprocess.DEVNULL) as process:
         while sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("work/examined/*/*")) < 3:
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     assert not (tmp_path / "clips").exists()
     # As if it had been killed again, while records were written.
     (tmp_path / "work" / "writing" / "clips").mkdir(parents=True)
     (tmp_path / "work" / "writing" / "clips" / "half").write_bytes(b"x")
-    done = prepare(config(media, tmp_path), shown=False)
+    done = run(media, tmp_path)
     assert done["stages"]["examine"]["clips"] < 6
     assert shards(tmp_path) == shards(prepared[0])
 
@@ -200,34 +199,32 @@ def test_records_go_on_after_a_full_disk_and_keep_what_was_left_out(media, tmp_p
             gone = one.name.startswith("b.mkv")
             yield dataclasses.replace(outcome, reason="truncated", value=None) if gone else outcome
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    read_all = prepared_records.read_clips
-    monkeypatch.setattr(prepared_records, "read_clips", read_clips)
-    small = partial(prepared_records.write_builder, shard_bytes=1)
-    monkeypatch.setattr("dit_jax.prepare.__main__.write_builder", small)
-    expected = prepare(config(media, tmp_path / "whole"), shown=False)
+    read_all = verb.read_clips
+    monkeypatch.setattr(verb, "read_clips", read_clips)
+    monkeypatch.setattr(verb, "write_builder", partial(verb.write_builder, shard_bytes=1))
+    expected = run(media, tmp_path / "whole")
     assert len(list((tmp_path / "whole" / "clips" / "1.0.0").glob("*array_record*"))) == 4
-    finish, finished = writing._Shard.finish, []
 
-    def third(shard):
-        finished.append(shard)
-        return full() if len(finished) == 3 else finish(shard)
+    def third(split, records, most):
+        if len(split.lengths) == 2:
+            next(records)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_shard(split, records, most)
 
+    write_shard = _Split._write_shard
     with monkeypatch.context() as patch:
-        patch.setattr(writing._Shard, "finish", third)
+        patch.setattr(_Split, "_write_shard", third)
         with pytest.raises(OSError):
-            prepare(config(media, tmp_path / "cut"), shown=False)
+            run(media, tmp_path / "cut")
     read.clear()
-    about = prepare(config(media, tmp_path / "cut"), shown=False)
+    about = run(media, tmp_path / "cut")
     assert read == ["deep/d.mp4#0", "deep/d.mp4#1"]
     assert about["stages"]["records"]["clips"] == 2
-    left_out = [
-        [[clip["left_out"] for clip in file["clips"]] for file in one["by_file"]]
-        for one in (about, expected)
-    ]
-    assert left_out[0] == left_out[1] and "truncated" in str(left_out)
+    left_out, again = (
+        [clip["left_out"] for file in one["by_file"] for clip in file["clips"]]
+        for one in (expected, about)
+    )
+    assert left_out == again and "truncated" in str(again)
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
     assert not (tmp_path / "cut" / "work" / "writing").exists()
 
@@ -276,10 +273,10 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     others = make_mesh(MeshConfig(), jax.devices()[1:3])
     copies = codec_copies(codec, others)
     monkeypatch.setattr("dit_jax.codec.converting.codec_copies", lambda *_: copies)
-    given = {"codec": "tiny", "text_encoder": "t5", "captions": CaptionsConfig()}
-    given |= {"examine": ExamineConfig(clips=ClipConfig(area=16 * 16, min_seconds=0.4))}
-    given |= {"encoding": "zlib"}
-    about = prepare(config(few, tmp_path / "one", **given), shown=False)
+    clips = ClipConfig(area=16 * 16, min_seconds=0.4)
+    given = {"text_encoder": "t5", "captions": CaptionsConfig(), "encoding": "zlib"}
+    given |= {"examine": ExamineConfig(clips=clips), "codec": "tiny"}
+    about = run(few, tmp_path / "one", **given)
     assert about["stages"]["latents"]["clips"] == 4 and about["captioned"] == 3
     assert about["clips_by_reason"] == {"kept": 4, "near-duplicate": 1}
     assert about["notes"] == {"captions longer than the text encoder reads": 1}
@@ -288,7 +285,7 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
     assert (source.codec, source.text_encoder) == (codec.hash, encoder.hash)
     assert tfds.builder_from_directory(path).info.metadata["codec_name"] == "tiny"
     del given["codec"]
-    prepare(config(few, tmp_path / "pixels", **given), shown=False)
+    run(few, tmp_path / "pixels", **given)
     pixels = list(RecordsSource(RecordsConfig(str(tmp_path / "pixels" / "clips" / "1.0.0"))))
     for part in ((0, 1), (2, 3)):
         videos = np.stack([pixels[i]["video"] for i in part]).astype(np.float32) / 127.5 - 1
@@ -301,15 +298,14 @@ def test_latents_and_states_are_those_of_codec_and_encoder(media, tmp_path, monk
             assert found["fps"] == 6.0 and found["caption"] == pixels[i]["caption"]
     given["codec"] = "tiny"
     for shard, stages in (("1/2", 0), ("0/2", 2), ("1/2", 2)):
-        part = config(few, tmp_path / "two", shard=shard, **given)
-        assert prepare(part, shown=False) is None
+        assert run(few, tmp_path / "two", shard=shard, **given) is None
         # A share waits until the others are examined: which clips are near-duplicates is known then.
         made = list((tmp_path / "two" / "work").glob("latents/*/*/*.npy"))
         told = capsys.readouterr().out
         assert ("files of other shares are not" in told) == (not stages)
         assert len(made) == {"1/2": 2 * stages, "0/2": 2}[shard]
     next((tmp_path / "two" / "work").glob("latents/*/*/1.mp4*.npy")).unlink()
-    done = prepare(config(few, tmp_path / "two", **given), shown=False)
+    done = run(few, tmp_path / "two", **given)
     assert done["stages"]["latents"]["clips"] == 2 and done["stages"]["examine"]["clips"] == 0
     assert shards(tmp_path / "two") == shards(tmp_path / "one")
 
@@ -325,11 +321,11 @@ def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path)
 
     with serving(respond) as server:
         asked = {"caption_server": server.url, "caption_model": "seer"}
-        first = prepare(config(media, tmp_path, **asked), shown=False)
+        first = run(media, tmp_path, **asked)
         assert server.bill == 5  # What was to make the short ones was refused.
         assert len(first["problems"]) == 5 and first["captioned"] == 3
         down = False
-        second = prepare(config(media, tmp_path, **asked), shown=False)
+        second = run(media, tmp_path, **asked)
         # Equal descriptions make equal requests.
         assert server.bill == 6 and not second["problems"] and second["captioned"] == 5
     a, *_, d = tfds.data_source("clips", data_dir=tmp_path, split="train")
@@ -339,21 +335,17 @@ def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path)
     (tmp_path / "one").mkdir()
     with pytest.raises(ValueError, match="127.0.0.1:9"):
         asked["caption_server"] = "http://127.0.0.1:9"
-        prepare(config(media, tmp_path / "one", **asked), shown=False)
+        run(media, tmp_path / "one", **asked)
 
 
 @pytest.mark.slow
 def test_two_processes_of_a_cluster_make_the_same_records(media, prepared, tmp_path):
-    port = free_port()
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    started = []
-    for i in range(2):
-        flags = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
-        line = [sys.executable, "-m", "dit_jax.prepare", *command(media, tmp_path, *flags)]
-        process = subprocess.Popen(
-            [*line, "--process-id", str(i)], env=env, stderr=subprocess.DEVNULL, text=True
-        )
-        started.append(process)
+    cluster = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+    line = [sys.executable, "-m", "dit_jax.prepare", *command(media, tmp_path, *cluster)]
+    started = [
+        subprocess.Popen([*line, "--process-id", str(i)], env=ENV, stderr=subprocess.DEVNULL)
+        for i in range(2)
+    ]
     try:
         assert [process.wait(120) for process in started] == [0, 0]
     finally:

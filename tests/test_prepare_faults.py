@@ -1,5 +1,6 @@
 """Dirt and size: names that are no text, captions that meet no file, machines that fail, many files."""
 
+import contextlib
 import errno
 import json
 import os
@@ -41,12 +42,16 @@ def folder(tmp_path):
     return path
 
 
-def config(folder, output, **changes):
-    return PrepareConfig(str(folder), str(output), **{"workers": ONE, **changes})
+@pytest.fixture
+def verb(folder, tmp_path):
+    """The command on the folder; writes to ``out``."""
+    line = ["--input", str(folder), "--output", str(tmp_path / "out"), "--workers.count", "1"]
+    return lambda *more: main([*line, *more])
 
 
 def run(folder, output, **changes):
-    return prepare(config(folder, output, **changes), shown=False)
+    config = PrepareConfig(str(folder), str(output), **{"workers": ONE, **changes})
+    return prepare(config, shown=False)
 
 
 def records(output):
@@ -78,8 +83,7 @@ def test_text_that_cannot_be_encoded_ends_nothing(folder, tmp_path, capsys):
 
 def test_names_that_are_not_utf8_are_told_apart(folder):
     raws = [b"caf\xe9.png", b"caf\\xe9.png"]
-    for raw in raws[:1]:
-        picture(os.fsencode(folder) + b"/" + raw)
+    picture(os.fsencode(folder) + b"/" + raws[0])
     assert [item.name for item in find_media(folder).items] == ["caf\\xe9.png"]
     picture(os.fsencode(folder) + b"/" + raws[1])
     paths = {item.name: os.fsencode(item.path) for item in find_media(folder).items}
@@ -171,15 +175,14 @@ def test_what_the_machine_kept_from_being_read_is_tried_again(folder, tmp_path):
     assert sorted(path.read_bytes().count(b"\n") for path in logs) == [2] * (TRIES + 1)
 
 
-def test_exit_status_says_that_files_are_left(folder, tmp_path, capsys):
+def test_exit_status_says_that_files_are_left(folder, verb, capsys):
     picture(folder / "a.png", 1)
-    line = ["--input", str(folder), "--output", str(tmp_path / "out"), "--workers.count", "1"]
-    assert main([*line, "--workers.time-limit", "1e-6"]) == 1
+    assert verb("--workers.time-limit", "1e-6") == 1
     assert "1 files and 0 clips" in capsys.readouterr().err
-    assert main(line) == 0
+    assert verb() == 0
 
 
-def test_a_full_disk_is_a_line_and_loses_nothing(folder, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_a_line_and_loses_nothing(folder, verb, tmp_path, monkeypatch, capsys):
     for seed in range(3):
         picture(folder / f"{seed}.png", seed)
     append = Logs.append
@@ -189,26 +192,26 @@ def test_a_full_disk_is_a_line_and_loses_nothing(folder, tmp_path, monkeypatch, 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.jsonl")
         append(self, line)
 
-    line = ["--input", str(folder), "--output", str(tmp_path / "out"), "--workers.count", "1"]
     monkeypatch.setattr(Logs, "append", full)
-    assert main(line) == 1
+    assert verb() == 1
     err = capsys.readouterr().err
     assert os.strerror(errno.ENOSPC) in err and "Traceback" not in err
     monkeypatch.setattr(Logs, "append", append)
-    assert main(line) == 0
+    assert verb() == 0
     assert len(records(tmp_path / "out")) == 3
     logs = list(tmp_path.glob("out/work/examined/*/*.jsonl"))
     assert sorted(path.read_bytes().count(b"\n") for path in logs) == [1, 2]
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_any_work(folder, tmp_path, capsys):
+def test_what_cannot_be_read_or_written_is_refused_before_any_work(folder, tmp_path, capsys):
     picture(folder / "a.png")
     (tmp_path / "file").touch()
-    line = ["--input", str(folder), "--output", str(tmp_path / "file" / "out")]
-    assert main(line) == 2
-    assert "file/out" in capsys.readouterr().err
-    assert main(["--input", "gs://clips/media", "--output", str(tmp_path / "out")]) == 2
-    assert "gcsfuse" in capsys.readouterr().err
+    for source, output, why in [
+        (str(folder), str(tmp_path / "file" / "out"), "file/out"),
+        ("gs://clips/media", str(tmp_path / "out"), "gcsfuse"),
+    ]:
+        assert main(["--input", source, "--output", output]) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_a_share_that_runs_already_is_refused(folder, tmp_path):
@@ -220,11 +223,10 @@ def test_a_share_that_runs_already_is_refused(folder, tmp_path):
     assert run(folder, tmp_path, shard="0/2") is None
 
 
-def test_pictures_have_no_duration(folder, tmp_path, capsys):
+def test_pictures_have_no_duration(folder, verb, tmp_path, capsys):
     for seed in range(3):
         picture(folder / f"{seed}.png", seed)
-    line = ["--input", str(folder), "--output", str(tmp_path / "out"), "--workers.count", "1"]
-    assert main(line) == 0
+    assert verb() == 0
     said = capsys.readouterr()
     assert "3 pictures" in said.out and "minutes" not in said.out
     assert "clips/s" in said.err and "h of video" not in said.err
@@ -260,24 +262,18 @@ def test_reports_of_many_files_are_some_files(tmp_path):
     examined = Examined(tmp_path / "work", ExamineConfig(), ONE)
     assert len(examined.missing(items)) == count
     for half in (items[::2], items[1::2]):  # Two processes.
-        logs = Logs(examined.logs.folder)
-        for item in half:
-            refusal = ("not media", "<b>" + "x" * 100)
-            report = FileReport(item.path, refusal=refusal)
-            logs.append(report_line(item, report, examined.limits, False))
-    logs.append(b'{"key": "torn')
+        with contextlib.closing(Logs(examined.logs.folder)) as logs:
+            for item in half:
+                refusal = ("not media", "<b>" + "x" * 100)
+                report = FileReport(item.path, refusal=refusal)
+                logs.append(report_line(item, report, examined.limits, False))
+            logs.append(b'{"key": "torn')
     assert not examined.missing(items)
     assert len(list(tmp_path.rglob("*.jsonl"))) == 2
     assert examined.report(items[7]).path == items[7].name
-    given = (
-        lambda name: "",
-        lambda one: {},
-        {"a": "b"},
-        {},
-        Counter({"noted": 2}),
-        Progress(False),
-    )
-    about = write_reports(tmp_path, items, examined, *given)
+    why, texts, notes = lambda name: "", lambda one: {}, Counter({"noted": 2})
+    given = (tmp_path, items, examined, why, texts, {"a": "b"}, {}, notes, Progress(False))
+    about = write_reports(*given)
     assert about["files_by_reason"] == {"not media": count} and len(about["by_file"]) == LISTED
     assert about["notes"] == {"noted": 2}
     lines = (tmp_path / "files.jsonl").read_bytes().splitlines()

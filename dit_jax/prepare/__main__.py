@@ -3,6 +3,9 @@
 Every file is examined once (shots, clips, filters), captioned, and written as records that
 ``data.source.path`` takes: pixels, or the latents of a codec, and the states of a text encoder. Nothing
 is done twice: what is in ``OUTPUT/work`` is used again, by this process or another.
+
+Files are dealt out in *parts* of so many in a row, whole, so that what is computed together is the same
+however many machines there are, and so is every bit of the result.
 """
 
 from __future__ import annotations
@@ -10,19 +13,20 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 import tyro
@@ -39,15 +43,8 @@ from dit_jax.files import (
     locked,
     refuse_if,
     run_verb,
-    write_json,
 )
-from dit_jax.parallel import (
-    PROCESS_HELP,
-    MeshConfig,
-    joined,
-    make_mesh,
-    take_process_flags,
-)
+from dit_jax.parallel import PROCESS_HELP, MeshConfig, joined, make_mesh, take_process_flags
 from dit_jax.prepare.captions import (
     Caption,
     CaptionsConfig,
@@ -58,7 +55,7 @@ from dit_jax.prepare.captions import (
 from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions
 from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig
-from dit_jax.prepare.listing import find_media
+from dit_jax.prepare.listing import Item, find_media
 from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
 from dit_jax.prepare.records import (
     MARK,
@@ -66,12 +63,8 @@ from dit_jax.prepare.records import (
     Failed,
     Latents,
     States,
-    Videos,
-    pixels,
-    read_mark,
     samples,
     tried_again,
-    up_to_date,
     write_builder,
 )
 from dit_jax.prepare.report import LISTED, render, write_reports
@@ -81,13 +74,12 @@ from dit_jax.prepare.stages import (
     Examined,
     Kept,
     examine_files,
-    examine_on_beam,
     fitting,
-    share,
+    read_clips,
 )
 from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import Progress, digest
-from dit_jax.prepare.workers import WorkersConfig
+from dit_jax.prepare.workers import Outcome, WorkersConfig
 from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.types import TextEncoder
@@ -151,10 +143,7 @@ class PrepareConfig:
         half = bool(self.caption_server) != bool(self.caption_model)
         refuse_if(
             [
-                (
-                    half,
-                    "--caption-server URL and --caption-model NAME go together: give both.",
-                ),
+                (half, "--caption-server URL and --caption-model NAME go together: give both."),
                 (not share, f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1."),
             ]
         )
@@ -180,12 +169,12 @@ class Preparation:
         self.output, self.work = places(config)
         mesh = make_mesh(config.mesh, jax.local_devices())
         self.codec: Any = None
-        copies: Sequence[Any] = ()
+        self.encode: list[Callable[[np.ndarray], np.ndarray]] = []
         if config.codec:
             tools = interop.codec_tools()
             self.codec = tools.load_codec(config.codec)
             copies = tools.codec_copies(self.codec, mesh)
-        self.encode = [partial(_encode, copy) for copy in copies]
+            self.encode = [lambda x, to=to: to.encode_many(to_float(x)) for to in copies]
         self.encoder: TextEncoder | None = None
         self.too_long: Callable[[str], bool] = lambda caption: False
         if config.text_encoder and config.reaches("states"):
@@ -207,6 +196,8 @@ class Preparation:
         self.problems = dict(self.given.problems)
         self.notes = self.listed.notes + self.given.notes
         self.notes["sidecars without a media file"] = len(self.listed.orphans)
+        self.captioned = bool(config.caption_server) and config.reaches("captions")
+        self.coded = self.codec is not None and config.reaches("latents")
 
     def texts(self, one: Kept) -> dict[str, str]:
         """The captions and licence of a clip."""
@@ -217,41 +208,39 @@ class Preparation:
             captions += self.models.captions(one)
         return clip_texts(captions, self.config.captions)
 
-    @cached_property
-    def survey(self) -> tuple[np.ndarray, dict[str, str]]:
-        """How many clips of each file are kept, and which are near-duplicates, with the earlier one."""
-        counts = np.zeros(len(self.items), np.int64)
+    @functools.cached_property
+    def survey(self) -> tuple[Counter[str], dict[str, str]]:
+        """How many clips of each file are kept, and of each near-duplicate the earlier clip."""
+        counts = Counter[str]()
 
-        def hashes() -> Iterator[tuple[int, tuple[int, ...]]]:
-            for i, item in enumerate(self.items):
-                for one in self.examined.kept([item]):
-                    counts[i] += 1
-                    yield i << 32 | one.index, one.clip.hashes
-
-        def name(key: int) -> str:
-            return f"{self.items[key >> 32].name}#{key & 0xFFFFFFFF}"
+        def hashes() -> Iterator[tuple[str, tuple[int, ...]]]:
+            for one in self.examined.kept(self.items):
+                counts[one.item.name] += 1
+                yield one.name, one.clip.hashes
 
         if self.config.duplicates is None:
             collections.deque(hashes(), 0)
             return counts, {}
         near = near_duplicates(hashes(), self.config.duplicates)
-        for key in near:
-            counts[key >> 32] -= 1
-        return counts, {name(key): name(earlier) for key, (earlier, _) in near.items()}
+        for name in near:
+            counts[name.rpartition("#")[0]] -= 1
+        return counts, {name: earlier for name, (earlier, _) in near.items()}
 
-    def kept(self, part: range) -> Iterator[Kept]:
+    def kept(self, part: Sequence[Item]) -> Iterator[Kept]:
         """The clips of some files, in order, without near-duplicates."""
         counts, duplicates = self.survey
-        items = (self.items[i] for i in part if counts[i])
+        items = (item for item in part if counts[item.name])
         return (one for one in self.examined.kept(items) if one.name not in duplicates)
 
-    def captions_of(self, part: range) -> list[str]:
+    def captions_of(self, part: Sequence[Item]) -> list[str]:
         """Those of the clips of a part, whose states are computed together."""
         return [self.texts(one)["caption"] for one in self.kept(part)]
 
-    def parts(self, index: int = 0, count: int = 1) -> list[range]:
-        """The parts of the files that a machine takes."""
-        return share(len(self.items), self.config.batch.files, index, count)
+    def parts(self, index: int = 0, count: int = 1) -> list[tuple[Item, ...]]:
+        """The parts of the files that the ``index``-th of ``count`` machines takes."""
+        size = self.config.batch.files
+        starts = range(0, len(self.items), size)[index::count]
+        return [self.items[start : start + size] for start in starts]
 
     def not_examined(self, wait: float) -> int:
         """Files that have no report, after waiting for those of others so many seconds."""
@@ -260,14 +249,43 @@ class Preparation:
             time.sleep(1.0)
         return len(missing)
 
-    def run_stages(self, index: int, count: int) -> None:
-        """All stages between examining, which all files are, and the last, for this machine's share."""
+    def run_stages(self, index: int, count: int) -> bool:
+        """All stages but the last, for a machine's share; whether they are done for all shares."""
         config, progress, parts = self.config, self.progress, self.parts(index, count)
+        lines = [self.given.table] if self.given.table else []
+        lines += [f"  no such file: {row}" for row in self.given.unmatched[:TOLD]]
+        lines += [f"a caption without a media file: {name}" for name in self.listed.orphans[:TOLD]]
+        print("\n".join(lines), end="\n" * bool(lines))
+        mine = itertools.chain.from_iterable(parts)
+        examine_files(mine, self.examined, progress, config.beam)
+        more = self.captioned or self.coded or self.encoder is not None
+        cluster = jax.process_count() > 1
+        if cluster:
+            _wait_for_all("examined")
+            # What other machines wrote may take a while to be seen on a network disk.
+            if left := self.not_examined(max(config.wait, VISIBLE)):
+                raise OSError(f"{left} files that other processes examined have no report here")
+        elif count > 1 and more and (left := self.not_examined(config.wait)):
+            print(
+                f"share {config.shard} is examined, and {left} files of other shares are not yet:"
+            )
+            print("run the same command again when they are (or give --wait SECONDS).")
+            return False
+        if more:
+            self.run_on_clips(parts, self.work / f"answers-{index}-of-{count}.sqlite")
+        if cluster:
+            _wait_for_all("prepared")
+        elif count > 1:
+            print(f"share {config.shard} is done: when all are, leave --shard out.")
+        return cluster or count == 1
+
+    def run_on_clips(self, parts: Sequence[Sequence[Item]], answers: Path) -> None:
+        """Captions, states and latents of some parts; all files are examined."""
+        config, progress = self.config, self.progress
         reading = self.examined.config.decoding, config.workers, progress
-        total = sum(int(self.survey[0][part.start : part.stop].sum()) for part in parts)
-        if config.caption_server and config.caption_model and config.reaches("captions"):
-            chat = ChatConfig(config.caption_server, config.caption_model, config.chat)
-            answers = self.work / f"answers-{index}-of-{count}.sqlite"
+        total = sum(self.survey[0][item.name] for part in parts for item in part)
+        if self.captioned:
+            chat = ChatConfig(config.caption_server or "", config.caption_model or "", config.chat)
             with contextlib.closing(AnswerCache(answers)) as cache:
                 client = ChatClient(chat, cache)
                 kept = (one for part in parts for one in self.kept(part))
@@ -281,20 +299,19 @@ class Preparation:
         if self.encoder is not None:
             captions = map(self.captions_of, parts)
             self.states.store(captions, total, self.encoder.encode, progress)
-        if self.codec is not None and config.reaches("latents"):
+        if self.coded:
             clips = (list(self.kept(part)) for part in parts)
             self.latents.store(clips, total, self.encode, *reading)
 
     def finish(self) -> dict[str, Any]:
         """Writes records and reports, and returns what ``report.json`` says."""
         config, failed, again = self.config, Failed(), 0
-        if self.codec is not None and config.reaches("latents"):
-            for one in self.kept(range(len(self.items))):
-                if (failure := self.latents.failure(one)) is not None:
-                    reason, detail, tries = failure
-                    failed[one.name] = reason, detail
-                    again += tried_again(reason, tries)
-        total = int(self.survey[0].sum()) - len(failed)
+        for one in self.kept(self.items) if self.coded else ():
+            if (failure := self.latents.failure(one)) is not None:
+                reason, detail, tries = failure
+                failed[one.name] = reason, detail
+                again += tried_again(reason, tries)
+        total = self.survey[0].total() - len(failed)
         if total and config.reaches("records"):
             again += self._records(total, failed)
 
@@ -318,12 +335,12 @@ class Preparation:
         }
         given = (why, texts, self.problems, about, self.notes, self.progress)
         about = write_reports(self.output, self.items, self.examined, *given)
-        message = (
-            f"no clip of {config.input!r} was kept ({render(about)}): see "
-            f"{str(self.output / 'report.html')!r}, and --examine.filters and --examine.clips."
-        )
-        refuse_if([(not total and not (about["files_tried_again"] or again), message)])
-        self._publish()
+        nothing = f"no clip of {config.input!r} was kept ({render(about)})"
+        see = f"see {str(self.output / 'report.html')!r}, --examine.filters and --examine.clips"
+        worth = total or again or about["files_tried_again"]
+        refuse_if([(not worth, f"{nothing}: {see}.")])
+        if is_remote(config.output):
+            self._publish()
         return about
 
     def _records(self, total: int, failed: Failed) -> int:
@@ -334,74 +351,50 @@ class Preparation:
         config, codec, encoder = self.config, self.codec, self.encoder
         latents = LatentsOf(codec.channels, codec.hash, codec.name) if codec else None
         states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
-        unfit, unread = frozenset(failed), Failed()
+        unfit = frozenset(failed)
 
         def kept() -> Iterator[Kept]:
-            return (
-                one for part in self.parts() for one in self.kept(part) if one.name not in unfit
-            )
+            return (one for one in self.kept(self.items) if one.name not in unfit)
 
-        made_of = hashlib.sha256(
-            digest(self.examined.config, config.encoding, latents, states).encode()
-        )
+        def read(clips: Iterable[Kept]) -> Iterator[Outcome]:
+            if codec is not None:
+                return (Outcome(np.load(self.latents.place(one))) for one in clips)
+            decoding, encoded = self.examined.config.decoding, config.encoding == "video"
+            return read_clips(clips, decoding, config.workers, encoded=encoded)
+
+        def records(clips: Iterable[Kept], unread: Failed) -> Iterator[dict[str, Any]]:
+            clips, others = itertools.tee(clips)
+            videos = zip(clips, read(others), strict=True)
+            rate = codec.strides[0] if codec else 1  # Latents have their own frames a second.
+            return samples(videos, rate, self.texts, states_of if states else None, unread)
+
+        # The states of a caption are with those of its part.
+        captions_of = functools.lru_cache(1)(self.captions_of)
+        part_of = {item.name: part for part in self.parts() for item in part}
+
+        def states_of(one: Kept) -> np.ndarray:
+            captions = captions_of(part_of[one.item.name])
+            return self.states.load(captions, self.texts(one)["caption"])
+
+        first = digest(self.examined.config, config.encoding, latents, states)
+        made_of = hashlib.sha256(first.encode())
         for one in kept():
             made_of.update(digest(one.name, one.item.key, self.texts(one)).encode())
-        key = made_of.hexdigest()[:16]
-        target = self.output / config.name / VERSION
-        tries = 0
-        if up_to_date(target, key):
-            before = read_mark(target)
-            tries = before.get("tries", 0)
-            if not any(tried_again(reason, tries) for reason, _ in before["failed"].values()):
-                failed |= {name: tuple(why) for name, why in before["failed"].items()}
-                return 0
-        states_of = self._states_of() if states else None
-
-        def records(clips: Iterable[Kept]) -> Iterator[dict[str, Any]]:
-            if codec is not None:
-                rate = codec.strides[0]  # Latents have their own frames a second.
-                videos: Videos = ((o, self.latents.load(o), o.clip.fps / rate) for o in clips)
-            else:
-                encoded, decoding = config.encoding == "video", self.examined.config.decoding
-                videos = pixels(clips, decoding, config.workers, unread, encoded)
-            return samples(videos, self.texts, states_of, unread)
-
-        where = (self.output, config.name, key, total, kept(), records, unread)
-        fields = (clip_features(config.captions), config.encoding, latents, states)
-        write_builder(*where, *fields, self.progress)
-        failed |= unread
-        lost = sum(tried_again(reason, 0) for reason, _ in unread.values())
-        if lost:
-            write_json(target / MARK, {"made_of": key, "tries": tries + 1, "failed": unread})
-        return lost if tries + 1 < TRIES else 0
-
-    def _states_of(self) -> Callable[[Kept], np.ndarray]:
-        """The states of a clip's caption, found with those of its part; clips come in order."""
-        waiting, names, captions = iter(self.parts()), set[str](), list[str]()
-
-        def states(one: Kept) -> np.ndarray:
-            while one.name not in names:
-                part = next(waiting)
-                names.clear()
-                names.update(other.name for other in self.kept(part))
-                captions[:] = self.captions_of(part)
-            return self.states.load(captions, self.texts(one)["caption"], ml_dtypes.bfloat16)
-
-        return states
+        given = (self.output, config.name, made_of.hexdigest()[:16], total, kept(), records, failed)
+        schema = {"encoding": config.encoding, "latents": latents, "text_states": states}
+        texts = ("source", *clip_features(config.captions))
+        return write_builder(*given, self.progress, texts=texts, **schema)
 
     def _publish(self) -> None:
-        """Copies what is finished to Cloud Storage, if the output is there."""
-        if not is_remote(self.config.output):
-            return
+        """Copies what is finished to Cloud Storage."""
         out, records = as_path(self.config.output), Path(self.config.name, VERSION)
-        mark = records / MARK
         names = [Path(name) for name in ("files.jsonl", "report.html", "report.json")]
-        if (self.output / mark).exists():
-            there = (out / mark).read_bytes() if (out / mark).exists() else b""
-            if there != (self.output / mark).read_bytes():
-                # The mark is last: where it stands, all is there.
-                files = sorted(one.name for one in (self.output / records).iterdir())
-                names += [records / name for name in files if name != MARK] + [mark]
+        mark = records / MARK
+        made = (self.output / mark).read_bytes() if (self.output / mark).exists() else b""
+        if made and not ((out / mark).exists() and (out / mark).read_bytes() == made):
+            # The mark is last: where it stands, all is there.
+            every = [records / one.name for one in (self.output / records).iterdir()]
+            names += sorted(every, key=lambda one: (one == mark, one))
         for name in names:
             with atomic_path(out / name) as fresh:
                 shutil.copyfile(self.output / name, fresh)
@@ -413,19 +406,13 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
     if not is_remote(config.output):
         work = check_writable(config.work, "--work") if config.work else output / "work"
         return output, work
-    message = (
-        f"--output {config.output!r} is on Cloud Storage, and the machines that share the work "
-        "need a folder that all of them see: give --work DIR on a shared disk."
-    )
-    refuse_if([(config.work is None and config.place[1] > 1, message)])
+    message = f"--output {config.output!r} is on Cloud Storage: machines that share the work need "
+    hidden = config.work is None and config.place[1] > 1
+    refuse_if([(hidden, f"{message}--work DIR on a disk that all of them see.")])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dit_jax" / "prepare"
     work = check_writable(config.work or cache / digest(str(output)), "--work")
     print(f"{config.output}: made in {os.fspath(work)!r} (--work) and copied when it is finished.")
     return work / "output", work
-
-
-def _encode(codec: Any, videos: np.ndarray) -> np.ndarray:
-    return codec.encode_many(to_float(videos))
 
 
 def _wait_for_all(stage: str) -> None:
@@ -440,45 +427,8 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
     preparation = Preparation(config, shown)
     index, count = config.place
     with locked(preparation.work / f"share-{index}-of-{count}"):
-        return _run(preparation, config)
-
-
-def _run(preparation: Preparation, config: PrepareConfig) -> dict[str, Any] | None:
-    given, listed, examined = preparation.given, preparation.listed, preparation.examined
-    if given.table:
-        print(given.table)
-    lines = [f"  no such file: {row}" for row in given.unmatched[:TOLD]]
-    lines += [f"a caption without a media file: {name}" for name in listed.orphans[:TOLD]]
-    print("\n".join(lines), end="\n" * bool(lines))
-    index, count = config.place
-    alone = jax.process_count() == 1
-    mine = [preparation.items[i] for part in preparation.parts(index, count) for i in part]
-    if config.beam.runner:
-        examine_on_beam(mine, examined, config.beam, preparation.progress)
-    else:
-        examine_files(mine, examined, preparation.progress)
-    served = bool(config.caption_server) and config.reaches("captions")
-    coded = preparation.codec is not None and config.reaches("latents")
-    more = served or coded or preparation.encoder is not None
-    if not alone:
-        _wait_for_all("examined")
-        # What other machines wrote may take a while to be seen on a network disk.
-        if left := preparation.not_examined(max(config.wait, VISIBLE)):
-            raise OSError(f"{left} files that other processes examined have no report here")
-    elif count > 1 and more and (left := preparation.not_examined(config.wait)):
-        print(
-            f"share {config.shard} is examined, and {left} files of other shares are not: run the same "
-            "command again when they are (or give --wait SECONDS)."
-        )
-        return None
-    if more:
-        preparation.run_stages(index, count)
-    if not alone:
-        _wait_for_all("prepared")
-    elif count > 1:
-        print(f"share {config.shard} is done: when all are, run the same command without --shard.")
-        return None
-    return preparation.finish() if index == 0 else None
+        done = preparation.run_stages(index, count)
+        return preparation.finish() if done and index == 0 else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -489,13 +439,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tfds.disable_progress_bar()
 
     def work() -> int:
-        config = tyro.cli(
-            PrepareConfig,
-            args=given,
-            prog=PROG,
-            description=f"Turns a folder of media into records to train on. {PROCESS_HELP}",
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        )
+        text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
+        ways = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+        config = tyro.cli(PrepareConfig, args=given, prog=PROG, description=text, config=ways)
         check_types(config)
         try:
             with joined(flags, PROG):
@@ -508,12 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
         files, clips = about["files_tried_again"], about["clips_tried_again"]
         if files or clips:
-            print(
-                f"{PROG}: {files} files and {clips} clips could not be read for want of time, memory "
-                "or a disk that answers, or crashed a decoder (report.html): the same command tries "
-                f"them again, in up to {TRIES} runs.",
-                file=sys.stderr,
-            )
+            why = f"{files} files and {clips} clips could not be read this time (report.html)"
+            again = f"the same command tries them again, in up to {TRIES} runs"
+            print(f"{PROG}: {why}: {again}.", file=sys.stderr)
         return int(bool(files or clips))
 
     return run_verb(PROG, work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from dit_jax.files import is_remote, refuse_if
@@ -54,44 +54,37 @@ def find_media(source: str | os.PathLike, leave_out: Collection[str | os.PathLik
     if is_record(source):
         records = find_records(str(source))
         return Listed(tuple(Item(name, path, digest(path, key)) for name, path, key in records))
-    message = (
-        f"--input {str(source)!r}: media are read as local files, many times over. Mount the "
-        "bucket (gcsfuse BUCKET /mnt/media) and give a path there, or copy it to a disk."
-    )
-    refuse_if([(is_remote(source), message)])
-    root = Path(source).expanduser()
-    out = {os.path.realpath(Path(path).expanduser()) for path in leave_out}
+    root, given = Path(source).expanduser(), f"--input {str(source)!r}"
+    remote = f"{given}: media are read as local files. Mount the bucket (gcsfuse BUCKET DIR)."
+    absent = f"{given} is not there: give a folder of media, a list (.txt) or tfds:NAME[:split]."
+    refuse_if([(is_remote(source), remote), (not root.is_dir() and not root.is_file(), absent)])
     notes: Counter[str] = Counter()
-    sidecars, orphans = 0, []
+    names, beside = [root.name], set[str]()
     if root.is_dir():
+        out = {os.path.realpath(Path(path).expanduser()) for path in leave_out}
         names = sorted(_walk(root, out, notes))
         media = {stem(name) for name in names if not _may_caption(name)}
-        paths = {}
-        for name, raw in _escaped(names).items():
-            beside = _may_caption(raw)
-            if beside and stem(raw) in media:
-                sidecars += 1
-                continue
-            if beside:
-                orphans.append(name)
-            paths[name] = str(root / raw)
-    elif root.is_file() and root.suffix.lower() in LISTS:
+        beside = {name for name in names if _may_caption(name) and stem(name) in media}
+    folder = root if root.is_dir() else root.parent
+    if root.is_file() and root.suffix.lower() in LISTS:
         listed = [line for _, line in read_lines(root) if not line.startswith("#")]
         twice = [name for name, times in Counter(listed).items() if times > 1]
         refuse_if([(bool(twice), f"{str(source)!r} lists {twice} twice: remove one of the lines.")])
-        paths = {name: str(root.parent / name) for name in sorted(listed)}
+        raw = {name: name for name in sorted(listed)}
     else:
-        message = (
-            f"--input {str(source)!r} is not there: give a folder of media, a list of them "
-            "(.txt), or tfds:NAME_OR_BUILDER_DIR[:split]."
-        )
-        refuse_if([(not root.is_file(), message)])
-        paths = {next(iter(_escaped([root.name]))): str(root)}
-    refuse_if(
-        [(not paths, f"--input {str(source)!r} holds no files: give a folder or list of media.")]
-    )
-    items = tuple(Item(name, path, _key(name, path)) for name, path in paths.items())
-    return Listed(items, sidecars, notes, tuple(orphans))
+        raw = _escaped(name for name in names if name not in beside)
+    refuse_if([(not raw, f"{given} holds no files: give a folder or list of media.")])
+    items = tuple(_item(name, str(folder / one)) for name, one in raw.items())
+    orphans = tuple(name for name, one in raw.items() if root.is_dir() and _may_caption(one))
+    return Listed(items, len(beside), notes, orphans)
+
+
+def _item(name: str, path: str) -> Item:
+    try:
+        stat = os.stat(path)
+    except OSError:  # It is refused later.
+        return Item(name, path, digest(name, None))
+    return Item(name, path, digest(name, stat.st_size, stat.st_mtime_ns))
 
 
 def _walk(root: Path, out: set[str], notes: Counter[str]) -> Iterator[str]:
@@ -134,19 +127,11 @@ def _may_caption(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SIDECARS
 
 
-def _escaped(names: list[str]) -> dict[str, str]:
+def _escaped(names: Iterable[str]) -> dict[str, str]:
     """Names as text that can be stored, and as the file system has them; no two become one."""
-    taken, escaped = set(names), {}
-    for raw in names:
+    taken = dict.fromkeys(names)
+    escaped = {}
+    for raw in taken:
         name = os.fsencode(raw).decode(errors="backslashreplace")
         escaped[name if name == raw or name not in taken else f"{name}~{digest(raw)}"] = raw
     return escaped
-
-
-def _key(name: str, path: str) -> str:
-    """A file that is not there, or cannot be read, has a key as well: it is refused later."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return digest(name, None)
-    return digest(name, stat.st_size, stat.st_mtime_ns)

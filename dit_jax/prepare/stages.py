@@ -1,28 +1,28 @@
-"""The stages of preparation that work on the host: files are examined, and clips are read again.
-
-Files are dealt out in *parts* of so many in a row, whole, so that what is computed together is the same
-however many machines there are, and so is every bit of the result.
-"""
+"""The stages of preparation that work on the host: files are examined, and clips are read again."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import importlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from dit_jax.files import json_bytes
+from dit_jax.prepare.clips import Geometry, Rect
 from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
+from dit_jax.prepare.measuring import Rejection
 from dit_jax.prepare.media import Probe
 from dit_jax.prepare.refusals import MACHINE_REASONS
-from dit_jax.prepare.work import Logs, Progress, digest, pack, unpack
+from dit_jax.prepare.work import Logs, Progress, digest
 from dit_jax.prepare.workers import Outcome, WorkersConfig, run
 
 AHEAD = 2
@@ -57,30 +57,21 @@ class Kept:
         """How long it lasts; a picture has no duration."""
         return video_seconds(self.probe, (self.clip,))
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Frames, height and width."""
-        assert self.clip.geometry is not None
-        crop = self.clip.geometry.crop
-        return self.clip.frames, crop.height, crop.width
 
-
-def share(total: int, size: int, index: int = 0, count: int = 1) -> list[range]:
-    """The parts, of ``size`` files in a row, of the ``index``-th of ``count`` machines."""
-    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    return parts[index::count]
+def video_seconds(probe: Probe | None, clips: Iterable[Clip]) -> float:
+    """How long clips of a file last; pictures have no duration."""
+    if probe is None or probe.kind == "image":
+        return 0.0
+    return sum(clip.seconds for clip in clips)
 
 
 def fitting(config: ExamineConfig, strides: tuple[int, int, int]) -> ExamineConfig:
     """Clips in lengths and sizes that a codec of these strides takes as well."""
     time, high, wide = strides
-    clips = config.clips
-    fitted = dataclasses.replace(
-        clips,
-        stride=math.lcm(clips.stride, time),
-        multiple=math.lcm(clips.multiple, high, wide),
-    )
-    return dataclasses.replace(config, clips=fitted)
+    multiple = math.lcm(config.clips.multiple, high, wide)
+    stride = math.lcm(config.clips.stride, time)
+    clips = dataclasses.replace(config.clips, stride=stride, multiple=multiple)
+    return dataclasses.replace(config, clips=clips)
 
 
 class Examined:
@@ -94,28 +85,24 @@ class Examined:
     def __init__(self, work: Path, config: ExamineConfig, workers: WorkersConfig):
         self.config, self.workers = config, workers
         self.logs = Logs(work / "examined" / digest(config))
-        self.limits = int(digest(workers.time_limit, workers.memory_limit), 16)
+        self.limits = digest(workers.time_limit, workers.memory_limit)
 
-    def missing(self, items: Sequence[Item], tried: bool = False) -> list[Item]:
+    def missing(self, items: Iterable[Item], tried: bool = False) -> list[Item]:
         """Those without a report; with ``tried`` also those that are worth another try."""
         self.logs.refresh()
-        done = self.logs.count(_key(item) for item in items) > 0
-        tries = self.logs.count(_key(item) ^ self.limits for item in items)
-        done |= tries >= (TRIES if tried else 1)
-        return [items[int(i)] for i in np.flatnonzero(~done)]
+        most, count = TRIES if tried else 1, self.logs.count
+        return [x for x in items if not count(x.key) and count(x.key + self.limits) < most]
 
     def report(self, item: Item) -> FileReport:
-        """What was found."""
-        line = self.logs.latest(_key(item)) or self.logs.latest(_key(item) ^ self.limits)
+        """What was found; ``KeyError`` if nothing was yet."""
+        line = self.logs.latest(item.key) or self.logs.latest(item.key + self.limits)
         if line is None:
             raise KeyError(item.name)
-        return unpack(line)
+        return _unpack(line)
 
     def tries_left(self, item: Item, report: FileReport) -> bool:
         """Whether the next run tries a file again that this one could not read."""
-        if report.refusal is None or report.refusal[0] not in MACHINE_REASONS:
-            return False
-        return int(self.logs.count([_key(item) ^ self.limits])[0]) < TRIES
+        return _is_try(report) and self.logs.count(item.key + self.limits) < TRIES
 
     def kept(self, items: Iterable[Item]) -> Iterator[Kept]:
         """The clips of these files that no filter rejected, in order."""
@@ -126,94 +113,34 @@ class Examined:
                     yield Kept(item, index, clip, report.probe, report.caption)
 
 
-def _key(item: Item) -> int:
-    return int(item.key, 16)
+def _is_try(report: FileReport) -> bool:
+    return report.refusal is not None and report.refusal[0] in MACHINE_REASONS
 
 
-def video_seconds(probe: Probe | None, clips: Iterable[Clip]) -> float:
-    """How long clips of a file last; pictures have no duration."""
-    if probe is None or probe.kind == "image":
-        return 0.0
-    return sum(clip.seconds for clip in clips)
-
-
-def report_line(item: Item, report: FileReport, limits: int, thumbnails: bool) -> bytes:
+def report_line(item: Item, report: FileReport, limits: str, thumbnails: bool) -> bytes:
     """The line of a log that holds a report; one that is a try has a key of its own."""
-    try_ = report.refusal is not None and report.refusal[0] in MACHINE_REASONS
-    report = dataclasses.replace(report, path=item.name)
-    return pack(f"{_key(item) ^ limits if try_ else _key(item):016x}", report, thumbnails)
+    key = item.key + limits if _is_try(report) else item.key
+    values = {"key": key, **dataclasses.asdict(report), "path": item.name}
+    for clip in values["clips"]:
+        clip["thumbnail"] = base64.b64encode(clip["thumbnail"] if thumbnails else b"").decode()
+    return json_bytes(values) + b"\n"
 
 
-def examine_one(
-    job: tuple[Item, bool], config: ExamineConfig, limits: int
-) -> tuple[bytes, int, int, float]:
-    """Examines a file: (item, whether thumbnails are kept). Its line, its clips, those that are kept,
-    and their seconds of video."""
-    item, thumbnails = job
-    report = examine(item.path, config)
-    kept = [clip for clip in report.clips if clip.rejection is None]
-    line = report_line(item, report, limits, thumbnails)
-    return line, len(report.clips), len(kept), video_seconds(report.probe, kept)
+def _unpack(line: bytes) -> FileReport:
+    """The report of a line."""
+    kinds = {"probe": Probe, "clips": Clip, "geometry": Geometry, "rejection": Rejection}
+    kinds |= {"crop": Rect, "source": Rect}
 
+    def restored(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(restored(name, one) for one in value)
+        if name in kinds and value is not None:
+            return kinds[name](**{field: restored(field, inner) for field, inner in value.items()})
+        return base64.b64decode(value) if name == "thumbnail" else value
 
-def examine_into(
-    logs: Logs,
-    items: Sequence[Item],
-    config: ExamineConfig,
-    limits: int,
-    workers: WorkersConfig,
-) -> Iterator[tuple[int, float]]:
-    """Examines files in child processes, and adds a line of each to a log.
-
-    Yields the clips of each file that are kept, and their seconds of video.
-    """
-    clips = 0
-    # Thumbnails are for the report's page, which shows the first clips.
-    jobs = ((item, clips < THUMBNAILS) for item in items)
-    outcomes = run(partial(examine_one, config=config, limits=limits), jobs, workers)
-    for item, outcome in zip(items, outcomes, strict=True):
-        line, count, kept, seconds = outcome.value or (b"", 0, 0, 0.0)
-        if outcome.reason:
-            refusal = outcome.reason, outcome.detail
-            report = FileReport(item.name, refusal=refusal, cost=outcome.seconds)
-            line = report_line(item, report, limits, False)
-        logs.append(line)
-        clips += count
-        yield kept, seconds
-    logs.close()
-
-
-def examine_files(items: Sequence[Item], examined: Examined, progress: Progress) -> None:
-    """Examines those of the files that have no report yet; every one has one afterwards."""
-    wanted = examined.missing(items, tried=True)
-    parts = (examined.logs, wanted, examined.config, examined.limits, examined.workers)
-    with progress.stage("examine", len(wanted), "files") as add:
-        for clips, seconds in examine_into(*parts):
-            add(1, clips, seconds)
-    examined.logs.refresh()
-
-
-def _read(job: tuple[str, Clip], decoding: DecodingConfig, at: Any, encoded: bool) -> Any:
-    frames = read_clip(*job, decoding)
-    if encoded:
-        return encode_video(frames, job[1].fps)
-    return frames if at is None else frames[at(len(frames))]
-
-
-def read_clips(
-    kept: Iterable[Kept],
-    decoding: DecodingConfig,
-    workers: WorkersConfig,
-    at: Any = None,
-    encoded: bool = False,
-) -> Iterator[Outcome]:
-    """uint8 ``[t, h, w, 3]`` of every clip in order, or why there is none; of the frames ``at(t)``.
-
-    With ``encoded`` an ``EncodedVideo``: every worker encodes, and little crosses the pipe.
-    """
-    function = partial(_read, decoding=decoding, at=at, encoded=encoded)
-    jobs = ((one.item.path, one.clip) for one in kept)
-    return run(function, jobs, dataclasses.replace(workers, ahead=AHEAD))
+    values = json.loads(line)
+    del values["key"]
+    return FileReport(**{name: restored(name, value) for name, value in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,36 +156,75 @@ class BeamConfig:
     """Of the pipeline, as its own flags: ``--project=...``."""
 
 
-def examine_on_beam(
-    items: Sequence[Item], examined: Examined, beam: BeamConfig, progress: Progress
+def examine_files(
+    items: Iterable[Item], examined: Examined, progress: Progress, beam: BeamConfig | None = None
 ) -> None:
-    """``examine_files`` by a pipeline; in every worker the decoder is in a process of its own."""
+    """Examines those of the files that have no report yet; every one has one afterwards."""
+    wanted = examined.missing(items, tried=True)
+    shared = (examined.logs.folder, examined.config, examined.limits, examined.workers)
+    with progress.stage("examine", len(wanted), "files") as add:
+        if beam is None or beam.runner is None:
+            reports = _examine(wanted, *shared)
+        else:
+            _examine_on_beam(wanted, shared, beam)
+            examined.logs.refresh()
+            reports = map(examined.report, wanted)
+        for report in reports:
+            kept = [clip for clip in report.clips if clip.rejection is None]
+            add(1, len(kept), video_seconds(report.probe, kept))
+    examined.logs.refresh()
+
+
+def _examine(
+    items: Sequence[Item], folder: Path, config: ExamineConfig, limits: str, workers: WorkersConfig
+) -> Iterator[FileReport]:
+    """Examines files in child processes, and adds each report to a log."""
+    clips, function = 0, partial(examine, config=config)
+    outcomes = run(function, (item.path for item in items), workers)
+    with contextlib.closing(Logs(folder)) as logs:
+        for item, outcome in zip(items, outcomes, strict=True):
+            refusal = outcome.reason, outcome.detail
+            report = outcome.value or FileReport(item.name, refusal=refusal, cost=outcome.seconds)
+            # Thumbnails are for the report's page, which shows the first clips.
+            logs.append(report_line(item, report, limits, thumbnails=clips < THUMBNAILS))
+            clips += len(report.clips)
+            yield report
+
+
+def _examine_on_beam(items: Sequence[Item], shared: tuple[Any, ...], beam: BeamConfig) -> None:
+    """``_examine`` by a pipeline; in every worker the decoder is in a process of its own."""
     try:
         engine: Any = importlib.import_module("apache_beam")
         options: Any = importlib.import_module("apache_beam.options.pipeline_options")
     except ImportError as error:
-        raise ImportError(
-            f"--beam.runner needs Apache Beam: pip install -e '.[beam]' ({error})"
-        ) from error
-    wanted = examined.missing(items, tried=True)
-    with progress.stage("examine", len(wanted), "files") as add:
-        if wanted:
-            flags = options.PipelineOptions(list(beam.options))
-            shared = (examined.logs.folder, examined.config, examined.limits, examined.workers)
-            with engine.Pipeline(runner=beam.runner, options=flags) as pipeline:
-                batches = engine.BatchElements(min_batch_size=1, max_batch_size=BEAM_BATCH)
-                files = pipeline | engine.Create(wanted) | engine.Reshuffle()
-                _ = files | batches | engine.Map(_examine_batch, shared)
-        examined.logs.refresh()
-        for item in wanted:
-            report = examined.report(item)
-            kept = [clip for clip in report.clips if clip.rejection is None]
-            add(1, len(kept), video_seconds(report.probe, kept))
+        message = f"--beam.runner needs Apache Beam: pip install -e '.[beam]' ({error})"
+        raise ImportError(message) from error
+    if items:
+        flags = options.PipelineOptions(list(beam.options))
+        with engine.Pipeline(runner=beam.runner, options=flags) as pipeline:
+            files = pipeline | engine.Create(items) | engine.Reshuffle()
+            batches = files | engine.BatchElements(min_batch_size=1, max_batch_size=BEAM_BATCH)
+            _ = batches | engine.FlatMap(_examine, *shared)
 
 
-def _examine_batch(
-    items: Sequence[Item], shared: tuple[Path, ExamineConfig, int, WorkersConfig]
-) -> None:
-    folder, config, limits, workers = shared
-    for _ in examine_into(Logs(folder), items, config, limits, workers):
-        pass
+def read_clips(
+    kept: Iterable[Kept],
+    decoding: DecodingConfig,
+    workers: WorkersConfig,
+    at: Any = None,
+    encoded: bool = False,
+) -> Iterator[Outcome]:
+    """uint8 ``[t, h, w, 3]`` of every clip in order, or why there is none; of the frames ``at(t)``.
+
+    With ``encoded`` an ``EncodedVideo``: every worker encodes, and little crosses the pipe.
+    """
+    function = partial(_read, decoding=decoding, at=at, encoded=encoded)
+    jobs = ((one.item.path, one.clip) for one in kept)
+    return run(function, jobs, workers, AHEAD)
+
+
+def _read(job: tuple[str, Clip], decoding: DecodingConfig, at: Any, encoded: bool) -> Any:
+    frames = read_clip(*job, decoding)
+    if encoded:
+        return encode_video(frames, job[1].fps)
+    return frames if at is None else frames[at(len(frames))]

@@ -11,8 +11,6 @@ on anew and the old result is left alone.
 
 from __future__ import annotations
 
-import base64
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -23,23 +21,14 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from tqdm import tqdm
 
-from dit_jax.files import json_bytes
-from dit_jax.prepare.clips import Geometry, Rect
-from dit_jax.prepare.examining import Clip, FileReport
-from dit_jax.prepare.measuring import Rejection
-from dit_jax.prepare.media import Probe
-
-_START = b'{"key": "'
-_KEY = slice(len(_START), len(_START) + 16)
-_OPEN = 32
-"""Logs that are kept open for reading."""
+START = b'{"key": "'
+"""How a line of a log begins, before its key."""
 
 
 def digest(*values: Any) -> str:
@@ -54,45 +43,15 @@ def file_name(name: str, key: str, suffix: str) -> str:
     return f"{key[:2]}/{plain}-{key}{suffix}"
 
 
-def pack(key: str, report: FileReport, thumbnails: bool) -> bytes:
-    """A report as a line of a log; thumbnails are left out unless they are asked for."""
-    values = dataclasses.asdict(report)
-    for clip in values["clips"]:
-        clip["thumbnail"] = base64.b64encode(clip["thumbnail"] if thumbnails else b"").decode()
-    return json_bytes({"key": key, **values}) + b"\n"
-
-
-def unpack(line: bytes) -> FileReport:
-    """What ``pack`` wrote as a line."""
-    values = json.loads(line)
-    del values["key"]
-    kinds = {"probe": Probe, "clips": Clip, "geometry": Geometry, "rejection": Rejection}
-    kinds |= {"crop": Rect, "source": Rect}
-
-    def restored(name: str, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, list):
-            return tuple(restored(name, one) for one in value)
-        if name in kinds:
-            return kinds[name](**{field: restored(field, inner) for field, inner in value.items()})
-        return base64.b64decode(value) if name == "thumbnail" else value
-
-    return FileReport(**{name: restored(name, value) for name, value in values.items()})
-
-
 class Logs:
-    """The logs of a folder. Which line is where is held in memory, 20 bytes a line."""
+    """The logs of a folder. Which line is where is held in memory, some 300 bytes a key."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._read: dict[Path, int] = {}
+        self._read: Counter[Path] = Counter()
         """How far each log was looked through."""
-        self._logs: list[Path] = []
-        # Sorted by key: lines of one key are in the order in which they were found.
-        self._keys, self._log = np.empty(0, np.uint64), np.empty(0, np.int32)
-        self._offset = np.empty(0, np.int64)
-        self._open: collections.OrderedDict[int, BinaryIO] = collections.OrderedDict()
+        self._lines: dict[str, tuple[Path, int, int]] = {}
+        """By keys: log and place of the line that was found last, and how many there are."""
         self._mine: BinaryIO | None = None
 
     def append(self, line: bytes) -> None:
@@ -106,65 +65,38 @@ class Logs:
         self._mine.flush()
 
     def close(self) -> None:
-        """Ends this process's log, so that other machines see all of it, and what was read."""
-        for file in (*self._open.values(), *filter(None, [self._mine])):
-            file.close()
-        self._open.clear()
-        self._mine = None
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            self.close()
+        """Ends this process's log, so that other machines see all of it."""
+        if self._mine is not None:
+            self._mine.close()
+            self._mine = None
 
     def refresh(self) -> None:
         """Looks through what was written since the last time, by any process."""
-        keys, offsets, logs = [self._keys], [self._offset], [self._log]
         for path in sorted(self.folder.glob("*.jsonl")):
-            if path not in self._read:
-                self._read[path] = 0
-                self._logs.append(path)
-            fresh, places, at = [], [], self._read[path]
-            if path.stat().st_size == at:
+            if path.stat().st_size == self._read[path]:
                 continue
             with path.open("rb") as file:
-                file.seek(at)
+                file.seek(self._read[path])
                 for line in file:
                     if not line.endswith(b"}\n"):
                         break  # It is being written, or its process was killed.
-                    if line.startswith(_START):
-                        fresh.append(int(line[_KEY], 16))
-                        places.append(at)
-                    at += len(line)
-            self._read[path] = at
-            keys.append(np.array(fresh, np.uint64))
-            offsets.append(np.array(places, np.int64))
-            logs.append(np.full(len(fresh), self._logs.index(path), np.int32))
-        if len(keys) > 1:
-            every = np.concatenate(keys)
-            order = np.argsort(every, kind="stable")
-            self._keys = every[order]
-            self._offset = np.concatenate(offsets)[order]
-            self._log = np.concatenate(logs)[order]
+                    if line.startswith(START):
+                        key = line[len(START) : line.index(b'"', len(START))].decode()
+                        self._lines[key] = path, self._read[path], self.count(key) + 1
+                    self._read[path] += len(line)
 
-    def count(self, keys: Iterable[int]) -> np.ndarray:
-        """How many lines there are of each key."""
-        wanted = np.fromiter(keys, np.uint64)
-        first, last = (np.searchsorted(self._keys, wanted, side) for side in ("left", "right"))
-        return last - first
+    def count(self, key: str) -> int:
+        """How many lines of a key were found."""
+        return self._lines[key][2] if key in self._lines else 0
 
-    def latest(self, key: int) -> bytes | None:
+    def latest(self, key: str) -> bytes | None:
         """The line of a key that was found last."""
-        at = int(np.searchsorted(self._keys, np.uint64(key), "right")) - 1
-        if at < 0 or int(self._keys[at]) != key:
+        if key not in self._lines:
             return None
-        log = int(self._log[at])
-        if log not in self._open:
-            self._open[log] = self._logs[log].open("rb")
-            if len(self._open) > _OPEN:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(log)
-        self._open[log].seek(int(self._offset[at]))
-        return self._open[log].readline()
+        path, start, _ = self._lines[key]
+        with path.open("rb", 1 << 16) as file:  # A network disk's own buffer is a megabyte.
+            file.seek(start)
+            return file.readline()
 
 
 class Progress:

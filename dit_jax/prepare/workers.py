@@ -10,12 +10,13 @@ they import nothing but what the function's module imports: not the program's ma
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import itertools
 import multiprocessing.connection as connections
 import os
 import pickle
+import queue
 import resource
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import Pipe
+from concurrent.futures import Future
 from typing import Any
 
 import av.logging
@@ -34,7 +35,7 @@ from dit_jax.prepare.refusals import Refused
 
 _CHILD = "from dit_jax.prepare.workers import work; work()"
 _STARTING = 120.0  # Seconds: for importing, from a slow disk.
-_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +50,10 @@ class WorkersConfig:
     """Bytes of address space of a child (RLIMIT_AS)."""
     items_per_child: int = 1000
     """After so many a child is replaced by a new one, and what leaked is given back."""
-    ahead: int = 16
-    """Results for each child, at most, that wait for that of a slow item before them."""
 
     def __post_init__(self) -> None:
-        sound = (
-            self.count >= 0 and self.time_limit > 0 and min(self.items_per_child, self.ahead) >= 1
-        )
-        message = "count is at least 0, time_limit above 0, items_per_child and ahead at least 1"
+        sound = self.count >= 0 < self.time_limit and self.items_per_child >= 1
+        message = "count is at least 0, time_limit above 0, items_per_child at least 1"
         refuse_if([(not sound, f"workers: {self}: {message}")])
 
 
@@ -64,149 +61,132 @@ class WorkersConfig:
 class Outcome:
     """What became of an item: a value, or a reason of `refusals.REASONS` why there is none."""
 
-    index: int
-    """Which item, from 0."""
     value: Any = None
     reason: str = ""
-    """`timed out`, `decoder crashed`, `out of memory` or `failed`; empty if there is a value."""
+    """Empty if there is a value."""
     detail: str = ""
     seconds: float = 0.0
 
 
 def run(
-    function: Callable[[Any], Any], items: Iterable[Any], config: WorkersConfig | None = None
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    config: WorkersConfig = WorkersConfig(),
+    ahead: int = 16,
 ) -> Iterator[Outcome]:
-    """Yields function(item) of every item in order, whatever happens to the children.
+    """Yields the outcome of function(item) for every item in order, whatever happens to the children.
 
-    `function`, items and values are pickled; the function by its name, so it stands in a module. Items
-    are taken as they are needed, and some more, so that one slow item does not stop the rest. Closing
-    the iterator, an exception or Ctrl-C kills all children.
+    `function`, items and values are pickled; the function by its name, so it stands in a module. So
+    that a slow item does not stop the rest, up to `ahead` for each child are taken before it is done.
+    Closing the iterator, an exception or Ctrl-C kills all children.
     """
-    config = config or WorkersConfig()
     called = b"__main__"
     with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
         called = pickle.dumps(function)
-    refuse_if(
-        [(b"__main__" in called, f"{function!r}: define it in a module, for children to import")]
-    )
+    message = f"{function!r}: define it in a module, for children to import"
+    refuse_if([(b"__main__" in called, message)])
     count = config.count or len(os.sched_getaffinity(0))
-    waiting = enumerate(items)
-    children: list[_Child] = []
-    done: dict[int, Outcome] = {}
-    following, taken = 0, 0
+    jobs: queue.SimpleQueue[tuple[bytes, Future[Outcome]] | None] = queue.SimpleQueue()
+    children = [_Child(called, config) for _ in range(count)]
+    # A thread waits for each child. Daemons, or a program that failed would wait for slow items.
+    threads = [threading.Thread(target=one.serve, args=(jobs,), daemon=True) for one in children]
+    for thread in threads:
+        thread.start()
+    waiting: collections.deque[Future[Outcome]] = collections.deque()
     try:
-        while True:
-            idle = [child for child in children if child.index is None]
-            room = count - len(children) + len(idle)
-            ahead = max(config.ahead * count - (taken - following), 0)
-            for index, item in itertools.islice(waiting, min(room, ahead)):
-                child = idle.pop() if idle else _Child(called, config)
-                if child not in children:
-                    children.append(child)
-                child.give(index, item)
-                taken = index + 1
-            busy = [child for child in children if child.index is not None]
-            if not busy:
-                return
-            wait = min(child.deadline for child in busy) - time.monotonic()
-            spoke = connections.wait([child.pipe for child in busy], min(max(wait, 0.0), 60.0))
-            now = time.monotonic()
-            for child in busy:
-                if child.pipe not in spoke and child.deadline > now:
-                    continue
-                outcome = child.heard()
-                if outcome is not None:
-                    done[outcome.index] = outcome
-                if child.spent:
-                    child.kill()
-                    children.remove(child)
-            while following in done:
-                yield done.pop(following)
-                following += 1
+        for item in items:
+            waiting.append(Future())
+            jobs.put((pickle.dumps(item), waiting[-1]))
+            while waiting and (waiting[0].done() or len(waiting) >= ahead * count):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        for child in children:
-            child.kill()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                jobs.get_nowait()
+        for _ in threads:
+            jobs.put(None)
+        for child, thread in zip(children, threads, strict=True):
+            while thread.is_alive():  # It may just be starting a process.
+                child.kill()
+                thread.join(0.05)
 
 
 class _Child:
-    """A process, and the item that it works on."""
+    """A process that is started when there is work, and again after it has ended."""
 
     def __init__(self, called: bytes, config: WorkersConfig):
-        self.pipe, theirs = Pipe()
-        self.config, self.index, self.spent = config, None, False
-        self._given, self._begun, self.deadline = 0, 0.0, 0.0
+        self._called, self._config = called, config
+        self._process: subprocess.Popen | None = None
+
+    def serve(self, jobs: queue.SimpleQueue[tuple[bytes, Future[Outcome]] | None]) -> None:
+        """Works on one job after another, until there is None."""
+        while (job := jobs.get()) is not None:
+            item, future = job
+            try:
+                future.set_result(self._outcome(item))
+            except Exception as error:
+                future.set_exception(error)
+        self._end()
+
+    def kill(self) -> None:
+        """Ends the process at once; the thread that serves notices."""
+        if (process := self._process) is not None:
+            process.kill()
+
+    def _start(self) -> None:
+        self._pipe, theirs = connections.Pipe()
         path = os.pathsep.join(path or os.getcwd() for path in sys.path)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1"), "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is for us; and what it starts dies with it.
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for us.
             )
-        self._to_send = [called, pickle.dumps(config.memory_limit)]
-        self._started = False
-
-    def give(self, index: int, item: Any) -> None:
-        """Begins an item; its time begins once the child has started."""
-        self.index, self._given = index, self._given + 1
-        self._begin(self.config.time_limit if self._started else _STARTING)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # Its death is seen later.
-            for message in (*self._to_send, pickle.dumps(item)):
-                self.pipe.send_bytes(message)
-        self._to_send = []
-
-    def _begin(self, limit: float) -> None:
-        self._begun = time.monotonic()
-        self.deadline = self._begun + limit
-
-    def heard(self) -> Outcome | None:
-        """What became of the item, once the child answered, died, or ran out of time; None if it has
-        only started."""
-        if not self._started:
-            if not self.pipe.poll() or not self._received():
-                message = "a child process did not start ({}); what it said is on stderr"
-                raise ChildProcessError(message.format(self._death()))
-            self._started = True
-            self._begin(self.config.time_limit)
-            return None
-        index, self.index = self.index, None
-        assert index is not None
-        seconds = time.monotonic() - self._begun
-        if not self.pipe.poll():
-            self.kill()
-            detail = f"killed after {self.config.time_limit:g} s"
-            return Outcome(index, None, "timed out", detail, seconds)
-        answer = self._received()
-        if not answer:
-            self.spent = True
-            return Outcome(index, None, "decoder crashed", self._death(), seconds)
-        value, reason, detail = pickle.loads(answer)
-        self.spent = self._given >= self.config.items_per_child or reason == "out of memory"
-        return Outcome(index, value, reason, detail, seconds)
-
-    def kill(self) -> None:
-        """Ends the process and what it started, and waits for it."""
-        self.spent = True
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self.pipe.close()
-
-    def _received(self) -> bytes:
-        """The child's message; empty if it is dead."""
+        self._given, started = 0, b""
         with contextlib.suppress(EOFError, OSError):
-            return self.pipe.recv_bytes()
-        return b""
+            self._pipe.send_bytes(self._called)
+            self._pipe.send_bytes(pickle.dumps(self._config.memory_limit))
+            started = self._pipe.poll(_STARTING) and self._pipe.recv_bytes()
+        if not started:
+            message = f"a child process did not start ({self._end()}); what it said is on stderr"
+            raise ChildProcessError(message)
 
-    def _death(self) -> str:
+    def _outcome(self, item: bytes) -> Outcome:
+        if self._process is None:
+            self._start()
+        begun, value, limit = time.monotonic(), None, self._config.time_limit
+        self._given += 1
         try:
-            code = self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return f"silent for {_STARTING:g} s"
+            self._pipe.send_bytes(item)
+            if self._pipe.poll(limit):
+                value, reason, detail = pickle.loads(self._pipe.recv_bytes())
+                if self._given >= self._config.items_per_child or reason == "out of memory":
+                    self._end()
+            else:
+                reason, detail = "timed out", f"killed after {limit:g} s"
+                self.kill()
+                self._end()
+        except (EOFError, OSError):
+            reason, detail = "decoder crashed", self._end()
+        return Outcome(value, reason, detail, time.monotonic() - begun)
+
+    def _end(self) -> str:
+        """Kills the process if it has not ended by itself; returns how it ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return ""
+        self._pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.kill()
+        code = process.wait()
+        names = {int(one): one.name for one in signal.Signals}
         if code >= 0:
             return f"its process ended with status {code}"
-        names = {int(one): one.name for one in signal.Signals}
         return f"its process was ended by {names.get(-code, f'signal {-code}')}"
 
 
@@ -227,19 +207,18 @@ def work() -> None:
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     pipe.send_bytes(b"started")
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             item = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        try:
-            answer = pickle.dumps((function(item), "", ""))
-        except Refused as refused:
-            answer = pickle.dumps((None, refused.reason, refused.detail))
-        except MemoryError:
-            answer = pickle.dumps((None, "out of memory", "its process may have no more"))
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{os.path.basename(place.filename)}:{place.lineno}"
-            answer = pickle.dumps((None, "failed", f"{type(error).__name__}: {error} ({where})"))
-        pipe.send_bytes(answer)
+            try:
+                answer = pickle.dumps((function(item), "", ""))
+            except Refused as refused:
+                answer = pickle.dumps((None, refused.reason, refused.detail))
+            except MemoryError:
+                answer = pickle.dumps((None, "out of memory", "its process may have no more"))
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{os.path.basename(place.filename)}:{place.lineno}"
+                detail = f"{type(error).__name__}: {error} ({where})"
+                answer = pickle.dumps((None, "failed", detail))
+            pipe.send_bytes(answer)

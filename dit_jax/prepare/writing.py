@@ -24,9 +24,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -48,7 +48,15 @@ from dit_jax.data.records import (
     as_video,
     storage_error,
 )
-from dit_jax.files import MiB, check_writable, is_remote, locked, refuse_if, write_json
+from dit_jax.files import (
+    MiB,
+    atomic_path,
+    check_writable,
+    is_remote,
+    locked,
+    refuse_if,
+    write_json,
+)
 from dit_jax.prepare.encoded import FORMAT, EncodedVideo, encode_video
 from dit_jax.prepare.tables import encodable
 
@@ -90,30 +98,24 @@ class _Schema(NamedTuple):
     states: StatesOf | None
 
     def features(self) -> Any:
-        channels, dtype = 3, np.uint8
-        if self.latents is not None:
-            channels, dtype = self.latents.channels, np.float16
+        kinds: Any = tfds.features
         if self.encoding == "video":
-            # Its Video feature needs TensorFlow. Text is bytes to TFDS, and it looks into none.
-            video = tfds.features.Text(doc=f"uint8 [t, h, w, 3] as {FORMAT}")
+            # TFDS's Video feature needs TensorFlow. Text is bytes to TFDS, and it looks into none.
+            video = kinds.Text(doc=f"uint8 [t, h, w, 3] as {FORMAT}")
         else:
-            video = tfds.features.Tensor(
-                shape=(None, None, None, channels), dtype=dtype, encoding=self.encoding
-            )
-        features = {
-            "video": video,
-            "caption": tfds.features.Text(),
-            "fps": tfds.features.Scalar(np.float32),
-        }
-        features |= {name: tfds.features.Scalar(np.int64) for name in self.labels}
-        features |= {name: tfds.features.Text() for name in self.texts}
-        features |= {name: tfds.features.Scalar(np.float64) for name in self.numbers}
+            of = self.latents
+            channels, dtype = (of.channels, np.float16) if of is not None else (3, np.uint8)
+            shape = (None, None, None, channels)
+            video = kinds.Tensor(shape=shape, dtype=dtype, encoding=self.encoding)
+        features = {"video": video, "caption": kinds.Text(), "fps": kinds.Scalar(np.float32)}
+        features |= {name: kinds.Scalar(np.int64) for name in self.labels}
+        features |= {name: kinds.Text() for name in self.texts}
+        features |= {name: kinds.Scalar(np.float64) for name in self.numbers}
         if self.states is not None:
             # As plain bytes: a list of numbers would hold them as float32, and they do not compress.
-            features[STATES] = tfds.features.Tensor(
-                shape=(None, self.states.dim), dtype=ml_dtypes.bfloat16, encoding="bytes"
-            )
-        return tfds.features.FeaturesDict(features)
+            shape, dtype = (None, self.states.dim), ml_dtypes.bfloat16
+            features[STATES] = kinds.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+        return kinds.FeaturesDict(features)
 
     def metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
@@ -133,21 +135,15 @@ class _Schema(NamedTuple):
         texts, numbers = ("caption", *self.texts), ("fps", *self.numbers)
         missing = [k for k in ("video", *texts, *numbers, *self.labels) if k not in sample]
         refuse_if([(bool(missing), f"{where} lacks {missing}: it has {sorted(sample)}")])
-        values = {key: float(sample[key]) for key in numbers}
-        sound = {
-            key: 0 < x < LARGEST_FPS if key == "fps" else np.isfinite(x)
-            for key, x in values.items()
-        }
-        need = "need a (positive) finite number"
-        refuse_if((not sound[key], f"{where} has {key} {x}: {need}") for key, x in values.items())
-        need = "need a string, perhaps empty"
-        refuse_if(
-            (not isinstance(sample[key], str), f"{where} has the {key} {sample[key]!r}: {need}")
-            for key in texts
-        )
-        record: dict[str, Any] = {key: int(sample[key]) for key in self.labels} | values
+        record: dict[str, Any] = {key: float(sample[key]) for key in numbers}
+        fps, bad = record["fps"], [key for key in numbers if not np.isfinite(record[key])]
+        bad += ["fps"] if not 0 < fps < LARGEST_FPS else []
+        bad += [key for key in texts if not isinstance(sample[key], str)]
+        need = "texts are strings, numbers finite, and fps is positive"
+        refuse_if((True, f"{where} has {key} {sample[key]!r}: {need}") for key in bad)
+        record |= {key: int(sample[key]) for key in self.labels}
         record |= {key: encodable(sample[key]) for key in texts}
-        record["video"], shape = self._video(sample["video"], values["fps"], f"video of {where}")
+        record["video"], shape = self._video(sample["video"], fps, f"video of {where}")
         if self.states is not None:
             record[STATES] = self._states(np.asarray(sample.get(STATES)), f"{STATES} of {where}")
         return record, [*shape, len(record["caption"].encode()), len(record.get(STATES, ()))]
@@ -157,72 +153,32 @@ class _Schema(NamedTuple):
             refuse_if([(self.encoding != "video", f"{what} is encoded: give encoding='video'")])
             return value
         video = as_video(value, what, latents=self.latents is not None)
-        shape = video.shape[:3]
-        if self.latents is None:
-            return (encode_video(video, fps).data if self.encoding == "video" else video), shape
-        other = video.dtype == np.uint8 or video.shape[-1] != self.latents.channels
-        message = (
-            f"{what} is {video.dtype} with {video.shape[-1]} channels: latents of "
-            f"{self.latents.hash!r} are float with {self.latents.channels}"
-        )
-        refuse_if([(other, message)])
-        return _finite(video, np.float16, what), shape
+        if self.encoding == "video":
+            return encode_video(video, fps)
+        if self.latents is not None:
+            channels, codec = self.latents.channels, self.latents.hash
+            other = video.dtype == np.uint8 or video.shape[-1] != channels
+            message = f"{what} is {video.dtype} with {video.shape[-1]} channels: latents of "
+            refuse_if([(other, f"{message}{codec!r} are float with {channels}")])
+            video = _finite(video, np.float16, what)
+        return video, video.shape[:3]
 
     def _states(self, states: np.ndarray, what: str) -> np.ndarray:
         """The states of a sample's caption, bfloat16."""
         assert self.states is not None
         floats = jnp.issubdtype(states.dtype, jnp.floating)
         sound = floats and states.ndim == 2 and states.shape[1] == self.states.dim and len(states)
-        message = (
-            f"{what} is {states.dtype} {list(states.shape)}: those of {self.states.name!r} are "
-            f"float [s, {self.states.dim}], at least one"
-        )
-        refuse_if([(not sound, message)])
+        message = f"{what} is {states.dtype} {list(states.shape)}: those of {self.states.name!r} "
+        refuse_if([(not sound, f"{message}are float [s, {self.states.dim}], at least one")])
         return _finite(states, ml_dtypes.bfloat16, what)
 
 
 def _finite(values: np.ndarray, dtype: Any, what: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         stored = values.astype(dtype)
-    bad = "is NaN or infinite" if not np.isfinite(values).all() else "overflows"
-    message = f"{what} has numbers of which one {bad} as {np.dtype(dtype).name}"
-    refuse_if([(not np.isfinite(stored.astype(np.float32)).all(), message)])
+    bad = not np.isfinite(stored.astype(np.float32)).all()
+    refuse_if([(bad, f"{what} has a number that is not finite as {np.dtype(dtype).name}")])
     return stored
-
-
-class _Shard:
-    """The shard under way."""
-
-    def __init__(self, place: Path, sizes: Path) -> None:
-        self.bytes = 0
-        self._place, self._sizes = place, sizes
-        self._part = place.with_name(place.name + ".part")
-        # Records one by one, so that each is read without its neighbours.
-        self._writer = ArrayRecordWriter(str(self._part), "group_size:1")
-        self._rows: list[list[int]] = []
-
-    def add(self, data: bytes, sizes: list[int]) -> None:
-        self._writer.write(data)
-        self.bytes += len(data)
-        self._rows.append(sizes)
-
-    def finish(self) -> int:
-        """Moves the shard to its place; returns its records."""
-        # An error of writing, such as a full disk, is not told before.
-        self._writer.close()
-        with self._part.open("rb") as file:
-            os.fsync(file.fileno())
-        fresh = self._sizes.with_suffix(".part")
-        with fresh.open("wb") as file:
-            np.save(file, np.array(self._rows, np.int32))
-        os.replace(fresh, self._sizes)
-        os.replace(self._part, self._place)
-        return len(self._rows)
-
-    def abandon(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._writer.close()
-        self._part.unlink(missing_ok=True)
 
 
 class _Split:
@@ -230,17 +186,16 @@ class _Split:
 
     def __init__(self, folder: Path, name: str, split: str) -> None:
         self.name = split
-        self._journal, self._data = folder / "journal", folder / "data"
-        self._stem = f"{name}-{split}.array_record"
+        self._builder, self._journal, self._data = name, folder / "journal", folder / "data"
         # A writer that was killed while it named the shards has named some of them.
-        for path in self._data.glob(f"{self._stem}-[0-9]*-of-[0-9]*"):
+        for path in self._data.glob(f"{name}-{split}.array_record-[0-9]*-of-[0-9]*"):
             os.replace(path, path.with_name(path.name.rpartition("-of-")[0]))
         self.lengths: list[int] = []
         while (count := self._records(len(self.lengths))) is not None:
             self.lengths.append(count)
 
     def _shard(self, index: int) -> Path:
-        return self._data / f"{self._stem}-{index:05d}"
+        return self._data / f"{self._builder}-{self.name}.array_record-{index:05d}"
 
     def _rows(self, index: int) -> Path:
         return self._journal / f"sizes-{self.name}-{index:05d}.npy"
@@ -256,73 +211,78 @@ class _Split:
 
     def write(self, samples: Samples, schema: _Schema, shard_bytes: int) -> None:
         """Writes what is not there yet."""
-        features = schema.features()
-        serializer = ExampleSerializer(features.get_serialized_info())
-        start, shard = sum(self.lengths), None
-        repaired: list[str] = []
+        start = sum(self.lengths)
+        left = samples(start) if callable(samples) else itertools.islice(samples, start, None)
+        records = self._serialized(left, schema, start)
         try:
-            left = samples(start) if callable(samples) else itertools.islice(samples, start, None)
-            if isinstance(samples, Sequence):  # What is not asked for is not computed.
-                left = (samples[i] for i in range(start, len(samples)))
-            for index, sample in enumerate(left, start):
-                where = f"sample {index} of split {self.name!r}"
-                record, sizes = schema.record(sample, where)
-                texts = ("caption", *schema.texts)
-                repaired += [where for key in texts if record[key] != sample[key]]
-                example = serializer.get_tf_example(features.encode_example(record))
-                # In the order of names: a hash table's is another one in every process.
-                data = cast(Any, example).SerializeToString(deterministic=True)
-                if shard is None:
-                    count = len(self.lengths)
-                    shard = _Shard(self._shard(count), self._rows(count))
-                shard.add(data, sizes)
-                if shard.bytes >= shard_bytes:
-                    self.lengths.append(shard.finish())
-                    shard = None
-            if shard is not None:
-                self.lengths.append(shard.finish())
-                shard = None
+            for first in records:
+                self._write_shard(itertools.chain([first], records), shard_bytes)
         except RuntimeError as error:
             raise storage_error(error, self._data) or error from error
-        finally:
-            if shard is not None:
-                shard.abandon()
         message = f"split {self.name!r} has no samples: give at least one, or leave it out"
         refuse_if([(not self.lengths, message)])
+
+    def _serialized(
+        self, samples: Iterable[Mapping[str, Any]], schema: _Schema, start: int
+    ) -> Iterator[tuple[bytes, list[int]]]:
+        """What ArrayRecord stores of samples, and their sizes."""
+        features, repaired = schema.features(), []
+        serializer = ExampleSerializer(features.get_serialized_info())
+        for index, sample in enumerate(samples, start):
+            where = f"sample {index} of split {self.name!r}"
+            record, sizes = schema.record(sample, where)
+            texts = ("caption", *schema.texts)
+            repaired += [where for key in texts if record[key] != sample[key]]
+            example: Any = serializer.get_tf_example(features.encode_example(record))
+            # In the order of names: a hash table's is another one in every process.
+            yield example.SerializeToString(deterministic=True), sizes
         if repaired:
-            print(
-                f"{len(repaired)} texts had halves of surrogate pairs, which became U+FFFD: the first "
-                f"is of {repaired[0]}.",
-                file=sys.stderr,
-            )
+            what = f"{len(repaired)} texts had halves of surrogate pairs, which became U+FFFD"
+            print(f"{what}: the first is of {repaired[0]}.", file=sys.stderr)
+
+    def _write_shard(self, records: Iterator[tuple[bytes, list[int]]], most: int) -> None:
+        """Writes records up to so many bytes; the shard has its name when it is whole."""
+        index = len(self.lengths)
+        shard = self._shard(index)
+        part, rows, size = shard.with_name(f"{shard.name}.part"), [], 0
+        # Records one by one, so that each is read without its neighbours.
+        writer = ArrayRecordWriter(str(part), "group_size:1")
+        try:
+            for data, sizes in records:
+                writer.write(data)
+                rows.append(sizes)
+                size += len(data)
+                if size >= most:
+                    break
+            writer.close()  # An error of writing, such as a full disk, is not told before.
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            with atomic_path(self._rows(index)) as fresh:
+                np.save(fresh, np.array(rows, np.int32))
+            os.replace(part, shard)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+            part.unlink(missing_ok=True)
+            raise
+        self.lengths.append(len(rows))
 
     def finish(self) -> tfds.core.SplitInfo:
         """Gives the shards the names that TFDS seeks, and joins their sizes."""
-        total, size = len(self.lengths), 0
-        for index in range(total):
-            size += self._shard(index).stat().st_size
-            path = self._shard(index)
-            os.replace(path, path.with_name(f"{path.name}-of-{total:05d}"))
-        shape = (sum(self.lengths), len(SIZES))
-        place = self._data / f"sizes-{self.name}.npy"
+        total, size, ends = len(self.lengths), 0, np.cumsum(self.lengths)
         # A memory map: the sizes of ten million records are 200 MB.
-        rows = np.lib.format.open_memmap(place, mode="w+", dtype=np.int32, shape=shape)
-        end = 0
-        for index, length in enumerate(self.lengths):
-            rows[end : end + length] = np.load(self._rows(index))
-            end += length
-        rows.flush()
-        return tfds.core.SplitInfo(
-            name=self.name,
-            shard_lengths=self.lengths,
-            num_bytes=size,
-            filename_template=ShardedFileTemplate(
-                data_dir=epath.Path(self._data),
-                dataset_name=self._stem.rpartition(f"-{self.name}.")[0],
-                split=self.name,
-                filetype_suffix="array_record",
-            ),
-        )
+        place, shape = self._data / f"sizes-{self.name}.npy", (int(ends[-1]), len(SIZES))
+        table = np.lib.format.open_memmap(place, mode="w+", dtype=np.int32, shape=shape)
+        for index, end in enumerate(ends):
+            table[end - self.lengths[index] : end] = np.load(self._rows(index))
+            shard = self._shard(index)
+            size += shard.stat().st_size
+            os.replace(shard, shard.with_name(f"{shard.name}-of-{total:05d}"))
+        table.flush()
+        names = {"dataset_name": self._builder, "split": self.name}
+        names |= {"data_dir": epath.Path(self._data), "filetype_suffix": "array_record"}
+        template: Any = ShardedFileTemplate(**names)
+        return tfds.core.SplitInfo(self.name, self.lengths, size, template)
 
 
 def write_records(
@@ -361,31 +321,26 @@ def write_records(
     """
     names = ["video", "caption", "fps", STATES, *labels, *texts, *numbers]
     twice = sorted({key for key in names if names.count(key) > 1})
-    encodings = ("video", "zlib", "bytes")
     target = Path(directory).expanduser() / name / VERSION
+    encodings = ("video", "zlib", "bytes")
+    odd = not re.fullmatch(r"[a-z][a-z0-9_]*", name)
+    remote = f"{os.fspath(directory)!r}: ArrayRecord files are written to disks only. Write to a "
+    remote += "local directory and copy it, or mount the bucket (gcsfuse)"
     refuse_if(
         [
-            (
-                not re.fullmatch(r"[a-z][a-z0-9_]*", name),
-                f"name={name!r}: use lower case letters, digits and _, a letter first",
-            ),
+            (odd, f"name={name!r}: use lower case letters, digits and _, a letter first"),
             (bool(twice), f"labels, texts and numbers hold {twice} twice: rename them"),
             (not splits, "splits is empty: give at least one, such as {'train': samples}"),
             (encoding not in encodings, f"encoding={encoding!r} is unknown: use {encodings}"),
             (shard_bytes < 1, f"shard_bytes={shard_bytes}: give a positive number"),
-            (
-                is_remote(directory),
-                f"{os.fspath(directory)!r}: ArrayRecord files are written to disks only. Write to a "
-                "local directory and copy it, or mount the bucket (gcsfuse)",
-            ),
+            (is_remote(directory), remote),
             (target.exists(), f"{target} exists: remove it, or choose another directory or name"),
         ]
     )
     check_writable(target.parent, "directory")
-    if latents is not None:
-        latents = LatentsOf(latents[0], latents[1], *latents[2:])
-        encoding = "zlib" if encoding == "video" else encoding
-    schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), encoding, latents, text_states)
+    codec = None if latents is None else LatentsOf(*latents)
+    stored = "zlib" if codec is not None and encoding == "video" else encoding
+    schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
     folder = target.with_name(f"{VERSION}.incomplete")
     folder.mkdir(exist_ok=True)
     with locked(folder):
@@ -408,13 +363,11 @@ def write_records(
 def _begin(folder: Path, made_of: list[Any], resumes: bool) -> None:
     """Keeps what an earlier call left in the folder if it made the same, and else removes it."""
     place = folder / "journal" / "made_of.json"
-    try:
+    same = False
+    with contextlib.suppress(OSError, ValueError):
         same = resumes and json.loads(place.read_bytes()) == made_of
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        for part in ("journal", "data"):
-            shutil.rmtree(folder / part, ignore_errors=True)
+    for part in () if same else ("journal", "data"):
+        shutil.rmtree(folder / part, ignore_errors=True)
     (folder / "data").mkdir(exist_ok=True)
     for path in (folder / "data").glob("*.part"):
         path.unlink()

@@ -8,7 +8,7 @@ from made_media import moving
 from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import find_media
-from dit_jax.prepare.stages import BeamConfig, Examined, examine_files, examine_on_beam
+from dit_jax.prepare.stages import BeamConfig, Examined, examine_files
 from dit_jax.prepare.work import Progress
 from dit_jax.prepare.workers import WorkersConfig
 
@@ -32,9 +32,9 @@ def test_direct_runner_makes_the_same_reports(written, tmp_path):
     progress = Progress(shown=False)
     plain, beam = (Examined(tmp_path / name, CONFIG, ONE) for name in ("plain", "beam"))
     examine_files(items, plain, progress)
-    examine_on_beam(items, beam, BeamConfig("DirectRunner"), progress)
+    examine_files(items, beam, progress, BeamConfig("DirectRunner"))
     assert len(found(tmp_path / "plain")) == 4
     assert found(tmp_path / "plain") == found(tmp_path / "beam")
     assert progress.clips["examine"] == 6
     # Everything is there: no pipeline runs.
-    examine_on_beam(items, beam, BeamConfig("NoSuchRunner"), progress)
+    examine_files(items, beam, progress, BeamConfig("NoSuchRunner"))

@@ -1,10 +1,10 @@
 """The writer of records: shards, resumption after SIGKILL or a full disk, encoded video, sizes."""
 
 import errno
+import filecmp
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 SHARD = 40_000
 KEY = {"description": "d", "encoding": "bytes", "shard_bytes": SHARD, "resume": "key"}
 
@@ -49,6 +50,21 @@ def contents(path):
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
+def python(code, *arguments, **environment):
+    """What a process prints."""
+    line, env = [sys.executable, "-c", code, *map(str, arguments)], {**ENV, **environment}
+    return subprocess.run(line, env=env, capture_output=True, text=True, check=True).stdout
+
+
+def killed(code, *arguments, at):
+    """Kills a process when it prints a number."""
+    line = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(line, env=ENV, stdout=subprocess.PIPE, text=True) as process:
+        while int(process.stdout.readline()) != at:
+            pass
+        process.kill()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     splits = {"train": [sample(i) for i in range(11)], "test": [sample(20)]}
@@ -69,15 +85,19 @@ def test_shards_are_bounded_named_and_read_by_tfds(whole):
     assert "tensorflow" not in sys.modules
 
 
-def test_a_rerun_after_an_error_computes_no_finished_shard_again(whole, tmp_path):
-    fails = Recorded(11, fails_at=10)
+def begun(root):
+    """Ten records of eleven, of which the finished shards are kept."""
     with pytest.raises(OSError) as raised:
-        write_records(tmp_path, "clips", {"train": fails, "test": Recorded(1)}, **KEY)
-    assert raised.value.errno == errno.ENOSPC and not (tmp_path / "clips" / "1.0.0").exists()
+        write_records(root, "clips", {"train": Recorded(11, 10), "test": Recorded(1)}, **KEY)
+    assert raised.value.errno == errno.ENOSPC and not (root / "clips" / "1.0.0").exists()
+    return sorted((root / "clips" / "1.0.0.incomplete" / "data").iterdir())
+
+
+def test_a_rerun_after_an_error_computes_no_finished_shard_again(whole, tmp_path):
+    begun(tmp_path)
     again = Recorded(11)
-    path = write_records(
-        tmp_path, "clips", {"train": again, "test": lambda start: [sample(20)][start:]}, **KEY
-    )
+    splits = {"train": again, "test": lambda start: [sample(20)][start:]}
+    path = write_records(tmp_path, "clips", splits, **KEY)
     lengths = tfds.builder_from_directory(path).info.splits["train"].shard_lengths
     kept = sum(n for i, n in enumerate(lengths) if sum(lengths[: i + 1]) <= 10)
     assert kept >= 4 and again.computed == list(range(kept, 11))
@@ -85,22 +105,20 @@ def test_a_rerun_after_an_error_computes_no_finished_shard_again(whole, tmp_path
     assert [p.name for p in path.parent.iterdir()] == ["1.0.0"]
 
 
-def test_a_finished_shard_that_was_cut_and_other_settings_are_written_anew(whole, tmp_path):
-    with pytest.raises(OSError):
-        write_records(tmp_path, "clips", {"train": Recorded(11, 10), "test": Recorded(1)}, **KEY)
-    data = tmp_path / "clips" / "1.0.0.incomplete" / "data"
-    os.truncate(sorted(data.iterdir())[0], 1000)
+def test_a_finished_shard_that_was_cut_is_written_anew(whole, tmp_path):
+    os.truncate(begun(tmp_path)[0], 1000)
     again = Recorded(11)
-    splits = {"train": again, "test": [sample(20)]}
-    path = write_records(tmp_path, "clips", splits, **KEY)
+    path = write_records(tmp_path, "clips", {"train": again, "test": [sample(20)]}, **KEY)
     assert again.computed == list(range(11)) and contents(path) == contents(whole)
-    for change in ({"resume": "other"}, {"shard_bytes": 30_000}, {"resume": None}):
-        root = tmp_path / str(change)
-        with pytest.raises(OSError):
-            write_records(root, "clips", {"train": Recorded(11, 10)}, **KEY)
-        again = Recorded(11)
-        write_records(root, "clips", {"train": again}, **{**KEY, **change})
-        assert again.computed == list(range(11))
+
+
+@pytest.mark.parametrize("change", [{"resume": "other"}, {"shard_bytes": 30_000}, {"resume": None}])
+def test_under_other_settings_all_is_written_anew(tmp_path, change):
+    begun(tmp_path)
+    again = Recorded(11)
+    splits = {"train": again, "test": Recorded(1)}
+    write_records(tmp_path, "clips", splits, **{**KEY, **change})
+    assert again.computed == list(range(11))
 
 
 def test_a_full_disk_is_an_error_of_the_world(tmp_path):
@@ -114,9 +132,7 @@ try:
 except OSError as error:
     print("errno", error.errno)
 """
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert f"errno {errno.EFBIG}" in out.stdout, out.stderr
+    assert f"errno {errno.EFBIG}" in python(code)
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -134,16 +150,9 @@ write_records(sys.argv[1], "clips", {{"train": Slow(11), "test": [sample(20)]}},
 
 
 def test_records_after_sigkill_are_the_same_bytes(whole, tmp_path):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", SLOW_WRITER, str(tmp_path)]
-    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True) as process:
-        for written in process.stdout:
-            if int(written) == 7:
-                process.send_signal(signal.SIGKILL)
-                break
+    killed(SLOW_WRITER, tmp_path, at=7)
     assert list(tmp_path.rglob("*.part"))
-    out = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
-    computed = [int(number) for number in out.stdout.split()]
+    computed = [int(number) for number in python(SLOW_WRITER, tmp_path).split()]
     assert 0 < computed[0] <= 7 and computed == list(range(computed[0], 11))
     assert contents(tmp_path / "clips" / "1.0.0") == contents(whole)
 
@@ -192,12 +201,8 @@ video = np.stack([wide[:, 2 * i : 2 * i + 208] for i in range(24)])
 video += rng.normal(size=video.shape) * 4
 print(hashlib.sha256(encode_video(video.clip(0, 255).astype(np.uint8), 12.0).data).hexdigest())
 """
-    digests = []
-    for fill in ("0", "1", "85"):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_PERTURB_": fill}
-        line = [sys.executable, "-c", code]
-        digests.append(subprocess.run(line, env=env, capture_output=True, check=True).stdout)
-    assert digests[0] and digests == [digests[0]] * 3
+    digests = {python(code, MALLOC_PERTURB_=fill) for fill in ("0", "1", "85")}
+    assert len(digests) == 1 and digests != {""}
 
 
 def test_damaged_video_is_not_decoded():
@@ -282,9 +287,7 @@ def test_text_that_cannot_be_encoded_is_repaired_and_named(tmp_path, capsys):
     assert np.load(path / "sizes-train.npy")[1, 3] == len("a \ufffd cat".encode())
 
 
-@pytest.mark.slow
-def test_three_gigabytes_are_written_in_little_memory(tmp_path):
-    code = """
+BIG = """
 import resource, sys
 import numpy as np
 from dit_jax.prepare.writing import write_records
@@ -296,28 +299,18 @@ def samples(start):
 write_records(sys.argv[1], "big", {"train": samples}, description="d", encoding="bytes", resume="k")
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    begun = time.monotonic()
-    line = [sys.executable, "-c", code, str(tmp_path / "one")]
-    out = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
-    peak = int(out.stdout.split()[-1])
-    print(f"{time.monotonic() - begun:.0f} s, peak {peak} MiB")
+
+
+@pytest.mark.slow
+def test_three_gigabytes_are_written_in_little_memory(tmp_path):
+    peak = int(python(BIG, tmp_path / "one").split()[-1])
+    print(f"peak {peak} MiB")
     assert peak < 1024
-    line[-1] = str(tmp_path / "two")
-    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True) as process:
-        for written in process.stdout:
-            if int(written) == 150:
-                process.send_signal(signal.SIGKILL)
-                break
-    out = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
-    assert 100 < int(out.stdout.split()[0]) <= 150
+    killed(BIG, tmp_path / "two", at=150)
+    assert 100 < int(python(BIG, tmp_path / "two").split()[0]) <= 150
     one, two = (tmp_path / name / "big" / "1.0.0" for name in ("one", "two"))
     assert sum(file.stat().st_size for file in one.iterdir()) > 3e9
-    for file in one.iterdir():
-        with file.open("rb") as a, (two / file.name).open("rb") as b:
-            while block := a.read(1 << 24):
-                assert block == b.read(1 << 24)
-            assert not b.read(1)
+    assert all(filecmp.cmp(file, two / file.name, shallow=False) for file in one.iterdir())
     source = RecordsSource(RecordsConfig(str(two)))
     assert len(source) == 320 and source.sizes[:, 0].tolist() == [50] * 320
     for i in (0, 151, 319):
