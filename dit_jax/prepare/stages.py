@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
 from dit_jax.prepare.media import Probe
+from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.refusals import MACHINE_REASONS
 from dit_jax.prepare.work import Logs, Progress, digest, pack, unpack
 from dit_jax.prepare.workers import Outcome, WorkersConfig, run

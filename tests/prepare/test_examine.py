@@ -7,14 +7,14 @@ import av.logging
 import cv2
 import numpy as np
 import pytest
-from made_media import moving
+from made_media import cropped, moving
 from PIL import Image
 
 from dit_jax.prepare.clips import ClipConfig
-from dit_jax.prepare.decoding import sampled
 from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.measuring import FilterConfig
+from dit_jax.prepare.media import sampled
 from dit_jax.prepare.refusals import REASONS
 from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.workers import run as run_in_children
@@ -33,11 +33,10 @@ SHORT = ClipConfig(min_seconds=0.4, max_seconds=1.0, stride=4, multiple=8)
 
 def expected_frames(path, clip):
     """The clip by decoding the whole file and cutting afterwards."""
-    wanted = range(clip.start, clip.start + clip.frames)
-    crop = clip.geometry.crop
+    span = range(clip.start, clip.start + clip.frames)
     size = clip.geometry.scaled_height, clip.geometry.scaled_width
-    found = [p.pixels(*size) for k, p in sampled(path, clip.fps) if k in wanted]
-    return np.stack(found)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    frames = (p.pixels(*size) for k, p in sampled(path, clip.fps) if k in span)
+    return cropped(frames, clip.geometry.crop)
 
 
 def test_a_file_of_three_shots(written):
@@ -59,15 +58,7 @@ def test_a_file_of_three_shots(written):
     assert short.shot == 1 and str(short.rejection) == "duration: 0.2, bound 0.4"
     for clip in kept:
         assert clip.begin == pytest.approx(clip.start / 25) and clip.seconds == clip.frames / 25
-        assert set(clip.scores) == {
-            "black",
-            "sharpness",
-            "change",
-            "motion",
-            "side",
-            "aspect",
-            "bars",
-        }
+        assert set(clip.scores) == set("black sharpness change motion side aspect bars".split())
         thumbnail = cv2.imdecode(np.frombuffer(clip.thumbnail, np.uint8), cv2.IMREAD_COLOR)
         assert thumbnail.shape == (96, 128, 3)
         pixels = read_clip(path, clip)
@@ -129,7 +120,7 @@ def test_bad_clips_are_rejected_with_their_reason(written, frames, reason):
     report = examine(written("a.mp4", list(frames), 25))
     (clip,) = report.clips
     assert clip.rejection is not None and clip.rejection.reason == reason
-    loose = FilterConfig(None, None, None, None, None, None, None)
+    loose = FilterConfig(*[None] * 7)
     config = ExamineConfig(filters=loose, clips=ClipConfig(multiple=8))
     assert examine(written("a.mp4", list(frames), 25), config).clips[0].rejection is None
 

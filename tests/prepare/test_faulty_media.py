@@ -8,11 +8,12 @@ import av
 import numpy as np
 import pytest
 from av.filter import Graph
-from made_media import moving
+from made_media import cropped, moving, probe
 
 from dit_jax.prepare.clips import ClipConfig
-from dit_jax.prepare.decoding import DecodingConfig, Entry, Losses, pictures, probe
 from dit_jax.prepare.examining import ExamineConfig, examine, read_clip
+from dit_jax.prepare.media import DecodingLog, Entry, pictures
+from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.refusals import MACHINE_REASONS, REASONS
 
 
@@ -160,7 +161,7 @@ def test_a_shared_interlaced_file_has_no_combs(shared):
 def test_progressive_frames_stay_as_they_are(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", moving(9))
     before = [p.pixels() for p in pictures(path)]
-    monkeypatch.setattr("dit_jax.prepare.decoding._deinterlacer", None)  # And is not asked.
+    monkeypatch.setattr("dit_jax.prepare.media._deinterlacer", None)  # And is not asked.
     with av.open(str(path)) as container:
         stored = [f.to_ndarray() for f in container.decode(video=0)]
     decoded = [p.frame.to_ndarray() for p in pictures(path)]
@@ -171,9 +172,9 @@ def test_marks_that_change_in_the_middle_change_what_is_done(tmp_path):
     parts = [interlaced(tmp_path / f"{first}.ts", 20, first) for first in ("tff", "prog", "bff")]
     path = tmp_path / "joined.ts"
     path.write_bytes(b"".join(part.read_bytes() for part, _ in parts))
-    losses = Losses()
-    shown = [p.pixels()[..., 1].astype(float) for p in pictures(path, losses=losses)]
-    assert losses.deinterlaced == 40 and len(shown) == 60
+    log = DecodingLog()
+    shown = [p.pixels()[..., 1].astype(float) for p in pictures(path, log=log)]
+    assert log.deinterlaced == 40 and len(shown) == 60
     seen = parts[0][1] * 3
     assert max(np.abs(a[4:-4] - b[4:-4]).mean() for a, b in zip(shown, seen, strict=True)) < 1.5
 
@@ -208,11 +209,7 @@ def test_stamps_that_begin_anew_begin_a_run(shared, fps):
     for clip in report.clips:
         times = clip.begin + np.arange(clip.frames) / clip.fps
         nearest = [min(decoded, key=lambda one: abs(one[0] - t))[1] for t in times]
-        crop = clip.geometry.crop
-        rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, None)
-        video = read_clip(path, clip)
-        expected = np.stack(nearest)[:, rows, columns][:, :, : crop.width]
-        assert np.array_equal(video, expected)
+        assert np.array_equal(read_clip(path, clip), cropped(nearest, clip.geometry.crop))
 
 
 @pytest.mark.parametrize("name, codec", [("a.ts", "libx264"), ("a.mpg", "mpeg2video")])
@@ -232,12 +229,9 @@ def test_clips_far_in_joined_files_are_entered_near_them(tmp_path, name, codec):
     after = []
     for clip in report.clips:
         first = clip.start - clip.shot  # One index is left out at a join.
-        crop = clip.geometry.crop
-        expected = np.stack(whole[first : first + clip.frames])
-        expected = expected[:, crop.top : crop.top + crop.height, crop.left :][:, :, : crop.width]
+        expected = cropped(whole[first : first + clip.frames], clip.geometry.crop)
         assert np.array_equal(read_clip(path, clip), expected)
-        entry = Entry(clip.begin, clip.position, clip.offset)
-        after.append(sum(1 for _ in pictures(path, start=entry)))
+        after.append(sum(1 for _ in pictures(path, start=Entry(*clip.entry))))
     assert after[4] == 100 and after[5] < 75
 
 
@@ -303,5 +297,5 @@ def test_a_decoder_without_memory_is_not_damage(tmp_path, monkeypatch):
         def decode(self, packet):
             raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr("dit_jax.prepare.decoding._decoder", lambda stream: Poor())
+    monkeypatch.setattr("dit_jax.prepare.media._decoder", lambda stream: Poor())
     assert examine(path).refusal == ("out of memory", "while it was decoded")
