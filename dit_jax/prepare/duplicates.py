@@ -88,14 +88,16 @@ def _near(rows: np.ndarray, distance: float) -> Iterator[tuple[int, int, float]]
     apart = np.zeros(len(unlike), np.float32)
     for i in range(1, len(unlike)):
         around = parts[i][:, None] ^ flips  # [tables, 17]
-        first, last = start[table, around].ravel(), start[table, around.astype(int) + 1].ravel()
-        sizes = last - first
-        offset = np.repeat(table * len(unlike), len(flips)) + first - np.cumsum(sizes) + sizes
+        begin, end = start[table, around].ravel(), start[table, around.astype(int) + 1].ravel()
+        sizes = end - begin
+        offset = np.repeat(table * len(unlike), len(flips)) + begin - np.cumsum(sizes) + sizes
         near = order[np.repeat(offset, sizes) + np.arange(sizes.sum())]
         near = near[(near < i) & (earlier[near] < 0)]
         bits = np.bitwise_count(unlike[near] ^ unlike[i]).mean(1)
-        if len(bits) and bits.min() <= distance:
-            earlier[i], apart[i] = near[bits.argmin()], bits.min()
+        near, bits = near[bits <= distance], bits[bits <= distance]
+        if len(near):
+            first = near.argmin()
+            earlier[i], apart[i] = near[first], bits[first]
     for i, one in enumerate(which):
         if earlier[one] >= 0:
             yield i, int(places[earlier[one]]), float(apart[one])

@@ -21,12 +21,10 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.error import EOFError as FFmpegEOFError
 from av.error import FFmpegError
 from av.filter import Graph
 from av.stream import Disposition
-from av.video.stream import VideoStream
 
 from dit_jax.prepare.pixels import DecodingConfig, Renderer
 from dit_jax.prepare.recorded import is_record, read_record
@@ -216,41 +214,41 @@ def _video(
     log: DecodingLog,
     start: float | Entry | None,
 ) -> tuple[Probe, Iterator[Decoded]]:
-    container, stream = stack.enter_context(_opened(path))
+    stream = stack.enter_context(_opened(path))
     hint = stream.average_rate or stream.guessed_rate
-    rate, constant, base = float(hint or 25), True, float(stream.time_base or 1)
+    fps, constant, base = float(hint or 25), True, float(stream.time_base or 1)
     times, timed, offset, seconds = np.empty(0), True, 0.0, 0.0
     if start is None:
-        times, timed = _stamps(container, stream, rate)
+        times, timed = _stamps(stream, fps)
         if timed:
-            rate, constant = native_rate(times, float(hint) if hint else None)
-        seconds = float(times[-1] - times[0]) + 1 / rate if len(times) > 1 else 0.0
-        if not _rewound(container, stream):
+            fps, constant = native_rate(times, float(hint) if hint else None)
+        seconds = float(times[-1] - times[0]) + 1 / fps if len(times) > 1 else 0.0
+        if not _rewound(stream):
             stack.close()
-            container, stream = stack.enter_context(_opened(path))
+            stream = stack.enter_context(_opened(path))
     else:
         with contextlib.suppress(FFmpegError):  # It cannot be entered there: from its start.
             if isinstance(start, Entry):
-                offset = start.offset
-                container.seek(start.position, stream=stream, unsupported_byte_offset=True)
+                offset, at = start.offset, start.position
+                stream.container.seek(at, stream=stream, unsupported_byte_offset=True)
             else:
-                container.seek(int(start / base), stream=stream)
-    names = container.format.name, stream.codec_context.codec.name
+                stream.container.seek(int(start / base), stream=stream)
+    names = stream.container.format.name, stream.codec_context.codec.name
     declared = float(stream.duration * stream.time_base) if stream.duration else None
-    if declared is None and container.duration:
-        declared = container.duration / av.time_base
+    if declared is None and stream.container.duration:
+        declared = stream.container.duration / av.time_base
     aspect = float(stream.sample_aspect_ratio or 1)
-    probe = Probe(*names, rate, constant, len(times), seconds, declared, timed, aspect)
-    clock = Clock(1 / rate, offset) if timed else None
-    return probe, _progressive(_frames(container, stream, rate, clock, log), log)
+    probe = Probe(*names, fps, constant, len(times), seconds, declared, timed, aspect)
+    clock = Clock(1 / fps, offset) if timed else None
+    return probe, _progressive(_frames(stream, fps, clock, log), log)
 
 
-def _stamps(container: InputContainer, stream: VideoStream, fps: float) -> tuple[np.ndarray, bool]:
+def _stamps(stream: Any, fps: float) -> tuple[np.ndarray, bool]:
     """(seconds of all frames, float64 [n], sorted; whether they are the stream's own, else they are
     counted) by its packets alone."""
     stamps, count = [], 0
     clock, base = Clock(1 / fps), float(stream.time_base or 1)
-    for packet in _packets(container, stream, DecodingLog()):
+    for packet in _packets(stream, DecodingLog()):
         drm = packet.has_sidedata("encryption_info")
         refuse_file([(drm, "encrypted", "its video samples are under DRM")])
         if packet.size and not packet.is_discard:
@@ -260,23 +258,23 @@ def _stamps(container: InputContainer, stream: VideoStream, fps: float) -> tuple
                 stamps.append(packet.pts * base + clock.offset)
     refuse_file([(not count, "no frames", f"{stream.codec_context.name} without a packet")])
     # AVI counts frames in the order of decoding, and so do streams that are nothing else.
-    if len(stamps) < count or container.format.name == "avi":
+    if len(stamps) < count or stream.container.format.name == "avi":
         return np.arange(count) / fps, False
     return np.unique(stamps), True
 
 
-def _packets(container: InputContainer, stream: VideoStream, log: DecodingLog) -> Iterator[Any]:
+def _packets(stream: Any, log: DecodingLog) -> Iterator[Any]:
     try:
-        yield from container.demux(stream)
+        yield from stream.container.demux(stream)
     except FFmpegError as error:  # The rest of the file cannot be read.
         log.add(error)
 
 
-def _rewound(container: InputContainer, stream: VideoStream) -> bool:
+def _rewound(stream: Any) -> bool:
     """Goes back to the first frame, in containers where that is known to work."""
     with contextlib.suppress(FFmpegError):
-        if {"mov", "matroska"} & set(container.format.name.split(",")):
-            container.seek(-(1 << 48), stream=stream)
+        if {"mov", "matroska"} & set(stream.container.format.name.split(",")):
+            stream.container.seek(-(1 << 48), stream=stream)
             return True
     return False
 
@@ -302,8 +300,8 @@ def _is_still(path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its main video stream, which is decoded in this thread alone: the first one
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    """The main video stream of an open file, which is decoded in this thread alone: the first one
     marked as default, as in browsers. Cover art in music is no video stream."""
     options: dict[str, Any] = {"buffer_size": 1 << 18, "metadata_errors": "replace"}
     options["options"] = {"protocol_whitelist": "file"}
@@ -321,7 +319,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStre
         name, art = container.format.name, Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & art]
         default = [s for s in streams if s.disposition & Disposition.default]
-        stream: Any = next(iter(default or streams), None)
+        stream = next(iter(default or streams), None)
         kinds = sorted({s.type for s in container.streams}) or ["nothing"]
         unreadable = stream is not None and stream.codec_context is None
         refuse_file(
@@ -331,11 +329,12 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[InputContainer, VideoStre
                 (unreadable, "unsupported", "FFmpeg has no decoder for its codec"),
             ]
         )
+        assert stream is not None
         stream.codec_context.thread_count = 1
-        yield container, stream
+        yield stream
 
 
-def _decoder(stream: VideoStream) -> Any:
+def _decoder(stream: Any) -> Any:
     codec = stream.codec_context.codec.canonical_name
     if stream.metadata.get("alpha_mode") != "1" or codec not in _ALPHA:
         return stream.codec_context
@@ -344,13 +343,7 @@ def _decoder(stream: VideoStream) -> Any:
     return decoder
 
 
-def _frames(
-    container: InputContainer,
-    stream: VideoStream,
-    fps: float,
-    clock: Clock | None,
-    log: DecodingLog,
-) -> Iterator[Decoded]:
+def _frames(stream: Any, fps: float, clock: Clock | None, log: DecodingLog) -> Iterator[Decoded]:
     """The frames of a stream in order of time, of the first one's size, damaged ones left out.
 
     Without a clock their times are counted.
@@ -358,7 +351,7 @@ def _frames(
     decoder = _decoder(stream)
     size, latest, count, damaged, gap = None, -np.inf, 0, False, False
     positions: dict[int | None, int] = {}  # Of key frames in the file, by their time stamps.
-    for packet in _packets(container, stream, log):
+    for packet in _packets(stream, log):
         if packet.is_keyframe and packet.pos is not None and packet.pos >= 0:
             positions[packet.pts] = packet.pos
         try:
