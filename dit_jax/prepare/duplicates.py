@@ -18,10 +18,8 @@ import numpy as np
 from dit_jax.files import refuse_if
 
 K = TypeVar("K", bound=Hashable)
-FRAMES = 4
-"""Hashes of a clip; an image has one."""
-_BITS = 16
-"""Of a part of a hash by which it is looked up."""
+FRAMES = 4  # Hashes of a clip; an image has one.
+_BITS = 16  # Of a part of a hash by which it is looked up.
 
 
 def perceptual_hash(grey: np.ndarray) -> int:

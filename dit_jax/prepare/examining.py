@@ -26,10 +26,9 @@ from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.shots import ShotConfig
 from dit_jax.prepare.timeline import on_grid
 
-SAMPLES = 1.0
-"""Frames a second that are measured in full size."""
-SAME = 4
-"""Bits by which the hash of a frame may differ where it is decoded again."""
+SAMPLES = 1.0  # Frames a second that are measured in full size.
+SAME = 4  # Bits by which the hash of a frame may differ where it is decoded again.
+MIN_CLEAN_FRAMES = 8  # Fewer that could be decoded of a damaged video are not worth keeping.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,6 @@ class ExamineConfig:
     shots: ShotConfig = ShotConfig()
     clips: ClipConfig = ClipConfig()
     filters: FilterConfig = FilterConfig()
-    min_clean_frames: int = 8
-    """Of a damaged video, fewer frames than this that could be decoded are not worth keeping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +116,7 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
             runs.append(Run(k, fps, config.shots, step, config.clips.area))
         runs[-1].add(picture)
     frames = sum(run.stop - run.start for run in runs)
-    if log.errors and probe.kind == "video" and frames < config.min_clean_frames:
+    if log.errors and probe.kind == "video" and frames < MIN_CLEAN_FRAMES:
         raise Refused("cannot be decoded", f"{frames} clean frames; {log.first_error}")
     shots = [(run, *shot) for run in runs for shot in run.shots()]
     clips = [
@@ -145,13 +142,7 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
 
 
 def _clips(
-    run: Run,
-    shot: int,
-    start: int,
-    stop: int,
-    origin: float,
-    probe: Probe,
-    config: ExamineConfig,
+    run: Run, shot: int, start: int, stop: int, origin: float, probe: Probe, config: ExamineConfig
 ) -> Iterator[Clip]:
     """The clips of one shot, [start, stop) in grid indices; one that is rejected if it has none."""
     image, fps, rejection = probe.kind == "image", run.fps, None

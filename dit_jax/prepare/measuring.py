@@ -19,12 +19,12 @@ from dit_jax.prepare.duplicates import hashed_frames, perceptual_hash
 from dit_jax.prepare.media import Picture
 from dit_jax.prepare.shots import ShotConfig, ShotFinder
 
-DARK = 16
-"""Pixels up to this are black."""
-BAR, EDGE = 24, 24
-"""Bars are nowhere brighter than the first; the picture begins with a step of at least the other."""
-SMALL, THUMBNAIL = 128, 192
-"""Pixels of the longer side of the frames that are measured, and of thumbnails, at most."""
+DARK = 16  # Pixels up to this are black.
+BAR, EDGE = (
+    24,
+    24,
+)  # Bars are nowhere brighter; the picture begins with a step of at least the other.
+SMALL, THUMBNAIL = 128, 192  # The longer side of frames that are measured; of thumbnails, at most.
 
 
 @dataclasses.dataclass(frozen=True)

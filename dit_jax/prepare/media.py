@@ -1,12 +1,9 @@
 """What a file is, and its pictures in order with their times: videos, images and records alike.
 
-Kinds are told by content and never by a file's name. Still images (and GIF, WebP, APNG) are Pillow's,
-everything else FFmpeg's through PyAV; playlists and text that FFmpeg would take for media are not.
-
-Edit lists are respected (FFmpeg's demuxer applies them). Interlaced frames are deinterlaced, one frame
-of each, and frames that are not marked so stay as they are. FFmpeg conceals damage by painting over;
-here a packet that cannot be decoded, or a frame that is marked corrupt, ends what is used, until the
-next key frame; nothing in between is given.
+Kinds are told by content and never by a file's name: still images (and GIF, WebP, APNG) are Pillow's,
+everything else FFmpeg's through PyAV. Frames that are marked as interlaced are deinterlaced, one frame
+of each. FFmpeg conceals damage by painting over; here a packet that cannot be decoded, or a frame that
+is marked corrupt, ends what is used, until the next key frame.
 """
 
 from __future__ import annotations
@@ -135,8 +132,7 @@ def pictures(
     """A file's pictures in order of time, of one size, and in `log` what it is and what is lost.
 
     `start`: begin at this key frame, or at one before this time, in seconds; only for files that are
-    known to have time stamps, for which nothing but the header is read first.
-    Refused: what cannot be opened, decoded or shown (HDR, if so configured).
+    known to have time stamps. Refused: what cannot be opened, decoded or shown.
     """
     config, log = config or DecodingConfig(), log or DecodingLog()
     renderer = turn = None
@@ -170,10 +166,7 @@ def pictures(
 def sampled(
     path: str | os.PathLike, fps: float | None = None, config: DecodingConfig | None = None
 ) -> Iterator[tuple[int, Picture]]:
-    """(k, picture) on a grid of `fps` frames per second from the file's first frame on.
-
-    By default the file's own rate, where every frame of a constant rate appears once.
-    """
+    """(k, picture) on a grid of `fps` frames per second (by default the file's own)."""
     log = DecodingLog()
     decoded = pictures(path, config, log)
     first = next(decoded)

@@ -32,14 +32,11 @@ from dit_jax.prepare.refusals import refuse_file
 
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273's numbers to the scaler's.
 _KNOWN_MATRICES = {*_MATRICES, 0, 2, 3}
+# For pixels that are kept: without the last flag they are two levels darker.
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-"""The scaler's filter for pixels that are kept: without the last flag they are two levels darker."""
-LARGEST = 1 << 26
-"""Pixels of the largest picture that is decoded."""
-PQ, HLG = 16, 18
-"""The numbers of ITU-T H.273 for the transfer characteristics."""
-WHITE = 203.0
-"""Light of diffuse white, in cd/m2."""
+LARGEST = 1 << 26  # Pixels of the largest picture that is decoded.
+PQ, HLG = 16, 18  # H.273's numbers of the transfer characteristics.
+WHITE = 203.0  # Light of diffuse white, in cd/m2.
 DISPLAY_GAMMA = 2.4
 BT2020_TO_BT709 = (
     (1.6604910021, -0.5876411388, -0.0728498633),
@@ -51,8 +48,8 @@ P3_TO_BT709 = (
     (-0.0420569547, 1.0420569547, 0.0),
     (-0.0196375546, -0.0786360456, 1.0982736001),
 )
+# Linear RGB, white D65, by H.273's numbers of the primaries.
 TO_BT709 = {9: BT2020_TO_BT709, 11: P3_TO_BT709, 12: P3_TO_BT709}
-"""Linear RGB to BT.709's, white D65, by H.273's numbers of the primaries."""
 _M1, _M2 = 2610 / 16384, 2523 / 4096 * 128
 _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 _LEVELS = 4096  # Entries of the tables: 12 bits of a signal of 10 (or 12).
@@ -129,10 +126,7 @@ class Renderer:
         width: int | None = None,
         how: Interpolation = EXACT,
     ) -> np.ndarray:
-        """The displayed picture, uint8 RGB [height, width, 3]; by default of its own size.
-
-        `how`: the scaler's filter, where the size differs.
-        """
+        """The displayed picture, uint8 RGB [height, width, 3]; by default of its own size."""
         alpha = _has_alpha(frame.format.name)
         # The scaler writes planes more than twice as fast as packed pixels, and the same numbers.
         names = ("rgb48le", "rgba64le") if self.mapped else ("gbrp", "rgba")
@@ -181,8 +175,7 @@ class Renderer:
 
 def display_turn(frame: av.VideoFrame, matrix: Any) -> tuple[bool, int]:
     """(mirrored left to right, then degrees turned clockwise: 0, 90, 180, 270), the nearest to a
-    display matrix of ISO 14496-12, nine int32 row by row. One that is damaged, which maps everything
-    to a line, is taken for none."""
+    display matrix of ISO 14496-12, nine int32 row by row; none by one that maps all to a line."""
     if matrix is None:  # Or it is hidden by side data of a type that PyAV does not know.
         turn = -frame.rotation % 360
         return False, turn if turn % 90 == 0 else 0
@@ -254,10 +247,8 @@ def rolled_off(light, peak: float):
 
 
 def to_sdr(pixels: np.ndarray, transfer: int, primaries: int, peak: float = 1000.0) -> np.ndarray:
-    """R'G'B' uint16 [h, w, 3] over its full range to uint8 [h, w, 3] for an ordinary display.
-
-    `transfer`, `primaries`: numbers of H.273; `peak`: the brightest light meant, in cd/m2.
-    """
+    """R'G'B' uint16 [h, w, 3] over its full range to uint8 [h, w, 3] for an ordinary display; `peak`:
+    the brightest light meant, in cd/m2."""
     if transfer == HLG:
         peak = 1000.0
     lights, gains, signals = _tables(transfer, round(peak))
@@ -276,9 +267,9 @@ def to_sdr(pixels: np.ndarray, transfer: int, primaries: int, peak: float = 1000
 
 @functools.cache
 def _tables(transfer: int, peak: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Three tables of `_LEVELS` entries: light by the signal (cd/m2 for PQ, of the scene for HLG, else
-    white is 1); what light is multiplied with, white becoming 1, by the square root of light / 10,000;
-    the signal, 0..255, by the square root of linear light in [0, 1]."""
+    """Of `_LEVELS` entries: light by the signal (cd/m2 for PQ, of the scene for HLG, else white is 1);
+    what light is multiplied with, white becoming 1, by the square root of light / 10,000; the signal,
+    0..255, by the square root of linear light in [0, 1]."""
     level = np.linspace(0, 1, _LEVELS)
     lights = {PQ: pq_to_light, HLG: hlg_to_scene}.get(transfer, lambda x: x**DISPLAY_GAMMA)(level)
     light = 10000.0 * level**2

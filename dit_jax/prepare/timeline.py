@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
+# Frames per second that time stamps in milliseconds are taken to mean.
 STANDARD = (1, 2, 5, 6, 8, 10, 12, 12.5, 15, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 144, 240)
 STANDARD += tuple(n * 1000 / 1001 for n in (12, 15, 24, 30, 48, 60, 120))
-"""Frames per second that time stamps in milliseconds are taken to mean."""
 MAX_RATE = 240.0
-LONGEST_GAP = 2.0
-"""Seconds without a frame that are a pause rather than a slow rate, where frames are denser."""
+LONGEST_GAP = 2.0  # Seconds without a frame that are a pause, where frames are denser.
+# Seconds before and after the latest time stamp from which on a stamp begins anew: frames out of order
+# and slow rates are nearer. (FFmpeg takes the wrap of MPEG's stamps for a new beginning.)
 BACK, FAR = 0.5, 3600.0
-"""Seconds before and after the latest time stamp from which on a stamp begins anew: frames out of order
-and slow rates are nearer. (FFmpeg takes the wrap of MPEG's stamps for a new beginning.)"""
 
 
 class Clock:

@@ -17,10 +17,6 @@ def grey(seed=0, height=96, width=128):
     return cv2.cvtColor(moving(1, height, width, seed=seed)[0], cv2.COLOR_RGB2GRAY)
 
 
-def within(image):
-    return f.picture_within(image.max(1), image.max(0))
-
-
 def test_black_is_counted():
     image = np.full((10, 10), 17, np.uint8)
     image[:3] = 16
@@ -49,25 +45,32 @@ def test_motion_is_in_diagonals_a_second():
     assert f.motion(before[:8], after[:8], 25.0) == 0.0
 
 
-def test_bars_are_found_exactly():
-    picture = np.full((180, 320), 120, np.uint8)
-    picture[::7] = 200
-    framed = np.zeros((240, 320), np.uint8)
-    framed[31:211] = picture
-    assert within(framed) == Rect(31, 0, 180, 320)
-    pillars = np.full((180, 400), 10, np.uint8)
-    pillars[:, 40:360] = picture
-    assert within(pillars) == Rect(0, 40, 180, 320)
+def framed(picture, height, width, top, left, level):
+    image = np.full((height, width), level, np.uint8)
+    image[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return image
 
 
-def test_what_is_dark_and_no_bar_is_kept():
-    night = np.zeros((120, 160), np.uint8)
-    night[:, :] = np.clip(np.arange(160) - 30, 0, 255)  # Grows bright slowly from the left.
-    assert within(night) == Rect(0, 0, 120, 160)
-    assert within(np.zeros((40, 50), np.uint8)) == Rect(0, 0, 40, 50)
-    line = np.full((120, 160), 100, np.uint8)
-    line[0] = 0
-    assert within(line) == Rect(0, 0, 120, 160)
+STRIPES = np.full((180, 320), 120, np.uint8)
+STRIPES[::7] = 200
+NIGHT = np.tile(
+    np.clip(np.arange(160) - 30, 0, 255), (120, 1)
+)  # Grows bright slowly from the left.
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (framed(STRIPES, 240, 320, 31, 0, 0), Rect(31, 0, 180, 320)),
+        (framed(STRIPES, 180, 400, 0, 40, 10), Rect(0, 40, 180, 320)),
+        (NIGHT, Rect(0, 0, 120, 160)),
+        (np.zeros((40, 50)), Rect(0, 0, 40, 50)),
+        (framed(np.full((119, 160), 100), 120, 160, 1, 0, 0), Rect(0, 0, 120, 160)),  # A dark line.
+    ],
+)
+def test_bars_are_found_exactly_and_what_is_dark_and_no_bar_is_kept(image, expected):
+    image = image.astype(np.uint8)
+    assert f.picture_within(image.max(1), image.max(0)) == expected
 
 
 @pytest.mark.parametrize(
