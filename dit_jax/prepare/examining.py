@@ -180,7 +180,7 @@ def read_clip(
 ) -> np.ndarray:
     """A clip's frames as they were examined: uint8 RGB [t, h, w, 3].
 
-    Entered at a key frame before the clip; where the frames found there are others (their hashes
+    Entered at a key frame before the clip; where other frames come (their hashes
     tell), the file is decoded from its start. Refused: if the file does not give it any more.
     """
     entry: float | Entry | None = clip.begin - 1.5 / clip.fps if clip.timed else None
@@ -194,7 +194,7 @@ def read_clip(
 
 
 def _cropped(decoded: Iterator[Picture], clip: Clip) -> np.ndarray | None:
-    """The clip of these pictures; None if they are not the ones that it was made of."""
+    """The clip of these pictures; None if they are not the ones that were examined."""
     assert clip.geometry is not None, "a clip without geometry is rejected"
     geometry, crop = clip.geometry, clip.geometry.crop
     origin, hashed = clip.begin - clip.start / clip.fps, hashed_frames(clip.frames)

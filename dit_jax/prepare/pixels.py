@@ -76,7 +76,7 @@ class DecodingConfig:
 
 
 class Renderer:
-    """Turns the frames of one stream into pixels; made from its first frame."""
+    """Turns the frames of one stream into pixels; by what its first frame says."""
 
     def __init__(
         self,
@@ -193,8 +193,8 @@ def display_turn(frame: av.VideoFrame, matrix: Any) -> tuple[bool, int]:
 def _side_data(frame: av.VideoFrame) -> dict[Type, Any]:
     """A frame's side data by type; nothing where PyAV does not know one of the types."""
     try:
-        found: Any = frame.side_data.keys()
-        return {data.type: data for data in found}
+        data: Any = frame.side_data.keys()
+        return {one.type: one for one in data}
     except ValueError:
         return {}
 

@@ -1,4 +1,4 @@
-"""Still and animated images through Pillow: opaque, 8 bits, in sRGB.
+"""Still and animated images by Pillow: opaque, 8 bits, in sRGB.
 
 Transparency stands before a background colour; CMYK, palettes, greys and 16 bits become 8-bit RGB; an
 embedded colour profile is converted to sRGB. GIF, WebP, APNG and AVIF animations give their frames
