@@ -1,6 +1,6 @@
 """What a file is, and its pictures in order with their times: videos, images and records alike.
 
-A file's kind is that of its content, whatever its name: still images (and GIF, WebP, APNG) are Pillow's,
+A file's kind is that of its content, not its name: still images (and GIF, WebP, APNG) are Pillow's,
 everything else FFmpeg's through PyAV. Frames that are marked as interlaced are deinterlaced, one frame
 of each. FFmpeg conceals damage by painting over; here a packet that cannot be decoded, or a frame that
 is marked corrupt, ends what is used, until the next key frame.
