@@ -20,10 +20,8 @@ from dit_jax.prepare.media import Picture
 from dit_jax.prepare.shots import ShotConfig, ShotFinder
 
 DARK = 16  # Pixels up to this are black.
-BAR, EDGE = (
-    24,
-    24,
-)  # Bars are nowhere brighter; the picture begins with a step of at least the other.
+# Bars are nowhere brighter than the first; the picture begins with a step of at least the other.
+BAR, EDGE = 24, 24
 SMALL, THUMBNAIL = 128, 192  # The longer side of frames that are measured; of thumbnails, at most.
 
 
