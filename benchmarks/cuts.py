@@ -22,8 +22,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dit_jax.prepare.decoding import DecodingConfig, sampled
 from dit_jax.prepare.measuring import small_frame
+from dit_jax.prepare.media import sampled
 from dit_jax.prepare.shots import shot_cuts
 
 CUTS = {"torchcodec__nasa_13013.mp4": [202], "ffmpeg-python__in.mp4": [180]}
@@ -54,7 +54,7 @@ class Shot:
 def read_shots(path: Path, colour: bool = False) -> list[Shot]:
     """The shots of a clip, in the size in which cuts are looked for."""
     frames = []
-    for _, picture in sampled(path, None, DecodingConfig()):
+    for _, picture in sampled(path):
         frame = picture.pixels(HEIGHT, WIDTH) if colour else small_frame(picture)
         frames.append(cv2.resize(frame, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA))
     edges = [0, *CUTS.get(path.name, []), len(frames)]

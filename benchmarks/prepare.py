@@ -25,10 +25,10 @@ import numpy as np
 from plain_decoding import decode, decode_to_pixels
 
 from dit_jax.prepare.clips import ClipConfig
-from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.examining import ExamineConfig, FileReport, read_clip
 from dit_jax.prepare.examining import examine as examine_one
 from dit_jax.prepare.listing import Item, find_media
+from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.stages import Examined, Kept, examine_files, read_clips
 from dit_jax.prepare.work import Progress
 from dit_jax.prepare.workers import WorkersConfig, run

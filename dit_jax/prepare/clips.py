@@ -1,4 +1,4 @@
-"""Shots to clips of the lengths and sizes that are wanted: arithmetic only, no pixels.
+"""Shots to clips of the lengths and sizes that are asked for: arithmetic only, no pixels.
 
 A clip's length is 1 + stride·n frames, as causal video autoencoders take them. A shot that is too
 long is split evenly, so that no tail is left; what does not fill a stride is lost. Pictures keep their
@@ -41,14 +41,11 @@ class ClipConfig:
     """The most pixels of a frame: larger ones are shrunk; None: none is."""
     multiple: int = 16
     """Heights and widths are multiples of this."""
-    margin: int = 0
-    """Frames left out at either end of a shot that begins or ends with a cut."""
 
     def __post_init__(self) -> None:
         rules = {
             "0 < min_seconds <= max_seconds": 0 < self.min_seconds <= self.max_seconds,
             "stride and multiple are at least 1": min(self.stride, self.multiple) >= 1,
-            "margin is at least 0": self.margin >= 0,
             "fps is above 0": self.fps is None or 0 < self.fps < math.inf,
             "area is at least a square of multiple": (self.area or math.inf) >= self.multiple**2,
         }
@@ -61,10 +58,18 @@ class Geometry:
 
     scaled_height: int
     scaled_width: int
-    crop: Rect
-    """Of the scaled picture: what the clip shows."""
-    source: Rect
-    """The same in the displayed picture, to the nearest pixel."""
+    crop: Rect  # Of the scaled picture: what the clip shows.
+    source: Rect  # The same in the displayed picture, to the nearest pixel.
+
+
+def bounds(fps: float, config: ClipConfig) -> tuple[int, int]:
+    """The least and most frames of a clip at this rate, both 1 + stride·n; a frame lasts 1/fps.
+
+    A shot of the shortest length is long enough, though a stride may leave a little less of it.
+    """
+    shortest = _whole(math.ceil(config.min_seconds * fps - 1e-3), config.stride)
+    longest = _whole(math.floor(config.max_seconds * fps + 1e-3), config.stride)
+    return max(shortest, 1), max(longest, 1)
 
 
 def spans(count: int, fps: float, config: ClipConfig) -> list[tuple[int, int]]:
@@ -84,14 +89,9 @@ def spans(count: int, fps: float, config: ClipConfig) -> list[tuple[int, int]]:
     return [(i * length + room * (2 * i + 1) // (2 * pieces), length) for i in range(pieces)]
 
 
-def bounds(fps: float, config: ClipConfig) -> tuple[int, int]:
-    """The least and most frames of a clip at this rate, both 1 + stride·n; a frame lasts 1/fps.
-
-    A shot of the shortest length is long enough, though a stride may leave a little less of it.
-    """
-    shortest = _whole(math.ceil(config.min_seconds * fps - 1e-3), config.stride)
-    longest = _whole(math.floor(config.max_seconds * fps + 1e-3), config.stride)
-    return max(shortest, 1), max(longest, 1)
+def _whole(count: int, stride: int) -> int:
+    """The most frames up to `count` that are 1 + stride·n."""
+    return 1 + (count - 1) // stride * stride
 
 
 def fit(height: int, width: int, part: Rect, config: ClipConfig) -> Geometry | None:
@@ -99,29 +99,17 @@ def fit(height: int, width: int, part: Rect, config: ClipConfig) -> Geometry | N
     scale, area = 1.0, part.height * part.width
     if config.area is not None and area > config.area:
         scale = math.sqrt(config.area / area)
-    out = [_multiple(side * scale, config.multiple) for side in (part.height, part.width)]
+    parts, sides = (part.height, part.width), (height, width)
+    out = [math.floor(p * scale / config.multiple + 1e-6) * config.multiple for p in parts]
     if min(out) == 0:
         return None
     if scale < 1:  # As small as it may be, so that the least is cropped.
-        scale = max(out[0] / part.height, out[1] / part.width)
-    scaled = max(round(height * scale), out[0]), max(round(width * scale), out[1])
+        scale = max(o / p for o, p in zip(out, parts, strict=True))
+    scaled = [max(round(side * scale), o) for side, o in zip(sides, out, strict=True)]
     down, across = scaled[0] / height, scaled[1] / width
-    top = _within(part.top * down, part.height * down, out[0], scaled[0])
-    left = _within(part.left * across, part.width * across, out[1], scaled[1])
+    # The middle of the part.
+    top = round(part.top * down + (part.height * down - out[0]) / 2)
+    left = round(part.left * across + (part.width * across - out[1]) / 2)
+    top, left = min(max(top, 0), scaled[0] - out[0]), min(max(left, 0), scaled[1] - out[1])
     source = Rect(*(round(x) for x in (top / down, left / across, out[0] / down, out[1] / across)))
-    return Geometry(*scaled, Rect(top, left, *out), source)
-
-
-def _multiple(side: float, multiple: int) -> int:
-    """The largest multiple up to a side."""
-    return math.floor(side / multiple + 1e-6) * multiple
-
-
-def _within(first: float, length: float, kept: int, size: int) -> int:
-    """Where the middle `kept` pixels of [first, first + length) begin, among `size` pixels."""
-    return min(max(round(first + (length - kept) / 2), 0), size - kept)
-
-
-def _whole(count: int, stride: int) -> int:
-    """The most frames up to `count` that are 1 + stride·n."""
-    return 1 + (count - 1) // stride * stride
+    return Geometry(scaled[0], scaled[1], Rect(top, left, *out), source)

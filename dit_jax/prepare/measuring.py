@@ -1,29 +1,28 @@
 """What a clip is measured by, in one pass over its frames, and the bounds it must keep.
 
-Pixels are 0..255. Most measures are of frames shrunk to about 128 pixels a side; sharpness, bars and
-text are of pictures of full size, one a second. Every measure is a number that is kept with the clip.
+Pixels are 0..255. Most measures are of frames shrunk to 128 pixels a side; sharpness and bars are of
+pictures of full size, one a second. Every measure is a number that is kept with the clip.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from av.video.reformatter import Interpolation
 
 from dit_jax.prepare.clips import Rect
-from dit_jax.prepare.decoding import Picture
-from dit_jax.prepare.duplicates import hash_square, hashed_frames, perceptual_hash
+from dit_jax.prepare.duplicates import hashed_frames, perceptual_hash
+from dit_jax.prepare.media import Picture
 from dit_jax.prepare.shots import ShotConfig, ShotFinder
 
-DARK = 16
-"""Pixels up to this are black."""
+DARK = 16  # Pixels up to this are black.
+# Bars are nowhere brighter than the first; the picture begins with a step of at least the other.
 BAR, EDGE = 24, 24
-"""Bars are nowhere brighter than the first; the picture begins with a step of at least the other."""
+SMALL, THUMBNAIL = 128, 192  # The longer side of frames that are measured; of thumbnails, at most.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +42,6 @@ class FilterConfig:
     max_motion: float | None = 1.5
     min_sharpness: float | None = 8.0
     """Variance of the Laplacian of lightness at the size of the clip, the median over its samples."""
-    max_text: float | None = None
-    """Part of the picture that looks like lines of text (`text_part`): a rough guess, and off."""
     crop_bars: bool = True
     """Black bars around the picture are cropped."""
     max_bars: float | None = 0.5
@@ -72,7 +69,6 @@ REJECTIONS = {
     "no motion": ("motion", "min_motion"),
     "too much motion": ("motion", "max_motion"),
     "blur": ("sharpness", "min_sharpness"),
-    "text": ("text", "max_text"),
 }
 """The reasons in the order in which they are looked for: each its score and its bound. Beside them a
 clip can be rejected for its "duration", as an "image", and as a "near-duplicate"."""
@@ -118,200 +114,120 @@ def motion(before: np.ndarray, after: np.ndarray, fps: float) -> float:
     return float(np.hypot(moved[..., 0], moved[..., 1]).mean() / np.hypot(*before.shape) * fps)
 
 
-def profiles(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The brightest pixel of every row [h] and of every column [w] of uint8 [h, w]."""
-    return grey.max(1), grey.max(0)
-
-
 def picture_within(rows: np.ndarray, columns: np.ndarray) -> Rect:
-    """The picture within black bars, by the brightest of every row and column over all samples.
+    """The picture within black bars, by the brightest pixel of every row and column of all samples.
 
     A bar is black all along and ends sharply: a night sky does not. Single dark lines are no bars.
     """
-    (top, bottom), (left, right) = _span(rows), _span(columns)
-    return Rect(top, left, bottom - top, right - left)
-
-
-def _span(profile: np.ndarray) -> tuple[int, int]:
-    """Where the picture begins and ends along one axis."""
-    bright = np.flatnonzero(profile > BAR)
-    if not len(bright):
-        return 0, len(profile)
-    least = max(2, len(profile) // 100)
-    first, last = int(bright[0]), int(bright[-1]) + 1
-    if first < least or profile[first : first + 4].max() < BAR + EDGE:
-        first = 0
-    if len(profile) - last < least or profile[max(last - 4, 0) : last].max() < BAR + EDGE:
-        last = len(profile)
-    return first, last
-
-
-def text_part(grey: np.ndarray) -> float:
-    """Part of uint8 [h, w] within what looks like lines of text: boxes much wider than high, full of
-    strong vertical edges, after joining those across the gaps between letters.
-
-    A rough guess: fences and blinds look like text as well, and single large letters do not.
-    """
-    if grey.shape[1] > 640:
-        size = 640, max(round(grey.shape[0] * 640 / grey.shape[1]), 1)
-        grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
-    edges = (np.abs(cv2.Sobel(grey, cv2.CV_16S, 1, 0)) > 160).astype(np.uint8)
-    joined = cv2.morphologyEx(edges, cv2.MORPH_CLOSE, np.ones((3, 13), np.uint8))
-    joined = cv2.morphologyEx(joined, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
-    _, _, boxes, _ = cv2.connectedComponentsWithStats(joined, connectivity=8)
-    found = 0
-    for x, y, w, h, area in boxes[1:]:
-        density = edges[y : y + h, x : x + w].mean()
-        line = 6 <= h <= grey.shape[0] * 0.2 and w >= 2.5 * h
-        if line and area >= 0.6 * w * h and 0.15 <= density <= 0.7:
-            found += w * h
-    return found / grey.size
-
-
-SMALL = 128
-"""Pixels of the longer side of the frames that are measured."""
-UNHASHED = 1 << 16
-"""Frames of a run whose squares are kept until it is known which of them are hashed: 64 MiB."""
-THUMBNAIL = 192
-"""The same of thumbnails, at most."""
+    edges = []
+    for profile in (rows, columns):
+        length, bright = len(profile), np.flatnonzero(profile > BAR)
+        first, last = (int(bright[0]), int(bright[-1]) + 1) if len(bright) else (0, length)
+        least = max(2, length // 100)
+        if first < least or profile[first : first + 4].max() < BAR + EDGE:
+            first = 0
+        if length - last < least or profile[max(last - 4, 0) : last].max() < BAR + EDGE:
+            last = length
+        edges.append((first, last - first))
+    (top, height), (left, width) = edges
+    return Rect(top, left, height, width)
 
 
 def small_frame(picture: Picture) -> np.ndarray:
-    """A picture as it is measured: its lightness, uint8 [h, w], the longer side `SMALL`.
-
-    Every n-th row and column, down to a little more than that, then averages.
-    """
-    height, width = picture.renderer.height, picture.renderer.width
-    light = picture.lightness(max(round(max(height, width) / (1.25 * SMALL)), 1))
-    scale = SMALL / max(height, width)
-    size = max(round(width * scale), 4), max(round(height * scale), 4)
-    return cv2.resize(light, size, interpolation=cv2.INTER_AREA)
+    """A picture as it is measured: its lightness, uint8 [h, w], the longer side `SMALL`."""
+    sides = picture.renderer.height, picture.renderer.width
+    return picture.lightness(*(max(round(side * SMALL / max(sides)), 4) for side in sides))
 
 
-@dataclasses.dataclass
-class Sample:
+class Sample(NamedTuple):
     """What is measured of a picture in full size."""
 
     sharpness: float
-    text: float | None
-    rows: np.ndarray
+    rows: np.ndarray  # The brightest pixel of every row.
     columns: np.ndarray
     thumbnail: bytes
 
-    @classmethod
-    def of(cls, picture: Picture, area: int | None, text: bool) -> Sample:
-        """Measures a picture; `area`: pixels of a clip's frame."""
-        grey = picture.lightness()
-        height, width = picture.renderer.height, picture.renderer.width
-        scale = min(THUMBNAIL / max(height, width), 1.0)
-        size = [max(round(side * scale), 1) for side in (height, width)]
-        shrunk = picture.pixels(size[0], size[1], Interpolation.BILINEAR)
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 80]
-        rows, columns = profiles(grey)
-        return cls(
-            sharpness(grey, area),
-            text_part(grey) if text else None,
-            rows,
-            columns,
-            cv2.imencode(".jpg", np.ascontiguousarray(shrunk[..., ::-1]), quality)[1].tobytes(),
-        )
+
+def sample(picture: Picture, area: int | None) -> Sample:
+    """Measures a picture; `area`: pixels of a clip's frame."""
+    grey = picture.lightness()
+    scale = min(THUMBNAIL / max(grey.shape), 1.0)
+    height, width = (max(round(side * scale), 1) for side in grey.shape)
+    shown = picture.renderer.pixels(picture.frame, height, width, Interpolation.BILINEAR)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 80]
+    jpeg = cv2.imencode(".jpg", np.ascontiguousarray(shown[..., ::-1]), quality)[1].tobytes()
+    return Sample(sharpness(grey, area), grey.max(1), grey.max(0), jpeg)
 
 
 class Run:
-    """Frames without a gap, from grid index `start` on."""
+    """Frames without a gap, from grid index `start` on, and what is measured of them."""
 
-    def __init__(
-        self, start: int, fps: float, shots: ShotConfig, step: int, area: int | None, text: bool
-    ):
+    def __init__(self, start: int, fps: float, shots: ShotConfig, step: int, area: int | None):
         """`step`: so many frames apart are those that are measured in full size."""
-        self.start, self._fps, self._step, self._area, self._text = start, fps, step, area, text
+        # The grid indices of the first frame and after the last one.
+        self.start, self.stop, self.fps = start, start, fps
+        self._step, self._area = step, area
         self._finder = ShotFinder(shots)
+        # Of every frame, from the first on.
         self._changes: list[float] = []
         self._black: list[float] = []
-        self._squares: list[np.ndarray | int] = []
+        self._hashes: list[int] = []
+        # Of some, by their place.
         self._motion: dict[int, float] = {}
         self._samples: dict[int, Sample] = {}
-        self._pairs = max(step // 2, 1)
         self._latest: tuple[Picture, np.ndarray] | None = None
-
-    @property
-    def stop(self) -> int:
-        """The grid index after the last frame."""
-        return self.start + len(self._changes)
 
     def add(self, picture: Picture) -> None:
         """Measures the next frame; one that is shown again is not drawn again."""
-        at, latest = len(self._changes), self._latest
+        at, latest, pairs = self.stop - self.start, self._latest, max(self._step // 2, 1)
         if latest is not None and latest[0] is picture:
             small = latest[1]
             self._black.append(self._black[-1])
-            self._squares.append(self._squares[-1])
+            self._hashes.append(self._hashes[-1])
         else:
             small = small_frame(picture)
             self._black.append(black_part(small))
-            square = hash_square(small)
-            late = len(self._squares) >= UNHASHED
-            self._squares.append(perceptual_hash(square) if late else square)
+            self._hashes.append(perceptual_hash(small))
         self._changes.append(self._finder.feed(small))
-        if latest is not None and at % self._pairs == 1 % self._pairs:
-            self._motion[at] = motion(latest[1], small, self._fps)
+        if latest is not None and at % pairs == 1 % pairs:
+            self._motion[at] = motion(latest[1], small, self.fps)
         if not at or self._is_regular(at):
-            self._samples[at] = Sample.of(picture, self._area, self._text)
-        self._latest = picture, small
+            self._samples[at] = sample(picture, self._area)
+        self._latest, self.stop = (picture, small), self.stop + 1
 
     def shots(self) -> list[tuple[int, int]]:
         """(first, last + 1) of every shot, in grid indices."""
         cuts = [self.start + cut for cut in self._finder.cuts()]
         return list(itertools.pairwise([self.start, *cuts, self.stop]))
 
-    def scores(self, start: int, count: int) -> dict[str, float]:
-        """Measures of `count` frames from a grid index on, by the names in `REJECTIONS`."""
+    def measured(
+        self, start: int, count: int
+    ) -> tuple[dict[str, float], Rect, tuple[int, ...], bytes]:
+        """Of `count` frames from a grid index on: scores by their names in `REJECTIONS`, the picture
+        within black bars, hashes, and the JPEG of the sample nearest to their middle."""
         first, last = start - self.start, start - self.start + count
-        samples = self._within(start, count)
-        texts = [sample.text for sample in samples if sample.text is not None]
+
+        def nearest(place: float) -> Sample:
+            return self._samples[min(self._samples, key=lambda at: abs(at - place))]
+
+        regular = [at for at in self._samples if first <= at < last and self._is_regular(at)]
+        samples = [self._samples[at] for at in regular] or [nearest((first + last) / 2)]
         motion = [value for at, value in self._motion.items() if first < at < last]
-        found = {
+        scores = {
             "black": float(np.mean(self._black[first:last])),
-            "sharpness": float(np.median([sample.sharpness for sample in samples])),
+            "sharpness": float(np.median([one.sharpness for one in samples])),
         }
-        if texts:
-            found["text"] = float(np.median(texts))
         if count > 1:  # The first frame's change is from another clip.
-            found["change"] = float(np.mean(self._changes[first + 1 : last]))
+            scores["change"] = float(np.mean(self._changes[first + 1 : last]))
         if motion:
-            found["motion"] = float(np.mean(motion))
-        return found
-
-    def picture(self, start: int, count: int, whole: Rect) -> Rect:
-        """Where the picture is within black bars, over these frames; `whole`: as displayed."""
-        samples = self._within(start, count)
-        rows = np.max([sample.rows for sample in samples], axis=0)
-        columns = np.max([sample.columns for sample in samples], axis=0)
-        found = picture_within(rows, columns)
-        down, across = whole.height / len(rows), whole.width / len(columns)
-        top, left = math.ceil(found.top * down), math.ceil(found.left * across)
-        bottom = math.floor((found.top + found.height) * down)
-        return Rect(top, left, bottom - top, math.floor((found.left + found.width) * across) - left)
-
-    def hashes(self, start: int, count: int) -> tuple[int, ...]:
-        """Perceptual hashes of these frames."""
-        squares = (self._squares[start - self.start + i] for i in hashed_frames(count))
-        return tuple(one if isinstance(one, int) else perceptual_hash(one) for one in squares)
-
-    def thumbnail(self, start: int, count: int) -> bytes:
-        """JPEG of the sample nearest to the middle of these frames."""
-        middle = start - self.start + count // 2
-        return self._samples[min(self._samples, key=lambda at: abs(at - middle))].thumbnail
+            scores["motion"] = float(np.mean(motion))
+        rows = np.max([one.rows for one in samples], axis=0)
+        columns = np.max([one.columns for one in samples], axis=0)
+        hashes = tuple(self._hashes[first + i] for i in hashed_frames(count))
+        thumbnail = nearest(first + count // 2).thumbnail
+        return scores, picture_within(rows, columns), hashes, thumbnail
 
     def _is_regular(self, at: int) -> bool:
         """Whether this frame, counted from the first, is one to be measured in full size: from the
         middle of the first step on, for beginnings are often black."""
         return at % self._step == self._step // 2
-
-    def _within(self, start: int, count: int) -> list[Sample]:
-        """The regular samples of these frames, or the nearest one where there is none."""
-        first, last = start - self.start, start - self.start + count
-        inside = [at for at in self._samples if first <= at < last and self._is_regular(at)]
-        found = [self._samples[at] for at in inside]
-        nearest = min(self._samples, key=lambda at: abs(at - (first + last) / 2))
-        return found or [self._samples[nearest]]

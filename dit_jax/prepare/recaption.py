@@ -26,7 +26,7 @@ import numpy as np
 from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
 from dit_jax.prepare.chat import ChatClient, message, ordered, tell
-from dit_jax.prepare.decoding import DecodingConfig
+from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.stages import Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import Outcome, WorkersConfig

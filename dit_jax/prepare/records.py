@@ -23,8 +23,8 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.files import atomic_path, refuse_if, write_json
-from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.encoded import EncodedVideo
+from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.refusals import MACHINE_REASONS
 from dit_jax.prepare.stages import TRIES, Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-REASONS = (
-    "empty file",
-    "cannot be read",
-    "not media",
-    "no video stream",
-    "no frames",
-    "truncated",
-    "cannot be decoded",
-    "encrypted",
-    "hdr",
-    "unsupported",
-    "too large",
-    "timed out",
-    "decoder crashed",
-    "out of memory",
-    "failed",
-)
-"""`hdr`: only where it is refused rather than tone-mapped, or cannot be (Dolby Vision without a base
-layer). `unsupported`: a format that is recognised but not decoded here. `failed`: a fault of ours."""
+from collections.abc import Iterable
+
+# `hdr`: where the config refuses it, or it cannot be tone-mapped (Dolby Vision without a base layer).
+# `unsupported`: a format that is recognised but not decoded here.
+CONTENT_REASONS = ("empty file", "not media", "no video stream", "no frames", "truncated")
+CONTENT_REASONS += ("cannot be decoded", "encrypted", "hdr", "unsupported", "too large")
+# Another run, with more time or memory or a disk that answers, may not meet these again.
+# `failed`: a fault of ours.
 MACHINE_REASONS = frozenset(
     {"cannot be read", "timed out", "decoder crashed", "out of memory", "failed"}
 )
-"""Reasons that another run, with more time or memory or a disk that answers, may not find again. All
-others follow from what is in the file."""
+REASONS = {*CONTENT_REASONS, *MACHINE_REASONS}
 
 
 class Refused(Exception):
@@ -38,3 +26,10 @@ class Refused(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def refuse_file(faults: Iterable[tuple[bool, str, str]]) -> None:
+    """Raises the first of (whether it is so, reason, detail) that is so."""
+    for wrong, reason, detail in faults:
+        if wrong:
+            raise Refused(reason, detail)

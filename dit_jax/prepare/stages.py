@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.files import json_bytes
-from dit_jax.prepare.clips import Geometry, Rect
-from dit_jax.prepare.decoding import DecodingConfig
 from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
 from dit_jax.prepare.measuring import Rejection
 from dit_jax.prepare.media import Probe
+from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.refusals import MACHINE_REASONS
 from dit_jax.prepare.work import Logs, Progress, digest
 from dit_jax.prepare.workers import Outcome, WorkersConfig, run

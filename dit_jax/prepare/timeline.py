@@ -14,22 +14,14 @@ from typing import Any
 
 import numpy as np
 
-STANDARD = tuple(
-    n / d
-    for n, d in (
-        *((n, 1) for n in (1, 2, 5, 6, 8, 10, 12, 12.5, 15, 20, 24, 25, 30, 48, 50, 60, 90, 100)),
-        *((n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)),
-        *((n, 1) for n in (120, 144, 240)),
-    )
-)
-"""Frames per second that time stamps in milliseconds are taken to mean."""
+# Frames per second that time stamps in milliseconds are taken to mean.
+STANDARD = (1, 2, 5, 6, 8, 10, 12, 12.5, 15, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 144, 240)
+STANDARD += tuple(n * 1000 / 1001 for n in (12, 15, 24, 30, 48, 60, 120))
 MAX_RATE = 240.0
-LONGEST_GAP = 2.0
-"""Seconds without a frame that are a pause rather than a slow rate, where frames are denser."""
+LONGEST_GAP = 2.0  # Seconds without a frame that are a pause, where frames are denser.
+# Seconds before and after the latest time stamp from which on a stamp begins anew: frames out of order
+# and slow rates are nearer. (FFmpeg takes the wrap of MPEG's stamps for a new beginning.)
 BACK, FAR = 0.5, 3600.0
-"""Seconds by which a time stamp is before or after the latest where they begin anew; frames that come
-out of order, and slow rates, are nearer. (MPEG's stamps wrap after 26 hours, and FFmpeg takes a new
-beginning for that.)"""
 
 
 class Clock:
@@ -56,10 +48,9 @@ class Clock:
 def native_rate(times: np.ndarray, hint: float | None = None) -> tuple[float, bool]:
     """(frames per second, whether it is constant) of sorted time stamps, float [n] in seconds.
 
-    The rate is that of the steps near the median one, and is rounded to `hint` (what the file says)
-    or to a `STANDARD` rate within 0.5 % of it. It is constant if all time stamps lie on its grid, of
-    which at most a tenth may be missing; of several such rates the first is taken.
-    Fewer than two frames have no rate: `hint`, or 1, and constant.
+    The rate is that of the steps near the median one, rounded to `hint` (what the file says) or to a
+    `STANDARD` rate within 0.5 % of it. It is constant if all stamps lie on its grid, at most a tenth of
+    which is empty. Fewer than two frames have no rate: `hint`, or 1, and constant.
     """
     times = np.unique(times)
     hint = hint if hint and 0 < hint <= MAX_RATE else None
@@ -71,18 +62,13 @@ def native_rate(times: np.ndarray, hint: float | None = None) -> tuple[float, bo
     nearby = sorted(STANDARD, key=lambda rate: abs(rate - typical))[:3]
     rates = [r for r in (hint, *nearby, typical) if r and abs(r / typical - 1) < 5e-3]
     for rate in rates:
-        if _fits(times, rate):
+        places = (times - times[0]) * rate
+        points = np.rint(places)
+        missing = points[-1] + 1 - len(times)
+        one_each = np.ptp(places - points) < 0.6 and np.diff(points).min() >= 1
+        if one_each and missing <= len(times) / 10:
             return float(rate), True
     return float(rates[0]), False
-
-
-def _fits(times: np.ndarray, rate: float) -> bool:
-    """Whether all stamps lie on the grid of a rate, no two on one point, few points missing."""
-    places = (times - times[0]) * rate
-    points = np.rint(places)
-    off = places - points
-    missing = points[-1] + 1 - len(times)
-    return off.max() - off.min() < 0.6 and np.diff(points).min() >= 1 and missing <= len(times) / 10
 
 
 def on_grid(
@@ -94,27 +80,29 @@ def on_grid(
     lost; of those with one time stamp the first counts. Stops after the grid points before `end`
     seconds, having read one frame beyond.
     """
+
+    def first_after(time: float) -> int:
+        return math.ceil((time - origin) * fps - 1e-6)
+
     pause = max(LONGEST_GAP, 4 / fps)
     index, before = 0, None
     for frame in frames:
-        if before is not None:
-            if frame.time <= before.time:
-                continue
+        if before is None:
+            index = max(0, first_after(frame.time - 0.5 / fps))
+        elif frame.time <= before.time:
+            continue
+        else:
             gap = frame.after_gap or frame.time - before.time > pause
             middle = before.time + 0.5 / fps if gap else (before.time + frame.time) / 2
-            stop = math.ceil((min(middle, end) - origin) * fps - 1e-6)
+            stop = first_after(min(middle, end))
             for k in range(index, stop):
                 yield k, before
             index = max(index, stop)
             if gap:
-                begins = math.ceil((frame.time - 0.5 / fps - origin) * fps - 1e-6)
-                index = max(index + 1, begins)
+                index = max(index + 1, first_after(frame.time - 0.5 / fps))
             if before.time >= end:
                 return
-        else:
-            index = max(0, math.ceil((frame.time - 0.5 / fps - origin) * fps - 1e-6))
         before = frame
     if before is not None:
-        stop = math.ceil((min(before.time + 0.5 / fps, end) - origin) * fps - 1e-6)
-        for k in range(index, stop):
+        for k in range(index, first_after(min(before.time + 0.5 / fps, end))):
             yield k, before

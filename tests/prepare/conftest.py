@@ -42,37 +42,40 @@ def slept(monkeypatch):
 def written(tmp_path):
     """Writes frames to a file: `written("a.mp4", frames, fps=25, times=None, ...)`."""
 
-    def write(name, frames, fps=25, *, times=None, codec="libx264", aspect=None, **attributes):
-        path = tmp_path / name
+    def write(
+        name,
+        frames,
+        fps=25,
+        *,
+        times=None,
+        codec="libx264",
+        aspect=None,
+        kind=None,
+        options=None,
+        **more,
+    ):
+        """`frames`: uint8 RGB [t, h, w, 3], stored as `kind` (by default yuv444p, nearly lossless), or
+        `av.VideoFrame`s as they are; `more`: attributes of the encoder."""
+        path, rate = tmp_path / name, Fraction(fps).limit_denominator(1001)
+        base = 1 / rate if times is None else Fraction(1, 1000)
+        fine = kind is None and codec == "libx264" and isinstance(frames[0], np.ndarray)
+        options = options or ({"crf": "4", "g": "12"} if fine else {})
         with av.open(str(path), "w") as container:
-            rate = Fraction(fps).limit_denominator(1001)
-            stream = container.add_stream(codec, rate)
-            first = frames[0]
-            if isinstance(first, np.ndarray):
-                stream.height, stream.width = first.shape[:2]
-                stream.pix_fmt = "yuv444p"
-                if codec == "libx264":
-                    stream.options = {"crf": "4", "g": "12"}
-            else:
-                stream.height, stream.width, stream.pix_fmt = (
-                    first.height,
-                    first.width,
-                    first.format.name,
-                )
-            if aspect:
-                stream.codec_context.sample_aspect_ratio = aspect
-            for key, value in attributes.items():
-                setattr(stream.codec_context, key, value)
-            base = Fraction(1, 1000) if times is not None else 1 / rate
-            if times is not None:
-                stream.codec_context.time_base = base
-            for i, image in enumerate(frames):
-                frame = image
-                if isinstance(image, np.ndarray):
-                    image = np.ascontiguousarray(image)
-                    frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv444p")
-                frame.time_base = base
-                frame.pts = i if times is None else round(times[i] * 1000)
+            stream = container.add_stream(codec, rate, options=options)
+            for i, frame in enumerate(frames):
+                if isinstance(frame, np.ndarray):
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+                    frame = frame.reformat(format=kind or "yuv444p")
+                if not i:
+                    stream.height, stream.width = frame.height, frame.width
+                    stream.pix_fmt = frame.format.name
+                    if aspect:
+                        stream.codec_context.sample_aspect_ratio = aspect
+                    for key, value in more.items():
+                        setattr(stream.codec_context, key, value)
+                    if times is not None:
+                        stream.codec_context.time_base = base
+                frame.pts, frame.time_base = i if times is None else round(times[i] * 1000), base
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         return path

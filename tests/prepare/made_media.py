@@ -1,8 +1,8 @@
-"""Clips that tests make."""
+"""Clips that tests make, and what files show."""
 
 import numpy as np
 
-from dit_jax.prepare.decoding import sampled
+from dit_jax.prepare.media import DecodingLog, pictures, sampled
 
 
 def moving(count, height=96, width=128, seed=0, speed=2):
@@ -11,11 +11,26 @@ def moving(count, height=96, width=128, seed=0, speed=2):
     coarse = rng.integers(30, 226, (height // 12 + 2, (width + speed * count) // 12 + 2, 3))
     fine = np.kron(coarse, np.ones((12, 12, 1)))
     frames = [fine[:height, speed * i : speed * i + width] for i in range(count)]
-    return (
-        np.stack([f + rng.integers(-6, 7, f.shape) for f in frames]).clip(0, 255).astype(np.uint8)
-    )
+    noisy = np.stack([f + rng.integers(-6, 7, f.shape) for f in frames])
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def probe(path, config=None):
+    """What a file is."""
+    log = DecodingLog()
+    next(pictures(path, config, log))
+    return log.probe
 
 
 def displayed(path, config=None):
     """The seconds and pixels of a file's displayed frames."""
     return [(picture.time, picture.pixels()) for _, picture in sampled(path, config=config)]
+
+
+def cropped(frames, crop):
+    """The part of frames that a clip shows."""
+    rows, columns = (
+        slice(crop.top, crop.top + crop.height),
+        slice(crop.left, crop.left + crop.width),
+    )
+    return np.stack(list(frames))[:, rows, columns]

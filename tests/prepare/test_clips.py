@@ -88,7 +88,6 @@ def test_sizes_keep_the_rules(multiple):
         {"multiple": 0},
         {"area": 255},
         {"fps": 0.0},
-        {"margin": -1},
     ],
 )
 def test_configs_check_themselves(wrong):

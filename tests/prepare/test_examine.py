@@ -7,14 +7,14 @@ import av.logging
 import cv2
 import numpy as np
 import pytest
-from made_media import moving
+from made_media import cropped, moving
 from PIL import Image
 
 from dit_jax.prepare.clips import ClipConfig
-from dit_jax.prepare.decoding import sampled
 from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.measuring import FilterConfig
+from dit_jax.prepare.media import sampled
 from dit_jax.prepare.refusals import REASONS
 from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.workers import run as run_in_children
@@ -33,11 +33,10 @@ SHORT = ClipConfig(min_seconds=0.4, max_seconds=1.0, stride=4, multiple=8)
 
 def expected_frames(path, clip):
     """The clip by decoding the whole file and cutting afterwards."""
-    wanted = range(clip.start, clip.start + clip.frames)
-    crop = clip.geometry.crop
+    span = range(clip.start, clip.start + clip.frames)
     size = clip.geometry.scaled_height, clip.geometry.scaled_width
-    found = [p.pixels(*size) for k, p in sampled(path, clip.fps) if k in wanted]
-    return np.stack(found)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    frames = (p.pixels(*size) for k, p in sampled(path, clip.fps) if k in span)
+    return cropped(frames, clip.geometry.crop)
 
 
 def test_a_file_of_three_shots(written):
@@ -59,15 +58,7 @@ def test_a_file_of_three_shots(written):
     assert short.shot == 1 and str(short.rejection) == "duration: 0.2, bound 0.4"
     for clip in kept:
         assert clip.begin == pytest.approx(clip.start / 25) and clip.seconds == clip.frames / 25
-        assert set(clip.scores) == {
-            "black",
-            "sharpness",
-            "change",
-            "motion",
-            "side",
-            "aspect",
-            "bars",
-        }
+        assert set(clip.scores) == set("black sharpness change motion side aspect bars".split())
         thumbnail = cv2.imdecode(np.frombuffer(clip.thumbnail, np.uint8), cv2.IMREAD_COLOR)
         assert thumbnail.shape == (96, 128, 3)
         pixels = read_clip(path, clip)
@@ -86,9 +77,8 @@ def test_a_file_of_three_shots(written):
     ],
 )
 def test_clips_are_read_as_they_were_examined(written, name, options):
-    made = [av.VideoFrame.from_ndarray(f, "rgb24") for f in moving(60, seed=4)]
     kind = "rgb8" if name == "a.gif" else "yuv420p"
-    path = written(name, [f.reformat(format=kind) for f in made], 25, **options)
+    path = written(name, moving(60, seed=4), kind=kind, **options)
     config = ExamineConfig(clips=ClipConfig(0.4, 0.6, area=80 * 80, multiple=8))
     report = examine(path, config)
     assert len(report.clips) >= 3
@@ -98,7 +88,7 @@ def test_clips_are_read_as_they_were_examined(written, name, options):
 
 
 def test_a_lower_rate_takes_every_second_frame(written):
-    path = written("a.mp4", list(moving(50, seed=2)), 50)
+    path = written("a.mp4", moving(50, seed=2), 50)
     report = examine(path, ExamineConfig(clips=ClipConfig(0.4, 5, fps=25.0, multiple=8)))
     (clip,) = report.clips
     assert report.frames == 25 and clip.fps == 25 and clip.frames == 25
@@ -107,12 +97,6 @@ def test_a_lower_rate_takes_every_second_frame(written):
     # A lower rate than that is kept.
     slow = examine(path, ExamineConfig(clips=ClipConfig(0.4, 5, fps=60.0)))
     assert slow.clips[0].fps == 50
-
-
-def framed(clip):
-    out = np.zeros((len(clip), 160, 128, 3), np.uint8)
-    out[:, 32:128] = clip
-    return out
 
 
 @pytest.mark.parametrize(
@@ -126,16 +110,17 @@ def framed(clip):
     ],
 )
 def test_bad_clips_are_rejected_with_their_reason(written, frames, reason):
-    report = examine(written("a.mp4", list(frames), 25))
+    report = examine(written("a.mp4", frames, 25))
     (clip,) = report.clips
     assert clip.rejection is not None and clip.rejection.reason == reason
-    loose = FilterConfig(None, None, None, None, None, None, None)
+    loose = FilterConfig(*[None] * 7)
     config = ExamineConfig(filters=loose, clips=ClipConfig(multiple=8))
-    assert examine(written("a.mp4", list(frames), 25), config).clips[0].rejection is None
+    assert examine(written("a.mp4", frames, 25), config).clips[0].rejection is None
 
 
 def test_bars_are_cropped(written):
-    path = written("bars.mp4", list(framed(moving(30, seed=5))), 25)
+    clip = np.pad(moving(30, seed=5), ((0, 0), (32, 32), (0, 0), (0, 0)))
+    path = written("bars.mp4", clip, 25)
     (clip,) = examine(path).clips
     assert clip.rejection is None and clip.scores["bars"] == pytest.approx(0.4, abs=0.02)
     assert clip.geometry is not None and clip.geometry.source.height == 96
@@ -147,17 +132,17 @@ def test_bars_are_cropped(written):
 def test_copies_are_found(written):
     clip = moving(40, seed=6)
     small = np.stack([cv2.resize(f, (96, 72), interpolation=cv2.INTER_AREA) for f in clip])
-    files = [written("a.mp4", list(clip)), written("b.webm", list(small), codec="libvpx-vp9")]
-    files.append(written("c.mp4", list(moving(40, seed=7))))
+    files = [written("a.mp4", clip), written("b.webm", small, codec="libvpx-vp9")]
+    files.append(written("c.mp4", moving(40, seed=7)))
     clips = [(path.name, examine(path).clips[0].hashes) for path in files]
     found = near_duplicates(clips)
     assert set(found) == {"b.webm"} and found["b.webm"][0] == "a.mp4"
 
 
 def test_another_file_in_its_place_is_not_read(written):
-    (clip,) = examine(written("a.mp4", list(moving(30, seed=1)))).clips
+    (clip,) = examine(written("a.mp4", moving(30, seed=1))).clips
     with pytest.raises(Exception, match="not as examined"):
-        read_clip(written("a.mp4", list(moving(30, seed=2))), clip)
+        read_clip(written("a.mp4", moving(30, seed=2)), clip)
 
 
 def test_every_shared_file_is_accounted_for(shared):
@@ -184,7 +169,7 @@ def test_every_shared_file_is_accounted_for(shared):
 
 
 def test_random_damage_is_never_a_fault_of_ours(written, tmp_path):
-    rng, clip = np.random.default_rng(0), list(moving(12, 48, 64))
+    rng, clip = np.random.default_rng(0), moving(12, 48, 64)
     whole = [written("a.mp4", clip), written("a.mkv", clip)]
     whole.append(written("a.webm", clip, codec="libvpx-vp9"))
     for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.tif"):
@@ -209,7 +194,7 @@ def test_random_damage_is_never_a_fault_of_ours(written, tmp_path):
 
 
 def test_what_becomes_of_the_process_is_a_reason(written):
-    path = written("a.mp4", list(moving(30)))
+    path = written("a.mp4", moving(30))
     strict = WorkersConfig(count=1, time_limit=1e-3)
     (report,) = examine_all([path], workers=strict)
     assert report.refusal == ("timed out", "killed after 0.001 s")

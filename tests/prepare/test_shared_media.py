@@ -1,14 +1,16 @@
 """Every file of the shared media against the table: frames, shape, rate, length, pixels, or why not."""
 
+import itertools
 import json
 
 import av.logging
 import numpy as np
 import pytest
+from made_media import probe
 from media_table import DECODED, REFUSED
 
-from dit_jax.prepare.decoding import Losses, pictures, probe
 from dit_jax.prepare.examining import examine
+from dit_jax.prepare.media import DecodingLog, pictures
 from dit_jax.prepare.refusals import Refused
 from dit_jax.prepare.timeline import on_grid
 
@@ -27,12 +29,8 @@ def nine_parts(pixels):
         pixels = pixels.repeat(3, 0).repeat(3, 1)
     h, w = pixels.shape[:2]
     ys, xs = ([round(side * i / 3) for i in range(4)] for side in (h, w))
-    return np.array(
-        [
-            [pixels[ys[i] : ys[i + 1], xs[j] : xs[j + 1]].mean((0, 1)) for j in range(3)]
-            for i in range(3)
-        ]
-    )
+    parts = [pixels[a:b, c:d] for a, b in itertools.pairwise(ys) for c, d in itertools.pairwise(xs)]
+    return np.reshape([part.mean((0, 1)) for part in parts], (3, 3, 3))
 
 
 @pytest.mark.parametrize("expected", DECODED, ids=lambda expected: expected.file)
@@ -42,17 +40,13 @@ def test_a_file_is_decoded_as_expected(shared, expected):
     assert (found.kind, found.width, found.height) == expected[1:4]
     assert found.fps == pytest.approx(expected.fps, abs=1e-3)
     assert found.duration == pytest.approx(expected.duration, abs=2e-3)
-    decoded, indices, first = [], [], None
-    for picture in pictures(path):
-        first = first or picture
-        decoded.append(picture._replace(frame=None))
-        if len(decoded) == LONG:
-            break
+    pixels = next(pictures(path)).pixels()
+    bare = (picture._replace(frame=None) for picture in pictures(path))
+    decoded = list(itertools.islice(bare, LONG))
     indices = [k for k, _ in on_grid(decoded, found.fps, decoded[0].time)]
     assert len(decoded) == min(expected.decoded, LONG)
     assert indices == list(range(min(expected.sampled, LONG)))
     # Turned, mirrored and coloured as another decoder shows it: three levels for its rounding.
-    pixels = first.pixels()
     assert pixels.shape == (found.height, found.width, 3) and pixels.dtype == np.uint8
     reference = np.frombuffer(bytes.fromhex(expected.colours), np.uint8).reshape(3, 3, 3)
     measured = nine_parts(pixels)
@@ -88,9 +82,9 @@ def test_what_damaged_files_lost_is_said(shared):
         "androidx__sample_with_invalid_nalu",
         "decord__corrupted",
     ):
-        losses = Losses()
-        count = sum(1 for _ in pictures(shared(f"odd_media/{name}.mp4"), losses=losses))
-        lost[name] = (count, losses.errors, losses.dropped)
+        log = DecodingLog()
+        count = sum(1 for _ in pictures(shared(f"odd_media/{name}.mp4"), log=log))
+        lost[name] = (count, log.errors, log.dropped)
     assert lost == {
         "SYNTH_truncated_faststart": (146, 1, 2),
         "androidx__sample_with_invalid_nalu": (26, 1, 3),

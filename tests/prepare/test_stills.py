@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from made_media import displayed
-from PIL import Image
+from made_media import displayed, probe
+from PIL import Image, ImageCms
 
-from dit_jax.prepare.decoding import DecodingConfig, probe
 from dit_jax.prepare.examining import examine
+from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.refusals import Refused
 
 RNG = np.random.default_rng(0)
@@ -116,8 +116,6 @@ def test_damaged_images_are_refused_by_name(tmp_path):
 
 
 def test_profiles_become_srgb(tmp_path):
-    from PIL import ImageCms
-
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ"))
     Image.fromarray(BLOCKS).save(tmp_path / "odd.png", icc_profile=lab.tobytes())
     assert shown(tmp_path / "odd.png").shape == BLOCKS.shape
