@@ -43,7 +43,7 @@ install_import_hook(
     ["dit_jax.model", "dit_jax.diffusion", "dit_jax.text.t5"]
     + [
         f"dit_jax.codec.{name}"
-        for name in ("autoencoder_kl causal_autoencoder codec reconstruction_loss vgg").split()
+        for name in ("causal_autoencoder codec reconstruction_loss vgg").split()
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
