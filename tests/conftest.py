@@ -42,7 +42,7 @@ for name, value in (
 # checkers. It makes tracing a model half as long again, so the default suite does without.
 CHECKED = "dit_jax.model dit_jax.diffusion dit_jax.text.t5 " + " ".join(
     f"dit_jax.codec.{name}"
-    for name in ("autoencoder_kl causal_autoencoder codec reconstruction_loss vgg".split())
+    for name in ("causal_autoencoder", "codec", "reconstruction_loss", "vgg")
 )
 if {"core", "slow"} & {*sys.argv}:
     os.environ["DIT_JAX_CHECK_SHAPES"] = "1"  # for pytest's workers

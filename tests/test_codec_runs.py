@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from dit_jax import sample, train
+from dit_jax import sample, train, training
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.run import CodecRun
 from dit_jax.config import load_config, to_dict
@@ -24,15 +29,35 @@ CODEC = CONFIG.with_name("tiny_codec_config.py")
 TINY = to_dict(load_config(str(CODEC), CodecRun))
 
 
+def train_here(*arguments: object) -> Ended:
+    """Trains in this process, on one device."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        status = train.main([str(one) for one in arguments])
+    return Ended(status, text.getvalue())
+
+
 @pytest.fixture(scope="module")
-def runs(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Ended]]:
+def runs(cached: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Ended]]:
     """A run that nothing stopped, and one that SIGTERM did at its third step and that was resumed."""
     whole, stopped = (tmp_path_factory.mktemp(name) / "run" for name in ("whole", "stopped"))
     arguments = {run: ["--config", CODEC, "--output", run] for run in (whole, stopped)}
-    # One after another: each finds what the first one compiled.
-    ended = end(verbs.start("train", arguments[whole]))
-    ended += end(verbs.start("train", arguments[stopped], stop=("SIGTERM", 3, 0)))
-    ended += end(verbs.start("train", arguments[stopped]))
+    advance, done, first = training.Progress.advance, [], jax.devices()[:1]
+
+    def advance_and_send(*given: Any) -> None:
+        done.append(advance(*given))
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_, **__: first)
+        patch.setattr(jax, "local_devices", lambda *_, **__: first)
+        ended = [train_here(*arguments[whole])]
+        patch.setattr(training.Progress, "advance", advance_and_send)
+        ended += [train_here(*arguments[stopped]) for _ in range(2)]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return whole, stopped, ended
 
 

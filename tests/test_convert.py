@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop, sample
-from dit_jax.codec import folders
-from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import OLD_ATTENTION
 from dit_jax.config import stored_config
@@ -22,7 +20,7 @@ from dit_jax.files import as_path, write_whole
 from dit_jax.parallel import make_mesh
 from dit_jax.sampling.media import read_video
 from dit_jax.training import Checkpointer, open_run
-from tests.codecs import diffusers_config
+from tests.codecs import diffusers_config, image_config, tiny_images, write_images
 from tests.interop.published import authors_arrays
 
 
@@ -48,15 +46,7 @@ def published(tmp_path: Path) -> Path:
 @pytest.fixture
 def autoencoder(tmp_path: Path) -> Path:
     """A folder of a small autoencoder, two pixels to a latent."""
-    config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
-    rng = np.random.default_rng(0)
-    arrays = {
-        key: 0.1 * rng.normal(size=entry.layout.their_shape).astype(np.float32)
-        for entry in folders.autoencoder_map(config).entries
-        for key in entry.keys
-    }
-    interop.write_folder(tmp_path / "vae", diffusers_config(config), arrays)
-    return tmp_path / "vae"
+    return write_images(tmp_path / "vae", tiny_images(4, 8))
 
 
 HEADS = ("--heads", 4)
@@ -241,7 +231,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(published, tmp_path, c
     assert "ends in .safetensors" in refused(capsys, published, target, "safetensors")
     assert "looks like a file" in refused(capsys, published, tmp_path / "a.safetensors", "run")
     vae = tmp_path / "vae"
-    interop.write_folder(vae, diffusers_config(AutoencoderKLConfig(latent_channels=8)), {})
+    interop.write_folder(vae, diffusers_config(image_config(latent_channels=8)), {})
     said = refused(capsys, published, target, "run", *HEADS, "--codec", vae)
     assert "latents of 8 channels, and the model makes 4" in said
     assert "number with --heads" in refused(capsys, published, target, "run")
@@ -315,7 +305,7 @@ def test_files_and_folders_lie_on_cloud_storage(published, tmp_path, bucket, cap
 
 
 def test_paths_in_a_stored_config_are_absolute(published, tmp_path, monkeypatch):
-    config = AutoencoderKLConfig(widths=(4,) * 4, layers=1, norm_groups=2)
+    config = tiny_images(4, 4, 4, 4)
     vae = tmp_path / "vae"
     interop.write_folder(vae, diffusers_config(config), {})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -12,14 +12,12 @@ import pytest
 
 from dit_jax import convert, interop
 from dit_jax.codec import folders
-from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.converting import run_of_codec
-from dit_jax.codec.run import CodecRun
+from dit_jax.codec.run import CodecRun, run_of_codec
 from dit_jax.config import stored_config, to_dict
 from dit_jax.training import CheckpointConfig, Checkpointer, open_run
-from tests.codecs import SMALL, diffusers_config, random_params
+from tests.codecs import SMALL, random_params, tiny_images, write_images
 from tests.interop.published import authors_arrays
 from tests.test_convert import HEADS, converted, refused
 from tests.tiny_codec_config import get_config
@@ -117,15 +115,7 @@ def test_codecs_that_a_layout_cannot_hold_are_refused(wan: Path, tmp_path: Path,
     assert "is a codec, and --to safetensors" in refused(
         capsys, run, tmp_path / "out.safetensors", "safetensors"
     )
-    images = tmp_path / "images"
-    config = AutoencoderKLConfig(widths=(4, 8), layers=1, norm_groups=2)
-    table = folders.autoencoder_map(config)
-    arrays = {
-        key: np.zeros(entry.layout.their_shape, np.float32)
-        for entry in table.entries
-        for key in entry.keys
-    }
-    interop.write_folder(images, diffusers_config(config), arrays)
+    images = write_images(tmp_path / "images", tiny_images(4, 8))
     for kind in ("codec", "run"):
         said = refused(capsys, images, target, kind)
         assert "is an autoencoder of images" in said and "--to diffusers writes it again" in said

@@ -19,23 +19,20 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.folders import autoencoder_map
 from dit_jax.config import CodecConfig, DataConfig, LogConfig, VideoRun, to_dict
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.evaluate import INCEPTION, VIDEO, write_npz
 from dit_jax.evaluate import __main__ as evaluate
 from dit_jax.evaluate.networks import Network
 from dit_jax.files import as_path
-from dit_jax.interop import write_folder
 from dit_jax.model import ClassLabels, ModelConfig, NoTextConfig, PatchConfig, published
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import SamplingConfig, write_png, write_video
 from dit_jax.sampling.pipeline import Pipeline
 from dit_jax.training import CheckpointConfig, Checkpointer, TrainState
 from dit_jax.training.video_task import init_params, make_model
-from tests.codecs import diffusers_config
+from tests.codecs import tiny_images, write_images
 from tests.runs import Run, Verbs, end, free_port, upload_checkpoint
 
 PROMPTS = ("a big red circle moves left", "a small green cross moves up", "a big blue square")
@@ -443,12 +440,7 @@ def test_classes_are_asked_for_in_turn_or_at_random(
 
 
 def test_latents_are_decoded(evaluated: Evaluated, refused: Refused, tmp_path: Path):
-    shape = AutoencoderKLConfig(widths=(8, 8, 8), layers=1, norm_groups=4)
-    table = autoencoder_map(shape)
-    model = AutoencoderKL(shape)
-    image = jnp.zeros((1, 8, 8, 3))
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), image))
-    write_folder(tmp_path / "codec", diffusers_config(shape), table.export(params))
+    write_images(tmp_path / "codec", tiny_images(8, 8, 8, norm_groups=4))
     run = ["--checkpoint", untrained(classes_config(latents=True), tmp_path / "run"), "--num", 3]
     assert "elsewhere" in refused(*run)  # the codec that the config names
     evaluated(*run, "--codec", tmp_path / "codec")

@@ -3,9 +3,13 @@
 Residual convolutions over time and space at several resolutions, attention within frames in the middle,
 a diagonal Gaussian over latents (or none); ``WAN`` is Wan 2.1's (Wan 2025, "Wan: Open and Advanced
 Large-Scale Video Generative Models", section 4.1). Nothing looks ahead in time, and no norm takes
-statistics over positions. With a stride of s in time, latent 0 holds frame 0, as an image's does, and
-latent i > 0 the frames 1 + s (i - 1) to s i: a clip has 1 + s n frames (Yu et al. 2023, "Language Model
-Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.2).
+statistics over positions. With ``norm_groups`` every frame is by itself, and it is the image
+autoencoder of Stable Diffusion (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent
+Diffusion Models", sections 3.1 and G) as Diffusers' ``AutoencoderKL`` computes it.
+
+With a stride of s in time, latent 0 holds frame 0, as an image's does, and latent i > 0 the frames
+1 + s (i - 1) to s i: a clip has 1 + s n frames (Yu et al. 2023, "Language Model Beats Diffusion:
+Tokenizer is Key to Visual Generation", section 3.2).
 
 Clips are taken in any number of parts. With the collection ``cache`` mutable, every layer leaves there
 the frames that it will look back to in the next part, and with ``first=False`` it begins with those:
@@ -28,13 +32,13 @@ from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dit_jax.codec.autoencoder_kl import LOGVAR_RANGE
 from dit_jax.model import layers
 from dit_jax.model.flops import traced_flops
-from dit_jax.types import Params, PositiveInt, require
+from dit_jax.types import NonNegativeInt, Params, PositiveInt, require
 
 Frames = Float[Array, "b _ _ _ _"]
 CACHE = "cache"
+LOGVAR_RANGE = (-30.0, 20.0)
 
 # ---------------------------------------------------------------------------------------------------
 # Configuration
@@ -62,6 +66,13 @@ class CausalAutoencoderConfig:
     linear: bool = False
     """Whether latents are a linear projection of their own pixels, and pixels of their own latent, that
     the layers correct, from nothing on: principal components are learned at once. For small budgets."""
+    norm_groups: NonNegativeInt = 0
+    """0: layers look back in time. Else every frame is by itself, with group norms of so many groups:
+    the image autoencoder of Stable Diffusion."""
+    quant: bool = True
+    """Whether a 1x1 convolution follows the encoder."""
+    post_quant: bool = True
+    """Whether a 1x1 convolution comes before the decoder."""
     mid_attention: bool = True
     variational: bool = True
     """Whether the encoder gives a mean and a variance, or a point."""
@@ -72,38 +83,33 @@ class CausalAutoencoderConfig:
     """Of activations; auto is bfloat16 on accelerators and float32 on CPUs."""
 
     def __post_init__(self) -> None:
-        count, z = len(self.strides) + 1, self.latent_channels
+        widths, strides, z = self.widths, self.strides, self.latent_channels
+        decoder, count = self.decoder_widths or widths, len(strides) + 1
+        groups, pairs = self.norm_groups, all(set(pair) <= {1, 2} for pair in strides)
 
-        def fit(widths: tuple[int, ...]) -> bool:
+        def even(widths: tuple[int, ...]) -> bool:
             return len(widths) == count and all(w >= 2 and w % 2 == 0 for w in widths)
 
-        fits = fit(self.widths) and (not self.decoder_widths or fit(self.decoder_widths))
-        pairs = all(set(pair) <= {1, 2} for pair in self.strides)
-        per_channel = f"empty, or {z} values, none of them 0"
-        even = f"an even width for each of the {count} resolutions"
+        fit, whole = even(widths) and even(decoder) and pairs, True
+        if self.shortcuts and fit:
+            # Shortcuts average or repeat channels, a whole number to each other one.
+            down = zip((widths[0], *widths), widths, (*strides, (1, 1)), strict=False)
+            up = zip(decoder[::-1], (decoder[-1], *decoder[::-1]), strides[::-1], strict=False)
+            whole = not any(i * t * s * s % o for i, o, (t, s) in (*down, *up))
+        divide = not groups or not any(w % groups for w in (*widths, *decoder))
+        rule = f"an even width for each of the {count} resolutions"
         require(
             "autoencoder ",
             self,
-            ("widths", fit(self.widths), even),
-            ("decoder_widths", fits, even),
+            ("widths", even(widths), rule),
+            ("decoder_widths", even(decoder), rule),
+            ("widths", divide, f"multiples of the {groups} groups of norms"),
+            ("norm_groups", not groups or self.stride[0] == 1, "0 with strides in time"),
             ("strides", pairs, "pairs for time and space of 1 or 2 (more by further resolutions)"),
-            (
-                "widths",
-                not (self.shortcuts and fits and pairs) or self._shortcuts_fit(),
-                "multiples, each of the one before, unless shortcuts is unset",
-            ),
+            ("widths", whole, "multiples, each of the one before, unless shortcuts is unset"),
             ("shift", len(self.shift) in (0, z), f"empty, or {z} values"),
-            ("scale", len(self.scale) in (0, z) and 0 not in self.scale, per_channel),
+            ("scale", len(self.scale) in (0, z) and 0 not in self.scale, f"{z} values but 0"),
         )
-
-    def _shortcuts_fit(self) -> bool:
-        """Whether the channels that shortcuts average or repeat divide."""
-        up = (self.decoder_widths or self.widths)[::-1]
-        down = zip(
-            (self.widths[0], *self.widths), self.widths, (*self.strides, (1, 1)), strict=False
-        )
-        back = zip(up, (up[0], *up), self.strides[::-1], strict=False)
-        return not any(i * t * s * s % o for i, o, (t, s) in (*down, *back))
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -132,7 +138,6 @@ SPACETIME_8 = CausalAutoencoderConfig(strides=((2, 2),) * 3)
 SPACETIME_8_32 = CausalAutoencoderConfig(
     latent_channels=128, widths=(128, 256, 512, 512), strides=((2, 2),) * 3, patch=4
 )
-
 # ---------------------------------------------------------------------------------------------------
 # Convolutions that look back
 # ---------------------------------------------------------------------------------------------------
@@ -147,17 +152,14 @@ def _precision(dtype: Any) -> jax.lax.Precision:
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, strides: Triple, before: int, sides: Pair
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], before: int, sides: Pair
 ) -> jax.Array:
     """Convolves ``x [b, t, h, w, i]`` with ``kernel [t, h, w, i, o]`` after ``before`` frames of zeros,
-    with ``sides`` zeros before and after rows and columns."""
+    with ``sides`` zeros before and after rows and columns; or images with a kernel of none."""
+    axes, padding = "DHW"[5 - x.ndim :], ((before, 0), sides, sides)[5 - x.ndim :]
+    layout, exact = (f"N{axes}C", f"{axes}IO", f"N{axes}C"), _precision(x.dtype)
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        ((before, 0), sides, sides),
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        precision=_precision(x.dtype),
+        x, kernel, strides, padding, dimension_numbers=layout, precision=exact
     )
 
 
@@ -172,21 +174,18 @@ def convolve_by_frames(
     for tap in range(taps):
         # The first output frame whose input at this tap is in the clip.
         start = max(-((tap - before) // step), 0)
-        if start >= count:
-            continue
         at = start * step + tap - before
         part = x[:, at : at + (count - start - 1) * step + 1 : step]
-        out = jax.lax.conv_general_dilated(
-            rearrange(part, "b t h w c -> (b t) h w c"),
-            kernel[tap],
-            strides[1:],
-            (sides, sides),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=_precision(x.dtype),
-        )
-        out = rearrange(out, "(b t) h w c -> b t h w c", b=b)
-        total += jnp.pad(out, ((0, 0), (start, 0), (0, 0), (0, 0), (0, 0)))
+        if start < count:
+            images = rearrange(part, "b t h w c -> (b t) h w c")
+            out = convolve(images, kernel[tap], strides[1:], 0, sides)
+            total += padded(rearrange(out, "(b t) h w c -> b t h w c", b=b), start)
     return total
+
+
+def padded(x: Frames, frames: int) -> Frames:
+    """``x`` after so many frames of zeros."""
+    return jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +208,7 @@ def with_past(module: nn.Module, x: Frames, count: int, first: bool) -> tuple[Fr
         x = jnp.concatenate([module.get_variable(CACHE, "past"), x], 1)
     if module.is_mutable_collection(CACHE):
         last = x[:, max(x.shape[1] - count, 0) :]
-        absent = count - last.shape[1]
-        past = jnp.pad(last, ((0, 0), (absent, 0), (0, 0), (0, 0), (0, 0)))
-        module.put_variable(CACHE, "past", past)
+        module.put_variable(CACHE, "past", padded(last, count - last.shape[1]))
     return x, count if first else 0
 
 
@@ -231,17 +228,16 @@ class Conv(nn.Module):
     def __call__(self, x: Frames, first: bool = True, before: int | None = None) -> Frames:
         """``before``: ``x`` has the frames before it already, after so many zeros that are left out."""
         if before is None:
-            before, back = 0, self.size[0] - 1
-            if back:
-                x, before = with_past(self, x, back, first)
+            before = 0
+            if self.size[0] > 1:
+                x, before = with_past(self, x, self.size[0] - 1, first)
         axes = (None, None, None, "embed", "embed_out")
         kernel_init = nn.with_logical_partitioning(self.kernel_init, axes)
         bias_init = nn.with_logical_partitioning(self.bias_init, ("embed_vector",))
         kernel: Any = self.param("kernel", kernel_init, (*self.size, x.shape[-1], self.features))
         bias: Any = self.param("bias", bias_init, (self.features,))
-        dtype, half = self.compute.dtype, self.size[1] // 2
+        dtype, sides = self.compute.dtype, self.sides or (self.size[1] // 2,) * 2
         kernel = self.compute.gather(kernel.astype(dtype))
-        sides = self.sides or (half, half)
         y = self.compute.convolve(x.astype(dtype), kernel, self.strides, before, sides)
         return self.compute.constrain(y + bias.astype(dtype))
 
@@ -252,91 +248,111 @@ class Conv(nn.Module):
 
 # The epsilon is nothing beside usual activations; if all are 0 it bounds the gradient, at 1e4.
 RMSNorm = functools.partial(layers.RMSNorm, "embed_vector", 1e-8)
+# Of each frame. The variance (Wu & He 2018) is that of the centred values, as PyTorch's.
+GroupNorm = functools.partial(
+    nn.GroupNorm, epsilon=1e-6, use_fast_variance=False, reduction_axes=(-3, -2, -1)
+)
 
 
-class ResBlock(nn.Module):
+class Layer(nn.Module):
+    """What all layers know of the autoencoder, and what they are made of."""
+
+    config: CausalAutoencoderConfig
+    compute: Computation
+
+    def conv(self, features: int, side: int, name: str, frames: int = 1, **settings: Any) -> Conv:
+        """A convolution over so many frames (none but its own of autoencoders of images)."""
+        frames = 1 if self.config.norm_groups else frames
+        return Conv(features, (frames, side, side), self.compute, name=name, **settings)
+
+    def activated(self, x: Frames, name: str) -> Frames:
+        """SiLU of the norm."""
+        return nn.silu(self.norm(x, name))
+
+    def norm(self, x: Frames, name: str) -> Frames:
+        groups = self.config.norm_groups
+        return GroupNorm(groups, name=name)(x) if groups else RMSNorm(name=name)(x)
+
+
+class ResBlock(Layer):
     """Two convolutions after norms, and around them the input (projected if widths differ)."""
 
     features: int
-    compute: Computation
 
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
-        size, compute = (3, 3, 3), self.compute
-        y = nn.silu(RMSNorm(name="norm1")(x))
-        y = Conv(self.features, size, compute, name="conv1")(y, first)
-        y = nn.silu(RMSNorm(name="norm2")(y))
-        y = Conv(self.features, size, compute, name="conv2")(y, first)
+        y = self.conv(self.features, 3, "conv1", 3)(self.activated(x, "norm1"), first)
+        y = self.conv(self.features, 3, "conv2", 3)(self.activated(y, "norm2"), first)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, (1, 1, 1), compute, name="shortcut")(x)
+            x = self.conv(self.features, 1, "shortcut")(x)
         return x + y
 
 
-class FrameAttention(nn.Module):
+class FrameAttention(Layer):
     """One head of attention of every place to every place of its frame."""
-
-    compute: Computation
 
     @nn.compact
     def __call__(self, x: Frames) -> Frames:
         b, _, h, _, c = x.shape
-        y = RMSNorm(name="norm")(x)
-        qkv = Conv(3 * c, (1, 1, 1), self.compute, name="qkv")(y)
-        q, k, v = jnp.split(rearrange(qkv, "b t h w c -> (b t) (h w) c"), 3, -1)
+        y = self.norm(x, "norm")
+        # Of one product, or of three, as published weights have them.
+        linear = functools.partial(nn.Dense, precision="highest")
+        if not self.config.norm_groups:
+            linear = functools.partial(self.conv, side=1)
+        names = ("q", "k", "v") if self.config.norm_groups else ("qkv",)
+        products = [linear(3 * c // len(names), name=name)(y) for name in names]
+        places = [rearrange(one, "b t h w c -> (b t) (h w) c") for one in products]
+        q, k, v = places if len(places) > 1 else jnp.split(places[0], 3, -1)
         precision = _precision(self.compute.dtype)
         logits = jnp.einsum("bqc,bkc->bqk", q, k, precision=precision)
         weights = jax.nn.softmax(logits.astype(jnp.float32) / c**0.5).astype(v.dtype)
         y = jnp.einsum("bqk,bkc->bqc", weights, v, precision=precision)
         y = rearrange(y, "(b t) (h w) c -> b t h w c", b=b, h=h)
-        return x + Conv(c, (1, 1, 1), self.compute, name="out")(self.compute.constrain(y))
+        return x + linear(c, name="out")(self.compute.constrain(y))
 
 
-class Middle(nn.Module):
+class Middle(Layer):
     """The coarsest resolution: a residual block, attention, a residual block."""
-
-    config: CausalAutoencoderConfig
-    compute: Computation
 
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
-        x = ResBlock(x.shape[-1], self.compute, name="resnet_0")(x, first)
+        block = functools.partial(ResBlock, self.config, self.compute, x.shape[-1])
+        x = block(name="resnet_0")(x, first)
         if self.config.mid_attention:
-            x = FrameAttention(self.compute, name="attention")(x)
-        return ResBlock(x.shape[-1], self.compute, name="resnet_1")(x, first)
+            x = FrameAttention(self.config, self.compute, name="attention")(x)
+        return block(name="resnet_1")(x, first)
 
 
-class Down(nn.Module):
+class Down(Layer):
     """Half the rows and columns, then half the frames: the first stays, every two others become one,
     seen with the one before."""
 
     strides: Pair
-    compute: Computation
 
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
         (time, space), c = self.strides, x.shape[-1]
         if space == 2:
             # Zeros after the last row and column alone, so that windows lie on the coarse grid.
-            x = Conv(c, (1, 3, 3), self.compute, (1, 2, 2), (0, 1), name="space")(x)
+            x = self.conv(c, 3, "space", strides=(1, 2, 2), sides=(0, 1))(x)
         if time == 1:
             return x
         seen, _ = with_past(self, x, 1, first)
         # A lone first frame leaves the kernel unused but there.
         alone = first and x.shape[1] == 1
-        halve = Conv(c, (3, 1, 1), self.compute, (2, 1, 1), name="time")
+        halve = self.conv(c, 1, "time", 3, strides=(2, 1, 1))
         pairs = halve(jnp.repeat(x, 3, 1) if alone else seen, before=0)
         if alone or not first:
             return x if alone else pairs
         return jnp.concatenate([x[:, :1].astype(pairs.dtype), pairs], 1)
 
 
-class Up(nn.Module):
+class Up(Layer):
     """Twice the frames, of which the first stays and is not looked back to, then twice the rows and
     columns and ``features`` channels."""
 
     strides: Pair
     features: int
-    compute: Computation
 
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
@@ -346,13 +362,12 @@ class Up(nn.Module):
             rest, before = with_past(self, rest, 2, first)
             # A lone first frame leaves the kernel unused but there.
             alone = rest.shape[1] == 0
-            double = Conv(2 * x.shape[-1], (3, 1, 1), self.compute, name="time")
-            both = double(head if alone else rest, before=before)
+            both = self.conv(2 * x.shape[-1], 1, "time", 3)(head if alone else rest, before=before)
             pairs = rearrange(both[:, alone:], "b t h w (n c) -> b (t n) h w c", n=2)
             x = jnp.concatenate([head.astype(pairs.dtype), pairs], 1)
         if space == 2:
             x = repeat(x, "b t h w c -> b t (h 2) (w 2) c")
-        return Conv(self.features, (1, 3, 3), self.compute, name="space")(x)
+        return self.conv(self.features, 3, "space")(x)
 
 
 def averaged_down(x: Frames, strides: Pair, features: int, first: bool) -> Frames:
@@ -360,7 +375,7 @@ def averaged_down(x: Frames, strides: Pair, features: int, first: bool) -> Frame
     et al. 2024, "Deep Compression Autoencoder", section 3.2). The first frame is paired with zeros."""
     n, p = strides
     if first:
-        x = jnp.pad(x, ((0, 0), (n - 1, 0), (0, 0), (0, 0), (0, 0)))
+        x = padded(x, n - 1)
     x = rearrange(x, "b (t n) (h p) (w q) c -> b t h w (c n p q)", n=n, p=p, q=p)
     return reduce(x, "b t h w (c g) -> b t h w c", "mean", c=features)
 
@@ -373,46 +388,39 @@ def repeated_up(x: Frames, strides: Pair, features: int, first: bool) -> Frames:
     return x[:, n - 1 :] if first else x
 
 
-class OwnPixels(nn.Module):
+class OwnPixels(Layer):
     """A linear projection of what each latent holds: the first frame's places alone, every later one's
-    of ``strides`` frames, rows and columns."""
-
-    features: int
-    strides: Triple
-    compute: Computation
+    of a stride of frames, rows and columns."""
 
     @nn.compact
     def __call__(self, x: Frames, first: bool = True) -> Frames:
-        t, p, q = self.strides
+        (t, p, q), features = self.config.stride, self.config.latent_channels
         x = rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=p, q=q)
         head, rest = x[:, : int(first)], x[:, int(first) :]
         # A lone first frame leaves the other kernel unused but there.
         rest = rest if rest.shape[1] else jnp.repeat(head, t, 1)
-        rest = rearrange(rest, "b (i t) h w c -> b i h w (t c)", t=t)
-        out = Conv(self.features, (1, 1, 1), self.compute, name="rest")(rest)
+        out = self.conv(features, 1, "rest")(rearrange(rest, "b (i t) h w c -> b i h w (t c)", t=t))
         if not first:
             return out
-        head = Conv(self.features, (1, 1, 1), self.compute, name="first")(head)
+        head = self.conv(features, 1, "first")(head)
         return jnp.concatenate([head, out], 1) if x.shape[1] > 1 else head
 
 
-class OwnLatent(nn.Module):
-    """The transpose of ``OwnPixels``: every place of a latent's frames from that latent alone."""
-
-    features: int
-    strides: Triple
-    compute: Computation
+class OwnLatent(Layer):
+    """The transpose of ``OwnPixels``, to patches of pixels: every place of a latent's frames from that
+    latent alone."""
 
     @nn.compact
     def __call__(self, z: Frames, first: bool = True) -> Frames:
-        t, p, q = self.strides
-        count = p * q * self.features
+        (t, rows, columns), patch = self.config.stride, self.config.patch
+        p, q = rows // patch, columns // patch
+        count = rows * columns * self.config.channels
         head, rest = z[:, : int(first)], z[:, int(first) :]
         alone = rest.shape[1] == 0
-        out = Conv(t * count, (1, 1, 1), self.compute, name="rest")(head if alone else rest)
+        out = self.conv(t * count, 1, "rest")(head if alone else rest)
         out = rearrange(out, "b i h w (t c) -> b (i t) h w c", t=t)
         if first:
-            head = Conv(count, (1, 1, 1), self.compute, name="first")(head)
+            head = self.conv(count, 1, "first")(head)
             out = head if alone else jnp.concatenate([head, out], 1)
         return rearrange(out, "b t h w (p q c) -> b t (h p) (w q) c", p=p, q=q)
 
@@ -433,81 +441,72 @@ def last_init(config: CausalAutoencoderConfig) -> nn.initializers.Initializer:
     return nn.initializers.zeros_init() if config.linear else nn.initializers.lecun_normal()
 
 
-class Encoder(nn.Module):
+class Encoder(Layer):
     """Clips to the moments of their latents: the mean and, if it is variational, the log-variance."""
-
-    config: CausalAutoencoderConfig
-    compute: Computation
 
     @nn.compact
     def __call__(self, video: Frames, first: bool = True) -> Frames:
         config, compute, p = self.config, self.compute, self.config.patch
         x = rearrange(video, "b t (h p) (w q) c -> b t h w (c q p)", p=p, q=p)
-        x = Conv(config.widths[0], (3, 3, 3), compute, name="conv_in")(x, first)
+        x = self.conv(config.widths[0], 3, "conv_in", 3)(x, first)
         for i, width in enumerate(config.widths):
             before, strides = x, (1, 1)
             for j in range(config.layers):
-                x = ResBlock(width, compute, name=f"level_{i}_resnet_{j}")(x, first)
+                x = ResBlock(config, compute, width, name=f"level_{i}_resnet_{j}")(x, first)
             if i < len(config.strides):
                 strides = config.strides[i]
-                x = Down(strides, compute, name=f"level_{i}_down")(x, first)
+                x = Down(config, compute, strides, name=f"level_{i}_down")(x, first)
             if config.shortcuts:
                 x = x + averaged_down(before, strides, width, first)
         x = Middle(config, compute, name="mid")(x, first)
-        x = nn.silu(RMSNorm(name="norm_out")(x))
+        x = self.activated(x, "norm_out")
         moments = config.latent_channels * (2 if config.variational else 1)
-        x = Conv(moments, (3, 3, 3), compute, name="conv_out")(x, first)
-        inits: Any = dict(kernel_init=last_init(config))
-        if config.variational:
-            inits["bias_init"] = moments_init
-        x = Conv(moments, (1, 1, 1), compute, name="quant", **inits)(x).astype(jnp.float32)
+        x = self.conv(moments, 3, "conv_out", 3)(x, first)
+        if config.quant:
+            bias: Any = moments_init if config.variational else nn.initializers.zeros_init()
+            inits: Any = dict(kernel_init=last_init(config), bias_init=bias)
+            x = self.conv(moments, 1, "quant", **inits)(x)
+        x = x.astype(jnp.float32)
         if config.linear:
-            own = OwnPixels(config.latent_channels, config.stride, compute, name="linear")
-            x = x.at[..., : config.latent_channels].add(own(video, first))
+            own = OwnPixels(config, compute, name="linear")(video, first)
+            x = x.at[..., : config.latent_channels].add(own)
         return x
 
 
-class DecoderBody(nn.Module):
+class DecoderBody(Layer):
     """All of the decoder but its last convolution."""
-
-    config: CausalAutoencoderConfig
-    compute: Computation
 
     @nn.compact
     def __call__(self, z: Frames, first: bool = True) -> Frames:
         config, compute = self.config, self.compute
-        widths = config.decoder_widths or config.widths
-        x = Conv(config.latent_channels, (1, 1, 1), compute, name="post_quant")(z)
-        x = Conv(widths[-1], (3, 3, 3), compute, name="conv_in")(x, first)
+        widths, x = config.decoder_widths or config.widths, z
+        if config.post_quant:
+            x = self.conv(config.latent_channels, 1, "post_quant")(x)
+        x = self.conv(widths[-1], 3, "conv_in", 3)(x, first)
         x = Middle(config, compute, name="mid")(x, first)
         for i, width in enumerate(reversed(widths)):
             before = x
             for j in range(config.layers + 1):
-                x = ResBlock(width, compute, name=f"level_{i}_resnet_{j}")(x, first)
+                x = ResBlock(config, compute, width, name=f"level_{i}_resnet_{j}")(x, first)
             if i < len(config.strides):
                 strides = config.strides[-1 - i]
-                features = width if config.shortcuts else width // 2
-                x = Up(strides, features, compute, name=f"level_{i}_up")(x, first)
+                features = width if config.shortcuts or config.norm_groups else width // 2
+                x = Up(config, compute, strides, features, name=f"level_{i}_up")(x, first)
                 if config.shortcuts:
                     x = x + repeated_up(before, strides, features, first)
-        return nn.silu(RMSNorm(name="norm_out")(x))
+        return self.activated(x, "norm_out")
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """Latents (as the encoder gave them, not scaled) to clips."""
 
-    config: CausalAutoencoderConfig
-    compute: Computation
-
     def setup(self) -> None:
-        config, compute = self.config, self.compute
-        features = config.channels * config.patch**2
-        self.conv_out = Conv(features, (3, 3, 3), compute, kernel_init=last_init(config))
-        self.body = DecoderBody(config, compute)
+        config, features = self.config, self.config.channels * self.config.patch**2
+        size = (1 if config.norm_groups else 3, 3, 3)
+        self.conv_out = Conv(features, size, self.compute, kernel_init=last_init(config))
+        self.body = DecoderBody(config, self.compute)
         if config.linear:
-            time, rows, columns = config.stride
-            strides = (time, rows // config.patch, columns // config.patch)
-            self.linear = OwnLatent(features, strides, compute)
+            self.linear = OwnLatent(config, self.compute)
 
     def features(self, z: Frames, first: bool = True) -> Frames:
         """The input of the last convolution; behind it, as channels, what is added to its output."""
@@ -516,13 +515,10 @@ class Decoder(nn.Module):
 
     def head(self, x: Frames, first: bool = True) -> Frames:
         """The last convolution, and pixels out of patches."""
-        p = self.config.patch
+        p, own = self.config.patch, 0
         if self.config.linear:
             x, own = jnp.split(x, [x.shape[-1] - self.config.channels * p * p], -1)
-            x = self.conv_out(x, first) + own
-        else:
-            x = self.conv_out(x, first)
-        x = x.astype(jnp.float32)
+        x = (self.conv_out(x, first) + own).astype(jnp.float32)
         return rearrange(x, "b t h w (c q p) -> b t (h p) (w q) c", p=p, q=p)
 
 
@@ -550,20 +546,13 @@ class CausalAutoencoder(nn.Module):
 
     def decode(self, latents: Float[Array, "b i j k z"], first: bool = True) -> Frames:
         """Latents, not shifted or scaled, to pixels; about [-1, 1], not clipped."""
-        return self.head(self.features(latents, first), first)
-
-    def features(self, latents: Float[Array, "b i j k z"], first: bool = True) -> Frames:
-        """The input of the decoder's last convolution."""
-        return self.decoder.features(latents, first)
-
-    def head(self, features: Float[Array, "b t h w f"], first: bool = True) -> Frames:
-        """The decoder's last convolution."""
-        return self.decoder.head(features, first)
+        return self.decoder.head(self.decoder.features(latents, first), first)
 
     def __call__(self, video: Float[Array, "b t h w c"]) -> Frames:
         return self.decode(self.encode(video)[0])
 
 
+@functools.cache
 def param_shapes(config: CausalAutoencoderConfig) -> Params:
     """The shapes of the parameters, under "params"."""
     model = CausalAutoencoder(config)

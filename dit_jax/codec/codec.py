@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -21,19 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.causal_autoencoder import CACHE, CausalAutoencoder, CausalAutoencoderConfig
 from dit_jax.files import refuse_if
 from dit_jax.parallel.mesh import ROWS
 from dit_jax.types import Codec as Codec
-from dit_jax.types import (
-    FrameGrid,
-    NonNegativeInt,
-    Params,
-    PositiveInt,
-    check_floating,
-    require,
-)
+from dit_jax.types import FrameGrid, NonNegativeInt, Params, PositiveInt, check_floating, require
 from dit_jax.types import PixelCodec as PixelCodec
 
 # ---------------------------------------------------------------------------------------------------
@@ -89,29 +82,27 @@ def tiled(
     assert not (tile % unit or overlap % unit or height % unit or width % unit)
     tall, wide = min(tile, height), min(tile, width)
     rows, columns = (tile_starts(side, tile, overlap) for side in (height, width))
-    total = weight = np.zeros(0)
-    for i, top in enumerate(rows):
-        for j, left in enumerate(columns):
-            part = np.asarray(function(images[..., top : top + tall, left : left + wide, :]))
-            scale = part.shape[-3] / tall
-            if not total.size:
-                shape = (round(height * scale), round(width * scale))
-                total = np.zeros((*part.shape[:-3], *shape, part.shape[-1]), np.float32)
-                weight = np.zeros((*shape, 1), np.float32)
-            down = ramp(rows, i, tall, scale)[:, None]
-            faded = (down * ramp(columns, j, wide, scale))[..., None]
-            y, x = round(top * scale), round(left * scale)
-            place = (slice(y, y + part.shape[-3]), slice(x, x + part.shape[-2]), slice(None))
-            total[..., *place] += part * faded
-            weight[place] += faded
+    total: Any = None
+    weight: Any = None
+    for (i, top), (j, left) in itertools.product(enumerate(rows), enumerate(columns)):
+        part = np.asarray(function(images[..., top : top + tall, left : left + wide, :]))
+        *lead, h, w, channels = part.shape
+        scale = h / tall
+        if total is None:
+            size = (round(height * scale), round(width * scale))
+            total = np.zeros((*lead, *size, channels), np.float32)
+            weight = np.zeros((*size, 1), np.float32)
+        down, across = ramp(rows, i, tall, scale), ramp(columns, j, wide, scale)
+        faded = (down[:, None] * across)[..., None]
+        y, x = round(top * scale), round(left * scale)
+        total[..., y : y + h, x : x + w, :] += part * faded
+        weight[y : y + h, x : x + w] += faded
     return total / weight
 
 
 # ---------------------------------------------------------------------------------------------------
 # Meshes
 # ---------------------------------------------------------------------------------------------------
-
-Constrain = Callable[[jax.Array], jax.Array]
 
 
 def clip_sharding(mesh: Mesh, clips: int, h: int, w: int) -> NamedSharding:
@@ -125,24 +116,9 @@ def clip_sharding(mesh: Mesh, clips: int, h: int, w: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None if clips % shards else ROWS, None, *over, None))
 
 
-def make_clip_constrain(mesh: Mesh) -> Callable[[int, int], Constrain]:
-    """``make_clip_constrain(mesh)(h, w)`` shards activations by ``clip_sharding``; the compiler sends
-    edges to the neighbours."""
-
-    def of_size(h: int, w: int) -> Constrain:
-        return lambda x: jax.lax.with_sharding_constraint(x, clip_sharding(mesh, len(x), h, w))
-
-    return of_size
-
-
-def make_gather(mesh: Mesh) -> Constrain:
-    """Replicates an array on every device: kernels of convolutions, before they are used.
-
-    Of kernels whose channels lie over fsdp and context, and clips over data, fsdp and context, XLA (of
-    jax 0.10.2) makes convolutions with wrong numbers, without a warning, if all three are above 1.
-    """
-    whole = NamedSharding(mesh, PartitionSpec())
-    return lambda x: jax.lax.with_sharding_constraint(x, whole)
+def clip_constrain(mesh: Mesh, h: int, w: int) -> Callable[[jax.Array], jax.Array]:
+    """Shards activations by ``clip_sharding``; the compiler sends edges to the neighbours."""
+    return lambda x: jax.lax.with_sharding_constraint(x, clip_sharding(mesh, len(x), h, w))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -156,9 +132,11 @@ class LatentCodec:
 
     name: str
     hash: str
-    config: Any
+    config: CausalAutoencoderConfig
     params: Params = dataclasses.field(repr=False)
     tiles: TileConfig = TileConfig()
+    mesh: Mesh | None = None
+    """What activations are sharded over; frames are then not tiled."""
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -188,8 +166,19 @@ class LatentCodec:
             mean = mean + np.exp(0.5 * logvar) * noise
         return (mean - self.shift) * self.scale
 
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        return np.concatenate(list(self.decode_parts(latents)))
+
+    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        for part in self._parts("decode", self._unscaled(latents)[None]):
+            yield part[0]
+
     def _moments(self, videos: np.ndarray) -> np.ndarray:
         """Mean and, if there is one, log-variance of latents ``[b, t, h, w, z]`` along the channels."""
+        return np.concatenate(list(self._parts("encode", videos)), 1)
+
+    def _parts(self, method: str, clips: np.ndarray) -> Iterator[np.ndarray]:
+        """Moments or pixels of ``clips [b, t, h, w, c]``, some frames at a time."""
         raise NotImplementedError
 
     def _unscaled(self, latents: np.ndarray) -> np.ndarray:
@@ -197,101 +186,78 @@ class LatentCodec:
         return np.asarray(latents, np.float32) / self.scale + self.shift
 
     def _check(self, clips: np.ndarray, channels: int, strides: tuple[int, int, int]) -> None:
-        def faults() -> Iterator[tuple[bool, str]]:
-            wrong = clips.ndim != 5 or clips.shape[-1] != channels or 0 in clips.shape
-            shape, (time, space, _) = clips.shape[1:], strides
-            yield (
-                wrong,
-                f"{len(clips)} clips of shape {shape}: {self.name} takes [t, h, w, {channels}].",
-            )
-            (frames, *sides), near = shape[:3], FrameGrid(time).whole(shape[0])
-            down = [max(side // space, 1) * space for side in sides]
-            yield (
-                (frames - 1) % time > 0 or any(side % space for side in sides),
-                f"a clip of {frames} frames of {sides[0]} x {sides[1]}: {self.name} takes 1 + {time}n "
-                f"frames with sides that are multiples of {space}. Cut it to {near} of {down[0]} x "
-                f"{down[1]}.",
-            )
-
-        refuse_if(faults())
+        shape, (time, space, _) = clips.shape[1:], strides
+        wrong = clips.ndim != 5 or shape[-1] != channels or 0 in clips.shape
+        takes = f"{self.name} takes [t, h, w, {channels}]"
+        refuse_if([(wrong, f"{len(clips)} clips of shape {shape}: {takes}.")])
+        (frames, *sides), near = shape[:3], FrameGrid(time).whole(shape[0])
+        h, w = (max(side // space, 1) * space for side in sides)
+        message = (
+            f"a clip of {frames} frames of {sides[0]} x {sides[1]}: {self.name} takes 1 + {time}n "
+            f"frames with sides that are multiples of {space}. Cut it to {near} of {h} x {w}."
+        )
+        refuse_if([((frames - 1) % time + sum(side % space for side in sides) > 0, message)])
         check_floating(clips)
+
+    @cached_property
+    def _step(self) -> Any:
+        """The jitted step of a clip's part."""
+
+        def step(params: Params, cache: Any, x: jax.Array, method: str, first: bool) -> Any:
+            unit = self._unit(method)[1]
+            over: Any = {}
+            if self.mesh is not None:
+                h, w = (side // unit for side in x.shape[2:4])
+                over = {"constrain": clip_constrain(self.mesh, h, w)}
+            model = CausalAutoencoder(self.config, self.config.computation(**over))
+            return part_step(model, params, cache, x, method, first)
+
+        return jax.jit(step, static_argnames=("method", "first"), donate_argnames="cache")
+
+    def _unit(self, method: str) -> tuple[int, int, int]:
+        """Frames, rows and columns of a latent in what the method takes."""
+        return self.strides if method == "encode" else (1, 1, 1)
 
 
 class ImageCodec(LatentCodec):
     """An autoencoder of images, frame by frame; compiled once for every size of frame."""
 
-    config: AutoencoderKLConfig
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        return self._map("decode", self._unscaled(latents), 1)
-
-    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(latents), self.tiles.frames):
-            yield self.decode(latents[start : start + self.tiles.frames])
-
     def _moments(self, videos: np.ndarray) -> np.ndarray:
-        frames = self._map("encode", videos.reshape(-1, *videos.shape[2:]), self.strides[1])
-        return frames.reshape(*videos.shape[:2], *frames.shape[1:])
+        moments = super()._moments(videos.reshape(1, -1, *videos.shape[2:]))
+        return moments.reshape(*videos.shape[:2], *moments.shape[2:])
 
-    @cached_property
-    def _step(self) -> Callable[..., jax.Array]:
-        def step(params: Params, images: jax.Array, method: str) -> jax.Array:
-            out: Any = AutoencoderKL(self.config).apply(params, images, method=method)
-            return jnp.concatenate(out, -1) if method == "encode" else out
+    def _parts(self, method: str, clips: np.ndarray) -> Iterator[np.ndarray]:
+        """As many frames of one clip at a time as a tile's area holds; of large ones one, in tiles."""
+        frames, unit = np.asarray(clips[0], np.float32), self._unit(method)[1]
+        tile, overlap = self.tiles.size * unit, self.tiles.overlap * unit
+        count = min(max(tile * tile // math.prod(frames.shape[1:3]), 1), len(frames))
 
-        return jax.jit(step, static_argnames="method")
+        def step(part: np.ndarray) -> np.ndarray:
+            return np.asarray(self._step(self.params, None, part[:, None], method, True)[0])[:, 0]
 
-    def _map(self, method: str, frames: np.ndarray, unit: int) -> np.ndarray:
-        """A method of all frames, some at a time, in tiles if they are large."""
-        frames = np.asarray(frames, np.float32)
-        step = partial(self._step, self.params, method=method)
-        tile, (height, width) = self.tiles.size * unit, frames.shape[1:3]
-        if max(height, width) > tile:
-            overlap = self.tiles.overlap * unit
-            return np.concatenate([tiled(step, x[None], tile, overlap, unit) for x in frames])
-        count, parts = min(tile * tile // (height * width), len(frames)), []
         for start in range(0, len(frames), count):
-            part = frames[start : start + count]
-            # The last part is filled up, so that one compilation serves all.
-            filled = np.concatenate([part, np.repeat(part[-1:], count - len(part), 0)])
-            parts.append(np.asarray(step(filled))[: len(part)])
-        return np.concatenate(parts)
+            # The last part is filled up by the last frame, so that one compilation serves all.
+            places = np.minimum(np.arange(start, start + count), len(frames) - 1)
+            part = tiled(step, frames[places], tile, overlap, unit)
+            yield part[None, : len(frames) - start]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class VideoCodec(LatentCodec):
     """A causal autoencoder of video; compiled for every size of tile and of part."""
 
-    config: CausalAutoencoderConfig
-    constrain: Callable[[int, int], Constrain] | None = None
-    """``constrain(h, w)`` shards activations of so many rows and columns of latents over a mesh; frames
-    are then not tiled."""
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        return np.concatenate(list(self.decode_parts(latents)))
-
-    def decode_parts(self, latents: np.ndarray) -> Iterator[np.ndarray]:
-        for part in self._parts("decode", self._unscaled(latents)[None], len(latents)):
-            yield part[0]
-
-    def _moments(self, videos: np.ndarray) -> np.ndarray:
-        latents = FrameGrid(self.strides[0]).latents(videos.shape[1])
-        return np.concatenate(list(self._parts("encode", videos, latents)), 1)
-
-    def _parts(self, method: str, clips: np.ndarray, latents: int) -> Iterator[np.ndarray]:
-        """Moments or pixels of ``clips [b, t, h, w, c]``, which have so many latents in time."""
-        encodes, n = method == "encode", self.tiles.frames
-        time, unit, _ = self.strides if encodes else (1, 1, 1)
-        tile, overlap, size = self.tiles.size * unit, self.tiles.overlap * unit, None
-        if self.constrain is not None:
+    def _parts(self, method: str, clips: np.ndarray) -> Iterator[np.ndarray]:
+        """Moments or pixels of ``clips [b, t, h, w, c]``, ``tiles.frames`` latents at a time."""
+        n, (time, unit, _) = self.tiles.frames, self._unit(method)
+        latents = FrameGrid(time).latents(clips.shape[1])
+        tile, overlap = self.tiles.size * unit, self.tiles.overlap * unit
+        if self.mesh is not None:
             tile, overlap = max(clips.shape[2:4]), 0
-            size = tuple(side // unit for side in clips.shape[2:4])
         # Of every tile, in the order in which they are taken.
         caches: collections.deque[Any] = collections.deque()
 
         def step(part: np.ndarray, first: bool) -> np.ndarray:
             cache = None if first else caches.popleft()
-            out, left = self._step(self.params, cache, part, method, first, size)
+            out, left = self._step(self.params, cache, part, method, first)
             caches.append(left)
             return np.asarray(out)
 
@@ -300,25 +266,6 @@ class VideoCodec(LatentCodec):
             begin, end = (max(1 + (at - 1) * time, 0) for at in (start, min(start + n, latents)))
             part = np.asarray(clips[:, begin:end], np.float32)
             yield tiled(partial(step, first=start == 0), part, tile, overlap, unit)
-
-    @cached_property
-    def _step(self) -> Any:
-        """The jitted step of a clip's part. ``size`` is static: frames of one layout share one."""
-
-        def step(
-            params: Params,
-            cache: Any,
-            x: jax.Array,
-            method: str,
-            first: bool,
-            size: tuple[int, int] | None,
-        ) -> tuple[jax.Array, Any]:
-            over: Any = {"constrain": self.constrain(*size)} if self.constrain and size else {}
-            model = CausalAutoencoder(self.config, self.config.computation(**over))
-            return part_step(model, params, cache, x, method, first)
-
-        static = ("method", "first", "size")
-        return jax.jit(step, static_argnames=static, donate_argnames=("cache",))
 
 
 def part_step(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.codec.codec import LatentCodec, TileConfig, VideoCodec, make_clip_constrain
+from dit_jax.codec.codec import LatentCodec, TileConfig, VideoCodec
 from dit_jax.codec.folders import load_codec
 from dit_jax.config import CodecConfig
 from dit_jax.files import refuse_if
@@ -33,25 +33,20 @@ class LatentCodecConfig(CodecConfig):
             return super().open(channels, mesh)
         codec, strides = load_codec(self.path, self.tiles), (self.t, self.h, self.w)
         other = (codec.strides, codec.channels) != (strides, channels)
-        refuse_if(
-            [
-                (
-                    other,
-                    f"the codec {self.path!r} makes latents of {codec.channels} channels with strides "
-                    f"{codec.strides}, and the config has model.patch.channels {channels} and "
-                    f"codec.t, h, w = {strides}: make them the same.",
-                ),
-                (
-                    self.hash not in (None, codec.hash),
-                    f"the codec {self.path!r} is {codec.hash!r}, and the run's latents are of "
-                    f"{self.hash!r} (codec.hash): give the codec that made them.",
-                ),
-            ]
+        message = (
+            f"the codec {self.path!r} makes latents of {codec.channels} channels with strides "
+            f"{codec.strides}, and the config has model.patch.channels {channels} and codec.t, h, w = "
+            f"{strides}: make them the same."
         )
+        unlike = (
+            f"the codec {self.path!r} is {codec.hash!r}, and the run's latents are of {self.hash!r} "
+            "(codec.hash): give the codec that made them."
+        )
+        refuse_if([(other, message), (self.hash not in (None, codec.hash), unlike)])
         alone = jax.process_count() == 1
         if mesh is not None and mesh.size > 1 and alone and isinstance(codec, VideoCodec):
             params = jax.device_put(codec.params, NamedSharding(mesh, PartitionSpec()))
-            return dataclasses.replace(codec, params=params, constrain=make_clip_constrain(mesh))
+            return dataclasses.replace(codec, params=params, mesh=mesh)
         return codec
 
     def weights_hash(self) -> str | None:

@@ -17,31 +17,24 @@ Axis letters: b clips, t h w frames and pixels, i j k moments, rows and columns 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from dit_jax.codec.causal_autoencoder import CausalAutoencoder
-from dit_jax.codec.vgg import VGG, PerceptualNetwork
+from dit_jax.codec.causal_autoencoder import CausalAutoencoder, Decoder
+from dit_jax.codec.vgg import VGG, PerceptualNetwork, conv
 from dit_jax.model.layers import RMSNorm
-from dit_jax.types import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    Params,
-    PositiveInt,
-    Totals,
-    require,
-)
+from dit_jax.types import NonNegativeFloat, NonNegativeInt, Params, PositiveInt, Totals, require
 
 Clips = Float[Array, "b t h w c"]
 Logits = Float[Array, "b i j k"]
-Mask = Bool[Array, "b t"] | None
-FROZEN = ("params/vgg/", "params/lpips/")
+Mask = Bool[Array, "b t"]
 
 # ---------------------------------------------------------------------------------------------------
 # The discriminator
@@ -104,44 +97,28 @@ class Discriminator(nn.Module):
             x = nn.leaky_relu(x, 0.2)
         return self._conv(x, 1, (1, 1, 1), "logits")[..., 0].astype(jnp.float32)
 
-    def _conv(
-        self, x: jax.Array, features: int, strides: tuple[int, int, int], name: str
-    ) -> jax.Array:
+    def _conv(self, x: jax.Array, features: int, strides: Any, name: str) -> jax.Array:
         """Zeros around the frame, as many as give ceil(size / stride); the first frame before it."""
         size = (self.config.time_kernel, self.config.kernel, self.config.kernel)
         x = jnp.pad(x, ((0, 0), (size[0] - 1, 0), (0, 0), (0, 0), (0, 0)), mode="edge")
         around = jax.lax.padtype_to_pads(x.shape[2:4], size[1:], strides[1:], "SAME")
-        kernel, zeros = nn.initializers.normal(0.02), nn.initializers.zeros_init()
-        axes = (None, None, None, "embed", "embed_out")
-        return nn.Conv(
-            features,
-            size,
-            strides,
-            padding=[(0, 0), *around],
-            dtype=self.dtype,
-            precision="highest" if self.dtype == jnp.float32 else None,
-            kernel_init=nn.with_logical_partitioning(kernel, axes),
-            bias_init=nn.with_logical_partitioning(zeros, ("embed_vector",)),
-            name=name,
-        )(x)
+        settings: Any = dict(padding=[(0, 0), *around], strides=strides, name=name)
+        return conv(features, size, self.dtype, nn.initializers.normal(0.02), **settings)(x)
 
 
-def masked_mean(values: Float[Array, "b t *s"], mask: Mask = None) -> Float[Array, ""]:
+def masked_mean(values: Float[Array, "b t *s"], mask: Mask) -> Float[Array, ""]:
     """The mean over what the mask leaves; 0 if that is nothing. What is left out may be NaN."""
-    if mask is None:
-        return values.astype(jnp.float32).mean()
     wide = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     kept = jnp.where(wide, values.astype(jnp.float32), 0)
-    each = values.size // max(mask.size, 1)
-    return kept.sum() / jnp.maximum(mask.sum() * each, 1)
+    return kept.sum() / jnp.maximum(mask.sum() * (values.size // max(mask.size, 1)), 1)
 
 
-def hinge_discriminator_loss(real: Logits, fake: Logits, mask: Mask = None) -> Float[Array, ""]:
+def hinge_discriminator_loss(real: Logits, fake: Logits, mask: Mask) -> Float[Array, ""]:
     """Equation (3)."""
     return masked_mean(jax.nn.relu(1 - real) + jax.nn.relu(1 + fake), mask) / 2
 
 
-def hinge_generator_loss(fake: Logits, mask: Mask = None) -> Float[Array, ""]:
+def hinge_generator_loss(fake: Logits, mask: Mask) -> Float[Array, ""]:
     """Equation (2)."""
     return -masked_mean(fake, mask)
 
@@ -150,20 +127,11 @@ def adaptive_weight(
     reconstruction: Params, adversarial: Params, bound: float = 1e4
 ) -> Float[Array, ""]:
     """Equation (4) of the gradients of both losses; no gradient flows through the weight."""
-
-    def norm(tree: Params) -> jax.Array:
-        squares = [jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree)]
-        return jnp.sqrt(sum(squares, jnp.zeros(())))
-
-    ratio = norm(reconstruction) / (norm(adversarial) + 1e-6)
+    ratio = optax.global_norm(reconstruction) / (optax.global_norm(adversarial) + 1e-6)
     return jax.lax.stop_gradient(jnp.minimum(ratio, bound))
 
 
-def last_layer_gradients(
-    losses: tuple[Callable[[jax.Array], jax.Array], ...],
-    last_layer: Callable[[Params], jax.Array],
-    params: Params,
-) -> list[Params]:
+def last_layer_gradients(losses: Sequence[Any], last_layer: Any, params: Params) -> list[Params]:
     """The gradients of losses of a clip for the parameters of the layer that makes it, of features that
     ``last_layer`` closes over: each loss is differentiated down to the clip and no further."""
     clips, back = jax.vjp(last_layer, params)
@@ -239,59 +207,51 @@ class ReconstructionLoss:
     @staticmethod
     def trainable(path: str) -> bool:
         """Whether the parameter at a path is trained."""
-        return not path.startswith(FROZEN)
+        return not path.startswith(("params/vgg/", "params/lpips/"))
 
     def load_frozen(self, shapes: Params, shardings: Params) -> Params:
         """The network's weights, as they were read, laid out over the mesh."""
-        del shapes
         assert self.network is not None
         params = {"vgg": self.network.params["params"]}
         if self.network.weights:
             params["lpips"] = {str(i): one for i, one in enumerate(self.network.weights)}
         return jax.device_put(jax.tree.map(np.asarray, {"params": params}), shardings)
 
-    def _network(self, frozen: Params) -> PerceptualNetwork | None:
-        """The perceptual network with the step's arguments for its weights."""
-        if self.network is None:
-            return None
-        frozen = jax.tree.map(self.model.compute.gather, frozen["params"])
-        weights = [frozen["lpips"][str(i)] for i in range(len(self.network.weights or ()))]
-        return dataclasses.replace(
-            self.network, params={"params": frozen["vgg"]}, weights=weights or None
-        )
-
     def __call__(
-        self,
-        params: Params,
-        frozen: Params,
-        video: Clips,
-        mask: Bool[Array, "b t"],
-        key: jax.Array,
-        step: jax.Array,
+        self, params: Params, frozen: Params, video: Clips, mask: Mask, key: jax.Array, step: Any
     ) -> Totals:
         """``mask`` tells the frames that count; the noise of latents is drawn from ``key``."""
         apply: Any = self.model.apply
-        config, network = self.config, self._network(frozen)
-        autoencoder = params["params"]["autoencoder"]
+        gather, config = self.model.compute.gather, self.config
+        network, autoencoder = self.network, params["params"]["autoencoder"]
+        if network is not None:
+            # With the step's arguments for its weights.
+            weights = jax.tree.map(gather, frozen["params"])
+            lpips = [weights["lpips"][str(i)] for i in range(len(network.weights or ()))]
+            arguments: Any = {"params": {"params": weights["vgg"]}, "weights": lpips or None}
+            network = dataclasses.replace(network, **arguments)
         mean, logvar = apply({"params": autoencoder}, video, method="encode")
         z, parts = mean, {}
         if logvar is not None:
             z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
             parts["kl"] = self._kl(mean, logvar, mask)
-        features = apply({"params": autoencoder}, z, method="features")
-        weights = autoencoder["decoder"]["conv_out"]
+        decoder: Any = Decoder(self.model.config, self.model.compute)
+        parameters = autoencoder["decoder"]
+        features = decoder.apply({"params": parameters}, z, method="features")
+        layer = parameters["conv_out"]
 
-        def last(weights: Params) -> jax.Array:
-            decoder = autoencoder["decoder"] | {"conv_out": weights}
-            return apply({"params": autoencoder | {"decoder": decoder}}, features, method="head")
+        def last(layer: Params) -> jax.Array:
+            return decoder.apply(
+                {"params": parameters | {"conv_out": layer}}, features, method="head"
+            )
 
-        back = last(weights)
+        back = last(layer)
         reconstruction, named = self._reconstruction(network, video, back, mask)
         parts |= named
         total = reconstruction + config.kl * parts.get("kl", 0.0)
         if config.adversarial:
             judge: Any = self._discriminator.apply
-            learned = jax.tree.map(self.model.compute.gather, params["params"]["discriminator"])
+            learned = jax.tree.map(gather, params["params"]["discriminator"])
             stopped = jax.lax.stop_gradient(learned)
             keep = config.discriminator.logit_mask(mask)
 
@@ -299,7 +259,7 @@ class ReconstructionLoss:
                 return hinge_generator_loss(judge({"params": stopped}, clips), keep)
 
             losses = (lambda x: self._reconstruction(network, video, x, mask)[0], generator)
-            of_loss, of_judge = last_layer_gradients(losses, last, weights)
+            of_loss, of_judge = last_layer_gradients(losses, last, layer)
             parts["adaptive"] = adaptive_weight(of_loss, of_judge, config.adversarial_bound)
             parts["generator"] = generator(back)
             real = judge({"params": learned}, video)

@@ -15,7 +15,6 @@ Axis letters: b frames, h w pixels or places of a feature map, c channels.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,9 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
+Maps = Sequence[Float[Array, "b _ _ _"]]
+
+
 @dataclasses.dataclass(frozen=True)
 class VGGConfig:
     """Sizes of the network; the defaults are VGG-16's."""
@@ -54,11 +56,14 @@ class VGGConfig:
         return 2 ** (len(self.widths) - 1)
 
 
+VGG16 = VGGConfig()
+
+
 class VGG(nn.Module):
     """Frames in [-1, 1] to the feature maps after the last ReLU of each block (relu1_2, 2_2, 3_3, 4_3,
     5_3), computed in ``dtype`` (float32 is that on every accelerator)."""
 
-    config: VGGConfig = VGGConfig()
+    config: VGGConfig = VGG16
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -69,28 +74,23 @@ class VGG(nn.Module):
             if i:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for j in range(layers):
-                x = nn.relu(self._conv(width, f"block_{i}_conv_{j}")(x))
+                name, init = f"block_{i}_conv_{j}", nn.initializers.he_normal()
+                x = nn.relu(conv(width, (3, 3), self.dtype, init, padding=1, name=name)(x))
             maps.append(x)
         return maps
 
-    def _conv(self, features: int, name: str) -> nn.Conv:
-        kernel, zeros = nn.initializers.he_normal(), nn.initializers.zeros_init()
-        return nn.Conv(
-            features,
-            (3, 3),
-            padding=1,
-            dtype=self.dtype,
-            precision="highest" if self.dtype == jnp.float32 else None,
-            kernel_init=nn.with_logical_partitioning(kernel, (None, None, "embed", "embed_out")),
-            bias_init=nn.with_logical_partitioning(zeros, ("embed_vector",)),
-            name=name,
-        )
+
+def conv(features: int, size: tuple[int, ...], dtype: Any, init: Any, **settings: Any) -> nn.Conv:
+    """A convolution whose parameters carry logical axes, with products in ``dtype``."""
+    axes, zeros = (*(None for _ in size), "embed", "embed_out"), nn.initializers.zeros_init()
+    settings["precision"] = "highest" if dtype == jnp.float32 else None
+    settings["kernel_init"] = nn.with_logical_partitioning(init, axes)
+    settings["bias_init"] = nn.with_logical_partitioning(zeros, ("embed_vector",))
+    return nn.Conv(features, size, dtype=dtype, **settings)
 
 
 def perceptual_distance(
-    features_a: Sequence[Float[Array, "b _ _ _"]],
-    features_b: Sequence[Float[Array, "b _ _ _"]],
-    weights: Sequence[Float[Array, "_"]] | None = None,
+    features_a: Maps, features_b: Maps, weights: Sequence[Float[Array, "_"]] | None = None
 ) -> Float[Array, "b"]:
     """LPIPS (1) of each pair of frames, of their feature maps; without weights each is 1."""
 
@@ -99,8 +99,7 @@ def perceptual_distance(
         # If no channel is active, features and their gradient are 0.
         return wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True) + 1e-10)
 
-    total = jnp.zeros(features_a[0].shape[0])
-    each = weights if weights is not None else [jnp.ones(())] * len(features_a)
+    total, each = jnp.zeros(features_a[0].shape[0]), weights or [jnp.ones(())] * len(features_a)
     for a, b, weight in zip(features_a, features_b, each, strict=True):
         total += (jnp.square(unit(a) - unit(b)) * weight).sum(-1).mean((1, 2))
     return total
@@ -113,7 +112,7 @@ class PerceptualNetwork:
 
     params: Params
     weights: Params = None
-    config: VGGConfig = struct.field(pytree_node=False, default=VGGConfig())
+    config: VGGConfig = struct.field(pytree_node=False, default=VGG16)
     dtype: Any = struct.field(pytree_node=False, default=jnp.float32)
 
     def __call__(
@@ -127,54 +126,49 @@ class PerceptualNetwork:
 
 def vgg_map(config: VGGConfig) -> Map:
     """The keys of torchvision's features; between blocks one number is a pool's."""
-    entries, at, before = [], 0, 3
+    entries, place, before = [], 0, 3
     for i, (width, layers) in enumerate(zip(config.widths, config.layers, strict=True)):
         for j in range(layers):
-            path, key = f"block_{i}_conv_{j}", f"features.{at}"
-            kernel = Layout("o i h w -> h w i o", {"o": width, "i": before, "h": 3, "w": 3})
-            entries.append(Entry((path, "kernel"), (f"{key}.weight",), kernel))
-            entries.append(Entry((path, "bias"), (f"{key}.bias",), Layout("o -> o", {"o": width})))
-            at, before = at + 2, width
-        at += 1
-    return Map("torchvision's VGG-16", tuple(entries))
+            sizes = {"o": width, "i": before, "h": 3, "w": 3}
+            kernel, bias = Layout("o i h w -> h w i o", sizes), Layout("o -> o", sizes)
+            path, key = f"block_{i}_conv_{j}", f"features.{place}"
+            entries += [Entry((path, "kernel"), (f"{key}.weight",), kernel)]
+            entries += [Entry((path, "bias"), (f"{key}.bias",), bias)]
+            place, before = place + 2, width
+        place += 1
+    # The linear layers behind the features are not needed.
+    classifier = ("classifier.0.", "classifier.3.", "classifier.6.")
+    return Map("torchvision's VGG-16", tuple(entries), ignored=classifier)
 
 
 def lpips_map(config: VGGConfig) -> Map:
     """The keys of LPIPS' linear layers: 1x1 convolutions to one channel."""
-
-    def entry(i: int, width: int) -> Entry:
+    entries = []
+    for i, width in enumerate(config.widths):
         layout = Layout("o c h w -> (o c h w)", {"o": 1, "c": width, "h": 1, "w": 1})
-        return Entry((str(i),), (f"lin{i}.model.1.weight",), layout)
-
-    entries = tuple(entry(i, width) for i, width in enumerate(config.widths))
-    return Map("the linear weights of LPIPS for VGG-16", entries)
+        entries += [Entry((str(i),), (f"lin{i}.model.1.weight",), layout)]
+    return Map("the linear weights of LPIPS for VGG-16", tuple(entries))
 
 
 def load_vgg(
     path: str | Path,
     lpips: str | Path | None = None,
-    config: VGGConfig | None = None,
+    config: VGGConfig = VGG16,
     dtype: Any = jnp.float32,
 ) -> PerceptualNetwork:
     """The network in a file of torchvision's (``.pth``, ``.pt``, ``.bin`` or ``.safetensors``), with
     the weights in a file of LPIPS' if one is given, else all channels count alike."""
-    config = config or VGGConfig()
 
     def read(table: Map, path: str | Path) -> Params:
         reader = read_safetensors if str(path).endswith(".safetensors") else read_torch
-        arrays = reader(path)
-        # The linear layers behind the features are not needed.
-        kept = {k: a for k, a in arrays.items() if not re.fullmatch(r"classifier\.[036]\.\w+", k)}
-        return table.read(kept, repr(str(path)))
+        return table.read(reader(path), repr(str(path)))
 
     params, weights = read(vgg_map(config), path), None
     if lpips is not None:
         linear = read(lpips_map(config), lpips)["params"]
         weights = tuple(linear[str(i)] for i in range(len(config.widths)))
         negative = ", ".join(f"lin{i}" for i, weight in enumerate(weights) if (weight < 0).any())
-        message = (
-            f"{str(lpips)!r} has negative weights in {negative}: give the lpips package's vgg.pth."
-        )
+        message = f"{str(lpips)!r} has negative weights in {negative}: give the package's vgg.pth."
         refuse_if([(bool(negative), message)])
     params, weights = jax.tree.map(jnp.asarray, (params, weights))
     return PerceptualNetwork(params, weights, config, dtype)

@@ -1,34 +1,28 @@
-"""The autoencoder's shapes and counts, tiles and the codec around it, without other frameworks."""
+"""The image autoencoder's counts, tiles and the codec around it, without other frameworks."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from dit_jax.codec.causal_autoencoder import CausalAutoencoder, param_shapes
 from dit_jax.codec.codec import ImageCodec, TileConfig, ramp, tile_starts, tiled
+from tests.codecs import image_config, random_params, tiny_images
 
-SMALL = AutoencoderKLConfig(widths=(4, 4, 8, 8), layers=1, norm_groups=2)
+SMALL = tiny_images(4, 4, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def codec():
-    init = AutoencoderKL(SMALL).init
-    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3))))
-    rng = np.random.default_rng(0)
-    # Drawn here: compiling the initialisers takes longer than all the rest.
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.1)), shapes)
-    return ImageCodec("small", "0", SMALL, params, TileConfig(size=4, overlap=2))
+    return ImageCodec("small", "0", SMALL, random_params(SMALL), TileConfig(size=4, overlap=2))
 
 
 def test_stable_diffusions_autoencoder_has_its_parameters():
-    model = AutoencoderKL(AutoencoderKLConfig())
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    shapes = param_shapes(image_config())
     # The count of sd-vae-ft-ema, both halves.
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_653_863
-    boxed = jax.tree.leaves(shapes, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-    assert all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in boxed)
 
 
 def test_a_clip_is_its_frames(codec):
@@ -41,42 +35,13 @@ def test_a_clip_is_its_frames(codec):
     assert codec.decode(latents).shape == clip.shape
 
 
-def test_latents_are_shifted_and_scaled(codec):
-    moved = ImageCodec(
-        "moved",
-        "0",
-        AutoencoderKLConfig(widths=(4, 4, 8, 8), layers=1, norm_groups=2, scale=0.5, shift=0.25),
-        codec.params,
-    )
-    clip = np.zeros((1, 16, 16, 3), np.float32)
-    plain = codec.encode(clip) / np.float32(SMALL.scale)
-    np.testing.assert_allclose(moved.encode(clip), (plain - 0.25) * 0.5, rtol=1e-5, atol=1e-6)
-    latents = codec.encode(clip)
-    again = (latents / SMALL.scale - 0.25) * 0.5
-    np.testing.assert_allclose(moved.decode(again), codec.decode(latents), atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "clip, said",
-    [
-        (np.zeros((1, 16, 20, 3), np.float32), "multiples of 8"),
-        (np.zeros((1, 16, 16, 4), np.float32), r"takes \[t, h, w, 3\]"),
-        (np.zeros((16, 16, 3), np.float32), r"takes \[t, h, w, 3\]"),
-        (np.zeros((1, 16, 16, 3), np.uint8), "a clip of uint8"),
-    ],
-)
-def test_what_cannot_be_encoded_is_refused(codec, clip, said):
-    with pytest.raises(ValueError, match=said):
-        codec.encode(clip)
-
-
 def test_bad_configs_are_refused():
     with pytest.raises(ValueError, match="multiples of the 32 groups"):
-        AutoencoderKLConfig(widths=(128, 100))
-    with pytest.raises(ValueError, match="scale is 0"):
-        AutoencoderKLConfig(scale=0)
-    with pytest.raises(ValueError, match="at most half"):
-        TileConfig(size=8, overlap=5)
+        image_config(block_out_channels=[128, 100])
+    with pytest.raises(ValueError, match="scale is .0"):
+        image_config(scaling_factor=0)
+    with pytest.raises(ValueError, match="norm_groups is 2"):
+        dataclasses.replace(SMALL, strides=((2, 2),) * 3)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +92,9 @@ def test_tiles_bound_the_memory(codec):
     """What the compiler needs beside inputs and parameters does not grow with the image."""
 
     def needed(side):
-        model = AutoencoderKL(SMALL)
+        model = CausalAutoencoder(SMALL, SMALL.computation())
         decode = jax.jit(lambda p, z: model.apply(p, z, method="decode"))
-        compiled = decode.lower(codec.params, jnp.zeros((1, side, side, 4))).compile()
+        compiled = decode.lower(codec.params, jnp.zeros((1, 1, side, side, 4))).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     tile, whole = needed(16), needed(64)

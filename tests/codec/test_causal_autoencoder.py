@@ -17,6 +17,7 @@ from dit_jax.codec.causal_autoencoder import (
     WAN,
     CausalAutoencoder,
     CausalAutoencoderConfig,
+    autoencoder_flops,
     convolve,
     convolve_by_frames,
 )
@@ -77,7 +78,7 @@ def opened(request: pytest.FixtureRequest) -> Opened:
     return Opened(VARIANTS[request.param])
 
 
-@pytest.mark.parametrize("frames", [1, 5, 17])
+@pytest.mark.parametrize("frames", [1, 17])
 def test_latents_of_every_length(opened: Opened, frames: int):
     latents = opened.encode(opened.clip(frames))
     assert latents.shape == (1, 1 + (frames - 1) // 4, 4, 4, 3)
@@ -112,7 +113,7 @@ def test_the_first_latent_is_that_of_the_first_frame_as_an_image(opened: Opened)
     np.testing.assert_allclose(opened.decode(image), opened.decode(whole)[:, :1], atol=CLOSE)
 
 
-@pytest.mark.parametrize("latents", [1, 2, 3])
+@pytest.mark.parametrize("latents", [1, 2])
 def test_parts_of_any_length_are_the_whole(opened: Opened, latents: int):
     clip = opened.clip(17)
     whole = opened.encode(clip)
@@ -174,6 +175,21 @@ def test_linear_begins_as_a_projection_of_own_pixels():
     later: Any = model.apply(params, latents.at[:, 1, 1, 0].add(1.0), method="decode")
     moved = np.argwhere(np.abs(later - back).max((0, 4)) > 0)
     assert moved.min(0).tolist() == [1, 4, 0] and moved.max(0).tolist() == [4, 7, 3]
+
+
+# Of nine frames of 16 x 16 latents: sums over the layers by hand.
+FLOPS = {
+    "plain": (54_228_992, 89_540_096),
+    "shortcuts": (71_108_096, 124_184_064),
+    "linear": (66_123_776, 101_434_880),
+    "wide decoder": (47_544_320, 239_261_184),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FLOPS))
+def test_flops_of_encoding_and_decoding(name: str):
+    side = 16 * VARIANTS[name].stride[1]
+    assert autoencoder_flops(VARIANTS[name], 9, side, side) == FLOPS[name]
 
 
 def test_presets_have_the_strides_they_are_named_for():

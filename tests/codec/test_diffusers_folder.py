@@ -10,10 +10,9 @@ from einops import rearrange
 
 from dit_jax import interop
 from dit_jax.codec import folders
-from dit_jax.codec.autoencoder_kl import AutoencoderKLConfig
 from dit_jax.codec.codec import TileConfig
 from dit_jax.codec.folders import OLD_ATTENTION
-from tests.codecs import diffusers_config
+from tests.codecs import diffusers_config, image_config
 from tests.interop.published import diffusers, needs_diffusers, relative, torch
 
 TOLERANCE = 1e-4
@@ -184,7 +183,7 @@ def test_tiles_show_no_seams(saved):
 def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     with pytest.raises(ValueError, match="config.json' is not there"):
         folders.load_codec(tmp_path)
-    config = diffusers_config(AutoencoderKLConfig())
+    config = diffusers_config(image_config())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no weights: none of"):
         folders.load_codec(tmp_path)
@@ -217,6 +216,6 @@ def test_a_folder_that_is_none_is_said_to_be(tmp_path):
     ],
 )
 def test_a_config_with_odd_values_is_refused(name, value, said):
-    config = diffusers_config(AutoencoderKLConfig())
+    config = diffusers_config(image_config())
     with pytest.raises(ValueError, match=said):
         folders.autoencoder_from_diffusers(config | {name: value})

@@ -131,24 +131,20 @@ def test_sampling_sizes_that_have_no_whole_latents_are_refused(config: VideoRun)
         dataclasses.replace(config, sampling=made)
 
 
-@pytest.mark.parametrize("wrong", [{"t": 1}, {"h": 4, "w": 4}])
-def test_other_strides_are_refused(config: VideoRun, wrong: dict[str, int]):
-    odd = dataclasses.replace(config.codec, **wrong)
-    with pytest.raises(
-        ValueError, match=r"4 channels with strides \(4, 2, 2\).* make them the same"
-    ):
-        odd.open(4)
-
-
-def test_other_channels_are_refused(config: VideoRun):
-    with pytest.raises(ValueError, match=r"latents of 4 channels .* model.patch.channels 8"):
-        config.codec.open(8)
-
-
-def test_folders_that_hold_no_codec_are_refused(config: VideoRun, tmp_path: Path):
-    codec = dataclasses.replace(config.codec, path=str(tmp_path))
-    with pytest.raises(ValueError, match="config.json' is not there"):
-        codec.open(4)
+@pytest.mark.parametrize(
+    "change, channels, said",
+    [
+        ({"t": 1}, 4, r"4 channels with strides \(4, 2, 2\).* make them the same"),
+        ({"h": 4, "w": 4}, 4, r"4 channels with strides \(4, 2, 2\).* make them the same"),
+        ({}, 8, r"latents of 4 channels .* model.patch.channels 8"),
+        ({"path": str(Path(__file__).parent)}, 4, "config.json' is not there"),
+    ],
+)
+def test_codecs_that_do_not_fit_are_refused(
+    config: VideoRun, change: dict[str, Any], channels: int, said: str
+):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(config.codec, **change).open(channels)
 
 
 def test_latents_that_another_codec_made_are_refused(

@@ -18,8 +18,7 @@ from dit_jax.codec import measures
 from dit_jax.codec.codec import VideoCodec
 from dit_jax.codec.folders import load_codec
 from dit_jax.codec.reconstruction_loss import DiscriminatorConfig
-from dit_jax.codec.run import CodecRun
-from dit_jax.codec.train import held_out, windows
+from dit_jax.codec.run import held_out, windows
 from dit_jax.data import open_source
 from dit_jax.data.shapes import held_out_combinations
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
@@ -27,6 +26,7 @@ from dit_jax.sampling import to_float
 from dit_jax.sampling.media import read_video
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
 from dit_jax.training.step import loss_and_gradients
+from tests.codecs import random_like
 from tests.tiny_codec_config import get_config
 
 CONFIG = get_config()
@@ -40,10 +40,6 @@ def evaluations(task: Any) -> dict[str, Any]:
 
 def one_device() -> Any:
     return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-
-
-def with_loss(**change: Any) -> CodecRun:
-    return dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, **change))
 
 
 def first_batch(task: Any) -> Any:
@@ -105,8 +101,7 @@ def test_the_codec_that_is_left_has_latents_of_unit_variance(trained: Any, finis
     assert isinstance(codec, VideoCodec)
     assert (codec.strides, codec.channels) == ((4, 4, 4), 3)
     source = open_source(CONFIG.data.source)
-    crop = dataclasses.replace(CONFIG.data.crop, flip=False)
-    training = windows(CONFIG, crop, source, 16, 2)
+    training = windows(CONFIG, source, 16, 2)
     assert len(training) == 16
     latents = np.concatenate([codec.encode(to_float(w)).reshape(-1, 3) for w in training])
     # The very windows that were measured: float32 sums in another order.
@@ -121,8 +116,7 @@ def test_the_report_is_of_what_comes_back(trained: Any, finished: Any):
     assert set(report) == {"psnr", "ssim", "flicker", "resize_psnr", "count"}
     assert report["count"] == 6 and 5 < report["psnr"] < 50 and 0 < report["flicker"] < 255
     codec = load_codec(directory / "codec")
-    crop = dataclasses.replace(CONFIG.data.crop, flip=False)
-    clips = windows(CONFIG, crop, open_source(held_out(CONFIG)), 6, 1)
+    clips = windows(CONFIG, open_source(held_out(CONFIG)), 6, 1)
     back = [codec.decode(codec.encode(to_float(clip))) for clip in clips]
     pixels = [np.clip(np.rint((clip + 1) * 127.5), 0, 255).astype(np.uint8) for clip in back]
     found = measures.reconstruction_report(clips, pixels)
@@ -138,14 +132,6 @@ def test_moving_shapes_that_are_measured_are_never_trained_on():
         assert any(all(word in caption for word in triple) for triple in combinations), caption
 
 
-def test_pictures_are_drawn_of_what_is_learned(trained: Any, tmp_path: Path):
-    task, _, params = trained
-    picture = evaluations(task)["samples"](params, {}, 7, tmp_path).picture
-    assert picture is not None
-    picture = read_video(picture)[0]
-    assert picture.std() > 0
-
-
 def test_a_run_that_measures_nothing_leaves_its_codec(trained: Any, tmp_path: Path):
     evaluation = dataclasses.replace(CONFIG.evaluation, clips=0)
     task = dataclasses.replace(CONFIG, evaluation=evaluation).build(one_device())
@@ -156,8 +142,13 @@ def test_a_run_that_measures_nothing_leaves_its_codec(trained: Any, tmp_path: Pa
 
 # Meshes.
 
-JUDGED = with_loss(
-    adversarial=0.5, discriminator=DiscriminatorConfig(width=4, layers=1), adversarial_start=1
+LOSS: dict[str, Any] = dict(adversarial=0.5, adversarial_start=1)
+LOSS |= dict(discriminator=DiscriminatorConfig(width=4, layers=1))
+# One resolution less: a step over eight devices takes half a minute to compile.
+JUDGED = dataclasses.replace(
+    CONFIG,
+    loss=dataclasses.replace(CONFIG.loss, **LOSS),
+    model=dataclasses.replace(CONFIG.model, widths=(4, 4), strides=((2, 1),)),
 )
 
 
@@ -168,15 +159,7 @@ def gradients(sizes: tuple[int, int, int, int]) -> Any:
     task = JUDGED.build(mesh)
     optimizer = make_optimizer(JUDGED.optimizer, 10)
     shapes, shardings = abstract_state(task.init, optimizer, mesh)
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        normal, kind = rng.normal(size=leaf.shape), path[-1].key
-        scaled = normal / np.sqrt(np.prod(leaf.shape[:-1]))
-        value = scaled if kind == "kernel" else 0.1 * normal + (kind == "scale")
-        return np.asarray(value, np.float32)
-
-    params = jax.tree_util.tree_map_with_path(draw, shapes.params)
+    params = random_like(shapes.params)
     placed = jax.device_put(params, shardings.params)
     rows = tuple(range(task.rows))
     batch = global_batch(mesh, first_batch(task), rows, task.rows)

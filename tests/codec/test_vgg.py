@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from dit_jax.codec.vgg import VGG, PerceptualNetwork, VGGConfig, perceptual_distance
+from tests.codecs import normal_params
 
 SMALL = VGGConfig(widths=(4, 6, 8), layers=(1, 2, 1))
 
@@ -18,11 +19,7 @@ def frames(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = jax.eval_shape(VGG(SMALL).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    rng = np.random.default_rng(0)
-    # Drawn here: compiling the initialisers takes longer than all the rest.
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), jnp.float32)  # noqa: E731
-    return jax.tree.map(draw, nn.unbox(shapes))
+    return normal_params(VGG(SMALL), jnp.zeros((1, 8, 8, 3)))
 
 
 def test_vgg_16_has_its_parameters_and_maps():

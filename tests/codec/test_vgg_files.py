@@ -133,7 +133,12 @@ def test_files_that_do_not_hold_it_are_refused(tmp_path):
     alone = {"path": bad, "lpips": None}
     refused(fewer, r"is not torchvision's VGG-16:\n  features.5.bias: absent", **alone)
     refused(features | {"classifier.1.weight": np.zeros(2)}, "classifier.1.weight", **alone)
-    refused(features, r"features.0.weight: shape \(6, 3, 3, 3\), wanted \(64", **alone, config=None)
+    refused(
+        features,
+        r"features.0.weight: shape \(6, 3, 3, 3\), wanted \(64",
+        **alone,
+        config=VGGConfig(),
+    )
     nan = features | {"features.0.bias": np.full(6, np.nan, np.float32)}
     refused(nan, "NaN or infinite values in features.0.bias", **alone)
     refused(features, "is not the linear weights of LPIPS")

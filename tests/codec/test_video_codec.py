@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
-from dit_jax.codec.codec import TileConfig, VideoCodec, make_clip_constrain
+from dit_jax.codec.codec import TileConfig, VideoCodec
 from dit_jax.config import check_types
 from dit_jax.parallel import MeshConfig, make_mesh
 from tests.codecs import SMALL, make_codec, noise
@@ -146,10 +146,7 @@ def test_clips_over_a_mesh_are_those_of_one_device(
 ):
     """Clips over data, and over context the rows, or the columns where it divides those alone."""
     mesh = make_mesh(MeshConfig(2, 1, 4, 1))
-    alone, spread = (
-        make_codec(config, TileConfig(frames=2), constrain=constrain)
-        for constrain in (None, make_clip_constrain(mesh))
-    )
+    alone, spread = (make_codec(config, TileConfig(frames=2), mesh=m) for m in (None, mesh))
     clips = noise(2, 9, *size, 3)
     latents = alone.encode_many(clips)
     np.testing.assert_allclose(spread.encode_many(clips), latents, atol=CLOSE)
@@ -164,13 +161,11 @@ LINE = re.compile(rf"= (.*?) ({KINDS})(?:-start)?\(")
 @pytest.mark.parametrize(("method", "size"), [("encode", (16, 8)), ("decode", (12, 16))])
 def test_edges_go_to_the_neighbours_and_frames_stay(method: str, size: tuple[int, int]):
     mesh = make_mesh(MeshConfig(2, 1, 4, 1))
-    codec = make_codec(SPREAD, constrain=make_clip_constrain(mesh))
+    codec = make_codec(SPREAD, mesh=mesh)
     unit = 1 if method == "encode" else 2
     channels = 3
     x = np.zeros((2, 5 if method == "encode" else 2, *(s // unit for s in size), channels))
-    of_latents = (size[0] // 2, size[1] // 2)
-    given = (codec.params, None, x.astype(np.float32), method, True, of_latents)
-    lowered = codec._step.lower(*given)
+    lowered = codec._step.lower(codec.params, None, x.astype(np.float32), method, True)
     found = Counter()
     for shape, kind in LINE.findall(lowered.compile().as_text()):
         found[kind] += 1

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dit_jax.codec.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.codec.config import LatentCodecConfig
-from dit_jax.codec.folders import autoencoder_map, load_codec
+from dit_jax.codec.folders import load_codec
 from dit_jax.config import DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig, RecordsSource, TransformConfig
 from dit_jax.evaluate import ClassEvaluator, judge_classes
-from dit_jax.interop import write_folder
 from dit_jax.model import (
     ClassLabels,
     DiTConfig,
@@ -30,7 +28,7 @@ from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
-from tests.codecs import diffusers_config
+from tests.codecs import tiny_images, write_images
 from tests.scripts import load_script
 
 CLASSES = 3
@@ -72,14 +70,7 @@ def records(tmp_path_factory):
 @pytest.fixture(scope="module")
 def codec_path(tmp_path_factory):
     """The folder of a small autoencoder with random weights, two pixels to a latent."""
-    shape = AutoencoderKLConfig(widths=(8, 8), layers=1, norm_groups=4)
-    variables = jax.jit(AutoencoderKL(shape).init)(
-        jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32)
-    )
-    path = tmp_path_factory.mktemp("codec") / "vae"
-    exported = autoencoder_map(shape).export(nn.unbox(variables))
-    write_folder(path, diffusers_config(shape), exported)
-    return path
+    return write_images(tmp_path_factory.mktemp("codec") / "vae", tiny_images(8, 8, norm_groups=4))
 
 
 def config_of(records, **changes):
