@@ -96,7 +96,8 @@ def _captions(
     licence = encodable(str(licence)) if licence else None
     captions: list[Caption] = []
     for column in columns:
-        value, kind = _cell(row, column, where), KINDS.get(plain(column), "given")
+        value: Any = _cell(row, column, where)
+        kind: Any = KINDS.get(plain(column), "given")
         texts = [x for x in (value if isinstance(value, list) else [value]) if x is not None]
         message = f"{where} has the {column} {value!r}: give a string or several"
         refuse_if((not isinstance(text, str), message) for text in texts)

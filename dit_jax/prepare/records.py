@@ -209,7 +209,8 @@ def samples(
     """Records of clips and what was read of them, pixels or latents of ``rate`` frames each; ``texts``
     gives a clip's captions. What cannot be stored is noted in ``failed`` and left out."""
     for one, read in kept:
-        state, video = None, read.value
+        video: Any = read.value
+        state = None
         if not read.reason and states is not None:
             state = states(one)
         floats = not isinstance(video, EncodedVideo | None) and video.dtype != np.uint8

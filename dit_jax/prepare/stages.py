@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.files import json_bytes
+from dit_jax.prepare.clips import Geometry, Rect
 from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
@@ -135,7 +136,7 @@ def _unpack(line: bytes) -> FileReport:
             return tuple(restored(name, one) for one in value)
         if name in kinds and value is not None:
             return kinds[name](**{field: restored(field, inner) for field, inner in value.items()})
-        return base64.b64decode(value) if name == "thumbnail" else value
+        return base64.b64decode(str(value)) if name == "thumbnail" else value
 
     values = json.loads(line)
     del values["key"]

@@ -279,7 +279,7 @@ class _Split:
             size += shard.stat().st_size
             os.replace(shard, shard.with_name(f"{shard.name}-of-{total:05d}"))
         table.flush()
-        names = {"dataset_name": self._builder, "split": self.name}
+        names: dict[str, Any] = {"dataset_name": self._builder, "split": self.name}
         names |= {"data_dir": epath.Path(self._data), "filetype_suffix": "array_record"}
         template: Any = ShardedFileTemplate(**names)
         return tfds.core.SplitInfo(self.name, self.lengths, size, template)
@@ -338,7 +338,7 @@ def write_records(
         ]
     )
     check_writable(target.parent, "directory")
-    codec = None if latents is None else LatentsOf(*latents)
+    codec = None if latents is None else LatentsOf._make(latents)
     stored = "zlib" if codec is not None and encoding == "video" else encoding
     schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
     folder = target.with_name(f"{VERSION}.incomplete")
