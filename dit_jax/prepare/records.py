@@ -23,7 +23,6 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.files import atomic_path, refuse_if, write_json
-from dit_jax.prepare.encoded import EncodedVideo
 from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.refusals import MACHINE_REASONS
 from dit_jax.prepare.stages import TRIES, Kept, read_clips
@@ -209,14 +208,13 @@ def samples(
     """Records of clips and what was read of them, pixels or latents of ``rate`` frames each; ``texts``
     gives a clip's captions. What cannot be stored is noted in ``failed`` and left out."""
     for one, read in kept:
-        video: Any = read.value
-        state = None
+        state, video = None, read.value
         if not read.reason and states is not None:
             state = states(one)
-        floats = not isinstance(video, EncodedVideo | None) and video.dtype != np.uint8
+        latents = video if isinstance(video, np.ndarray) and video.dtype != np.uint8 else None
         if read.reason:
             failed[one.name] = read.reason, read.detail
-        elif floats and not np.isfinite(video).all():
+        elif latents is not None and not np.isfinite(latents).all():
             failed[one.name] = "not finite", "its latents have numbers that are NaN or infinite"
         elif state is not None and not np.isfinite(state).all():
             failed[one.name] = "not finite", "the states of its caption are NaN or infinite"
