@@ -127,7 +127,7 @@ def adaptive_weight(
     reconstruction: Params, adversarial: Params, bound: float = 1e4
 ) -> Float[Array, ""]:
     """Equation (4) of the gradients of both losses; no gradient flows through the weight."""
-    ratio = optax.global_norm(reconstruction) / (optax.global_norm(adversarial) + 1e-6)
+    ratio = optax.tree.norm(reconstruction) / (optax.tree.norm(adversarial) + 1e-6)
     return jax.lax.stop_gradient(jnp.minimum(ratio, bound))
 
 

@@ -338,7 +338,8 @@ def write_records(
         ]
     )
     check_writable(target.parent, "directory")
-    codec = None if latents is None else LatentsOf._make(latents)
+    of_latents: Any = latents or ()
+    codec = LatentsOf(*of_latents) if latents is not None else None
     stored = "zlib" if codec is not None and encoding == "video" else encoding
     schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
     folder = target.with_name(f"{VERSION}.incomplete")

@@ -263,7 +263,7 @@ def test_opening_a_data_set_runs_no_code(builder, tmp_path, monkeypatch):
             with pytest.raises(InputError, match=r"evil\.Text"):
                 RecordsSource(config)
         with pytest.raises(InputError, match=r"evil\.Text"):
-            find_records(f"tfds:{builder}")  # As ``prepare --input`` does.
+            list(find_records(f"tfds:{builder}"))  # As ``prepare --input`` does.
     assert not mark.exists() and "evil" not in sys.modules
 
 

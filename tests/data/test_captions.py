@@ -181,7 +181,7 @@ def test_mixes_of_what_is_not_there_are_refused(builder: Path, tmp_path: Path):
         RecordsSource(RecordsConfig(str(builder), caption_mix=(("long", 1.0),)))
     good = {"video": np.zeros((1, 4, 4, 3), np.uint8), "caption": "x", "fps": 8.0}
     for sample, texts, said in (
-        ({**good, "short": 3}, ("short",), "sample 0 of split 'train' has the short 3"),
+        ({**good, "short": 3}, ("short",), "sample 0 of split 'train' has short 3"),
         (good, ("short",), r"lacks \['short'\]"),
         (good, ("caption",), r"\['caption'\] twice"),
         (good, ("a", "a"), r"\['a'\] twice"),
