@@ -53,7 +53,7 @@ if "DIT_JAX_CHECK_SHAPES" in os.environ:
 from tests.latents import latent_records, latents  # noqa: E402, F401
 
 # One room's own tests each, all in one process in two minutes: what one runs while working.
-CORE = ("test_imports.py", "data/", "diffusion/", "model/test_dit.py")
+CORE = ("test_imports.py", "data/", "diffusion/", "model/test_dit.py", "model/test_blocks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -120,6 +120,7 @@ def test_norms_of_low_precision_are_computed_in_float32(jit):
     np.testing.assert_allclose(y, exact, rtol=1e-5)  # float32
 
 
+@pytest.mark.usefixtures("checked")
 def test_a_wrong_shape_is_caught(inputs):
     layer = DiTBlock(DiTConfig(32, heads=2, mlp_dim=128), Runtime(xla_attention))
     given = block_inputs(inputs)

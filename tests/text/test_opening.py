@@ -129,7 +129,7 @@ def test_states_are_stored_in_half_and_say_their_encoder(states, encoder):
     [
         (None, r"is object \[\]: those of 'x' are float \[s, 8\]"),
         (np.zeros((2, 7), np.float32), r"is float32 \[2, 7\]"),
-        (np.full((1, 8), np.inf, np.float32), "NaN or infinite"),
+        (np.full((1, 8), np.inf, np.float32), "not finite"),
     ],
 )
 def test_states_that_do_not_fit_are_refused(tmp_path, encoder, value, said):
