@@ -123,7 +123,8 @@ def test_evaluations_that_cannot_be_are_refused(name: str):
 
 def test_small_windows_are_trained_on_where_nothing_is_measured():
     evaluation = dataclasses.replace(CONFIG.evaluation, clips=0)
-    dataclasses.replace(CONFIG, evaluation=evaluation, **crop(height=8, width=8))
+    made = dataclasses.replace(CONFIG, evaluation=evaluation, **crop(height=8, width=8))
+    assert (made.data.crop.height, made.data.crop.width, made.evaluation.clips) == (8, 8, 0)
 
 
 def test_a_run_survives_json(tmp_path: Path):
