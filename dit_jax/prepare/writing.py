@@ -338,8 +338,7 @@ def write_records(
         ]
     )
     check_writable(target.parent, "directory")
-    of_latents: Any = latents or ()
-    codec = LatentsOf(*of_latents) if latents is not None else None
+    codec = latents if isinstance(latents, LatentsOf | None) else LatentsOf(*latents)
     stored = "zlib" if codec is not None and encoding == "video" else encoding
     schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
     folder = target.with_name(f"{VERSION}.incomplete")

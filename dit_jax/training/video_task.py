@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from dit_jax import data, parallel
 from dit_jax import model as models
 from dit_jax.config import DataConfig, Run, VideoRun
-from dit_jax.data import packing, records, shapes
+from dit_jax.data import packing, records
+from dit_jax.data.shapes import render
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, noise_batch, sample_keys, token_loss
 from dit_jax.files import refuse_if
 from dit_jax.sampling import Generation, Generator, Request, make_clips, to_float
@@ -188,7 +189,7 @@ def eval_requests(
     )
     if isinstance(source, data.ShapesConfig):  # Drawn at the size of sampling.
         transform, scenes = UNCHANGED, data.held_out_scenes(count, config.seed, *size)
-        clips = ((shapes.render(scene), data.caption(scene)) for scene in scenes)
+        clips = ((render(scene), data.caption(scene)) for scene in scenes)
         held: Any = [{"video": v, "caption": text, "fps": source.fps} for v, text in clips]
     elif alone and isinstance(labels, models.ClassLabels):
         grid, fps = latents.latent_size(*size), latents.latent_fps(sizes.fps)
