@@ -17,6 +17,7 @@ from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.folders import OLD_ATTENTION
 from dit_jax.config import stored_config
 from dit_jax.files import as_path, write_whole
+from dit_jax.interop import dit as dit_files
 from dit_jax.parallel import make_mesh
 from dit_jax.sampling.media import read_video
 from dit_jax.training import Checkpointer, open_run
@@ -93,7 +94,7 @@ def test_a_run_is_one_that_verbs_open(published, tmp_path):
     made = converted(published, tmp_path / "run", "run", *HEADS)
     checkpointer, step = open_run(made)
     config = stored_config(checkpointer.config(step), made)
-    assert step == 0 and config == convert.run_config(
+    assert step == 0 and config == dit_files.run_config(
         authors_arrays()[0], str(made), LatentCodecConfig(h=8, w=8)
     )
     assert json.loads((made / "config.json").read_text()) == checkpointer.config(step)
@@ -122,7 +123,7 @@ def test_sit_is_a_flow_and_its_last_layer_turned(published, tmp_path):
 
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_the_config_is_the_papers(family):
-    config = convert.run_config(authors_arrays(family)[0], "run", LatentCodecConfig(h=8, w=8))
+    config = dit_files.run_config(authors_arrays(family)[0], "run", LatentCodecConfig(h=8, w=8))
     assert config.sampling.steps == 250 and config.sampling.height == 64
     assert config.sampling.cfg_channels == 3  # so the code of both samples
     diffusion = config.diffusion
@@ -333,8 +334,8 @@ def test_a_model_that_is_not_as_published_stays_a_run(published, tmp_path, capsy
         model = dataclasses.replace(file.model, dit=dit)
         return dataclasses.replace(plain(file, output, codec), model=model)
 
-    plain = convert.run_config
-    monkeypatch.setattr(convert, "run_config", other)
+    plain = dit_files.run_config
+    monkeypatch.setattr(dit_files, "run_config", other)
     made = converted(published, tmp_path / "run", "run", *HEADS)
     assert "keep this model as a run" in refused(
         capsys, made, tmp_path / "a.safetensors", "safetensors"
@@ -344,14 +345,14 @@ def test_a_model_that_is_not_as_published_stays_a_run(published, tmp_path, capsy
 
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_a_run_of_another_objective_stays_a_run(published, tmp_path, capsys, monkeypatch, family):
-    plain, other = convert.run_config, {"dit": "sit", "sit": "dit"}[family]
+    plain, other = dit_files.run_config, {"dit": "sit", "sit": "dit"}[family]
 
     def swapped(file, output, codec):
         """The network of one family, trained and sampled as the other is."""
         objective = plain(dataclasses.replace(file, family=other), output, codec)
         return dataclasses.replace(objective, model=file.model)
 
-    monkeypatch.setattr(convert, "run_config", swapped)
+    monkeypatch.setattr(dit_files, "run_config", swapped)
     made = converted(published, tmp_path / "run", "run", *HEADS, "--family", family)
     for target, kind in (("a.safetensors", "safetensors"), ("folder", "diffusers")):
         said = refused(capsys, made, tmp_path / target, kind)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_jax.files import InputError, read_json
+from dit_jax.files import read_json, refuse_if
 from dit_jax.interop.safetensors_files import read_index, read_safetensors, write_safetensors
 from dit_jax.interop.torch_files import read_torch
 
@@ -32,88 +31,48 @@ TRANSFORMERS = (
     "pytorch_model.bin.index.json",
 )
 """The same in folders of ``transformers``."""
-CODECS = {
-    "AutoencoderKL": "dit_jax.codec.converting",
-    "AutoencoderKLWan": "dit_jax.codec.converting",
-    "CausalAutoencoder": "dit_jax.codec.converting",
-}
-"""Classes of ``config.json`` that are codecs, and the modules that read and write them. They are named,
-and not imported: a converter of transformers needs none of them."""
-
-
-TEXT_ENCODERS = "dit_jax.text.config"
-"""The module that reads folders of text encoders."""
-
-
-def text_tools() -> Any:
-    """The module that reads folders of text encoders."""
-    return importlib.import_module(TEXT_ENCODERS)
-
-
-def codec_tools(name: str = "CausalAutoencoder") -> Any:
-    """The module that reads and writes folders of a class of codecs."""
-    return importlib.import_module(CODECS[name])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of ``config.json``.
-
-    Raises:
-        ValueError: where it is absent or no JSON object.
-    """
+    """The settings of ``config.json``."""
     path = folder / "config.json"
-    if not path.exists():
-        raise InputError(
-            f"{str(path)!r} is not there: give the folder of one model, with its config.json (of a "
-            "pipeline that is the folder 'transformer' or 'vae' in it)."
-        )
+    absent = (
+        f"{str(path)!r} is not there: give the folder of one model, with its config.json (of a "
+        "pipeline that is the folder 'transformer' or 'vae' in it)."
+    )
+    refuse_if([(not path.exists(), absent)])
     values = read_json(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object.")
+    refuse_if([(not isinstance(values, dict), f"{str(path)!r} holds no JSON object.")])
     return values
 
 
 def check_sizes(sizes: Mapping[str, Any], where: str) -> None:
-    """Raises ``ValueError`` where a size of a ``config.json`` is no whole number of at least 1."""
-    odd = [name for name, size in sizes.items() if type(size) is not int or size < 1]
-    if odd:
-        said = "; ".join(f"{name} is {sizes[name]!r}" for name in odd)
-        raise ValueError(
-            f"{where} has sizes that are no whole numbers of at least 1: {said}. Fetch it again, from "
-            "where the weights are."
-        )
+    """Refuses sizes of a ``config.json`` that are no whole numbers of at least 1."""
+    odd = [f"{name} is {n!r}" for name, n in sizes.items() if type(n) is not int or n < 1]
+    message = f"{where} has sizes that are no whole numbers of at least 1: {'; '.join(odd)}. "
+    refuse_if([(bool(odd), f"{message}Fetch it again, from where the weights are.")])
 
 
 def read_weights(
     folder: Path, choices: tuple[str, ...] = CHOICES
 ) -> tuple[dict[str, np.ndarray], Path]:
-    """The folder's arrays, mapped, and the file that they are in, the first of ``choices``.
-
-    Raises:
-        ValueError: where there are none, or they cannot be read.
-    """
-    for name in choices:
-        if (path := folder / name).exists():
-            return _reader(name)(path), path
-    raise ValueError(f"{str(folder)!r} has no weights: none of {', '.join(choices)}.")
+    """The folder's arrays, mapped, and the file that they are in, the first of ``choices``."""
+    found = [folder / name for name in choices if (folder / name).exists()]
+    message = f"{str(folder)!r} has no weights: none of {', '.join(choices)}."
+    refuse_if([(not found, message)])
+    return read_arrays(found[0]), found[0]
 
 
-def _reader(name: str) -> Callable[[Path], dict[str, np.ndarray]]:
-    if name.endswith(".bin.index.json"):
-        return _read_shards
-    return read_torch if name.endswith((".bin", ".pt")) else read_safetensors
-
-
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    """All arrays of the files of PyTorch's that an index names."""
-    placed, shards = read_index(index)
-    arrays: dict[str, np.ndarray] = {}
-    for shard in shards:
-        arrays |= read_torch(shard)
-    if missing := sorted(set(placed) - set(arrays)):
-        raise ValueError(
-            f"{str(index)!r} names {missing[0]!r}, which no shard has: get them again."
-        )
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, or of the files that an index names, mapped."""
+    if not path.name.endswith(".bin.index.json"):
+        torch = path.suffix in (".bin", ".pt", ".pth")
+        return read_torch(path) if torch else read_safetensors(path)
+    placed, shards = read_index(path)
+    arrays = {key: array for shard in shards for key, array in read_torch(shard).items()}
+    missing = sorted(set(placed) - set(arrays))
+    message = f"{str(path)!r} names {', '.join(map(repr, missing[:1]))}, which no shard has: get them again."
+    refuse_if([(bool(missing), message)])
     return arrays
 
 

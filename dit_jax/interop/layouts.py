@@ -1,9 +1,8 @@
-"""How one published array becomes one of ours: a rearrangement of named axes, read in parts.
+"""How one published array becomes one of ours, in einops' words.
 
-A layout is written as einops writes it, theirs -> ours: ``"(x n e) i -> i (n x e)"`` turns the
-``[3 heads dim, width]`` weight of a published attention to our ``[width, heads 3 dim]`` kernel. Every
-axis has a known size, so both shapes are known, both directions follow from the one line, and any
-rectangle of ours can be read from a mapped file without touching the rest of it.
+``"(x n e) i -> i (n x e)"`` turns the ``[3 heads dim, width]`` weight of a published attention to our
+``[width, heads 3 dim]`` kernel. Every axis has a known size, so that both shapes and both directions
+follow from the one line.
 """
 
 from __future__ import annotations
@@ -11,26 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-
-Group = tuple[str, ...]
-
-
-def _parse(side: str) -> tuple[Group, ...]:
-    found = re.findall(r"\(([^()]*)\)|(\w+)", side)
-    return tuple(tuple(inner.split()) if inner else (name,) for inner, name in found)
-
-
-def _atoms(groups: tuple[Group, ...]) -> list[str]:
-    return [atom for group in groups for atom in group]
+from einops import rearrange
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A rearrangement, with the size of each of its axes."""
+    """A rearrangement, theirs to ours, with the size of each of its axes."""
 
     pattern: str
     sizes: Mapping[str, int]
@@ -39,21 +28,17 @@ class Layout:
     values apart). Their shape is then that of each."""
 
     def __post_init__(self) -> None:
-        theirs, ours = _atoms(self._theirs), _atoms(self._ours)
-        assert sorted(theirs) == sorted(ours) and len(set(ours)) == len(ours), self.pattern
-        assert set(ours) <= set(self.sizes), (self.pattern, self.sizes)
-        assert self.joined in (None, theirs[0]), (self.pattern, self.joined)
+        assert sorted(_axes(self.theirs)) == sorted(_axes(self.ours)), self.pattern
 
-    @cached_property
-    def _theirs(self) -> tuple[Group, ...]:
-        return _parse(self.pattern.split("->")[0])
+    @property
+    def theirs(self) -> str:
+        """Their side; a joined axis stands before the others, as the axis of a list."""
+        side = self.pattern.split("->")[0].strip()
+        return side.replace(f"({self.joined} ", f"{self.joined} (", 1)
 
-    @cached_property
-    def _ours(self) -> tuple[Group, ...]:
-        return _parse(self.pattern.split("->")[1])
-
-    def _sizes(self, atoms: Iterable[str]) -> list[int]:
-        return [self.sizes[atom] for atom in atoms]
+    @property
+    def ours(self) -> str:
+        return self.pattern.split("->")[1].strip()
 
     @property
     def arrays(self) -> int:
@@ -62,48 +47,29 @@ class Layout:
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        return tuple(
-            math.prod(self.sizes[atom] for atom in group if atom != self.joined)
-            for group in self._theirs
-        )
+        return self._shape(self.theirs)[self.joined is not None :]
 
     @property
     def our_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(self._sizes(group)) for group in self._ours)
+        return self._shape(self.ours)
 
-    def read(
-        self, theirs: Sequence[np.ndarray], index: tuple[slice, ...] | None = None
-    ) -> np.ndarray:
-        """Our array, or the rectangle ``index`` of it, copied out of theirs.
-
-        Of an axis made of several, whole runs of its first are read and the ends cut off.
-        """
-        assert len(theirs) == self.arrays and theirs[0].shape == self.their_shape
-        index = index or (slice(None),) * len(self._ours)
-        parts: dict[str, slice] = {}
-        cuts, shape = [], []
-        for group, size, part in zip(self._ours, self.our_shape, index, strict=True):
-            start, stop, step = part.indices(size)
-            assert step == 1 and group[0] != self.joined
-            inner = math.prod(self._sizes(group[1:]))
-            first, last = start // inner, -(-stop // inner)
-            parts[group[0]] = slice(first, last)
-            cuts.append(slice(start - first * inner, stop - first * inner))
-            shape.append((last - first) * inner)
-        atoms = [atom for atom in _atoms(self._theirs) if atom != self.joined]
-        wanted = [atom for atom in _atoms(self._ours) if atom != self.joined]
-        order = [atoms.index(atom) for atom in wanted]
-        chosen = tuple(parts.get(atom, slice(None)) for atom in wanted)
-        views = [a.reshape(self._sizes(atoms)).transpose(order)[chosen] for a in theirs]
-        if self.joined is not None:
-            views = [np.stack(views, _atoms(self._ours).index(self.joined))]
-        return views[0].reshape(shape)[tuple(cuts)].copy()
+    def read(self, theirs: Sequence[np.ndarray], index: Any = ...) -> np.ndarray:
+        """Our array, or a part of it, copied out of theirs, which may be views of a mapped file."""
+        given: Any = list(theirs) if self.joined else theirs[0]
+        return rearrange(given, f"{self.theirs} -> {self.ours}", **self._known())[index].copy()
 
     def write(self, ours: np.ndarray) -> list[np.ndarray]:
         """Their arrays, of all of ours."""
-        assert ours.shape == self.our_shape, (ours.shape, self.pattern)
-        atoms = _atoms(self._ours)
-        order = [atoms.index(atom) for atom in _atoms(self._theirs)]
-        view = ours.reshape(self._sizes(atoms)).transpose(order)
-        parts = view if self.joined else view[None]
-        return [np.ascontiguousarray(part.reshape(self.their_shape)) for part in parts]
+        theirs = rearrange(ours, f"{self.ours} -> {self.theirs}", **self._known())
+        return [np.ascontiguousarray(one) for one in (theirs if self.joined else [theirs])]
+
+    def _shape(self, side: str) -> tuple[int, ...]:
+        groups = re.findall(r"\(([^()]*)\)|(\w+)", side)
+        return tuple(math.prod(self.sizes[x] for x in _axes(a or b)) for a, b in groups)
+
+    def _known(self) -> dict[str, int]:
+        return {name: self.sizes[name] for name in _axes(self.ours)}
+
+
+def _axes(side: str) -> list[str]:
+    return re.findall(r"\w+", side)

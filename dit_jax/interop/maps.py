@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.files import refuse_if
 from dit_jax.interop.layouts import Layout
 from dit_jax.types import Params
 
@@ -116,23 +117,18 @@ class Map:
         return found
 
     def named(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """The arrays by the table's names, without those that are ignored.
-
-        Raises:
-            ValueError: where a file has an array by both names.
-        """
+        """The arrays by the table's names, without those that are ignored."""
         named: dict[str, np.ndarray] = {}
         for key, array in arrays.items():
-            if key.startswith(self.ignored):
-                continue
-            name = self.aliases.get(key, key)
-            if name in named:
-                raise ValueError(f"the file has both {key!r} and {name!r}, which are one.")
-            named[name] = array
+            if not key.startswith(self.ignored):
+                name = self.aliases.get(key, key)
+                message = f"the file has both {key!r} and {name!r}, which are one."
+                refuse_if([(name in named, message)])
+                named[name] = array
         return named
 
     def check(self, arrays: Arrays, where: str) -> None:
-        """Raises ``ValueError`` with every key that is absent, unknown, misshapen or not as tied."""
+        """Refuses arrays of which keys are absent, unknown, misshapen or not as tied, and names all."""
         fixed = {entry.key: entry for entry in self.fixed}
         needed = set(self._of_key) | {key for key, entry in fixed.items() if not entry.optional}
         faults = [f"{key}: absent" for key in sorted(needed - set(arrays))]
@@ -146,12 +142,9 @@ class Map:
                 faults.append(f"{key}: shape {tuple(array.shape)}, wanted {wanted}")
         if not faults:
             faults = list(self._untied(arrays))
-        if faults:
-            more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-            listed = "\n  ".join(faults[:SHOWN])
-            raise ValueError(
-                f"{where} is not {self.name}: \n  {listed}{more}".replace(": \n", ":\n")
-            )
+        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        listed = "\n  ".join([f"{where} is not {self.name}:", *faults[:SHOWN], *more])
+        refuse_if([(bool(faults), listed)])
 
     def _untied(self, arrays: Arrays) -> Iterator[str]:
         for entry in self.entries:
@@ -161,7 +154,7 @@ class Map:
                     yield f"{key}: not equal to {first}, of which it is a copy in published files"
 
     def check_params(self, params: Params) -> None:
-        """Raises ``ValueError`` where our parameters are not those of the table."""
+        """Refuses parameters of ours that are not those of the table."""
         ours = {path: tuple(leaf.shape) for path, leaf in _leaves(params)}
         table = {entry.path: entry.shape for entry in self.entries}
         faults = [
@@ -169,19 +162,13 @@ class Map:
             for path in sorted(ours.keys() | table.keys())
             if ours.get(path) != table.get(path)
         ]
-        if faults:
-            raise ValueError(
-                f"the model is none that {self.name} can hold:\n  " + "\n  ".join(faults[:SHOWN])
-            )
+        listed = "\n  ".join([f"the model is none that {self.name} can hold:", *faults[:SHOWN]])
+        refuse_if([(bool(faults), listed)])
 
     def load(self, arrays: Arrays, where: str, shapes: Params, shardings: Params) -> Params:
         """Our parameters, ``{"params": ...}``, laid out by ``shardings`` and in the dtypes of
-        ``shapes``; every process reads the slices of its own devices only.
-
-        Raises:
-            ValueError: where the file and the table, or the table and the model, disagree, or values
-                are not finite.
-        """
+        ``shapes``; every process reads the slices of its own devices only. Refused if the file and
+        the table, or the table and the model, disagree, or if values are not finite."""
         arrays = self.named(arrays)
         self.check(arrays, where)
         self.check_params(shapes)
@@ -195,7 +182,7 @@ class Map:
         return {"params": loaded}
 
     def read(self, arrays: Arrays, where: str) -> Params:
-        """Our parameters as NumPy arrays, whole; float32. Raises as ``load`` does."""
+        """Our parameters as NumPy arrays, whole; float32. Refused as by ``load``."""
         arrays = self.named(arrays)
         self.check(arrays, where)
         made: dict[str, Any] = {}
@@ -209,11 +196,7 @@ class Map:
         return {"params": made}
 
     def export(self, params: Params, dtype: Any = np.float32) -> Written:
-        """Published arrays of our parameters; each is made when it is asked for.
-
-        Raises:
-            ValueError: where the parameters are not those of the table.
-        """
+        """Published arrays of our parameters; each is made when it is asked for."""
         self.check_params(params)
         return Written(self, dict(_leaves(params)), np.dtype(dtype))
 
@@ -291,19 +274,15 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _check_finite(faults: Sequence[Entry], arrays: Arrays, where: str) -> None:
-    """Raises ``ValueError`` that names the keys of entries whose values are not all finite."""
-    if faults:
-        keys = [
-            key
-            for entry in faults
-            for key in entry.keys
-            if not np.isfinite(np.asarray(arrays[key], np.float32)).all()
-        ]
-        more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-        raise ValueError(
-            f"{where} holds NaN or infinite values in {', '.join(keys[:SHOWN])}{more}: get it again, "
-            "or take an earlier one."
-        )
+    """Names the keys of entries whose values are not all finite."""
+    found = (key for entry in faults for key in entry.keys)
+    keys = [key for key in found if not np.isfinite(np.asarray(arrays[key], np.float32)).all()]
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    message = (
+        f"{where} holds NaN or infinite values in {', '.join(keys[:SHOWN])}{more}: get it again, or "
+        "take an earlier one."
+    )
+    refuse_if([(bool(faults), message)])
 
 
 def _array(

@@ -20,7 +20,7 @@ import tyro
 
 from dit_jax.config import check_types
 from dit_jax.files import check_file, refuse_if, run_verb, write_json
-from dit_jax.interop.folders import text_tools
+from dit_jax.interop.registry import text_tools
 from dit_jax.model.text import ByteEncoderConfig, TextStatesConfig
 from dit_jax.prepare.chat import (
     AnswerCache,

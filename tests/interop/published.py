@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dit_jax import interop
+from dit_jax.interop import dit as dit_files
 from dit_jax.interop.dit import grid_table
 from tests.optional import optional
 
@@ -89,8 +89,8 @@ def relative(found: Any, wanted: Any) -> float:
 def authors_arrays(family: Any = "dit", **changed: Any) -> Any:
     """A small file's arrays in the authors' layout, without PyTorch."""
     rng = np.random.default_rng(0)
-    file = interop.infer_dit(seeds(), family, heads=4)
-    table = interop.dit_map(file)
+    file = dit_files.infer_dit(seeds(), family, heads=4)
+    table = dit_files.dit_map(file)
     arrays = {"pos_embed": grid_table(48, 4)}
     for entry in table.entries:
         for key in entry.keys:
