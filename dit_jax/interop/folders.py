@@ -71,7 +71,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     placed, shards = read_index(path)
     arrays = {key: array for shard in shards for key, array in read_torch(shard).items()}
     missing = sorted(set(placed) - set(arrays))
-    message = f"{str(path)!r} names {', '.join(map(repr, missing[:1]))}, which no shard has: get them again."
+    names = ", ".join(map(repr, missing[:3]))
+    message = f"{str(path)!r} names {names}, which no shard has: get them again."
     refuse_if([(bool(missing), message)])
     return arrays
 
