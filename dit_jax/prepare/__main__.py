@@ -188,7 +188,10 @@ class Preparation:
         paths = {item.name: item.path for item in self.items}
         self.given = given_captions(paths, config.captions)
         strides = self.codec.strides if self.codec else (1, 1, 1)
-        self.examined = Examined(self.work, fitting(config.examine, strides), config.workers)
+        stored = config.encoding == "video" and not config.codec and config.reaches("records")
+        self.examined = Examined(
+            self.work, fitting(config.examine, strides), config.workers, stored
+        )
         self.models = Models(self.work, config.caption_model or "", config.recaption)
         self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
         self.states = States(self.work, self.encoder.hash if self.encoder else "")
@@ -359,8 +362,8 @@ class Preparation:
         def read(clips: Iterable[Kept]) -> Iterator[Outcome]:
             if codec is not None:
                 return (Outcome(np.load(self.latents.place(one))) for one in clips)
-            decoding, encoded = self.examined.config.decoding, config.encoding == "video"
-            return read_clips(clips, decoding, config.workers, encoded=encoded)
+            encoded = self.examined.logs.folder if config.encoding == "video" else None
+            return read_clips(clips, self.examined.config.decoding, config.workers, encoded=encoded)
 
         def records(clips: Iterable[Kept], unread: Failed) -> Iterator[dict[str, Any]]:
             clips, others = itertools.tee(clips)

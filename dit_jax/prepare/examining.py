@@ -1,17 +1,20 @@
 """Everything about one file in one pass over its frames: clips, scores, hashes, or why it is refused.
 
-Every frame is decoded once, and drawn once, small. Shots, black, change and hashes are measured on
-those; one frame a second is measured in full size as well, for sharpness, bars and a thumbnail
-(`measuring.py`). `read_clip` later decodes one clip alone, and gets the frames that were examined.
+Every frame is decoded once, and drawn small. Shots, black, change and hashes are measured on those;
+one frame a second is measured in full size as well, for sharpness, bars and a thumbnail
+(`measuring.py`). When a shot has ended, its clips are known. If their pixels are wanted, frames are
+held until then in the size of clips, and given away with each clip that is kept. `read_clip` decodes
+one clip alone, for what was not held, and gets the frames that were examined.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
@@ -29,6 +32,7 @@ from dit_jax.prepare.timeline import on_grid
 SAMPLES = 1.0  # Frames a second that are measured in full size.
 SAME = 4  # Bits by which the hash of a frame may differ where it is decoded again.
 MIN_CLEAN_FRAMES = 8  # Fewer that could be decoded of a damaged video are not worth keeping.
+HELD = 1 << 28  # Bytes of frames of one shot, at most; of longer shots none are held.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,10 @@ class Clip:
         return self.frames / self.fps
 
 
+Keep = Callable[[Clip, np.ndarray], None]
+"""What takes a clip that no filter rejects, and its frames uint8 `[t, h, w, 3]`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FileReport:
     """What became of a file: refused, or clips. Can be pickled."""
@@ -82,15 +90,22 @@ class FileReport:
     caption: str = ""  # Of a record that came with one; those of files are read elsewhere.
 
 
-def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> FileReport:
+def examine(
+    path: str | os.PathLike,
+    config: ExamineConfig | None = None,
+    keep: Keep | None = None,
+    keep_seconds: float = math.inf,
+) -> FileReport:
     """Decodes a file once; what is in the file never makes it raise.
+
+    `keep` is given the clips of the first `keep_seconds` of work whose frames could be held.
 
     Errors: ImportError where the extra `prepare` is not installed.
     """
     begun, name = time.perf_counter(), os.fspath(path)
     cv2.setNumThreads(1)  # Its pictures are small here, and there is a worker a core.
     try:
-        report = _examined(name, config or ExamineConfig())
+        report = _examined(name, config or ExamineConfig(), keep, begun + keep_seconds)
     except Refused as refused:
         report = FileReport(name, refusal=(refused.reason, refused.detail))
     except MemoryError:  # Of Python, or of FFmpeg.
@@ -101,7 +116,7 @@ def examine(path: str | os.PathLike, config: ExamineConfig | None = None) -> Fil
     return dataclasses.replace(report, cost=time.perf_counter() - begun)
 
 
-def _examined(path: str, config: ExamineConfig) -> FileReport:
+def _examined(path: str, config: ExamineConfig, keep: Keep | None, until: float) -> FileReport:
     log = DecodingLog()
     decoded = pictures(path, config.decoding, log)
     first = next(decoded)
@@ -110,35 +125,95 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
     fps = target if target and probe.kind == "video" and probe.fps > target * 1.01 else probe.fps
     # All frames on the grid are measured, in runs without gaps.
     step = max(min(round(fps / SAMPLES), bounds(fps, config.clips)[0]), 1)
-    runs: list[Run] = []
+    run, frames, held = Run(0, fps, config.shots, step, config.clips.area), 0, _Held()
+    shots: list[tuple[int, int]] = []
+    clips: list[Clip] = []
+
+    def add_shots(ended: bool) -> None:
+        """Adds what is complete of the run, and gives away the clips that are held."""
+        for start, stop in run.shots(ended):
+            new = list(_clips(run, len(shots), start, stop, first.time, probe, config))
+            shots.append((start, stop))
+            clips.extend(new)
+            for clip in new:
+                pixels = held.take(clip)
+                if keep is not None and pixels is not None and clip.rejection is None:
+                    keep(clip, pixels)
+            held.drop(stop)
+
     for k, picture in on_grid(itertools.chain([first], decoded), fps, first.time):
-        if not runs or k != runs[-1].stop:
-            runs.append(Run(k, fps, config.shots, step, config.clips.area))
-        runs[-1].add(picture)
-    frames = sum(run.stop - run.start for run in runs)
+        if k != run.stop:
+            if frames:
+                add_shots(ended=True)
+            run = Run(k, fps, config.shots, step, config.clips.area)
+        run.add(picture)
+        frames += 1
+        if keep is not None and time.perf_counter() < until:
+            if frames == 1:  # As a clip would be that ended here.
+                held.geometry = next(_clips(run, 0, k, k + 1, first.time, probe, config)).geometry
+            held.add(k, picture)
+        if frames % step == 0:
+            add_shots(ended=False)
+    add_shots(ended=True)
     if log.errors and probe.kind == "video" and frames < MIN_CLEAN_FRAMES:
         raise Refused("cannot be decoded", f"{frames} clean frames; {log.first_error}")
-    shots = [(run, *shot) for run in runs for shot in run.shots()]
-    clips = [
-        clip
-        for i, (run, start, stop) in enumerate(shots)
-        for clip in _clips(run, i, start, stop, first.time, probe, config)
-    ]
     if log.parts > 1:
         clips = [_entered(clip, log.entries) for clip in clips]
     notes = log.notes()
-    lasts, declared = runs[-1].stop / fps, probe.declared_duration
+    lasts, declared = run.stop / fps, probe.declared_duration
     if declared and lasts < 0.9 * declared - 1 / fps and log.errors:
         notes.append(f"truncated: {lasts:.2f} s of {declared:.2f} s")
     return FileReport(
         path,
         probe,
         clips=tuple(clips),
-        shots=tuple((start, stop) for _, start, stop in shots),
+        shots=tuple(shots),
         frames=frames,
         notes=tuple(notes),
         caption=log.caption,
     )
+
+
+class _Held:
+    """The latest frames by their grid indices, drawn as the latest clip shows them."""
+
+    def __init__(self) -> None:
+        self.geometry: Geometry | None = None
+        self._frames: dict[int, np.ndarray] = {}
+        self._latest: tuple[Picture, np.ndarray] | None = None
+        self._full = False
+
+    def add(self, k: int, picture: Picture) -> None:
+        """Holds a frame; if there are too many, none of this shot."""
+        if self.geometry is None or self._full:
+            return
+        if self._latest is None or self._latest[0] is not picture:
+            self._latest = picture, _cut(picture, self.geometry)
+        self._frames[k] = self._latest[1]
+        self._full = len(self._frames) * self._latest[1].size > HELD
+        if self._full:
+            self._frames.clear()
+
+    def take(self, clip: Clip) -> np.ndarray | None:
+        """The frames of a clip, if all are held as it shows them."""
+        indices = range(clip.start, clip.start + clip.frames)
+        if clip.geometry == self.geometry and all(k in self._frames for k in indices):
+            return np.stack([self._frames[k] for k in indices])
+        if clip.geometry not in (None, self.geometry):
+            self.geometry, self._latest = clip.geometry, None
+            self._frames.clear()
+        return None
+
+    def drop(self, stop: int) -> None:
+        """Forgets the frames before a grid index, where a shot begins."""
+        self._frames = {k: frame for k, frame in self._frames.items() if k >= stop}
+        self._full = False
+
+
+def _cut(picture: Picture, geometry: Geometry) -> np.ndarray:
+    """A picture as a clip shows it."""
+    whole, crop = picture.pixels(geometry.scaled_height, geometry.scaled_width), geometry.crop
+    return whole[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
 
 
 def _clips(
@@ -196,7 +271,6 @@ def read_clip(
 def _cropped(decoded: Iterator[Picture], clip: Clip) -> np.ndarray | None:
     """The clip of these pictures; None if they are not the ones that were examined."""
     assert clip.geometry is not None, "a clip without geometry is rejected"
-    geometry, crop = clip.geometry, clip.geometry.crop
     origin, hashed = clip.begin - clip.start / clip.fps, hashed_frames(clip.frames)
     end = clip.begin + (clip.frames - 0.5) / clip.fps
     frames: list[np.ndarray] = []
@@ -212,9 +286,7 @@ def _cropped(decoded: Iterator[Picture], clip: Clip) -> np.ndarray | None:
             if (value ^ clip.hashes[hashed.index(at)]).bit_count() > SAME:
                 return None
         if picture is not latest:
-            whole = picture.pixels(geometry.scaled_height, geometry.scaled_width)
-            drawn = whole[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-            latest = picture
+            latest, drawn = picture, _cut(picture, clip.geometry)
         frames.append(drawn)
         if len(frames) == clip.frames:
             return np.stack(frames)

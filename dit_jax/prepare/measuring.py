@@ -17,7 +17,7 @@ from av.video.reformatter import Interpolation
 from dit_jax.prepare.clips import Rect
 from dit_jax.prepare.duplicates import hashed_frames, perceptual_hash
 from dit_jax.prepare.media import Picture
-from dit_jax.prepare.shots import ShotConfig, ShotFinder
+from dit_jax.prepare.shots import LAG, ShotConfig, ShotFinder
 
 DARK = 16  # Pixels up to this are black.
 # Bars are nowhere brighter than the first; the picture begins with a step of at least the other.
@@ -166,7 +166,7 @@ class Run:
         """`step`: so many frames apart are those that are measured in full size."""
         # The grid indices of the first frame and after the last one.
         self.start, self.stop, self.fps = start, start, fps
-        self._step, self._area = step, area
+        self._step, self._area, self._given = step, area, start
         self._finder = ShotFinder(shots)
         # Of every frame, from the first on.
         self._changes: list[float] = []
@@ -195,10 +195,15 @@ class Run:
             self._samples[at] = sample(picture, self._area)
         self._latest, self.stop = (picture, small), self.stop + 1
 
-    def shots(self) -> list[tuple[int, int]]:
-        """(first, last + 1) of every shot, in grid indices."""
-        cuts = [self.start + cut for cut in self._finder.cuts()]
-        return list(itertools.pairwise([self.start, *cuts, self.stop]))
+    def shots(self, ended: bool = True) -> list[tuple[int, int]]:
+        """(first, last + 1) of every shot that was not given yet, in grid indices; until the run has
+        ended, of those that no further frame changes, nor what is measured of them."""
+        last = self.stop if ended else self.stop - self._step - LAG
+        cuts = [self.start + cut for cut in self._finder.cuts(ended)]
+        edges = [*(cut for cut in cuts if self._given < cut <= last), *[self.stop] * ended]
+        shots = list(itertools.pairwise([self._given, *edges]))
+        self._given = edges[-1] if edges else self._given
+        return shots
 
     def measured(
         self, start: int, count: int

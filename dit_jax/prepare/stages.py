@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dit_jax.files import json_bytes
+import numpy as np
+
+from dit_jax.files import atomic_path, json_bytes
 from dit_jax.prepare.clips import Geometry, Rect
-from dit_jax.prepare.encoded import encode_video
+from dit_jax.prepare.encoded import EncodedVideo, encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
 from dit_jax.prepare.listing import Item
 from dit_jax.prepare.measuring import Rejection
@@ -30,6 +32,8 @@ AHEAD = 2
 TRIES = 3
 """Runs that try a file which time, memory, a disk or a crash kept them from reading. After these the
 refusal stays: nothing else tells a decoder that crashes every time from one that is short of memory."""
+ENCODING = 0.25
+"""Of the time limit of a file, after which no more of its clips are encoded while it is examined."""
 BEAM_BATCH = 256
 """Files that a worker of Beam takes at a time."""
 THUMBNAILS = 400
@@ -82,8 +86,11 @@ class Examined:
     under the same limits of time and memory. After these it counts as if the content were the reason.
     """
 
-    def __init__(self, work: Path, config: ExamineConfig, workers: WorkersConfig):
-        self.config, self.workers = config, workers
+    def __init__(
+        self, work: Path, config: ExamineConfig, workers: WorkersConfig, encoded: bool = False
+    ):
+        """``encoded``: kept clips are stored as encoded video, too, if their frames could be held."""
+        self.config, self.workers, self.encoded = config, workers, encoded
         self.logs = Logs(work / "examined" / digest(config))
         self.limits = digest(workers.time_limit, workers.memory_limit)
 
@@ -161,7 +168,13 @@ def examine_files(
 ) -> None:
     """Examines those of the files that have no report yet; every one has one afterwards."""
     wanted = examined.missing(items, tried=True)
-    shared = (examined.logs.folder, examined.config, examined.limits, examined.workers)
+    shared = (
+        examined.logs.folder,
+        examined.config,
+        examined.limits,
+        examined.workers,
+        examined.encoded,
+    )
     with progress.stage("examine", len(wanted), "files") as add:
         if beam is None or beam.runner is None:
             reports = _examine(wanted, *shared)
@@ -176,11 +189,17 @@ def examine_files(
 
 
 def _examine(
-    items: Sequence[Item], folder: Path, config: ExamineConfig, limits: str, workers: WorkersConfig
+    items: Sequence[Item],
+    folder: Path,
+    config: ExamineConfig,
+    limits: str,
+    workers: WorkersConfig,
+    encoded: bool,
 ) -> Iterator[FileReport]:
     """Examines files in child processes, and adds each report to a log."""
-    clips, function = 0, partial(examine, config=config)
-    outcomes = run(function, (item.path for item in items), workers)
+    clips, seconds = 0, workers.time_limit * ENCODING if encoded else 0.0
+    function = partial(_examine_one, config=config, folder=folder, seconds=seconds)
+    outcomes = run(function, ((item.path, item.key) for item in items), workers)
     with contextlib.closing(Logs(folder)) as logs:
         for item, outcome in zip(items, outcomes, strict=True):
             refusal = outcome.reason, outcome.detail
@@ -189,6 +208,27 @@ def _examine(
             logs.append(report_line(item, report, limits, thumbnails=clips < THUMBNAILS))
             clips += len(report.clips)
             yield report
+
+
+def _examine_one(
+    job: tuple[str, str], config: ExamineConfig, folder: Path, seconds: float
+) -> FileReport:
+    """Examines a file, and stores its clips as encoded video in the first so many seconds."""
+    path, key = job
+
+    def keep(clip: Clip, frames: np.ndarray) -> None:
+        place = encoded_place(folder, key, clip)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(place) as fresh:
+            fresh.write_bytes(encode_video(frames, clip.fps).data)
+
+    return examine(path, config, keep if seconds else None, seconds)
+
+
+def encoded_place(folder: Path, key: str, clip: Clip) -> Path:
+    """Where a clip of a file is stored as encoded video; ``folder``: of the logs."""
+    name = digest(key, clip.start, clip.frames, clip.geometry)
+    return folder / "clips" / name[:2] / f"{name}.mkv"
 
 
 def _examine_on_beam(items: Sequence[Item], shared: tuple[Any, ...], beam: BeamConfig) -> None:
@@ -212,19 +252,27 @@ def read_clips(
     decoding: DecodingConfig,
     workers: WorkersConfig,
     at: Any = None,
-    encoded: bool = False,
+    encoded: Path | None = None,
 ) -> Iterator[Outcome]:
     """uint8 ``[t, h, w, 3]`` of every clip in order, or why there is none; of the frames ``at(t)``.
 
-    With ``encoded`` an ``EncodedVideo``: every worker encodes, and little crosses the pipe.
+    With ``encoded``, the folder of the examined files' logs, an ``EncodedVideo``: the one that was
+    stored there, or else every worker encodes, and little crosses the pipe.
     """
     function = partial(_read, decoding=decoding, at=at, encoded=encoded)
-    jobs = ((one.item.path, one.clip) for one in kept)
+    jobs = ((one.item.path, one.item.key, one.clip) for one in kept)
     return run(function, jobs, workers, AHEAD)
 
 
-def _read(job: tuple[str, Clip], decoding: DecodingConfig, at: Any, encoded: bool) -> Any:
-    frames = read_clip(*job, decoding)
-    if encoded:
-        return encode_video(frames, job[1].fps)
+def _read(
+    job: tuple[str, str, Clip], decoding: DecodingConfig, at: Any, encoded: Path | None
+) -> Any:
+    path, key, clip = job
+    if encoded is not None and (place := encoded_place(encoded, key, clip)).exists():
+        assert clip.geometry is not None
+        crop = clip.geometry.crop
+        return EncodedVideo(place.read_bytes(), (clip.frames, crop.height, crop.width))
+    frames = read_clip(path, clip, decoding)
+    if encoded is not None:
+        return encode_video(frames, clip.fps)
     return frames if at is None else frames[at(len(frames))]
