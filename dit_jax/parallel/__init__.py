@@ -19,6 +19,7 @@ from dit_jax.parallel.mesh import state_shardings as state_shardings
 from dit_jax.parallel.mesh import trim_memory as trim_memory
 from dit_jax.parallel.mesh import tune_cpu as tune_cpu
 from dit_jax.parallel.multihost import PROCESS_HELP as PROCESS_HELP
+from dit_jax.parallel.multihost import coordination as coordination
 from dit_jax.parallel.multihost import global_batch as global_batch
 from dit_jax.parallel.multihost import joined as joined
 from dit_jax.parallel.multihost import local_rows as local_rows

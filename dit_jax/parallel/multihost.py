@@ -22,9 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
-# JAX does not export the key-value store of its coordination service.
-from jax._src.distributed import global_state
 from jax.sharding import Mesh
 
 from dit_jax.files import InputError, explain, refuse_if
@@ -142,7 +139,7 @@ def joined(
     if not initialize(flags, prog):
         yield
         return
-    client: Any = global_state.client
+    client = coordination()
     done, index = threading.Event(), jax.process_index()
 
     def watch_for_failure() -> None:
@@ -182,6 +179,13 @@ def joined(
             time.sleep(3 * POLL_SECONDS)  # the service ends with process 0: let the others hear
         # Not through the interpreter, whose end would wait for the others.
         os._exit(status)
+
+
+def coordination() -> Any:
+    """The client of JAX's coordination service: keys with values and barriers of a run's processes."""
+    from orbax.checkpoint import multihost  # JAX does not export it.
+
+    return multihost.get_jax_distributed_client()
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:

@@ -30,7 +30,6 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 import tyro
-from jax._src.distributed import global_state
 
 from dit_jax import interop
 from dit_jax.config import check_types
@@ -44,7 +43,14 @@ from dit_jax.files import (
     refuse_if,
     run_verb,
 )
-from dit_jax.parallel import PROCESS_HELP, MeshConfig, joined, make_mesh, take_process_flags
+from dit_jax.parallel import (
+    PROCESS_HELP,
+    MeshConfig,
+    coordination,
+    joined,
+    make_mesh,
+    take_process_flags,
+)
 from dit_jax.prepare.captions import (
     Caption,
     CaptionsConfig,
@@ -421,8 +427,7 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
 def _wait_for_all(stage: str) -> None:
     """Returns when every process has come to the end of a stage."""
     # Not by a collective: on CPUs it gives up after 30 s, and the shares may be hours apart.
-    client: Any = global_state.client
-    client.wait_at_barrier(f"dit_jax/{stage}", 7 * 24 * 3600 * 1000)
+    coordination().wait_at_barrier(f"dit_jax/{stage}", 7 * 24 * 3600 * 1000)
 
 
 def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:

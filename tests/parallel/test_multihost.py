@@ -276,7 +276,7 @@ def test_only_errors_of_the_user_end_with_2(monkeypatch, user_errors, error, sta
         raise SystemExit(code)
 
     monkeypatch.setattr(multihost, "initialize", lambda flags, prog: True)
-    monkeypatch.setattr(multihost, "global_state", Mock())
+    monkeypatch.setattr(multihost, "coordination", Mock())
     monkeypatch.setattr(multihost.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(multihost.os, "_exit", leave)
     with pytest.raises(SystemExit) as ended, joined(None, "prog", *user_errors):
