@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import time
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ from dit_jax.files import (
     run_verb,
 )
 from dit_jax.parallel import PROCESS_HELP, MeshConfig, joined, make_mesh, take_process_flags
+from dit_jax.prepare import report
 from dit_jax.prepare.captions import (
     Caption,
     CaptionsConfig,
@@ -58,7 +60,6 @@ from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import Item, find_media
 from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
 from dit_jax.prepare.records import (
-    MARK,
     BatchConfig,
     Failed,
     Latents,
@@ -67,20 +68,17 @@ from dit_jax.prepare.records import (
     tried_again,
     write_builder,
 )
-from dit_jax.prepare.report import LISTED, render, write_reports
 from dit_jax.prepare.stages import (
     TRIES,
     BeamConfig,
     Examined,
     Kept,
     examine_files,
-    fitting,
     read_clips,
 )
-from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import Progress, digest
 from dit_jax.prepare.workers import Outcome, WorkersConfig
-from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
+from dit_jax.prepare.writing import MARK, VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.types import TextEncoder
 
@@ -89,7 +87,7 @@ TOLD = 20
 """Names on the terminal, at most, of each kind of what does not meet."""
 VISIBLE = 120.0
 """Seconds until a file that another machine wrote is surely seen."""
-STAGES = ("examine", "captions", "states", "latents", "records")
+Stage = Literal["examine", "captions", "states", "latents", "records"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +112,7 @@ class PrepareConfig:
     caption_server: str | None = None
     """A server of a model that sees (OpenAI's chat protocol), which describes every clip."""
     caption_model: str | None = None
-    until: Literal["examine", "captions", "states", "latents", "records"] = "records"
+    until: Stage = "records"
     """The last stage that is done."""
     encoding: Literal["video", "zlib", "bytes"] = "video"
     """Of pixels: H.264 of high quality; lossless compression, some 30 times as large; or raw."""
@@ -141,16 +139,13 @@ class PrepareConfig:
         index, _, count = self.shard.partition("/")
         share = index.isdigit() and count.isdigit() and int(index) < int(count)
         half = bool(self.caption_server) != bool(self.caption_model)
-        refuse_if(
-            [
-                (half, "--caption-server URL and --caption-model NAME go together: give both."),
-                (not share, f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1."),
-            ]
-        )
+        refuse_if([(half, "--caption-server URL and --caption-model NAME go together: give both.")])
+        refuse_if([(not share, f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1.")])
 
-    def reaches(self, stage: str) -> bool:
+    def reaches(self, stage: Stage) -> bool:
         """Whether a stage is done."""
-        return STAGES.index(stage) <= STAGES.index(self.until)
+        stages = typing.get_args(Stage)
+        return stages.index(stage) <= stages.index(self.until)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -188,7 +183,7 @@ class Preparation:
         paths = {item.name: item.path for item in self.items}
         self.given = given_captions(paths, config.captions)
         strides = self.codec.strides if self.codec else (1, 1, 1)
-        self.examined = Examined(self.work, fitting(config.examine, strides), config.workers)
+        self.examined = Examined(self.work, config.examine, config.workers, strides)
         self.models = Models(self.work, config.caption_model or "", config.recaption)
         self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
         self.states = States(self.work, self.encoder.hash if self.encoder else "")
@@ -203,7 +198,7 @@ class Preparation:
         """The captions and licence of a clip."""
         captions = self.given.captions.get(one.item.name, ())
         if one.caption:
-            captions += (Caption(encodable(one.caption), "record"),)
+            captions += (Caption(one.caption, "record"),)
         if self.config.caption_model:
             captions += self.models.captions(one)
         return clip_texts(captions, self.config.captions)
@@ -242,35 +237,31 @@ class Preparation:
         starts = range(0, len(self.items), size)[index::count]
         return [self.items[start : start + size] for start in starts]
 
-    def not_examined(self, wait: float) -> int:
-        """Files that have no report, after waiting for those of others so many seconds."""
-        deadline = time.monotonic() + wait
-        while (missing := self.examined.missing(self.items)) and time.monotonic() < deadline:
-            time.sleep(1.0)
-        return len(missing)
-
     def run_stages(self, index: int, count: int) -> bool:
         """All stages but the last, for a machine's share; whether they are done for all shares."""
-        config, progress, parts = self.config, self.progress, self.parts(index, count)
+        config, parts, cluster = self.config, self.parts(index, count), jax.process_count() > 1
         lines = [self.given.table] if self.given.table else []
         lines += [f"  no such file: {row}" for row in self.given.unmatched[:TOLD]]
         lines += [f"a caption without a media file: {name}" for name in self.listed.orphans[:TOLD]]
         print("\n".join(lines), end="\n" * bool(lines))
         mine = itertools.chain.from_iterable(parts)
-        examine_files(mine, self.examined, progress, config.beam)
-        more = self.captioned or self.coded or self.encoder is not None
-        cluster = jax.process_count() > 1
+        examine_files(mine, self.examined, self.progress, config.beam)
         if cluster:
             _wait_for_all("examined")
+        more = self.captioned or self.coded or self.encoder is not None
+        if cluster or more:
             # What other machines wrote may take a while to be seen on a network disk.
-            if left := self.not_examined(max(config.wait, VISIBLE)):
+            deadline = time.monotonic() + max(config.wait, VISIBLE if cluster else 0.0)
+            while (left := len(self.examined.missing(self.items))) and time.monotonic() < deadline:
+                time.sleep(1.0)
+            if left and cluster:
                 raise OSError(f"{left} files that other processes examined have no report here")
-        elif count > 1 and more and (left := self.not_examined(config.wait)):
-            print(
-                f"share {config.shard} is examined, and {left} files of other shares are not yet:"
-            )
-            print("run the same command again when they are (or give --wait SECONDS).")
-            return False
+            if left:
+                print(
+                    f"share {config.shard} is examined, and {left} files of other shares are not:"
+                )
+                print("run the same command again when they are (or give --wait SECONDS).")
+                return False
         if more:
             self.run_on_clips(parts, self.work / f"answers-{index}-of-{count}.sqlite")
         if cluster:
@@ -282,14 +273,13 @@ class Preparation:
     def run_on_clips(self, parts: Sequence[Sequence[Item]], answers: Path) -> None:
         """Captions, states and latents of some parts; all files are examined."""
         config, progress = self.config, self.progress
-        reading = self.examined.config.decoding, config.workers, progress
         total = sum(self.survey[0][item.name] for part in parts for item in part)
         if self.captioned:
             chat = ChatConfig(config.caption_server or "", config.caption_model or "", config.chat)
             with contextlib.closing(AnswerCache(answers)) as cache:
                 client = ChatClient(chat, cache)
                 kept = (one for part in parts for one in self.kept(part))
-                failed = self.models.ask(kept, total, client, *reading)
+                failed = self.models.ask(kept, total, client, self.examined, progress)
                 print(client.summary())
             if failed:
                 told = failures(failed)
@@ -301,7 +291,7 @@ class Preparation:
             self.states.store(captions, total, self.encoder.encode, progress)
         if self.coded:
             clips = (list(self.kept(part)) for part in parts)
-            self.latents.store(clips, total, self.encode, *reading)
+            self.latents.store(clips, total, self.encode, self.examined, progress)
 
     def finish(self) -> dict[str, Any]:
         """Writes records and reports, and returns what ``report.json`` says."""
@@ -330,12 +320,12 @@ class Preparation:
         about = {
             "clips_tried_again": again,
             "sidecars": self.listed.sidecars,
-            "sidecars_without_media": list(self.listed.orphans[:LISTED]),
-            "table_rows_without_media": list(self.given.unmatched[:LISTED]),
+            "sidecars_without_media": list(self.listed.orphans[: report.LISTED]),
+            "table_rows_without_media": list(self.given.unmatched[: report.LISTED]),
         }
-        given = (why, texts, self.problems, about, self.notes, self.progress)
-        about = write_reports(self.output, self.items, self.examined, *given)
-        nothing = f"no clip of {config.input!r} was kept ({render(about)})"
+        reported = (why, texts, self.problems, about, self.notes, self.progress)
+        about = report.write_reports(self.output, self.items, self.examined, *reported)
+        nothing = f"no clip of {config.input!r} was kept ({report.render(about)})"
         see = f"see {str(self.output / 'report.html')!r}, --examine.filters and --examine.clips"
         worth = total or again or about["files_tried_again"]
         refuse_if([(not worth, f"{nothing}: {see}.")])
@@ -352,38 +342,35 @@ class Preparation:
         latents = LatentsOf(codec.channels, codec.hash, codec.name) if codec else None
         states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
         unfit = frozenset(failed)
-
-        def kept() -> Iterator[Kept]:
-            return (one for one in self.kept(self.items) if one.name not in unfit)
-
-        def read(clips: Iterable[Kept]) -> Iterator[Outcome]:
-            if codec is not None:
-                return (Outcome(np.load(self.latents.place(one))) for one in clips)
-            decoding, encoded = self.examined.config.decoding, config.encoding == "video"
-            return read_clips(clips, decoding, config.workers, encoded=encoded)
-
-        def records(clips: Iterable[Kept], unread: Failed) -> Iterator[dict[str, Any]]:
-            clips, others = itertools.tee(clips)
-            videos = zip(clips, read(others), strict=True)
-            rate = codec.strides[0] if codec else 1  # Latents have their own frames a second.
-            return samples(videos, rate, self.texts, states_of if states else None, unread)
-
         # The states of a caption are with those of its part.
         captions_of = functools.lru_cache(1)(self.captions_of)
         part_of = {item.name: part for part in self.parts() for item in part}
 
-        def states_of(one: Kept) -> np.ndarray:
+        def kept() -> Iterator[Kept]:
+            return (one for one in self.kept(self.items) if one.name not in unfit)
+
+        def state(one: Kept) -> np.ndarray:
             captions = captions_of(part_of[one.item.name])
             return self.states.load(captions, self.texts(one)["caption"])
+
+        def records(clips: Iterable[Kept], unread: Failed) -> Iterator[dict[str, Any]]:
+            clips, others = itertools.tee(clips)
+            if codec is None:
+                reads = read_clips(others, self.examined, encoded=config.encoding == "video")
+            else:
+                reads = (Outcome(np.load(self.latents.place(one))) for one in others)
+            rate = codec.strides[0] if codec else 1  # Latents have their own frames a second.
+            videos = zip(clips, reads, strict=True)
+            return samples(videos, rate, self.texts, state if encoder else None, unread)
 
         first = digest(self.examined.config, config.encoding, latents, states)
         made_of = hashlib.sha256(first.encode())
         for one in kept():
             made_of.update(digest(one.name, one.item.key, self.texts(one)).encode())
-        given = (self.output, config.name, made_of.hexdigest()[:16], total, kept(), records, failed)
+        key, texts = made_of.hexdigest()[:16], ("source", *clip_features(config.captions))
+        what = (self.output, config.name, key, total, kept(), records, failed, self.progress)
         schema = {"encoding": config.encoding, "latents": latents, "text_states": states}
-        texts = ("source", *clip_features(config.captions))
-        return write_builder(*given, self.progress, texts=texts, **schema)
+        return write_builder(*what, texts=texts, **schema)
 
     def _publish(self) -> None:
         """Copies what is finished to Cloud Storage."""
@@ -450,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(str(error)) from error
         if about is None:
             return 0
-        print(render(about))
+        print(report.render(about))
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
         files, clips = about["files_tried_again"], about["clips_tried_again"]
         if files or clips:

@@ -26,10 +26,9 @@ import numpy as np
 from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption, Kind
 from dit_jax.prepare.chat import ChatClient, message, ordered, tell
-from dit_jax.prepare.pixels import DecodingConfig
-from dit_jax.prepare.stages import Kept, read_clips
+from dit_jax.prepare.stages import Examined, Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
-from dit_jax.prepare.workers import Outcome, WorkersConfig
+from dit_jax.prepare.workers import Outcome
 from dit_jax.types import PositiveInt, Range
 
 Frames = Sequence[np.ndarray] | np.ndarray
@@ -177,8 +176,7 @@ class Models:
         kept: Iterable[Kept],
         total: int,
         client: ChatClient,
-        decoding: DecodingConfig,
-        workers: WorkersConfig,
+        examined: Examined,
         progress: Progress,
     ) -> list[Recaptioned]:
         """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
@@ -190,14 +188,13 @@ class Models:
                 for one in kept:
                     if self.place(one).exists():
                         add(1, 0, 0.0)
-                        continue
-                    probe()
-                    yield one
+                    else:
+                        probe()
+                        yield one
 
             clips, again = itertools.tee(missing())
             at = functools.partial(evenly_spaced, wanted=self.config.frames)
-            reads = read_clips(again, decoding, workers, at)
-            frames = (functools.partial(_frames, read) for read in reads)
+            frames = (functools.partial(_frames, x) for x in read_clips(again, examined, at))
             pairs = zip(clips, frames, strict=True)
             for one, captions, error in recaption(pairs, client, self.config):
                 if error:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dit_jax.files import json_bytes
+from dit_jax.files import checking_input, json_bytes
 from dit_jax.prepare.clips import Geometry, Rect
 from dit_jax.prepare.encoded import encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
@@ -38,7 +38,7 @@ THUMBNAILS = 400
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A clip that is prepared."""
+    """A clip, with the file that it is of."""
 
     item: Item
     index: int
@@ -55,23 +55,14 @@ class Kept:
     @property
     def video_seconds(self) -> float:
         """How long it lasts; a picture has no duration."""
-        return video_seconds(self.probe, (self.clip,))
+        return 0.0 if self.probe.kind == "image" else self.clip.seconds
 
 
-def video_seconds(probe: Probe | None, clips: Iterable[Clip]) -> float:
-    """How long clips of a file last; pictures have no duration."""
-    if probe is None or probe.kind == "image":
-        return 0.0
-    return sum(clip.seconds for clip in clips)
-
-
-def fitting(config: ExamineConfig, strides: tuple[int, int, int]) -> ExamineConfig:
-    """Clips in lengths and sizes that a codec of these strides takes as well."""
-    time, high, wide = strides
-    multiple = math.lcm(config.clips.multiple, high, wide)
-    stride = math.lcm(config.clips.stride, time)
-    clips = dataclasses.replace(config.clips, stride=stride, multiple=multiple)
-    return dataclasses.replace(config, clips=clips)
+def clips_of(item: Item, report: FileReport) -> Iterator[Kept]:
+    """The clips of a file in order, those that a filter rejected too."""
+    for index, clip in enumerate(report.clips):
+        assert report.probe is not None
+        yield Kept(item, index, clip, report.probe, report.caption)
 
 
 class Examined:
@@ -82,7 +73,20 @@ class Examined:
     under the same limits of time and memory. After these it counts as if the content were the reason.
     """
 
-    def __init__(self, work: Path, config: ExamineConfig, workers: WorkersConfig):
+    def __init__(
+        self,
+        work: Path,
+        config: ExamineConfig,
+        workers: WorkersConfig,
+        strides: tuple[int, int, int] = (1, 1, 1),
+    ):
+        """``strides``: of a codec that shall take the clips' lengths and sizes as well."""
+        stride, multiple = config.clips.stride, config.clips.multiple
+        sizes = {
+            "stride": math.lcm(stride, strides[0]),
+            "multiple": math.lcm(multiple, *strides[1:]),
+        }
+        config = dataclasses.replace(config, clips=dataclasses.replace(config.clips, **sizes))
         self.config, self.workers = config, workers
         self.logs = Logs(work / "examined" / digest(config))
         self.limits = digest(workers.time_limit, workers.memory_limit)
@@ -94,10 +98,9 @@ class Examined:
         return [x for x in items if not count(x.key) and count(x.key + self.limits) < most]
 
     def report(self, item: Item) -> FileReport:
-        """What was found; ``KeyError`` if nothing was yet."""
+        """What was found in a file that is examined."""
         line = self.logs.latest(item.key) or self.logs.latest(item.key + self.limits)
-        if line is None:
-            raise KeyError(item.name)
+        assert line is not None, item.name
         return _unpack(line)
 
     def tries_left(self, item: Item, report: FileReport) -> bool:
@@ -106,11 +109,8 @@ class Examined:
 
     def kept(self, items: Iterable[Item]) -> Iterator[Kept]:
         """The clips of these files that no filter rejected, in order."""
-        for item in items:
-            report = self.report(item)
-            for index, clip in enumerate(report.clips):
-                if clip.rejection is None and report.probe is not None:
-                    yield Kept(item, index, clip, report.probe, report.caption)
+        clips = (one for item in items for one in clips_of(item, self.report(item)))
+        return (one for one in clips if one.clip.rejection is None)
 
 
 def _is_try(report: FileReport) -> bool:
@@ -169,9 +169,9 @@ def examine_files(
             _examine_on_beam(wanted, shared, beam)
             examined.logs.refresh()
             reports = map(examined.report, wanted)
-        for report in reports:
-            kept = [clip for clip in report.clips if clip.rejection is None]
-            add(1, len(kept), video_seconds(report.probe, kept))
+        for item, report in zip(wanted, reports, strict=True):
+            kept = [one for one in clips_of(item, report) if one.clip.rejection is None]
+            add(1, len(kept), sum(one.video_seconds for one in kept))
     examined.logs.refresh()
 
 
@@ -193,13 +193,10 @@ def _examine(
 
 def _examine_on_beam(items: Sequence[Item], shared: tuple[Any, ...], beam: BeamConfig) -> None:
     """``_examine`` by a pipeline; in every worker the decoder is in a process of its own."""
-    try:
-        engine: Any = importlib.import_module("apache_beam")
-        options: Any = importlib.import_module("apache_beam.options.pipeline_options")
-    except ImportError as error:
-        message = f"--beam.runner needs Apache Beam: pip install -e '.[beam]' ({error})"
-        raise ImportError(message) from error
     if items:
+        with checking_input("--beam.runner needs Apache Beam", "pip install -e '.[beam]'"):
+            engine: Any = importlib.import_module("apache_beam")
+            options: Any = importlib.import_module("apache_beam.options.pipeline_options")
         flags = options.PipelineOptions(list(beam.options))
         with engine.Pipeline(runner=beam.runner, options=flags) as pipeline:
             files = pipeline | engine.Create(items) | engine.Reshuffle()
@@ -208,19 +205,14 @@ def _examine_on_beam(items: Sequence[Item], shared: tuple[Any, ...], beam: BeamC
 
 
 def read_clips(
-    kept: Iterable[Kept],
-    decoding: DecodingConfig,
-    workers: WorkersConfig,
-    at: Any = None,
-    encoded: bool = False,
+    kept: Iterable[Kept], examined: Examined, at: Any = None, encoded: bool = False
 ) -> Iterator[Outcome]:
     """uint8 ``[t, h, w, 3]`` of every clip in order, or why there is none; of the frames ``at(t)``.
 
     With ``encoded`` an ``EncodedVideo``: every worker encodes, and little crosses the pipe.
     """
-    function = partial(_read, decoding=decoding, at=at, encoded=encoded)
-    jobs = ((one.item.path, one.clip) for one in kept)
-    return run(function, jobs, workers, AHEAD)
+    function = partial(_read, decoding=examined.config.decoding, at=at, encoded=encoded)
+    return run(function, ((one.item.path, one.clip) for one in kept), examined.workers, AHEAD)
 
 
 def _read(job: tuple[str, Clip], decoding: DecodingConfig, at: Any, encoded: bool) -> Any:
