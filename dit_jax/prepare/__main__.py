@@ -17,7 +17,6 @@ import functools
 import hashlib
 import itertools
 import logging
-import os
 import shutil
 import sys
 import time
@@ -33,49 +32,19 @@ import tensorflow_datasets as tfds
 import tyro
 from jax._src.distributed import global_state
 
-from dit_jax import interop
+from dit_jax import files, interop
 from dit_jax.config import check_types
-from dit_jax.files import (
-    InputError,
-    as_path,
-    atomic_path,
-    check_writable,
-    is_remote,
-    locked,
-    refuse_if,
-    run_verb,
-)
+from dit_jax.files import check_writable, is_remote, refuse_if
 from dit_jax.parallel import PROCESS_HELP, MeshConfig, joined, make_mesh, take_process_flags
 from dit_jax.prepare import report
-from dit_jax.prepare.captions import (
-    Caption,
-    CaptionsConfig,
-    clip_features,
-    clip_texts,
-    given_captions,
-)
-from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions
+from dit_jax.prepare.captions import CaptionsConfig, clip_features, clip_texts, find_captions
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions, user_cache
 from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import Item, find_media
 from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
-from dit_jax.prepare.records import (
-    BatchConfig,
-    Failed,
-    Latents,
-    States,
-    samples,
-    tried_again,
-    write_builder,
-)
-from dit_jax.prepare.stages import (
-    TRIES,
-    BeamConfig,
-    Examined,
-    Kept,
-    examine_files,
-    read_clips,
-)
+from dit_jax.prepare.records import BatchConfig, Failed, Latents, States, samples, write_builder
+from dit_jax.prepare.stages import TRIES, BeamConfig, Examined, Kept, examine_files, read_clips
 from dit_jax.prepare.work import Progress, digest
 from dit_jax.prepare.workers import Outcome, WorkersConfig
 from dit_jax.prepare.writing import MARK, VERSION, LatentsOf, StatesOf
@@ -181,7 +150,7 @@ class Preparation:
         self.listed = find_media(config.input, [self.output, self.work, *table])
         self.items = self.listed.items
         paths = {item.name: item.path for item in self.items}
-        self.given = given_captions(paths, config.captions)
+        self.given = find_captions(paths, config.captions)
         strides = self.codec.strides if self.codec else (1, 1, 1)
         self.examined = Examined(self.work, config.examine, config.workers, strides)
         self.models = Models(self.work, config.caption_model or "", config.recaption)
@@ -196,9 +165,7 @@ class Preparation:
 
     def texts(self, one: Kept) -> dict[str, str]:
         """The captions and licence of a clip."""
-        captions = self.given.captions.get(one.item.name, ())
-        if one.caption:
-            captions += (Caption(one.caption, "record"),)
+        captions = self.given.of(one.item.name, one.caption)
         if self.config.caption_model:
             captions += self.models.captions(one)
         return clip_texts(captions, self.config.captions)
@@ -240,10 +207,10 @@ class Preparation:
     def run_stages(self, index: int, count: int) -> bool:
         """All stages but the last, for a machine's share; whether they are done for all shares."""
         config, parts, cluster = self.config, self.parts(index, count), jax.process_count() > 1
-        lines = [self.given.table] if self.given.table else []
-        lines += [f"  no such file: {row}" for row in self.given.unmatched[:TOLD]]
-        lines += [f"a caption without a media file: {name}" for name in self.listed.orphans[:TOLD]]
-        print("\n".join(lines), end="\n" * bool(lines))
+        for row in self.given.unmatched[:TOLD]:
+            print(f"no such file: {row}")
+        for name in self.listed.orphans[:TOLD]:
+            print(f"a caption without a media file: {name}")
         mine = itertools.chain.from_iterable(parts)
         examine_files(mine, self.examined, self.progress, config.beam)
         if cluster:
@@ -258,9 +225,9 @@ class Preparation:
                 raise OSError(f"{left} files that other processes examined have no report here")
             if left:
                 print(
-                    f"share {config.shard} is examined, and {left} files of other shares are not:"
+                    f"share {config.shard} is examined; {left} files of other shares are not yet."
                 )
-                print("run the same command again when they are (or give --wait SECONDS).")
+                print("Run the same command again when they are (or give --wait SECONDS).")
                 return False
         if more:
             self.run_on_clips(parts, self.work / f"answers-{index}-of-{count}.sqlite")
@@ -295,12 +262,8 @@ class Preparation:
 
     def finish(self) -> dict[str, Any]:
         """Writes records and reports, and returns what ``report.json`` says."""
-        config, failed, again = self.config, Failed(), 0
-        for one in self.kept(self.items) if self.coded else ():
-            if (failure := self.latents.failure(one)) is not None:
-                reason, detail, tries = failure
-                failed[one.name] = reason, detail
-                again += tried_again(reason, tries)
+        config = self.config
+        failed, again = self.latents.failures(self.kept(self.items) if self.coded else ())
         total = self.survey[0].total() - len(failed)
         if total and config.reaches("records"):
             again += self._records(total, failed)
@@ -374,7 +337,7 @@ class Preparation:
 
     def _publish(self) -> None:
         """Copies what is finished to Cloud Storage."""
-        out, records = as_path(self.config.output), Path(self.config.name, VERSION)
+        out, records = files.as_path(self.config.output), Path(self.config.name, VERSION)
         names = [Path(name) for name in ("files.jsonl", "report.html", "report.json")]
         mark = records / MARK
         made = (self.output / mark).read_bytes() if (self.output / mark).exists() else b""
@@ -383,7 +346,7 @@ class Preparation:
             every = [records / one.name for one in (self.output / records).iterdir()]
             names += sorted(every, key=lambda one: (one == mark, one))
         for name in names:
-            with atomic_path(out / name) as fresh:
+            with files.atomic_path(out / name) as fresh:
                 shutil.copyfile(self.output / name, fresh)
 
 
@@ -396,9 +359,9 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
     message = f"--output {config.output!r} is on Cloud Storage: machines that share the work need "
     hidden = config.work is None and config.place[1] > 1
     refuse_if([(hidden, f"{message}--work DIR on a disk that all of them see.")])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dit_jax" / "prepare"
-    work = check_writable(config.work or cache / digest(str(output)), "--work")
-    print(f"{config.output}: made in {os.fspath(work)!r} (--work) and copied when it is finished.")
+    cached = user_cache() / "prepare" / digest(str(output))
+    work = check_writable(config.work or cached, "--work")
+    print(f"{config.output}: made in {str(work)!r} (--work) and copied when it is finished.")
     return work / "output", work
 
 
@@ -413,7 +376,7 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
     """Does what is left to be done; the process that finishes returns what ``report.json`` says."""
     preparation = Preparation(config, shown)
     index, count = config.place
-    with locked(preparation.work / f"share-{index}-of-{count}"):
+    with files.locked(preparation.work / f"share-{index}-of-{count}"):
         done = preparation.run_stages(index, count)
         return preparation.finish() if done and index == 0 else None
 
@@ -421,32 +384,29 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 2 if something given is wrong, 1 if something failed by
     itself, also a file that the next run tries again."""
-    given, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    words, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
 
     def work() -> int:
         text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
         ways = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        config = tyro.cli(PrepareConfig, args=given, prog=PROG, description=text, config=ways)
+        config = tyro.cli(PrepareConfig, args=words, prog=PROG, description=text, config=ways)
         check_types(config)
-        try:
-            with joined(flags, PROG):
-                about = prepare(config)
-        except ImportError as error:
-            raise InputError(str(error)) from error
+        with joined(flags, PROG):
+            about = prepare(config)
         if about is None:
             return 0
         print(report.render(about))
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
-        files, clips = about["files_tried_again"], about["clips_tried_again"]
-        if files or clips:
-            why = f"{files} files and {clips} clips could not be read this time (report.html)"
+        left = about["files_tried_again"], about["clips_tried_again"]
+        if any(left):
+            why = f"{left[0]} files and {left[1]} clips could not be read this time (report.html)"
             again = f"the same command tries them again, in up to {TRIES} runs"
             print(f"{PROG}: {why}: {again}.", file=sys.stderr)
-        return int(bool(files or clips))
+        return int(any(left))
 
-    return run_verb(PROG, work)
+    return files.run_verb(PROG, work)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from dit_jax.files import SURROGATES, MiB, refuse_if
-from dit_jax.prepare.recorded import is_record
 from dit_jax.prepare.tables import (
     encodable,
     find_column,
@@ -227,17 +226,16 @@ def match_table(rows: Iterable[TableRow], media: Iterable[str | os.PathLike]) ->
     files = {_normal(str(path)): str(path) for path in media}
     found: dict[str, TableRow] = {}
     left = list(rows)
-    for form, whole in ((str, True), (_composed, True), (_composed, False), (stem, False)):
+    for form, first in ((str, None), (_composed, None), (_composed, -1), (stem, -1)):
         # By what two of one name have in common at least, lest every row is held against every file.
-        common = slice(None) if whole else slice(-1, None)
         named: dict[tuple[str, ...], list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
         for file in files if left else ():
             parts = PurePosixPath(form(file)).parts
-            named[parts[common]].append((file, parts))
+            named[parts[first:]].append((file, parts))
         claims: dict[str, list[TableRow]] = defaultdict(list)
         for row in left:
             parts = PurePosixPath(row.file if form is str else _composed(row.file)).parts
-            alike = named.get(parts[common], ())
+            alike = named.get(parts[first:], ())
             ends = [file for file, other in alike if all(map(eq, parts[::-1], other[::-1]))]
             if len(ends) == 1 and ends[0] not in found:
                 claims[ends[0]].append(row)
@@ -256,32 +254,33 @@ def match_table(rows: Iterable[TableRow], media: Iterable[str | os.PathLike]) ->
 
 @dataclasses.dataclass
 class Given:
-    """The captions that came with files, and what was wrong with them, by the files' names; what became
-    of the table, in a line; counts of what did not meet; and the table's rows that match no file."""
+    """The captions that came with files, and what was wrong with them, by the files' names; counts of
+    what did not meet; and the table's rows that match no file."""
 
     captions: dict[str, tuple[Caption, ...]] = dataclasses.field(default_factory=dict)
     problems: dict[str, str] = dataclasses.field(default_factory=dict)
-    table: str = ""
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
     unmatched: tuple[str, ...] = ()
 
+    def of(self, name: str, recorded: str = "") -> tuple[Caption, ...]:
+        """The captions of a file, and the one that is ``recorded`` with it."""
+        captions = (Caption(recorded, "record"),) if recorded else ()
+        return self.captions.get(name, ()) + captions
 
-def given_captions(paths: Mapping[str, str], config: CaptionsConfig) -> Given:
+
+def find_captions(paths: Mapping[str, str], config: CaptionsConfig) -> Given:
     """Captions of the table and, behind them, of sidecars, of files by name; a bad sidecar is a note, a
     bad table an ``InputError``."""
     given = Given()
     if config.table is not None:
         rows = read_table(config.table, config.columns)
         given.captions, unmatched, uncaptioned = match_table(rows, paths)
-        given.table = f"{config.table}: {len(given.captions)} of {len(paths)} files have a row"
-        given.table += f", and {len(unmatched)} rows match no file"
+        print(f"{config.table}: {len(given.captions)} of {len(paths)} files have a row")
         given.unmatched = tuple(f"{row.file} ({row.where})" for row in unmatched)
         given.notes["table rows that match no file"] = len(unmatched)
         given.notes["files without a row in the table"] = len(uncaptioned)
     listing = functools.lru_cache(64)(list_sidecars)  # Files of a folder follow one another.
     for name, path in paths.items():
-        if is_record(path):
-            continue
         captions = given.captions.get(name, ())
         try:
             captions += read_sidecars(path, config.whole_text, listing)

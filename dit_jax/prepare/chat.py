@@ -146,10 +146,14 @@ def parse_answer(raw: bytes | bytearray) -> Answer:
     return Answer(encodable(content or refusal or ""), reason, bool(refusal), *tokens)
 
 
+def user_cache() -> Path:
+    """The folder ``dit_jax`` in the user's cache directory (``XDG_CACHE_HOME``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_jax"
+
+
 def default_cache() -> Path:
-    """``dit_jax/answers.sqlite`` in the user's cache directory (``XDG_CACHE_HOME``)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "dit_jax" / "answers.sqlite"
+    """Where answers are kept, unless the user says otherwise."""
+    return user_cache() / "answers.sqlite"
 
 
 class AnswerCache:
@@ -273,7 +277,6 @@ class ChatClient:
 
         here = urllib.parse.urlsplit(config.url).hostname in ("localhost", "127.0.0.1", "::1")
         http = _Bounded(
-            timeout=self.options.timeout,
             trust_env=not here,
             follow_redirects=False,
             event_hooks={"request": [prepare]},

@@ -72,6 +72,12 @@ class Latents:
             return json.loads(place.with_suffix(".json").read_bytes())
         return "failed", "it was not encoded", 0
 
+    def failures(self, kept: Iterable[Kept]) -> tuple[Failed, int]:
+        """Which clips have none and why, and how many of these the next run tries again."""
+        why = {one.name: failure for one in kept if (failure := self.failure(one)) is not None}
+        again = sum(tried_again(reason, tries) for reason, _, tries in why.values())
+        return {name: (reason, detail) for name, (reason, detail, _) in why.items()}, again
+
     def store(
         self,
         parts: Iterable[Sequence[Kept]],

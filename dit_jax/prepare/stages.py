@@ -74,21 +74,14 @@ class Examined:
     """
 
     def __init__(
-        self,
-        work: Path,
-        config: ExamineConfig,
-        workers: WorkersConfig,
-        strides: tuple[int, int, int] = (1, 1, 1),
+        self, work: Path, config: ExamineConfig, workers: WorkersConfig, strides: Any = (1, 1, 1)
     ):
-        """``strides``: of a codec that shall take the clips' lengths and sizes as well."""
-        stride, multiple = config.clips.stride, config.clips.multiple
-        sizes = {
-            "stride": math.lcm(stride, strides[0]),
-            "multiple": math.lcm(multiple, *strides[1:]),
-        }
-        config = dataclasses.replace(config, clips=dataclasses.replace(config.clips, **sizes))
-        self.config, self.workers = config, workers
-        self.logs = Logs(work / "examined" / digest(config))
+        """``strides``: of a codec, ``(t, h, w)``, that takes the clips' lengths and sizes as well."""
+        clips, (time, *sides) = config.clips, strides
+        stride, multiple = math.lcm(clips.stride, time), math.lcm(clips.multiple, *sides)
+        clips = dataclasses.replace(clips, stride=stride, multiple=multiple)
+        self.config, self.workers = dataclasses.replace(config, clips=clips), workers
+        self.logs = Logs(work / "examined" / digest(self.config))
         self.limits = digest(workers.time_limit, workers.memory_limit)
 
     def missing(self, items: Iterable[Item], tried: bool = False) -> list[Item]:

@@ -156,21 +156,20 @@ def run(arguments: UpsampleArguments) -> None:
     with contextlib.closing(AnswerCache(arguments.cache or default_cache())) as cache:
         client = ChatClient(ChatConfig(arguments.server, arguments.model, arguments.chat), cache)
         results = upsample(prompts, client, arguments.upsampling, **limits)
-    # As ``read_prompts`` reads them: the texts that are used.
     by = {"upsampled_by": arguments.model}
     records = [
         {"prompt": one.text, "original": one.original} | ({"error": one.error} if one.error else by)
         for one in results
     ]
-    write_json(output, records)
-    unique = dict.fromkeys(results)
+    write_json(output, records)  # As ``read_prompts`` reads them.
+    unique, failed = dict.fromkeys(results), [one for one in results if one.error]
     changed = [f"{x.original!r}\n  -> {x.text!r}" for x in unique if x.text != x.original]
     print("\n".join(changed) or "no prompt was changed", client.summary(), sep="\n")
     print(f"{len(results)} prompt(s): {output}", flush=True)
-    kept = "\n".join(f"used as given: {x.original!r}: {x.error}" for x in unique if x.error)
-    failed = sum(bool(one.error) for one in results)
-    warning = f"{PROG}: warning: {failed} of {len(results)} prompts were NOT upsampled:\n{kept}\n"
-    sys.stderr.write(warning if failed else "")
+    if failed:
+        kept = "\n".join(f"used as given: {x.original!r}: {x.error}" for x in dict.fromkeys(failed))
+        warning = f"warning: {len(failed)} of {len(results)} prompts were NOT upsampled"
+        print(f"{PROG}: {warning}:\n{kept}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
