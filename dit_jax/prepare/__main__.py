@@ -11,7 +11,6 @@ however many machines there are, and so is every bit of the result.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -43,7 +42,7 @@ from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import Item, find_media
 from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
-from dit_jax.prepare.records import BatchConfig, Failed, Latents, States, samples, write_builder
+from dit_jax.prepare.records import BatchConfig, Failed, Latents, States, write_builder
 from dit_jax.prepare.stages import TRIES, BeamConfig, Examined, Kept, examine_files, read_clips
 from dit_jax.prepare.work import Progress, digest
 from dit_jax.prepare.workers import Outcome, WorkersConfig
@@ -243,22 +242,23 @@ class Preparation:
         total = sum(self.survey[0][item.name] for part in parts for item in part)
         if self.captioned:
             chat = ChatConfig(config.caption_server or "", config.caption_model or "", config.chat)
-            with contextlib.closing(AnswerCache(answers)) as cache:
-                client = ChatClient(chat, cache)
-                kept = (one for part in parts for one in self.kept(part))
-                failed = self.models.ask(kept, total, client, self.examined, progress)
-                print(client.summary())
+            client = ChatClient(chat, AnswerCache(answers))
+            kept = (one for part in parts for one in self.kept(part))
+            with progress.stage("captions", total, "clips") as add:
+                failed = self.models.ask(kept, client, self.examined, add)
+            print(client.summary())
             if failed:
                 told = failures(failed)
                 print(f"clips without captions of the model:\n{told}", file=sys.stderr)
             self.problems |= {one.name: one.error for one in failed}
             self.notes["clips without captions of the model"] += len(failed)
         if self.encoder is not None:
-            captions = map(self.captions_of, parts)
-            self.states.store(captions, total, self.encoder.encode, progress)
+            with progress.stage("states", total, "captions") as add:
+                self.states.store(map(self.captions_of, parts), self.encoder, add)
         if self.coded:
             clips = (list(self.kept(part)) for part in parts)
-            self.latents.store(clips, total, self.encode, self.examined, progress)
+            with progress.stage("latents", total, "clips") as add:
+                self.latents.store(clips, self.encode, self.examined, add)
 
     def finish(self) -> dict[str, Any]:
         """Writes records and reports, and returns what ``report.json`` says."""
@@ -312,10 +312,6 @@ class Preparation:
         def kept() -> Iterator[Kept]:
             return (one for one in self.kept(self.items) if one.name not in unfit)
 
-        def state(one: Kept) -> np.ndarray:
-            captions = captions_of(part_of[one.item.name])
-            return self.states.load(captions, self.texts(one)["caption"])
-
         def records(clips: Iterable[Kept], unread: Failed) -> Iterator[dict[str, Any]]:
             clips, others = itertools.tee(clips)
             if codec is None:
@@ -323,8 +319,20 @@ class Preparation:
             else:
                 reads = (Outcome(np.load(self.latents.place(one))) for one in others)
             rate = codec.strides[0] if codec else 1  # Latents have their own frames a second.
-            videos = zip(clips, reads, strict=True)
-            return samples(videos, rate, self.texts, state if encoder else None, unread)
+            for one, read in zip(clips, reads, strict=True):
+                record = {"video": read.value, "fps": one.clip.fps / rate, **self.texts(one)}
+                if encoder is not None:
+                    captions = captions_of(part_of[one.item.name])
+                    record["text_states"] = self.states.load(captions, record["caption"])
+                    if not np.isfinite(record["text_states"]).all():
+                        read = Outcome(None, "not finite", "the states of its caption")
+                if read.reason:
+                    unread[one.name] = read.reason, read.detail
+                    continue
+                record |= {"source": one.item.name, "source_fps": one.probe.fps}
+                record |= {"source_height": one.probe.height, "source_width": one.probe.width}
+                start = one.clip.begin
+                yield {**record, "start": start, "stop": start + one.clip.seconds}
 
         first = digest(self.examined.config, config.encoding, latents, states)
         made_of = hashlib.sha256(first.encode())

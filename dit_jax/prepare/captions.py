@@ -19,15 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from dit_jax.files import SURROGATES, MiB, refuse_if
-from dit_jax.prepare.tables import (
-    encodable,
-    find_column,
-    plain,
-    read_json,
-    read_lines,
-    read_rows,
-    read_text,
-)
+from dit_jax.prepare import tables
+from dit_jax.prepare.tables import encodable, find_column
 from dit_jax.types import PositiveInt
 
 # As it came; of the main subject; of everything that is seen.
@@ -93,7 +86,7 @@ def _captions(
     captions: list[Caption] = []
     for column in columns:
         value: Any = _cell(row, column, where)
-        kind: Any = KINDS.get(plain(column), "given")
+        kind: Any = KINDS.get(tables.plain(column), "given")
         texts = [x for x in (value if isinstance(value, list) else [value]) if x is not None]
         message = f"{where} has the {column} {value!r}: give a string or several"
         refuse_if((not isinstance(text, str), message) for text in texts)
@@ -153,11 +146,11 @@ def read_sidecars(
             continue
         where = repr(str(file))
         if file.suffix.lower() == ".json":
-            value = read_json(file, LARGEST)
+            value = tables.read_json(file, LARGEST)
         elif whole_text:
-            value = read_text(file, LARGEST)
+            value = tables.read_text(file, LARGEST)
         else:
-            value = [line for _, line in read_lines(file, LARGEST)]
+            value = [line for _, line in tables.read_lines(file, LARGEST)]
         value = {"caption": value} if isinstance(value, str | list) else value
         message = f"{where} is neither a string nor an object: see docs/captions.md"
         refuse_if([(not isinstance(value, dict), message)])
@@ -194,7 +187,7 @@ def read_table(
     caption, or (unless ``config.repeated`` joins them) two have the same file.
     """
     rows: dict[str, TableRow] = {}
-    for place, row in read_rows(path):
+    for place, row in tables.read_rows(path):
         where = f"{str(path)!r}, {place}"
         column = config.file_column or find_column(row, FILES) or "file"
         name = str(_cell(row, column, where) or "").strip()

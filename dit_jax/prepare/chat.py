@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -100,13 +101,10 @@ class ChatConfig:
 
     def request(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The body of a request, which is also what an answer is kept under."""
-        limit, temperature, seed = (
-            self.options.max_tokens,
-            self.options.temperature,
-            self.options.seed,
-        )
-        body = {"model": self.model, "messages": list(messages)}
-        body |= {self.options.max_tokens_name: limit, "temperature": temperature, "seed": seed}
+        options = self.options
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
+        body |= {options.max_tokens_name: options.max_tokens, "temperature": options.temperature}
+        body["seed"] = options.seed
         return {name: value for name, value in body.items() if value is not None}
 
 
@@ -169,22 +167,19 @@ class AnswerCache:
             path = Path(folder, "answers")
         self.path = as_path(path)
         self._locks = self.path.with_name(self.path.name + ".locks")
-        # One statement at a time: while another thread of the connection reads, a write fails at once
-        # if another process waits to write, too.
-        self._lock = threading.Lock()
-        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
-        columns, prefix = "key TEXT PRIMARY KEY, model TEXT, answer TEXT", repr(str(self.path))
-        with checking_input(f"answers cannot be kept in {prefix}", "name another file"):
+        columns, name = "key TEXT PRIMARY KEY, model TEXT, answer TEXT", repr(str(self.path))
+        with checking_input(f"answers cannot be kept in {name}", "name another file"):
             self._locks.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=60, **options)
             self._run(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
 
     def _run(self, command: str, *values: Any) -> Any:
+        # A connection for each statement: threads and processes then wait for one another alike.
         try:
-            with self._lock:
-                return self._database.execute(command, values).fetchone()
+            opened = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            with contextlib.closing(opened) as database:
+                return database.execute(command, values).fetchone()
         except sqlite3.Error as error:
-            raise OSError(f"answers cannot be kept in {str(self.path)!r}: {error}") from error
+            raise OSError(errno.EIO, f"SQLite: {error}", str(self.path)) from error
 
     def put(self, key: str, model: str, answer: Answer) -> None:
         """Keeps an answer; it is on disk when this returns. ``OSError`` if it cannot be."""
@@ -202,11 +197,6 @@ class AnswerCache:
 
     def __len__(self) -> int:
         return self._run("SELECT count(*) FROM answers")[0]
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._lock:
-            self._database.close()
 
 
 # The client

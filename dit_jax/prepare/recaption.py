@@ -26,8 +26,8 @@ import numpy as np
 from dit_jax.files import refuse_if, write_json
 from dit_jax.prepare.captions import Caption
 from dit_jax.prepare.chat import ChatClient, message, ordered, tell
-from dit_jax.prepare.stages import Examined, Kept, read_clips
-from dit_jax.prepare.work import Progress, digest, file_name
+from dit_jax.prepare.stages import Add, Examined, Kept, read_clips
+from dit_jax.prepare.work import digest, file_name
 from dit_jax.prepare.workers import Outcome
 from dit_jax.types import PositiveInt, Range
 
@@ -165,36 +165,30 @@ class Models:
         return tuple(Caption(**values) for values in json.loads(self.place(one).read_bytes()))
 
     def ask(
-        self,
-        kept: Iterable[Kept],
-        total: int,
-        client: ChatClient,
-        examined: Examined,
-        progress: Progress,
+        self, kept: Iterable[Kept], client: ChatClient, examined: Examined, add: Add
     ) -> list[Recaptioned]:
-        """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
-        asked for next time; a refused key or an unknown model is a ``ChatError``."""
+        """Asks for those of some clips that are missing. Those that failed come back, and are asked for
+        next time; a refused key or an unknown model is a ``ChatError``."""
         failed, probe = [], functools.cache(client.probe)
-        with progress.stage("captions", total, "clips") as add:
 
-            def missing() -> Iterator[Kept]:
-                for one in kept:
-                    if self.place(one).exists():
-                        add(1, 0, 0.0)
-                    else:
-                        probe()
-                        yield one
-
-            clips, again = itertools.tee(missing())
-            at = functools.partial(evenly_spaced, wanted=self.config.frames)
-            frames = (functools.partial(_frames, x) for x in read_clips(again, examined, at))
-            pairs = zip(clips, frames, strict=True)
-            for one, captions, error in recaption(pairs, client, self.config):
-                if error:
-                    failed.append(Recaptioned(one.name, captions, error))
+        def missing() -> Iterator[Kept]:
+            for one in kept:
+                if self.place(one).exists():
+                    add(1, 0, 0.0)
                 else:
-                    write_json(self.place(one), [dataclasses.asdict(x) for x in captions])
-                add(1, 1, one.video_seconds)
+                    probe()
+                    yield one
+
+        clips, again = itertools.tee(missing())
+        at = functools.partial(evenly_spaced, wanted=self.config.frames)
+        frames = (functools.partial(_frames, x) for x in read_clips(again, examined, at))
+        pairs = zip(clips, frames, strict=True)
+        for one, captions, error in recaption(pairs, client, self.config):
+            if error:
+                failed.append(Recaptioned(one.name, captions, error))
+            else:
+                write_json(self.place(one), [dataclasses.asdict(x) for x in captions])
+            add(1, 1, one.video_seconds)
         return failed
 
 

@@ -21,11 +21,11 @@ import numpy as np
 from dit_jax.files import atomic_path, refuse_if, write_json
 from dit_jax.prepare.chat import ordered
 from dit_jax.prepare.refusals import MACHINE_REASONS
-from dit_jax.prepare.stages import TRIES, Examined, Kept, read_clips
+from dit_jax.prepare.stages import TRIES, Add, Examined, Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
 from dit_jax.prepare.workers import Outcome
 from dit_jax.prepare.writing import MARK, VERSION, write_records
-from dit_jax.types import PositiveInt
+from dit_jax.types import PositiveInt, TextEncoder
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 ``[b, t, h, w, 3]`` to latents ``[b, t', h', w', c]``."""
@@ -81,35 +81,32 @@ class Latents:
     def store(
         self,
         parts: Iterable[Sequence[Kept]],
-        total: int,
-        encoders: Sequence[Encode],
+        encode: Sequence[Encode],
         examined: Examined,
-        progress: Progress,
+        add: Add,
     ) -> None:
-        """Encodes the clips, ``total`` in all, that are missing; a batch of which one is missing is
-        encoded whole.
+        """Encodes the clips that are missing; a batch of which one is missing is encoded whole.
 
-        ``encoders``: one for each device. Each encodes whole batches, in turn, so that no bit depends
-        on how many there are.
+        ``encode``: one for each device. Each encodes whole batches, in turn, so that no bit depends on
+        how many there are.
         """
-        with progress.stage("latents", total, "clips") as add:
 
-            def missing() -> Iterator[list[Kept]]:
-                for batch in itertools.chain.from_iterable(map(self._batches, parts)):
-                    failures = filter(None, map(self.failure, batch))
-                    if any(tried_again(reason, tries) for reason, _, tries in failures):
-                        yield batch
-                    else:
-                        add(len(batch), 0, 0.0)
+        def missing() -> Iterator[list[Kept]]:
+            for batch in itertools.chain.from_iterable(map(self._batches, parts)):
+                failures = filter(None, map(self.failure, batch))
+                if any(tried_again(reason, tries) for reason, _, tries in failures):
+                    yield batch
+                else:
+                    add(len(batch), 0, 0.0)
 
-            ahead, batches = itertools.tee(missing())
-            reads = read_clips(itertools.chain.from_iterable(ahead), examined)
-            jobs = (
-                (batch, list(itertools.islice(reads, len(batch))), encode)
-                for batch, encode in zip(batches, itertools.cycle(encoders), strict=False)
-            )
-            for batch in ordered(self._encode, jobs, len(encoders), ahead=len(encoders)):
-                add(len(batch), len(batch), sum(one.video_seconds for one in batch))
+        ahead, batches = itertools.tee(missing())
+        reads = read_clips(itertools.chain.from_iterable(ahead), examined)
+        jobs = (
+            (batch, list(itertools.islice(reads, len(batch))), one)
+            for batch, one in zip(batches, itertools.cycle(encode), strict=False)
+        )
+        for batch in ordered(self._encode, jobs, len(encode), ahead=len(encode)):
+            add(len(batch), len(batch), sum(one.video_seconds for one in batch))
 
     def _batches(self, part: Sequence[Kept]) -> Iterator[list[Kept]]:
         """The clips in batches of one shape, ``[t, h, w]``."""
@@ -157,24 +154,17 @@ class States:
         key = digest(sorted(set(captions)))
         return self.folder / key[:2] / f"{key}.npz"
 
-    def store(
-        self,
-        parts: Iterable[Sequence[str]],
-        total: int,
-        encode: Callable[[Sequence[str]], Sequence[np.ndarray]],
-        progress: Progress,
-    ) -> None:
-        """Encodes the captions, ``total`` at most, of every part that has no states yet."""
-        with progress.stage("states", total, "captions") as add:
-            for part in (sorted(set(captions)) for captions in parts):
-                if part and not self.place(part).exists():
-                    states = encode(part)
-                    ends = np.cumsum([len(one) for one in states])
-                    # NumPy's files know no bfloat16: its bits.
-                    bits = np.concatenate(states).view(np.uint16)
-                    with atomic_path(self.place(part)) as fresh:
-                        np.savez(fresh, captions=np.array(part), ends=ends, bits=bits)
-                add(len(part), 0, 0.0)
+    def store(self, parts: Iterable[Sequence[str]], encoder: TextEncoder, add: Add) -> None:
+        """Encodes the captions of every part that has no states yet."""
+        for part in (sorted(set(captions)) for captions in parts):
+            if part and not self.place(part).exists():
+                states = encoder.encode(part)
+                ends = np.cumsum([len(one) for one in states])
+                # NumPy's files know no bfloat16: its bits.
+                bits = np.concatenate(states).view(np.uint16)
+                with atomic_path(self.place(part)) as fresh:
+                    np.savez(fresh, captions=np.array(part), ends=ends, bits=bits)
+            add(len(part), 0, 0.0)
 
     def load(self, captions: Sequence[str], caption: str) -> np.ndarray:
         """The states bfloat16 ``[s, e]`` of one of a part's captions."""
@@ -185,36 +175,6 @@ class States:
                 split = np.split(bits, stored["ends"][:-1])
                 self._open = place, dict(zip(stored["captions"].tolist(), split, strict=True))
         return self._open[1][caption]
-
-
-def samples(
-    kept: Iterable[tuple[Kept, Outcome]],
-    rate: int,
-    texts: Callable[[Kept], Mapping[str, str]],
-    states: Callable[[Kept], np.ndarray] | None,
-    failed: Failed,
-) -> Iterator[dict[str, Any]]:
-    """Records of clips and what was read of them, pixels or latents of ``rate`` frames each; ``texts``
-    gives a clip's captions. What cannot be stored is noted in ``failed`` and left out."""
-    for one, read in kept:
-        state = states(one) if states is not None else None
-        if state is not None and not np.isfinite(state).all():
-            read = Outcome(None, "not finite", "the states of its caption are NaN or infinite")
-        if read.reason:
-            failed[one.name] = read.reason, read.detail
-        else:
-            yield {
-                "video": read.value,
-                "fps": one.clip.fps / rate,
-                **texts(one),
-                "source": one.item.name,
-                "start": one.clip.begin,
-                "stop": one.clip.begin + one.clip.seconds,
-                "source_height": one.probe.height,
-                "source_width": one.probe.width,
-                "source_fps": one.probe.fps,
-                **({} if state is None else {"text_states": state}),
-            }
 
 
 def write_builder(

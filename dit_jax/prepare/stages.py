@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ BEAM_BATCH = 256
 """Files that a worker of Beam takes at a time."""
 THUMBNAILS = 400
 """Of the first clips of a process, so many keep theirs."""
+Add = Callable[[int, int, float], None]
+"""Counts work that is done, as ``Progress.stage`` yields it."""
 
 
 @dataclasses.dataclass(frozen=True)

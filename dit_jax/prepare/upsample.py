@@ -10,7 +10,6 @@ silently: every prompt comes back with the text that is used, and the reason whe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -153,9 +152,9 @@ def run(arguments: UpsampleArguments) -> None:
             length, most = text_tools().text_length(folder)
             limit = min(most, text.max_tokens - 1)  # One of the model's stands for the beginning.
             limits = {"length": length, "limit": limit, "of_word": TOKENS_OF_WORD}
-    with contextlib.closing(AnswerCache(arguments.cache or default_cache())) as cache:
-        client = ChatClient(ChatConfig(arguments.server, arguments.model, arguments.chat), cache)
-        results = upsample(prompts, client, arguments.upsampling, **limits)
+    cache = AnswerCache(arguments.cache or default_cache())
+    client = ChatClient(ChatConfig(arguments.server, arguments.model, arguments.chat), cache)
+    results = upsample(prompts, client, arguments.upsampling, **limits)
     by = {"upsampled_by": arguments.model}
     records = [
         {"prompt": one.text, "original": one.original} | ({"error": one.error} if one.error else by)

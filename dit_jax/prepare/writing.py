@@ -37,6 +37,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 
+from dit_jax import files
 from dit_jax.data.records import (
     CODEC,
     CODEC_NAME,
@@ -47,16 +48,7 @@ from dit_jax.data.records import (
     as_video,
     storage_error,
 )
-from dit_jax.files import (
-    MiB,
-    atomic_path,
-    check_writable,
-    is_remote,
-    locked,
-    refuse_if,
-    write_json,
-    write_whole,
-)
+from dit_jax.files import MiB, refuse_if
 from dit_jax.prepare.encoded import FORMAT, EncodedVideo, encode_video
 from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import digest
@@ -248,7 +240,7 @@ class _Split:
             writer.close()  # An error of writing, such as a full disk, is not told before.
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            with atomic_path(self._rows(index)) as fresh:
+            with files.atomic_path(self._rows(index)) as fresh:
                 np.save(fresh, np.array(rows, np.int32))
             os.replace(part, shard)
         except BaseException:
@@ -325,14 +317,14 @@ def write_records(
             (bool(twice), f"labels, texts and numbers hold {twice} twice: rename them"),
             (not splits, "splits is empty: give at least one, such as {'train': samples}"),
             (encoding not in encodings, f"encoding={encoding!r} is unknown: use {encodings}"),
-            (is_remote(directory), remote),
+            (files.is_remote(directory), remote),
             (
                 mark is None and target.exists(),
                 f"{target} exists: remove it, or choose another directory or name",
             ),
         ]
     )
-    check_writable(target.parent, "directory")
+    files.check_writable(target.parent, "directory")
     codec = LatentsOf(*latents) if latents is not None else None
     stored = "zlib" if codec is not None and encoding == "video" else encoding
     schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
@@ -340,7 +332,7 @@ def write_records(
     folder = target.with_name(f"{VERSION}.incomplete")
     journal, data = folder / "journal", folder / "data"
     folder.mkdir(exist_ok=True)
-    with locked(folder):
+    with files.locked(folder):
         try:
             key = journal / "made_of"
             if resume is None or not key.exists() or key.read_bytes() != made_of:
@@ -349,7 +341,7 @@ def write_records(
             data.mkdir(exist_ok=True)
             for path in data.glob("*.part"):
                 path.unlink()
-            write_whole(key, made_of)
+            files.write_whole(key, made_of)
             parts = [_Split(folder, name, split) for split in splits]
             for part in parts:
                 part.write(splits[part.name], schema, shard_bytes)
@@ -365,7 +357,7 @@ def write_records(
             info.set_splits(tfds.core.SplitDict([one.finish() for one in parts]))
             info.write_to_directory(data)
             if mark is not None:
-                write_json(data / MARK, mark())
+                files.write_json(data / MARK, mark())
                 shutil.rmtree(target, ignore_errors=True)
             os.replace(data, target)
         except BaseException:
