@@ -306,8 +306,8 @@ class Preparation:
         states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
         unfit = frozenset(failed)
         # The states of a caption are with those of its part.
-        captions_of = functools.lru_cache(1)(self.captions_of)
         part_of = {item.name: part for part in self.parts() for item in part}
+        states_of = functools.lru_cache(1)(lambda part: self.states.load(self.captions_of(part)))
 
         def kept() -> Iterator[Kept]:
             return (one for one in self.kept(self.items) if one.name not in unfit)
@@ -322,8 +322,7 @@ class Preparation:
             for one, read in zip(clips, reads, strict=True):
                 record = {"video": read.value, "fps": one.clip.fps / rate, **self.texts(one)}
                 if encoder is not None:
-                    captions = captions_of(part_of[one.item.name])
-                    record["text_states"] = self.states.load(captions, record["caption"])
+                    record["text_states"] = states_of(part_of[one.item.name])[record["caption"]]
                     if not np.isfinite(record["text_states"]).all():
                         read = Outcome(None, "not finite", "the states of its caption")
                 if read.reason:

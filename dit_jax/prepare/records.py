@@ -147,7 +147,6 @@ class States:
     def __init__(self, work: Path, encoder: str):
         """``encoder``: its hash."""
         self.folder = work / "states" / encoder
-        self._open: tuple[Path, dict[str, np.ndarray]] | None = None
 
     def place(self, captions: Iterable[str]) -> Path:
         """Where the states of a part's captions are, or will be."""
@@ -166,15 +165,11 @@ class States:
                     np.savez(fresh, captions=np.array(part), ends=ends, bits=bits)
             add(len(part), 0, 0.0)
 
-    def load(self, captions: Sequence[str], caption: str) -> np.ndarray:
-        """The states bfloat16 ``[s, e]`` of one of a part's captions."""
-        place = self.place(captions)
-        if self._open is None or self._open[0] != place:
-            with np.load(place) as stored:
-                bits = stored["bits"].view(ml_dtypes.bfloat16)
-                split = np.split(bits, stored["ends"][:-1])
-                self._open = place, dict(zip(stored["captions"].tolist(), split, strict=True))
-        return self._open[1][caption]
+    def load(self, captions: Iterable[str]) -> dict[str, np.ndarray]:
+        """The states bfloat16 ``[s, e]`` of a part's captions."""
+        with np.load(self.place(captions)) as stored:
+            states = np.split(stored["bits"].view(ml_dtypes.bfloat16), stored["ends"][:-1])
+            return dict(zip(stored["captions"].tolist(), states, strict=True))
 
 
 def write_builder(

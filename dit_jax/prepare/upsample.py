@@ -68,17 +68,12 @@ class Upsampled(NamedTuple):
     error: str = ""
 
 
-def utf8_length(text: str) -> int:
-    """Bytes of a text: what a byte encoder reads."""
-    return len(text.encode())
-
-
 def upsample(
     prompts: Sequence[str],
     client: ChatClient,
     config: UpsampleConfig = UpsampleConfig(),
     limit: int | None = None,
-    length: Callable[[str], int] = utf8_length,
+    length: Callable[[str], int] = lambda text: len(text.encode()),
     of_word: int = BYTES_OF_WORD,
 ) -> list[Upsampled]:
     """Every prompt and what is used in its place, in order; equal prompts are asked for once.
