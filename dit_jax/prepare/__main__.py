@@ -223,10 +223,8 @@ class Preparation:
             if left and cluster:
                 raise OSError(f"{left} files that other processes examined have no report here")
             if left:
-                print(
-                    f"share {config.shard} is examined; {left} files of other shares are not yet."
-                )
-                print("Run the same command again when they are (or give --wait SECONDS).")
+                print(f"share {config.shard} is examined, {left} files of other shares are not:")
+                print("run the same command again when they are (or give --wait SECONDS).")
                 return False
         if more:
             self.run_on_clips(parts, self.work / f"answers-{index}-of-{count}.sqlite")
@@ -320,7 +318,7 @@ class Preparation:
                 reads = (Outcome(np.load(self.latents.place(one))) for one in others)
             rate = codec.strides[0] if codec else 1  # Latents have their own frames a second.
             for one, read in zip(clips, reads, strict=True):
-                record = {"video": read.value, "fps": one.clip.fps / rate, **self.texts(one)}
+                record: dict[str, Any] = {"video": read.value, **self.texts(one)}
                 if encoder is not None:
                     record["text_states"] = states_of(part_of[one.item.name])[record["caption"]]
                     if not np.isfinite(record["text_states"]).all():
@@ -328,8 +326,9 @@ class Preparation:
                 if read.reason:
                     unread[one.name] = read.reason, read.detail
                     continue
-                record |= {"source": one.item.name, "source_fps": one.probe.fps}
-                record |= {"source_height": one.probe.height, "source_width": one.probe.width}
+                record |= {"source": one.item.name, "fps": one.clip.fps / rate}
+                for name in ("height", "width", "fps"):
+                    record[f"source_{name}"] = getattr(one.probe, name)
                 start = one.clip.begin
                 yield {**record, "start": start, "stop": start + one.clip.seconds}
 
