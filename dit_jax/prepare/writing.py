@@ -42,7 +42,6 @@ from dit_jax.data.records import (
     CODEC,
     CODEC_NAME,
     ENCODED_VIDEOS,
-    SIZES,
     TEXT_ENCODER,
     TEXT_ENCODER_NAME,
     as_video,
@@ -252,16 +251,13 @@ class _Split:
 
     def finish(self) -> tfds.core.SplitInfo:
         """Gives the shards the names that TFDS seeks, and joins their sizes."""
-        total, size, ends = len(self.lengths), 0, np.cumsum(self.lengths)
-        # A memory map: the sizes of ten million records are 200 MB.
-        place, shape = self._data / f"sizes-{self.name}.npy", (int(ends[-1]), len(SIZES))
-        table = np.lib.format.open_memmap(place, mode="w+", dtype=np.int32, shape=shape)
-        for index, end in enumerate(ends):
-            table[end - self.lengths[index] : end] = np.load(self._rows(index))
+        total, size = len(self.lengths), 0
+        sizes = [np.load(self._rows(index)) for index in range(total)]
+        np.save(self._data / f"sizes-{self.name}.npy", np.concatenate(sizes))
+        for index in range(total):
             shard = self._shard(index)
             size += shard.stat().st_size
             os.replace(shard, shard.with_name(f"{shard.name}-of-{total:05d}"))
-        table.flush()
         names: dict[str, Any] = {"dataset_name": self._builder, "split": self.name}
         names |= {"data_dir": epath.Path(self._data), "filetype_suffix": "array_record"}
         template: Any = ShardedFileTemplate(**names)
@@ -325,7 +321,7 @@ def write_records(
         ]
     )
     files.check_writable(target.parent, "directory")
-    codec = LatentsOf(*latents) if latents is not None else None
+    codec = latents if isinstance(latents, LatentsOf | None) else LatentsOf(*latents)
     stored = "zlib" if codec is not None and encoding == "video" else encoding
     schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
     made_of = digest(resume, name, description, list(splits), schema, shard_bytes, FORMAT).encode()
