@@ -29,7 +29,6 @@ from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, read_clip
 from dit_jax.prepare.examining import examine as examine_one
 from dit_jax.prepare.listing import Item, find_media
-from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.stages import Examined, Kept, examine_files, read_clips
 from dit_jax.prepare.work import Progress
 from dit_jax.prepare.workers import WorkersConfig, run
@@ -121,7 +120,7 @@ def main() -> None:
         lambda: sum(done.value for done in run(decode, [path for path, *_ in sizes], workers)),
         lambda: sum(done.value for done in run(decode_to_pixels, sizes, workers)),
         lambda: examine(items, config, workers),
-        lambda: sum(1 for _ in read_clips(kept, DecodingConfig(), workers)),
+        lambda: sum(1 for _ in read_clips(kept, examined)),
     )
     frames = by_processes[0]()
     examine_one(items[0].path, config)  # What is imported when it is first needed.

@@ -11,16 +11,15 @@ however many machines there are, and so is every bit of the result.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import logging
-import os
 import shutil
 import sys
 import time
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,18 +30,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tyro
 
-from dit_jax import interop
+from dit_jax import files, interop
 from dit_jax.config import check_types
-from dit_jax.files import (
-    InputError,
-    as_path,
-    atomic_path,
-    check_writable,
-    is_remote,
-    locked,
-    refuse_if,
-    run_verb,
-)
+from dit_jax.files import check_writable, is_remote, refuse_if
 from dit_jax.parallel import (
     PROCESS_HELP,
     MeshConfig,
@@ -51,42 +41,18 @@ from dit_jax.parallel import (
     make_mesh,
     take_process_flags,
 )
-from dit_jax.prepare.captions import (
-    Caption,
-    CaptionsConfig,
-    clip_features,
-    clip_texts,
-    given_captions,
-)
-from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions
+from dit_jax.prepare import report
+from dit_jax.prepare.captions import CaptionsConfig, clip_features, clip_texts, find_captions
+from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions, user_cache
 from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import Item, find_media
 from dit_jax.prepare.recaption import Models, RecaptionConfig, failures
-from dit_jax.prepare.records import (
-    MARK,
-    BatchConfig,
-    Failed,
-    Latents,
-    States,
-    samples,
-    tried_again,
-    write_builder,
-)
-from dit_jax.prepare.report import LISTED, render, write_reports
-from dit_jax.prepare.stages import (
-    TRIES,
-    BeamConfig,
-    Examined,
-    Kept,
-    examine_files,
-    fitting,
-    read_clips,
-)
-from dit_jax.prepare.tables import encodable
+from dit_jax.prepare.records import BatchConfig, Failed, Latents, States, write_builder
+from dit_jax.prepare.stages import TRIES, BeamConfig, Examined, Kept, examine_files, read_clips
 from dit_jax.prepare.work import Progress, digest
 from dit_jax.prepare.workers import Outcome, WorkersConfig
-from dit_jax.prepare.writing import VERSION, LatentsOf, StatesOf
+from dit_jax.prepare.writing import MARK, VERSION, LatentsOf, StatesOf
 from dit_jax.sampling import to_float
 from dit_jax.types import TextEncoder
 
@@ -95,7 +61,7 @@ TOLD = 20
 """Names on the terminal, at most, of each kind of what does not meet."""
 VISIBLE = 120.0
 """Seconds until a file that another machine wrote is surely seen."""
-STAGES = ("examine", "captions", "states", "latents", "records")
+Stage = Literal["examine", "captions", "states", "latents", "records"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +86,7 @@ class PrepareConfig:
     caption_server: str | None = None
     """A server of a model that sees (OpenAI's chat protocol), which describes every clip."""
     caption_model: str | None = None
-    until: Literal["examine", "captions", "states", "latents", "records"] = "records"
+    until: Stage = "records"
     """The last stage that is done."""
     encoding: Literal["video", "zlib", "bytes"] = "video"
     """Of pixels: H.264 of high quality; lossless compression, some 30 times as large; or raw."""
@@ -147,16 +113,13 @@ class PrepareConfig:
         index, _, count = self.shard.partition("/")
         share = index.isdigit() and count.isdigit() and int(index) < int(count)
         half = bool(self.caption_server) != bool(self.caption_model)
-        refuse_if(
-            [
-                (half, "--caption-server URL and --caption-model NAME go together: give both."),
-                (not share, f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1."),
-            ]
-        )
+        refuse_if([(half, "--caption-server URL and --caption-model NAME go together: give both.")])
+        refuse_if([(not share, f"--shard {self.shard!r}: give i/n, with i from 0 to n - 1.")])
 
-    def reaches(self, stage: str) -> bool:
+    def reaches(self, stage: Stage) -> bool:
         """Whether a stage is done."""
-        return STAGES.index(stage) <= STAGES.index(self.until)
+        stages = typing.get_args(Stage)
+        return stages.index(stage) <= stages.index(self.until)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -192,12 +155,10 @@ class Preparation:
         self.listed = find_media(config.input, [self.output, self.work, *table])
         self.items = self.listed.items
         paths = {item.name: item.path for item in self.items}
-        self.given = given_captions(paths, config.captions)
+        self.given = find_captions(paths, config.captions)
         strides = self.codec.strides if self.codec else (1, 1, 1)
         stored = config.encoding == "video" and not config.codec and config.reaches("records")
-        self.examined = Examined(
-            self.work, fitting(config.examine, strides), config.workers, stored
-        )
+        self.examined = Examined(self.work, config.examine, config.workers, strides, stored)
         self.models = Models(self.work, config.caption_model or "", config.recaption)
         self.latents = Latents(self.work, self.codec.hash if self.codec else "", config.batch)
         self.states = States(self.work, self.encoder.hash if self.encoder else "")
@@ -210,9 +171,7 @@ class Preparation:
 
     def texts(self, one: Kept) -> dict[str, str]:
         """The captions and licence of a clip."""
-        captions = self.given.captions.get(one.item.name, ())
-        if one.caption:
-            captions += (Caption(encodable(one.caption), "record"),)
+        captions = self.given.of(one.item.name, one.caption)
         if self.config.caption_model:
             captions += self.models.captions(one)
         return clip_texts(captions, self.config.captions)
@@ -251,35 +210,29 @@ class Preparation:
         starts = range(0, len(self.items), size)[index::count]
         return [self.items[start : start + size] for start in starts]
 
-    def not_examined(self, wait: float) -> int:
-        """Files that have no report, after waiting for those of others so many seconds."""
-        deadline = time.monotonic() + wait
-        while (missing := self.examined.missing(self.items)) and time.monotonic() < deadline:
-            time.sleep(1.0)
-        return len(missing)
-
     def run_stages(self, index: int, count: int) -> bool:
         """All stages but the last, for a machine's share; whether they are done for all shares."""
-        config, progress, parts = self.config, self.progress, self.parts(index, count)
-        lines = [self.given.table] if self.given.table else []
-        lines += [f"  no such file: {row}" for row in self.given.unmatched[:TOLD]]
-        lines += [f"a caption without a media file: {name}" for name in self.listed.orphans[:TOLD]]
-        print("\n".join(lines), end="\n" * bool(lines))
+        config, parts, cluster = self.config, self.parts(index, count), jax.process_count() > 1
+        for row in self.given.unmatched[:TOLD]:
+            print(f"no such file: {row}")
+        for name in self.listed.orphans[:TOLD]:
+            print(f"a caption without a media file: {name}")
         mine = itertools.chain.from_iterable(parts)
-        examine_files(mine, self.examined, progress, config.beam)
-        more = self.captioned or self.coded or self.encoder is not None
-        cluster = jax.process_count() > 1
+        examine_files(mine, self.examined, self.progress, config.beam)
         if cluster:
             _wait_for_all("examined")
+        more = self.captioned or self.coded or self.encoder is not None
+        if cluster or more:
             # What other machines wrote may take a while to be seen on a network disk.
-            if left := self.not_examined(max(config.wait, VISIBLE)):
+            deadline = time.monotonic() + max(config.wait, VISIBLE if cluster else 0.0)
+            while (left := len(self.examined.missing(self.items))) and time.monotonic() < deadline:
+                time.sleep(1.0)
+            if left and cluster:
                 raise OSError(f"{left} files that other processes examined have no report here")
-        elif count > 1 and more and (left := self.not_examined(config.wait)):
-            print(
-                f"share {config.shard} is examined, and {left} files of other shares are not yet:"
-            )
-            print("run the same command again when they are (or give --wait SECONDS).")
-            return False
+            if left:
+                print(f"share {config.shard} is examined, {left} files of other shares are not:")
+                print("run the same command again when they are (or give --wait SECONDS).")
+                return False
         if more:
             self.run_on_clips(parts, self.work / f"answers-{index}-of-{count}.sqlite")
         if cluster:
@@ -291,35 +244,31 @@ class Preparation:
     def run_on_clips(self, parts: Sequence[Sequence[Item]], answers: Path) -> None:
         """Captions, states and latents of some parts; all files are examined."""
         config, progress = self.config, self.progress
-        reading = self.examined.config.decoding, config.workers, progress
         total = sum(self.survey[0][item.name] for part in parts for item in part)
         if self.captioned:
             chat = ChatConfig(config.caption_server or "", config.caption_model or "", config.chat)
-            with contextlib.closing(AnswerCache(answers)) as cache:
-                client = ChatClient(chat, cache)
-                kept = (one for part in parts for one in self.kept(part))
-                failed = self.models.ask(kept, total, client, *reading)
-                print(client.summary())
+            client = ChatClient(chat, AnswerCache(answers))
+            kept = (one for part in parts for one in self.kept(part))
+            with progress.stage("captions", total, "clips") as add:
+                failed = self.models.ask(kept, client, self.examined, add)
+            print(client.summary())
             if failed:
                 told = failures(failed)
                 print(f"clips without captions of the model:\n{told}", file=sys.stderr)
             self.problems |= {one.name: one.error for one in failed}
             self.notes["clips without captions of the model"] += len(failed)
         if self.encoder is not None:
-            captions = map(self.captions_of, parts)
-            self.states.store(captions, total, self.encoder.encode, progress)
+            with progress.stage("states", total, "captions") as add:
+                self.states.store(map(self.captions_of, parts), self.encoder, add)
         if self.coded:
             clips = (list(self.kept(part)) for part in parts)
-            self.latents.store(clips, total, self.encode, *reading)
+            with progress.stage("latents", total, "clips") as add:
+                self.latents.store(clips, self.encode, self.examined, add)
 
     def finish(self) -> dict[str, Any]:
         """Writes records and reports, and returns what ``report.json`` says."""
-        config, failed, again = self.config, Failed(), 0
-        for one in self.kept(self.items) if self.coded else ():
-            if (failure := self.latents.failure(one)) is not None:
-                reason, detail, tries = failure
-                failed[one.name] = reason, detail
-                again += tried_again(reason, tries)
+        config = self.config
+        failed, again = self.latents.failures(self.kept(self.items) if self.coded else ())
         total = self.survey[0].total() - len(failed)
         if total and config.reaches("records"):
             again += self._records(total, failed)
@@ -339,12 +288,12 @@ class Preparation:
         about = {
             "clips_tried_again": again,
             "sidecars": self.listed.sidecars,
-            "sidecars_without_media": list(self.listed.orphans[:LISTED]),
-            "table_rows_without_media": list(self.given.unmatched[:LISTED]),
+            "sidecars_without_media": list(self.listed.orphans[: report.LISTED]),
+            "table_rows_without_media": list(self.given.unmatched[: report.LISTED]),
         }
-        given = (why, texts, self.problems, about, self.notes, self.progress)
-        about = write_reports(self.output, self.items, self.examined, *given)
-        nothing = f"no clip of {config.input!r} was kept ({render(about)})"
+        reported = (why, texts, self.problems, about, self.notes, self.progress)
+        about = report.write_reports(self.output, self.items, self.examined, *reported)
+        nothing = f"no clip of {config.input!r} was kept ({report.render(about)})"
         see = f"see {str(self.output / 'report.html')!r}, --examine.filters and --examine.clips"
         worth = total or again or about["files_tried_again"]
         refuse_if([(not worth, f"{nothing}: {see}.")])
@@ -361,42 +310,47 @@ class Preparation:
         latents = LatentsOf(codec.channels, codec.hash, codec.name) if codec else None
         states = StatesOf(encoder.dim, encoder.hash, encoder.name) if encoder else None
         unfit = frozenset(failed)
+        # The states of a caption are with those of its part.
+        part_of = {item.name: part for part in self.parts() for item in part}
+        states_of = functools.lru_cache(1)(lambda part: self.states.load(self.captions_of(part)))
 
         def kept() -> Iterator[Kept]:
             return (one for one in self.kept(self.items) if one.name not in unfit)
 
-        def read(clips: Iterable[Kept]) -> Iterator[Outcome]:
-            if codec is not None:
-                return (Outcome(np.load(self.latents.place(one))) for one in clips)
-            encoded = self.examined.logs.folder if config.encoding == "video" else None
-            return read_clips(clips, self.examined.config.decoding, config.workers, encoded=encoded)
-
         def records(clips: Iterable[Kept], unread: Failed) -> Iterator[dict[str, Any]]:
             clips, others = itertools.tee(clips)
-            videos = zip(clips, read(others), strict=True)
+            if codec is None:
+                reads = read_clips(others, self.examined, encoded=config.encoding == "video")
+            else:
+                reads = (Outcome(np.load(self.latents.place(one))) for one in others)
             rate = codec.strides[0] if codec else 1  # Latents have their own frames a second.
-            return samples(videos, rate, self.texts, states_of if states else None, unread)
-
-        # The states of a caption are with those of its part.
-        captions_of = functools.lru_cache(1)(self.captions_of)
-        part_of = {item.name: part for part in self.parts() for item in part}
-
-        def states_of(one: Kept) -> np.ndarray:
-            captions = captions_of(part_of[one.item.name])
-            return self.states.load(captions, self.texts(one)["caption"])
+            for one, read in zip(clips, reads, strict=True):
+                record: dict[str, Any] = {"video": read.value, **self.texts(one)}
+                if encoder is not None:
+                    record["text_states"] = states_of(part_of[one.item.name])[record["caption"]]
+                    if not np.isfinite(record["text_states"]).all():
+                        read = Outcome(None, "not finite", "the states of its caption")
+                if read.reason:
+                    unread[one.name] = read.reason, read.detail
+                    continue
+                record |= {"source": one.item.name, "fps": one.clip.fps / rate}
+                for name in ("height", "width", "fps"):
+                    record[f"source_{name}"] = getattr(one.probe, name)
+                start = one.clip.begin
+                yield {**record, "start": start, "stop": start + one.clip.seconds}
 
         first = digest(self.examined.config, config.encoding, latents, states)
         made_of = hashlib.sha256(first.encode())
         for one in kept():
             made_of.update(digest(one.name, one.item.key, self.texts(one)).encode())
-        given = (self.output, config.name, made_of.hexdigest()[:16], total, kept(), records, failed)
+        key, texts = made_of.hexdigest()[:16], ("source", *clip_features(config.captions))
+        what = (self.output, config.name, key, total, kept(), records, failed, self.progress)
         schema = {"encoding": config.encoding, "latents": latents, "text_states": states}
-        texts = ("source", *clip_features(config.captions))
-        return write_builder(*given, self.progress, texts=texts, **schema)
+        return write_builder(*what, texts=texts, **schema)
 
     def _publish(self) -> None:
         """Copies what is finished to Cloud Storage."""
-        out, records = as_path(self.config.output), Path(self.config.name, VERSION)
+        out, records = files.as_path(self.config.output), Path(self.config.name, VERSION)
         names = [Path(name) for name in ("files.jsonl", "report.html", "report.json")]
         mark = records / MARK
         made = (self.output / mark).read_bytes() if (self.output / mark).exists() else b""
@@ -405,7 +359,7 @@ class Preparation:
             every = [records / one.name for one in (self.output / records).iterdir()]
             names += sorted(every, key=lambda one: (one == mark, one))
         for name in names:
-            with atomic_path(out / name) as fresh:
+            with files.atomic_path(out / name) as fresh:
                 shutil.copyfile(self.output / name, fresh)
 
 
@@ -418,9 +372,9 @@ def places(config: PrepareConfig) -> tuple[Path, Path]:
     message = f"--output {config.output!r} is on Cloud Storage: machines that share the work need "
     hidden = config.work is None and config.place[1] > 1
     refuse_if([(hidden, f"{message}--work DIR on a disk that all of them see.")])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dit_jax" / "prepare"
-    work = check_writable(config.work or cache / digest(str(output)), "--work")
-    print(f"{config.output}: made in {os.fspath(work)!r} (--work) and copied when it is finished.")
+    cached = user_cache() / "prepare" / digest(str(output))
+    work = check_writable(config.work or cached, "--work")
+    print(f"{config.output}: made in {str(work)!r} (--work) and copied when it is finished.")
     return work / "output", work
 
 
@@ -434,7 +388,7 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
     """Does what is left to be done; the process that finishes returns what ``report.json`` says."""
     preparation = Preparation(config, shown)
     index, count = config.place
-    with locked(preparation.work / f"share-{index}-of-{count}"):
+    with files.locked(preparation.work / f"share-{index}-of-{count}"):
         done = preparation.run_stages(index, count)
         return preparation.finish() if done and index == 0 else None
 
@@ -442,32 +396,29 @@ def prepare(config: PrepareConfig, shown: bool = True) -> dict[str, Any] | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 2 if something given is wrong, 1 if something failed by
     itself, also a file that the next run tries again."""
-    given, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
+    words, flags = take_process_flags(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
 
     def work() -> int:
         text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
         ways = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        config = tyro.cli(PrepareConfig, args=given, prog=PROG, description=text, config=ways)
+        config = tyro.cli(PrepareConfig, args=words, prog=PROG, description=text, config=ways)
         check_types(config)
-        try:
-            with joined(flags, PROG):
-                about = prepare(config)
-        except ImportError as error:
-            raise InputError(str(error)) from error
+        with joined(flags, PROG):
+            about = prepare(config)
         if about is None:
             return 0
-        print(render(about))
+        print(report.render(about))
         print(f"{config.output}: {config.name}/{VERSION}, report.html")
-        files, clips = about["files_tried_again"], about["clips_tried_again"]
-        if files or clips:
-            why = f"{files} files and {clips} clips could not be read this time (report.html)"
+        left = about["files_tried_again"], about["clips_tried_again"]
+        if any(left):
+            why = f"{left[0]} files and {left[1]} clips could not be read this time (report.html)"
             again = f"the same command tries them again, in up to {TRIES} runs"
             print(f"{PROG}: {why}: {again}.", file=sys.stderr)
-        return int(bool(files or clips))
+        return int(any(left))
 
-    return run_verb(PROG, work)
+    return files.run_verb(PROG, work)
 
 
 if __name__ == "__main__":

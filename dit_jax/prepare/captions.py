@@ -19,34 +19,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from dit_jax.files import SURROGATES, MiB, refuse_if
-from dit_jax.prepare.recorded import is_record
-from dit_jax.prepare.tables import (
-    encodable,
-    find_column,
-    plain,
-    read_json,
-    read_lines,
-    read_rows,
-    read_text,
-)
+from dit_jax.prepare import tables
+from dit_jax.prepare.tables import encodable, find_column
 from dit_jax.types import PositiveInt
 
 # As it came; of the main subject; of everything that is seen.
 Kind = Literal["given", "short", "descriptive"]
 
-CAPTION_KEYS: dict[Kind, tuple[str, ...]] = {
-    "given": ("caption", "captions", "text", "prompt", "description"),
-    "short": ("short", "caption_short", "short_caption"),
-    "descriptive": tuple(
-        "descriptive long caption_descriptive caption_long long_caption detailed_caption".split()
-    ),
+# Names of columns that are known; the first that is there counts.
+CAPTIONS: dict[Kind, str] = {
+    "given": "caption captions text prompt description",
+    "short": "short caption_short short_caption",
+    "descriptive": "descriptive long caption_descriptive caption_long long_caption detailed_caption",
 }
-KINDS = {key: kind for kind, keys in CAPTION_KEYS.items() for key in keys}
-FILE_KEYS = tuple(
-    "file file_name filename media clip video image video_path image_path path name video_id videoid "
-    "id key".split()
-)
-LICENCE_KEYS = ("licence", "license")
+KINDS = {name: kind for kind, names in CAPTIONS.items() for name in names.split()}
+FILES = "file file_name filename media clip video image video_path image_path path name video_id "
+FILES += "videoid id key"
+LICENCES = "licence license"
 SIDECARS = (".txt", ".json")  # In any case; captions of text come first.
 LARGEST = MiB  # Bytes of a sidecar.
 
@@ -90,14 +79,14 @@ def _captions(
     row: Mapping[str, Any], config: TableConfig, origin: str, where: str
 ) -> tuple[Caption, ...]:
     """The captions in a row; ``InputError`` if it has no column for them, or no text in any."""
-    guessed = (find_column(row, keys) for keys in CAPTION_KEYS.values())
-    columns = config.caption_columns or [column for column in guessed if column] or ["caption"]
-    licence = row.get(config.licence_column or find_column(row, LICENCE_KEYS) or "")
+    guessed = filter(None, (find_column(row, names) for names in CAPTIONS.values()))
+    columns = config.caption_columns or [*guessed] or ["caption"]
+    licence = row.get(config.licence_column or find_column(row, LICENCES) or "")
     licence = encodable(str(licence)) if licence else None
     captions: list[Caption] = []
     for column in columns:
         value: Any = _cell(row, column, where)
-        kind: Any = KINDS.get(plain(column), "given")
+        kind: Any = KINDS.get(tables.plain(column), "given")
         texts = [x for x in (value if isinstance(value, list) else [value]) if x is not None]
         message = f"{where} has the {column} {value!r}: give a string or several"
         refuse_if((not isinstance(text, str), message) for text in texts)
@@ -130,14 +119,12 @@ def stem(path: str) -> str:
 
 def list_sidecars(folder: str) -> dict[str, list[Path]]:
     """The sidecars in a folder by their stems, text before JSON."""
-    names: list[str] = []
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file())
     beside: dict[str, list[Path]] = defaultdict(list)
-    for suffix in SIDECARS:
-        for name in names:
-            if os.path.splitext(name)[1].lower() == suffix:
-                beside[stem(name)].append(Path(folder, name))
+    with contextlib.suppress(OSError):
+        found = [path for path in Path(folder).iterdir() if path.suffix.lower() in SIDECARS]
+        for path in sorted(found, key=lambda x: (SIDECARS.index(x.suffix.lower()), x.name)):
+            if path.is_file():
+                beside[stem(path.name)].append(path)
     return beside
 
 
@@ -158,12 +145,12 @@ def read_sidecars(
         if file == path:
             continue
         where = repr(str(file))
-        large = file.stat().st_size > LARGEST
-        refuse_if([(large, f"{where} has more than {LARGEST:,} bytes: captions are shorter")])
         if file.suffix.lower() == ".json":
-            value = read_json(file)
+            value = tables.read_json(file, LARGEST)
+        elif whole_text:
+            value = tables.read_text(file, LARGEST)
         else:
-            value = [read_text(file)] if whole_text else [line for _, line in read_lines(file)]
+            value = [line for _, line in tables.read_lines(file, LARGEST)]
         value = {"caption": value} if isinstance(value, str | list) else value
         message = f"{where} is neither a string nor an object: see docs/captions.md"
         refuse_if([(not isinstance(value, dict), message)])
@@ -200,9 +187,9 @@ def read_table(
     caption, or (unless ``config.repeated`` joins them) two have the same file.
     """
     rows: dict[str, TableRow] = {}
-    for place, row in read_rows(path):
+    for place, row in tables.read_rows(path):
         where = f"{str(path)!r}, {place}"
-        column = config.file_column or find_column(row, FILE_KEYS) or FILE_KEYS[0]
+        column = config.file_column or find_column(row, FILES) or "file"
         name = str(_cell(row, column, where) or "").strip()
         refuse_if([(not name, f"{where} has no media file as {column!r}: fill it in")])
         file, captions = _normal(name), _captions(row, config, "table", where)
@@ -232,17 +219,16 @@ def match_table(rows: Iterable[TableRow], media: Iterable[str | os.PathLike]) ->
     files = {_normal(str(path)): str(path) for path in media}
     found: dict[str, TableRow] = {}
     left = list(rows)
-    for form, whole in ((str, True), (_composed, True), (_composed, False), (stem, False)):
+    for form, first in ((str, None), (_composed, None), (_composed, -1), (stem, -1)):
         # By what two of one name have in common at least, lest every row is held against every file.
-        common = slice(None) if whole else slice(-1, None)
         named: dict[tuple[str, ...], list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
         for file in files if left else ():
             parts = PurePosixPath(form(file)).parts
-            named[parts[common]].append((file, parts))
+            named[parts[first:]].append((file, parts))
         claims: dict[str, list[TableRow]] = defaultdict(list)
         for row in left:
             parts = PurePosixPath(row.file if form is str else _composed(row.file)).parts
-            alike = named.get(parts[common], ())
+            alike = named.get(parts[first:], ())
             ends = [file for file, other in alike if all(map(eq, parts[::-1], other[::-1]))]
             if len(ends) == 1 and ends[0] not in found:
                 claims[ends[0]].append(row)
@@ -261,43 +247,44 @@ def match_table(rows: Iterable[TableRow], media: Iterable[str | os.PathLike]) ->
 
 @dataclasses.dataclass
 class Given:
-    """The captions that came with files, and what was wrong with them, by the files' names; what became
-    of the table, in a line; counts of what did not meet; and the table's rows that match no file."""
+    """The captions that came with files, and what was wrong with them, by the files' names; counts of
+    what did not meet; and the table's rows that match no file."""
 
     captions: dict[str, tuple[Caption, ...]] = dataclasses.field(default_factory=dict)
     problems: dict[str, str] = dataclasses.field(default_factory=dict)
-    table: str = ""
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
     unmatched: tuple[str, ...] = ()
 
+    def of(self, name: str, recorded: str = "") -> tuple[Caption, ...]:
+        """The captions of a file, and the one that is ``recorded`` with it."""
+        captions = (Caption(recorded, "record"),) if recorded else ()
+        return self.captions.get(name, ()) + captions
 
-def given_captions(paths: Mapping[str, str], config: CaptionsConfig) -> Given:
+
+def find_captions(paths: Mapping[str, str], config: CaptionsConfig) -> Given:
     """Captions of the table and, behind them, of sidecars, of files by name; a bad sidecar is a note, a
     bad table an ``InputError``."""
     given = Given()
     if config.table is not None:
         rows = read_table(config.table, config.columns)
         given.captions, unmatched, uncaptioned = match_table(rows, paths)
-        given.table = f"{config.table}: {len(given.captions)} of {len(paths)} files have a row"
-        given.table += f", and {len(unmatched)} rows match no file"
+        print(f"{config.table}: {len(given.captions)} of {len(paths)} files have a row")
         given.unmatched = tuple(f"{row.file} ({row.where})" for row in unmatched)
         given.notes["table rows that match no file"] = len(unmatched)
         given.notes["files without a row in the table"] = len(uncaptioned)
     listing = functools.lru_cache(64)(list_sidecars)  # Files of a folder follow one another.
     for name, path in paths.items():
-        if is_record(path):
-            continue
-        beside: tuple[Caption, ...] = ()
+        captions = given.captions.get(name, ())
         try:
-            beside = read_sidecars(path, config.whole_text, listing)
+            captions += read_sidecars(path, config.whole_text, listing)
         except (ValueError, OSError) as error:
             given.problems[name] = encodable(f"sidecar: {error}")
             given.notes["sidecars that cannot be read"] += 1
-        if both := tuple(dict.fromkeys(given.captions.get(name, ()) + beside)):
-            given.captions[name] = both
-            if any(caption.repaired for caption in both):
-                given.problems.setdefault(name, "caption: half a surrogate pair became U+FFFD")
-                given.notes["files whose captions were repaired"] += 1
+        if captions:
+            given.captions[name] = tuple(dict.fromkeys(captions))
+        if any(caption.repaired for caption in captions):
+            given.problems.setdefault(name, "caption: half a surrogate pair became U+FFFD")
+            given.notes["files whose captions were repaired"] += 1
     return given
 
 
@@ -317,13 +304,12 @@ def clip_texts(
     ``caption_descriptive`` are the first of their kind. ``caption_origin`` says where each is from:
     "caption: sidecar; caption_short: model:NAME".
     """
-    of = {kind: [one for one in captions if one.kind == kind] for kind in CAPTION_KEYS}
+    of = {kind: [one for one in captions if one.kind == kind] for kind in CAPTIONS}
     first = (of["given"] or of["descriptive"] or of["short"])[:1]
-    places = ("caption", *(f"caption_{i}" for i in range(2, config.given + 1)))
-    found = dict(zip(places, first + of["given"][1:], strict=False))
+    features = ("caption", *clip_features(config))
+    found = dict(zip(features[: config.given], first + of["given"][1:], strict=False))
     found |= {f"caption_{kind}": of[kind][0] for kind in ("short", "descriptive") if of[kind]}
-    texts = dict.fromkeys(("caption", *clip_features(config)), "")
-    texts |= {name: one.text for name, one in found.items()}
+    licences = (one.licence for one in captions if one.licence)
+    texts = dict.fromkeys(features, "") | {name: one.text for name, one in found.items()}
     texts["caption_origin"] = "; ".join(f"{name}: {one.origin}" for name, one in found.items())
-    licences = [one.licence for one in captions if one.licence]
-    return {**texts, "licence": licences[0] if licences else encodable(config.licence)}
+    return {**texts, "licence": next(licences, encodable(config.licence))}

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -33,7 +34,7 @@ from typing import Any, Literal, TypeVar
 import httpx2
 import openai
 
-from dit_jax.files import SURROGATES, InputError, as_path, is_remote, refuse_if
+from dit_jax.files import SURROGATES, InputError, as_path, checking_input, is_remote, refuse_if
 from dit_jax.prepare.tables import encodable
 from dit_jax.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -87,10 +88,9 @@ class ChatConfig:
         host = r"(\[[\da-f:.]+\]|[^\s/:@?#\[\]]+)(:[1-9]\d*)?"
         http = re.fullmatch(rf"https?://{host}(/[^\s?#@]*)?", self.url, re.IGNORECASE)
         remedy = f"give http://HOST:PORT, and a key in {self.options.api_key_variable}"
+        refuse_if([(http is None, f"the server's address is {address!r}: {remedy}.")])
         unnamed = not self.model or SURROGATES.search(self.model) is not None
-        faults = [(http is None, f"the server's address is {address!r}: {remedy}.")]
-        message = f"the model of {address!r} is {self.model!r}: name one it serves."
-        refuse_if([*faults, (unnamed, message)])
+        refuse_if([(unnamed, f"the model of {address!r} is {self.model!r}: name one it serves.")])
 
     @property
     def base(self) -> str:
@@ -101,13 +101,10 @@ class ChatConfig:
 
     def request(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The body of a request, which is also what an answer is kept under."""
-        one = self.options
-        body = {
-            "model": self.model,
-            "messages": list(messages),
-            one.max_tokens_name: one.max_tokens,
-        }
-        body |= {"temperature": one.temperature, "seed": one.seed}
+        options = self.options
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
+        body |= {options.max_tokens_name: options.max_tokens, "temperature": options.temperature}
+        body["seed"] = options.seed
         return {name: value for name, value in body.items() if value is not None}
 
 
@@ -147,10 +144,14 @@ def parse_answer(raw: bytes | bytearray) -> Answer:
     return Answer(encodable(content or refusal or ""), reason, bool(refusal), *tokens)
 
 
+def user_cache() -> Path:
+    """The folder ``dit_jax`` in the user's cache directory (``XDG_CACHE_HOME``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_jax"
+
+
 def default_cache() -> Path:
-    """``dit_jax/answers.sqlite`` in the user's cache directory (``XDG_CACHE_HOME``)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "dit_jax" / "answers.sqlite"
+    """Where answers are kept, unless the user says otherwise."""
+    return user_cache() / "answers.sqlite"
 
 
 class AnswerCache:
@@ -166,25 +167,19 @@ class AnswerCache:
             path = Path(folder, "answers")
         self.path = as_path(path)
         self._locks = self.path.with_name(self.path.name + ".locks")
-        columns = "key TEXT PRIMARY KEY, model TEXT, answer TEXT"
-        # One statement at a time: while another thread of the connection reads, a write fails at once
-        # if another process waits to write, too.
-        self._lock = threading.Lock()
-        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
-        try:
+        columns, name = "key TEXT PRIMARY KEY, model TEXT, answer TEXT", repr(str(self.path))
+        with checking_input(f"answers cannot be kept in {name}", "name another file"):
             self._locks.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=60, **options)
             self._run(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
-        except (OSError, sqlite3.Error) as error:
-            message = f"cannot keep answers in {str(self.path)!r} ({error}): name another file"
-            raise InputError(message) from error
 
     def _run(self, command: str, *values: Any) -> Any:
+        # A connection for each statement: threads and processes then wait for one another alike.
         try:
-            with self._lock:
-                return self._database.execute(command, values).fetchone()
+            opened = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            with contextlib.closing(opened) as database:
+                return database.execute(command, values).fetchone()
         except sqlite3.Error as error:
-            raise OSError(f"answers cannot be kept in {str(self.path)!r}: {error}") from error
+            raise OSError(errno.EIO, f"SQLite: {error}", str(self.path)) from error
 
     def put(self, key: str, model: str, answer: Answer) -> None:
         """Keeps an answer; it is on disk when this returns. ``OSError`` if it cannot be."""
@@ -202,11 +197,6 @@ class AnswerCache:
 
     def __len__(self) -> int:
         return self._run("SELECT count(*) FROM answers")[0]
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._lock:
-            self._database.close()
 
 
 # The client
@@ -277,7 +267,6 @@ class ChatClient:
 
         here = urllib.parse.urlsplit(config.url).hostname in ("localhost", "127.0.0.1", "::1")
         http = _Bounded(
-            timeout=self.options.timeout,
             trust_env=not here,
             follow_redirects=False,
             event_hooks={"request": [prepare]},
@@ -304,13 +293,15 @@ class ChatClient:
                 self.count(["cached"])
                 return known
             answer = self._answer(body)
-            if isinstance(answer, str):
-                with self._lock:
-                    self.failed[answer.partition(":")[0]] += 1
-                return answer
-            self.cache.put(key, self.config.model, answer)
-        tokens = {"prompt tokens": answer.prompt_tokens}
-        self.count({"answered": 1, "completion tokens": answer.completion_tokens, **tokens})
+            if isinstance(answer, Answer):
+                self.cache.put(key, self.config.model, answer)
+        if isinstance(answer, str):
+            with self._lock:
+                self.failed[answer.partition(":")[0]] += 1
+        else:
+            tokens = {"prompt tokens": answer.prompt_tokens}
+            tokens["completion tokens"] = answer.completion_tokens
+            self.count({"answered": 1, **tokens})
         return answer
 
     def _answer(self, body: Mapping[str, Any]) -> Answer | str:
@@ -366,7 +357,7 @@ class ChatClient:
         ``Unreachable`` if nobody answers, ``ChatError`` for a refused key or an absent model.
         """
         model, where = self.config.model, f"the server at {self.config.base}"
-        timeout = min(PROBE_TIMEOUT, self.options.timeout)
+        timeout, names = min(PROBE_TIMEOUT, self.options.timeout), []
         client = self._client.with_options(timeout=timeout, max_retries=0)
         try:
             raw = self._wait(client.models.with_raw_response.list())
@@ -374,16 +365,16 @@ class ChatClient:
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
                 raise self._remedy(error.status_code, _said(error.response)) from error
-            return
         except openai.APIConnectionError as error:
-            remedy = f"start it (such as `vllm serve {model}`), or give another address"
-            raise Unreachable(
-                f"{where} is not there ({error.__cause__ or error}): {remedy}."
-            ) from error
+            why = (
+                f"{where} is not there ({error.__cause__ or error}): start it (such as `vllm serve "
+            )
+            raise Unreachable(f"{why}{model}`), or give another address.") from error
         except MALFORMED:
-            return
-        if names and model not in names and f"{model}:latest" not in names:
-            near = ", ".join(difflib.get_close_matches(model, names, 20, 0.0))
+            pass
+        near = ", ".join(difflib.get_close_matches(model, names, 20, 0.0))
+        absent = bool(names) and model not in names and f"{model}:latest" not in names
+        if absent:
             raise ChatError(f"{where} has no model {model!r}: name one it has, such as {near}.")
 
     def count(self, events: Iterable[str] | Mapping[str, int]) -> None:
@@ -415,20 +406,25 @@ def _said(response: Any) -> str:
 
 
 def ordered(
-    function: Callable[[A], B], items: Iterable[A], threads: int, stop: Callable[[], object]
+    function: Callable[[A], B],
+    items: Iterable[A],
+    threads: int,
+    stop: Callable[[], object] = lambda: None,
+    ahead: int | None = None,
 ) -> Iterator[B]:
     """``function`` of every item, as soon as those before it are done; items are drawn as needed.
 
-    At most four results a thread wait for an earlier one. If something goes wrong (an error in
-    ``function``, a keyboard interrupt) no further items begin, ``stop`` is called, and what had begun
-    is waited for.
+    At most ``ahead`` results, by default four a thread, wait for an earlier one. If something goes
+    wrong (an error in ``function``, a keyboard interrupt) no further items begin, ``stop`` is called,
+    and what had begun is waited for.
     """
     waiting: deque[concurrent.futures.Future[B]] = deque()
+    most = 4 * threads if ahead is None else ahead
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                while waiting and (len(waiting) > 4 * threads or waiting[0].done()):
+                while waiting and (len(waiting) > most or waiting[0].done()):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -24,12 +24,11 @@ import cv2
 import numpy as np
 
 from dit_jax.files import refuse_if, write_json
-from dit_jax.prepare.captions import Caption, Kind
+from dit_jax.prepare.captions import Caption
 from dit_jax.prepare.chat import ChatClient, message, ordered, tell
-from dit_jax.prepare.pixels import DecodingConfig
-from dit_jax.prepare.stages import Kept, read_clips
-from dit_jax.prepare.work import Progress, digest, file_name
-from dit_jax.prepare.workers import Outcome, WorkersConfig
+from dit_jax.prepare.stages import Add, Examined, Kept, read_clips
+from dit_jax.prepare.work import digest, file_name
+from dit_jax.prepare.workers import Outcome
 from dit_jax.types import PositiveInt, Range
 
 Frames = Sequence[np.ndarray] | np.ndarray
@@ -110,43 +109,36 @@ def recaption(
     ``client.options.concurrency`` are in memory. Begun again, it asks for what it has no answer to yet.
     A refused key or an unknown model is a ``ChatError``.
     """
-    one = functools.partial(_recaption, client=client, config=config)
+
+    def one(clip: tuple[Any, Callable[[], Frames]]) -> Recaptioned:
+        name, read = clip
+        try:
+            frames = read()
+            chosen = [frames[i] for i in evenly_spaced(len(frames), config.frames)]
+            refuse_if([(not chosen, "there are none")])
+            images = [encode_image(np.asarray(x), config.max_side, config.encoding) for x in chosen]
+        except (ValueError, OSError) as error:
+            return Recaptioned(name, (), f"its frames cannot be read: {error}")
+        many, captions = len(images) > 1, []
+        values = {
+            "what": f"{len(images)} frames, in order, of one video clip" if many else "an image",
+            "motion": ", and how things and the camera move" if many else "",
+            "medium": "a video clip" if many else "an image",
+        }
+        del frames, chosen  # Large, and an answer may take minutes.
+        for kind in ("descriptive", "short"):
+            template, words = getattr(config, kind), getattr(config, f"{kind}_words")
+            # Not str.format: what stands in braces otherwise is the user's. The caption comes last.
+            for key, value in {"words": str(words), **values}.items():
+                template = template.replace(f"{{{key}}}", value)
+            text, why = tell(client, [message("user", template, images)])
+            if why:
+                return Recaptioned(name, tuple(captions), f"no {kind} caption: {why}")
+            captions.append(Caption(text, f"model:{client.config.model}", kind))
+            images, values["caption"] = [], text
+        return Recaptioned(name, tuple(captions), "")
+
     return ordered(one, clips, client.options.concurrency, client.close)
-
-
-def _recaption(
-    clip: tuple[Any, Callable[[], Frames]], client: ChatClient, config: RecaptionConfig
-) -> Recaptioned:
-    name, read = clip
-    try:
-        frames = read()
-        chosen = evenly_spaced(len(frames), config.frames)
-        how = config.max_side, config.encoding
-        images = [encode_image(np.asarray(frames[i]), *how) for i in chosen]
-        refuse_if([(not images, "there are none")])
-    except (ValueError, OSError) as error:
-        return Recaptioned(name, (), f"its frames cannot be read: {error}")
-    del frames  # Large, and an answer may take minutes.
-    many, captions = len(images) > 1, []
-    values: dict[str, Any] = {
-        "what": f"{len(images)} frames, in order, of one video clip" if many else "an image",
-        "motion": ", and how things and the camera move" if many else "",
-        "medium": "a video clip" if many else "an image",
-    }
-    kinds: list[tuple[Kind, str, int]] = [
-        ("descriptive", config.descriptive, config.descriptive_words),
-        ("short", config.short, config.short_words),
-    ]
-    for kind, template, words in kinds:
-        # Not str.format: what stands in braces otherwise is the user's. The caption comes last.
-        for key, value in {"words": words, **values}.items():
-            template = template.replace(f"{{{key}}}", str(value))
-        text, why = tell(client, [message("user", template, images)])
-        if why:
-            return Recaptioned(name, tuple(captions), f"no {kind} caption: {why}")
-        captions.append(Caption(text, f"model:{client.config.model}", kind))
-        images, values["caption"] = [], text
-    return Recaptioned(name, tuple(captions), "")
 
 
 def failures(results: Iterable[Recaptioned]) -> str:
@@ -173,38 +165,30 @@ class Models:
         return tuple(Caption(**values) for values in json.loads(self.place(one).read_bytes()))
 
     def ask(
-        self,
-        kept: Iterable[Kept],
-        total: int,
-        client: ChatClient,
-        decoding: DecodingConfig,
-        workers: WorkersConfig,
-        progress: Progress,
+        self, kept: Iterable[Kept], client: ChatClient, examined: Examined, add: Add
     ) -> list[Recaptioned]:
-        """Asks for those that are missing, of ``total`` clips. Those that failed come back, and are
-        asked for next time; a refused key or an unknown model is a ``ChatError``."""
+        """Asks for those of some clips that are missing. Those that failed come back, and are asked for
+        next time; a refused key or an unknown model is a ``ChatError``."""
         failed, probe = [], functools.cache(client.probe)
-        with progress.stage("captions", total, "clips") as add:
 
-            def missing() -> Iterator[Kept]:
-                for one in kept:
-                    if self.place(one).exists():
-                        add(1, 0, 0.0)
-                        continue
+        def missing() -> Iterator[Kept]:
+            for one in kept:
+                if self.place(one).exists():
+                    add(1, 0, 0.0)
+                else:
                     probe()
                     yield one
 
-            clips, again = itertools.tee(missing())
-            at = functools.partial(evenly_spaced, wanted=self.config.frames)
-            reads = read_clips(again, decoding, workers, at)
-            frames = (functools.partial(_frames, read) for read in reads)
-            pairs = zip(clips, frames, strict=True)
-            for one, captions, error in recaption(pairs, client, self.config):
-                if error:
-                    failed.append(Recaptioned(one.name, captions, error))
-                else:
-                    write_json(self.place(one), [dataclasses.asdict(x) for x in captions])
-                add(1, 1, one.video_seconds)
+        clips, again = itertools.tee(missing())
+        at = functools.partial(evenly_spaced, wanted=self.config.frames)
+        frames = (functools.partial(_frames, x) for x in read_clips(again, examined, at))
+        pairs = zip(clips, frames, strict=True)
+        for one, captions, error in recaption(pairs, client, self.config):
+            if error:
+                failed.append(Recaptioned(one.name, captions, error))
+            else:
+                write_json(self.place(one), [dataclasses.asdict(x) for x in captions])
+            add(1, 1, one.video_seconds)
         return failed
 
 

@@ -8,14 +8,10 @@ the size of a batch is a part of where they are stored; on how many devices they
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +19,14 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.files import atomic_path, refuse_if, write_json
-from dit_jax.prepare.pixels import DecodingConfig
+from dit_jax.prepare.chat import ordered
 from dit_jax.prepare.refusals import MACHINE_REASONS
-from dit_jax.prepare.stages import TRIES, Kept, read_clips
+from dit_jax.prepare.stages import TRIES, Add, Examined, Kept, read_clips
 from dit_jax.prepare.work import Progress, digest, file_name
-from dit_jax.prepare.workers import Outcome, WorkersConfig
-from dit_jax.prepare.writing import SHARD_BYTES, VERSION, write_records
-from dit_jax.types import PositiveInt
+from dit_jax.prepare.workers import Outcome
+from dit_jax.prepare.writing import MARK, VERSION, write_records
+from dit_jax.types import PositiveInt, TextEncoder
 
-MARK = "prepared.json"
-"""Beside the records: what they were made of, and that they were made here."""
 Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 ``[b, t, h, w, 3]`` to latents ``[b, t', h', w', c]``."""
 Failed = dict[str, Sequence[str]]
@@ -78,49 +72,41 @@ class Latents:
             return json.loads(place.with_suffix(".json").read_bytes())
         return "failed", "it was not encoded", 0
 
+    def failures(self, kept: Iterable[Kept]) -> tuple[Failed, int]:
+        """Which clips have none and why, and how many of these the next run tries again."""
+        why = {one.name: failure for one in kept if (failure := self.failure(one)) is not None}
+        again = sum(tried_again(reason, tries) for reason, _, tries in why.values())
+        return {name: (reason, detail) for name, (reason, detail, _) in why.items()}, again
+
     def store(
         self,
         parts: Iterable[Sequence[Kept]],
-        total: int,
-        encoders: Sequence[Encode],
-        decoding: DecodingConfig,
-        workers: WorkersConfig,
-        progress: Progress,
+        encode: Sequence[Encode],
+        examined: Examined,
+        add: Add,
     ) -> None:
-        """Encodes the clips, ``total`` in all, that are missing; a batch of which one is missing is
-        encoded whole.
+        """Encodes the clips that are missing; a batch of which one is missing is encoded whole.
 
-        ``encoders``: one for each device. Each encodes whole batches, in a thread of its own, so that
-        no bit depends on how many there are.
+        ``encode``: one for each device. Each encodes whole batches, in turn, so that no bit depends on
+        how many there are.
         """
-        running: collections.deque[tuple[list[Kept], Future[None]]] = collections.deque()
-        with (
-            progress.stage("latents", total, "clips") as add,
-            ThreadPoolExecutor(len(encoders)) as pool,
-        ):
 
-            def missing() -> Iterator[list[Kept]]:
-                for batch in itertools.chain.from_iterable(map(self._batches, parts)):
-                    failures = filter(None, map(self.failure, batch))
-                    if any(tried_again(reason, tries) for reason, _, tries in failures):
-                        yield batch
-                    else:
-                        add(len(batch), 0, 0.0)
+        def missing() -> Iterator[list[Kept]]:
+            for batch in itertools.chain.from_iterable(map(self._batches, parts)):
+                failures = filter(None, map(self.failure, batch))
+                if any(tried_again(reason, tries) for reason, _, tries in failures):
+                    yield batch
+                else:
+                    add(len(batch), 0, 0.0)
 
-            def finish() -> None:
-                batch, done = running.popleft()
-                done.result()
-                add(len(batch), len(batch), sum(one.video_seconds for one in batch))
-
-            ahead, batches = itertools.tee(missing())
-            frames = read_clips(itertools.chain.from_iterable(ahead), decoding, workers)
-            for batch, encode in zip(batches, itertools.cycle(encoders), strict=False):
-                reads = list(itertools.islice(frames, len(batch)))
-                if len(running) == len(encoders):
-                    finish()
-                running.append((batch, pool.submit(self._encode, batch, reads, encode)))
-            while running:
-                finish()
+        ahead, batches = itertools.tee(missing())
+        reads = read_clips(itertools.chain.from_iterable(ahead), examined)
+        jobs = (
+            (batch, list(itertools.islice(reads, len(batch))), one)
+            for batch, one in zip(batches, itertools.cycle(encode), strict=False)
+        )
+        for batch in ordered(self._encode, jobs, len(encode), ahead=len(encode)):
+            add(len(batch), len(batch), sum(one.video_seconds for one in batch))
 
     def _batches(self, part: Sequence[Kept]) -> Iterator[list[Kept]]:
         """The clips in batches of one shape, ``[t, h, w]``."""
@@ -135,24 +121,24 @@ class Latents:
             for start in range(0, len(alike), size):
                 yield alike[start : start + size]
 
-    def _encode(self, batch: Sequence[Kept], reads: Sequence[Outcome], encode: Encode) -> None:
+    def _encode(self, job: tuple[list[Kept], list[Outcome], Encode]) -> list[Kept]:
         """Stores the latents of those that could be read, and of the others why they have none."""
-        readable, videos = [], []
+        batch, reads, encode = job
+        videos = [read.value for read in reads if not read.reason]
+        filler = videos[:1] * ((1 << max(len(videos) - 1, 0).bit_length()) - len(videos))
+        latents = iter(encode(np.stack(videos + filler)) if videos else ())
         for one, read in zip(batch, reads, strict=True):
-            if read.reason:
-                before = self.failure(one)
-                why = [read.reason, read.detail, (before[2] if before else 0) + 1]
-                write_json(self.place(one).with_suffix(".json"), why)
-            else:
-                readable.append(one)
-                videos.append(read.value)
-        if not readable:
-            return
-        power = 1 << (len(videos) - 1).bit_length()
-        filled = videos + videos[:1] * (power - len(videos))
-        for one, latents in zip(readable, encode(np.stack(filled)), strict=False):
-            with atomic_path(self.place(one)) as fresh:
-                np.save(fresh, np.asarray(latents, np.float16))
+            why, before = [read.reason, read.detail], self.failure(one)
+            if not read.reason:
+                stored = np.asarray(next(latents), np.float16)
+                if np.isfinite(stored).all():
+                    with atomic_path(self.place(one)) as fresh:
+                        np.save(fresh, stored)
+                    continue
+                why = ["not finite", "its latents have numbers that are NaN or infinite"]
+            tries = before[2] + 1 if before else 1
+            write_json(self.place(one).with_suffix(".json"), [*why, tries])
+        return batch
 
 
 class States:
@@ -161,82 +147,29 @@ class States:
     def __init__(self, work: Path, encoder: str):
         """``encoder``: its hash."""
         self.folder = work / "states" / encoder
-        self._open: tuple[Path, dict[str, np.ndarray]] | None = None
 
     def place(self, captions: Iterable[str]) -> Path:
         """Where the states of a part's captions are, or will be."""
         key = digest(sorted(set(captions)))
         return self.folder / key[:2] / f"{key}.npz"
 
-    def store(
-        self,
-        parts: Iterable[Sequence[str]],
-        total: int,
-        encode: Callable[[Sequence[str]], Sequence[np.ndarray]],
-        progress: Progress,
-    ) -> None:
-        """Encodes the captions, ``total`` at most, of every part that has no states yet."""
-        with progress.stage("states", total, "captions") as add:
-            for part in (sorted(set(captions)) for captions in parts):
-                if part and not self.place(part).exists():
-                    states = encode(part)
-                    ends = np.cumsum([len(one) for one in states])
-                    # NumPy's files know no bfloat16: its bits.
-                    bits = np.concatenate(states).view(np.uint16)
-                    with atomic_path(self.place(part)) as fresh:
-                        np.savez(fresh, captions=np.array(part), ends=ends, bits=bits)
-                add(len(part), 0, 0.0)
+    def store(self, parts: Iterable[Sequence[str]], encoder: TextEncoder, add: Add) -> None:
+        """Encodes the captions of every part that has no states yet."""
+        for part in (sorted(set(captions)) for captions in parts):
+            if part and not self.place(part).exists():
+                states = encoder.encode(part)
+                ends = np.cumsum([len(one) for one in states])
+                # NumPy's files know no bfloat16: its bits.
+                bits = np.concatenate(states).view(np.uint16)
+                with atomic_path(self.place(part)) as fresh:
+                    np.savez(fresh, captions=np.array(part), ends=ends, bits=bits)
+            add(len(part), 0, 0.0)
 
-    def load(self, captions: Sequence[str], caption: str) -> np.ndarray:
-        """The states bfloat16 ``[s, e]`` of one of a part's captions."""
-        place = self.place(captions)
-        if self._open is None or self._open[0] != place:
-            with np.load(place) as stored:
-                bits = stored["bits"].view(ml_dtypes.bfloat16)
-                split = np.split(bits, stored["ends"][:-1])
-                self._open = place, dict(zip(stored["captions"].tolist(), split, strict=True))
-        return self._open[1][caption]
-
-
-def samples(
-    kept: Iterable[tuple[Kept, Outcome]],
-    rate: int,
-    texts: Callable[[Kept], Mapping[str, str]],
-    states: Callable[[Kept], np.ndarray] | None,
-    failed: Failed,
-) -> Iterator[dict[str, Any]]:
-    """Records of clips and what was read of them, pixels or latents of ``rate`` frames each; ``texts``
-    gives a clip's captions. What cannot be stored is noted in ``failed`` and left out."""
-    for one, read in kept:
-        state, video = None, read.value
-        if not read.reason and states is not None:
-            state = states(one)
-        latents = video if isinstance(video, np.ndarray) and video.dtype != np.uint8 else None
-        if read.reason:
-            failed[one.name] = read.reason, read.detail
-        elif latents is not None and not np.isfinite(latents).all():
-            failed[one.name] = "not finite", "its latents have numbers that are NaN or infinite"
-        elif state is not None and not np.isfinite(state).all():
-            failed[one.name] = "not finite", "the states of its caption are NaN or infinite"
-        else:
-            yield {
-                "video": video,
-                "fps": one.clip.fps / rate,
-                **texts(one),
-                "source": one.item.name,
-                "start": one.clip.begin,
-                "stop": one.clip.begin + one.clip.seconds,
-                "source_height": one.probe.height,
-                "source_width": one.probe.width,
-                "source_fps": one.probe.fps,
-                **({} if state is None else {"text_states": state}),
-            }
-
-
-def _mark(folder: Path) -> dict[str, Any]:
-    """What the mark beside records says; empty if there is none."""
-    mark = folder / MARK
-    return json.loads(mark.read_bytes()) if mark.exists() else {}
+    def load(self, captions: Iterable[str]) -> dict[str, np.ndarray]:
+        """The states bfloat16 ``[s, e]`` of a part's captions."""
+        with np.load(self.place(captions)) as stored:
+            states = np.split(stored["bits"].view(ml_dtypes.bfloat16), stored["ends"][:-1])
+            return dict(zip(stored["captions"].tolist(), states, strict=True))
 
 
 def write_builder(
@@ -248,71 +181,55 @@ def write_builder(
     records: Callable[[Iterable[Kept], Failed], Iterable[Mapping[str, Any]]],
     failed: Failed,
     progress: Progress,
-    shard_bytes: int = SHARD_BYTES,
-    **schema: Any,
+    **options: Any,
 ) -> int:
     """Writes ``output/NAME/1.0.0``, unless it is there and no clip that it lacks is worth another try;
     returns how many clips the next run tries again.
 
-    They are written in a folder of their own, and moved to their place when they are whole; after a
-    failure the same call goes on after the last finished shard. ``records`` yields those of clips, and
-    notes the clips of which there is none; these are added to ``failed``.
+    ``records`` yields those of clips, and notes the clips of which there is none; these are added to
+    ``failed``. What ``write_records`` keeps of a call that failed is kept of these, too.
     """
-    target, fresh = output / name / VERSION, output / "work" / "writing"
-    folder, unread = fresh / name / VERSION, fresh / "failed.json"
-    before, lost = _mark(target), Failed()
+    target = output / name / VERSION
+    unread = target.with_name(f"{VERSION}.incomplete") / "failed.json"
+    mark = json.loads((target / MARK).read_bytes()) if (target / MARK).exists() else {}
     message = f"{str(target)!r} is there and was not prepared by this command: remove it, or give "
-    foreign = target.exists() and not before
+    foreign = target.exists() and not mark
     refuse_if([(foreign, f"{message}another --output or --name.")])
-    same = before.get("made_of") == made_of
-    tries = before.get("tries", 0) if same else 0
-    if same and not any(tried_again(reason, tries) for reason, _ in before["failed"].values()):
-        failed |= before["failed"]
+    same = mark.get("made_of") == made_of
+    tries = mark["tries"] if same else 0
+    if same and not any(tried_again(reason, tries) for reason, _ in mark["failed"].values()):
+        failed |= mark["failed"]
         return 0
-    if _mark(folder).get("made_of") == made_of:
-        lost |= _mark(folder)["failed"]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        with progress.stage("records", total, "clips") as add:
+    lost = Failed()
+    with progress.stage("records", total, "clips") as add:
 
-            def after(start: int) -> Iterator[Mapping[str, Any]]:
-                """The records from the ``start``-th on: those before are in finished shards."""
-                clips = iter(kept)
-                earlier = json.loads(unread.read_bytes()) if start else {}
-                done = 0
-                while done < start:
-                    one = next(clips)
-                    if one.name in earlier:
-                        lost[one.name] = earlier[one.name]
-                    else:
-                        done += 1
-                add(start, 0, 0.0)
-                written = -1
-                for record in records(clips, lost):
-                    # Before the shard is finished that leaves them out.
-                    if len(lost) > written:
-                        write_json(unread, lost)
-                        written = len(lost)
-                    yield record
-                    video = record["video"].shape[0] > 1  # A picture has no duration.
-                    add(1, 1, record["stop"] - record["start"] if video else 0.0)
+        def after(start: int) -> Iterator[Mapping[str, Any]]:
+            """The records from the ``start``-th on: those before are in finished shards."""
+            lost.update(json.loads(unread.read_bytes()) if start else {})
+            known, written = frozenset(lost), -1
+            clips = (one for one in kept if one.name not in known)
+            add(start, 0, 0.0)
+            for record in records(itertools.islice(clips, start, None), lost):
+                if len(lost) > written:  # Before the shard is finished that leaves them out.
+                    write_json(unread, lost)
+                    written = len(lost)
+                yield record
+                video = record["video"].shape[0] > 1  # A picture has no duration.
+                add(1, 1, record["stop"] - record["start"] if video else 0.0)
 
-            write_records(
-                fresh,
-                name,
-                {"train": after},
-                description="Clips prepared by dit_jax: start, stop in seconds of the source, a path.",
-                labels=("source_height", "source_width"),
-                numbers=("start", "stop", "source_fps"),
-                shard_bytes=shard_bytes,
-                resume=made_of,
-                **schema,
-            )
-    again = sum(tried_again(reason, 0) for reason, _ in lost.values())
-    write_json(folder / MARK, {"made_of": made_of, "tries": tries + bool(again), "failed": lost})
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(folder, target)
-    shutil.rmtree(fresh)
+        def again() -> int:
+            return sum(tried_again(reason, 0) for reason, _ in lost.values())
+
+        write_records(
+            output,
+            name,
+            {"train": after},
+            description="Clips prepared by dit_jax: start, stop in seconds of the source, a path.",
+            labels=("source_height", "source_width"),
+            numbers=("start", "stop", "source_fps"),
+            resume=made_of,
+            mark=lambda: {"made_of": made_of, "tries": tries + bool(again()), "failed": lost},
+            **options,
+        )
     failed |= lost
-    return again if tries + 1 < TRIES else 0
+    return again() if tries + 1 < TRIES else 0

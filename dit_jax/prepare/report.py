@@ -18,7 +18,7 @@ import jinja2
 
 from dit_jax.files import atomic_path, json_bytes, write_json, write_whole
 from dit_jax.prepare.listing import Item
-from dit_jax.prepare.stages import Examined, Kept, video_seconds
+from dit_jax.prepare.stages import Examined, Kept, clips_of
 from dit_jax.prepare.tables import encodable
 from dit_jax.prepare.work import Progress
 
@@ -54,36 +54,35 @@ def write_reports(
     captions are in its record; ``problems`` are other things that went wrong, by file or clip;
     ``about`` and ``notes`` go into ``report.json``; the notes of the files are added to ``notes``.
     """
-    reasons, left_out, kept = Counter[str](), Counter[str](), Counter[str]()
+    reasons, left_out, counts = Counter[str](), Counter[str](), Counter[str]()
     seconds, listed, rows, thumbnails = 0.0, [], [], PICTURES
     with atomic_path(output / "files.jsonl") as path, path.open("wb") as lines:
         for item in items:
             report, clips = examined.report(item), []
-            probe, again = report.probe, examined.tries_left(item, report)
-            picture = probe is None or probe.kind == "image"
-            for index, clip in enumerate(report.clips):
-                out = str(clip.rejection) if clip.rejection else why(f"{item.name}#{index}")
+            for one in clips_of(item, report):
+                out = str(one.clip.rejection or "") or why(one.name)
+                captions = {} if out else dict(texts(one))
                 left_out[out.partition(":")[0] or "kept"] += 1
-                captions = {}
-                if not out and probe is not None:
-                    captions = dict(texts(Kept(item, index, clip, probe, report.caption)))
-                    seconds += video_seconds(probe, (clip,))
-                    kept["pictures_kept"] += picture
-                    kept["captioned"] += bool(captions["caption"])
-                span = {"begin": clip.begin, "seconds": 0.0 if picture else clip.seconds}
-                clips.append({**span, "left_out": out, "scores": clip.scores, "captions": captions})
+                if not out:
+                    seconds += one.video_seconds
+                    counts["pictures_kept"] += one.probe.kind == "image"
+                    counts["captioned"] += bool(captions["caption"])
+                clip = {"begin": one.clip.begin, "seconds": one.video_seconds, "left_out": out}
+                clips.append(clip | {"scores": one.clip.scores, "captions": captions})
             used = not all(clip["left_out"] for clip in clips)
             reason = "used" if used else "all clips left out" if clips else "no clips"
             file: dict[str, Any] = {"path": report.path, "refusal": None, "notes": [*report.notes]}
+            again = examined.tries_left(item, report)
             if report.refusal:
                 reason, detail = report.refusal
                 file["refusal"] = {"reason": reason, "detail": detail, "tried_again": again}
-            file |= {name: getattr(probe, name) for name in PROBED if probe is not None}
-            file["problem"] = problems.get(item.name, "")
-            file |= {"seconds_of_work": report.cost, "clips": clips}
+            if report.probe is not None:
+                file |= {name: getattr(report.probe, name) for name in PROBED}
+            file |= {"problem": problems.get(item.name, ""), "seconds_of_work": report.cost}
+            file["clips"] = clips
             lines.write(json_bytes(file) + b"\n")
             reasons[reason] += 1
-            kept["files_tried_again"] += again
+            counts["files_tried_again"] += again
             # A note is counted without its numbers and details.
             notes.update(re.sub(r"^\d+ |[:,].*", "", note) for note in report.notes)
             if len(listed) < LISTED:
@@ -92,22 +91,20 @@ def write_reports(
                 shown = report.clips[: min(thumbnails, CLIPS)]
                 thumbnails -= len(shown)
                 rows.append((file, [base64.b64encode(x.thumbnail).decode() for x in shown]))
-    longest = progress.bottleneck
     stages = {k: {"seconds": v, "clips": progress.clips[k]} for k, v in progress.seconds.items()}
+    longest = progress.bottleneck
     summary = {
         "files": reasons.total(),
         "files_by_reason": dict(reasons.most_common()),
-        "files_tried_again": kept["files_tried_again"],
         "clips": left_out.total(),
         "clips_by_reason": dict(left_out.most_common()),
         "hours_kept": seconds / 3600,
-        "pictures_kept": kept["pictures_kept"],
-        "captioned": kept["captioned"],
+        **{name: counts[name] for name in ("files_tried_again", "pictures_kept", "captioned")},
         "notes": {note: count for note, count in notes.most_common() if count},
         **about,
         "problems": dict(itertools.islice(problems.items(), LISTED)),
         "stages": stages,
-        "bottleneck": longest and {"stage": longest[0], "part": longest[1]},
+        "bottleneck": longest and dict(zip(("stage", "part"), longest, strict=True)),
         "by_file": listed,
     }
     write_json(output / "report.json", summary)

@@ -8,14 +8,14 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_jax.files import atomic_path, json_bytes
+from dit_jax.files import atomic_path, checking_input, json_bytes
 from dit_jax.prepare.clips import Geometry, Rect
 from dit_jax.prepare.encoded import EncodedVideo, encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
@@ -38,11 +38,13 @@ BEAM_BATCH = 256
 """Files that a worker of Beam takes at a time."""
 THUMBNAILS = 400
 """Of the first clips of a process, so many keep theirs."""
+Add = Callable[[int, int, float], None]
+"""Counts work that is done, as ``Progress.stage`` yields it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A clip that is prepared."""
+    """A clip, with the file that it is of."""
 
     item: Item
     index: int
@@ -59,23 +61,14 @@ class Kept:
     @property
     def video_seconds(self) -> float:
         """How long it lasts; a picture has no duration."""
-        return video_seconds(self.probe, (self.clip,))
+        return 0.0 if self.probe.kind == "image" else self.clip.seconds
 
 
-def video_seconds(probe: Probe | None, clips: Iterable[Clip]) -> float:
-    """How long clips of a file last; pictures have no duration."""
-    if probe is None or probe.kind == "image":
-        return 0.0
-    return sum(clip.seconds for clip in clips)
-
-
-def fitting(config: ExamineConfig, strides: tuple[int, int, int]) -> ExamineConfig:
-    """Clips in lengths and sizes that a codec of these strides takes as well."""
-    time, high, wide = strides
-    multiple = math.lcm(config.clips.multiple, high, wide)
-    stride = math.lcm(config.clips.stride, time)
-    clips = dataclasses.replace(config.clips, stride=stride, multiple=multiple)
-    return dataclasses.replace(config, clips=clips)
+def clips_of(item: Item, report: FileReport) -> Iterator[Kept]:
+    """The clips of a file in order, those that a filter rejected too."""
+    for index, clip in enumerate(report.clips):
+        assert report.probe is not None
+        yield Kept(item, index, clip, report.probe, report.caption)
 
 
 class Examined:
@@ -87,11 +80,20 @@ class Examined:
     """
 
     def __init__(
-        self, work: Path, config: ExamineConfig, workers: WorkersConfig, encoded: bool = False
+        self,
+        work: Path,
+        config: ExamineConfig,
+        workers: WorkersConfig,
+        strides: Any = (1, 1, 1),
+        encoded: bool = False,
     ):
-        """``encoded``: kept clips are stored as encoded video, too, if their frames could be held."""
-        self.config, self.workers, self.encoded = config, workers, encoded
-        self.logs = Logs(work / "examined" / digest(config))
+        """``strides``: of a codec, ``(t, h, w)``, that takes the clips' lengths and sizes as well.
+        ``encoded``: kept clips are stored as encoded video, too, if their frames could be held."""
+        clips, (time, *sides) = config.clips, strides
+        stride, multiple = math.lcm(clips.stride, time), math.lcm(clips.multiple, *sides)
+        clips = dataclasses.replace(clips, stride=stride, multiple=multiple)
+        self.config, self.workers = dataclasses.replace(config, clips=clips), workers
+        self.encoded, self.logs = encoded, Logs(work / "examined" / digest(self.config))
         self.limits = digest(workers.time_limit, workers.memory_limit)
 
     def missing(self, items: Iterable[Item], tried: bool = False) -> list[Item]:
@@ -101,10 +103,9 @@ class Examined:
         return [x for x in items if not count(x.key) and count(x.key + self.limits) < most]
 
     def report(self, item: Item) -> FileReport:
-        """What was found; ``KeyError`` if nothing was yet."""
+        """What was found in a file that is examined."""
         line = self.logs.latest(item.key) or self.logs.latest(item.key + self.limits)
-        if line is None:
-            raise KeyError(item.name)
+        assert line is not None, item.name
         return _unpack(line)
 
     def tries_left(self, item: Item, report: FileReport) -> bool:
@@ -113,11 +114,8 @@ class Examined:
 
     def kept(self, items: Iterable[Item]) -> Iterator[Kept]:
         """The clips of these files that no filter rejected, in order."""
-        for item in items:
-            report = self.report(item)
-            for index, clip in enumerate(report.clips):
-                if clip.rejection is None and report.probe is not None:
-                    yield Kept(item, index, clip, report.probe, report.caption)
+        clips = (one for item in items for one in clips_of(item, self.report(item)))
+        return (one for one in clips if one.clip.rejection is None)
 
 
 def _is_try(report: FileReport) -> bool:
@@ -182,9 +180,9 @@ def examine_files(
             _examine_on_beam(wanted, shared, beam)
             examined.logs.refresh()
             reports = map(examined.report, wanted)
-        for report in reports:
-            kept = [clip for clip in report.clips if clip.rejection is None]
-            add(1, len(kept), video_seconds(report.probe, kept))
+        for item, report in zip(wanted, reports, strict=True):
+            kept = [one for one in clips_of(item, report) if one.clip.rejection is None]
+            add(1, len(kept), sum(one.video_seconds for one in kept))
     examined.logs.refresh()
 
 
@@ -233,13 +231,10 @@ def encoded_place(folder: Path, key: str, clip: Clip) -> Path:
 
 def _examine_on_beam(items: Sequence[Item], shared: tuple[Any, ...], beam: BeamConfig) -> None:
     """``_examine`` by a pipeline; in every worker the decoder is in a process of its own."""
-    try:
-        engine: Any = importlib.import_module("apache_beam")
-        options: Any = importlib.import_module("apache_beam.options.pipeline_options")
-    except ImportError as error:
-        message = f"--beam.runner needs Apache Beam: pip install -e '.[beam]' ({error})"
-        raise ImportError(message) from error
     if items:
+        with checking_input("--beam.runner needs Apache Beam", "pip install -e '.[beam]'"):
+            engine: Any = importlib.import_module("apache_beam")
+            options: Any = importlib.import_module("apache_beam.options.pipeline_options")
         flags = options.PipelineOptions(list(beam.options))
         with engine.Pipeline(runner=beam.runner, options=flags) as pipeline:
             files = pipeline | engine.Create(items) | engine.Reshuffle()
@@ -248,20 +243,17 @@ def _examine_on_beam(items: Sequence[Item], shared: tuple[Any, ...], beam: BeamC
 
 
 def read_clips(
-    kept: Iterable[Kept],
-    decoding: DecodingConfig,
-    workers: WorkersConfig,
-    at: Any = None,
-    encoded: Path | None = None,
+    kept: Iterable[Kept], examined: Examined, at: Any = None, encoded: bool = False
 ) -> Iterator[Outcome]:
     """uint8 ``[t, h, w, 3]`` of every clip in order, or why there is none; of the frames ``at(t)``.
 
     With ``encoded``, the folder of the examined files' logs, an ``EncodedVideo``: the one that was
     stored there, or else every worker encodes, and little crosses the pipe.
     """
-    function = partial(_read, decoding=decoding, at=at, encoded=encoded)
+    folder = examined.logs.folder if encoded else None
+    function = partial(_read, decoding=examined.config.decoding, at=at, encoded=folder)
     jobs = ((one.item.path, one.item.key, one.clip) for one in kept)
-    return run(function, jobs, workers, AHEAD)
+    return run(function, jobs, examined.workers, AHEAD)
 
 
 def _read(

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from dit_jax.files import SURROGATES, InputError, MiB, checking_input, read_byte
 
 LIMIT = 256 * MiB  # Bytes of a file: some millions of prompts or captions.
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-LINE_ENDS = re.compile(r"\r\n|\n|\r")  # A caption may hold U+2028 and its like.
 Row = tuple[str, dict[str, Any]]
 """Its place in the file, and its cells by the names of their columns."""
 
@@ -30,9 +28,10 @@ def encodable(text: str) -> str:
     return SURROGATES.sub("\ufffd", text)
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """The text of a file without its byte order mark; ``InputError`` if it is not UTF-8 or UTF-16."""
-    raw = read_bytes(path, LIMIT, "the file")
+def read_text(path: str | os.PathLike, limit: int = LIMIT) -> str:
+    """The text of a file without its byte order mark; ``InputError`` if it is not UTF-8 or UTF-16, or
+    has more than ``limit`` bytes."""
+    raw = read_bytes(path, limit)
     try:
         text = raw.decode("utf-16" if raw.startswith(UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -43,48 +42,49 @@ def read_text(path: str | os.PathLike) -> str:
     return text
 
 
-def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
+def read_lines(path: str | os.PathLike, limit: int = LIMIT) -> list[tuple[int, str]]:
     """The lines that are not blank, without the white space around them, and their numbers from 1."""
-    lines = LINE_ENDS.split(read_text(path))
+    # Not ``splitlines``: a caption may hold U+2028 and its like.
+    lines = re.split(r"\r\n|\n|\r", read_text(path, limit))
     return [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, limit: int = LIMIT) -> Any:
     """The value of a JSON file."""
+    text = read_text(path, limit)
     with checking_input(f"{str(path)!r} is no JSON", "correct it"):
-        return json.loads(read_text(path))
+        return json.loads(text)
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
     """The rows of a table: CSV and TSV with a header, or the objects of JSON Lines or a JSON list."""
-    suffix = Path(path).suffix.lower()
+    suffix, name = Path(path).suffix.lower(), repr(str(path))
     if suffix in (".csv", ".tsv"):
-        return _read_separated(path, suffix == ".tsv")
+        return _read_separated(read_text(path), name, suffix == ".tsv")
     rows: list[tuple[str, Any]] = []
     if suffix in (".jsonl", ".ndjson"):
         for i, line in read_lines(path):
-            with checking_input(f"{str(path)!r}, line {i} is no JSON", "one value on each line"):
+            with checking_input(f"{name}, line {i} is no JSON", "one value on each line"):
                 rows.append((f"line {i}", json.loads(line)))
     else:
         value = read_json(path)
         if isinstance(value, dict):  # Of one list, {"clips": [...]}, perhaps.
             lists = [inner for inner in value.values() if isinstance(inner, list)]
             value = lists[0] if len(lists) == 1 else value
-        refuse_if([(not isinstance(value, list), f"{str(path)!r} is no JSON list: give one")])
+        refuse_if([(not isinstance(value, list), f"{name} is no JSON list: give one")])
         rows = [(f"item {i}", item) for i, item in enumerate(value, 1)]
-    message = "{!r}, {} is no JSON object: every row is one"
-    refuse_if((not isinstance(x, dict), message.format(str(path), where)) for where, x in rows)
+    message = f"is no JSON object: every row of {name} is one"
+    refuse_if((not isinstance(row, dict), f"{name}, {place} {message}") for place, row in rows)
     return rows
 
 
-def _read_separated(path: str | os.PathLike, tsv: bool) -> list[Row]:
-    text, name = read_text(path), repr(str(path))
+def _read_separated(text: str, name: str, tsv: bool) -> list[Row]:
     header = next((line for line in text.splitlines() if line.strip()), "")
     # Quotes in TSV have no meaning but around a whole cell, where spreadsheets put them.
-    quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
-    separator = "\t" if tsv else max(",;\t", key=header.count)
-    lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
+    how: Any = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+    if not tsv:
+        how = dict(delimiter=max(",;\t", key=header.count))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **how)
     rows: list[tuple[str, list[str]]] = []
     start = 1
     try:
@@ -96,8 +96,8 @@ def _read_separated(path: str | os.PathLike, tsv: bool) -> list[Row]:
         raise InputError(f"{name}, line {start} is no CSV ({error}): close every quote") from error
     refuse_if([(not rows, f"{name} is empty: begin it with a line of column names")])
     columns = [column.strip() for column in rows[0][1]]
-    twice = [column for column, times in Counter(columns).items() if column and times > 1]
-    refuse_if([(bool(twice), f"{name} has two columns {twice}: rename one of them")])
+    twice = {column for column in columns if column and columns.count(column) > 1}
+    refuse_if([(bool(twice), f"{name} has two columns {[*twice]}: rename one of them")])
     message = f"has more cells than its {len(columns)} columns: quote cells that hold the separator"
     refuse_if((len(row) > len(columns), f"{name}, {place} {message}") for place, row in rows)
     blank = dict.fromkeys(columns, "")
@@ -114,7 +114,7 @@ def plain(column: str) -> str:
     return re.sub(r"[\s-]+", "_", column.strip().lower())
 
 
-def find_column(columns: Iterable[str], known: Iterable[str]) -> str | None:
-    """The first of the ``known`` names that a column has, as ``plain`` reads it."""
+def find_column(columns: Iterable[str], known: str) -> str | None:
+    """The column with the first of the ``known`` names, between blanks, as ``plain`` reads them."""
     names = {plain(column): column for column in reversed(list(columns))}
-    return next((names[name] for name in known if name in names), None)
+    return next((names[name] for name in known.split() if name in names), None)

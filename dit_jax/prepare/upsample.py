@@ -10,7 +10,6 @@ silently: every prompt comes back with the text that is used, and the reason whe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -69,17 +68,12 @@ class Upsampled(NamedTuple):
     error: str = ""
 
 
-def utf8_length(text: str) -> int:
-    """Bytes of a text: what a byte encoder reads."""
-    return len(text.encode())
-
-
 def upsample(
     prompts: Sequence[str],
     client: ChatClient,
     config: UpsampleConfig = UpsampleConfig(),
     limit: int | None = None,
-    length: Callable[[str], int] = utf8_length,
+    length: Callable[[str], int] = lambda text: len(text.encode()),
     of_word: int = BYTES_OF_WORD,
 ) -> list[Upsampled]:
     """Every prompt and what is used in its place, in order; equal prompts are asked for once.
@@ -153,24 +147,23 @@ def run(arguments: UpsampleArguments) -> None:
             length, most = text_tools().text_length(folder)
             limit = min(most, text.max_tokens - 1)  # One of the model's stands for the beginning.
             limits = {"length": length, "limit": limit, "of_word": TOKENS_OF_WORD}
-    with contextlib.closing(AnswerCache(arguments.cache or default_cache())) as cache:
-        client = ChatClient(ChatConfig(arguments.server, arguments.model, arguments.chat), cache)
-        results = upsample(prompts, client, arguments.upsampling, **limits)
-    # As ``read_prompts`` reads them: the texts that are used.
+    cache = AnswerCache(arguments.cache or default_cache())
+    client = ChatClient(ChatConfig(arguments.server, arguments.model, arguments.chat), cache)
+    results = upsample(prompts, client, arguments.upsampling, **limits)
     by = {"upsampled_by": arguments.model}
     records = [
         {"prompt": one.text, "original": one.original} | ({"error": one.error} if one.error else by)
         for one in results
     ]
-    write_json(output, records)
-    unique = dict.fromkeys(results)
+    write_json(output, records)  # As ``read_prompts`` reads them.
+    unique, failed = dict.fromkeys(results), [one for one in results if one.error]
     changed = [f"{x.original!r}\n  -> {x.text!r}" for x in unique if x.text != x.original]
     print("\n".join(changed) or "no prompt was changed", client.summary(), sep="\n")
     print(f"{len(results)} prompt(s): {output}", flush=True)
-    kept = "\n".join(f"used as given: {x.original!r}: {x.error}" for x in unique if x.error)
-    failed = sum(bool(one.error) for one in results)
-    warning = f"{PROG}: warning: {failed} of {len(results)} prompts were NOT upsampled:\n{kept}\n"
-    sys.stderr.write(warning if failed else "")
+    if failed:
+        kept = "\n".join(f"used as given: {x.original!r}: {x.error}" for x in dict.fromkeys(failed))
+        warning = f"warning: {len(failed)} of {len(results)} prompts were NOT upsampled"
+        print(f"{PROG}: {warning}:\n{kept}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

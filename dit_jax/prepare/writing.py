@@ -9,7 +9,7 @@ streams: a shard is closed when it is full, and what is in memory is one sample.
 
 While it is written, a builder is the directory `1.0.0.incomplete`:
 
-    journal/made_of.json          what the records are made of: another key or setting begins anew
+    journal/made_of               digest of what the records are made of: another one begins anew
     journal/sizes-SPLIT-00003.npy the sizes of a finished shard's records
     data/NAME-SPLIT.array_record-00003        a finished shard: there only with its sizes, and whole
     data/NAME-SPLIT.array_record-00004.part   the shard under way, which a new start begins anew
@@ -19,7 +19,6 @@ and `data` is moved to its place when it is complete. So a killed writer loses o
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -38,29 +37,24 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 
+from dit_jax import files
 from dit_jax.data.records import (
     CODEC,
     CODEC_NAME,
     ENCODED_VIDEOS,
-    SIZES,
     TEXT_ENCODER,
     TEXT_ENCODER_NAME,
     as_video,
     storage_error,
 )
-from dit_jax.files import (
-    MiB,
-    atomic_path,
-    check_writable,
-    is_remote,
-    locked,
-    refuse_if,
-    write_json,
-)
+from dit_jax.files import MiB, refuse_if
 from dit_jax.prepare.encoded import FORMAT, EncodedVideo, encode_video
 from dit_jax.prepare.tables import encodable
+from dit_jax.prepare.work import digest
 
 VERSION = "1.0.0"
+MARK = "prepared.json"
+"""Beside the records of the verb: what they are made of, and which clips they lack."""
 STATES = "text_states"
 """The feature that holds the states of captions."""
 SHARD_BYTES = 256 * MiB
@@ -103,8 +97,7 @@ class _Schema(NamedTuple):
             # TFDS's Video feature needs TensorFlow. Text is bytes to TFDS, and it looks into none.
             video = kinds.Text(doc=f"uint8 [t, h, w, 3] as {FORMAT}")
         else:
-            of = self.latents
-            channels, dtype = (of.channels, np.float16) if of is not None else (3, np.uint8)
+            channels, dtype = (self.latents.channels, np.float16) if self.latents else (3, np.uint8)
             shape = (None, None, None, channels)
             video = kinds.Tensor(shape=shape, dtype=dtype, encoding=self.encoding)
         features = {"video": video, "caption": kinds.Text(), "fps": kinds.Scalar(np.float32)}
@@ -118,16 +111,11 @@ class _Schema(NamedTuple):
         return kinds.FeaturesDict(features)
 
     def metadata(self) -> dict[str, Any]:
-        metadata: dict[str, Any] = {}
-        if self.latents is not None:
-            metadata[CODEC] = self.latents.hash
-            if self.latents.name:
-                metadata[CODEC_NAME] = self.latents.name
-        if self.encoding == "video":
-            metadata[ENCODED_VIDEOS] = {"video": FORMAT}
-        if self.states is not None:
-            metadata |= {TEXT_ENCODER: self.states.hash, TEXT_ENCODER_NAME: self.states.name}
-        return metadata
+        codec, encoder = self.latents, self.states
+        metadata: dict[str, Any] = {CODEC: codec.hash, CODEC_NAME: codec.name} if codec else {}
+        metadata |= {TEXT_ENCODER: encoder.hash, TEXT_ENCODER_NAME: encoder.name} if encoder else {}
+        metadata |= {ENCODED_VIDEOS: {"video": FORMAT}} if self.encoding == "video" else {}
+        return {key: value for key, value in metadata.items() if value}
 
     def record(self, sample: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[int]]:
         """A sample as TFDS encodes it, and its sizes (`records.SIZES`)."""
@@ -145,12 +133,17 @@ class _Schema(NamedTuple):
         record |= {key: encodable(sample[key]) for key in texts}
         record["video"], shape = self._video(sample["video"], fps, f"video of {where}")
         if self.states is not None:
-            record[STATES] = self._states(np.asarray(sample.get(STATES)), f"{STATES} of {where}")
+            states, what = np.asarray(sample.get(STATES)), f"{STATES} of {where}"
+            floats = jnp.issubdtype(states.dtype, jnp.floating)
+            sound = floats and states.shape[1:] == (self.states.dim,) and len(states)
+            message = f"{what} is {states.dtype} {list(states.shape)}: those of "
+            message += f"{self.states.name!r} are float [s, {self.states.dim}], at least one"
+            refuse_if([(not sound, message)])
+            record[STATES] = _finite(states, ml_dtypes.bfloat16, what)
         return record, [*shape, len(record["caption"].encode()), len(record.get(STATES, ()))]
 
     def _video(self, value: Any, fps: float, what: str) -> tuple[Any, tuple[int, ...]]:
         if isinstance(value, EncodedVideo):
-            refuse_if([(self.encoding != "video", f"{what} is encoded: give encoding='video'")])
             return value
         video = as_video(value, what, latents=self.latents is not None)
         if self.encoding == "video":
@@ -162,15 +155,6 @@ class _Schema(NamedTuple):
             refuse_if([(other, f"{message}{codec!r} are float with {channels}")])
             video = _finite(video, np.float16, what)
         return video, video.shape[:3]
-
-    def _states(self, states: np.ndarray, what: str) -> np.ndarray:
-        """The states of a sample's caption, bfloat16."""
-        assert self.states is not None
-        floats = jnp.issubdtype(states.dtype, jnp.floating)
-        sound = floats and states.ndim == 2 and states.shape[1] == self.states.dim and len(states)
-        message = f"{what} is {states.dtype} {list(states.shape)}: those of {self.states.name!r} "
-        refuse_if([(not sound, f"{message}are float [s, {self.states.dim}], at least one")])
-        return _finite(states, ml_dtypes.bfloat16, what)
 
 
 def _finite(values: np.ndarray, dtype: Any, what: str) -> np.ndarray:
@@ -190,9 +174,7 @@ class _Split:
         # A writer that was killed while it named the shards has named some of them.
         for path in self._data.glob(f"{name}-{split}.array_record-[0-9]*-of-[0-9]*"):
             os.replace(path, path.with_name(path.name.rpartition("-of-")[0]))
-        self.lengths: list[int] = []
-        while (count := self._records(len(self.lengths))) is not None:
-            self.lengths.append(count)
+        self.lengths = [*itertools.takewhile(bool, map(self._records, itertools.count()))]
 
     def _shard(self, index: int) -> Path:
         return self._data / f"{self._builder}-{self.name}.array_record-{index:05d}"
@@ -200,14 +182,14 @@ class _Split:
     def _rows(self, index: int) -> Path:
         return self._journal / f"sizes-{self.name}-{index:05d}.npy"
 
-    def _records(self, index: int) -> int | None:
-        """How many a finished shard has; None if it is not there, or not whole (a power failure)."""
+    def _records(self, index: int) -> int:
+        """How many a finished shard has; 0 if it is not there, or not whole (a power failure)."""
         try:
             count = len(np.load(self._rows(index)))
             reader: Any = ArrayRecordReader(str(self._shard(index)))
-            return count if reader.num_records() == count else None
+            return count if reader.num_records() == count else 0
         except (OSError, ValueError, RuntimeError):
-            return None
+            return 0
 
     def write(self, samples: Samples, schema: _Schema, shard_bytes: int) -> None:
         """Writes what is not there yet."""
@@ -257,7 +239,7 @@ class _Split:
             writer.close()  # An error of writing, such as a full disk, is not told before.
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            with atomic_path(self._rows(index)) as fresh:
+            with files.atomic_path(self._rows(index)) as fresh:
                 np.save(fresh, np.array(rows, np.int32))
             os.replace(part, shard)
         except BaseException:
@@ -269,16 +251,13 @@ class _Split:
 
     def finish(self) -> tfds.core.SplitInfo:
         """Gives the shards the names that TFDS seeks, and joins their sizes."""
-        total, size, ends = len(self.lengths), 0, np.cumsum(self.lengths)
-        # A memory map: the sizes of ten million records are 200 MB.
-        place, shape = self._data / f"sizes-{self.name}.npy", (int(ends[-1]), len(SIZES))
-        table = np.lib.format.open_memmap(place, mode="w+", dtype=np.int32, shape=shape)
-        for index, end in enumerate(ends):
-            table[end - self.lengths[index] : end] = np.load(self._rows(index))
+        total, size = len(self.lengths), 0
+        sizes = [np.load(self._rows(index)) for index in range(total)]
+        np.save(self._data / f"sizes-{self.name}.npy", np.concatenate(sizes))
+        for index in range(total):
             shard = self._shard(index)
             size += shard.stat().st_size
             os.replace(shard, shard.with_name(f"{shard.name}-of-{total:05d}"))
-        table.flush()
         names: dict[str, Any] = {"dataset_name": self._builder, "split": self.name}
         names |= {"data_dir": epath.Path(self._data), "filetype_suffix": "array_record"}
         template: Any = ShardedFileTemplate(**names)
@@ -299,6 +278,7 @@ def write_records(
     text_states: StatesOf | None = None,
     shard_bytes: int = SHARD_BYTES,
     resume: str | None = None,
+    mark: Callable[[], Any] | None = None,
 ) -> Path:
     """Writes samples as the TFDS builder `directory/name/1.0.0` and returns that path.
 
@@ -316,13 +296,14 @@ def write_records(
             and settings finished are kept: their samples are skipped (a split that is a function from
             the first record to samples is called with their number), and the result is the same bytes.
             Without it, nothing but empty directories is left of a call that fails.
+        mark: Gives what `prepared.json` beside the records says, when all are written. Records that are
+            there are then replaced, and not refused.
 
     `InputError` for what was given wrong, samples included; `OSError` for a disk that is full.
     """
     names = ["video", "caption", "fps", STATES, *labels, *texts, *numbers]
     twice = sorted({key for key in names if names.count(key) > 1})
-    target = Path(directory).expanduser() / name / VERSION
-    encodings = ("video", "zlib", "bytes")
+    target, encodings = Path(directory).expanduser() / name / VERSION, ("video", "zlib", "bytes")
     odd = not re.fullmatch(r"[a-z][a-z0-9_]*", name)
     remote = f"{os.fspath(directory)!r}: ArrayRecord files are written to disks only. Write to a "
     remote += "local directory and copy it, or mount the bucket (gcsfuse)"
@@ -332,60 +313,52 @@ def write_records(
             (bool(twice), f"labels, texts and numbers hold {twice} twice: rename them"),
             (not splits, "splits is empty: give at least one, such as {'train': samples}"),
             (encoding not in encodings, f"encoding={encoding!r} is unknown: use {encodings}"),
-            (shard_bytes < 1, f"shard_bytes={shard_bytes}: give a positive number"),
-            (is_remote(directory), remote),
-            (target.exists(), f"{target} exists: remove it, or choose another directory or name"),
+            (files.is_remote(directory), remote),
+            (
+                mark is None and target.exists(),
+                f"{target} exists: remove it, or choose another directory or name",
+            ),
         ]
     )
-    check_writable(target.parent, "directory")
+    files.check_writable(target.parent, "directory")
     codec = latents if isinstance(latents, LatentsOf | None) else LatentsOf(*latents)
     stored = "zlib" if codec is not None and encoding == "video" else encoding
     schema = _Schema(tuple(labels), tuple(texts), tuple(numbers), stored, codec, text_states)
+    made_of = digest(resume, name, description, list(splits), schema, shard_bytes, FORMAT).encode()
     folder = target.with_name(f"{VERSION}.incomplete")
+    journal, data = folder / "journal", folder / "data"
     folder.mkdir(exist_ok=True)
-    with locked(folder):
+    with files.locked(folder):
         try:
-            made_of = [resume, name, description, list(splits), schema, shard_bytes, FORMAT]
-            _begin(folder, json.loads(json.dumps(made_of)), resume is not None)
+            key = journal / "made_of"
+            if resume is None or not key.exists() or key.read_bytes() != made_of:
+                for part in (journal, data):
+                    shutil.rmtree(part, ignore_errors=True)
+            data.mkdir(exist_ok=True)
+            for path in data.glob("*.part"):
+                path.unlink()
+            files.write_whole(key, made_of)
             parts = [_Split(folder, name, split) for split in splits]
             for part in parts:
                 part.write(splits[part.name], schema, shard_bytes)
-            _describe(folder / "data", name, description, schema, [one.finish() for one in parts])
-            os.replace(folder / "data", target)
+            info = tfds.core.DatasetInfo(
+                builder=DatasetIdentity(name, tfds.core.Version(VERSION), str(data), __name__),
+                description=description,
+                features=schema.features(),
+                metadata=tfds.core.MetadataDict(schema.metadata()),
+                # Record i is the i-th sample: the writer's order is the order a user can check.
+                disable_shuffling=True,
+            )
+            info.set_file_format("array_record")
+            info.set_splits(tfds.core.SplitDict([one.finish() for one in parts]))
+            info.write_to_directory(data)
+            if mark is not None:
+                files.write_json(data / MARK, mark())
+                shutil.rmtree(target, ignore_errors=True)
+            os.replace(data, target)
         except BaseException:
             if resume is None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     shutil.rmtree(folder)
     return target
-
-
-def _begin(folder: Path, made_of: list[Any], resumes: bool) -> None:
-    """Keeps what an earlier call left in the folder if it made the same, and else removes it."""
-    place = folder / "journal" / "made_of.json"
-    same = False
-    with contextlib.suppress(OSError, ValueError):
-        same = resumes and json.loads(place.read_bytes()) == made_of
-    for part in () if same else ("journal", "data"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / "data").mkdir(exist_ok=True)
-    for path in (folder / "data").glob("*.part"):
-        path.unlink()
-    write_json(place, made_of)
-
-
-def _describe(
-    folder: Path, name: str, description: str, schema: _Schema, splits: Sequence[Any]
-) -> None:
-    """Writes TFDS's metadata beside the shards."""
-    info = tfds.core.DatasetInfo(
-        builder=DatasetIdentity(name, tfds.core.Version(VERSION), str(folder), __name__),
-        description=description,
-        features=schema.features(),
-        metadata=tfds.core.MetadataDict(schema.metadata()),
-        # Record i is the i-th sample: the writer's order is the order a user can check.
-        disable_shuffling=True,
-    )
-    info.set_file_format("array_record")
-    info.set_splits(tfds.core.SplitDict(splits))
-    info.write_to_directory(folder)

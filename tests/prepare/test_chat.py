@@ -398,7 +398,6 @@ def test_killed_and_restarted_it_pays_nothing_twice(tmp_path: Path):
         assert first.communicate()[0] == "" and first.returncode == -signal.SIGKILL
         paid = set(server.billed)
         assert len(cache) == len(paid) == 20
-        cache.close()
         server.billed.clear()
         server.respond = lambda body, turn: Response(f"seen {words(body)}")
         release.set()
