@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -57,9 +57,8 @@ class Clip:
     rejection: Rejection | None
     hashes: tuple[int, ...]
     thumbnail: bytes  # JPEG of the sampled frame nearest to its middle, as displayed.
-    timed: bool = True  # Each stamp is of one frame, so that the file can be entered anywhere.
-    # Where it is entered if its stamps begin anew: a `media.Entry` before the clip.
-    entry: tuple[float, int, float] | None = None
+    # The `media.Entry` at which it is read again; None: the file is decoded from its start.
+    entry: tuple[float, int | None, float] | None = None
 
     @property
     def seconds(self) -> float:
@@ -119,13 +118,6 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
     if log.errors and probe.kind == "video" and frames < MIN_CLEAN_FRAMES:
         raise Refused("cannot be decoded", f"{frames} clean frames; {log.first_error}")
     shots = [(run, *shot) for run in runs for shot in run.shots()]
-    clips = [
-        clip
-        for i, (run, start, stop) in enumerate(shots)
-        for clip in _clips(run, i, start, stop, first.time, probe, config)
-    ]
-    if log.parts > 1:
-        clips = [_entered(clip, log.entries) for clip in clips]
     notes = log.notes()
     lasts, declared = runs[-1].stop / fps, probe.declared_duration
     if declared and lasts < 0.9 * declared - 1 / fps and log.errors:
@@ -133,7 +125,7 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
     return FileReport(
         path,
         probe,
-        clips=tuple(clips),
+        clips=tuple(_clips(shots, first.time, log, config)),
         shots=tuple((start, stop) for _, start, stop in shots),
         frames=frames,
         notes=tuple(notes),
@@ -142,37 +134,45 @@ def _examined(path: str, config: ExamineConfig) -> FileReport:
 
 
 def _clips(
-    run: Run, shot: int, start: int, stop: int, origin: float, probe: Probe, config: ExamineConfig
+    shots: Sequence[tuple[Run, int, int]], origin: float, log: DecodingLog, config: ExamineConfig
 ) -> Iterator[Clip]:
-    """The clips of one shot, [start, stop) in grid indices; one that is rejected if it has none."""
-    image, fps, rejection = probe.kind == "image", run.fps, None
-    parts = [(0, 1)] if image else spans(stop - start, fps, config.clips)
-    if not parts:
-        rejection = Rejection("duration", (stop - start) / fps, config.clips.min_seconds)
-        parts = [(0, stop - start)]
-    elif image and not config.clips.images:
-        rejection = Rejection("image", 1.0, 0.0)
-    whole = Rect(0, 0, probe.height, probe.width)
-    for offset, count in parts:
-        scores, inner, hashes, thumbnail = run.measured(start + offset, count)
-        part = inner if config.filters.crop_bars else whole
-        geometry = fit(probe.height, probe.width, part, config.clips)
-        short, long = sorted((part.height, part.width))
-        bars = 1 - short * long / (probe.height * probe.width)
-        scores |= {"side": float(short), "aspect": long / short, "bars": bars}
-        why = rejection or verdict(scores, config.filters)
-        if why is None and geometry is None:
-            why = Rejection("resolution", float(short), float(config.clips.multiple))
-        where = shot, start + offset, count, fps, origin + (start + offset) / fps
-        yield Clip(*where, geometry, scores, why, hashes, thumbnail, probe.timed)
+    """The clips of shots, each [start, stop) in grid indices; one that is rejected if it has none."""
+    probe = log.probe
+    assert probe is not None
+    whole, image = Rect(0, 0, probe.height, probe.width), probe.kind == "image"
+    for shot, (run, start, stop) in enumerate(shots):
+        fps, rejection = run.fps, None
+        parts = [(0, 1)] if image else spans(stop - start, fps, config.clips)
+        if not parts:
+            rejection = Rejection("duration", (stop - start) / fps, config.clips.min_seconds)
+            parts = [(0, stop - start)]
+        elif image and not config.clips.images:
+            rejection = Rejection("image", 1.0, 0.0)
+        for offset, count in parts:
+            at = start + offset
+            scores, inner, hashes, thumbnail = run.measured(at, count)
+            part = inner if config.filters.crop_bars else whole
+            geometry = fit(probe.height, probe.width, part, config.clips)
+            short, long = sorted((part.height, part.width))
+            bars = 1 - short * long / (probe.height * probe.width)
+            scores |= {"side": float(short), "aspect": long / short, "bars": bars}
+            why = rejection or verdict(scores, config.filters)
+            if why is None and geometry is None:
+                why = Rejection("resolution", float(short), float(config.clips.multiple))
+            begin = origin + at / fps
+            entry = _entry(begin, fps, log.entries) if probe.timed else None
+            measured = geometry, scores, why, hashes, thumbnail
+            yield Clip(shot, at, count, fps, begin, *measured, entry)
 
 
-def _entered(clip: Clip, entries: list[Entry]) -> Clip:
-    """The clip of a file of several parts, with the key frame of its part from which it is read."""
-    inside = [one for one in entries if one.time < clip.begin + 0.5 / clip.fps]
+def _entry(begin: float, fps: float, entries: Sequence[Entry]) -> Entry | None:
+    """Where a clip is entered; in a file of several parts at a key frame of its own part."""
+    if len({one.offset for one in entries}) <= 1:
+        return Entry(begin - 1.5 / fps)
+    inside = [one for one in entries if one.time < begin + 0.5 / fps]
     part = [one for one in inside if one.offset == inside[-1].offset]
-    before = [one for one in part if one.time < clip.begin - 1.5 / clip.fps] or part[:1]
-    return dataclasses.replace(clip, timed=False, entry=before[-1] if before else None)
+    before = [one for one in part if one.time < begin - 1.5 / fps] or part[:1]
+    return before[-1] if before else None
 
 
 def read_clip(
@@ -180,12 +180,10 @@ def read_clip(
 ) -> np.ndarray:
     """A clip's frames as they were examined: uint8 RGB [t, h, w, 3].
 
-    Entered at a key frame before the clip; where other frames come (their hashes
-    tell), the file is decoded from its start. Refused: if the file does not give it any more.
+    Entered at a key frame before the clip; if other frames come (their hashes tell), the file is
+    decoded from its start. Refused: if the file does not give it any more.
     """
-    entry: float | Entry | None = clip.begin - 1.5 / clip.fps if clip.timed else None
-    if clip.entry is not None:
-        entry = Entry(*clip.entry)
+    entry = Entry(*clip.entry) if clip.entry else None
     for start in dict.fromkeys((entry, None)):
         frames = _cropped(pictures(path, config, start=start), clip)
         if frames is not None:
@@ -197,25 +195,22 @@ def _cropped(decoded: Iterator[Picture], clip: Clip) -> np.ndarray | None:
     """The clip of these pictures; None if they are not the ones that were examined."""
     assert clip.geometry is not None, "a clip without geometry is rejected"
     geometry, crop = clip.geometry, clip.geometry.crop
-    origin, hashed = clip.begin - clip.start / clip.fps, hashed_frames(clip.frames)
-    end = clip.begin + (clip.frames - 0.5) / clip.fps
+    hashes = dict(zip(hashed_frames(clip.frames), clip.hashes, strict=True))
+    origin, end = clip.begin - clip.start / clip.fps, clip.begin + (clip.frames - 0.5) / clip.fps
+    grid = on_grid(decoded, clip.fps, origin, end)
+    grid = itertools.dropwhile(lambda one: one[0] < clip.start, grid)
     frames: list[np.ndarray] = []
-    latest, drawn = None, np.empty(0)
-    for k, picture in on_grid(decoded, clip.fps, origin, end):
-        if k < clip.start:
-            continue
-        at = len(frames)
-        if k != clip.start + at:
+    latest = None
+    for at, (k, picture) in enumerate(itertools.islice(grid, clip.frames)):
+        known = hashes.get(at)
+        if known is not None:
+            known ^= perceptual_hash(small_frame(picture))
+        if k != clip.start + at or (known or 0).bit_count() > SAME:
             return None
-        if at in hashed:
-            value = perceptual_hash(small_frame(picture))
-            if (value ^ clip.hashes[hashed.index(at)]).bit_count() > SAME:
-                return None
-        if picture is not latest:
+        if picture is latest:
+            frames.append(frames[-1])
+        else:
             whole = picture.pixels(geometry.scaled_height, geometry.scaled_width)
-            drawn = whole[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+            frames.append(whole[crop.top :, crop.left :][: crop.height, : crop.width])
             latest = picture
-        frames.append(drawn)
-        if len(frames) == clip.frames:
-            return np.stack(frames)
-    return None
+    return np.stack(frames) if len(frames) == clip.frames else None
