@@ -152,8 +152,8 @@ def sample(picture: Picture, area: int | None) -> Sample:
     """Measures a picture; `area`: pixels of a clip's frame."""
     grey = picture.lightness()
     scale = min(THUMBNAIL / max(grey.shape), 1.0)
-    height, width = (max(round(side * scale), 1) for side in grey.shape)
-    shown = picture.renderer.pixels(picture.frame, height, width, Interpolation.BILINEAR)
+    size = [max(round(side * scale), 1) for side in grey.shape]
+    shown = picture.renderer.pixels(picture.frame, size, Interpolation.BILINEAR)
     quality = [cv2.IMWRITE_JPEG_QUALITY, 80]
     jpeg = cv2.imencode(".jpg", np.ascontiguousarray(shown[..., ::-1]), quality)[1].tobytes()
     return Sample(sharpness(grey, area), grey.max(1), grey.max(0), jpeg)

@@ -128,13 +128,13 @@ class Picture(NamedTuple):
     frame: av.VideoFrame
     renderer: Renderer
 
-    def pixels(self, height: int | None = None, width: int | None = None) -> np.ndarray:
+    def pixels(self, *size: int) -> np.ndarray:
         """The displayed picture, uint8 RGB [height, width, 3]; by default of its own size."""
-        return self.renderer.pixels(self.frame, height, width)
+        return self.renderer.pixels(self.frame, size)
 
-    def lightness(self, height: int | None = None, width: int | None = None) -> np.ndarray:
+    def lightness(self, *size: int) -> np.ndarray:
         """The displayed picture's luma, uint8 [height, width] over the full range."""
-        return self.renderer.lightness(self.frame, height, width)
+        return self.renderer.lightness(self.frame, size)
 
 
 Decoded = tuple[av.VideoFrame, float, bool]

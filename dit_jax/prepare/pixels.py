@@ -20,6 +20,7 @@ import collections
 import dataclasses
 import functools
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import av
@@ -112,17 +113,13 @@ class Renderer:
         self._scalers = collections.defaultdict[tuple, VideoReformatter](VideoReformatter)
 
     def pixels(
-        self,
-        frame: av.VideoFrame,
-        height: int | None = None,
-        width: int | None = None,
-        how: Interpolation = EXACT,
+        self, frame: av.VideoFrame, size: Sequence[int] = (), how: Interpolation = EXACT
     ) -> np.ndarray:
         """The displayed picture, uint8 RGB [height, width, 3]; by default of its own size."""
         alpha = _has_alpha(frame.format.name)
         # The scaler writes planes more than twice as fast as packed pixels, and the same numbers.
         names = ("rgb48le", "rgba64le") if self.mapped else ("gbrp", "rgba")
-        image = self._scaled(frame, height, width, names[alpha], how)
+        image = self._scaled(frame, size, names[alpha], how)
         opacity = image[..., 3:]
         if self.mapped:
             image = to_sdr(image[..., :3], self.transfer, self.primaries, self.peak)
@@ -131,23 +128,22 @@ class Renderer:
             image = np.rint(image[..., :3] * part + self.background * (1 - part)).astype(np.uint8)
         return self._turned(image)
 
-    def lightness(
-        self, frame: av.VideoFrame, height: int | None = None, width: int | None = None
-    ) -> np.ndarray:
+    def lightness(self, frame: av.VideoFrame, size: Sequence[int] = ()) -> np.ndarray:
         """The displayed picture's luma, uint8 [height, width] over the full range."""
         if self.mapped or _has_alpha(frame.format.name):
-            shown = self.pixels(frame, height, width, Interpolation.AREA)
+            shown = self.pixels(frame, size, Interpolation.AREA)
             return cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY)
-        return self._turned(self._scaled(frame, height, width, "gray", Interpolation.AREA))
+        return self._turned(self._scaled(frame, size, "gray", Interpolation.AREA))
 
-    def _scaled(self, frame, height, width, name: str, how: Interpolation) -> np.ndarray:
-        size = self._swapped(height or self.height, width or self.width)[::-1]
+    def _scaled(
+        self, frame: av.VideoFrame, size: Sequence[int], name: str, how: Interpolation
+    ) -> np.ndarray:
+        height, width = self._swapped(*(size or (self.height, self.width)))
         options: dict[str, Any] = {"src_color_range": self._range, "interpolation": how}
         options["src_colorspace"] = self._luma if name == "gray" else self._matrix
         options |= {"dst_color_range": ColorRange.JPEG, "threads": 1}
-        return (
-            self._scalers[size, name, int(how)].reformat(frame, *size, name, **options).to_ndarray()
-        )
+        scaler = self._scalers[height, width, name, int(how)]
+        return scaler.reformat(frame, width, height, name, **options).to_ndarray()
 
     def _swapped(self, height: int, width: int) -> tuple[int, int]:
         return (width, height) if self.rotation in (90, 270) else (height, width)

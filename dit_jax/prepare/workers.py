@@ -16,7 +16,6 @@ import dataclasses
 import multiprocessing.connection as connections
 import os
 import pickle
-import queue
 import resource
 import signal
 import subprocess
@@ -87,16 +86,14 @@ def run(
     refuse_if([(b"__main__" in called, message)])
     count = config.count or len(os.sched_getaffinity(0))
     children = [_Child(called, config) for _ in range(count)]
-    idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
-    for child in children:
-        idle.put(child)
+    idle = children.copy()  # As many as there are threads, so that none finds it empty.
 
     def outcome(item: Any) -> Outcome:
-        child = idle.get()
+        child = idle.pop()
         try:
             return child.outcome(item)
         finally:
-            idle.put(child)
+            idle.append(child)
 
     waiting: collections.deque[Future[Outcome]] = collections.deque()
     threads = ThreadPoolExecutor(count)  # Each waits for a child.
