@@ -113,7 +113,7 @@ def run(
                 child.kill()
             time.sleep(0.02)
         for child in children:
-            child.end()
+            child.end(0)
 
 
 class _Child:
