@@ -47,8 +47,8 @@ def near_duplicates(
 
     Looked up by parts (multi-index hashing, Norouzi et al. 2012): of two hashes at most 7 bits apart,
     one of the four parts of 16 bits differs by at most one, so 17 entries a part are read instead
-    of all clips; and of clips that are near on average, at least one pair of hashes is. The tables
-    take about 200 bytes a clip.
+    of all clips; and of clips that are near on average, at least one pair of hashes is. Memory: some
+    200 bytes a clip, and up to 300 MB for the million lists of a large table.
     """
     message = f"distance is {distance} bits: it is at least 0 and below 8"
     refuse_if([(not 0 <= distance < 8, message)])
