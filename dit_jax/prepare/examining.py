@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -61,9 +61,8 @@ class Clip:
     rejection: Rejection | None
     hashes: tuple[int, ...]
     thumbnail: bytes  # JPEG of the sampled frame nearest to its middle, as displayed.
-    timed: bool = True  # Each stamp is of one frame, so that the file can be entered anywhere.
-    # Where it is entered if its stamps begin anew: a `media.Entry` before the clip.
-    entry: tuple[float, int, float] | None = None
+    # The `media.Entry` at which it is read again; None: the file is decoded from its start.
+    entry: tuple[float, int | None, float] | None = None
 
     @property
     def seconds(self) -> float:
@@ -157,8 +156,9 @@ def _examined(path: str, config: ExamineConfig, keep: Keep | None, until: float)
     add_shots(ended=True)
     if log.errors and probe.kind == "video" and frames < MIN_CLEAN_FRAMES:
         raise Refused("cannot be decoded", f"{frames} clean frames; {log.first_error}")
-    if log.parts > 1:
-        clips = [_entered(clip, log.entries) for clip in clips]
+    if probe.timed:
+        entries = (_entry(clip, log.entries) for clip in clips)
+        clips = [dataclasses.replace(c, entry=e) for c, e in zip(clips, entries, strict=True)]
     notes = log.notes()
     lasts, declared = run.stop / fps, probe.declared_duration
     if declared and lasts < 0.9 * declared - 1 / fps and log.errors:
@@ -239,15 +239,18 @@ def _clips(
         if why is None and geometry is None:
             why = Rejection("resolution", float(short), float(config.clips.multiple))
         where = shot, start + offset, count, fps, origin + (start + offset) / fps
-        yield Clip(*where, geometry, scores, why, hashes, thumbnail, probe.timed)
+        yield Clip(*where, geometry, scores, why, hashes, thumbnail)
 
 
-def _entered(clip: Clip, entries: list[Entry]) -> Clip:
-    """The clip of a file of several parts, with the key frame of its part from which it is read."""
-    inside = [one for one in entries if one.time < clip.begin + 0.5 / clip.fps]
+def _entry(clip: Clip, entries: Sequence[Entry]) -> Entry | None:
+    """Where a clip is entered; in a file of several parts at a key frame of its own part."""
+    begin, frame = clip.begin, 1 / clip.fps
+    if len({one.offset for one in entries}) <= 1:
+        return Entry(begin - 1.5 * frame)
+    inside = [one for one in entries if one.time < begin + 0.5 * frame]
     part = [one for one in inside if one.offset == inside[-1].offset]
-    before = [one for one in part if one.time < clip.begin - 1.5 / clip.fps] or part[:1]
-    return dataclasses.replace(clip, timed=False, entry=before[-1] if before else None)
+    before = [one for one in part if one.time < begin - 1.5 * frame] or part[:1]
+    return before[-1] if before else None
 
 
 def read_clip(
@@ -255,12 +258,10 @@ def read_clip(
 ) -> np.ndarray:
     """A clip's frames as they were examined: uint8 RGB [t, h, w, 3].
 
-    Entered at a key frame before the clip; where other frames come (their hashes
-    tell), the file is decoded from its start. Refused: if the file does not give it any more.
+    Entered at a key frame before the clip; if other frames come (their hashes tell), the file is
+    decoded from its start. Refused: if the file does not give it any more.
     """
-    entry: float | Entry | None = clip.begin - 1.5 / clip.fps if clip.timed else None
-    if clip.entry is not None:
-        entry = Entry(*clip.entry)
+    entry = Entry(*clip.entry) if clip.entry else None
     for start in dict.fromkeys((entry, None)):
         frames = _cropped(pictures(path, config, start=start), clip)
         if frames is not None:
@@ -271,23 +272,18 @@ def read_clip(
 def _cropped(decoded: Iterator[Picture], clip: Clip) -> np.ndarray | None:
     """The clip of these pictures; None if they are not the ones that were examined."""
     assert clip.geometry is not None, "a clip without geometry is rejected"
-    origin, hashed = clip.begin - clip.start / clip.fps, hashed_frames(clip.frames)
-    end = clip.begin + (clip.frames - 0.5) / clip.fps
+    hashes = dict(zip(hashed_frames(clip.frames), clip.hashes, strict=True))
+    origin, end = clip.begin - clip.start / clip.fps, clip.begin + (clip.frames - 0.5) / clip.fps
+    grid = on_grid(decoded, clip.fps, origin, end)
+    grid = itertools.dropwhile(lambda one: one[0] < clip.start, grid)
     frames: list[np.ndarray] = []
-    latest, drawn = None, np.empty(0)
-    for k, picture in on_grid(decoded, clip.fps, origin, end):
-        if k < clip.start:
-            continue
-        at = len(frames)
-        if k != clip.start + at:
+    latest = None
+    for at, (k, picture) in enumerate(itertools.islice(grid, clip.frames)):
+        known = hashes.get(at)
+        if known is not None:
+            known ^= perceptual_hash(small_frame(picture))
+        if k != clip.start + at or (known or 0).bit_count() > SAME:
             return None
-        if at in hashed:
-            value = perceptual_hash(small_frame(picture))
-            if (value ^ clip.hashes[hashed.index(at)]).bit_count() > SAME:
-                return None
-        if picture is not latest:
-            latest, drawn = picture, _cut(picture, clip.geometry)
-        frames.append(drawn)
-        if len(frames) == clip.frames:
-            return np.stack(frames)
-    return None
+        frames.append(frames[-1] if picture is latest else _cut(picture, clip.geometry))
+        latest = picture
+    return np.stack(frames) if len(frames) == clip.frames else None

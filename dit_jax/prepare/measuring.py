@@ -152,8 +152,8 @@ def sample(picture: Picture, area: int | None) -> Sample:
     """Measures a picture; `area`: pixels of a clip's frame."""
     grey = picture.lightness()
     scale = min(THUMBNAIL / max(grey.shape), 1.0)
-    height, width = (max(round(side * scale), 1) for side in grey.shape)
-    shown = picture.renderer.pixels(picture.frame, height, width, Interpolation.BILINEAR)
+    size = [max(round(side * scale), 1) for side in grey.shape]
+    shown = picture.renderer.pixels(picture.frame, size, Interpolation.BILINEAR)
     quality = [cv2.IMWRITE_JPEG_QUALITY, 80]
     jpeg = cv2.imencode(".jpg", np.ascontiguousarray(shown[..., ::-1]), quality)[1].tobytes()
     return Sample(sharpness(grey, area), grey.max(1), grey.max(0), jpeg)
@@ -168,11 +168,8 @@ class Run:
         self.start, self.stop, self.fps = start, start, fps
         self._step, self._area, self._given = step, area, start
         self._finder = ShotFinder(shots)
-        # Of every frame, from the first on.
-        self._changes: list[float] = []
-        self._black: list[float] = []
-        self._hashes: list[int] = []
-        # Of some, by their place.
+        self._frames: list[tuple[float, int]] = []  # Black part and hash of every frame.
+        # Of some frames, by their place.
         self._motion: dict[int, float] = {}
         self._samples: dict[int, Sample] = {}
         self._latest: tuple[Picture, np.ndarray] | None = None
@@ -182,13 +179,11 @@ class Run:
         at, latest, pairs = self.stop - self.start, self._latest, max(self._step // 2, 1)
         if latest is not None and latest[0] is picture:
             small = latest[1]
-            self._black.append(self._black[-1])
-            self._hashes.append(self._hashes[-1])
+            self._frames.append(self._frames[-1])
         else:
             small = small_frame(picture)
-            self._black.append(black_part(small))
-            self._hashes.append(perceptual_hash(small))
-        self._changes.append(self._finder.feed(small))
+            self._frames.append((black_part(small), perceptual_hash(small)))
+        self._finder.feed(small)
         if latest is not None and at % pairs == 1 % pairs:
             self._motion[at] = motion(latest[1], small, self.fps)
         if not at or self._is_regular(at):
@@ -217,20 +212,17 @@ class Run:
 
         regular = [at for at in self._samples if first <= at < last and self._is_regular(at)]
         samples = [self._samples[at] for at in regular] or [nearest((first + last) / 2)]
+        sharpnesses, rows, columns, _ = zip(*samples, strict=True)
+        black, hashes = zip(*self._frames[first:last], strict=True)
         motion = [value for at, value in self._motion.items() if first < at < last]
-        scores = {
-            "black": float(np.mean(self._black[first:last])),
-            "sharpness": float(np.median([one.sharpness for one in samples])),
-        }
+        scores = {"black": float(np.mean(black)), "sharpness": float(np.median(sharpnesses))}
         if count > 1:  # The first frame's change is from another clip.
-            scores["change"] = float(np.mean(self._changes[first + 1 : last]))
+            scores["change"] = float(np.mean(self._finder.changes[first + 1 : last]))
         if motion:
             scores["motion"] = float(np.mean(motion))
-        rows = np.max([one.rows for one in samples], axis=0)
-        columns = np.max([one.columns for one in samples], axis=0)
-        hashes = tuple(self._hashes[first + i] for i in hashed_frames(count))
-        thumbnail = nearest(first + count // 2).thumbnail
-        return scores, picture_within(rows, columns), hashes, thumbnail
+        part = picture_within(np.max(rows, axis=0), np.max(columns, axis=0))
+        hashes = tuple(hashes[i] for i in hashed_frames(count))
+        return scores, part, hashes, nearest(first + count // 2).thumbnail
 
     def _is_regular(self, at: int) -> bool:
         """Whether this frame, counted from the first, is one to be measured in full size: from the

@@ -1,9 +1,15 @@
 """What a file is, and its pictures in order with their times: videos, images and records alike.
 
 A file's kind is that of its content, not its name: still images (and GIF, WebP, APNG) are Pillow's,
-everything else FFmpeg's through PyAV. Frames that are marked as interlaced are deinterlaced, one frame
-of each. FFmpeg conceals damage by painting over; here a packet that cannot be decoded, or a frame that
-is marked corrupt, ends what is used, until the next key frame.
+everything else FFmpeg's through PyAV. Images become opaque, of 8 bits, in sRGB: transparency stands
+before a background colour; CMYK, palettes, greys and 16 bits become RGB; an embedded colour profile is
+converted. GIF, WebP, APNG and AVIF animations give their frames with their own times (delays under
+20 ms count as 100 ms, as in browsers); of other files with several pictures (MPO, TIFF) the first is
+taken.
+
+Frames that are marked as interlaced are deinterlaced, one frame of each. FFmpeg conceals damage by
+painting over; here a packet that cannot be decoded, or a frame that is marked corrupt, ends what is
+used, until the next key frame.
 """
 
 from __future__ import annotations
@@ -11,8 +17,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import io
 import itertools
 import os
+import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,13 +31,26 @@ from av.error import EOFError as FFmpegEOFError
 from av.error import FFmpegError
 from av.filter import Graph
 from av.stream import Disposition
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-from dit_jax.prepare.pixels import DecodingConfig, Renderer
+from dit_jax.prepare.pixels import LARGEST, DecodingConfig, Renderer
 from dit_jax.prepare.recorded import is_record, read_record
 from dit_jax.prepare.refusals import Refused, refuse_file
-from dit_jax.prepare.stills import TURNS, opened_image, schedule, to_rgb
 from dit_jax.prepare.timeline import Clock, native_rate, on_grid
 
+with contextlib.suppress(ImportError):  # Pillow reads HEIC where it is installed.
+    import pillow_heif  # pyright: ignore[reportMissingImports]
+
+    pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = None  # Larger ones are refused by name.
+ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
+SHORTEST, DEFAULT = 0.02, 0.1  # Seconds.
+TURNS = {2: (True, 0), 3: (False, 180), 4: (True, 180), 5: (True, 270)}
+TURNS |= {6: (False, 90), 7: (True, 90), 8: (False, 270)}
+"""(mirrored left to right, then degrees turned clockwise) by EXIF's numbers of the orientation."""
+DAMAGE = (OSError, EOFError, SyntaxError, ValueError, LookupError, RuntimeError, TypeError)
+DAMAGE += (ArithmeticError, struct.error)
+"""What Pillow raises for damaged files."""
 NOT_MEDIA = {"tty", "hls", "dash", "concat", "image2", "sdp", "rtsp", "lavfi", "vobsub", "ass"}
 """Formats of FFmpeg that name other files, or that take text for pictures."""
 _BOXES = b"ftyp moov mdat wide free skip styp".split()
@@ -60,11 +82,11 @@ class Probe:
 
 
 class Entry(NamedTuple):
-    """A key frame, at which a file can be entered."""
+    """Where a file is entered: at the key frame before a time, or at one whose place is known."""
 
     time: float  # Seconds, as of `Picture`.
-    position: int  # Of its first byte in the file.
-    offset: float  # By how much time is ahead of the file's stamps.
+    position: int | None = None  # Of the key frame's first byte in the file.
+    offset: float = 0.0  # By how much time is ahead of the file's stamps.
 
 
 @dataclasses.dataclass
@@ -85,19 +107,15 @@ class DecodingLog:
         self.errors += 1
         self.first_error = self.first_error or getattr(error, "strerror", None) or str(error)
 
-    @property
-    def parts(self) -> int:
-        """In how many parts time stamps begin anew, as far as key frames tell."""
-        return len({entry.offset for entry in self.entries})
-
     def notes(self) -> list[str]:
         """What is to be said about it, a line each."""
+        parts = len({entry.offset for entry in self.entries})  # As far as key frames tell.
         lines = {
             f"{self.errors} errors in decoding, the first: {self.first_error}": self.errors,
             f"{self.dropped} frames left out after damage or out of order": self.dropped,
             f"{self.resized} frames left out: their size is another": self.resized,
             f"{self.deinterlaced} frames deinterlaced": self.deinterlaced,
-            f"time stamps begin anew: {self.parts} parts": self.parts > 1,
+            f"time stamps begin anew: {parts} parts": parts > 1,
         }
         return [line for line, due in lines.items() if due]
 
@@ -110,13 +128,13 @@ class Picture(NamedTuple):
     frame: av.VideoFrame
     renderer: Renderer
 
-    def pixels(self, height: int | None = None, width: int | None = None) -> np.ndarray:
+    def pixels(self, *size: int) -> np.ndarray:
         """The displayed picture, uint8 RGB [height, width, 3]; by default of its own size."""
-        return self.renderer.pixels(self.frame, height, width)
+        return self.renderer.pixels(self.frame, size)
 
-    def lightness(self, height: int | None = None, width: int | None = None) -> np.ndarray:
+    def lightness(self, *size: int) -> np.ndarray:
         """The displayed picture's luma, uint8 [height, width] over the full range."""
-        return self.renderer.lightness(self.frame, height, width)
+        return self.renderer.lightness(self.frame, size)
 
 
 Decoded = tuple[av.VideoFrame, float, bool]
@@ -127,12 +145,12 @@ def pictures(
     path: str | os.PathLike,
     config: DecodingConfig | None = None,
     log: DecodingLog | None = None,
-    start: float | Entry | None = None,
+    start: Entry | None = None,
 ) -> Iterator[Picture]:
     """A file's pictures in order of time, of one size, and in `log` what it is and what is lost.
 
-    `start`: begin at this key frame, or at one before this time, in seconds; only for files that are
-    known to have time stamps. Refused: what cannot be opened, decoded or shown.
+    `start`: begin there; only for files that are known to have time stamps. Refused: what cannot be
+    opened, decoded or shown.
     """
     config, log = config or DecodingConfig(), log or DecodingLog()
     renderer = turn = None
@@ -141,18 +159,16 @@ def pictures(
             if is_record(path):
                 probe, frames = _record(os.fspath(path), log)
             elif _is_still(path):
-                image = stack.enter_context(opened_image(path))
+                image = stack.enter_context(_opened_image(path))
                 turn = TURNS.get(image.getexif().get(0x0112, 1), (False, 0))
                 probe, frames = _image(image, config)
             else:
-                probe, frames = _video(path, stack, log, start)
+                probe, frames = _video(path, log, start, stack)
             for frame, time, gap in frames:
                 if renderer is None:
                     renderer = Renderer(frame, config, probe.sample_aspect_ratio, turn)
-                    looks = ("width", "height", "rotation", "hdr")
                     kind = "video" if probe.frames > 1 else "image"
-                    values = {name: getattr(renderer, name) for name in looks}
-                    log.probe = dataclasses.replace(probe, kind=kind, **values)
+                    log.probe = dataclasses.replace(probe, kind=kind, **renderer.looks)
                 yield Picture(time, gap, frame, renderer)
     except Refused as refused:
         if renderer is None or refused.reason == "cannot be read":
@@ -178,61 +194,116 @@ def _record(path: str, log: DecodingLog) -> tuple[Probe, Iterator[Decoded]]:
     video, fps, log.caption = read_record(path)
     count = len(video)
     fps, seconds = (fps, count / fps) if count > 1 else (1.0, 0.0)
-    frames = (
-        (_rgb_frame(np.ascontiguousarray(pixels)), i / fps, False) for i, pixels in enumerate(video)
-    )
+    frames = ((_rgb_frame(pixels), i / fps, False) for i, pixels in enumerate(video))
     return Probe("tfds", "records", fps, True, count, seconds), frames
 
 
 def _image(image: Any, config: DecodingConfig) -> tuple[Probe, Iterator[Decoded]]:
-    first, times, seconds = schedule(image)
+    first, times, seconds = _schedule(image)
 
     def frames() -> Iterator[Decoded]:
         for i, time in enumerate(times, first):
             if i:
                 image.seek(i)
-            yield _rgb_frame(to_rgb(image, config.background)), time, False
+            yield _rgb_frame(_to_rgb(image, config.background)), time, False
 
     name = image.format.lower()
     return Probe(name, name, *native_rate(np.array(times)), len(times), seconds), frames()
 
 
+@contextlib.contextmanager
+def _opened_image(path: str | os.PathLike) -> Iterator[Any]:
+    """Pillow's image. Refused: no image, an unsupported format, too many pixels, and whatever Pillow
+    raises within."""
+    try:
+        with _reading(), warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            size = f"{image.width} x {image.height} pixels, at most {LARGEST}"
+            refuse_file([(image.width * image.height > LARGEST, "too large", size)])
+            yield image
+    except DAMAGE as error:
+        words, head = str(error) or type(error).__name__, _first_bytes(path)
+        unknown = isinstance(error, UnidentifiedImageError)
+        heif = "HEIF: pip install pillow-heif decodes it"
+        cut = "truncated" in words or isinstance(error, EOFError) or unknown and len(head) < 32
+        refuse_file(
+            [
+                (unknown and head[4:8] == b"ftyp", "unsupported", heif),
+                (cut, "truncated", words),
+                (True, "cannot be decoded", words),
+            ]
+        )
+
+
+def _schedule(image: Any) -> tuple[int, list[float], float]:
+    """(number of the first picture, when each is shown, when the last one ends), in seconds from 0."""
+    # APNG may have another picture before the animation, for who cannot animate.
+    first = int(bool(getattr(image, "default_image", False)))
+    count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+    times = [0.0]
+    for i in range(first, count if count - first > 1 else 0):
+        try:
+            image.seek(i)
+            if image.format != "GIF":  # The others tell a picture's time once it is decoded.
+                image.load()
+        except DAMAGE:
+            break
+        delay = float(image.info.get("duration") or 0) / 1000
+        times.append(times[-1] + (delay if delay >= SHORTEST else DEFAULT))
+    image.seek(0)
+    return (first, times[:-1], times[-1]) if len(times) > 2 else (first, [0.0], 0.0)
+
+
+def _to_rgb(image: Any, background: tuple[int, int, int]) -> np.ndarray:
+    """A Pillow image as uint8 [h, w, 3], before the background, in sRGB; not turned."""
+    if image.mode.startswith("I") or image.mode == "F":  # Of 16 bits (or 32): 65535 is white.
+        grey = np.asarray(image).astype(np.float64)
+        levels = f"grey levels from {grey.min():g} to {grey.max():g}"
+        unlike = image.mode == "F" or grey.min() < 0 or grey.max() > 65535
+        refuse_file([(unlike, "unsupported", levels)])
+        return np.repeat(np.rint(grey / 257).astype(np.uint8)[..., None], 3, axis=2)
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("RGB", "RGBA", "L", "CMYK"):
+        # A damaged profile counts as none.
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+            mode = "RGBA" if image.mode == "RGBA" else "RGB"
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            target = ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, source, target, outputMode=mode) or image
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
 def _rgb_frame(pixels: np.ndarray) -> av.VideoFrame:
-    return av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
 
 
 def _video(
-    path: str | os.PathLike,
-    stack: contextlib.ExitStack,
-    log: DecodingLog,
-    start: float | Entry | None,
+    path: str | os.PathLike, log: DecodingLog, start: Entry | None, stack: contextlib.ExitStack
 ) -> tuple[Probe, Iterator[Decoded]]:
     stream = stack.enter_context(_opened(path))
-    hint = stream.average_rate or stream.guessed_rate
-    fps, constant, base = float(hint or 25), True, float(stream.time_base or 1)
-    times, timed, offset, seconds = np.empty(0), True, 0.0, 0.0
+    rate = stream.average_rate or stream.guessed_rate
+    fps, constant, timed, times = float(rate or 25), True, True, np.empty(0)
     if start is None:
         times, timed = _stamps(stream, fps)
         if timed:
-            fps, constant = native_rate(times, float(hint) if hint else None)
-        seconds = float(times[-1] - times[0]) + 1 / fps if len(times) > 1 else 0.0
-        if not _rewound(stream):
-            stack.close()
-            stream = stack.enter_context(_opened(path))
+            fps, constant = native_rate(times, float(rate) if rate else None)
+        stack.close()
+        stream = stack.enter_context(_opened(path))
     else:
+        known = start.position is not None
+        at = start.position if known else int(start.time / float(stream.time_base or 1))
         with contextlib.suppress(FFmpegError):  # It cannot be entered there: from its start.
-            if isinstance(start, Entry):
-                offset, at = start.offset, start.position
-                stream.container.seek(at, stream=stream, unsupported_byte_offset=True)
-            else:
-                stream.container.seek(int(start / base), stream=stream)
-    names = stream.container.format.name, stream.codec_context.codec.name
+            stream.container.seek(at, stream=stream, unsupported_byte_offset=known)
+    seconds = float(times[-1] - times[0]) + 1 / fps if len(times) > 1 else 0.0
     declared = float(stream.duration * stream.time_base) if stream.duration else None
     if declared is None and stream.container.duration:
         declared = stream.container.duration / av.time_base
+    names = stream.container.format.name, stream.codec_context.codec.name
     aspect = float(stream.sample_aspect_ratio or 1)
     probe = Probe(*names, fps, constant, len(times), seconds, declared, timed, aspect)
-    clock = Clock(1 / fps, offset) if timed else None
+    clock = Clock(1 / fps, start.offset if start else 0.0) if timed else None
     return probe, _progressive(_frames(stream, fps, clock, log), log)
 
 
@@ -263,30 +334,27 @@ def _packets(stream: Any, log: DecodingLog) -> Iterator[Any]:
         log.add(error)
 
 
-def _rewound(stream: Any) -> bool:
-    """Goes back to the first frame, in containers where that is known to work."""
-    with contextlib.suppress(FFmpegError):
-        if {"mov", "matroska"} & set(stream.container.format.name.split(",")):
-            stream.container.seek(-(1 << 48), stream=stream)
-            return True
-    return False
-
-
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
     """A disk that fails is a refusal of its own."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, FFmpegError):  # By the content: some of those are OSErrors, too.
+        # FFmpeg's and Pillow's errors are about the content, though some are OSErrors, too.
+        if isinstance(error, FFmpegError) or not error.errno:
             raise
         raise Refused("cannot be read", error.strerror or str(error)) from error
 
 
+def _first_bytes(path: str | os.PathLike) -> bytes:
+    """The first 32 bytes of a file, by which its kind is told."""
+    with _reading(), open(path, "rb") as file:
+        return file.read(32)
+
+
 def _is_still(path: str | os.PathLike) -> bool:
     """Whether Pillow is to read this file, by its first bytes."""
-    with _reading(), open(path, "rb") as file:
-        head = file.read(32)
+    head = _first_bytes(path)
     refuse_file([(not head, "empty file", "0 bytes")])
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     return webp or head[4:8] == b"ftyp" and head[8:12] in _HEIF or head.startswith(_STILL)

@@ -16,9 +16,11 @@ takes these last steps only. FFmpeg's own filter for this, `zscale`, is not in P
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import av
@@ -52,7 +54,6 @@ P3_TO_BT709 = (
 TO_BT709 = {9: BT2020_TO_BT709, 11: P3_TO_BT709, 12: P3_TO_BT709}
 _M1, _M2 = 2610 / 16384, 2523 / 4096 * 128
 _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
-_LEVELS = 4096  # Entries of the tables: 12 bits of a signal of 10 (or 12).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,11 @@ class DecodingConfig:
 
     background: tuple[int, int, int] = (255, 255, 255)
     """What transparent pixels stand before, RGB in 0..255."""
-    hdr: str = "tone map"
-    """`tone map`, or `refuse`."""
 
     def __post_init__(self) -> None:
         colour = len(self.background) == 3 and all(0 <= x <= 255 for x in self.background)
-        known = self.hdr in ("tone map", "refuse")
-        refuse_if(
-            [
-                (not known, f"hdr is {self.hdr!r}: it is 'tone map' or 'refuse'"),
-                (not colour, f"background is {self.background}: it is three numbers in 0..255"),
-            ]
-        )
+        message = f"background is {self.background}: it is three numbers in 0..255"
+        refuse_if([(not colour, message)])
 
 
 class Renderer:
@@ -94,20 +88,19 @@ class Renderer:
         self.mapped = needs_mapping(self.transfer, self.primaries)
         self.background = np.array(config.background, np.float32)
         self.hdr = {PQ: "pq", HLG: "hlg"}.get(self.transfer, "")
-        if Type.DOVI_METADATA in data and not self.hdr and self.transfer in (0, 2):
-            self.hdr = "dolby vision"
+        self.looks = {"height": self.height, "width": self.width, "rotation": self.rotation}
+        self.looks |= {"hdr": self.hdr}
         light = data.get(Type.CONTENT_LIGHT_LEVEL)
         peak = float(struct.unpack("=I", bytes(light)[:4])[0]) if light is not None else 0.0
         self.peak = peak if 100 <= peak <= 10000 else 1000.0
         kind, matrix = frame.format.name, int(frame.colorspace)
+        unmapped = Type.DOVI_METADATA in data and self.transfer in (0, 2)
         size = f"{wide} x {frame.height} pixels, at most {LARGEST}"
-        refused = bool(self.hdr) and config.hdr == "refuse"
         refuse_file(
             [
                 (frame.height * wide > LARGEST, "too large", size),
                 (matrix not in _KNOWN_MATRICES, "unsupported", f"colour matrix {matrix} of H.273"),
-                (self.hdr == "dolby vision", "hdr", "Dolby Vision without a base layer"),
-                (refused, "hdr", f"{self.hdr}, and the config refuses HDR"),
+                (unmapped, "hdr", "Dolby Vision without a base layer"),
             ]
         )
         rgb = frame.format.is_rgb or kind == "pal8"
@@ -117,20 +110,16 @@ class Renderer:
         self._matrix = None if rgb else _MATRICES.get(matrix, _MATRICES[guess])
         # The scaler takes grey for BT.601's luma: by that matrix all luma stays as it is.
         self._luma = None if rgb else _MATRICES[6]
-        self._scalers: dict[tuple, VideoReformatter] = {}
+        self._scalers = collections.defaultdict[tuple, VideoReformatter](VideoReformatter)
 
     def pixels(
-        self,
-        frame: av.VideoFrame,
-        height: int | None = None,
-        width: int | None = None,
-        how: Interpolation = EXACT,
+        self, frame: av.VideoFrame, size: Sequence[int] = (), how: Interpolation = EXACT
     ) -> np.ndarray:
         """The displayed picture, uint8 RGB [height, width, 3]; by default of its own size."""
         alpha = _has_alpha(frame.format.name)
         # The scaler writes planes more than twice as fast as packed pixels, and the same numbers.
         names = ("rgb48le", "rgba64le") if self.mapped else ("gbrp", "rgba")
-        image = self._scaled(frame, height, width, names[alpha], how)
+        image = self._scaled(frame, size, names[alpha], how)
         opacity = image[..., 3:]
         if self.mapped:
             image = to_sdr(image[..., :3], self.transfer, self.primaries, self.peak)
@@ -139,30 +128,22 @@ class Renderer:
             image = np.rint(image[..., :3] * part + self.background * (1 - part)).astype(np.uint8)
         return self._turned(image)
 
-    def lightness(
-        self, frame: av.VideoFrame, height: int | None = None, width: int | None = None
-    ) -> np.ndarray:
+    def lightness(self, frame: av.VideoFrame, size: Sequence[int] = ()) -> np.ndarray:
         """The displayed picture's luma, uint8 [height, width] over the full range."""
         if self.mapped or _has_alpha(frame.format.name):
-            shown = self.pixels(frame, height, width, Interpolation.AREA)
+            shown = self.pixels(frame, size, Interpolation.AREA)
             return cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY)
-        return self._turned(self._scaled(frame, height, width, "gray", Interpolation.AREA))
+        return self._turned(self._scaled(frame, size, "gray", Interpolation.AREA))
 
-    def _scaled(self, frame, height, width, name: str, how: Interpolation) -> np.ndarray:
-        size = self._swapped(height or self.height, width or self.width)
-        scaler = self._scalers.setdefault((size, name, int(how)), VideoReformatter())
-        scaled = scaler.reformat(
-            frame,
-            size[1],
-            size[0],
-            name,
-            src_colorspace=self._luma if name == "gray" else self._matrix,
-            src_color_range=self._range,
-            dst_color_range=ColorRange.JPEG,
-            interpolation=how,
-            threads=1,
-        )
-        return scaled.to_ndarray()
+    def _scaled(
+        self, frame: av.VideoFrame, size: Sequence[int], name: str, how: Interpolation
+    ) -> np.ndarray:
+        height, width = self._swapped(*(size or (self.height, self.width)))
+        options: dict[str, Any] = {"src_color_range": self._range, "interpolation": how}
+        options["src_colorspace"] = self._luma if name == "gray" else self._matrix
+        options |= {"dst_color_range": ColorRange.JPEG, "threads": 1}
+        scaler = self._scalers[height, width, name, int(how)]
+        return scaler.reformat(frame, width, height, name, **options).to_ndarray()
 
     def _swapped(self, height: int, width: int) -> tuple[int, int]:
         return (width, height) if self.rotation in (90, 270) else (height, width)
@@ -249,31 +230,21 @@ def rolled_off(light, peak: float):
 def to_sdr(pixels: np.ndarray, transfer: int, primaries: int, peak: float = 1000.0) -> np.ndarray:
     """R'G'B' uint16 [h, w, 3] over its full range to uint8 [h, w, 3] for an ordinary display; `peak`:
     the brightest light meant, in cd/m2."""
-    if transfer == HLG:
-        peak = 1000.0
-    lights, gains, signals = _tables(transfer, round(peak))
-    light = lights[pixels >> 4]
+    light = _lights(transfer)[pixels]
     if transfer == HLG:
         luma = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light *= 1000.0 * np.power(np.maximum(luma, 1e-6), 0.2)[..., None]
     if transfer in (PQ, HLG):
-        at = np.sqrt(np.minimum(light.max(-1) / 10000.0, 1.0)) * (_LEVELS - 1)
-        light *= gains[np.rint(at).astype(np.intp)][..., None]
+        brightest = np.maximum(light.max(-1, keepdims=True), 1e-4)
+        light *= rolled_off(brightest, 1000.0 if transfer == HLG else peak) / brightest / WHITE
     if primaries in TO_BT709:
         light = light @ np.array(TO_BT709[primaries], np.float32).T
-    linear = np.clip(light, 0, 1)
-    return signals[np.rint(np.sqrt(linear) * (_LEVELS - 1)).astype(np.intp)]
+    return np.rint(255 * np.clip(light, 0, 1) ** (1 / DISPLAY_GAMMA)).astype(np.uint8)
 
 
 @functools.cache
-def _tables(transfer: int, peak: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of `_LEVELS` entries: light by the signal (cd/m2 for PQ, of the scene for HLG, else white is 1);
-    what light is multiplied with, white becoming 1, by the square root of light / 10,000; the signal,
-    0..255, by the square root of linear light in [0, 1]."""
-    level = np.linspace(0, 1, _LEVELS)
-    lights = {PQ: pq_to_light, HLG: hlg_to_scene}.get(transfer, lambda x: x**DISPLAY_GAMMA)(level)
-    light = 10000.0 * level**2
-    light[0] = light[1]
-    gains = rolled_off(light, peak) / light / WHITE
-    signals = np.rint(255 * (level**2) ** (1 / DISPLAY_GAMMA))
-    return lights.astype(np.float32), gains.astype(np.float32), signals.astype(np.uint8)
+def _lights(transfer: int) -> np.ndarray:
+    """Light by the signal of 16 bits, float32: cd/m2 for PQ, of the scene for HLG, else white is 1."""
+    functions = {PQ: pq_to_light, HLG: hlg_to_scene}
+    light = functions.get(transfer, lambda x: x**DISPLAY_GAMMA)(np.linspace(0, 1, 1 << 16))
+    return light.astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-# `hdr`: where the config refuses it, or it cannot be tone-mapped (Dolby Vision without a base layer).
+# `hdr`: what cannot be tone-mapped (Dolby Vision without a base layer).
 # `unsupported`: a format that is recognised but not decoded here.
 CONTENT_REASONS = ("empty file", "not media", "no video stream", "no frames", "truncated")
 CONTENT_REASONS += ("cannot be decoded", "encrypted", "hdr", "unsupported", "too large")

@@ -66,25 +66,23 @@ class ShotFinder:
     def __init__(self, config: ShotConfig):
         self.config = config
         self._recent = collections.deque[np.ndarray](maxlen=2 * WINDOW + 2)
-        self._changes: list[float] = []
+        self.changes: list[float] = []  # Of every frame, 0..255.
         self._black = bytearray()
         self._structures: dict[int, tuple[float, float]] = {}
         self._found: set[int] = set()
 
-    def feed(self, light: np.ndarray) -> float:
-        """The next frame's lightness, uint8 [h, w] of one size throughout; its mean change, 0..255."""
-        change = _difference(self._recent[-1], light) if self._changes else 0.0
-        self._changes.append(change)
+    def feed(self, light: np.ndarray) -> None:
+        """The next frame's lightness, uint8 [h, w] of one size throughout."""
+        self.changes.append(_difference(self._recent[-1], light) if self.changes else 0.0)
         self._recent.append(light)
         bright = np.count_nonzero(light >= (self.config.black or 0))
         self._black.append(int(bright <= 0.02 * light.size))
-        self._check(len(self._changes) - 1 - WINDOW)
-        return change
+        self._check(len(self.changes) - 1 - WINDOW)
 
     def cuts(self, ended: bool = True) -> list[int]:
         """The first frames of all shots but the first, counted from the first frame fed; before the
         last frame those within `LAG` of the latest are provisional."""
-        count = len(self._changes)
+        count = len(self.changes)
         for at in range(count - WINDOW, count if ended else 0):
             self._check(at)
         black = np.frombuffer(b"\0" + self._black + b"\0", np.int8)
@@ -94,7 +92,7 @@ class ShotFinder:
 
     def _check(self, at: int) -> None:
         """Adds frame `at` to the cuts if it is one; up to `WINDOW` frames after it are known."""
-        changes = self._changes
+        changes = self.changes
         if at < 1 or changes[at] < self.config.change:
             return
         last = len(changes) - 1
@@ -113,7 +111,7 @@ class ShotFinder:
 
     def _breaks(self, at: int, sides: tuple[range, range], likeness: float) -> bool:
         """Whether outlines are unlike, and structure changes more than on either side."""
-        changes = self._changes
+        changes = self.changes
         structure, outlines = self._structure(at)
         if outlines > likeness:
             return False
@@ -130,13 +128,13 @@ class ShotFinder:
         return True
 
     def _frames(self, *indices: int) -> list[np.ndarray]:
-        return [self._recent[i - len(self._changes)] for i in indices]
+        return [self._recent[i - len(self.changes)] for i in indices]
 
     def _structure(self, at: int) -> tuple[float, float]:
         """Equations 3 and 2 of a frame."""
         if at not in self._structures:
             pair = self._frames(at - 1, at)
-            change, outlines = self._changes[at], _likeness(*pair)
+            change, outlines = self.changes[at], _likeness(*pair)
             best = change * (1 - outlines), outlines
             shifted = _aligned(*pair) if outlines <= LIKENESS else None
             if shifted is not None:

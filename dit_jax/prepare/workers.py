@@ -16,7 +16,6 @@ import dataclasses
 import multiprocessing.connection as connections
 import os
 import pickle
-import queue
 import resource
 import signal
 import subprocess
@@ -25,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import av.logging
@@ -82,35 +81,39 @@ def run(
     """
     called = b"__main__"
     with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):
-        called = pickle.dumps(function)
+        called = pickle.dumps((function, config.memory_limit))
     message = f"{function!r}: define it in a module, for children to import"
     refuse_if([(b"__main__" in called, message)])
     count = config.count or len(os.sched_getaffinity(0))
-    jobs: queue.SimpleQueue[tuple[bytes, Future[Outcome]] | None] = queue.SimpleQueue()
     children = [_Child(called, config) for _ in range(count)]
-    # A thread waits for each child. Daemons, or a program that failed would wait for slow items.
-    threads = [threading.Thread(target=one.serve, args=(jobs,), daemon=True) for one in children]
-    for thread in threads:
-        thread.start()
+    idle = children.copy()  # As many as there are threads, so that none finds it empty.
+
+    def outcome(item: Any) -> Outcome:
+        child = idle.pop()
+        try:
+            return child.outcome(item)
+        finally:
+            idle.append(child)
+
     waiting: collections.deque[Future[Outcome]] = collections.deque()
+    threads = ThreadPoolExecutor(count)  # Each waits for a child.
     try:
         for item in items:
-            waiting.append(Future())
-            jobs.put((pickle.dumps(item), waiting[-1]))
+            waiting.append(threads.submit(outcome, item))
             while waiting and (waiting[0].done() or len(waiting) >= ahead * count):
-                yield waiting.popleft().result()
+                yield waiting[0].result()
+                waiting.popleft()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting[0].result()
+            waiting.popleft()
     finally:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                jobs.get_nowait()
-        for _ in threads:
-            jobs.put(None)
-        for child, thread in zip(children, threads, strict=True):
-            while thread.is_alive():  # It may just be starting a process.
+        threads.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in waiting):
+            for child in children:  # It may just be starting a process, and is killed after that.
                 child.kill()
-                thread.join(0.05)
+            time.sleep(0.02)
+        for child in children:
+            child.end(0)
 
 
 class _Child:
@@ -119,16 +122,6 @@ class _Child:
     def __init__(self, called: bytes, config: WorkersConfig):
         self._called, self._config = called, config
         self._process: subprocess.Popen | None = None
-
-    def serve(self, jobs: queue.SimpleQueue[tuple[bytes, Future[Outcome]] | None]) -> None:
-        """Works on one job after another, until there is None."""
-        while (job := jobs.get()) is not None:
-            item, future = job
-            try:
-                future.set_result(self._outcome(item))
-            except Exception as error:
-                future.set_exception(error)
-        self._end()
 
     def kill(self) -> None:
         """Ends the process at once; the thread that serves notices."""
@@ -146,47 +139,46 @@ class _Child:
                 env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is for us.
             )
-        self._given, started = 0, b""
+        self._given, started = 0, False
         with contextlib.suppress(EOFError, OSError):
             self._pipe.send_bytes(self._called)
-            self._pipe.send_bytes(pickle.dumps(self._config.memory_limit))
-            started = self._pipe.poll(_STARTING) and self._pipe.recv_bytes()
+            started = self._pipe.poll(_STARTING) and self._pipe.recv()
         if not started:
-            message = f"a child process did not start ({self._end()}); what it said is on stderr"
+            message = f"a child process did not start ({self.end()}); what it said is on stderr"
             raise ChildProcessError(message)
 
-    def _outcome(self, item: bytes) -> Outcome:
+    def outcome(self, item: Any) -> Outcome:
+        """What becomes of an item."""
         if self._process is None:
             self._start()
         begun, value, limit = time.monotonic(), None, self._config.time_limit
         self._given += 1
         try:
-            self._pipe.send_bytes(item)
+            self._pipe.send(item)
             if self._pipe.poll(limit):
-                value, reason, detail = pickle.loads(self._pipe.recv_bytes())
+                value, reason, detail = self._pipe.recv()
                 if self._given >= self._config.items_per_child or reason == "out of memory":
-                    self._end()
+                    self.end()
             else:
                 reason, detail = "timed out", f"killed after {limit:g} s"
-                self.kill()
-                self._end()
+                self.end(0)
         except (EOFError, OSError):
-            reason, detail = "decoder crashed", self._end()
+            reason, detail = "decoder crashed", self.end()
         return Outcome(value, reason, detail, time.monotonic() - begun)
 
-    def _end(self) -> str:
-        """Kills the process if it has not ended by itself; returns how it ended."""
+    def end(self, grace: float = 0.5) -> str:
+        """Kills the process if it does not end by itself within `grace`; returns how it ended."""
         process, self._process = self._process, None
         if process is None:
             return ""
         self._pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
+            process.wait(grace)
         process.kill()
         code = process.wait()
-        names = {int(one): one.name for one in signal.Signals}
         if code >= 0:
             return f"its process ended with status {code}"
+        names = {int(one): one.name for one in signal.Signals}
         return f"its process was ended by {names.get(-code, f'signal {-code}')}"
 
 
@@ -202,23 +194,20 @@ def work() -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
     av.logging.set_level(av.logging.PANIC)  # What is wrong with a file is in its report.
     pipe = connections.Connection(int(sys.argv[1]))
-    function = pickle.loads(pipe.recv_bytes())
-    limit = pickle.loads(pipe.recv_bytes())
+    function, limit = pipe.recv()
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    pipe.send_bytes(b"started")
+    pipe.send(True)
     with contextlib.suppress(EOFError):
         while True:
-            item = pickle.loads(pipe.recv_bytes())
+            item = pipe.recv()
             try:
-                answer = pickle.dumps((function(item), "", ""))
+                pipe.send((function(item), "", ""))
             except Refused as refused:
-                answer = pickle.dumps((None, refused.reason, refused.detail))
+                pipe.send((None, refused.reason, refused.detail))
             except MemoryError:
-                answer = pickle.dumps((None, "out of memory", "its process may have no more"))
+                pipe.send((None, "out of memory", "its process may have no more"))
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{os.path.basename(place.filename)}:{place.lineno}"
-                detail = f"{type(error).__name__}: {error} ({where})"
-                answer = pickle.dumps((None, "failed", detail))
-            pipe.send_bytes(answer)
+                pipe.send((None, "failed", f"{type(error).__name__}: {error} ({where})"))
