@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from tensorboardX.proto.event_pb2 import Event
 
 from dit_jax.files import write_whole
 
@@ -96,7 +95,7 @@ class Verbs:
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": os.environ["XLA_FLAGS"],
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT / 'tests' / 'without'}{os.pathsep}{ROOT}",
         }
         if place:
             index, count, port = place
@@ -183,6 +182,8 @@ def data_state(directory: Path, step: int) -> dict[str, Any]:
 
 def scalars(directory: Path, name: str) -> dict[int, float]:
     """A logged scalar by step; no step may have been logged with two values."""
+    from tensorboardX.proto.event_pb2 import Event  # which imports PyTorch: seconds
+
     found: dict[int, float] = {}
     for path in sorted((directory / "logs").glob("events*")):
         data, at = path.read_bytes(), 0
