@@ -167,9 +167,13 @@ def test_a_deep_value_is_refused_in_one_line():
         assert len(str(error.value)) < 1000
 
 
-def test_a_stored_config_without_end_is_refused():
-    with pytest.raises(InputError, match="more than [0-9,]+ bytes"):
-        read_config("/dev/zero")
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/dev/zero", "more than [0-9,]+ bytes"), ("/none.json", "none.json' cannot be read")],
+)
+def test_a_file_that_cannot_be_read_is_refused(path, message):
+    with pytest.raises(InputError, match=message):
+        read_config(path)
 
 
 def test_stored_configs_are_read_from_anywhere(tmp_path, monkeypatch, bucket):
