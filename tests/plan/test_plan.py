@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -81,25 +81,16 @@ class MosaicError(Exception):
 
 def failing(error):
     """A step whose compiling raises this."""
-
-    def fake():
-        raise error
-
-    compiled = SimpleNamespace(lower=lambda: SimpleNamespace(compile=fake))
-    return SimpleNamespace(
-        function=SimpleNamespace(trace=lambda: compiled), arguments=(), state=None
-    )
+    step = Mock(arguments=(), state=None)
+    step.function.trace.return_value.lower.return_value.compile.side_effect = error
+    return step
 
 
 @pytest.mark.parametrize(
     "error, kind, message",
     [
         (MosaicError("INTERNAL: Mosaic failed to compile\nx"), CompilerFailed, "to compile."),
-        (
-            NotImplementedError("Unimplemented primitive"),
-            CompilerFailed,
-            "Unimplemented primitive.",
-        ),
+        (NotImplementedError("Unimplemented primitive"), CompilerFailed, "primitive."),
         (TypeError("ours"), TypeError, "ours"),  # a mistake of ours is not the compiler's
     ],
 )
@@ -111,12 +102,7 @@ def test_whose_failure_it_is(error, kind, message):
 @pytest.mark.parametrize(
     "text, status, message, reason",
     [
-        (
-            "INTERNAL: failed:\nno tiling\nx",
-            2,
-            "INTERNAL: failed: no tiling.",
-            "refused: the compi",
-        ),
+        ("INTERNAL: failed:\nno tiling\nx", 2, "INTERNAL: failed: no tiling.", "refused: the"),
         ("RESOURCE_EXHAUSTED: no room", 3, "does not fit", "does not fit: RESOURCE"),
     ],
 )
