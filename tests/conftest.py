@@ -31,7 +31,7 @@ if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 for name, value in (
     ("COMPILATION_CACHE_DIR", str(CACHE)),
-    ("PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.1),
+    ("PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0),
 ):
     if f"JAX_{name}" not in os.environ:
         os.environ[f"JAX_{name}"] = str(value)  # for processes
