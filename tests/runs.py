@@ -20,6 +20,13 @@ import orbax.checkpoint as ocp
 
 from dit_jax.files import write_whole
 
+# The writer of logs imports PyTorch if it is there, for seconds and for nothing: now it does not.
+absent = sys.modules.setdefault("torch", None) is None  # pyright: ignore
+from tensorboardX.proto.event_pb2 import Event  # noqa: E402
+
+if absent:
+    del sys.modules["torch"]
+
 ROOT = Path(__file__).parents[1]
 CONFIG = Path(__file__).with_name("tiny_config.py")
 INTERRUPTED = """
@@ -89,10 +96,12 @@ class Verbs:
         seconds): after so many seconds of the so-manieth step that it makes it gets the signal.
         """
         env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+        # It serves process 0 alone; others would come to a collective later by a compilation.
+        cache = self.logs / str(place[2]) if place else self.cache
         env |= {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": os.environ["XLA_FLAGS"],
             "PYTHONPATH": f"{ROOT / 'tests' / 'without'}{os.pathsep}{ROOT}",
@@ -182,8 +191,6 @@ def data_state(directory: Path, step: int) -> dict[str, Any]:
 
 def scalars(directory: Path, name: str) -> dict[int, float]:
     """A logged scalar by step; no step may have been logged with two values."""
-    from tensorboardX.proto.event_pb2 import Event  # which imports PyTorch: seconds
-
     found: dict[int, float] = {}
     for path in sorted((directory / "logs").glob("events*")):
         data, at = path.read_bytes(), 0
