@@ -31,7 +31,7 @@ if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 for name, value in (
     ("COMPILATION_CACHE_DIR", str(CACHE)),
-    ("PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.1),
+    ("PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0),
 ):
     if f"JAX_{name}" not in os.environ:
         os.environ[f"JAX_{name}"] = str(value)  # for processes
@@ -74,10 +74,8 @@ def checked() -> None:
 
 @pytest.fixture(scope="session")
 def verbs(tmp_path_factory: pytest.TempPathFactory) -> Verbs:
-    """Starts processes, which share what they compile, also with those of pytest's other workers."""
-    cache = shared(tmp_path_factory) / "compiled"
-    cache.mkdir(exist_ok=True)
-    return Verbs(cache, tmp_path_factory.mktemp("logs"))
+    """Starts processes, which share what they compile with all others and the next session."""
+    return Verbs(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), tmp_path_factory.mktemp("logs"))
 
 
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -87,18 +85,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cached(verbs: Verbs) -> Iterator[None]:
+def cached() -> Iterator[None]:
     """Every call of a verb compiles anew: what it compiled before it finds in the cache."""
-    names = {
-        "jax_compilation_cache_dir": str(verbs.cache),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update(name, before)
 
 
 @pytest.fixture

@@ -17,9 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from tensorboardX.proto.event_pb2 import Event
 
 from dit_jax.files import write_whole
+
+# The writer of logs imports PyTorch if it is there, for seconds and for nothing: now it does not.
+absent = sys.modules.setdefault("torch", None) is None  # pyright: ignore
+from tensorboardX.proto.event_pb2 import Event  # noqa: E402
+
+if absent:
+    del sys.modules["torch"]
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Path(__file__).with_name("tiny_config.py")
@@ -90,13 +96,15 @@ class Verbs:
         seconds): after so many seconds of the so-manieth step that it makes it gets the signal.
         """
         env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+        # It serves process 0 alone; others would come to a collective later by a compilation.
+        cache = self.logs / str(place[2]) if place else self.cache
         env |= {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": os.environ["XLA_FLAGS"],
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT / 'tests' / 'without'}{os.pathsep}{ROOT}",
         }
         if place:
             index, count, port = place

@@ -9,7 +9,7 @@ from tests.runs import ROOT
 from tests.scripts import load_script
 
 
-def test_our_train_step_learns(monkeypatch: pytest.MonkeyPatch):
+def test_our_train_step_learns(monkeypatch: pytest.MonkeyPatch, one_device: None):
     script = load_script("benchmarks", "train_step")
     monkeypatch.setattr(script, "SIZES", {"tiny": (16, 1, 2, 8)})
     step, first = script.jax_step("tiny", False, "float32")

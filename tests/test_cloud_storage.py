@@ -22,7 +22,7 @@ def start(
     """Starts two processes with a device each; ``stop`` is for the second."""
     port = free_port()
     # The cache serves process 0 alone, and the other would be late.
-    verbs = dataclasses.replace(verbs, cache=verbs.cache / str(port))
+    verbs = dataclasses.replace(verbs, cache=verbs.logs / str(port))
     return [
         verbs.train(
             output,  # pyright: ignore[reportArgumentType]

@@ -460,7 +460,7 @@ def test_two_processes_find_what_one_does(
     ended = end(verbs.start("evaluate", [*given, "--output", one], devices=2))
     port = free_port()
     # JAX's compilation cache serves process 0 alone, and gloo waits for 30 s.
-    alike = dataclasses.replace(verbs, cache=verbs.cache / str(port))
+    alike = dataclasses.replace(verbs, cache=verbs.logs / str(port))
     ended += end(
         *(alike.start("evaluate", [*given, "--output", two], place=(i, 2, port)) for i in (0, 1))
     )

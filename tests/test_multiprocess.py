@@ -42,7 +42,7 @@ def start(
     port = free_port()
     # JAX's compilation cache serves process 0 alone; the others would come to the first collective
     # later than it by a compilation, and gloo waits for 30 s.
-    alike = dataclasses.replace(verbs, cache=verbs.cache / str(port))
+    alike = dataclasses.replace(verbs, cache=verbs.logs / str(port))
     return [
         alike.train(
             directory,

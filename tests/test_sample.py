@@ -186,7 +186,7 @@ def test_two_processes_make_what_one_makes(whole: Run, verbs: Verbs, tmp_path: P
     alone, shared = tmp_path / "alone.png", tmp_path / "shared.png"
     assert sample.main([str(one) for one in [*given, alone]]) == 0
     port = free_port()
-    alike = dataclasses.replace(verbs, cache=verbs.cache / str(port))
+    alike = dataclasses.replace(verbs, cache=verbs.logs / str(port))
     ended = end(*(alike.start("sample", [*given, shared], place=(i, 2, port)) for i in (0, 1)))
     assert [one.status for one in ended] == [0, 0]
     assert "clip(s)" in ended[0].text and "clip(s)" not in ended[1].text

@@ -18,14 +18,11 @@ from dit_jax.diffusion import DiffusionConfig, PathConfig, TimeConfig
 from dit_jax.diffusion.objective import estimate
 from dit_jax.diffusion.paths import alphas_cumprod, betas
 from dit_jax.diffusion.solvers import SolverConfig, noise_levels, start_history, step
+from tests.optional import optional
 
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torch
-        from diffusers import schedulers
-except ImportError as error:
-    pytest.skip(f"no second implementation: {error}", allow_module_level=True)
+torch, diffusers = optional("torch"), optional("diffusers")
+if torch is None or diffusers is None:
+    pytest.skip("no second implementation", allow_module_level=True)
 
 # Of how the other implementation uses NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -102,7 +99,7 @@ def scheduler(kind, path, prediction, **options):
         given["clip_sample"] = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = getattr(schedulers, kind)(**given)
+        made = getattr(diffusers.schedulers, kind)(**given)
     made.alphas_cumprod = torch.tensor(alphas_cumprod(path), dtype=torch.float64)
     made.one = made.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     return made
@@ -229,7 +226,7 @@ def test_multistep(name, chain, spacing, prediction):
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_multistep_on_a_flow(name):
     given = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-    made = getattr(schedulers, MULTISTEP[name])(**given)
+    made = getattr(diffusers.schedulers, MULTISTEP[name])(**given)
     made.set_timesteps(10)
     levels = made.sigmas.double().numpy()
     assert levels[0] > 0.99 and levels[-1] == 0
@@ -252,7 +249,7 @@ def test_euler_and_heun_in_the_ratio_of_noise_to_signal(name, prediction):
 
 @pytest.mark.parametrize("shift", [None, 3.0])
 def test_flow_match_euler(shift):
-    made = schedulers.FlowMatchEulerDiscreteScheduler(shift=shift or 1.0)
+    made = diffusers.schedulers.FlowMatchEulerDiscreteScheduler(shift=shift or 1.0)
     if shift is None:  # with a shorter last step
         made.set_timesteps(10)
         levels = noise_levels(PathConfig(), "linear", 10, last=1e-3)
@@ -265,7 +262,7 @@ def test_flow_match_euler(shift):
 
 
 def test_flow_match_heun():
-    made = schedulers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    made = diffusers.schedulers.FlowMatchHeunDiscreteScheduler(shift=3.0)
     made.set_timesteps(10)
     # Each level but the first and the last stands twice; its own least level is shifted twice.
     levels = np.append(made.sigmas[::2].double().numpy(), 0.0)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from einops import rearrange
 from flax import linen as nn
-from safetensors import torch as safetensors_torch
 
 from dit_jax import interop
 from dit_jax.interop import dit as dit_files
@@ -29,6 +28,9 @@ from tests.interop.published import (
     seeds,
     torch,
 )
+from tests.optional import optional
+
+safetensors_torch = optional("safetensors.torch")
 
 TOLERANCE = 1e-4
 """Float32 in another order of summation; the issue's bound."""

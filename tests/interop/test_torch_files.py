@@ -6,7 +6,6 @@ import os
 import pickle
 import struct
 import tracemalloc
-import warnings
 import zipfile
 
 import ml_dtypes
@@ -14,15 +13,10 @@ import numpy as np
 import pytest
 
 from dit_jax.interop import read_safetensors, read_torch
+from tests.optional import optional
 from tests.scripts import load_script
 
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torch
-except ImportError:
-    torch = None
-
+torch = optional("torch")
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
 
 

@@ -90,23 +90,18 @@ def test_a_compiled_call_is_recognised(program, chips):
     # Its results and the ids were placed on the chip; q, k, v come from HBM, and three buffers of
     # statistics, one [512, 128] block of float32 a row of the batch, go there.
     assert forward["hbm_bytes"] == ROWS + 2 * ROWS * LENGTH / BLOCK + 3 * B * 512 * 128 * 4
-
-
-def test_calls_that_differ_in_their_masks_alone_cost_the_mean(program, chips):
-    kernels = find_kernels(trace(True))
+    # Calls that differ in their masks alone cost the mean.
     half = [
         k._replace(flops=k.flops / 2, block_bytes=tuple(b / 2 for b in k.block_bytes))
         for k in kernels
     ]
     tally = analyse(program("splash"), kernels + half, *chips("v5e:2x4"))
     assert tally["kernel_flops"] == 7 * PRODUCT * 3 / 4
-
-
-def test_an_unknown_kernel_is_told(program, chips):
+    # Those that are not known are told.
     tally = analyse(program("splash"), [], *chips("v5e:2x4"))
-    assert tally["kernel_flops"] == 0
     warnings = [key[1] for key in tally if key[0] == "warnings"]
-    assert len(warnings) == 2 and all("kernel splash_mha" in warning for warning in warnings)
+    assert tally["kernel_flops"] == 0 and len(warnings) == 2
+    assert all("kernel splash_mha" in warning for warning in warnings)
 
 
 def test_loops_and_branches_of_a_trace():
@@ -129,10 +124,6 @@ def test_loops_and_branches_of_a_trace():
 def test_convolutions_of_a_trace():
     x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
     w = jax.ShapeDtypeStruct((3, 3, 3, 16), jnp.float32)
-
-    def convolve(x, w):
-        return jax.lax.conv_general_dilated(
-            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
+    names = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    convolve = partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", **names)
     assert traced_flops(jax.make_jaxpr(convolve)(x, w)) == 2 * 8 * 8 * 16 * 3 * 3 * 3

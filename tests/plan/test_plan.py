@@ -6,8 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -20,7 +19,6 @@ from dit_jax.plan.abstract import STEPS, compile_step
 from dit_jax.plan.sweep import REMAT_POLICIES, candidates, meshes, state_alone
 from dit_jax.plan.topologies import parse_topology
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(Path(__file__).with_name("small_config.py"))
 GIVEN = ("--config", CONFIG, "--topology", "v5e:2x4")
 needs_libtpu = pytest.mark.skipif(
@@ -78,52 +76,47 @@ def test_a_file_that_cannot_be_written_is_refused_first(capsys, tmp_path, monkey
 
 
 class MosaicError(Exception):
-    """As JAX raises it: a private class of its own."""
+    __module__ = "jax._src.pallas.mosaic.error_handling"  # a private class of JAX's own
 
-    __module__ = "jax._src.pallas.mosaic.error_handling"
+
+def failing(error):
+    """A step whose compiling raises this."""
+    step = Mock(arguments=(), state=None)
+    step.function.trace.return_value.lower.return_value.compile.side_effect = error
+    return step
 
 
 @pytest.mark.parametrize(
-    "error, status, message",
+    "error, kind, message",
     [
-        (jax.errors.JaxRuntimeError("INTERNAL: failed:\nno tiling\nx"), 2, "failed: no tiling."),
-        (MosaicError("INTERNAL: Mosaic failed to compile\nx"), 2, "Mosaic failed to compile."),
-        (NotImplementedError("Unimplemented primitive"), 2, "Unimplemented primitive."),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "does not fit"),
+        (MosaicError("INTERNAL: Mosaic failed to compile\nx"), CompilerFailed, "to compile."),
+        (NotImplementedError("Unimplemented primitive"), CompilerFailed, "primitive."),
+        (TypeError("ours"), TypeError, "ours"),  # a mistake of ours is not the compiler's
     ],
 )
-def test_what_the_compiler_cannot_do_is_refused(capsys, monkeypatch, error, status, message):
-    def fake(*_):
-        raise error
+def test_whose_failure_it_is(error, kind, message):
+    with pytest.raises(kind, match=message):
+        compile_step(failing(error))
 
-    function = SimpleNamespace(trace=fake_trace(fake))
-    step = SimpleNamespace(function=function, arguments=(), state=None)
-    monkeypatch.setitem(STEPS, "train", lambda *_: step)
+
+@pytest.mark.parametrize(
+    "text, status, message, reason",
+    [
+        ("INTERNAL: failed:\nno tiling\nx", 2, "INTERNAL: failed: no tiling.", "refused: the"),
+        ("RESOURCE_EXHAUSTED: no room", 3, "does not fit", "does not fit: RESOURCE"),
+    ],
+)
+def test_what_the_compiler_cannot_do_is_refused(capsys, monkeypatch, text, status, message, reason):
+    error = jax.errors.JaxRuntimeError(text)
+    monkeypatch.setitem(STEPS, "train", lambda *_: failing(error))
     monkeypatch.setattr(verb, "topology_devices", lambda _: jax.devices())
     assert verb.main([*GIVEN]) == status
     said = capsys.readouterr()
     assert message in said.err and "Traceback" not in said.err and not said.out
-    if status == 2:
-        assert "error: the compiler failed: " in said.err
     # A sweep goes on, and none of its meshes fits.
     small = ("--sweep", "--limit", "2", "--model.dit.remat", "none")
     assert verb.main([*GIVEN, *small]) == status
-    said = capsys.readouterr()
-    reason = "refused: the compiler failed" if status == 2 else "does not fit: RESOURCE"
-    assert said.out.count(reason) == 2
-
-
-def fake_trace(compile):
-    return lambda: SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile))
-
-
-def test_a_mistake_of_ours_is_not_the_compilers(monkeypatch):
-    def fake():
-        raise TypeError("ours")
-
-    step: Any = SimpleNamespace(function=SimpleNamespace(trace=fake_trace(fake)), arguments=())
-    with pytest.raises(TypeError, match="ours"):
-        compile_step(step)
+    assert capsys.readouterr().out.count(reason) == 2
 
 
 @needs_libtpu
@@ -145,40 +138,38 @@ def sized(rows, row_tokens, heads, accumulate=1):
     )
 
 
-def shapes(config, topology, slices=1, what="train"):
-    return [mesh.sizes for mesh in meshes(config, what, parse_topology(topology, slices))]
+def shapes(config, slices=1, what="train"):
+    return [mesh.sizes for mesh in meshes(config, what, parse_topology("v5e:2x2", slices))]
 
 
-def test_sensible_meshes_divide_rows_tokens_and_heads():
-    # 4 chips: rows take 1 or 2 of them, heads 1 or 3, so that tokens take the rest.
-    assert shapes(sized(2, 1024, 3), "v5e:2x2") == [
-        (1, 2, 2, 1),
-        (2, 1, 2, 1),
-        (1, 1, 4, 1),
-    ]
-    assert (1, 2, 1, 2) in shapes(sized(2, 1024, 4), "v5e:2x2")
-    # Of 8 rows in 4 parts, 2 are computed at once.
-    assert shapes(sized(8, 1024, 3, accumulate=4), "v5e:2x2") == shapes(
-        sized(2, 1024, 3), "v5e:2x2"
-    )
-    # 1025 tokens do not divide.
-    assert shapes(sized(4, 1025, 3), "v5e:2x2") == [(1, 4, 1, 1), (4, 1, 1, 1)]
-    assert shapes(sized(3, 1025, 3), "v5e:2x2") == []
+@pytest.mark.parametrize(
+    "config, how, expected",
+    [
+        # 4 chips: rows take 1 or 2 of them, heads 1 or 3, so that tokens take the rest.
+        ((2, 1024, 3), {}, [(1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 4, 1)]),
+        # Of 8 rows in 4 parts, 2 are computed at once.
+        ((8, 1024, 3, 4), {}, [(1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 4, 1)]),
+        # 1025 tokens do not divide.
+        ((4, 1025, 3), {}, [(1, 4, 1, 1), (4, 1, 1, 1)]),
+        ((3, 1025, 3), {}, []),
+        # Slices are crossed by data.
+        ((8, 1025, 3), {"slices": 2}, [(2, 4, 1, 1), (8, 1, 1, 1)]),
+    ],
+)
+def test_sensible_meshes_divide_rows_tokens_and_heads(config, how, expected):
+    assert shapes(sized(*config), **how) == expected
 
 
-def test_slices_are_crossed_by_data():
-    assert shapes(sized(8, 1025, 3), "v5e:2x2", slices=2) == [(2, 4, 1, 1), (8, 1, 1, 1)]
-
-
-def test_a_guided_step_has_two_rows():
-    assert shapes(sized(8, 1024, 3), "v5e:2x2", what="sample")[0] == (1, 2, 2, 1)
+def test_meshes_of_heads_and_of_a_guided_step():
+    assert (1, 2, 1, 2) in shapes(sized(2, 1024, 4))
+    assert shapes(sized(8, 1024, 3), what="sample")[0] == (1, 2, 2, 1)  # two rows
 
 
 def test_every_policy_is_tried_on_every_mesh():
     config, topology = sized(4, 1025, 3), parse_topology("v5e:2x2")
     assert {"none", "full", "offload"} <= set(REMAT_POLICIES)
     tried = [(m.sizes, remat) for m, remat, _ in candidates(config, "train", topology)]
-    assert tried == [(m, r) for m in shapes(config, "v5e:2x2") for r in REMAT_POLICIES]
+    assert tried == [(m, r) for m in shapes(config) for r in REMAT_POLICIES]
     assert all(
         c.mesh == m and c.model.dit.remat == r for m, r, c in candidates(config, "train", topology)
     )
@@ -226,7 +217,6 @@ def test_a_state_that_is_too_large_need_not_be_compiled():
     tiny = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, hbm_bytes=10e6))
     # 859 k parameters of 16 bytes: 13.7 MB on each of `data`, an eighth of it by fsdp.
     whole = dataclasses.replace(config, mesh=MeshConfig(data=8))
-    assert state_alone(whole, topology, jax.devices()) is None
     reason = state_alone(whole, tiny, jax.devices())
     assert reason is not None and "the state alone needs 0.0137 of 0.01 GB of HBM" in reason
     assert state_alone(config, tiny, jax.devices()) is None
