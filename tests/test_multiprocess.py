@@ -13,10 +13,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.runs import ROOT, Run, Started, Verbs, arrays, data_state, end, free_port, scalars, steps
+from dit_jax.files import local_copy
+from tests.runs import (
+    ROOT,
+    Ended,
+    Run,
+    Started,
+    Verbs,
+    assert_same_run,
+    end,
+    free_port,
+    scalars,
+    steps,
+)
 
 LAST, EVERY = 20, 5
 MESH = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.context", 2)
@@ -33,10 +44,9 @@ LIMIT = 60
 
 def start(
     verbs: Verbs,
-    directory: Path,
+    directory: Path | str,
     processes: int,
     stops: dict[int, tuple[str, int, float]] | None = None,
-    extra: dict[int, tuple] | None = None,
 ) -> list[Started]:
     """Starts so many processes with eight devices in all, joined by flags."""
     port = free_port()
@@ -49,7 +59,7 @@ def start(
             *MESH,
             *PLAIN,
             *("--coordinator", f"127.0.0.1:{port}", "--num-processes", processes),
-            *("--process-id", index, *(extra or {}).get(index, ())),
+            *("--process-id", index),
             devices=8 // processes,
             stop=(stops or {}).get(index),
         )
@@ -57,16 +67,15 @@ def start(
     ]
 
 
-def finish(verbs: Verbs, directory: Path, processes: int) -> Run:
+def finish(verbs: Verbs, directory: Path | str, processes: int) -> list[Ended]:
     """Runs them to their end."""
-    run = Run(directory, start(verbs, directory, processes))
-    run.ended = end(*run.started)
-    assert [one.status for one in run.ended] == [0] * processes
-    return run
+    ended = end(*start(verbs, directory, processes))
+    assert [one.status for one in ended] == [0] * processes
+    return ended
 
 
-def kill(verbs: Verbs, directory: Path, processes: int, victim: int, step: int) -> dict[int, str]:
-    """Kills one of them in its ``step``-th step; what the others wrote, all ended in time."""
+def kill(verbs: Verbs, directory: Path | str, processes: int, victim: int, step: int) -> None:
+    """Kills one of them in its ``step``-th step: the others end in time, and name it."""
     started = start(verbs, directory, processes, {victim: ("SIGKILL", step, 0)})
     try:
         assert started[victim].process.wait() == -signal.SIGKILL
@@ -79,10 +88,10 @@ def kill(verbs: Verbs, directory: Path, processes: int, victim: int, step: int) 
         for one in started:  # those that the test's failure leaves
             one.process.kill()
         end(*started)
-    return {i: one.log.read_text() for i, one in others.items()}
+    assert_named(victim, *(one.log.read_text() for one in others.values()))
 
 
-def assert_named(texts: dict[int, str], victim: int) -> None:
+def assert_named(victim: int, *texts: str) -> None:
     """Every survivor says what JAX knows of it: a number, or that it misses the leader, process 0."""
     died = (
         r"The leader|the leader" if victim == 0 else rf"stopped sending heartbeats\):\n{victim}\n"
@@ -91,21 +100,16 @@ def assert_named(texts: dict[int, str], victim: int) -> None:
         assert re.search(died, text), text
 
 
-def assert_same_end(whole: Path, other: Path) -> None:
-    """Bit by bit: parameters, averages, moments, counters, and where the data stands."""
-    first, second = arrays(whole, LAST), arrays(other, LAST)
-    assert first.keys() == second.keys() and len(first) > 100
-    for name in first:
-        assert first[name].tobytes() == second[name].tobytes(), name
-    assert data_state(whole, LAST) == data_state(other, LAST)
-    # What was made twice was logged twice, with the same value: `scalars` checks it.
-    assert scalars(whole, "loss") == scalars(other, "loss")
-
-
 @pytest.fixture(scope="module")
 def whole(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
     """Uninterrupted runs of so many processes, each made once."""
-    return functools.cache(lambda n: finish(verbs, tmp_path_factory.mktemp(f"of{n}") / "run", n))
+
+    @functools.cache
+    def make(processes: int) -> Run:
+        directory = tmp_path_factory.mktemp(f"of{processes}") / "run"
+        return Run(directory, ended=finish(verbs, directory, processes))
+
+    return make
 
 
 @pytest.mark.slow  # tests/test_train.py has two processes and fewer steps
@@ -113,12 +117,8 @@ def whole(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[i
 def test_losses_are_those_of_one_process(whole: Callable[[int], Run], processes: int):
     one, run = whole(1), whole(processes)
     alone, shared = scalars(one.directory, "loss"), scalars(run.directory, "loss")
-    assert sorted(shared) == sorted(alone) == list(range(1, LAST + 1))
-    np.testing.assert_allclose(
-        [shared[step] for step in sorted(shared)],
-        [alone[step] for step in sorted(shared)],
-        rtol=TOLERANCE,
-    )
+    assert sorted(alone) == list(range(1, LAST + 1))
+    assert shared == pytest.approx(alone, rel=TOLERANCE)
     # Nothing is told or written twice.
     assert "8 x cpu" in run.ended[0].text and f"{LAST}/{LAST}" in run.ended[0].text
     for other in run.ended[1:]:
@@ -128,27 +128,31 @@ def test_losses_are_those_of_one_process(whole: Callable[[int], Run], processes:
 
 
 @pytest.mark.slow
-def test_death_ends_all_and_the_relaunch_resumes(
-    whole: Callable[[int], Run], verbs: Verbs, tmp_path: Path
+@pytest.mark.parametrize(
+    ("processes", "deaths", "storage"),
+    [
+        # Process 0 takes JAX's coordination service along.
+        (2, [(1, 8), (0, 3)], False),
+        (2, [(1, 8)], True),
+        (4, [(0, 8)], False),
+        (4, [(2, 8)], False),
+    ],
+)
+def test_death_ends_all_and_the_relaunch_ends_as_if_nothing_had_been(
+    whole: Callable[[int], Run],
+    verbs: Verbs,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    processes: int,
+    deaths: list[tuple[int, int]],
+    storage: bool,
 ):
-    directory = tmp_path / "run"
-    assert_named(kill(verbs, directory, 2, victim=1, step=8), 1)
-    # Process 0 takes JAX's coordination service along.
-    assert_named(kill(verbs, directory, 2, victim=0, step=3), 0)
-    resumed = finish(verbs, directory, 2)
-    assert re.search(r"resumed at step 5\b", resumed.ended[0].text)
-    assert_same_end(whole(2).directory, directory)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 2])
-def test_death_of_one_of_four(
-    whole: Callable[[int], Run], verbs: Verbs, tmp_path: Path, victim: int
-):
-    directory = tmp_path / "run"
-    assert_named(kill(verbs, directory, 4, victim, step=8), victim)
-    finish(verbs, directory, 4)
-    assert_same_end(whole(4).directory, directory)
+    directory = f"{request.getfixturevalue('bucket') if storage else tmp_path}/killed/run"
+    for victim, step in deaths:
+        kill(verbs, directory, processes, victim, step)
+    first, *_ = finish(verbs, directory, processes)
+    assert re.search(r"resumed at step 5\b", first.text)
+    assert_same_run(whole(processes).directory, local_copy(directory), [LAST])
 
 
 @pytest.mark.slow
@@ -160,7 +164,7 @@ def test_process_that_hangs_is_dead(verbs: Verbs, tmp_path: Path):
     finally:
         started[1].process.kill()
     first, second = end(*started)
-    assert_named({0: first.text}, 1)
+    assert_named(1, first.text)
     assert second.status == -signal.SIGKILL
 
 
@@ -177,7 +181,7 @@ what, actor = sys.argv[1], int(sys.argv[2])
 with joined(None, "prog", InputError):
     if jax.process_index() == 0:
         time.sleep(1)
-    for step in range(3 if what == "end" else 1000):
+    for step in range(1000):
         multihost_utils.process_allgather(jnp.ones(2))
         if step == 2 and jax.process_index() == actor:
             if what == "kill":
@@ -225,19 +229,13 @@ def run_program(what: str, actor: int = 0) -> tuple[list[int], list[str], float]
             one.wait()
 
 
-@pytest.mark.slow  # tests/test_train.py has two processes that end together
-def test_processes_end_together():
-    statuses, texts, _ = run_program("end")
-    assert statuses == [0, 0], texts
-
-
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_death_of_one_ends_the_other(victim: int):
     statuses, texts, seconds = run_program("kill", victim)
     assert statuses[victim] == -signal.SIGKILL
     assert statuses[1 - victim] == -signal.SIGABRT, texts[1 - victim]
     assert seconds < LIMIT
-    assert_named({1 - victim: texts[1 - victim]}, victim)
+    assert_named(victim, texts[1 - victim])
 
 
 @pytest.mark.parametrize(
