@@ -24,7 +24,7 @@ from tests.runs import ROOT, arrays, assert_same_run, steps
 COUNT, LAST = 50, 3
 SMALL = (
     *("--model.dit.width", "48", "--model.dit.heads", "4", "--model.text.width", "32"),
-    *("--model.text.depth", "1", "--data.packing.rows", "2", "--checkpoint.every", "2"),
+    *("--model.text.depth", "1", "--data.packing.rows", "1", "--checkpoint.every", "2"),
     *("--log.every", "1", "--log.draw-every", "0", "--steps", LAST),
 )
 BOTH = """

@@ -26,6 +26,9 @@ needs_qwix = pytest.mark.skipif(
     importlib.util.find_spec("qwix") is None, reason="needs qwix: pip install 'dit-jax[quant]'"
 )
 KINDS = ["int8", "fp8"]
+quantized = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs_qwix) for kind in KINDS]
+)
 NUMBERS = (((2,), (0,)), ((), ()))
 
 
@@ -57,8 +60,7 @@ def cosine(a, b, axis=None):
 FORWARD = {"int8": 0.015, "fp8": 0.05}
 
 
-@needs_qwix
-@pytest.mark.parametrize("kind", KINDS)
+@quantized
 def test_product_and_gradients_are_close(kind):
     """Scales are per token and per column: small ones are as exact as large ones."""
     x, kernel, slope = case()
@@ -74,16 +76,24 @@ def test_product_and_gradients_are_close(kind):
     if kind == "int8":  # The kernel's gradient is not rounded; sums in another order.
         np.testing.assert_allclose(d_kernel, exact_kernel, rtol=1e-4, atol=1e-3)
 
+    # On a mesh scales are taken over a whole token or column, wherever its parts lie.
+    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+    tokens, of_kernel = (NamedSharding(mesh, P("fsdp", axis)) for axis in ("context", "tensor"))
+    placed = jax.device_put((x, kernel, slope), (tokens, of_kernel, tokens))
+    found = product_and_gradients(choose_dot_general(mesh, kind), *placed)
+    for ours, alone in zip(found, (out, dx, d_kernel), strict=True):
+        # Sums in another order, after which a few numbers round to the next of 256.
+        same = np.isclose(ours, alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max())
+        assert same.mean() > 0.9 and cosine(ours, alone) > 0.9999
 
-@needs_qwix
-@pytest.mark.parametrize("kind", KINDS)
+
+@quantized
 def test_types_and_zeros(kind):
     """Results have the operands' type; tokens of zeros (padding) stay zeros."""
     x, kernel, slope = case(jnp.bfloat16)
     x, slope = x.at[0, 3].set(0), slope.at[1].set(0)
-    out, dx, d_kernel = product_and_gradients(
-        choose_dot_general(make_mesh(MeshConfig()), kind), x, kernel, slope
-    )
+    multiply = choose_dot_general(make_mesh(MeshConfig()), kind)
+    out, dx, d_kernel = product_and_gradients(multiply, x, kernel, slope)
     assert out.dtype == dx.dtype == d_kernel.dtype == jnp.bfloat16
     assert not out[0, 3].any() and not dx[1].any() and dx[0].any()
     assert all(jnp.isfinite(y).all() for y in (out, dx, d_kernel))
@@ -192,31 +202,13 @@ def dots_of_gradients(matmul):
 
 
 @needs_qwix
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_only_blocks_multiply_in_8_bits(kind):
     """Under scan and rematerialisation; text, patches and what comes of noise levels do not."""
     full, low = dots_of_gradients("full"), dots_of_gradients(kind)
     eight = {types: count for types, count in low.items() if "8" in "".join(types)}
     assert eight == EIGHT[kind]
     assert sum(full.values()) == sum(low.values())
-
-
-@needs_qwix
-@pytest.mark.parametrize("kind", KINDS)
-def test_mesh_multiplies_as_one_device(kind):
-    """Scales are taken over a whole token or column, wherever its parts lie."""
-    mesh, (x, kernel, slope) = make_mesh(MeshConfig(1, 2, 2, 2)), case()
-    tokens, of_kernel = (
-        NamedSharding(mesh, P("fsdp", "context")),
-        NamedSharding(mesh, P("fsdp", "tensor")),
-    )
-    multiply = choose_dot_general(mesh, kind)
-    placed = jax.device_put((x, kernel, slope), (tokens, of_kernel, tokens))
-    found = product_and_gradients(multiply, *placed)
-    for ours, alone in zip(found, product_and_gradients(multiply, x, kernel, slope), strict=True):
-        # Sums in another order, after which a few numbers round to the next of 256.
-        same = np.isclose(ours, alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max())
-        assert same.mean() > 0.9 and cosine(ours, alone) > 0.9999
 
 
 def test_without_qwix_it_is_refused(monkeypatch):

@@ -16,26 +16,40 @@ from dit_jax.training import (
     CheckpointConfig,
     Checkpointer,
     TrainState,
-    abstract_params,
     open_run,
 )
 
 SPREAD = (1, 2, 2, 2)
 DATA = {"0": {"next": 3, "parent": {"counter": 12}}, "1": {"next": 4, "parent": {"counter": 13}}}
+SINGLE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 CONFIG = dataclasses.replace(VideoRun(), seed=5, steps=77)
 
 
 @pytest.fixture(scope="module")
-def saved(rig, batches, tmp_path_factory):
-    """A run of eight devices, saved after its first step, and its state on the host."""
+def taken():
+    """``taken(state)`` reuses a state's memory, as the train step does."""
+    return jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def saved(rig, taken, tmp_path_factory):
+    """A run of eight devices, saved after a step, and its state on the host."""
     directory = tmp_path_factory.mktemp("run")
     one = rig(*SPREAD)
-    state, _ = one.step(one.state(), one.put(batches[0]))
+    rng = np.random.default_rng(1)
+    host = jax.tree.map(
+        # Counters are one, and moments no zeros.
+        lambda x: (
+            np.full_like(x, 1) if x.ndim == 0 else x + rng.normal(size=x.shape).astype(x.dtype)
+        ),
+        jax.device_get(one.state()),
+    )
+    host = dataclasses.replace(host, skipped=np.int32(0))
+    state = jax.device_put(host, one.shardings)
     checkpointer = Checkpointer(directory, CheckpointConfig())
     checkpointer.save(state, DATA, to_dict(CONFIG), 1)
-    host = jax.device_get(state)
     # The state's memory is reused at once, as the training loop does, while it is being written.
-    one.step(state, one.put(batches[1]))
+    taken(state)
     checkpointer.wait()
     checkpointer.close()
     return directory, host
@@ -50,7 +64,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("sizes", [SPREAD, (4, 1, 1, 2), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [SPREAD, (1, 1, 1, 1)], ids=str)
 def test_restore_is_exact_on_any_number_of_devices(saved, rig, sizes):
     directory, expected = saved
     one = rig(*sizes)
@@ -66,7 +80,7 @@ def test_restore_is_exact_on_any_number_of_devices(saved, rig, sizes):
         assert len(leaf.sharding.device_set) == np.prod(sizes)
 
 
-def test_a_run_begins_with_the_average_of_another(saved, rig, batches, tmp_path):
+def test_a_run_begins_with_the_average_of_another(saved, rig, taken, tmp_path):
     directory, host = saved
     # Weights alone, as a converted run has them, are enough.
     alone = Checkpointer(tmp_path, CheckpointConfig())
@@ -83,9 +97,7 @@ def test_a_run_begins_with_the_average_of_another(saved, rig, batches, tmp_path)
         assert_equal(jax.device_get(state.ema), host.ema)
         assert_equal(jax.device_get(state.opt_state), opt_state)
         assert int(state.step) == 0
-        # Both are given up to the step: they must not be the same memory.
-        state, metrics = one.step(state, one.put(batches[0]))
-        assert np.isfinite(float(metrics["loss"]))
+        taken(state)  # Both are given up to the step: they must not be the same memory.
 
 
 def changed(config: VideoRun, name: str, value: object) -> VideoRun:
@@ -127,33 +139,18 @@ def test_a_run_begins_with_what_is_computed_otherwise():
     check_same(config, CONFIG, MEANING, MAY_DIFFER, "", "")
 
 
-def test_restored_run_goes_on_without_compiling_again(saved, rig, batches):
-    directory, host = saved
-    one = rig(*SPREAD)
-    checkpointer = Checkpointer(directory, CheckpointConfig())
-    state, _ = checkpointer.restore(1, one.shapes, one.shardings)
-    checkpointer.close()
-    batch = one.put(batches[1])
-    state, metrics = one.step(state, batch)
-    expected, said = one.step(jax.device_put(host, one.shardings), batch)
-    assert_equal(jax.device_get(state), jax.device_get(expected))
-    assert float(metrics["loss"]) == float(said["loss"])
-    assert one.step._cache_size() == 1
-
-
-@pytest.mark.parametrize("sizes", [SPREAD, (1, 1, 1, 1)], ids=str)
-def test_averages_need_no_other_item(saved, rig, tmp_path, monkeypatch, sizes):
+def test_averages_need_no_other_item(saved, rig, tmp_path, monkeypatch):
     """The run may be named by a relative path."""
     directory, expected = saved
     shutil.copytree(directory, tmp_path / "run")
     for item in ("params", "opt", "data"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "1" / item)
-    one = rig(*sizes)
+    one = rig(1, 1, 1, 1)
     monkeypatch.chdir(tmp_path)
     checkpointer, step = open_run(Path("run"))
     monkeypatch.chdir("/")  # It was named from where the run was opened.
     assert step == 1
-    ema = checkpointer.restore_ema(step, *abstract_params(one.init, one.mesh))
+    ema = checkpointer.restore_ema(step, one.shapes.ema, one.shardings.ema)
     checkpointer.close()
     assert_equal(jax.device_get(ema), expected.ema)
     pairs = zip(jax.tree.leaves(ema), jax.tree.leaves(expected.params), strict=True)
@@ -185,19 +182,11 @@ def save(directory: Path, config: CheckpointConfig, steps) -> Checkpointer:
     return checkpointer
 
 
-@pytest.mark.parametrize(
-    ("config", "kept"),
-    [
-        (CheckpointConfig(max_to_keep=2), [4, 5]),
-        (CheckpointConfig(max_to_keep=1, keep_period=2), [2, 4, 5]),
-        (CheckpointConfig(max_to_keep=9), [1, 2, 3, 4, 5]),
-    ],
-)
-def test_old_checkpoints_go(tmp_path, config, kept):
-    checkpointer = save(tmp_path, config, range(1, 6))
-    assert checkpointer.steps() == kept and checkpointer.latest() == 5
+def test_old_checkpoints_go(tmp_path):
+    checkpointer = save(tmp_path, CheckpointConfig(max_to_keep=2, keep_period=3), range(3, 7))
+    assert checkpointer.steps() == [3, 5, 6] and checkpointer.latest() == 6
     checkpointer.close()
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == kept
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [3, 5, 6]
 
 
 def test_saving_a_step_again_changes_nothing(tmp_path):
@@ -241,14 +230,6 @@ def test_interrupted_save_is_ignored(two, tmp_path):
 # Errors.
 
 
-def test_a_step_is_chosen_or_refused(two):
-    checkpointer, step = open_run(two, 2)
-    assert step == 2 and checkpointer.config(2) == {"at": 2}
-    checkpointer.close()
-    with pytest.raises(ValueError, match=r"has no checkpoint of step 3: there are \[2, 4\]"):
-        open_run(two, 3)
-
-
 def test_run_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoints: give the output directory of a"):
         open_run(tmp_path)
@@ -259,17 +240,25 @@ def test_run_without_checkpoints_is_refused(tmp_path):
 
 def test_checkpoint_of_another_model_is_refused(two, rig):
     one = rig(1, 1, 1, 1)
-    checkpointer, step = open_run(two)
-    with pytest.raises(ValueError, match="checkpoints/4' cannot be read .* of another model"):
-        checkpointer.restore_ema(step, *abstract_params(one.init, one.mesh))
+    checkpointer, step = open_run(two, 2)
+    assert step == 2 and checkpointer.config(2) == {"at": 2}
+    with pytest.raises(ValueError, match="checkpoints/2' cannot be read .* of another model"):
+        checkpointer.restore_ema(step, one.shapes.ema, one.shardings.ema)
+    # A parameter of another size: both are named.
+    wide = {"w": jax.ShapeDtypeStruct((3,), np.float32)}
+    with pytest.raises(
+        ValueError, match=r"checkpoints/2' cannot be read .*(\(3,\).*\(2,\)|\(2,\).*\(3,\))"
+    ):
+        checkpointer.restore_ema(step, wide, jax.tree.map(lambda _: SINGLE, wide))
     checkpointer.close()
 
 
-@pytest.mark.parametrize("item", ["params", "ema", "opt", "data"])
+@pytest.mark.parametrize("item", ["params", "ema", "opt", "data", "data/metadata"])
 def test_damaged_checkpoint_is_refused(saved, rig, tmp_path, item):
     run = tmp_path / "run"
     shutil.copytree(saved[0], run)
-    shutil.rmtree(run / "checkpoints" / "1" / item)
+    path = run / "checkpoints" / "1" / item
+    path.write_text("{") if path.is_file() else shutil.rmtree(path)
     one = rig(1, 1, 1, 1)
     checkpointer = Checkpointer(run, CheckpointConfig())
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Latents with text states: what is recorded trains, what cannot be drawn is refused, and JSON."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from dit_jax.config import LogConfig, VideoRun, from_dict, stored_config, to_dict
 from dit_jax.data import open_source
 from dit_jax.evaluate import ShapeEvaluator
-from dit_jax.model import ByteEncoderConfig, TextStatesConfig, unpatchify
+from dit_jax.model import ByteEncoderConfig, unpatchify
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
 
@@ -94,44 +95,32 @@ def test_work_counts_states(trained, latents):
     ids=["draw_every", "prompts"],
 )
 def test_latents_that_would_be_drawn_are_refused(latents, change):
-    message = (
-        "channels is 4: these are latents.* set log.draw_every to 0, and the prompts of evaluators"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="4: these are latents.* log.draw_every to 0, .* prompts"):
         dataclasses.replace(latents, **change)
 
 
-def test_records_without_states_are_refused_before_training(latents, mesh):
-    source = dataclasses.replace(latents.data.source, text_states_key=None)
-    config = dataclasses.replace(latents, data=dataclasses.replace(latents.data, source=source))
-    with pytest.raises(
-        ValueError, match="the model reads states of captions, and the set .* has none"
-    ):
-        config.build(mesh)
-    text = dataclasses.replace(latents.model.text, dim=7)
-    config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, text=text))
-    with pytest.raises(ValueError, match=r"states \[s, 7\] .*, and an array of shape \(\d, 8\)"):
-        config.build(mesh)
-
-
-def test_latents_of_another_codec_are_refused(latents, mesh):
-    patch = dataclasses.replace(latents.model.patch, channels=16)
-    config = dataclasses.replace(latents, model=dataclasses.replace(latents.model, patch=patch))
-    with pytest.raises(ValueError, match="the clip has 4 channels and the model's patches 16"):
-        config.build(mesh)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("data.source.text_states_key", None, "reads states of captions, and the set .* has none"),
+        ("model.text.dim", 7, r"states \[s, 7\] .*, and an array of shape \(\d, 8\)"),
+        ("model.patch.channels", 16, "the clip has 4 channels and the model's patches 16"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused_before_training(latents, mesh, name, value, message):
+    values = to_dict(latents)
+    *path, last = name.split(".")
+    functools.reduce(dict.__getitem__, path, values)[last] = value
+    with pytest.raises(ValueError, match=message):
+        from_dict(VideoRun, values).build(mesh)
 
 
 def test_text_states_survive_json(latents):
     values = json.loads(json.dumps(to_dict(latents)))
-    assert values["model"]["text"] == {
-        "type": "dit_jax.model.text:TextStatesConfig",
-        "encoder": "umt5-xxl",
-        "dim": 8,
-        "max_tokens": 6,
-    }
-    again = from_dict(VideoRun, values)
-    assert again == latents
-    assert isinstance(again.model.text, TextStatesConfig)
+    kind = "dit_jax.model.text:TextStatesConfig"
+    text = {"type": kind, "encoder": "umt5-xxl", "dim": 8, "max_tokens": 6}
+    assert values["model"]["text"] == text
+    assert from_dict(VideoRun, values) == latents
 
 
 def test_configs_stored_before_there_were_states_still_load():
