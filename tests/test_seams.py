@@ -104,7 +104,7 @@ def student(cached: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         shutil.copytree(folder / "whole", folder / "again")
         shutil.rmtree(folder / "again" / "checkpoints" / str(LAST))
         again = parse(folder / "both.py", folder / "again", *more)
-        assert again.data.source == whole.data.source and len(again.data.source) == COUNT
+        assert len(again.data.source) == len(whole.data.source) == COUNT
         train.train(dataclasses.replace(again, evaluators=()))
         yield Student(folder, whole, programs[0], frozen)
 

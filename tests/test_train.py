@@ -127,16 +127,10 @@ def test_a_signal_is_noted_and_a_second_stops_at_once(number: signal.Signals):
 # Several processes.
 
 
-def assert_close_losses(found: dict[int, float], run: Run) -> None:
-    expected = scalars(run.directory, "loss")
-    for step, loss in found.items():
-        assert loss == pytest.approx(expected[step], rel=TOLERANCE), step
-
-
 def test_two_processes_train_as_one_does(whole: Run, pair: Run):
-    losses = scalars(pair.directory, "loss")
+    losses, alone = (scalars(run.directory, "loss") for run in (pair, whole))
     assert len(losses) >= 10
-    assert_close_losses(losses, whole)
+    assert losses == pytest.approx({step: alone[step] for step in losses}, rel=TOLERANCE)
     assert "2 x cpu" in pair.ended[0].text
     assert (pair.directory / f"samples_{LAST // 2:07d}.png").is_file()
 
@@ -145,10 +139,8 @@ def test_sigterm_to_one_process_stops_both_at_one_step(pair: Run):
     assert [ended.status for ended in pair.ended] == [143, 143]
     first, second = (ended.text for ended in pair.ended)
     said = re.search(r"SIGTERM: saving step (\d+); the same command resumes there\.", first)
-    assert said and 11 <= int(said[1]) < LAST
-    assert sorted({*(step for step in SAVED if step < int(said[1])), int(said[1])}) == steps(
-        pair.directory
-    )
+    assert said and 11 <= (last := int(said[1])) < LAST
+    assert steps(pair.directory) == sorted({*(step for step in SAVED if step < last), last})
     # Nothing is told or written twice.
     assert "loss=" not in second and "saving" not in second
     assert len(list(pair.directory.glob("logs/events*"))) == 1
@@ -165,9 +157,9 @@ def test_one_process_resumes_a_run_of_two_on_cloud_storage(
     assert steps(copy) == [last, *later]
     for step in later:
         assert data_state(copy, step) == data_state(whole.directory, step)
-    losses = scalars(copy, "loss")
+    losses, alone = (scalars(directory, "loss") for directory in (copy, whole.directory))
     assert sorted(losses) == list(range(last + 1, LAST + 1))
-    assert_close_losses(losses, whole)
+    assert losses == pytest.approx({step: alone[step] for step in losses}, rel=TOLERANCE)
     assert "held_out_loss/mean" in json.loads((copy / "report.json").read_text())
 
 
@@ -182,57 +174,42 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
 
     def run(*arguments: object, config: Path = CONFIG) -> str:
         given = ["--config", config, "--output", tmp_path / "run", *arguments]
-        clock = time.perf_counter()
+        clock = time.process_time()
         try:
             status = train.main([str(one) for one in given])
         except SystemExit as error:
             status = error.code
         text = capfd.readouterr().err
         assert status == 2 and "Traceback" not in text
-        assert time.perf_counter() - clock < 20
+        assert time.process_time() - clock < 20
         assert not list(tmp_path.glob("run/checkpoints/*"))
         return " ".join(re.sub("[╭─╮│╰╯]", " ", text).split())
 
     return run
 
 
-ADDRESS = {
-    "JAX_COORDINATOR_ADDRESS": "localhost:1",
-    "JAX_NUM_PROCESSES": "2",
-    "JAX_PROCESS_ID": "2",
-}
-
-
 @pytest.mark.parametrize(
-    ("arguments", "environment", "parts"),
+    ("arguments", "part"),
     [
-        (["--steps", "0"], {}, ["steps is 0: it is at least 1"]),
-        (["--mesh.context", "3"], {}, ["context 3", "does not divide 8 device(s)", "mesh.*"]),
-        ([], {}, ["4 rows", "= 8", "a multiple"]),
+        ("--steps 0", "steps is 0: it is at least 1"),
+        ("--mesh.context 3", "context 3 .* does not divide 8 device"),
+        ("", "4 rows .*= 8.* a multiple"),
         (
-            ["--mesh.data", "1", "--mesh.context", "8", "--data.packing.row-tokens", "60"],
-            {},
-            ["row_tokens 60", "mesh.context 8", "a multiple"],
+            "--mesh.data 1 --mesh.context 8 --data.packing.row-tokens 60",
+            "row_tokens 60.*mesh.context 8.*a multiple",
         ),
-        (["--output", "/proc/run"], {}, ["'/proc/run' cannot be written", "--output"]),
-        ([], {"JAX_NUM_PROCESSES": "2"}, ["--coordinator None, --num-processes 2, --process-id"]),
-        ([], {"JAX_NUM_PROCESSES": "two"}, ["'two'"]),
-        ([], ADDRESS, ["--process-id 2"]),
+        ("--output /proc/run", "'/proc/run' cannot be written.*--output"),
+        ("JAX_NUM_PROCESSES=2", "--coordinator None, --num-processes 2, --process-id None"),
+        ("JAX_NUM_PROCESSES=two", "'two'"),
     ],
-    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,
 )
 def test_bad_value_is_refused(
-    refused: Refused,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    environment: dict[str, str],
-    parts: list[str],
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, arguments: str, part: str
 ):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    message = refused(*arguments)
-    for part in parts:
-        assert part in message
+    if "=" in arguments:
+        monkeypatch.setenv(*arguments.split("="))
+        arguments = ""
+    assert re.search(part, refused(*arguments.split()))
 
 
 RECORDED = """

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.parallel import MeshConfig, attention, choose_attention, choose_dot_general, make_mesh
+from dit_jax.parallel import MeshConfig, choose_attention, choose_dot_general, make_mesh
 from dit_jax.parallel.attention import (
     HOST,
     LONG,
     SMALL,
-    Operands,
-    Window,
     blockwise_attention,
     flash_kernel,
     host_attention,
@@ -220,16 +218,6 @@ def test_the_largest_small_scores_keep_their_digits():
         np.testing.assert_allclose(attend(q, sign * q, v, ids, None), mean, atol=TOLERANCE)
 
 
-def test_long_rows_are_computed_in_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "LONG", KEYS)
-    monkeypatch.setattr(attention, "BLOCK_BYTES", SEVERAL)
-    given, options, seen = case("window")
-    attend = partial(blockwise_attention, **options)
-    assert "scan" in str(jax.make_jaxpr(attend)(*given))
-    out = np.asarray(jax.jit(attend)(*given))
-    np.testing.assert_allclose(out[seen], in_loops(*given, **options)[seen], atol=TOLERANCE)
-
-
 def test_other_rows_and_heads_do_not_matter():
     """However large their queries and keys are, the result has the same bits."""
     q, k, v, ids = (*(draw(LENGTH, i) for i in range(3)), np.ones((3, LENGTH), np.int32))
@@ -242,29 +230,17 @@ def test_other_rows_and_heads_do_not_matter():
     assert (after[1] != before[1]).any() and (after[0, :, 1] != before[0, :, 1]).any()
 
 
-def test_a_part_of_the_queries_has_the_window_of_its_place():
-    """As a ring asks for it: the first query is 8 tokens after the first key."""
-    q, k, v = (draw(LENGTH, i).swapaxes(1, 2) for i in range(3))
-    product = jax.jit(host_product, static_argnums=(1, 2))
-    whole = product(Operands(q, k, v, IDS, IDS), Window(3), WHOLE)
-    part = product(Operands(q[:, :, 8:], k, v, IDS[:, 8:], IDS), Window(3, 8), SEVERAL)
-    real = np.broadcast_to(IDS[:, None, 8:, None] != 0, part.shape)
-    np.testing.assert_allclose(np.asarray(part)[real], whole[:, :, 8:][real], atol=TOLERANCE)
-
-
-def temporary_bytes(attend, length):
-    """What the compiled program needs beside its arguments and results."""
-    x = jax.ShapeDtypeStruct((1, length, 1, DIM), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    compiled = JIT(lambda *given: attend(*given, None)).lower(x, x, x, ids).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
 def test_long_rows_need_no_memory_of_their_square():
-    length = 4096
+    def temporary_bytes(attend, length):
+        """What the compiled program needs beside its arguments and results."""
+        x = jax.ShapeDtypeStruct((1, length, 1, DIM), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        compiled = JIT(lambda *given: attend(*given, None)).lower(x, x, x, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    length, short = 4096, LONG - 1  # A short row is computed at once.
     assert temporary_bytes(host_attention, length) >= 4 * length**2
     assert temporary_bytes(blockwise_attention, length) < 4 * length**2 / 2
-    short = LONG - 1  # is computed at once
     assert temporary_bytes(blockwise_attention, short) == temporary_bytes(host_attention, short)
 
 

@@ -93,6 +93,13 @@ def config_of(records, **changes):
     return dataclasses.replace(config, **changes)
 
 
+def latents_config(records, codec_path, **changes):
+    """Of a model of latents, into which images are encoded as they are read."""
+    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
+    codec = LatentCodecConfig(str(codec_path), h=2, w=2)
+    return config_of(records, model=model, codec=codec, **changes)
+
+
 def mesh():
     return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
@@ -137,28 +144,23 @@ def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
 
 
 def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
-    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
-    codec = LatentCodecConfig(str(codec_path), h=2, w=2)
-    config = config_of(records, model=model, codec=codec, log=LogConfig(draw_every=7))
+    config = latents_config(records, codec_path, log=LogConfig(draw_every=7))
     task, batch = first_batch(config)
-    codec, source = load_codec(codec_path), RecordsSource(config.data.source)
-    latents = [patchify(model.patch, codec.encode(to_float(source[i]["video"]))) for i in range(90)]
+    codec, source, patch = (
+        load_codec(codec_path),
+        RecordsSource(config.data.source),
+        config.model.patch,
+    )
+    latents = [patchify(patch, codec.encode(to_float(source[i]["video"]))) for i in range(90)]
     found = batch.tokens.reshape(4, 16, 16)
     nearest = [min(np.abs(x - y).max() for y in latents) for x in found]
     assert max(nearest) < 1e-5  # the same function of the same image
     params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
     picture = evaluations(task)["samples"](params, {}, 7, tmp_path).picture
-    assert picture is not None
-    assert (picture).stat().st_size > 0
-
-
-def test_a_codec_that_does_not_fit_is_refused(records, codec_path):
+    assert picture is not None and picture.stat().st_size > 0
+    # A codec that does not fit is refused.
     with pytest.raises(ValueError, match="4 channels with strides"):
         config_of(records, codec=LatentCodecConfig(str(codec_path))).build(mesh())
-
-
-def script():
-    return load_script("scripts", "images_to_latents")
 
 
 def test_latents_are_written_once_and_trained_on(
@@ -167,11 +169,12 @@ def test_latents_are_written_once_and_trained_on(
     given = ["--input", str(records), "--codec", str(codec_path), "--output", str(tmp_path)]
     given += ["--image-key", "video", "--flip", "--splits", "test"]
     monkeypatch.setattr(sys, "argv", ["images_to_latents", *given])
-    script().main()
+    load_script("scripts", "images_to_latents").main()
     path = Path(capsys.readouterr().out.split()[-1])
     assert path == tmp_path / "stripes_latents" / "1.0.0"
     codec = load_codec(codec_path)
-    made = RecordsSource(RecordsConfig(str(path), "test", label_key="label"))
+    latents = RecordsConfig(str(path), "test", label_key="label")
+    made = RecordsSource(latents)
     source = RecordsSource(RecordsConfig(str(records), "test", label_key="label"))
     assert len(made) == 2 * len(source) and made.codec == codec.hash
     for i in (0, 7, 149):
@@ -181,18 +184,9 @@ def test_latents_are_written_once_and_trained_on(
             assert found["segment_fields"] == source[i]["segment_fields"]
             # Stored as float16.
             np.testing.assert_allclose(found["video"], codec.encode(picture), rtol=2e-3, atol=1e-3)
-    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
-    config = config_of(
-        path,
-        data=dataclasses.replace(
-            config_of(path).data,
-            source=RecordsConfig(str(path), "test", label_key="label"),
-            transform=TransformConfig(crop=8),
-        ),
-        model=model,
-        codec=LatentCodecConfig(str(codec_path), h=2, w=2),
-        evaluators=(),
-    )
+    config = latents_config(records, codec_path, evaluators=())
+    data = dataclasses.replace(config.data, source=latents, transform=TransformConfig(crop=8))
+    config = dataclasses.replace(config, data=data)
     _, batch = first_batch(config)
     assert batch.tokens.shape == (2, 32, 16)
     assert config.with_hashes().codec.hash == codec.hash

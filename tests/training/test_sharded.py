@@ -1,6 +1,5 @@
 """Every mesh computes what one device does, and really spreads what it says it spreads."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -9,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_jax.model import DiTConfig, ModelConfig, TextStatesConfig
+from dit_jax.model import DiTConfig, ModelConfig
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.parallel.mesh import PARAMETER_RULES, ROWS
+from dit_jax.parallel.mesh import ROWS
 from dit_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer
 from dit_jax.training.video_task import init_params, make_model
 
@@ -56,20 +54,18 @@ def moments(state):
 def assert_close(got, expected, tolerance, relative):
     leaves = jax.tree_util.tree_flatten_with_path(expected)[0]
     for (path, b), a in zip(leaves, jax.tree.leaves(got), strict=True):
-        scale = np.abs(b).max() if relative else 1
-        np.testing.assert_allclose(
-            a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
-        )
+        atol = tolerance * (np.abs(b).max() if relative else 1)
+        np.testing.assert_allclose(a, b, 0, atol, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_mesh_computes_what_one_device_does(rig, batches, alone, sizes):
-    for (state, metrics), (expected, said) in zip(
-        trajectory(rig(*sizes), batches), alone, strict=True
-    ):
+    trajectories = zip(trajectory(rig(*sizes), batches), alone, strict=True)
+    for (state, metrics), (expected, said) in trajectories:
         for name in ("loss", "gradient_norm"):
             # Scalars: the same sums in another order.
             np.testing.assert_allclose(metrics[name], said[name], rtol=2e-6, err_msg=name)
+        assert said["gradient_norm"] > 1  # clipped, so that the norm over all shards matters
         # After one step the first moment is (1 - b1) times the (clipped) gradient, and the second
         # its square.
         assert_close(moments(state).mu, moments(expected).mu, GRADIENT_TOLERANCE, True)
@@ -78,18 +74,6 @@ def test_mesh_computes_what_one_device_does(rig, batches, alone, sizes):
         assert_close(state.ema, expected.ema, PARAMETER_TOLERANCE, False)
         assert (state.step, state.skipped) == (expected.step, 0)
         assert moments(state).count == expected.step
-
-
-def test_the_comparison_means_something(rig, alone):
-    start, (first, said), (second, _) = jax.device_get(rig(1, 1, 1, 1).state()), *alone
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), second.params, start.params)
-    gradients = jax.tree.map(lambda mu: np.abs(mu).max(), moments(first).mu)
-    for (path, change), size in zip(
-        jax.tree_util.tree_flatten_with_path(moved)[0], jax.tree.leaves(gradients), strict=True
-    ):
-        # Every parameter takes part, and moves much further than the tolerance.
-        assert size > 1e-7 and change > 20 * PARAMETER_TOLERANCE, jax.tree_util.keystr(path)
-    assert said["gradient_norm"] > 1  # clipped, so that the norm over all shards matters
 
 
 def shard(array):
@@ -193,22 +177,6 @@ def test_fresh_states_are_the_same_and_no_device_makes_the_whole(sizes):
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(spread.params)) > 0.1
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(spread.opt_state))
     assert int(spread.step) == int(spread.skipped) == 0
-
-
-def axes_of(model):
-    boxed = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-    return {name for leaf in leaves for name in leaf.names if name is not None}
-
-
-def test_every_rule_is_of_some_model():
-    """What is listed as optional has a model that has it, and one that does not."""
-    mesh = make_mesh(MeshConfig())
-    plain = ModelConfig(dit=DiTConfig(width=64, depth=2, heads=2))
-    shared = dataclasses.replace(plain.dit, modulation="shared")
-    states = dataclasses.replace(plain, text=TextStatesConfig(dim=8), dit=shared)
-    found = [axes_of(make_model(config, mesh)) for config in (plain, states)]
-    assert found[0] | found[1] == PARAMETER_RULES.keys()
 
 
 def test_muon_is_the_same_on_every_mesh(rig):
