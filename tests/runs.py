@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,15 @@ def end(*started: Started) -> list[Ended]:
             one.process.wait()
             print(f"--- {one.log}, exit status {one.process.returncode}")
             print(one.log.read_text()[-3000:])
+
+
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A config with fields, by their dotted names, set one after the other."""
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        inner = changed(getattr(config, first), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: inner})
+    return config
 
 
 def upload_checkpoint(

@@ -99,13 +99,6 @@ def test_types_and_zeros(kind):
     assert all(jnp.isfinite(y).all() for y in (out, dx, d_kernel))
 
 
-def dots(function, *given):
-    """How often products of which types are in a function as it is lowered."""
-    text = jax.jit(function).lower(*given).as_text()
-    found = re.findall(r"stablehlo\.dot_general.* : \(tensor<(\S+)>, tensor<(\S+)>\)", text)
-    return collections.Counter(tuple(of.split("x")[-1] for of in pair) for pair in found)
-
-
 LINEAR = 7
 """Linear layers of a block: qkv and out; q, kv and out; up and down."""
 EIGHT = {
@@ -131,38 +124,31 @@ STEPS = 40
 
 
 def batch():
+    # Plain colours: something to learn in a few steps.
     rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(PACKING.rows):
-        clips = []
-        for frames in (1, 3):
-            # Plain colours: something to learn in a few steps.
-            pixels = np.broadcast_to(rng.integers(0, 256, 3, np.uint8), (frames, 4, 4, 3))
-            clips.append(tokenize(MODEL, {"video": pixels, "caption": "abc", "fps": 8.0}))
-        rows.append(clips)
-    return pack_rows(rows, PACKING)
+    colours = rng.integers(0, 256, (PACKING.rows, 2, 3), np.uint8)
+
+    def clip(colour, frames):
+        pixels = np.broadcast_to(colour, (frames, 4, 4, 3))
+        return tokenize(MODEL, {"video": pixels, "caption": "abc", "fps": 8.0})
+
+    return pack_rows([[clip(one, 1), clip(other, 3)] for one, other in colours], PACKING)
 
 
 def build(matmul, *sizes):
+    """The mesh, the model and its ``init``."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     model = make_model(dataclasses.replace(MODEL, matmul=matmul), mesh)
-    init = functools.partial(init_params, model)
-    optimizer = make_optimizer(OPTIMIZER, STEPS)
-    return mesh, model, init, optimizer, abstract_state(init, optimizer, mesh)[1]
-
-
-@functools.cache
-def start():
-    """A fresh state, on the host."""
-    _, _, init, optimizer, shardings = build("full", 1, 1, 1, 1)
-    return jax.device_get(init_state(init, optimizer, shardings, jax.random.key(1)))
+    return mesh, model, functools.partial(init_params, model)
 
 
 @functools.cache
 def losses(matmul, *sizes):
     """Of a short run on one batch."""
-    mesh, model, _, optimizer, shardings = build(matmul, *sizes)
-    state = jax.device_put(start(), shardings)
+    mesh, model, init = build(matmul, *sizes)
+    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    shardings = abstract_state(init, optimizer, mesh)[1]
+    state = init_state(init, optimizer, shardings, jax.random.key(1))
     loss = functools.partial(batch_loss, model, DiffusionConfig())
     step = make_step(loss, optimizer, OPTIMIZER, 3, shardings)
     placed = global_batch(mesh, batch(), tuple(range(PACKING.rows)), PACKING.rows)
@@ -192,13 +178,17 @@ def test_training_falls_as_in_full_precision(kind, tolerance):
 
 @functools.cache
 def dots_of_gradients(matmul):
-    _, model, init, _, _ = build(matmul, 1, 1, 1, 1)
+    """How often products of which types are in the gradients as they are lowered."""
+    _, model, init = build(matmul, 1, 1, 1, 1)
     given = jax.tree.map(jnp.asarray, batch())
 
     def value(params):
         return batch_loss(model, DiffusionConfig(), params, {}, given, jax.random.key(0))[0]
 
-    return dots(jax.grad(value), nn.unbox(jax.eval_shape(init, jax.random.key(0))))
+    params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    text = jax.jit(jax.grad(value)).lower(params).as_text()
+    found = re.findall(r"stablehlo\.dot_general.* : \(tensor<(\S+)>, tensor<(\S+)>\)", text)
+    return collections.Counter(tuple(of.split("x")[-1] for of in pair) for pair in found)
 
 
 @needs_qwix
@@ -206,8 +196,7 @@ def dots_of_gradients(matmul):
 def test_only_blocks_multiply_in_8_bits(kind):
     """Under scan and rematerialisation; text, patches and what comes of noise levels do not."""
     full, low = dots_of_gradients("full"), dots_of_gradients(kind)
-    eight = {types: count for types, count in low.items() if "8" in "".join(types)}
-    assert eight == EIGHT[kind]
+    assert {types: n for types, n in low.items() if "8" in "".join(types)} == EIGHT[kind]
     assert sum(full.values()) == sum(low.values())
 
 

@@ -13,6 +13,7 @@ import pytest
 from dit_jax.config import VideoRun, from_dict, to_dict
 from dit_jax.train import MAY_DIFFER, MEANING, check_same, init_from
 from dit_jax.training import CheckpointConfig, Checkpointer, TrainState, open_run
+from tests.runs import changed
 
 SPREAD = (1, 2, 2, 2)
 DATA = {"0": {"next": 3, "parent": {"counter": 12}}, "1": {"next": 4, "parent": {"counter": 13}}}
@@ -87,20 +88,13 @@ def test_a_run_begins_with_the_average_of_another(saved, rig, taken, tmp_path):
     for path in (directory, tmp_path):
         fresh = one.state()
         opt_state = jax.device_get(fresh.opt_state)
-        given = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(initial=str(path)))
-        state = init_from(given, fresh, one.shapes, one.shardings)
+        config = changed(CONFIG, {"checkpoint.initial": str(path)})
+        state = init_from(config, fresh, one.shapes, one.shardings)
         assert_equal(jax.device_get(state.params), host.ema)
         assert_equal(jax.device_get(state.ema), host.ema)
         assert_equal(jax.device_get(state.opt_state), opt_state)
         assert int(state.step) == 0
         taken(state)  # Both are given up to the step: they must not be the same memory.
-
-
-def changed(config: VideoRun, name: str, value: object) -> VideoRun:
-    """The config with a field, by its dotted name, set."""
-    first, *rest = name.split(".")
-    inner = changed(getattr(config, first), ".".join(rest), value) if rest else value
-    return dataclasses.replace(config, **{first: inner})
 
 
 @pytest.mark.parametrize(
@@ -122,17 +116,15 @@ def test_a_run_does_not_begin_with_parameters_that_mean_something_else(
     saved, rig, monkeypatch, name, value
 ):
     one = rig(1, 1, 1, 1)
-    config = changed(changed(CONFIG, "checkpoint.initial", str(saved[0])), name, value)
+    config = changed(CONFIG, {"checkpoint.initial": str(saved[0]), name: value})
     monkeypatch.setattr(Checkpointer, "restore_ema", None)  # nothing is read before
     with pytest.raises(ValueError, match=f"' is a run with {name} = .*: set it as there"):
         init_from(config, one.shapes, one.shapes, one.shardings)
 
 
 def test_a_run_begins_with_what_is_computed_otherwise():
-    config = changed(CONFIG, "model.dit.remat", "full")
-    config = changed(config, "model.dtype", "bfloat16")
-    config = changed(config, "diffusion.caption_dropout", 0.2)
-    check_same(config, CONFIG, MEANING, MAY_DIFFER, "", "")
+    free = {"model.dit.remat": "full", "model.dtype": "bfloat16", "diffusion.caption_dropout": 0.2}
+    check_same(changed(CONFIG, free), CONFIG, MEANING, MAY_DIFFER, "", "")
 
 
 def test_averages_need_no_other_item(saved, rig, tmp_path, monkeypatch):

@@ -1,9 +1,7 @@
 """Models of classes: from labelled images, in pixels or a codec's latents, to what the judge says."""
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +27,10 @@ from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
 from tests.codecs import tiny_images, write_images
+from tests.runs import changed
 from tests.scripts import load_script
 
 CLASSES = 3
-
-
-def evaluations(task: Any) -> dict[str, Any]:
-    """The functions of a task's evaluators, by name."""
-    return {one.name: one.evaluate for one in task.evaluators}
 
 
 def image(i, rng, side=16):
@@ -73,8 +67,8 @@ def codec_path(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("codec") / "vae", tiny_images(8, 8, norm_groups=4))
 
 
-def config_of(records, **changes):
-    config = VideoRun(
+def config_of(records):
+    return VideoRun(
         data=DataConfig(
             source=RecordsConfig(str(records), label_key="label"),
             packing=PackingConfig(rows=2, row_tokens=32, row_text=4, row_segments=2, bins=1),
@@ -90,14 +84,12 @@ def config_of(records, **changes):
         sampling=SamplingConfig(frames=1, height=16, width=16, steps=2, cfg_scale=2.0),
         evaluators=(ClassEvaluator(prompts=9),),
     )
-    return dataclasses.replace(config, **changes)
 
 
 def latents_config(records, codec_path, **changes):
     """Of a model of latents, into which images are encoded as they are read."""
-    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
-    codec = LatentCodecConfig(str(codec_path), h=2, w=2)
-    return config_of(records, model=model, codec=codec, **changes)
+    codec, patch = LatentCodecConfig(str(codec_path), h=2, w=2), PatchConfig(1, 2, 2, channels=4)
+    return changed(config_of(records), {"model.patch": patch, "codec": codec, **changes})
 
 
 def mesh():
@@ -136,7 +128,8 @@ def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
     )(params)
     assert 1 < loss < 4  # noise and images of about unit variance, and a model that says zero
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-    report = evaluations(task)["report"](params, {}, 0, tmp_path).scalars
+    evaluators = {one.name: one.evaluate for one in task.evaluators}
+    report = evaluators["report"](params, {}, 0, tmp_path).scalars
     # A fresh model makes noise, which the classifier takes for one class or another.
     assert report["classifier"] == 1 and report["recognised"] < 0.7 and report["count"] == 9
     assert report["frechet"] > 5 * report["frechet_real"]
@@ -156,11 +149,12 @@ def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
     nearest = [min(np.abs(x - y).max() for y in latents) for x in found]
     assert max(nearest) < 1e-5  # the same function of the same image
     params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-    picture = evaluations(task)["samples"](params, {}, 7, tmp_path).picture
+    evaluators = {one.name: one.evaluate for one in task.evaluators}
+    picture = evaluators["samples"](params, {}, 7, tmp_path).picture
     assert picture is not None and picture.stat().st_size > 0
     # A codec that does not fit is refused.
     with pytest.raises(ValueError, match="4 channels with strides"):
-        config_of(records, codec=LatentCodecConfig(str(codec_path))).build(mesh())
+        changed(config_of(records), {"codec": LatentCodecConfig(str(codec_path))}).build(mesh())
 
 
 def test_latents_are_written_once_and_trained_on(
@@ -184,15 +178,13 @@ def test_latents_are_written_once_and_trained_on(
             assert found["segment_fields"] == source[i]["segment_fields"]
             # Stored as float16.
             np.testing.assert_allclose(found["video"], codec.encode(picture), rtol=2e-3, atol=1e-3)
-    config = latents_config(records, codec_path, evaluators=())
-    data = dataclasses.replace(config.data, source=latents, transform=TransformConfig(crop=8))
-    config = dataclasses.replace(config, data=data)
+    data = {"data.source": latents, "data.transform": TransformConfig(crop=8)}
+    config = latents_config(records, codec_path, evaluators=(), **data)
     _, batch = first_batch(config)
     assert batch.tokens.shape == (2, 32, 16)
     assert config.with_hashes().codec.hash == codec.hash
-    foreign = dataclasses.replace(config.codec, hash="other")
     with pytest.raises(ValueError, match=f"are of the codecs other, {codec.hash}"):
-        dataclasses.replace(config, codec=foreign).with_hashes()
+        changed(config, {"codec.hash": "other"}).with_hashes()
 
 
 @pytest.mark.slow

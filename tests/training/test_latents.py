@@ -1,7 +1,6 @@
 """Latents with text states: what is recorded trains, what cannot be drawn is refused, and JSON."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -14,6 +13,7 @@ from dit_jax.evaluate import ShapeEvaluator
 from dit_jax.model import ByteEncoderConfig, unpatchify
 from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
+from tests.runs import changed
 
 STEPS = 20
 
@@ -60,10 +60,8 @@ def test_batches_hold_what_was_recorded(trained, latents, latent_records):
             # Exactly: latents are cut into patches, states get a beginning, and nothing else.
             matching = [
                 np.array_equal(text[1:], clip["text_states"][:5])
-                and len(tokens) == clip["video"].size // 16
-                and np.array_equal(
-                    unpatchify(latents.model.patch, tokens, *clip["video"].shape[:3]), clip["video"]
-                )
+                and len(tokens) == (video := clip["video"]).size // 16
+                and np.array_equal(unpatchify(latents.model.patch, tokens, *video.shape[:3]), video)
                 for clip in clips
             ]
             assert sum(matching) == 1 and not text[0].any()
@@ -108,11 +106,8 @@ def test_latents_that_would_be_drawn_are_refused(latents, change):
     ],
 )
 def test_records_that_do_not_fit_are_refused_before_training(latents, mesh, name, value, message):
-    values = to_dict(latents)
-    *path, last = name.split(".")
-    functools.reduce(dict.__getitem__, path, values)[last] = value
     with pytest.raises(ValueError, match=message):
-        from_dict(VideoRun, values).build(mesh)
+        changed(latents, {name: value}).build(mesh)
 
 
 def test_text_states_survive_json(latents):
@@ -125,8 +120,7 @@ def test_text_states_survive_json(latents):
 
 def test_configs_stored_before_there_were_states_still_load():
     """The text encoder had no ``type``, and attention, windows and modulation were not chosen."""
-    model = dataclasses.replace(VideoRun().model, text=ByteEncoderConfig(width=16, heads=2))
-    config = dataclasses.replace(VideoRun(), model=model)
+    config = changed(VideoRun(), {"model.text": ByteEncoderConfig(width=16, heads=2)})
     values = json.loads(json.dumps(to_dict(config)))
     assert values["model"]["text"].pop("type").endswith(":ByteEncoderConfig")
     del values["attention"]

@@ -29,7 +29,7 @@ COSINE = [0.2 + 1.8 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
     ("config", "steps", "expected"),
     [
         # The warm-up, the cosine down to a tenth, and what is left of it.
-        ({"warmup_steps": 4, "final_fraction": 0.1}, 12, [0.5, 1, 1.5, *COSINE, 0.2, 0.2]),
+        ({"warmup_steps": 4, "final_fraction": 0.1}, 12, [0.5, 1, 1.5, 2, *COSINE, 0.2]),
         ({"schedule": "constant", "warmup_steps": 3}, 12, [2 / 3, 4 / 3, *[2.0] * 12]),
         ({"warmup_steps": 0}, 3, [2.0, 1.5, 0.5, 0, 0]),
         ({"warmup_steps": 1}, 3, [2.0, 2.0, 1.0, 0, 0]),

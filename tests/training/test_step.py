@@ -33,7 +33,8 @@ def test_step_compiles_once_reuses_memory_and_keeps_averages(one, batches):
         before = state
         state, metrics = one.step(state, one.put(batches[i]))
         assert np.isfinite(float(metrics["loss"]))
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        # (The first state is NumPy's memory.)
+        assert i == 0 or all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
         rate = min(0.999, (1 + i) / (10 + i))
         params = jax.device_get(state.params)
         expected = jax.tree.map(lambda e, p, r=rate: r * e + (1 - r) * p, expected, params)
