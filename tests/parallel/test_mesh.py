@@ -46,13 +46,10 @@ def test_mesh_uses_every_device_once(config, shape):
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
     assert batch_shards(mesh) == shape[0] * shape[1]
-
-
-def test_chosen_devices():
+    # Of chosen devices, neighbours share the innermost axis, which talks most.
     devices = jax.devices()[2:6]
-    mesh = make_mesh(MeshConfig(tensor=2), devices)
-    # Neighbours share the innermost axis, which talks most.
-    np.testing.assert_array_equal(mesh.devices, np.array(devices).reshape(2, 1, 1, 2))
+    few = make_mesh(MeshConfig(tensor=2), devices)
+    np.testing.assert_array_equal(few.devices, np.array(devices).reshape(2, 1, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -91,12 +88,6 @@ def slices(shape=(4, 4, 4), count=2):
     return chips
 
 
-def crossings(grid):
-    """Axes along which the slice changes."""
-    index = np.vectorize(lambda chip: chip.slice_index)(grid)
-    return {axis for i, axis in enumerate(AXES) if np.diff(index, axis=i).any()}
-
-
 @pytest.mark.parametrize(
     ("config", "shape", "count"),
     [
@@ -129,15 +120,12 @@ def test_one_slice_is_a_torus():
             assert sum(min((x - y) % 4, (y - x) % 4) for x, y in zip(a, b, strict=True)) == 1
 
 
-@pytest.mark.parametrize("over", ["data", "fsdp"])
-def test_axis_that_does_not_divide_over_slices_is_refused(over):
-    sizes = {"data": 3, "fsdp": 3} | {over: 1}
-    config = MeshConfig(**sizes, context=-1, slices_over=over)
-    with pytest.raises(ValueError, match=f"mesh.{over} is 1 .* multiple of 2"):
-        device_grid(config, slices((3, 2, 2), 2))
-
-
-def test_unequal_slices_are_refused():
+def test_slices_that_do_not_divide_or_differ_are_refused():
+    for over in ("data", "fsdp"):
+        sizes = {"data": 3, "fsdp": 3} | {over: 1}
+        config = MeshConfig(**sizes, context=-1, slices_over=over)
+        with pytest.raises(ValueError, match=f"mesh.{over} is 1 .* multiple of 2"):
+            device_grid(config, slices((3, 2, 2), 2))
     chips = [chip for chip in slices((2, 2, 1), 2) if chip.id != 7]
     with pytest.raises(ValueError, match=r"TPU slices of \[3, 4\] devices"):
         device_grid(MeshConfig(), chips)

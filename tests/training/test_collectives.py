@@ -30,21 +30,13 @@ class Sent(NamedTuple):
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     name: str
-
-    @property
-    def in_layer(self):
-        return "/blocks/" in self.name
-
-    @property
-    def forward(self):
-        return "transpose(" not in self.name
+    in_layer: bool
+    forward: bool
 
 
 def config(mesh):
     # Scanned, as on accelerators. Layers share one modulation, whose float32 kernels would be one more.
-    dit = DiTConfig(
-        width=WIDTH, depth=3, heads=HEADS, mlp_dim=HIDDEN, scan=True, modulation="shared"
-    )
+    dit = DiTConfig(WIDTH, depth=2, heads=HEADS, mlp_dim=HIDDEN, scan=True, modulation="shared")
     return VideoRun(
         model=ModelConfig(
             dit=dit,
@@ -75,7 +67,7 @@ def compiled(sizes):
     for shape, kind, name in LINE.findall(text):
         dims = re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", shape))
         parts = tuple(tuple(int(n) for n in d.split(",") if n) for d in dims)
-        found.append(Sent(kind, parts, name))
+        found.append(Sent(kind, parts, name, "/blocks/" in name, "transpose(" not in name))
     return found
 
 
