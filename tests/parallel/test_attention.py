@@ -36,10 +36,8 @@ def by_blocks(size):
 
 flash = on_one_device(flash_kernel(interpret=True))
 IMPLEMENTATIONS = {
-    "xla": xla_attention,
-    "host": host_attention,
-    "blocks": by_blocks(SEVERAL),
-    "flash": flash,
+    **{"xla": xla_attention, "host": host_attention},
+    **{"blocks": by_blocks(SEVERAL), "flash": flash},
 }
 
 
@@ -130,16 +128,16 @@ def test_attention_is_its_definition(name, kind):
 def test_gradients_of_the_reference_are_those_of_the_definition(kind):
     """Against central differences of the loop, in float64, along a random direction."""
     given, options, seen = case(kind)
-    slope = np.where(seen[..., None, None], draw(LENGTH, 3), 0)
-    step = 1e-5
+    slope, step = np.where(seen[..., None, None], draw(LENGTH, 3), 0), 1e-5
     for which, gradient in enumerate(results("xla", kind)[1:]):
         direction = np.random.default_rng(which).normal(size=gradient.shape)
-        values = []
-        for sign in (1, -1):
+
+        def value(sign, which=which, direction=direction):
             moved = [x.astype(np.float64) for x in given[:3]]
             moved[which] = moved[which] + sign * step * direction
-            values.append(np.nansum(in_loops(*moved, *given[3:], **options) * slope))
-        expected = (values[0] - values[1]) / (2 * step)
+            return np.nansum(in_loops(*moved, *given[3:], **options) * slope)
+
+        expected = (value(1) - value(-1)) / (2 * step)
         # The sum of some hundred float32 terms of order one.
         np.testing.assert_allclose((gradient * direction).sum(), expected, atol=2e-4)
 
@@ -303,13 +301,12 @@ def test_lowers_to_triton(length, dim):
 # --- What a CPU runs ---
 
 
-@pytest.mark.parametrize("options", [{}, {"preferred_element_type": jnp.float32}])
-def test_flat_product_is_the_product(options):
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5)])
+def test_flat_product_is_the_product(shape):
     rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(5, 6)).astype(np.float32)
-    for shape in ((5,), (4, 5), (2, 3, 4, 5)):
-        x = rng.normal(size=shape).astype(np.float32)
-        numbers = (((len(shape) - 1,), (0,)), ((), ()))
+    x, kernel = (rng.normal(size=size).astype(np.float32) for size in (shape, (5, 6)))
+    numbers = (((len(shape) - 1,), (0,)), ((), ()))
+    for options in ({}, {"preferred_element_type": jnp.float32}):
         out = flat_dot_general(x, kernel, numbers, **options)
         np.testing.assert_allclose(out, x @ kernel, rtol=0, atol=2e-6)  # five float32 products
 

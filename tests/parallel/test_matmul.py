@@ -160,8 +160,8 @@ def losses(matmul, *sizes):
     return np.array(found)
 
 
-@needs_qwix
 @pytest.mark.slow
+@needs_qwix
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.03), ("fp8", 0.1)])
 def test_training_falls_as_in_full_precision(kind, tolerance):
     """0.013 and 0.046 were seen of a step's loss."""

@@ -172,12 +172,9 @@ def spec(mesh, shape, *names):
 )
 def test_parameters_lie_by_their_logical_axes(mesh, shape, names, expected):
     assert spec(mesh, shape, *names) == expected
-
-
-def test_parameters_of_sampling_are_whole_along_context(mesh):
-    shapes = {"a": boxed((8, 16), "embed", "mlp"), "b": boxed((4, 8), "layers", "embed")}
-    found = parameter_shardings(mesh, shapes, over_context=False)
-    assert found["a"].spec == P("fsdp", "tensor") and found["b"].spec == P(None, "fsdp")
+    # Those of sampling are whole along context.
+    found = parameter_shardings(mesh, boxed(shape, *names), over_context=False).spec
+    assert found == P(*("fsdp" if one == EMBED else one for one in expected))
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,8 @@ import pytest
 from flax import struct
 from jax._src.distributed import State
 
-from dit_jax import sample
 from dit_jax.files import InputError
-from dit_jax.parallel import (
-    MeshConfig,
-    global_batch,
-    joined,
-    local_rows,
-    make_mesh,
-    multihost,
-)
+from dit_jax.parallel import MeshConfig, global_batch, joined, local_rows, make_mesh, multihost
 from dit_jax.parallel.multihost import FLAGS, VARIABLES, initialize, take_process_flags
 from dit_jax.types import TOKENS, Batch
 
@@ -78,13 +70,9 @@ def test_rows_that_do_not_divide_are_refused():
 # Which process of a run this is. JAX's own detection of clusters is taken as it is: here its caller.
 
 STEP = {
-    "SLURM_JOB_ID": "1234",
-    "SLURM_STEP_NODELIST": "gpu[007-010],gpu12",
-    "SLURM_STEP_NUM_NODES": "4",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_NTASKS": "4",
-    "SLURM_PROCID": "2",
-    "SLURM_LOCALID": "0",
+    **{"SLURM_JOB_ID": "1234", "SLURM_STEP_NODELIST": "gpu[007-010],gpu12", "SLURM_NTASKS": "4"},
+    **{"SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NUM_TASKS": "4"},
+    **{"SLURM_PROCID": "2", "SLURM_LOCALID": "0"},
 }
 """What srun sets for the third of four tasks, one on each node."""
 ALONE = "coordinator_address should be defined."
@@ -137,12 +125,8 @@ def test_flags_win_over_variables_and_these_over_the_cluster(joining, monkeypatc
 @pytest.mark.parametrize(
     "values",
     [
-        ("host:1", None, None),
-        (None, 2, 0),
-        ("host:1", 2, 2),
-        ("host:1", 2, -1),
-        ("host", 2, 0),
-        ("host:port", 2, 0),
+        *[("host:1", None, None), (None, 2, 0), ("host:1", 2, 2), ("host:1", 2, -1)],
+        *[("host", 2, 0), ("host:port", 2, 0)],
     ],
     ids=str,
 )
@@ -158,19 +142,12 @@ def test_flags_are_taken_from_the_command_line(joining):
     rest, flags = take_process_flags([*line, "--process-id", "1"])
     assert rest == ["--config", "c.py", "--steps", "3"]
     assert flags == {"--coordinator": "h:1", "--num-processes": 2, "--process-id": 1}
+    assert all(flag in multihost.PROCESS_HELP for flag in FLAGS)
     # No abbreviations: what is not whole belongs to the config.
     assert take_process_flags(["--process", "1"]) == (["--process", "1"], dict.fromkeys(FLAGS))
     with pytest.raises(SystemExit) as ended:
         take_process_flags(["--num-processes", "two"])
     assert ended.value.code == 2
-
-
-def test_help_tells_of_the_flags(capsys):
-    with pytest.raises(SystemExit) as ended:
-        sample.main(["--help-all"])
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(flag in shown for flag in FLAGS)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +188,12 @@ def test_gpus_of_a_slurm_task(joining, monkeypatch, variables, devices):
     assert initialize() and joining[-1]["local_device_ids"] is None
 
 
+def test_jax_says_so_where_there_is_no_cluster():
+    with pytest.raises(ValueError) as error:
+        State().initialize(cluster_detection_method="deactivate")
+    assert str(error.value) == ALONE
+
+
 @pytest.mark.parametrize(
     ("variables", "error", "outcome"),
     [
@@ -240,13 +223,6 @@ def test_what_jax_cannot_do(joining, monkeypatch, variables, error, outcome):
         assert "host:1" in ended.value.code and "--process-id 1" in ended.value.code
 
 
-def test_jax_says_so_where_there_is_no_cluster():
-    """The message that `initialize` compares is that of this version of JAX."""
-    with pytest.raises(ValueError) as error:
-        State().initialize(cluster_detection_method="deactivate")
-    assert str(error.value) == ALONE
-
-
 @pytest.mark.parametrize(
     ("user_errors", "error", "status"),
     [
@@ -257,13 +233,10 @@ def test_jax_says_so_where_there_is_no_cluster():
     ],
 )
 def test_only_errors_of_the_user_end_with_2(monkeypatch, user_errors, error, status):
-    def leave(code):
-        raise SystemExit(code)
-
     monkeypatch.setattr(multihost, "initialize", lambda flags, prog: True)
     monkeypatch.setattr(multihost, "global_state", Mock())
     monkeypatch.setattr(multihost.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(multihost.os, "_exit", leave)
-    with pytest.raises(SystemExit) as ended, joined(None, "prog", *user_errors):
+    monkeypatch.setattr(multihost.os, "_exit", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit), joined(None, "prog", *user_errors):
         raise error
-    assert ended.value.code == status
+    multihost.os._exit.assert_called_once_with(status)

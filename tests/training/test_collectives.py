@@ -36,7 +36,7 @@ class Sent(NamedTuple):
 
 def config(mesh):
     # Scanned, as on accelerators. Layers share one modulation, whose float32 kernels would be one more.
-    dit = DiTConfig(WIDTH, depth=2, heads=HEADS, mlp_dim=HIDDEN, scan=True, modulation="shared")
+    dit = DiTConfig(WIDTH, depth=3, heads=HEADS, mlp_dim=HIDDEN, scan=True, modulation="shared")
     return VideoRun(
         model=ModelConfig(
             dit=dit,
