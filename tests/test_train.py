@@ -212,7 +212,7 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
             "--mesh.data 1 --mesh.context 8 --data.packing.row-tokens 60",
             "row_tokens 60.*mesh.context 8.*a multiple",
         ),
-        ("--output /proc/run", "'/proc/run' cannot be written.*--output"),
+        ("--output /proc/run", "--output '/proc/run' cannot be written"),
         ("JAX_NUM_PROCESSES=2", "--coordinator None, --num-processes 2, --process-id None"),
         ("JAX_NUM_PROCESSES=two", "'two'"),
     ],
@@ -274,20 +274,3 @@ def test_run_of_another_config_is_not_resumed(
     message = capfd.readouterr().err
     assert f"holds a run with {part}: give a new --output, or the config" in message
     assert (whole.directory / "config.json").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("{", "is no JSON"),
-        ('{"model": 5}', "holds no config that this version"),
-        ('{"speed": 1}', "'speed'"),
-    ],
-)
-def test_corrupt_config_is_refused(refused: Refused, tmp_path: Path, text: str, part: str):
-    # A checkpoint elsewhere than `refused` looks for those that should not be there.
-    run = tmp_path / "old"
-    (run / "checkpoints" / "4").mkdir(parents=True)
-    (run / "config.json").write_text(text)
-    message = refused("--output", run)
-    assert part in message and f"{str(run / 'config.json')!r}" in message and "restore" in message

@@ -108,11 +108,8 @@ def results(name, kind):
     return value_and_gradients(IMPLEMENTATIONS[name], given, options, slope)
 
 
-PAIRS = [*((name, kind) for name in ("xla", "host") for kind in CASES), ("flash", "self")]
-"""Blocks are below, and flash attention is the reference's but for self-attention."""
-
-
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("name", ["xla", "host"])
 def test_attention_is_its_definition(name, kind):
     given, options, seen = case(kind)
     out = np.asarray(jax.jit(partial(IMPLEMENTATIONS[name], **options))(*given))
@@ -142,10 +139,10 @@ def test_gradients_of_the_reference_are_those_of_the_definition(kind):
         np.testing.assert_allclose((gradient * direction).sum(), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize(("name", "kind"), PAIRS[3:])
-def test_gradients_are_those_of_the_reference(name, kind):
+@pytest.mark.parametrize("kind", CASES)
+def test_gradients_are_those_of_the_reference(kind):
     k_ids = IDS if kind != "cross" else CROSS
-    found, expected = results(name, kind)[1:], results("xla", kind)[1:]
+    found, expected = results("host", kind)[1:], results("xla", kind)[1:]
     for ours, theirs, ids in zip(found, expected, (IDS, k_ids, k_ids), strict=True):
         assert np.abs(theirs).max() > 0.5
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)

@@ -76,12 +76,10 @@ def mesh_of(sizes):
         ((2, 1, 4, 1), 4, None, (64,)),
         ((1, 2, 2, 2), 1, None, (64,)),
         ((1, 1, 8, 1), 2, None, (64,)),
-        pytest.param((1, 1, 1, 4), None, None, (64,), marks=slow),
         pytest.param((1, 1, 4, 2), 2, None, (64,), marks=slow),
         pytest.param((1, 1, 8, 1), 1, None, (64,), marks=slow),
         # A window within a neighbour's part, and one over several.
         ((1, 1, 4, 1), 1, 5, (64,)),
-        pytest.param((1, 1, 8, 1), 2, 40, (64,), marks=slow),
         pytest.param((1, 1, 8, 1), 1, 40, (64,), marks=slow),
         pytest.param((1, 2, 2, 2), 2, 5, (64,), marks=slow),
         # Text is attended to from every device.
@@ -106,7 +104,6 @@ def test_products_on_every_mesh_equal_one_device(sizes, way, window, what):
         ((1, 1, 2, 1), None, None, (256,)),  # Ulysses
         ((1, 1, 2, 1), 1, 60, (256,)),  # a ring
         ((1, 1, 2, 1), None, None, (256, HEADS, TEXT)),
-        pytest.param((1, 1, 2, 1), 1, None, (256,), marks=slow),
         pytest.param((1, 1, 1, 1), None, 60, (256,), marks=slow),
         pytest.param((2, 1, 2, 2), None, None, (256,), marks=slow),
         pytest.param((1, 1, 2, 2), 2, 60, (256,), marks=slow),

@@ -135,17 +135,17 @@ def batch():
     return pack_rows([[clip(one, 1), clip(other, 3)] for one, other in colours], PACKING)
 
 
-def build(matmul, *sizes):
-    """The mesh, the model and its ``init``."""
-    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+def build(matmul):
+    """A mesh of one device, the model and its ``init``."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = make_model(dataclasses.replace(MODEL, matmul=matmul), mesh)
     return mesh, model, functools.partial(init_params, model)
 
 
 @functools.cache
-def losses(matmul, *sizes):
+def losses(matmul):
     """Of a short run on one batch."""
-    mesh, model, init = build(matmul, *sizes)
+    mesh, model, init = build(matmul)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     shardings = abstract_state(init, optimizer, mesh)[1]
     state = init_state(init, optimizer, shardings, jax.random.key(1))
@@ -165,21 +165,17 @@ def losses(matmul, *sizes):
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.03), ("fp8", 0.1)])
 def test_training_falls_as_in_full_precision(kind, tolerance):
     """0.013 and 0.046 were seen of a step's loss."""
-    full, low = losses("full", 1, 1, 1, 1), losses(kind, 1, 1, 1, 1)
+    full, low = losses("full"), losses(kind)
     assert full[-10:].mean() < 0.6 * full[:5].mean()
     # Rounding turns the steps a little; the noise of every step is the same.
     np.testing.assert_allclose(low, full, rtol=tolerance)
     assert abs(low[-10:].mean() / full[-10:].mean() - 1) < tolerance / 2
-    # On a mesh, sums in another order, of which some then round to another of 256 numbers.
-    spread = losses(kind, 1, 2, 2, 2)
-    np.testing.assert_allclose(spread[:5], low[:5], rtol=1e-3)
-    np.testing.assert_allclose(spread, low, rtol=0.1)
 
 
 @functools.cache
 def dots_of_gradients(matmul):
     """How often products of which types are in the gradients as they are lowered."""
-    _, model, init = build(matmul, 1, 1, 1, 1)
+    _, model, init = build(matmul)
     given = jax.tree.map(jnp.asarray, batch())
 
     def value(params):

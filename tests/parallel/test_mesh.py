@@ -11,7 +11,6 @@ from platform import libc_ver
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
@@ -250,34 +249,20 @@ def test_constrain_lays_activations_out(mesh):
     assert z.sharding.shard_shape(z.shape) == (2, 5, 3)
 
 
-def test_moments_lie_like_their_parameters(mesh):
-    shapes = {
-        "a": {"kernel": boxed((8, 16), "embed", "mlp"), "bias": boxed((16,), "mlp")},
-        "b": {"kernel": boxed((8, 4), "embed", "patch")},
-    }
-    shardings = parameter_shardings(mesh, shapes)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    state = jax.eval_shape(optimizer.init, nn.unbox(shapes))
-    found = state_shardings(mesh, state, shardings)
-    assert jax.tree.structure(found) == jax.tree.structure(state)
-    adam = found[1][0]
-    assert adam.mu == shardings and adam.nu == shardings
-    assert adam.count == NamedSharding(mesh, P())
-    assert adam.mu["a"]["kernel"].spec == P(EMBED, "tensor")
-    # Factored moments (as Adafactor's) have the path of a parameter, and not its dimensions.
-    factored = {"v_row": {"a": {"kernel": jax.ShapeDtypeStruct((16,), jnp.float32)}}}
-    found = state_shardings(mesh, factored, shardings)
-    assert found["v_row"]["a"]["kernel"] == NamedSharding(mesh, P())
+def test_what_is_smaller_than_its_parameter_is_whole(mesh):
+    """Factored moments (as Adafactor's) have the path of a parameter, and not its dimensions."""
+    shardings = {"kernel": NamedSharding(mesh, P(EMBED, "tensor"))}
+    vector = jax.ShapeDtypeStruct((16,), jnp.float32)
+    found = state_shardings(mesh, {"v_row": {"kernel": vector}}, shardings)
+    assert found["v_row"]["kernel"] == NamedSharding(mesh, P())
 
 
-def test_batches_lie_over_rows_and_tokens(mesh):
-    for ndim, tokens, expected in (
-        (1, True, P(ROWS)),
-        (2, True, P(ROWS, "context")),
-        (3, True, P(ROWS, "context")),
-        (3, False, P(ROWS)),
-    ):
-        assert batch_sharding(mesh, ndim, tokens) == NamedSharding(mesh, expected)
+@pytest.mark.parametrize(
+    ("ndim", "tokens", "axes"),
+    [(1, True, ()), (2, True, ("context",)), (3, True, ("context",)), (3, False, ())],
+)
+def test_batches_lie_over_rows_and_tokens(mesh, ndim, tokens, axes):
+    assert batch_sharding(mesh, ndim, tokens) == NamedSharding(mesh, P(ROWS, *axes))
 
 
 STEPS = """

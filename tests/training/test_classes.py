@@ -20,7 +20,6 @@ from dit_jax.model import (
     ModelConfig,
     NoTextConfig,
     PatchConfig,
-    patchify,
 )
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
@@ -134,27 +133,6 @@ def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
     assert report["classifier"] == 1 and report["recognised"] < 0.7 and report["count"] == 9
     assert report["frechet"] > 5 * report["frechet_real"]
     assert (tmp_path / "samples.png").stat().st_size > 0
-
-
-def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
-    config = latents_config(records, codec_path, log=LogConfig(draw_every=7))
-    task, batch = first_batch(config)
-    codec, source, patch = (
-        load_codec(codec_path),
-        RecordsSource(config.data.source),
-        config.model.patch,
-    )
-    latents = [patchify(patch, codec.encode(to_float(source[i]["video"]))) for i in range(90)]
-    found = batch.tokens.reshape(4, 16, 16)
-    nearest = [min(np.abs(x - y).max() for y in latents) for x in found]
-    assert max(nearest) < 1e-5  # the same function of the same image
-    params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-    evaluators = {one.name: one.evaluate for one in task.evaluators}
-    picture = evaluators["samples"](params, {}, 7, tmp_path).picture
-    assert picture is not None and picture.stat().st_size > 0
-    # A codec that does not fit is refused.
-    with pytest.raises(ValueError, match="4 channels with strides"):
-        changed(config_of(records), {"codec": LatentCodecConfig(str(codec_path))}).build(mesh())
 
 
 def test_latents_are_written_once_and_trained_on(

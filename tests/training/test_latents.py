@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.config import LogConfig, VideoRun, from_dict, stored_config, to_dict
+from dit_jax.config import LogConfig, VideoRun, from_dict, to_dict
 from dit_jax.data import open_source
 from dit_jax.evaluate import ShapeEvaluator
-from dit_jax.model import ByteEncoderConfig, unpatchify
-from dit_jax.parallel import AttentionConfig, MeshConfig, global_batch, make_mesh
+from dit_jax.model import unpatchify
+from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
 from tests.runs import changed
 
@@ -116,19 +116,3 @@ def test_text_states_survive_json(latents):
     text = {"type": kind, "encoder": "umt5-xxl", "dim": 8, "max_tokens": 6}
     assert values["model"]["text"] == text
     assert from_dict(VideoRun, values) == latents
-
-
-def test_configs_stored_before_there_were_states_still_load():
-    """The text encoder had no ``type``, and attention, windows and modulation were not chosen."""
-    config = changed(VideoRun(), {"model.text": ByteEncoderConfig(width=16, heads=2)})
-    values = json.loads(json.dumps(to_dict(config)))
-    assert values["model"]["text"].pop("type").endswith(":ByteEncoderConfig")
-    del values["attention"]
-    for name in ("modulation", "window", "global_every"):
-        del values["model"]["dit"][name]
-    again = stored_config(values, "run/config.json")
-    assert again == config and again.attention == AttentionConfig()
-    # States' fields without their type are no byte encoder.
-    values["model"]["text"] = {"dim": 8, "max_tokens": 6}
-    with pytest.raises(ValueError, match="'dim', which ByteEncoderConfig does not"):
-        stored_config(values, "run/config.json")

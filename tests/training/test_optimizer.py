@@ -91,20 +91,16 @@ def test_steps_are_those_of_adamw():
         gradients = draw(rng, 0.05 if step % 2 else 1.5)
         updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-
         g = {name: leaf.astype(np.float64) for name, leaf in flat(gradients).items()}
         norms.append(math.sqrt(sum((leaf**2).sum() for leaf in g.values())))
-        for name in x:
+        for name, leaf in flat(params).items():
             clipped = g[name] * min(1, config.clip_norm / norms[-1])
             m[name] = config.b1 * m[name] + (1 - config.b1) * clipped
             v[name] = config.b2 * v[name] + (1 - config.b2) * clipped**2
             mhat = m[name] / (1 - config.b1 ** (step + 1))
             vhat = v[name] / (1 - config.b2 ** (step + 1))
-            change = mhat / (np.sqrt(vhat) + 1e-8)
-            if name in DECAYED:
-                change = change + config.weight_decay * x[name]
-            x[name] = x[name] - lrs[step] * change
-        for name, leaf in flat(params).items():
+            decay = config.weight_decay * x[name] if name in DECAYED else 0
+            x[name] = x[name] - lrs[step] * (mhat / (np.sqrt(vhat) + 1e-8) + decay)
             np.testing.assert_allclose(leaf, x[name], rtol=0, atol=TOLERANCE, err_msg=name)
     assert min(norms) < config.clip_norm < max(norms)
 
