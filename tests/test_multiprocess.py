@@ -16,18 +16,8 @@ from pathlib import Path
 import pytest
 
 from dit_jax.files import local_copy
-from tests.runs import (
-    ROOT,
-    Ended,
-    Run,
-    Started,
-    Verbs,
-    assert_same_run,
-    end,
-    free_port,
-    scalars,
-    steps,
-)
+from tests import runs
+from tests.runs import ROOT, Run, Verbs, end, scalars, steps
 
 LAST, EVERY = 20, 5
 # Little to compile, for every process does: one block, neither pictures nor report.
@@ -44,9 +34,9 @@ def start(
     directory: Path | str,
     processes: int,
     stops: dict[int, tuple[str, int, float]] | None = None,
-) -> list[Started]:
+) -> list[runs.Started]:
     """Starts so many processes with eight devices in all, joined by flags."""
-    port = free_port()
+    port = runs.free_port()
     # JAX's compilation cache serves process 0 alone; the others would come to the first collective
     # later than it by a compilation, and gloo waits for 30 s.
     alike = dataclasses.replace(verbs, cache=verbs.cache / str(port))
@@ -55,7 +45,7 @@ def start(
     return [alike.train(directory, *GIVEN, *joined, i, **one) for i, one in enumerate(how)]
 
 
-def finish(verbs: Verbs, directory: Path | str, processes: int) -> list[Ended]:
+def finish(verbs: Verbs, directory: Path | str, processes: int) -> list[runs.Ended]:
     """Runs them to their end."""
     ended = end(*start(verbs, directory, processes))
     assert [one.status for one in ended] == [0] * processes
@@ -123,7 +113,7 @@ def test_death_ends_all_and_the_relaunch_ends_as_if_nothing_had_been(
     first, *_ = finish(verbs, directory, processes)
     assert re.search(r"resumed at step 5\b", first.text)
     run = whole(processes)
-    assert_same_run(run.directory, local_copy(directory), [LAST])
+    runs.assert_same_run(run.directory, local_copy(directory), [LAST])
     # As one process does: the same sums in another order, carried through twenty steps of Adam.
     alone = scalars(whole(1).directory, "loss")
     assert scalars(run.directory, "loss") == pytest.approx(alone, rel=1e-5) and len(alone) == LAST
@@ -184,7 +174,7 @@ def test_death_or_error_of_one_ends_the_other(what: str, actor: int):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     env |= {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{runs.free_port()}",
         "JAX_NUM_PROCESSES": "2",
         "PYTHONPATH": str(ROOT),
     }

@@ -20,18 +20,8 @@ from dit_jax.config import load_config, to_dict
 from dit_jax.files import local_copy
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling.media import read_video
-from tests.runs import (
-    CONFIG,
-    Run,
-    Verbs,
-    assert_same_run,
-    data_state,
-    end,
-    free_port,
-    scalars,
-    steps,
-    upload_checkpoint,
-)
+from tests import runs
+from tests.runs import CONFIG, Run, Verbs, end, scalars, steps
 
 TINY = to_dict(load_config(str(CONFIG)))
 LAST = TINY["steps"]
@@ -81,7 +71,7 @@ def test_resuming_what_is_complete_only_reports(whole: Run, verbs: Verbs, tmp_pa
     (again / "report.json").unlink()
     (ended,) = end(verbs.train(again))
     assert ended.status == 0 and f"resumed at step {LAST}" in ended.text
-    assert_same_run(whole.directory, again, [LAST])
+    runs.assert_same_run(whole.directory, again, [LAST])
     assert (again / "report.json").read_bytes() == (whole.directory / "report.json").read_bytes()
 
 
@@ -103,7 +93,7 @@ def test_a_run_that_is_killed_at_a_random_moment_ends_like_one_that_is_not(
     assert resumed.status == 0
     assert re.search(r"resumed at step (4|8|12|16)\b|compiling the step", resumed.text)
     assert steps(run) == SAVED
-    assert_same_run(whole.directory, run, [EVERY, LAST])
+    runs.assert_same_run(whole.directory, run, [EVERY, LAST])
     for name in ("gradient_norm", "packing_efficiency"):
         assert scalars(run, name) == scalars(whole.directory, name)
     one, two = (json.loads((d / "report.json").read_text()) for d in (whole.directory, run))
@@ -131,7 +121,7 @@ def test_a_signal_is_noted_and_a_second_stops_at_once(number: signal.Signals):
 @pytest.fixture(scope="module")
 def pair(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of two processes, of which the second gets SIGTERM at its eleventh step, up to then."""
-    directory, port = tmp_path_factory.mktemp("pair") / "run", free_port()
+    directory, port = tmp_path_factory.mktemp("pair") / "run", runs.free_port()
     arguments, stop = (*QUICK, "--evaluators.0.every", LAST // 2), ("SIGTERM", 11, 0)
     started = [
         verbs.train(directory, *arguments, place=(0, 2, port)),
@@ -164,13 +154,13 @@ def test_one_process_resumes_a_run_of_two_on_cloud_storage(
     whole: Run, pair: Run, verbs: Verbs, bucket: str
 ):
     last, items = steps(pair.directory)[-1], ("params", "ema", "opt", "data", "config")
-    run = upload_checkpoint(pair.directory, last, f"{bucket}/resumed", items)
+    run = runs.upload_checkpoint(pair.directory, last, f"{bucket}/resumed", items)
     (ended,) = end(verbs.train(run, *QUICK))
     assert ended.status == 0 and f"resumed at step {last}" in ended.text
     copy, later = local_copy(run), [step for step in SAVED if step > last]
     assert steps(copy) == [last, *later]
     for step in later:
-        assert data_state(copy, step) == data_state(whole.directory, step)
+        assert runs.data_state(copy, step) == runs.data_state(whole.directory, step)
     losses, alone = (scalars(directory, "loss") for directory in (copy, whole.directory))
     assert sorted(losses) == list(range(last + 1, LAST + 1))
     assert losses == pytest.approx({step: alone[step] for step in losses}, rel=TOLERANCE)

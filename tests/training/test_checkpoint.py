@@ -101,12 +101,7 @@ def test_a_run_begins_with_the_average_of_another(saved, rig, taken, tmp_path):
     ("name", "value"),
     [
         ("model.dit.heads", 12),
-        ("model.dit.qk_norm", False),
-        ("model.dit.rotary", False),
-        ("model.dit.time_scale", -1.0),
-        ("model.dit.time_divisor", 127),
         ("model.dit.absolute_positions", "thw"),
-        ("model.dit.window", 8),
         ("model.patch.reference_fps", 8.0),
         ("diffusion.prediction", "x0"),
         ("diffusion.path.timesteps", 500),

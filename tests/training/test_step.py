@@ -26,21 +26,15 @@ def changing(state):
     return state.params, state.ema, state.opt_state
 
 
-def test_step_compiles_once_reuses_memory_and_keeps_averages(one, batches):
+def test_step_compiles_once_and_reuses_memory(one, batches):
     state = one.state()
-    expected = jax.device_get(state.ema)
     for i in range(3):
         before = state
         state, metrics = one.step(state, one.put(batches[i]))
         assert np.isfinite(float(metrics["loss"]))
         # (The first state is NumPy's memory.)
         assert i == 0 or all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-        rate = min(0.999, (1 + i) / (10 + i))
-        params = jax.device_get(state.params)
-        expected = jax.tree.map(lambda e, p, r=rate: r * e + (1 - r) * p, expected, params)
     assert int(state.step) == 3 and one.step._cache_size() == 1
-    for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=3e-7)  # float32 of values of order one
 
 
 def test_accumulation_changes_nothing_on_another_mesh(rig, one, batches):
