@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ import pytest
 from dit_jax import train, training
 from dit_jax.config import load_config, to_dict
 from dit_jax.files import local_copy
-from dit_jax.prepare.writing import write_records
 from dit_jax.sampling.media import read_video
 from tests import runs
 from tests.runs import CONFIG, Run, Verbs, end, scalars, steps
@@ -169,28 +167,6 @@ def test_one_process_resumes_a_run_of_two_on_cloud_storage(
 
 # Bad input: refused at once, with the value, the constraint and the remedy.
 
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """Runs the verb in this process (of eight devices) and gives its message, without the frame."""
-
-    def run(*arguments: object, config: Path = CONFIG) -> str:
-        given = ["--config", config, "--output", tmp_path / "run", *arguments]
-        clock = time.process_time()
-        try:
-            status = train.main([str(one) for one in given])
-        except SystemExit as error:
-            status = error.code
-        text = capfd.readouterr().err
-        assert status == 2 and "Traceback" not in text
-        assert time.process_time() - clock < 20
-        assert not list(tmp_path.glob("run/checkpoints/*"))
-        return " ".join(re.sub("[╭─╮│╰╯]", " ", text).split())
-
-    return run
-
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
@@ -207,44 +183,27 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
         ("JAX_NUM_PROCESSES=two", "'two'"),
     ],
 )
-def test_bad_value_is_refused(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch, arguments: str, part: str
+def test_bad_value_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: str,
+    part: str,
 ):
+    """In this process, of eight devices, and without a traceback."""
     if "=" in arguments:
         monkeypatch.setenv(*arguments.split("="))
         arguments = ""
-    assert re.search(part, refused(*arguments.split()))
-
-
-RECORDED = """
-import dataclasses
-from dit_jax.config import load_config
-from dit_jax.data import RecordsConfig
-
-def get_config():
-    config = load_config({tiny!r})
-    source = RecordsConfig(path={path!r}, split={split!r})
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-"""
-
-
-def test_data_that_cannot_be_used_is_refused(refused: Refused, tmp_path: Path):
-    def clip(frames: int, height: int = 24) -> dict:
-        return {"video": np.zeros((frames, height, 24, 3), np.uint8), "caption": "x", "fps": 8.0}
-
-    splits = {"train": [clip(5)], "long": [clip(33)], "odd": [clip(5, 28)]}
-    path = write_records(tmp_path, "clips", splits, description="Black.")
-    config = tmp_path / "config.py"
-
-    def message(split: str, path: Path = path) -> str:
-        config.write_text(RECORDED.format(tiny=str(CONFIG), path=str(path), split=split))
-        return refused("--mesh.data", 4, "--mesh.context", 2, config=config)
-
-    for split in ("train[:0]", "validation"):
-        assert f"split {split!r} is not in" in (told := message(split)) and "choose of" in told
-    assert "153 tokens and a row holds 64: raise data.packing.row_tokens" in message("long")
-    assert "height 28 is not a multiple of the patch's 8" in message("odd")
-    assert "nothing' is neither" in message("train", tmp_path / "nothing")
+    given, clock = ["--config", CONFIG, "--output", tmp_path / "run"], time.process_time()
+    try:
+        status = train.main([*map(str, given), *arguments.split()])
+    except SystemExit as error:
+        status = error.code
+    text = capfd.readouterr().err
+    assert status == 2 and "Traceback" not in text
+    assert time.process_time() - clock < 20
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert re.search(part, " ".join(re.sub("[╭─╮│╰╯]", " ", text).split()))
 
 
 @pytest.mark.parametrize(

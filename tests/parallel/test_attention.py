@@ -36,8 +36,10 @@ def by_blocks(size):
 
 flash = on_one_device(flash_kernel(interpret=True))
 IMPLEMENTATIONS = {
-    **{"xla": xla_attention, "host": host_attention},
-    **{"blocks": by_blocks(SEVERAL), "flash": flash},
+    "xla": xla_attention,
+    "host": host_attention,
+    "blocks": by_blocks(SEVERAL),
+    "flash": flash,
 }
 
 

@@ -70,9 +70,13 @@ def test_rows_that_do_not_divide_are_refused():
 # Which process of a run this is. JAX's own detection of clusters is taken as it is: here its caller.
 
 STEP = {
-    **{"SLURM_JOB_ID": "1234", "SLURM_STEP_NODELIST": "gpu[007-010],gpu12", "SLURM_NTASKS": "4"},
-    **{"SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NUM_TASKS": "4"},
-    **{"SLURM_PROCID": "2", "SLURM_LOCALID": "0"},
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_NODELIST": "gpu[007-010],gpu12",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
 }
 """What srun sets for the third of four tasks, one on each node."""
 ALONE = "coordinator_address should be defined."

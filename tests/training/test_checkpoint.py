@@ -198,14 +198,6 @@ def test_interrupted_save_is_ignored(two, tmp_path):
 # Errors.
 
 
-def test_run_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no checkpoints: give the output directory of a"):
-        open_run(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="no finished checkpoint yet: wait for the first save"):
-        open_run(tmp_path)
-
-
 def test_checkpoint_of_another_model_is_refused(two, rig):
     one = rig(1, 1, 1, 1)
     checkpointer, step = open_run(two, 2)

@@ -103,13 +103,11 @@ def whole_parameters(tensor):
     given = config(MeshConfig(-1))
     init = abstract_task(given, make_mesh(given.mesh)).init
     leaves = jax.tree.leaves(nn.unbox(jax.eval_shape(init, jax.random.key(0))))
-    shapes = {squeezed(leaf.shape) for leaf in leaves} | {
-        squeezed(leaf.shape[1:]) for leaf in leaves
+    whole = {squeezed(shape) for leaf in leaves for shape in (leaf.shape, leaf.shape[1:])}
+    parts = {
+        (*shape[:i], n // tensor, *shape[i + 1 :]) for shape in whole for i, n in enumerate(shape)
     }
-    for shape in list(shapes):
-        for i, size in enumerate(shape):
-            shapes.add((*shape[:i], size // tensor, *shape[i + 1 :]))
-    return shapes | {shape[::-1] for shape in shapes}
+    return whole | parts | {shape[::-1] for shape in whole | parts}
 
 
 def test_nothing_but_one_layers_kernels_is_gathered(step):
