@@ -83,8 +83,9 @@ class Verbs:
         devices: int = 1,
         place: tuple[int, int, int] | None = None,
         stop: tuple[str, int, float] | None = None,
+        code: str = "",
     ) -> Started:
-        """Starts ``python -m dit_jax.VERB``.
+        """Starts ``python -m dit_jax.VERB``, or Python code.
 
         ``place`` is (process, processes, port) of a run of several; ``stop`` is (signal, step,
         seconds): after so many seconds of the so-manieth step that it makes it gets the signal.
@@ -105,7 +106,7 @@ class Verbs:
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
             }
-        command = ["-m", f"dit_jax.{verb}"]
+        command = ["-c", code] if code else ["-m", f"dit_jax.{verb}"]
         if stop:
             command = ["-c", INTERRUPTED, *map(str, stop)]
         handle, log = tempfile.mkstemp(dir=self.logs, suffix=f"-{verb}.log")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +14,7 @@ import pytest
 
 from dit_jax.files import local_copy
 from tests import runs
-from tests.runs import ROOT, Run, Verbs, end, scalars, steps
+from tests.runs import Run, Verbs, end, scalars, steps
 
 LAST, EVERY = 20, 5
 # Little to compile, for every process does: one block, neither pictures nor report.
@@ -169,38 +166,22 @@ with joined(None, "prog", InputError):
         pytest.param("fail", 1, marks=pytest.mark.slow),
     ],
 )
-def test_death_or_error_of_one_ends_the_other(what: str, actor: int):
+def test_death_or_error_of_one_ends_the_other(verbs: Verbs, what: str, actor: int):
     """After an error at once, and with the status that says whether starting again is of use."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    env |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{runs.free_port()}",
-        "JAX_NUM_PROCESSES": "2",
-        "PYTHONPATH": str(ROOT),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, what, str(actor)],
-            env={**env, "JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    port, given = runs.free_port(), [what, actor]
+    started = [verbs.start("joined", given, place=(i, 2, port), code=PROGRAM) for i in range(2)]
     try:
-        started[actor].wait(timeout=200)
-        started[1 - actor].wait(timeout=LIMIT if what == "kill" else 15)
+        started[actor].process.wait(timeout=200)
+        started[1 - actor].process.wait(timeout=LIMIT if what == "kill" else 15)
     finally:
         for one in started:
-            one.kill()
-        text, other = (started[i].communicate()[0] for i in (actor, 1 - actor))
+            one.process.kill()
+        first, second = end(started[actor], started[1 - actor])
     if what == "kill":
-        assert started[actor].returncode == -signal.SIGKILL
-        assert started[1 - actor].returncode == -signal.SIGABRT, other
-        assert_named(actor, other)
+        assert (first.status, second.status) == (-signal.SIGKILL, -signal.SIGABRT), second.text
+        assert_named(actor, second.text)
     else:
         status, error = (2, "InputError: no rows") if what == "wrong" else (1, "OSError: disk full")
-        assert [one.returncode for one in started] == [status, status], text
-        assert f"process {actor} of 2 failed ({error})" in other
-        assert ("prog: error: no rows" if what == "wrong" else "Traceback") in text
+        assert (first.status, second.status) == (status, status), first.text
+        assert f"process {actor} of 2 failed ({error})" in second.text
+        assert ("prog: error: no rows" if what == "wrong" else "Traceback") in first.text

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,23 +91,22 @@ def test_parameters_moments_and_averages_are_spread(rig, sizes):
     parts = fsdp * context
     state = rig(*sizes).state()
     adam = moments(state)
+    expected = {
+        "dit/blocks/mlp/up/kernel": (2, 64 // parts, 64 // tensor),
+        "dit/blocks/mlp/down/kernel": (2, 64 // tensor, 64 // parts),
+        "dit/blocks/self_attention/qkv/kernel": (2, 64 // parts, 192 // tensor),
+        "dit/blocks/self_attention/qkv/bias": (2, 192 // tensor),
+        "dit/blocks/modulation/linear/kernel": (2, 64 // parts, 384 // tensor),
+        "dit/final/kernel": (64 // parts, 12),
+        "text/bytes/embedding": (258, 16),
+    }
     for tree in (state.params, state.ema, adam.mu, adam.nu):
-        dit, text = tree["params"]["dit"], tree["params"]["text"]
-        block = dit["blocks"]
-        expected = [
-            (block["mlp"]["up"]["kernel"], (2, 64 // parts, 64 // tensor)),
-            (block["mlp"]["down"]["kernel"], (2, 64 // tensor, 64 // parts)),
-            (block["self_attention"]["qkv"]["kernel"], (2, 64 // parts, 192 // tensor)),
-            (block["self_attention"]["qkv"]["bias"], (2, 192 // tensor)),
-            (block["modulation"]["linear"]["kernel"], (2, 64 // parts, 384 // tensor)),
-            (dit["final"]["kernel"], (64 // parts, 12)),
-            (text["bytes"]["embedding"], (258, 16)),
-        ]
-        for array, shape in expected:
-            assert shard(array) == shape
+        flat = flatten_dict(tree["params"], sep="/")
+        for name, shape in expected.items():
+            assert shard(flat[name]) == shape
             # Every part of the array lies on as many devices as hold replicas.
-            pieces = {str(part.index) for part in array.addressable_shards}
-            assert len(pieces) == math.prod(array.shape) // math.prod(shape)
+            pieces = {str(part.index) for part in flat[name].addressable_shards}
+            assert len(pieces) == math.prod(flat[name].shape) // math.prod(shape)
     assert shard(adam.count) == shard(state.step) == ()
     # Per device: all but the small vectors is divided by fsdp, context and tensor.
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
