@@ -11,7 +11,7 @@ from dit_jax.train import train
 from tests.runs import ROOT
 
 
-@pytest.mark.usefixtures("cached", "one_device")
+@pytest.mark.usefixtures("one_device")
 def test_a_signal_of_every_frame_is_followed(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "conditions.md").read_text()
     code = "\n\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))

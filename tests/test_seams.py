@@ -66,7 +66,7 @@ class Student:
 
 
 @pytest.fixture(scope="module")
-def student(cached: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Student]:
+def student(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Student]:
     folder, programs, frozen = tmp_path_factory.mktemp("seams"), [], []
     for page in ("sources.md", "objectives.md"):
         text = (ROOT / "docs" / page).read_text()
