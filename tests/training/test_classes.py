@@ -85,18 +85,8 @@ def config_of(records):
     )
 
 
-def latents_config(records, codec_path, **changes):
-    """Of a model of latents, into which images are encoded as they are read."""
-    codec, patch = LatentCodecConfig(str(codec_path), h=2, w=2), PatchConfig(1, 2, 2, channels=4)
-    return changed(config_of(records), {"model.patch": patch, "codec": codec, **changes})
-
-
-def mesh():
-    return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-
-
 def first_batch(config):
-    task = config.build(mesh())
+    task = config.build(make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
     loader = task.loader((0, 1))
     try:
         return task, next(loader)
@@ -156,8 +146,13 @@ def test_latents_are_written_once_and_trained_on(
             assert found["segment_fields"] == source[i]["segment_fields"]
             # Stored as float16.
             np.testing.assert_allclose(found["video"], codec.encode(picture), rtol=2e-3, atol=1e-3)
-    data = {"data.source": latents, "data.transform": TransformConfig(crop=8)}
-    config = latents_config(records, codec_path, evaluators=(), **data)
+    changes = {
+        "codec": LatentCodecConfig(str(codec_path), h=2, w=2),
+        "model.patch": PatchConfig(1, 2, 2, channels=4),
+        "data.source": latents,
+        "data.transform": TransformConfig(crop=8),
+    }
+    config = changed(config_of(records), changes)
     _, batch = first_batch(config)
     assert batch.tokens.shape == (2, 32, 16)
     assert config.with_hashes().codec.hash == codec.hash
