@@ -142,6 +142,7 @@ def test_latents_are_written_once_and_trained_on(
             # Stored as float16.
             np.testing.assert_allclose(found["video"], codec.encode(picture), rtol=2e-3, atol=1e-3)
     changes = {
+        "evaluators": (),
         "codec": LatentCodecConfig(str(codec_path), h=2, w=2),
         "model.patch": PatchConfig(1, 2, 2, channels=4),
         "data.source": latents,
