@@ -117,17 +117,6 @@ def whole(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def pair(verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of two processes, of which the second gets SIGTERM at its eleventh step, up to then."""
-    directory, port = tmp_path_factory.mktemp("shared") / "run", free_port()
-    started = [
-        verbs.train(directory, place=(0, 2, port)),
-        verbs.train(directory, place=(1, 2, port), stop=("SIGTERM", 11, 0)),
-    ]
-    return Run(directory, started, end(*started))
-
-
-@pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``gs://NAME`` of an emulator of Cloud Storage on loopback, for this process and its children."""
     pytest.importorskip("gcp_storage_emulator")

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ class Verbs:
         devices: int = 1,
         place: tuple[int, int, int] | None = None,
         stop: tuple[str, int, float] | None = None,
+        code: str = "",
     ) -> Started:
-        """Starts ``python -m dit_jax.VERB``.
+        """Starts ``python -m dit_jax.VERB``, or Python code.
 
         ``place`` is (process, processes, port) of a run of several; ``stop`` is (signal, step,
         seconds): after so many seconds of the so-manieth step that it makes it gets the signal.
@@ -113,7 +114,7 @@ class Verbs:
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
             }
-        command = ["-m", f"dit_jax.{verb}"]
+        command = ["-c", code] if code else ["-m", f"dit_jax.{verb}"]
         if stop:
             command = ["-c", INTERRUPTED, *map(str, stop)]
         handle, log = tempfile.mkstemp(dir=self.logs, suffix=f"-{verb}.log")
@@ -124,7 +125,7 @@ class Verbs:
             )
         return Started(process, Path(log))
 
-    def train(self, directory: Path, *extra: Any, **how: Any) -> Started:
+    def train(self, directory: Path | str, *extra: Any, **how: Any) -> Started:
         """Starts to train the tiny config."""
         return self.start("train", ["--config", CONFIG, "--output", directory, *extra], **how)
 
@@ -141,11 +142,23 @@ def end(*started: Started) -> list[Ended]:
             print(one.log.read_text()[-3000:])
 
 
-def upload_checkpoint(directory: Path, step: int, target: str) -> str:
-    """Copies what sampling reads of a run's checkpoint to a run on Cloud Storage; returns that."""
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A config with fields, by their dotted names, set one after the other."""
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        inner = changed(getattr(config, first), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: inner})
+    return config
+
+
+def upload_checkpoint(
+    directory: Path, step: int, target: str, items: Sequence[str] = ("ema", "config")
+) -> str:
+    """Copies items of a run's checkpoint (by default what sampling reads) to a run on Cloud Storage;
+    returns that."""
     source, place = directory / "checkpoints" / str(step), f"{target}/checkpoints/{step}"
     for file in source.rglob("*"):
-        if file.is_file() and file.relative_to(source).parts[0] in ("ema", "config"):
+        if file.is_file() and file.relative_to(source).parts[0] in items:
             write_whole(f"{place}/{file.relative_to(source)}", file.read_bytes())
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
         data = (source / name).read_bytes() if (source / name).exists() else b""
@@ -187,6 +200,21 @@ def arrays(directory: Path, step: int) -> dict[str, np.ndarray]:
 def data_state(directory: Path, step: int) -> dict[str, Any]:
     """Where the data stood at a checkpoint."""
     return json.loads((directory / "checkpoints" / str(step) / "data" / "metadata").read_text())
+
+
+def assert_same_run(run: Path, other: Path, at: Sequence[int]) -> None:
+    """Bit by bit at steps: parameters, averages, moments, counters, and where the data stands.
+
+    What was lost and made again was logged again, with the same value: `scalars` checks it.
+    """
+    for step in at:
+        one, two = arrays(run, step), arrays(other, step)
+        assert one.keys() == two.keys() and len(one) > 50
+        for name in one:
+            assert one[name].dtype == two[name].dtype, name
+            assert one[name].tobytes() == two[name].tobytes(), f"{name} at step {step}"
+        assert data_state(run, step) == data_state(other, step)
+    assert scalars(run, "loss") == scalars(other, "loss")
 
 
 def scalars(directory: Path, name: str) -> dict[int, float]:

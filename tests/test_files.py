@@ -42,14 +42,19 @@ def test_files_are_written_whole_and_read_back(root):
         raise RuntimeError
     assert json.loads(as_path(path).read_bytes()) == {"x": "\u00e9"}
     assert [one.name for one in as_path(f"{root}/a").iterdir()] == ["b.json"]
+    if not root.startswith("gs"):  # A link stays a link.
+        link = Path(root, "link")
+        link.symlink_to(path)
+        files.write_whole(link, "new")
+        assert link.is_symlink() and Path(path).read_text() == "new"
 
 
 def test_a_folder_is_copied_for_those_who_read_local_files(root):
-    files.write_whole(f"{root}/codec/config.json", "{}")
-    files.write_whole(f"{root}/codec/deep/weights", b"123")
+    contents = {"config.json": b"{}", "deep/weights": b"123"}
+    for name, value in contents.items():
+        files.write_whole(f"{root}/codec/{name}", value)
     local = files.local_copy(f"{root}/codec")
-    assert (local / "config.json").read_text() == "{}"
-    assert (local / "deep" / "weights").read_bytes() == b"123"
+    assert {name: (local / name).read_bytes() for name in contents} == contents
     assert files.local_copy(f"{root}/codec") == local
 
 
@@ -60,12 +65,9 @@ def test_what_cannot_be_written_or_is_not_there_is_one_line_with_its_option(root
         check_writable(tmp_path / "file" / "run")
     with pytest.raises(InputError, match="--checkpoint"):
         check_exists(f"{root}/absent", "--checkpoint")
-
-
-def test_a_missing_bucket_is_one_line(bucket):
-    with pytest.raises(InputError, match="no-such-bucket") as caught:
-        check_writable("gs://no-such-bucket/run")
-    assert "\n" not in str(caught.value)
+    if root.startswith("gs"):
+        with pytest.raises(InputError, match=r"\A.*no-such-bucket.*\Z"):
+            check_writable("gs://no-such-bucket/run")
 
 
 def test_reading_stops_at_its_limit(tmp_path):
@@ -146,11 +148,3 @@ def test_without_gcsfs_the_message_says_what_to_install(monkeypatch):
     with pytest.raises(InputError, match="gcs"):
         as_path("gs://clips/x")
     files._configure_storage.cache_clear()
-
-
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "real").write_text("old")
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "real")
-    files.write_whole(link, "new")
-    assert link.is_symlink() and Path(tmp_path / "real").read_text() == "new"

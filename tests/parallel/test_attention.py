@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.parallel import MeshConfig, attention, choose_attention, choose_dot_general, make_mesh
+from dit_jax.parallel import MeshConfig, choose_attention, choose_dot_general, make_mesh
 from dit_jax.parallel.attention import (
     HOST,
     LONG,
     SMALL,
-    Operands,
-    Window,
     blockwise_attention,
     flash_kernel,
     host_attention,
@@ -60,6 +58,7 @@ def segments(length):
 
 
 IDS = segments(LENGTH)
+REAL = IDS != 0
 # Keys in another order and number; none of segment 2.
 CROSS = np.array([[3] * 10 + [1] * 10 + [4, 0, 0, 0], [1] * 20 + [2] * 4, [0] * KEYS], np.int32)
 CASES = {
@@ -112,7 +111,7 @@ def results(name, kind):
 
 
 @pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["xla", "host"])
 def test_attention_is_its_definition(name, kind):
     given, options, seen = case(kind)
     out = np.asarray(jax.jit(partial(IMPLEMENTATIONS[name], **options))(*given))
@@ -125,28 +124,9 @@ def test_attention_is_its_definition(name, kind):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_gradients_of_the_reference_are_those_of_the_definition(kind):
-    """Against central differences of the loop, in float64, along a random direction."""
-    given, options, seen = case(kind)
-    slope = np.where(seen[..., None, None], draw(LENGTH, 3), 0)
-    step = 1e-5
-    for which, gradient in enumerate(results("xla", kind)[1:]):
-        direction = np.random.default_rng(which).normal(size=gradient.shape)
-        values = []
-        for sign in (1, -1):
-            moved = [x.astype(np.float64) for x in given[:3]]
-            moved[which] = moved[which] + sign * step * direction
-            values.append(np.nansum(in_loops(*moved, *given[3:], **options) * slope))
-        expected = (values[0] - values[1]) / (2 * step)
-        # The sum of some hundred float32 terms of order one.
-        np.testing.assert_allclose((gradient * direction).sum(), expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("name", ["host", "flash"])
-def test_gradients_are_those_of_the_reference(name, kind):
+def test_gradients_are_those_of_the_reference(kind):
     k_ids = IDS if kind != "cross" else CROSS
-    found, expected = results(name, kind)[1:], results("xla", kind)[1:]
+    found, expected = results("host", kind)[1:], results("xla", kind)[1:]
     for ours, theirs, ids in zip(found, expected, (IDS, k_ids, k_ids), strict=True):
         assert np.abs(theirs).max() > 0.5
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
@@ -164,15 +144,16 @@ def test_neighbours_do_not_matter(name):
     np.testing.assert_array_equal(after[IDS == 1], before[IDS == 1])
 
 
-@pytest.mark.parametrize("name", ["xla", "host", "blocks"])
-@pytest.mark.parametrize("size", [1e-4, 30.0])
+@pytest.mark.parametrize(
+    ("name", "size"), [("xla", 30.0), ("host", 30.0), ("blocks", 30.0), ("blocks", 1e-4)]
+)
 def test_large_and_small_scores_are_finite(name, size):
     """30 makes scores of some thousands, beyond the range of a plain exponential."""
     given = (*(size * draw(LENGTH, i) for i in range(3)), IDS, None)
     out, *gradients = value_and_gradients(IMPLEMENTATIONS[name], given, {}, 1.0)
     # Sharp weights: float32 scores of some thousands are off by some 1e-4, times values of 100.
     atol = 1e-9 if size < 1 else 0.05
-    np.testing.assert_allclose(out[IDS != 0], in_loops(*given)[IDS != 0], rtol=0, atol=atol)
+    np.testing.assert_allclose(out[REAL], in_loops(*given)[REAL], rtol=0, atol=atol)
     assert all(np.isfinite(g).all() for g in gradients)
 
 
@@ -183,7 +164,7 @@ def test_bfloat16_keeps_its_type(name):
     out = jax.jit(lambda *x: IMPLEMENTATIONS[name](*x, jnp.asarray(IDS), None))(*low)
     assert out.dtype == jnp.bfloat16
     exact = in_loops(*(np.asarray(x, np.float64) for x in low), IDS, None)
-    np.testing.assert_allclose(np.asarray(out, float)[IDS != 0], exact[IDS != 0], atol=0.03)
+    np.testing.assert_allclose(np.asarray(out, float)[REAL], exact[REAL], atol=0.03)
 
 
 # --- Blocks, for long rows on CPUs ---
@@ -192,7 +173,7 @@ def test_bfloat16_keeps_its_type(name):
 @pytest.mark.parametrize(
     ("size", "kind", "scale"),
     [(ONE_QUERY, "self", 1.0), (SEVERAL, "window", 40.0), (WHOLE, "window", 1.0)]
-    + [(4 * KEYS * 9, "cross", 1.0), (4 * KEYS * 9, "cross", 40.0)],
+    + [(SEVERAL, "self", 1.0), (4 * KEYS * 9, "cross", 1.0), (4 * KEYS * 9, "cross", 40.0)],
 )
 def test_blocks_are_the_reference(size, kind, scale):
     """Scores that need their maximum found first, some hundreds, and ones that do not."""
@@ -216,17 +197,6 @@ def test_the_largest_small_scores_keep_their_digits():
         np.testing.assert_allclose(attend(q, sign * q, v, ids, None), mean, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["window", "cross"])
-def test_long_rows_are_computed_in_blocks(monkeypatch, kind):
-    monkeypatch.setattr(attention, "LONG", KEYS)
-    monkeypatch.setattr(attention, "BLOCK_BYTES", SEVERAL)
-    given, options, seen = case(kind)
-    attend = partial(blockwise_attention, **options)
-    assert "scan" in str(jax.make_jaxpr(attend)(*given))
-    out = np.asarray(jax.jit(attend)(*given))
-    np.testing.assert_allclose(out[seen], in_loops(*given, **options)[seen], atol=TOLERANCE)
-
-
 def test_other_rows_and_heads_do_not_matter():
     """However large their queries and keys are, the result has the same bits."""
     q, k, v, ids = (*(draw(LENGTH, i) for i in range(3)), np.ones((3, LENGTH), np.int32))
@@ -239,37 +209,25 @@ def test_other_rows_and_heads_do_not_matter():
     assert (after[1] != before[1]).any() and (after[0, :, 1] != before[0, :, 1]).any()
 
 
-def test_a_part_of_the_queries_has_the_window_of_its_place():
-    """As a ring asks for it: the first query is 8 tokens after the first key."""
-    q, k, v = (draw(LENGTH, i).swapaxes(1, 2) for i in range(3))
-    product = jax.jit(host_product, static_argnums=(1, 2))
-    whole = product(Operands(q, k, v, IDS, IDS), Window(3), WHOLE)
-    part = product(Operands(q[:, :, 8:], k, v, IDS[:, 8:], IDS), Window(3, 8), SEVERAL)
-    real = np.broadcast_to(IDS[:, None, 8:, None] != 0, part.shape)
-    np.testing.assert_allclose(np.asarray(part)[real], whole[:, :, 8:][real], atol=TOLERANCE)
-
-
-def temporary_bytes(attend, length):
-    """What the compiled program needs beside its arguments and results."""
-    x = jax.ShapeDtypeStruct((1, length, 1, DIM), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    compiled = JIT(lambda *given: attend(*given, None)).lower(x, x, x, ids).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
 def test_long_rows_need_no_memory_of_their_square():
-    length = 4096
+    def temporary_bytes(attend, length):
+        """What the compiled program needs beside its arguments and results."""
+        x = jax.ShapeDtypeStruct((1, length, 1, DIM), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        compiled = JIT(lambda *given: attend(*given, None)).lower(x, x, x, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    length, short = 4096, LONG - 1  # A short row is computed at once.
     assert temporary_bytes(host_attention, length) >= 4 * length**2
     assert temporary_bytes(blockwise_attention, length) < 4 * length**2 / 2
-    short = LONG - 1  # is computed at once
     assert temporary_bytes(blockwise_attention, short) == temporary_bytes(host_attention, short)
 
 
 # --- Flash attention for GPUs, run by the interpreter, and lowered for a GPU ---
 
 
-# Less than a block, of no power of two; two blocks; heads of no power of two (72 is XL's).
-@pytest.mark.parametrize(("length", "dim"), [(9, 16), (150, 64), (40, 72)])
+# Less than a block, of no power of two; two blocks, with heads of no power of two (72 is XL's).
+@pytest.mark.parametrize(("length", "dim"), [(9, 16), (150, 72)])
 def test_kernel_is_the_reference(length, dim):
     ids = segments(length)
     given = (*(draw(length, seed, dim=dim) for seed in range(3)), jnp.asarray(ids), None)
@@ -324,13 +282,12 @@ def test_lowers_to_triton(length, dim):
 # --- What a CPU runs ---
 
 
-@pytest.mark.parametrize("options", [{}, {"preferred_element_type": jnp.float32}])
-def test_flat_product_is_the_product(options):
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5)])
+def test_flat_product_is_the_product(shape):
     rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(5, 6)).astype(np.float32)
-    for shape in ((5,), (4, 5), (2, 3, 4, 5)):
-        x = rng.normal(size=shape).astype(np.float32)
-        numbers = (((len(shape) - 1,), (0,)), ((), ()))
+    x, kernel = (rng.normal(size=size).astype(np.float32) for size in (shape, (5, 6)))
+    numbers = (((len(shape) - 1,), (0,)), ((), ()))
+    for options in ({}, {"preferred_element_type": jnp.float32}):
         out = flat_dot_general(x, kernel, numbers, **options)
         np.testing.assert_allclose(out, x @ kernel, rtol=0, atol=2e-6)  # five float32 products
 

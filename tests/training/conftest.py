@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,15 +20,7 @@ from tests.packed import pack_rows
 # Eight heads, so that every axis of the mesh can have all eight devices; layers are scanned, as on
 # accelerators, so that their parameters are stacked.
 MODEL = ModelConfig(
-    dit=DiTConfig(
-        width=64,
-        depth=2,
-        heads=8,
-        mlp_dim=64,
-        scan=True,
-        absolute_positions="thw",
-        pooled_text=True,
-    ),
+    dit=DiTConfig(64, 2, 8, mlp_dim=64, scan=True, absolute_positions="thw", pooled_text=True),
     patch=PatchConfig(t=1, h=2, w=2, channels=3, reference_fps=8.0),
     text=ByteEncoderConfig(width=16, depth=1, heads=8, max_bytes=7),
 )
@@ -53,35 +45,20 @@ def random_params(shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def make_clips(count: int, seed: int) -> list[Any]:
-    """Tokenized clips and images of 1 to 6 tokens with captions of 0 to 7 letters."""
-    rng = np.random.default_rng(seed)
-    sizes = [(1, 2, 2), (2, 2, 4), (1, 4, 4), (3, 4, 2), (5, 2, 2)]
-    clips = []
-    for i in range(count):
-        pixels = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
-        sample: Any = {"video": pixels, "caption": "abcdefg"[: i % 8], "fps": 4.0 + i % 3}
-        clips.append(tokenize(MODEL, sample))
-    return clips
-
-
-@dataclasses.dataclass
-class Rig:
+class Rig(NamedTuple):
     """The tiny model on one mesh: as the training loop puts it together."""
 
     mesh: Any
-    model: Any
     init: Callable[[jax.Array], Any]
-    optimizer: Any
     shapes: Any
     shardings: Any
     loss: Callable[..., Any]
     step: Any
-    _start: Callable[[], Any]
+    start: Callable[[], Any]
 
     def state(self) -> Any:
         """The state that every rig starts from, laid out over this mesh."""
-        return jax.device_put(self._start(), self.shardings)
+        return jax.device_put(self.start(), self.shardings)
 
     def put(self, batch: Any) -> Any:
         """A NumPy batch on this mesh."""
@@ -113,22 +90,32 @@ def rig():
         shapes, shardings = abstract_state(init, optimizer, mesh)
         loss = functools.partial(batch_loss, model, DiffusionConfig())
         step = make_step(loss, optimizer, config, SEED, shardings)
-        return Rig(mesh, model, init, optimizer, shapes, shardings, loss, step, start)
+        return Rig(mesh, init, shapes, shardings, loss, step, start)
 
     return build
 
 
 @pytest.fixture(scope="package")
 def random_clips():
-    """``random_clips(count, seed)``"""
-    return make_clips
+    """``random_clips(count, seed)``: of 1 to 6 tokens with captions of 0 to 7 letters, tokenized."""
+
+    def make(count, seed):
+        rng = np.random.default_rng(seed)
+        sizes = [(1, 2, 2), (2, 2, 4), (1, 4, 4), (3, 4, 2), (5, 2, 2)]
+        clips = []
+        for i in range(count):
+            pixels = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
+            sample = {"video": pixels, "caption": "abcdefg"[: i % 8], "fps": 4.0 + i % 3}
+            clips.append(tokenize(MODEL, sample))
+        return clips
+
+    return make
 
 
 @pytest.fixture(scope="package")
-def batches():
+def batches(random_clips):
     """Three different NumPy batches of three segments a row, with padding."""
-    made = []
-    for seed in range(3):
-        clips = make_clips(3 * PACKING.rows, seed)
-        made.append(pack_rows([clips[3 * r : 3 * r + 3] for r in range(PACKING.rows)], PACKING))
-    return made
+    clips = (random_clips(3 * PACKING.rows, seed) for seed in range(3))
+    return [
+        pack_rows([one[3 * r : 3 * r + 3] for r in range(PACKING.rows)], PACKING) for one in clips
+    ]

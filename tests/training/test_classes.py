@@ -1,9 +1,7 @@
 """Models of classes: from labelled images, in pixels or a codec's latents, to what the judge says."""
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +20,16 @@ from dit_jax.model import (
     ModelConfig,
     NoTextConfig,
     PatchConfig,
-    patchify,
 )
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare.writing import write_records
 from dit_jax.sampling import SamplingConfig, to_float
 from dit_jax.training import OptimizerConfig
 from tests.codecs import tiny_images, write_images
+from tests.runs import changed
 from tests.scripts import load_script
 
 CLASSES = 3
-
-
-def evaluations(task: Any) -> dict[str, Any]:
-    """The functions of a task's evaluators, by name."""
-    return {one.name: one.evaluate for one in task.evaluators}
 
 
 def image(i, rng, side=16):
@@ -73,8 +66,8 @@ def codec_path(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("codec") / "vae", tiny_images(8, 8, norm_groups=4))
 
 
-def config_of(records, **changes):
-    config = VideoRun(
+def config_of(records):
+    return VideoRun(
         data=DataConfig(
             source=RecordsConfig(str(records), label_key="label"),
             packing=PackingConfig(rows=2, row_tokens=32, row_text=4, row_segments=2, bins=1),
@@ -90,15 +83,10 @@ def config_of(records, **changes):
         sampling=SamplingConfig(frames=1, height=16, width=16, steps=2, cfg_scale=2.0),
         evaluators=(ClassEvaluator(prompts=9),),
     )
-    return dataclasses.replace(config, **changes)
-
-
-def mesh():
-    return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
 
 def first_batch(config):
-    task = config.build(mesh())
+    task = config.build(make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
     loader = task.loader((0, 1))
     try:
         return task, next(loader)
@@ -106,59 +94,30 @@ def first_batch(config):
         loader.close()
 
 
-def test_labels_are_packed_beside_their_images(records):
+def test_a_step_learns_from_labels_beside_their_images_and_a_report_judges(records, tmp_path):
     task, batch = first_batch(config_of(records))
-    assert (batch.segment_ids != 0).all()
-    for row in range(2):
-        for j, label in enumerate(batch.segment_fields["label"][row]):
-            tokens = batch.tokens[row, 16 * j : 16 * j + 16].reshape(4, 4, 4, 4, 3)
-            bright = [tokens[0].mean() > 0.1, tokens[:, 0].mean() > 0.1]
-            assert bright == [label == 0, label == 1]
-    assert task.work(batch).flops > 0
-
-
-def test_a_step_learns_from_labels_and_a_report_judges(records, tmp_path):
-    config = config_of(records)
-    task, batch = first_batch(config)
+    assert (batch.segment_ids != 0).all() and task.work(batch).flops > 0
+    for row, j in np.ndindex(2, 2):
+        label = batch.segment_fields["label"][row, j]
+        tokens = batch.tokens[row, 16 * j : 16 * j + 16].reshape(4, 4, 4, 4, 3)
+        bright = [tokens[0].mean() > 0.1, tokens[:, 0].mean() > 0.1]
+        assert bright == [label == 0, label == 1]
     batch = jax.tree.map(jnp.asarray, batch)
+
+    def mean_loss(params):
+        total, totals = task.loss(params, {}, batch, jax.random.key(1), 0)
+        return total / totals.weight
+
     params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-    loss, gradients = jax.jit(
-        jax.value_and_grad(
-            lambda p: (lambda s, t: s / t.weight)(*task.loss(p, {}, batch, jax.random.key(1), 0))
-        )
-    )(params)
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
     assert 1 < loss < 4  # noise and images of about unit variance, and a model that says zero
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-    report = evaluations(task)["report"](params, {}, 0, tmp_path).scalars
+    evaluators = {one.name: one.evaluate for one in task.evaluators}
+    report = evaluators["report"](params, {}, 0, tmp_path).scalars
     # A fresh model makes noise, which the classifier takes for one class or another.
     assert report["classifier"] == 1 and report["recognised"] < 0.7 and report["count"] == 9
     assert report["frechet"] > 5 * report["frechet_real"]
     assert (tmp_path / "samples.png").stat().st_size > 0
-
-
-def test_images_are_encoded_as_they_are_read(records, codec_path, tmp_path):
-    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
-    codec = LatentCodecConfig(str(codec_path), h=2, w=2)
-    config = config_of(records, model=model, codec=codec, log=LogConfig(draw_every=7))
-    task, batch = first_batch(config)
-    codec, source = load_codec(codec_path), RecordsSource(config.data.source)
-    latents = [patchify(model.patch, codec.encode(to_float(source[i]["video"]))) for i in range(90)]
-    found = batch.tokens.reshape(4, 16, 16)
-    nearest = [min(np.abs(x - y).max() for y in latents) for x in found]
-    assert max(nearest) < 1e-5  # the same function of the same image
-    params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
-    picture = evaluations(task)["samples"](params, {}, 7, tmp_path).picture
-    assert picture is not None
-    assert (picture).stat().st_size > 0
-
-
-def test_a_codec_that_does_not_fit_is_refused(records, codec_path):
-    with pytest.raises(ValueError, match="4 channels with strides"):
-        config_of(records, codec=LatentCodecConfig(str(codec_path))).build(mesh())
-
-
-def script():
-    return load_script("scripts", "images_to_latents")
 
 
 def test_latents_are_written_once_and_trained_on(
@@ -167,11 +126,12 @@ def test_latents_are_written_once_and_trained_on(
     given = ["--input", str(records), "--codec", str(codec_path), "--output", str(tmp_path)]
     given += ["--image-key", "video", "--flip", "--splits", "test"]
     monkeypatch.setattr(sys, "argv", ["images_to_latents", *given])
-    script().main()
+    load_script("scripts", "images_to_latents").main()
     path = Path(capsys.readouterr().out.split()[-1])
     assert path == tmp_path / "stripes_latents" / "1.0.0"
     codec = load_codec(codec_path)
-    made = RecordsSource(RecordsConfig(str(path), "test", label_key="label"))
+    latents = RecordsConfig(str(path), "test", label_key="label")
+    made = RecordsSource(latents)
     source = RecordsSource(RecordsConfig(str(records), "test", label_key="label"))
     assert len(made) == 2 * len(source) and made.codec == codec.hash
     for i in (0, 7, 149):
@@ -181,24 +141,19 @@ def test_latents_are_written_once_and_trained_on(
             assert found["segment_fields"] == source[i]["segment_fields"]
             # Stored as float16.
             np.testing.assert_allclose(found["video"], codec.encode(picture), rtol=2e-3, atol=1e-3)
-    model = dataclasses.replace(config_of(records).model, patch=PatchConfig(1, 2, 2, channels=4))
-    config = config_of(
-        path,
-        data=dataclasses.replace(
-            config_of(path).data,
-            source=RecordsConfig(str(path), "test", label_key="label"),
-            transform=TransformConfig(crop=8),
-        ),
-        model=model,
-        codec=LatentCodecConfig(str(codec_path), h=2, w=2),
-        evaluators=(),
-    )
+    changes = {
+        "evaluators": (),
+        "codec": LatentCodecConfig(str(codec_path), h=2, w=2),
+        "model.patch": PatchConfig(1, 2, 2, channels=4),
+        "data.source": latents,
+        "data.transform": TransformConfig(crop=8),
+    }
+    config = changed(config_of(records), changes)
     _, batch = first_batch(config)
     assert batch.tokens.shape == (2, 32, 16)
     assert config.with_hashes().codec.hash == codec.hash
-    foreign = dataclasses.replace(config.codec, hash="other")
     with pytest.raises(ValueError, match=f"are of the codecs other, {codec.hash}"):
-        dataclasses.replace(config, codec=foreign).with_hashes()
+        changed(config, {"codec.hash": "other"}).with_hashes()
 
 
 @pytest.mark.slow

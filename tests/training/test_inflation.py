@@ -1,60 +1,41 @@
 """A video model begun with an image model's weights makes, of one frame, what the image model makes."""
 
-import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.config import DataConfig, VideoRun, to_dict
-from dit_jax.data import PackingConfig, ShapesConfig
+from dit_jax.config import VideoRun, to_dict
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
 from dit_jax.model.patches import absolute_features
 from dit_jax.parallel import MeshConfig, make_mesh
-from dit_jax.plan.abstract import abstract_task
-from dit_jax.sampling import Generator, Request, SamplingConfig, make_clips, plain
+from dit_jax.sampling import SamplingConfig
 from dit_jax.train import init_from
-from dit_jax.training import (
-    CheckpointConfig,
-    Checkpointer,
-    abstract_state,
-    init_state,
-    make_optimizer,
-)
-from dit_jax.training.video_task import inflation, make_model
+from dit_jax.training import CheckpointConfig, Checkpointer, abstract_state, make_optimizer
+from dit_jax.training.video_task import inflation, init_params, make_model
 from dit_jax.upscale import LowRes
 from tests.denoiser import struct
+from tests.runs import changed
 
-IMAGE = VideoRun(
-    data=DataConfig(
-        source=ShapesConfig(num_examples=8, sizes=((24, 24),), frames=(5,), image_fraction=0.0),
-        packing=PackingConfig(rows=2, row_tokens=64, row_text=48, row_segments=1),
-    ),
+VIDEO = VideoRun(
     model=ModelConfig(
-        dit=DiTConfig(width=24, depth=1, heads=2, absolute_positions="wh", rotary=False),
-        patch=PatchConfig(t=1, h=8, w=8, channels=3, reference_fps=24.0),
+        dit=DiTConfig(width=24, depth=1, heads=2, absolute_positions="wht", rotary=False),
+        patch=PatchConfig(t=2, h=8, w=8, channels=3, reference_fps=8.0),
         text=ByteEncoderConfig(width=16, depth=1, heads=2, max_bytes=15),
     ),
-    sampling=SamplingConfig(frames=1, height=24, width=16, steps=2, cfg_scale=1.0),
+    sampling=SamplingConfig(frames=5, height=24, width=16, steps=2, cfg_scale=1.0),
 )
-IMAGE = dataclasses.replace(IMAGE, diffusion=dataclasses.replace(IMAGE.diffusion, prediction="x0"))
+VIDEO = changed(VIDEO, {"diffusion.prediction": "x0"})
+FRAMES, FPS, PLACES = "model.patch.t", "model.patch.reference_fps", "model.dit.absolute_positions"
+IMAGE = changed(VIDEO, {FRAMES: 1, FPS: 24.0, PLACES: "wh", "sampling.frames": 1})
 
 
-def video(frames=2, absolute="wht", fps=8.0, initial=None, **fields):
-    """The config of a video model with so many frames in a patch."""
-    model = dataclasses.replace(
-        IMAGE.model,
-        dit=dataclasses.replace(IMAGE.model.dit, absolute_positions=absolute),
-        patch=dataclasses.replace(IMAGE.model.patch, t=frames, reference_fps=fps),
-    )
-    return dataclasses.replace(
-        IMAGE,
-        model=model,
-        sampling=dataclasses.replace(IMAGE.sampling, frames=5),
-        checkpoint=CheckpointConfig(initial=initial),
-        **fields,
-    )
+def abstract(config, mesh):
+    init = functools.partial(init_params, make_model(config.model, mesh))
+    return abstract_state(init, make_optimizer(config.optimizer, 1), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +46,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def image(mesh, tmp_path_factory):
     """An image model with random weights everywhere, stored as a run; the run and the weights."""
-    abstract = abstract_task(IMAGE, mesh)
-    shapes, shardings = abstract_state(abstract.init, make_optimizer(IMAGE.optimizer, 1), mesh)
+    shapes, shardings = abstract(IMAGE, mesh)
     rng = np.random.default_rng(0)
     host = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), shapes.ema)
     directory = tmp_path_factory.mktemp("image")
@@ -77,24 +57,10 @@ def image(mesh, tmp_path_factory):
     return str(directory), host
 
 
-def begun(config, mesh):
-    """The averaged parameters that a new run of the config begins with."""
-    task, optimizer = abstract_task(config, mesh), make_optimizer(config.optimizer, 1)
-    shapes, shardings = abstract_state(task.init, optimizer, mesh)
-    fresh = init_state(task.init, optimizer, shardings, jax.random.key(1))
-    state = init_from(config, fresh, shapes, shardings)
-    for leaf, wanted in zip(
-        jax.tree.leaves(state.ema), jax.tree.leaves(shardings.ema), strict=True
-    ):
-        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
-    return jax.device_get(state.ema)
-
-
 def one_frame(config, params, tokens, t):
     """The output for tokens of one frame ``[1, l, q]``, repeated to fill its patches, at level t."""
     frames, count = config.model.patch.t, tokens.shape[1]
-    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-    model = make_model(config.model, mesh)
+    model = make_model(config.model, make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
     places = np.meshgrid(np.arange(3), np.arange(2), indexing="ij")
     positions = np.stack([0 * places[0], *places], -1).reshape(1, count, 3).astype(np.float32)
     ids, text = np.ones((1, count), np.int32), np.array([[5, 6, 7]], np.int32)
@@ -115,8 +81,14 @@ def one_frame(config, params, tokens, t):
 @pytest.mark.parametrize("frames", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_one_frame_is_what_the_image_model_makes_of_it(image, mesh, frames, capsys):
     run, weights = image
-    config = video(frames, initial=run)
-    params = begun(config, mesh)
+    config = changed(VIDEO, {FRAMES: frames, "checkpoint.initial": run})
+    shapes, shardings = abstract(config, mesh)
+    state = init_from(config, shapes, shapes, shardings)
+    for leaf, wanted in zip(
+        jax.tree.leaves(state.ema), jax.tree.leaves(shardings.ema), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    params = jax.device_get(state.ema)
     said = capsys.readouterr().out
     assert f"checkpoint.initial {run!r} is inflated:" in said
     assert ("patches of" in said) == (frames > 1) and "features of time" in said
@@ -127,28 +99,9 @@ def test_one_frame_is_what_the_image_model_makes_of_it(image, mesh, frames, caps
     for each in range(frames):
         # Sums of the same numbers (and zeros) in another order: float32.
         np.testing.assert_allclose(found[:, :, each], wanted[:, :, 0], rtol=1e-5, atol=1e-5)
-
-
-def test_of_a_first_patch_only_the_first_frame_is_read(image, mesh):
-    """The other copies have noise of their own: the image model's input is the first alone."""
-    kernel = begun(video(2, initial=image[0]), mesh)["params"]["dit"]["patch_embedding"]["kernel"]
-    assert np.array_equal(kernel[:192], image[1]["params"]["dit"]["patch_embedding"]["kernel"])
-    assert not kernel[192:].any()
-
-
-@pytest.mark.slow
-def test_images_are_sampled_as_the_image_model_samples_them(image, mesh):
-    run, weights = image
-    alone = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-    made = []
-    inflated = video(2, initial=run)
-    for config, params in ((IMAGE, weights), (inflated, begun(inflated, mesh))):
-        generator = Generator(make_model(config.model, alone), config.diffusion, config.sampling)
-        request = Request("a circle", 1, 24, 16, 8.0, 3)
-        made += make_clips(generator, params, [plain(request)], alone)
-    assert made[0].std() > 5
-    # Rounded to 255 levels.
-    assert np.abs(made[0].astype(int) - made[1]).max() <= 1
+    # The other copies have noise of their own: of a patch the first frame alone is read.
+    new, old = (x["params"]["dit"]["patch_embedding"]["kernel"] for x in (params, weights))
+    assert np.array_equal(new[:192], old) and not new[192:].any()
 
 
 def test_time_moves_what_is_not_the_first_frame():
@@ -163,35 +116,25 @@ def test_time_moves_what_is_not_the_first_frame():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("changes", "message"),
     [
-        (video(4, absolute="thw"), "is a run with model.dit.absolute_positions = 'wh'"),
+        ({FRAMES: 4, PLACES: "thw"}, "is a run with model.dit.absolute_positions = 'wh'"),
         (
-            video(2, diffusion=dataclasses.replace(IMAGE.diffusion, prediction="velocity")),
+            {"diffusion.prediction": "velocity"},
             "model.patch.t 1, and not 2, of diffusion.prediction 'velocity'.*predicts 'x0'",
         ),
-        (
-            dataclasses.replace(
-                video(),
-                model=dataclasses.replace(video().model, conditioners={"low_res": LowRes()}),
-            ),
-            "is a run with model.conditioners",
-        ),
+        ({"model.conditioners": {"low_res": LowRes()}}, "is a run with model.conditioners"),
     ],
 )
-def test_what_would_not_be_the_image_is_refused(image, mesh, config, message):
-    config = dataclasses.replace(config, checkpoint=CheckpointConfig(initial=image[0]))
+def test_what_would_not_be_the_image_is_refused(image, changes, message):
+    nothing: Any = None  # No weights are read.
+    config = changed(VIDEO, changes | {"checkpoint.initial": image[0]})
     with pytest.raises(ValueError, match=message):
-        begun(config, mesh)
+        init_from(config, nothing, nothing, nothing)
 
 
 def test_models_of_clips_keep_their_clock_and_patches():
-    clips = video(1, absolute="wh", fps=24.0)
-    assert inflation(video(1, absolute="wh", fps=8.0), clips) == {}
-    assert inflation(video(4), video(2)) == {}
-    assert inflation(video(2), video(2)) == {}
-    assert set(inflation(video(2), IMAGE)) == {
-        "model.patch.t",
-        "model.patch.reference_fps",
-        "model.dit.absolute_positions",
-    }
+    clips = changed(VIDEO, {FRAMES: 1, PLACES: "wh", FPS: 24.0})
+    assert inflation(changed(clips, {FPS: 8.0}), clips) == {}
+    assert inflation(changed(VIDEO, {FRAMES: 4}), VIDEO) == inflation(VIDEO, VIDEO) == {}
+    assert set(inflation(VIDEO, IMAGE)) == {FRAMES, FPS, PLACES}

@@ -5,94 +5,66 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dit_jax.training import OptimizerConfig, make_optimizer
 from dit_jax.training.step import MUON_RMS, muon_axes
 
 RATE = 1e-2
-SETTINGS = {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9}
+UP = "params/dit/blocks/mlp/up/kernel"
+OUT = "params/text/block_0/self_attention/out/kernel"
+CONV = "params/conv/kernel"
+MATRICES = {UP: (3, 8, 24), OUT: (8, 8), CONV: (3, 2, 2, 4, 6)}
+OTHERS = {
+    "params/dit/blocks/mlp/up/bias": (3, 24),
+    "params/dit/blocks/modulation/linear/kernel": (3, 8, 6),
+    "params/dit/final/kernel": (8, 5),
+    "params/text/bytes/embedding": (9, 8),
+}
 
 
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    layer = {"kernel": normal(3, 8, 24), "bias": normal(3, 24)}
-    return {
-        "params": {
-            "dit": {
-                "blocks": {
-                    "mlp": {"up": layer},
-                    "modulation": {"linear": {"kernel": normal(3, 8, 6)}},
-                },
-                "final": {"kernel": normal(8, 5)},
-            },
-            "text": {
-                "block_0": {"self_attention": {"out": {"kernel": normal(8, 8)}}},
-                "bytes": {"embedding": normal(9, 8)},
-            },
-        }
-    }
+    shapes = MATRICES | OTHERS
+    flat = {name: jnp.asarray(rng.normal(size=of), jnp.float32) for name, of in shapes.items()}
+    return unflatten_dict(flat, sep="/")
 
 
-def first_update(kind, params, gradients):
-    optimizer = make_optimizer(OptimizerConfig(kind=kind, **SETTINGS), 10)
-    return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
+@pytest.fixture(scope="module")
+def update(params):
+    """The first update for gradients that are the cubes of the parameters, by their paths."""
+    settings = {"learning_rate": RATE, "schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9}
+    optimizer = make_optimizer(OptimizerConfig(kind="muon", **settings), 10)
+    gradients = jax.tree.map(lambda x: x**3, params)
+    update = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
+    return flatten_dict(update, sep="/")
 
 
 def test_takes_the_matrices_of_the_layers_alone(params):
-    axes = muon_axes(params)["params"]
-    up = axes["dit"]["blocks"]["mlp"]["up"]
-    assert up["kernel"] == optax.contrib.MuonDimensionNumbers(1, 2)
-    assert axes["text"]["block_0"]["self_attention"]["out"]["kernel"] == (0, 1)
-    others = [
-        up["bias"],
-        axes["dit"]["blocks"]["modulation"]["linear"]["kernel"],
-        axes["dit"]["final"]["kernel"],
-        axes["text"]["bytes"]["embedding"],
-    ]
-    assert others == [None] * 4
+    axes = flatten_dict(muon_axes(params), sep="/")
+    assert axes[UP] == (1, 2) and axes[OUT] == (0, 1) and axes[CONV] == ((0, 1, 2, 3), 4)
+    assert [axes[name] for name in OTHERS] == [None] * len(OTHERS)
 
 
-def test_orthogonalises_each_layer_of_a_stack_apart(params):
-    gradients = jax.tree.map(lambda x: x**3, params)
-    update = first_update("muon", params, gradients)["params"]["dit"]["blocks"]["mlp"]["up"][
-        "kernel"
-    ]
-    gradient = np.asarray(gradients["params"]["dit"]["blocks"]["mlp"]["up"]["kernel"])
-    for layer, raw in zip(np.asarray(update), gradient, strict=True):
-        u, _, v = np.linalg.svd(raw, full_matrices=False)
-        singular = np.linalg.svd(layer, compute_uv=False) / (RATE * MUON_RMS * np.sqrt(24))
+def test_orthogonalises_each_layer_of_a_stack_apart_and_convolutions_as_matrices(params, update):
+    flat = flatten_dict(params, sep="/")
+    layers = [(update[UP][i], flat[UP][i]) for i in range(3)]
+    for out, raw in [*layers, (update[CONV].reshape(48, 6), flat[CONV].reshape(48, 6))]:
+        out = np.asarray(out) / (RATE * MUON_RMS * np.sqrt(max(out.shape)))
+        singular = np.linalg.svd(out, compute_uv=False)
         # Five Newton-Schulz steps bring singular values to about one (0.7 to 1.2), by design.
         assert np.all((singular > 0.6) & (singular < 1.3)), singular
-        along = -np.sum(layer * (u @ v)) / np.linalg.norm(layer) / np.linalg.norm(u @ v)
+        u, _, v = np.linalg.svd(raw**3, full_matrices=False)
+        along = -np.sum(out * (u @ v)) / np.linalg.norm(out) / np.linalg.norm(u @ v)
         assert along > 0.95
 
 
-def test_the_rest_is_nesterov_adamw(params):
-    gradients = jax.tree.map(jnp.sin, params)
-    config = OptimizerConfig(kind="muon", **SETTINGS)
-    update = first_update("muon", params, gradients)["params"]
-    reference = optax.nadamw(RATE, b1=config.b1, b2=config.b2, weight_decay=0.0)
-    expected = reference.update(gradients, reference.init(params), params)[0]["params"]
-    for path in (
-        ("dit", "final", "kernel"),
-        ("text", "bytes", "embedding"),
-        ("dit", "blocks", "mlp", "up", "bias"),
-    ):
-        one, other = update, expected
-        for name in path:
-            one, other = one[name], other[name]
-        np.testing.assert_allclose(one, other, rtol=1e-5)  # float32 rounding, order of products
-
-
-def test_takes_convolutions_over_time_as_matrices():
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 4, 6)), jnp.float32)
-    params = {"params": {"conv": {"kernel": kernel, "bias": jnp.zeros(6)}}}
-    update = first_update("muon", params, params)["params"]["conv"]["kernel"]
-    singular = np.linalg.svd(np.asarray(update).reshape(48, 6), compute_uv=False)
-    singular /= RATE * MUON_RMS * np.sqrt(48)
-    assert np.all((singular > 0.6) & (singular < 1.3)), singular
+def test_the_rest_is_nesterov_adamw(params, update):
+    reference = optax.nadamw(RATE, b1=0.9, b2=0.99, weight_decay=0.0)
+    flat = flatten_dict(params, sep="/")
+    others = {name: flat[name] for name in OTHERS}
+    gradients = {name: x**3 for name, x in others.items()}
+    expected = reference.update(gradients, reference.init(others), others)[0]
+    for name in OTHERS:  # Float32 rounding, order of products.
+        np.testing.assert_allclose(update[name], expected[name], rtol=1e-5, err_msg=name)

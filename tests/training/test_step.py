@@ -8,16 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from dit_jax.training import OptimizerConfig, TrainState, init_state, make_step
-from dit_jax.training.step import loss_and_gradients
+from dit_jax.training import OptimizerConfig, TrainState, make_step
 from dit_jax.types import Totals
-
-MESH = (1, 2, 2, 2)
 
 
 @pytest.fixture
 def one(rig):
-    return rig(*MESH)
+    return rig(1, 2, 2, 2)
 
 
 def assert_equal(one, other):
@@ -30,49 +27,28 @@ def changing(state):
 
 
 def test_step_compiles_once_and_reuses_memory(one, batches):
-    state = init_state(one.init, one.optimizer, one.shardings, jax.random.key(0))
-    losses = []
-    for i in range(4):
+    state = one.state()
+    for i in range(3):
         before = state
-        state, metrics = one.step(state, one.put(batches[i % 3]))
-        losses.append(float(metrics["loss"]))
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    assert int(state.step) == 4 and np.isfinite(losses).all()
-    assert one.step._cache_size() == 1
+        state, metrics = one.step(state, one.put(batches[i]))
+        assert np.isfinite(float(metrics["loss"]))
+        # (The first state is NumPy's memory.)
+        assert i == 0 or all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert int(state.step) == 3 and one.step._cache_size() == 1
 
 
-@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_accumulation_changes_nothing(rig, one, batches, parts):
+def test_accumulation_changes_nothing_on_another_mesh(rig, one, batches):
     """Parts of unequal weight, for their rows hold different numbers of tokens."""
-    counts = batches[0].num_tokens.sum(1)
+    parts, counts = 4, batches[0].num_tokens.sum(1)
     assert len({counts[i::parts].sum() for i in range(parts)}) > 1
-    other = rig(*MESH, accumulate=parts)
+    other = rig(2, 1, 2, 2, accumulate=parts)
     (a, said), (b, expected) = (r.step(r.state(), r.put(batches[0])) for r in (other, one))
-    np.testing.assert_allclose(said["loss"], expected["loss"], rtol=2e-6)
-    np.testing.assert_allclose(said["gradient_norm"], expected["gradient_norm"], rtol=2e-6)
+    for name, value in expected.items():
+        np.testing.assert_allclose(said[name], value, rtol=2e-6, err_msg=name)
     for x, y in zip(jax.tree.leaves(changing(a)), jax.tree.leaves(changing(b)), strict=True):
         # Float32 sums in another order (see test_sharded); parameters are of order one.
         scale = max(float(np.abs(y).max()), 1e-12)
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * scale)
-
-
-def test_parts_take_interleaved_rows():
-    """Every device has rows of every part; weights add up over parts."""
-
-    def loss(params, frozen, rows, key, step):
-        del key, frozen
-        total = (params["w"] * rows["x"] ** 2).sum()
-        # A row of x has weight x; an order that showed would show in `seen`.
-        return total, Totals(total, rows["x"].sum(), {"steps": step * rows["x"].sum()})
-
-    x = np.arange(8, dtype=np.float32)
-    for parts in (1, 2, 4, 8):
-        totals, gradients = loss_and_gradients(
-            loss, {"w": np.float32(3)}, {}, {"x": x}, jax.random.key(0), jnp.float32(7), parts
-        )
-        assert float(totals.parts["steps"]) == 7
-        assert float(totals.loss) == 3 * (x**2).sum() / x.sum()
-        assert float(gradients["w"]) == (x**2).sum() / x.sum()
 
 
 def spoiled(batch, value):
@@ -94,10 +70,8 @@ def test_bad_batch_changes_only_the_counters(one, batches, value):
 
     # Training goes on as it does from a state that never saw the batch.
     after, metrics = one.step(state, one.put(batches[2]))
-    again = jax.device_put(
-        dataclasses.replace(before, step=np.int32(2), skipped=np.int32(1)), one.shardings
-    )
-    expected, said = one.step(again, one.put(batches[2]))
+    again = dataclasses.replace(before, step=np.int32(2), skipped=np.int32(1))
+    expected, said = one.step(jax.device_put(again, one.shardings), one.put(batches[2]))
     assert float(metrics["loss"]) == float(said["loss"]) and np.isfinite(metrics["loss"])
     assert_equal(after, expected)
     assert (int(after.step), int(after.skipped)) == (3, 1)
@@ -110,37 +84,16 @@ def test_batch_of_padding_has_no_loss(one, batches):
     state, metrics = one.step(one.state(), one.put(empty))
     assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == 0
     assert int(state.skipped) == 0
-    for leaf in jax.tree.leaves(state):
-        assert np.isfinite(leaf).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     # Only the decay of matrices is left: lr 5e-4 (of the warm-up) times 0.1.
-    up = before.params["params"]["dit"]["blocks"]["mlp"]["up"]
-    now = state.params["params"]["dit"]["blocks"]["mlp"]["up"]
+    up, now = (x.params["params"]["dit"]["blocks"]["mlp"]["up"] for x in (before, state))
     np.testing.assert_allclose(now["kernel"], up["kernel"] * (1 - 5e-5), rtol=2e-7)
     np.testing.assert_array_equal(now["bias"], up["bias"])
 
 
-def test_averages_follow_the_parameters(one, batches):
-    state = one.state()
-    expected = jax.device_get(state.ema)
-    for i in range(3):
-        state, _ = one.step(state, one.put(batches[i]))
-        rate = min(0.999, (1 + i) / (10 + i))
-        params = jax.device_get(state.params)
-        expected = jax.tree.map(lambda e, p, r=rate: r * e + (1 - r) * p, expected, params)
-    for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=3e-7)  # float32 of values of order one
-
-
 @pytest.mark.parametrize(
     ("decay", "step", "rate"),
-    [
-        (0.999, 0, 0.1),
-        (0.999, 8, 0.5),
-        (0.5, 8, 0.5),
-        (0.5, 100, 0.5),
-        (0.999, 10**6, 0.999),
-        (0.0, 5, 0),
-    ],
+    [(0.999, 0, 0.1), (0.999, 8, 0.5), (0.5, 100, 0.5), (0.999, 10**6, 0.999), (0.0, 5, 0)],
 )
 def test_the_average_decays_by_the_steps_taken(decay, step, rate):
     """Of a parameter that is 1 and does not move, with an average of 0; two steps were skipped."""
@@ -157,25 +110,10 @@ def test_the_average_decays_by_the_steps_taken(decay, step, rate):
 
 def test_randomness_is_that_of_the_step(one, batches):
     """The same state and batch give the same bits; another step number other noise."""
-    start = jax.device_get(one.state())
-    batch = one.put(batches[0])
-    found = {}
-    for number in (0, 1, 0):
+    start, batch = jax.device_get(one.state()), one.put(batches[0])
+    outcomes = []
+    for number in (0, 0, 1):
         state = jax.device_put(dataclasses.replace(start, step=np.int32(number)), one.shardings)
-        new, metrics = one.step(state, batch)
-        if number in found:
-            assert_equal(new, found[number][0])
-            assert float(metrics["loss"]) == found[number][1]
-        found[number] = jax.device_get(new), float(metrics["loss"])
-    assert abs(found[0][1] - found[1][1]) > 1e-3
-
-
-def test_training_lowers_the_loss(one, batches):
-    """Of the same batch, over the noise of ten steps."""
-    state, losses = one.state(), []
-    batch = one.put(batches[0])
-    for _ in range(20):
-        state, metrics = one.step(state, batch)
-        losses.append(float(metrics["loss"]))
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
-    assert one.step._cache_size() == 1
+        outcomes.append(jax.device_get(one.step(state, batch)))
+    assert_equal(outcomes[0], outcomes[1])
+    assert abs(outcomes[0][1]["loss"] - outcomes[2][1]["loss"]) > 1e-3
