@@ -100,11 +100,13 @@ def test_any_number_of_frames_is_as_likely(samples_of, name):
 def test_masks_are_chosen_by_their_relative_weights():
     weights = dict(none=0.3, first=0.2, head=0.1, tail=0.1, ends=0.1, every=0.1)
     weights |= dict(keyframes=0.05, window=0.05)
-    keys = jax.random.split(jax.random.key(0), 4000)
+    keys, frames = jax.random.split(jax.random.key(0), 4000), jnp.int32(9)
 
     def masks(factor):
         config = MaskConfig.only(**{name: factor * weight for name, weight in weights.items()})
-        return np.asarray(jax.jit(jax.vmap(lambda key: sample_mask(config, key, 9).mask))(keys))
+        return np.asarray(
+            jax.jit(jax.vmap(lambda key: sample_mask(config, key, frames).mask))(keys)
+        )
 
     mask = masks(1)
     for name, weight in weights.items():
