@@ -1,14 +1,12 @@
 """Records that cannot be used are named one by one, and metadata that would run code are refused."""
 
 import errno
-import io
 import itertools
 import json
 import os
 import shutil
 import sys
 
-import av
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,16 +15,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dit_jax.data import records
-from dit_jax.data.records import (
-    RecordsConfig,
-    RecordsSource,
-    decode_video,
-    find_builder,
-)
+from dit_jax.data.records import RecordsConfig, RecordsSource, decode_video, find_builder
 from dit_jax.files import InputError
 from dit_jax.prepare.recorded import find_records
 from dit_jax.prepare.writing import LatentsOf, StatesOf, write_records
-from tests.data.test_records import foreign_builder
+from tests.data.test_records import foreign_builder, image_file
 
 COUNT = 9
 
@@ -40,24 +33,12 @@ def sample(i):
     }
 
 
-def written(root, encoding="zlib", rows=None, **given):
-    """A builder of three records a shard."""
-    rows = rows or [sample(i) for i in range(COUNT)]
-    size = 60_000 if encoding != "video" else 1
-    return write_records(
-        root,
-        "clips",
-        {"train": rows},
-        description="d",
-        encoding=encoding,
-        shard_bytes=size,
-        **given,
-    )
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    return written(tmp_path_factory.mktemp("good"))
+    """A builder of three records a shard."""
+    rows = {"train": [sample(i) for i in range(COUNT)]}
+    root = tmp_path_factory.mktemp("good")
+    return write_records(root, "clips", rows, description="d", shard_bytes=60_000)
 
 
 @pytest.fixture
@@ -73,14 +54,20 @@ def shards(path):
 
 
 def rewrite(shard, change):
-    """Writes a shard anew, with its serialized records changed: ``change(number, bytes)``."""
+    """Writes a shard anew: ``change(number, features)`` of each record, which may return its bytes."""
     reader = ArrayRecordReader(str(shard))
     old = [reader.read([i])[0] for i in range(reader.num_records())]
     reader.close()
     writer = ArrayRecordWriter(str(shard), "group_size:1")
     for number, data in enumerate(old):
-        writer.write(change(number, data))
+        example = tf_example_pb2.Example.FromString(data)
+        changed = change(number, example.features.feature)
+        writer.write(changed or example.SerializeToString())
     writer.close()
+
+
+def opened(builder, **config):
+    return RecordsSource(RecordsConfig(str(builder), **config))
 
 
 def bad_ones(source):
@@ -94,23 +81,18 @@ def bad_ones(source):
     return found
 
 
-@pytest.mark.parametrize("damage", ["cut", "footer", "empty", "garbage", "missing", "middle"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "missing", "middle"])
 def test_a_damaged_shard_costs_its_own_records(builder, damage):
     file = shards(builder)[1]
-    data = file.read_bytes()
-    if damage == "missing":
-        file.unlink()
-    else:
-        place = len(data) // 8
-        changed = {
-            "cut": data[: len(data) // 2],
-            "footer": data[:-70_000],
-            "empty": b"",
-            "garbage": np.random.default_rng(0).bytes(len(data)),
-            "middle": data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :],
-        }
-        file.write_bytes(changed[damage])
-    source = RecordsSource(RecordsConfig(str(builder)))
+    data, place = file.read_bytes(), file.stat().st_size // 8
+    changed = {
+        "cut": data[: len(data) // 2],
+        "empty": b"",
+        "garbage": np.random.default_rng(0).bytes(len(data)),
+        "middle": data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :],
+    }
+    file.unlink() if damage == "missing" else file.write_bytes(changed[damage])
+    source = opened(builder)
     assert len(source) == COUNT
     bad = bad_ones(source)
     assert set(bad) <= {3, 4, 5} and bad
@@ -119,92 +101,54 @@ def test_a_damaged_shard_costs_its_own_records(builder, damage):
 
 
 def test_a_shard_that_is_cut_while_it_is_open(builder):
-    source = RecordsSource(RecordsConfig(str(builder)))
+    source = opened(builder)
     source[4]
     os.truncate(shards(builder)[1], 1000)
     assert set(bad_ones(source)) <= {3, 4, 5} and 5 in bad_ones(source)
 
 
-def test_a_damaged_record_and_one_of_other_features(builder):
-    def change(number, data):
-        example = tf_example_pb2.Example.FromString(data)
-        feature = example.features.feature
+def test_damaged_records_lose_themselves_alone(builder):
+    def no_clips(number, feature):
+        if number < 2:
+            feature["fps"].float_list.value[0] = [0.0, float("nan")][number]
+        else:
+            shape = next(key for key in feature if key.startswith("video") and "shape" in key)
+            feature[shape].int64_list.value[0] = 0
+
+    def damaged(number, feature):
+        pixels = next(key for key in feature if key.startswith("video") and "shape" not in key)
+        video = feature[pixels].bytes_list.value
         if number == 0:
-            return data[: len(data) // 2]
+            return b"no record"
         if number == 1:
             del feature["caption"]
         else:
-            name = next(key for key in feature if key.startswith("video") and "shape" not in key)
-            feature[name].bytes_list.value[0] = feature[name].bytes_list.value[0][:-50]
-        return example.SerializeToString()
+            video[0] = video[0][:-50]
 
-    rewrite(shards(builder)[1], change)
-    bad = bad_ones(RecordsSource(RecordsConfig(str(builder))))
-    assert list(bad) == [3, 4, 5] and "caption" in str(bad[4])
+    def not_utf8(number, feature):
+        feature["caption"].bytes_list.value[0] = b"caf\xe9"
+
+    for shard, change in zip(shards(builder), (no_clips, damaged, not_utf8), strict=True):
+        rewrite(shard, change)
+    bad = bad_ones(opened(builder))
+    assert list(bad) == [0, 1, 2, 3, 4, 5] and "caption" in str(bad[4])
+    assert opened(builder)[7]["caption"] == "caf\ufffd"
     # Those of a slice are counted from its beginning.
-    assert list(bad_ones(RecordsSource(RecordsConfig(str(builder), "train[3:]")))) == [0, 1, 2]
+    assert list(bad_ones(opened(builder, split="train[3:]"))) == [0, 1, 2]
 
 
-def test_damaged_encoded_video(tmp_path):
-    path = written(tmp_path, "video")
-    source = RecordsSource(RecordsConfig(str(path)))
-    assert source[7]["video"].shape == (2, 64, 64, 3)
-
-    def change(number, data):
-        example = tf_example_pb2.Example.FromString(data)
-        video = example.features.feature["video"].bytes_list.value[0]
-        example.features.feature["video"].bytes_list.value[0] = video[: len(video) // 2]
-        return example.SerializeToString()
-
-    rewrite(shards(path)[7], change)
-    assert list(bad_ones(RecordsSource(RecordsConfig(str(path))))) == [7]
-
-
-def test_images_that_are_cut(tmp_path):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (64, 48, 3), np.uint8)
-
-    def encoded(codec, pix_fmt):
-        target = io.BytesIO()
-        with av.open(target, "w", format="image2pipe") as container:
-            stream = container.add_stream(codec, rate=1)
-            stream.height, stream.width, stream.pix_fmt = 64, 48, pix_fmt
-            frame = av.VideoFrame.from_ndarray(pixels)
-            for packet in (*stream.encode(frame), *stream.encode()):
-                container.mux(packet)
-        return target.getvalue()
-
-    for codec, pix_fmt in (("png", "rgb24"), ("mjpeg", "yuvj444p")):
-        data = encoded(codec, pix_fmt)
-        assert decode_video(data, image=True).shape == (1, 64, 48, 3)
-        for end in (0, 20, len(data) // 2, len(data) * 9 // 10):
-            with pytest.raises(ValueError):
-                decode_video(data[:end], image=True)
-
-
-def test_text_that_is_not_utf8_is_read(builder):
-    rewrite(shards(builder)[1], lambda _, data: data.replace(b"clip 4", b"caf\xe9 4"))
-    source = RecordsSource(RecordsConfig(str(builder)))
-    assert not bad_ones(source) and source[4]["caption"] == "caf\ufffd 4"
-
-
-def test_frame_rates_and_clips_that_are_none(builder):
-    def change(number, data):
-        example = tf_example_pb2.Example.FromString(data)
-        feature = example.features.feature
-        if number == 2:
-            shape = next(key for key in feature if key.startswith("video") and "shape" in key)
-            feature[shape].int64_list.value[0] = 0
-        else:
-            feature["fps"].float_list.value[0] = [0.0, float("nan")][number]
-        return example.SerializeToString()
-
-    rewrite(shards(builder)[1], change)
-    assert list(bad_ones(RecordsSource(RecordsConfig(str(builder))))) == [3, 4, 5]
+@pytest.mark.parametrize(("codec", "pix_fmt"), [("png", "rgb24"), ("mjpeg", "yuvj444p")])
+def test_images_that_are_cut(codec, pix_fmt):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    data = image_file(pixels, pix_fmt, codec)
+    assert decode_video(data, image=True).shape == (1, 64, 48, 3)
+    for end in (0, 20, len(data) // 2, len(data) * 9 // 10):
+        with pytest.raises(ValueError):
+            decode_video(data[:end], image=True)
 
 
 def test_errors_of_the_disk_keep_their_type(builder, monkeypatch):
-    source = RecordsSource(RecordsConfig(str(builder)))
+    source = opened(builder)
 
     class Broken:
         def __init__(self, *_, **__):
@@ -223,7 +167,7 @@ def test_errors_of_the_disk_keep_their_type(builder, monkeypatch):
 
 def test_few_shards_are_open_at_once(builder, monkeypatch):
     monkeypatch.setattr(records, "OPEN_SHARDS", 2)
-    source = RecordsSource(RecordsConfig(str(builder)))
+    source = opened(builder)
     for _ in range(2):
         assert [one["caption"] for one in source] == [f"clip {i}" for i in range(COUNT)]
     assert source._open_shard.cache_info().currsize == 2
@@ -283,16 +227,15 @@ def test_metadata_that_cannot_be_parsed(builder):
     for text in ("{", "[" * 100_000, json.dumps({"features": "["}), "\xff"):
         (builder / "features.json").write_text(text)
         with pytest.raises(InputError, match=r"1\.0\.0"):
-            RecordsSource(RecordsConfig(str(builder)))
+            opened(builder)
 
 
 def test_old_data_sets_are_read(tmp_path):
     """As the writer before made them: by TFDS's own, one shard, without sizes."""
-    states, latents = StatesOf(2, "s", "t5"), LatentsOf(3, "h", "codec")
     rows = [{"video": np.ones((1, 2, 2, 3), np.float32), "caption": "x", "fps": 8.0}]
     rows[0]["text_states"] = np.ones((1, 2), np.float32)
-    new = written(tmp_path / "new", rows=rows, latents=latents, text_states=states)
-
+    of = {"latents": LatentsOf(3, "h", "codec"), "text_states": StatesOf(2, "s", "t5")}
+    new = write_records(tmp_path / "new", "clips", {"train": rows}, description="d", **of)
     info = tfds.builder_from_directory(new).info
     stored = {**rows[0], "video": rows[0]["video"].astype(np.float16)}
     stored["text_states"] = rows[0]["text_states"].astype(ml_dtypes.bfloat16)

@@ -98,12 +98,3 @@ def test_mnist_script(tmp_path):
             mnist.convert(tmp_path, tmp_path / "two")
     with pytest.raises(ValueError, match="is no directory"):
         mnist.convert(labels, tmp_path / "two")
-
-
-@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="needs shared/data/mnist")
-def test_real_mnist_files_load():
-    mnist = load_script("scripts", "mnist_to_records")
-    for stem in mnist.FILES.values():
-        images, labels = mnist.load(SHARED / "mnist", stem)
-        assert images.shape == (10_000, 32, 32, 1)
-        assert np.bincount(labels).min() > 800 and labels.max() == 9

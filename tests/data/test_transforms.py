@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from dit_jax.data import Loader, PackingConfig, RecordsConfig, RecordsSource, TransformConfig, crop
+from dit_jax.data import TransformConfig, crop
 from dit_jax.data.records import centre, flip, resized
-from dit_jax.prepare.writing import write_records
 
 RNG = np.random.default_rng(0)
 
@@ -49,60 +48,3 @@ def test_half_of_the_clips_are_mirrored():
     mirrored = sum(np.array_equal(x, video[:, :, ::-1]) for x in made)
     assert sum(np.array_equal(x, video) for x in made) == 400 - mirrored
     assert 150 < mirrored < 250  # five standard deviations of a fair coin
-
-
-def test_what_a_loader_augments_depends_on_the_order_alone():
-    class Source:
-        def __len__(self):
-            return 6
-
-        def __getitem__(self, i):
-            return {"video": np.full((1, 1, 1, 3), i, np.uint8), "caption": "", "fps": 1.0}
-
-    def tokenize(sample):
-        value = np.asarray(sample["video"], np.float32).reshape(1, 3)
-        where = np.zeros((1, 3), np.float32)
-        none = np.zeros(1, np.int32)
-        fields = {"token_fields": {}, "segment_fields": {}}
-        return {"tokens": value, "positions": where, "frame_ids": none, "text": none, **fields}
-
-    def augment(sample, rng):
-        return {**sample, "video": sample["video"] + rng.random()}
-
-    packing = PackingConfig(rows=2, row_tokens=2, row_text=2, row_segments=2, bins=1)
-    both, second = Loader(Source(), tokenize, packing, 3, None, augment), None
-    try:
-        batches = [next(both) for _ in range(6)]
-        second = Loader(Source(), tokenize, packing, 3, (1,), augment)
-        for batch in batches:
-            assert np.array_equal(next(second).tokens, batch.tokens[1:])
-    finally:
-        both.close()
-        if second is not None:
-            second.close()
-    drawn = np.concatenate([batch.tokens[..., 0].ravel() for batch in batches])
-    # The same clip, seen again in a later epoch, is augmented anew.
-    assert len(np.unique(drawn % 1)) == len(drawn)
-
-
-def test_labels_and_latents_are_read_back(tmp_path):
-    latents = [np.linspace(-2, 2, 2 * 4).reshape(1, 1, 2, 4).astype(np.float16) + i for i in (0, 1)]
-    samples = [
-        {"video": x, "caption": "", "fps": 1.0, "label": 3 + i} for i, x in enumerate(latents)
-    ]
-    path = write_records(
-        tmp_path,
-        "latents",
-        {"train": samples},
-        description="d",
-        labels=("label",),
-        latents=(4, "made"),
-    )
-    source = RecordsSource(RecordsConfig(str(path), label_key="label"))
-    assert source.codec == "made"
-    for i, x in enumerate(latents):
-        assert source[i]["segment_fields"] == {"label": 3 + i}
-        assert source[i]["video"].dtype == np.float32 and np.array_equal(source[i]["video"], x)
-    sample = {"video": np.ones((1, 1, 2, 4), np.float32), "caption": "", "fps": 1.0}
-    with pytest.raises(ValueError, match="float with 8"):
-        write_records(tmp_path, "x", {"train": [sample]}, description="d", latents=(8, "made"))

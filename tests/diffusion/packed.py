@@ -1,10 +1,13 @@
 """Batches of a few clips, packed side by side."""
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
+from dit_jax.data import PackingConfig, Tokenized
 from dit_jax.types import Batch
+from tests.packed import pack_rows
 
 DIM = 4
 
@@ -16,31 +19,21 @@ class Clip(NamedTuple):
     frames: int
     per_frame: int
 
+    def tokens(self) -> Tokenized:
+        count = self.frames * self.per_frame
+        return {
+            "tokens": np.random.default_rng(self.id).normal(size=(count, DIM)),
+            "positions": np.zeros((count, 3), np.float32),
+            "frame_ids": np.arange(count) // self.per_frame,
+            "text": np.ones(1, np.int32),
+            "token_fields": {},
+            "segment_fields": {},
+        }
+
 
 def pack(rows: list[list[Clip]], length: int, slots: int) -> Batch:
     """Clips side by side; their tokens are a function of their identity."""
-    segment, frame, token = np.zeros((3, len(rows), length), np.int32)
-    tokens = np.zeros((len(rows), length, DIM), np.float32)
-    sample, count, frames = np.zeros((3, len(rows), slots), np.int64)
-    for r, row in enumerate(rows):
-        start = 0
-        for j, clip in enumerate(row):
-            n = clip.frames * clip.per_frame
-            span = slice(start, start + n)
-            tokens[r, span] = np.random.default_rng(clip.id).normal(size=(n, DIM))
-            segment[r, span], token[r, span] = j + 1, np.arange(n)
-            frame[r, span] = np.arange(n) // clip.per_frame
-            sample[r, j], count[r, j], frames[r, j] = clip.id, n, clip.frames
-            start += n
-    return Batch(
-        tokens=tokens,
-        positions=np.zeros((len(rows), length, 3), np.float32),
-        segment_ids=segment,
-        frame_ids=frame,
-        token_ids=token,
-        text=np.ones((len(rows), slots), np.int32),
-        text_segment_ids=np.tile(np.arange(1, slots + 1, dtype=np.int32), (len(rows), 1)),
-        sample_ids=sample.astype(np.uint32),
-        num_tokens=count.astype(np.int32),
-        num_frames=frames.astype(np.int32),
-    )
+    config = PackingConfig(row_tokens=length, row_text=slots, row_segments=slots)
+    batch = pack_rows([[clip.tokens() for clip in row] for row in rows], config)
+    ids = np.array([clip.id for row in rows for clip in row], np.uint32)
+    return dataclasses.replace(batch, sample_ids=ids[batch.sample_ids] * (batch.num_tokens > 0))

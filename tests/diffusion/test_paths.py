@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import TypeCheckError
 from scipy.special import ndtr
 
 from dit_jax.config import check_types
@@ -40,16 +39,6 @@ def float64():
 # --- paths ---
 
 
-def test_the_straight_path_leads_from_data_to_noise():
-    x0, eps = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
-    t = np.array([[0, 1, 0.25, 0.5, 0.9]] * 3, np.float32)
-    xt = np.asarray(interpolate(STRAIGHT, *map(jnp.asarray, (x0, eps, t))))
-    # At the ends bit for bit: 1 x + 0 y.
-    assert np.array_equal(xt[:, 0], x0[:, 0]) and np.array_equal(xt[:, 1], eps[:, 1])
-    expected = x0 + t[..., None].astype(np.float64) * (eps - x0)
-    np.testing.assert_allclose(xt, expected, atol=1e-6)  # float32
-
-
 @PATHS
 def test_the_ends_are_exact(path):
     at = level(path, jnp.array([0.0, 1.0], jnp.float32))
@@ -63,11 +52,7 @@ def test_the_ends_are_exact(path):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        ({}, {"beta_schedule": "linear"}),
-        (
-            {"betas": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-        ),
+        ({"betas": "scaled_linear"}, {"beta_schedule": "scaled_linear"}),
         ({"betas": "cosine"}, {"beta_schedule": "squaredcos_cap_v2"}),
         (
             {"zero_terminal_snr": True, "timesteps": 50},
@@ -88,10 +73,10 @@ def test_betas_are_those_of_diffusers(ours, theirs):
 
 
 def test_betas_by_hand():
-    path = PathConfig("ddpm", timesteps=3, beta_start=0.1, beta_end=0.3)
+    short = functools.partial(PathConfig, "ddpm", timesteps=3, beta_start=0.1, beta_end=0.3)
+    path, zero = short(), short(zero_terminal_snr=True)
     np.testing.assert_allclose(betas(path), [0.1, 0.2, 0.3])
     np.testing.assert_allclose(alphas_cumprod(path), [0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7])
-    zero = PathConfig("ddpm", timesteps=3, beta_start=0.1, beta_end=0.3, zero_terminal_snr=True)
     root = np.sqrt([0.9, 0.72, 0.504])
     expected = (root - root[2]) * root[0] / (root[0] - root[2])
     np.testing.assert_allclose(alphas_cumprod(zero), expected**2, atol=1e-15)
@@ -126,18 +111,17 @@ def test_times_are_rounded_to_the_grid():
 
 
 @pytest.mark.parametrize(
-    ("config", "fields", "message"),
+    ("fields", "message"),
     [
-        (PathConfig, {"timesteps": 1}, "timesteps is 1"),
-        (PathConfig, {"beta_start": 0.0}, "path.beta_start is 0.0"),
-        (PathConfig, {"beta_end": 1.0}, "path.beta_end is 1.0"),
-        (PathConfig, {"zero_terminal_snr": True}, "zero_terminal_snr is True.*'rectified_flow'"),
-        (TimeConfig, {"shift": 0.0}, "shift is 0.0"),
+        ({"timesteps": 1}, "timesteps is 1"),
+        ({"beta_start": 0.0}, "path.beta_start is 0.0"),
+        ({"beta_end": 1.0}, "path.beta_end is 1.0"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr is True.*'rectified_flow'"),
     ],
 )
-def test_values_out_of_range_are_refused(config, fields, message):
+def test_values_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        check_types(config(**fields), "x")
+        check_types(PathConfig(**fields), "x")
 
 
 # --- predictions ---
@@ -148,32 +132,25 @@ def kinds(path):
 
 
 @PATHS
-def test_every_prediction_gives_back_x0_and_eps(path, float64, jit):
+def test_every_prediction_gives_back_x0_and_eps(path, float64):
     x0, eps = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 3)))
     t = jnp.array([0.001, 0.05, 0.2, 0.4, 0.613, 0.9, 0.999])
-
-    @jit
-    def inverted(x0, eps, t):
-        xt, out = interpolate(path, x0, eps, t), {}
-        for kind in kinds(path):
-            output = prediction_of(path, kind, x0, eps, t)
-            velocity = eps - x0 if path.discrete else velocity_of(path, kind, output, xt, t)
-            out[kind] = (*clean_and_noise(path, kind, output, xt, t), velocity)
-        return out
-
-    for kind, (clean, noise, velocity) in inverted(x0, eps, t).items():
+    xt = interpolate(path, x0, eps, t)
+    for kind in kinds(path):
+        output = prediction_of(path, kind, x0, eps, t)
+        clean, noise = clean_and_noise(path, kind, output, xt, t)
         # float64 divided by alpha or sigma, of 1e-3 and more.
         np.testing.assert_allclose(clean, x0, atol=1e-9, err_msg=kind)
         np.testing.assert_allclose(noise, eps, atol=1e-9, err_msg=kind)
-        np.testing.assert_allclose(velocity, eps - x0, rtol=1e-7, atol=1e-7, err_msg=kind)
+        if not path.discrete:
+            velocity = velocity_of(path, kind, output, xt, t)
+            np.testing.assert_allclose(velocity, eps - x0, rtol=1e-7, atol=1e-7, err_msg=kind)
 
 
 def test_predictions_by_hand():
     x0, eps, t = jnp.array([[1.0, 2.0]]), jnp.array([[-1.0, 0.5]]), jnp.array([0.25])
-    straight = functools.partial(prediction_of, STRAIGHT)
-    assert straight("velocity", x0, eps, t).tolist() == [[-2.0, -1.5]]
-    assert straight("v", x0, eps, t).tolist() == [[-0.75 - 0.25, 0.375 - 0.5]]
-    assert straight("x0", x0, eps, t) is x0 and straight("eps", x0, eps, t) is eps
+    for kind, expected in (("velocity", [-2.0, -1.5]), ("v", [-0.75 - 0.25, 0.375 - 0.5])):
+        assert prediction_of(STRAIGHT, kind, x0, eps, t).tolist() == [expected]
 
 
 def test_the_velocity_of_x0_has_a_floor():
@@ -204,7 +181,7 @@ def test_no_dtype_is_promoted_silently(path, float64):
 # --- times ---
 
 
-@pytest.mark.parametrize("r", [0.2, 1.0, 12.0])
+@pytest.mark.parametrize("r", [0.2, 12.0])
 def test_the_shift_keeps_the_ends_and_the_order(r):
     t = np.linspace(0, 1, 101)
     shifted = shift_time(t, r)
@@ -212,7 +189,6 @@ def test_the_shift_keeps_the_ends_and_the_order(r):
     np.testing.assert_allclose(shifted[-1], 1.0, rtol=1e-15)  # r / (1 + (r - 1)) in float64
     # The inverse of a shift is the shift by its inverse: float64, grown at most by r or 1 / r.
     np.testing.assert_allclose(shift_time(shifted, 1 / r), t, atol=1e-14)
-    np.testing.assert_allclose(shift_time(shifted, 2.0), shift_time(t, 2 * r), atol=1e-14)
     # It multiplies the odds.
     assert shift_time(np.array([0.5, 0.25]), 3.0).tolist() == [0.75, 0.5]
 
@@ -236,9 +212,9 @@ def test_the_resolution_shift_is_the_root_of_the_ratio():
         (TimeConfig("logit_normal", shift=1.5, reference_tokens=100), 3.0),
     ],
 )
-def test_times_have_the_distribution_of_their_config(config, r, jit):
+def test_times_have_the_distribution_of_their_config(config, r):
     count = 20_000
-    sample = jit(jax.vmap(functools.partial(sample_time, config), (0, None)))
+    sample = jax.jit(jax.vmap(functools.partial(sample_time, config), (0, None)))
     keys = jax.random.split(jax.random.key(0), count)
     times = np.sort(np.asarray(sample(keys, np.int32(400)), np.float64))
     assert 0 < times[0] and times[-1] <= 1
@@ -251,14 +227,3 @@ def test_times_have_the_distribution_of_their_config(config, r, jit):
     assert distance < 2.23 / count**0.5
     # And the test is sharp enough to tell a shift of 10%.
     assert np.abs(cdf - shift_time(cdf, 1 / 1.1)).max() > 0.02
-
-
-@pytest.mark.usefixtures("checked")
-def test_a_wrong_shape_or_kind_is_caught():
-    x = jnp.zeros((2, 3))
-    with pytest.raises(TypeCheckError, match="parameter 't'"):
-        interpolate(STRAIGHT, x, x, jnp.zeros(3))
-    with pytest.raises(TypeCheckError, match="parameter 'eps'"):
-        interpolate(STRAIGHT, x, jnp.zeros((2, 4)), jnp.zeros(2))
-    with pytest.raises(TypeCheckError, match="parameter 't'"):
-        shift_time([0.5], 2.0)

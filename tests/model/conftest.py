@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dit_jax.data import PackingConfig, Tokenized
 from dit_jax.model import (
     ByteEncoderConfig,
     DiTConfig,
@@ -24,28 +25,9 @@ from dit_jax.model import (
 from dit_jax.parallel import xla_attention
 from dit_jax.types import Attention, DotGeneral, Runtime
 from tests.denoiser import byte_tokens, struct
+from tests.packed import pack_rows
 
-ROW_TOKENS, ROW_TEXT, ROW_SEGMENTS = 32, 24, 3
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-"""Makes XLA compile for CPUs some seven times as fast; the models here are too small to mind."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """One clip or image to pack."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    held: np.ndarray
-    """1 where a token belongs to the second conditioning group of its segment."""
-    levels: tuple[float, float]
-    """Noise levels of the two groups."""
-    caption: str
+ROWS = PackingConfig(row_tokens=32, row_text=24, row_segments=3)
 
 
 def make_segment(
@@ -54,40 +36,27 @@ def make_segment(
     size: tuple[int, int, int],
     levels: tuple[float, float] = (0.7, 0.1),
     caption: str = "a red circle",
-) -> Segment:
-    rng = np.random.default_rng(seed)
+) -> Tokenized:
+    """One clip or image to pack. Its first frame is its second group; groups have noise ``levels``."""
     places, frames = positions(config.patch, *size, fps=24.0)
-    tokens = rng.normal(size=(len(places), config.patch.dim)).astype(np.float32)
-    return Segment(tokens, places, (frames == 0).astype(np.int32), levels, caption)
-
-
-def pack(rows: Sequence[Sequence[Segment]], max_bytes: int = 15) -> dict[str, np.ndarray]:
-    """The model's arguments: segments side by side, the rest of every row padding."""
-    dim, shape = rows[0][0].tokens.shape[-1], (len(rows), ROW_TOKENS)
-    ids = {name: np.zeros(shape, np.int32) for name in ("segment_ids", "group_ids")}
-    tokens, places = np.zeros((*shape, dim), np.float32), np.zeros((*shape, 3), np.float32)
-    levels = np.zeros((len(rows), 2 * ROW_SEGMENTS), np.float32)
-    text, text_ids = (np.zeros((len(rows), ROW_TEXT), np.int32) for _ in range(2))
-    for r, row in enumerate(rows):
-        start = text_start = 0
-        for j, segment in enumerate(row):
-            letters = byte_tokens(segment.caption, max_bytes)
-            span = slice(start, start + len(segment.tokens))
-            text_span = slice(text_start, text_start + len(letters))
-            tokens[r, span], places[r, span] = segment.tokens, segment.positions
-            ids["segment_ids"][r, span] = j + 1
-            ids["group_ids"][r, span] = 2 * j + segment.held
-            levels[r, 2 * j : 2 * j + 2] = segment.levels
-            text[r, text_span], text_ids[r, text_span] = letters, j + 1
-            start, text_start = span.stop, text_span.stop
+    tokens = np.random.default_rng(seed).normal(size=(len(places), config.patch.dim))
     return {
-        "tokens": tokens,
+        "tokens": tokens.astype(np.float32),
         "positions": places,
-        **ids,
-        "group_t": levels,
-        "text": text,
-        "text_segment_ids": text_ids,
+        "frame_ids": frames,
+        "text": byte_tokens(caption, 15),
+        "token_fields": {"group": (frames == 0).astype(np.int32)},
+        "segment_fields": {"levels": np.float32(levels)},
     }
+
+
+def pack(rows: Sequence[Sequence[Tokenized]]) -> dict[str, np.ndarray]:
+    """The model's arguments: segments side by side, the rest of every row padding."""
+    batch = pack_rows(rows, ROWS)
+    names = ("tokens", "positions", "segment_ids", "text", "text_segment_ids")
+    groups = 2 * np.maximum(batch.segment_ids - 1, 0) + batch.token_fields["group"]
+    levels = batch.segment_fields["levels"].reshape(len(rows), -1)
+    return {**{n: getattr(batch, n) for n in names}, "group_ids": groups, "group_t": levels}
 
 
 def make_model(
@@ -105,16 +74,21 @@ def make_model(
     )
 
 
+@functools.cache
 def abstract_params(model: TextToVideo) -> Any:
     """Shapes of the parameters, boxed with their logical axes; nothing is computed."""
     inputs = pack([[make_segment(model.config, 0, (1, 4, 4))]])
     return jax.eval_shape(lambda key, x: model.init(key, struct(x)), jax.random.key(0), inputs)
 
 
-@pytest.fixture(scope="session")
-def jit() -> Callable[..., Any]:
-    """``jax.jit`` that compiles quickly."""
-    return functools.partial(jax.jit, compiler_options=QUICK)
+@functools.cache
+def compiled(
+    model: TextToVideo, loss: Callable[..., jax.Array] | None = None
+) -> Callable[..., Any]:
+    """The compiled model of ``(params, inputs)``, or the gradient of a ``loss`` of its outputs."""
+    if loss is None:
+        return jax.jit(model.apply)
+    return jax.jit(jax.value_and_grad(lambda params, x: loss(model.apply(params, x))))
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +108,7 @@ def model() -> TextToVideo:
 
 
 @pytest.fixture(scope="session")
-def segment(model) -> Callable[..., Segment]:
+def segment(model) -> Callable[..., Tokenized]:
     """``segment(seed, (frames, height, width), levels=, caption=)``"""
     return lambda seed, size, **more: make_segment(model.config, seed, size, **more)
 
@@ -188,27 +162,32 @@ def boxed() -> Callable[[TextToVideo], Any]:
 
 
 @pytest.fixture(scope="session")
-def fresh(model, inputs, jit) -> Any:
+def fresh(model, inputs) -> Any:
     """Parameters as the model initialises them."""
-    return nn.unbox(jit(lambda key, x: model.init(key, struct(x)))(jax.random.key(0), inputs))
+    return nn.unbox(jax.jit(model.init)(jax.random.key(0), struct(inputs)))
 
 
 @pytest.fixture(scope="session")
-def forward(model, jit) -> Callable[..., np.ndarray]:
+def apply() -> Callable[..., np.ndarray]:
+    """``apply(model, params, **inputs)``, compiled once for each model."""
+    return lambda model, params, **inputs: np.asarray(compiled(model)(params, struct(inputs)))
+
+
+@pytest.fixture(scope="session")
+def forward(model, apply) -> Callable[..., np.ndarray]:
     """``forward(params, **inputs)``: the compiled model, unrolled, in float32."""
-    apply = jit(model.apply)
-    return lambda params, **inputs: np.asarray(apply(params, struct(inputs)))
+    return functools.partial(apply, model)
 
 
 @pytest.fixture(scope="session")
-def loss_and_gradients(inputs, jit):
+def loss_and_gradients(inputs):
     """``loss_and_gradients(model, params)`` of a loss that every output counts in."""
     weights = np.random.default_rng(5).normal(size=inputs["tokens"].shape).astype(np.float32)
 
-    def compute(model, params):
-        def loss(params, inputs):
-            return (model.apply(params, struct(inputs)) * weights).mean()
+    def loss(outputs):
+        return (outputs * weights).mean()
 
-        return jax.tree.map(np.asarray, jit(jax.value_and_grad(loss))(params, inputs))
+    def compute(model, params):
+        return jax.tree.map(np.asarray, compiled(model, loss)(params, struct(inputs)))
 
     return compute

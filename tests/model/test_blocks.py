@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import TypeCheckError
 
 from dit_jax.model.dit import DiTBlock, DiTConfig
-from dit_jax.model.layers import Modulation, gelu, layer_norm
+from dit_jax.model.layers import gelu, layer_norm
 from dit_jax.model.patches import frequencies
 from dit_jax.parallel import xla_attention
 from dit_jax.types import Runtime
@@ -41,46 +41,31 @@ def block_inputs(inputs, seed=0):
     }
 
 
-@pytest.fixture(scope="module")
-def compiled(jit):
-    """``compiled(attention)(parameters of the first layer, arguments)``."""
-
-    @functools.cache
-    def block(attention):
-        layer = DiTBlock(DiTConfig(32, heads=2, mlp_dim=128), Runtime(attention))
-        return jit(lambda params, kwargs: layer.apply({"params": params}, **kwargs)[0])
-
-    return block
+@functools.partial(jax.jit, static_argnums=0)
+def apply(attention, params, given):
+    """The first layer of the transformer."""
+    layer = DiTBlock(DiTConfig(32, heads=2, mlp_dim=128), Runtime(attention))
+    first = jax.tree.map(lambda leaf: leaf[0], params["params"]["dit"]["blocks"])
+    return layer.apply({"params": first}, **given)[0]
 
 
-def first_layer(params):
-    return jax.tree.map(lambda leaf: leaf[0], params["params"]["dit"]["blocks"])
-
-
-def test_a_fresh_block_is_the_identity(compiled, fresh, inputs):
+def test_a_fresh_block_is_the_identity(fresh, inputs):
     given = block_inputs(inputs)
-    out = compiled(xla_attention)(first_layer(fresh), given)
     # Bit for bit: every branch is an exact zero.
-    assert np.array_equal(out, given["x"])
+    assert np.array_equal(apply(xla_attention, fresh, given), given["x"])
 
 
-def test_a_group_modulates_its_own_tokens_alone(compiled, params, inputs):
-    given, layer = block_inputs(inputs), first_layer(params)
-    base = np.asarray(compiled(no_attention)(layer, given))
+def test_a_group_modulates_its_own_tokens_alone(params, inputs):
+    given = block_inputs(inputs)
+    base = np.asarray(apply(no_attention, params, given))
     for group in range(6):
         condition = given["condition"].copy()
         condition[:, group] += 1.0
-        out = np.asarray(compiled(no_attention)(layer, {**given, "condition": condition}))
+        out = np.asarray(apply(no_attention, params, {**given, "condition": condition}))
         # Bit for bit: with attention silent nothing joins one token to another.
         assert np.array_equal((out != base).any(-1), given["group_ids"] == group)
     # Both groups of a segment are there.
     assert {0, 1} == set(inputs["group_ids"][0][inputs["segment_ids"][0] == 1].tolist())
-
-
-def test_modulation_starts_at_zero_for_every_group(jit):
-    layer = Modulation(48)
-    out = jit(layer.init_with_output)(jax.random.key(0), np.ones((1, 3, 8), np.float32))[0]
-    assert out.shape == (1, 3, 48) and not out.any()
 
 
 def plain_layer_norm(x):
@@ -92,7 +77,7 @@ def plain_layer_norm(x):
 @pytest.mark.parametrize(
     ("ours", "plain"), [(layer_norm, plain_layer_norm), (gelu, nn.gelu)], ids=["norm", "gelu"]
 )
-def test_written_out_gradients_are_those_of_the_formula(ours, plain, dtype, jit):
+def test_written_out_gradients_are_those_of_the_formula(ours, plain, dtype):
     rng = np.random.default_rng(0)
     x = rng.normal(0.5, 2, (4, 64)).astype(dtype)
     weights = rng.normal(size=(4, 64)).astype(np.float32)
@@ -100,7 +85,9 @@ def test_written_out_gradients_are_those_of_the_formula(ours, plain, dtype, jit)
     def both(function, x):
         return jax.value_and_grad(lambda x: (function(x) * weights).sum())(x)
 
-    (value, slope), (expected, expected_slope) = jit(lambda x: (both(ours, x), both(plain, x)))(x)
+    (value, slope), (expected, expected_slope) = jax.jit(lambda x: (both(ours, x), both(plain, x)))(
+        x
+    )
     assert slope.dtype == dtype
     # float32 in another order; or a few roundings of bfloat16 (2^-9 each) of values up to 6, one
     # with another over 256 terms.
@@ -110,10 +97,10 @@ def test_written_out_gradients_are_those_of_the_formula(ours, plain, dtype, jit)
     np.testing.assert_allclose(slope, expected_slope, rtol=rtol, atol=atol)
 
 
-def test_norms_of_low_precision_are_computed_in_float32(jit):
+def test_norms_of_low_precision_are_computed_in_float32():
     # 1000 + small: the mean of squares in bfloat16 would lose the spread altogether.
     x = (1000 + 8 * np.arange(8)).astype(jnp.bfloat16)
-    y = jit(layer_norm)(x)
+    y = jax.jit(layer_norm)(x)
     assert y.dtype == jnp.float32
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-6)

@@ -13,7 +13,6 @@ from dit_jax.model import (
     TextStatesConfig,
     forward_flops,
 )
-from dit_jax.parallel.attention import Window, visible
 
 
 def products(*shapes: tuple[int, int, int]) -> int:
@@ -74,17 +73,15 @@ def test_every_matrix_product_is_counted(changes, text):
     assert counts[1, 1] == 0
 
 
-@pytest.mark.parametrize(("depth", "every"), [(6, 2), (6, 3), (6, 6), (6, 1)])
-@pytest.mark.parametrize("window", [5, 64])
-def test_windowed_layers_count_the_pairs_that_they_see(window, depth, every):
-    dit = dataclasses.replace(CONFIG.dit, depth=depth, window=window, global_every=every)
+@pytest.mark.parametrize(("window", "every"), [(5, 3), (5, 1), (64, 2)])
+def test_windowed_layers_count_the_pairs_that_they_see(window, every):
+    dit = dataclasses.replace(CONFIG.dit, depth=6, window=window, global_every=every)
     config = dataclasses.replace(CONFIG, dit=dit)
     tokens = np.array([1, 2, 5, 6, 7, 40, 64])
     counts = forward_flops(config, tokens, np.full(len(tokens), 12))
-    windowed = depth - depth // every
+    windowed = 6 - 6 // every
     for l, count in zip(tokens.tolist(), counts.tolist(), strict=True):
-        one = np.ones((1, l), np.int32)
-        pairs = int(visible(one, one, Window(window)).sum())
+        pairs = int((np.abs(np.subtract.outer(range(l), range(l))) <= window).sum())
         # A pair is a score and a share of the values, each of `width` multiplications and additions.
         unseen = windowed * (l * l - pairs) * 2 * 2 * dit.width
         assert count == counted_by_hand(config, l, 12) - unseen

@@ -1,10 +1,12 @@
 """Patches: which pixels a token holds, that nothing is lost, and where a token stands."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.config import check_types
 from dit_jax.model import PatchConfig, patchify, positions, unpatchify
+from dit_jax.model.patches import frequencies, rotary_angles, rotate
 
 
 def numbered(t: int, h: int, w: int, c: int = 1) -> np.ndarray:
@@ -16,24 +18,17 @@ def numbered(t: int, h: int, w: int, c: int = 1) -> np.ndarray:
 # --- round trips ---
 
 
-@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2), (2, 8, 8), (4, 2, 2)])
-@pytest.mark.parametrize("frames", [1, 9])
-def test_patches_put_together_are_the_clip(patch, frames):
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+@pytest.mark.parametrize(("patch", "frames"), [((1, 2, 2), 9), ((2, 8, 8), 1), ((4, 2, 2), 9)])
+def test_patches_put_together_are_the_clip(patch, frames, dtype):
     config = PatchConfig(*patch, channels=3)
-    clip = np.random.default_rng(0).normal(size=(frames, 16, 24, 3)).astype(np.float32)
+    clip = np.random.default_rng(0).integers(0, 256, (frames, 16, 24, 3)).astype(dtype)
     tokens = patchify(config, clip)
-    assert tokens.dtype == np.float32
+    assert tokens.dtype == dtype
     assert tokens.shape == (config.num_tokens(frames, 16, 24), config.dim)
     assert config.dim == 3 * np.prod(patch)
-    back = unpatchify(config, tokens, frames, 16, 24)
-    # Bit for bit: the mean of 2 or 4 equal floats is exact.
-    assert np.array_equal(back, clip)
-
-
-@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 8, 8)])
-def test_uint8_clips_keep_their_dtype_as_tokens(patch):
-    clip = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    assert patchify(PatchConfig(*patch, channels=3), clip).dtype == np.uint8
+    if dtype == np.float32:  # Bit for bit: the mean of 2 or 4 equal floats is exact.
+        assert np.array_equal(unpatchify(config, tokens, frames, 16, 24), clip)
 
 
 def test_the_first_frame_is_the_mean_of_its_copies():
@@ -95,19 +90,15 @@ def test_coordinates_and_frames_in_token_order():
 
 
 @pytest.mark.parametrize(
-    ("fps", "clock"), [(24.0, [0, 1, 2, 3]), (12.0, [0, 2, 4, 6]), (30.0, [0, 0.8, 1.6, 2.4])]
+    ("reference", "fps", "clock"),
+    [(24.0, 12.0, [0, 2, 4]), (24.0, 30.0, [0, 0.8, 1.6]), (8.0, 16.0, [0, 0.5, 1])],
 )
-def test_clips_of_every_frame_rate_share_a_clock(fps, clock):
-    coordinates, frames = positions(PatchConfig(1, 1, 1), 4, 1, 1, fps)
+def test_clips_of_every_frame_rate_share_a_clock(reference, fps, clock):
+    config = PatchConfig(1, 1, 1, reference_fps=reference)
+    coordinates, frames = positions(config, 3, 1, 1, fps)
     # float32 of 0.8 and its multiples.
     np.testing.assert_allclose(coordinates[:, 0], clock, rtol=1e-7)
-    assert frames.tolist() == [0, 1, 2, 3]
-
-
-def test_the_reference_frame_rate_sets_the_unit():
-    config = PatchConfig(1, 1, 1, reference_fps=8.0)
-    assert positions(config, 3, 1, 1, 8.0)[0][:, 0].tolist() == [0, 1, 2]
-    assert positions(config, 3, 1, 1, 16.0)[0][:, 0].tolist() == [0, 0.5, 1]
+    assert frames.tolist() == [0, 1, 2]
 
 
 def test_a_patch_stands_at_the_middle_of_its_frames():
@@ -117,6 +108,51 @@ def test_a_patch_stands_at_the_middle_of_its_frames():
     assert frames.tolist() == [0, 1, 2]
     # The same instants at half the frame rate are twice as late.
     assert positions(PatchConfig(4, 1, 1), 9, 1, 1, 12.0)[0][:, 0].tolist() == [0, 1.25, 3.25]
+
+
+# --- rotary embedding: which dimensions are whose, in what precision, and computed once ---
+
+THETA = 1e4
+
+
+@jax.jit
+def turn(x: jax.Array, places: jax.Array) -> jax.Array:
+    return rotate(x, *rotary_angles(places, x.shape[-1], THETA))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dims"),
+    [(128, (44, 42, 42)), (72, (24, 24, 24)), (64, (24, 20, 20)), (8, (4, 2, 2)), (6, (2, 2, 2))],
+)
+def test_dimensions_are_shared_out_evenly(head_dim, dims):
+    rows = frequencies(head_dim, THETA)
+    assert rows.shape == (3, head_dim // 2) and rows.dtype == np.float32
+    # Every pair belongs to one axis, and each axis to its share of pairs.
+    assert ((rows > 0).sum(0) == 1).all()
+    assert tuple(2 * (rows > 0).sum(1)) == dims
+
+
+def test_low_precision_heads_are_turned_in_float32():
+    x = np.random.default_rng(0).normal(size=(1, 4, 1, 16)).astype(jnp.bfloat16)
+    places = np.random.default_rng(1).uniform(0, 9, (1, 4, 3)).astype(np.float32)
+    low, exact = np.asarray(turn(x, places)), np.asarray(turn(x.astype(np.float32), places))
+    assert low.dtype == jnp.bfloat16
+    assert np.array_equal(low, exact.astype(jnp.bfloat16))
+
+
+def test_angles_are_made_once_for_all_layers():
+    """Not again wherever they are used, as XLA for CPUs likes to."""
+
+    def layers(x: jax.Array, places: jax.Array) -> jax.Array:
+        rotary = rotary_angles(places, x.shape[-1], THETA)
+        for _ in range(3):
+            x = jnp.einsum("blad,de->blae", rotate(x, *rotary), jnp.full((16, 16), 0.1))
+        return x
+
+    given = jnp.ones((2, 64, 4, 16)), jnp.ones((2, 64, 3))
+    program = jax.jit(layers).lower(*given).compile().as_text()
+    assert program is not None
+    assert program.count(" cosine(") == program.count(" sine(") == 1
 
 
 # --- errors ---
@@ -134,13 +170,12 @@ def test_a_patch_stands_at_the_middle_of_its_frames():
 )
 def test_sizes_that_do_not_divide_are_refused_with_the_nearest(size, what, nearest):
     config = PatchConfig(2, 8, 8, channels=3)
-    for call in (
-        lambda: config.grid(*size),
-        lambda: patchify(config, np.zeros((*size, 3), np.float32)),
-        lambda: positions(config, *size, fps=24.0),
-    ):
-        with pytest.raises(ValueError, match=f"{what}.*nearest are {nearest}"):
-            call()
+    with pytest.raises(ValueError, match=f"{what}.*nearest are {nearest}"):
+        config.grid(*size)
+    with pytest.raises(ValueError, match=what):
+        patchify(config, np.zeros((*size, 3), np.float32))
+    with pytest.raises(ValueError, match=what):
+        positions(config, *size, fps=24.0)
 
 
 def test_a_clip_of_other_channels_is_refused():
@@ -152,9 +187,3 @@ def test_a_clip_of_other_channels_is_refused():
 def test_a_frame_rate_is_above_zero(fps):
     with pytest.raises(ValueError, match="frame rate is above 0"):
         positions(PatchConfig(), 1, 4, 4, fps)
-
-
-@pytest.mark.parametrize("field", ["t", "h", "w", "channels", "reference_fps"])
-def test_nonsense_patches_are_refused(field):
-    with pytest.raises(ValueError, match=f"patch.{field} is 0"):
-        check_types(PatchConfig(**{field: 0}), "patch")
