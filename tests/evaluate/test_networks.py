@@ -152,6 +152,11 @@ def test_resize_is_tensorflow_1s(torch: Any, fidelity: Any, size: tuple[int, int
     np.testing.assert_allclose(found.transpose(0, 3, 1, 2), expected, atol=1e-3)
 
 
+def test_resize_by_hand():
+    found = resize_bilinear(jnp.array([0.0, 10.0, 20.0])[None, :, None], 1, 6)[0, :, 0]
+    np.testing.assert_allclose(found, [0, 5, 10, 15, 20, 20])  # the last has no neighbour
+
+
 def make_i3d(torch: Any) -> Any:
     """I3D in PyTorch, from the paper's figure 3 and TensorFlow's rule for "SAME" padding."""
     nn, functional = torch.nn, torch.nn.functional
@@ -189,29 +194,25 @@ def make_i3d(torch: Any) -> Any:
             b3 = self.b3b(pool(x, (3, 3, 3), (1, 1, 1)))
             return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), b3], 1)
 
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv3d = nn.Conv3d(1024, 400, 1)
-
-        def forward(self, x: Any) -> Any:
-            return self.conv3d(x)
-
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.Conv3d_1a_7x7, self.Conv3d_2b_1x1 = Unit(3, 64, 7, 2), Unit(64, 64, 1)
             self.Conv3d_2c_3x3 = Unit(64, 192, 3)
-            self.Mixed_3b = Block(192, (64, 96, 128, 16, 32, 32))
-            self.Mixed_3c = Block(256, (128, 128, 192, 32, 96, 64))
-            self.Mixed_4b = Block(480, (192, 96, 208, 16, 48, 64))
-            self.Mixed_4c = Block(512, (160, 112, 224, 24, 64, 64))
-            self.Mixed_4d = Block(512, (128, 128, 256, 24, 64, 64))
-            self.Mixed_4e = Block(512, (112, 144, 288, 32, 64, 64))
-            self.Mixed_4f = Block(528, (256, 160, 320, 32, 128, 128))
-            self.Mixed_5b = Block(832, (256, 160, 320, 32, 128, 128))
-            self.Mixed_5c = Block(832, (384, 192, 384, 48, 128, 128))
-            self.logits = Logits()
+            for name, before, widths in (
+                ("3b", 192, (64, 96, 128, 16, 32, 32)),
+                ("3c", 256, (128, 128, 192, 32, 96, 64)),
+                ("4b", 480, (192, 96, 208, 16, 48, 64)),
+                ("4c", 512, (160, 112, 224, 24, 64, 64)),
+                ("4d", 512, (128, 128, 256, 24, 64, 64)),
+                ("4e", 512, (112, 144, 288, 32, 64, 64)),
+                ("4f", 528, (256, 160, 320, 32, 128, 128)),
+                ("5b", 832, (256, 160, 320, 32, 128, 128)),
+                ("5c", 832, (384, 192, 384, 48, 128, 128)),
+            ):
+                self.add_module(f"Mixed_{name}", Block(before, widths))
+            self.logits = nn.Module()
+            self.logits.conv3d = nn.Conv3d(1024, 400, 1)
 
         def forward(self, x: Any) -> Any:
             x = pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))
@@ -220,7 +221,7 @@ def make_i3d(torch: Any) -> Any:
             x = self.Mixed_4d(self.Mixed_4c(self.Mixed_4b(x)))
             x = pool(self.Mixed_4f(self.Mixed_4e(x)), (2, 2, 2), (2, 2, 2))
             x = functional.avg_pool3d(self.Mixed_5c(self.Mixed_5b(x)), (2, 7, 7), 1)
-            return self.logits(x).mean((2, 3, 4))
+            return self.logits.conv3d(x).mean((2, 3, 4))
 
     return Net()
 
