@@ -79,7 +79,7 @@ def sampled(run: Path, tmp_path: Path) -> Sampled:
 
 
 @pytest.fixture(scope="module")
-def plain(cached: None, device: None, run: Path, tmp_path_factory: Any) -> np.ndarray:
+def plain(cached: None, device: Any, run: Path, tmp_path_factory: Any) -> np.ndarray:
     """The strip of what is made of the prompt alone."""
     file = tmp_path_factory.mktemp("plain") / "clip.png"
     given = ["--checkpoint", str(run), "--output", str(file), "--prompt", PROMPT]
@@ -114,8 +114,8 @@ def test_several_prompts_share_a_grid_or_a_directory(
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == names
     strips = [read_video(tmp_path / "clips" / name)[0] for name in names]
     # Noise comes from a clip's own seed, whatever else is made.
-    np.testing.assert_array_equal(strips[0], plain)
-    np.testing.assert_array_equal(strips[3], sampled("--seed", 3, prompt=OTHER))
+    for strip, alone in ((strips[0], plain), (strips[3], sampled("--seed", 3, prompt=OTHER))):
+        assert np.abs(strip.astype(int) - alone).max() <= ACROSS
     assert np.abs(strips[1].astype(int) - plain).mean() > 5
     together = sampled("--num", 2, "--prompts-file", file)
     clips = [frames_of(strip) for strip in strips]

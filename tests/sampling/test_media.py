@@ -236,18 +236,6 @@ def test_names_that_are_not_utf_8_are_written_and_read(tmp_path, extension):
     assert len(media.read_video(path)[0]) == 1
 
 
-def test_clips_on_cloud_storage(tmp_path, bucket):
-    clip = smooth()
-    for extension in ("mp4", "gif", "png"):
-        local, remote = tmp_path / f"a.{extension}", f"{bucket}/media/a.{extension}"
-        assert str(media.check_output(remote)) == remote
-        media.write_video(local, clip, 8)
-        media.write_video(remote, clip, 8)
-        np.testing.assert_array_equal(media.read_video(remote)[0], media.read_video(local)[0])
-    with pytest.raises(ValueError, match="gs://nobody"):
-        media.check_output("gs://nobody-has-this/a.mp4")
-
-
 # --- pictures of many clips ---
 
 

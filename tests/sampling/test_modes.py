@@ -272,9 +272,9 @@ FLOW = DiffusionConfig()
 class Maker:
     """Makes clips on some devices, of random parameters that leave nothing at zero."""
 
-    def __init__(self, mesh, diffusion=FLOW, **fields):
+    def __init__(self, mesh, diffusion=FLOW, steps=2, **fields):
         self.mesh, model = mesh, make_model(MODEL, mesh)
-        config = SamplingConfig(steps=2, cfg_scale=2.0, batch=12, **fields)
+        config = SamplingConfig(steps=steps, cfg_scale=2.0, batch=12, **fields)
         self.generator = Generator(model, diffusion, config)
         shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
         draw = functools.partial(np.random.default_rng(1).normal, 0.0, 0.2)
@@ -329,7 +329,7 @@ def test_windows_are_the_same_on_eight_devices(one, eight):
 def test_steps_are_those_of_the_request_alone(one):
     """Where the schedule follows the number of tokens, or steps are skipped by level."""
     diffusion = DiffusionConfig(time=TimeConfig(reference_tokens=4))
-    other = Maker(MESH, diffusion, cache_threshold=0.2)
+    other = Maker(MESH, diffusion, steps=4, cache_threshold=0.2)
     edits = [every_mode()[i] for i in (0, 1, 3, 8)]
     assert len({other.generator.batch_key(edit.requests[0]) for edit in edits}) == 4
     assert len({one.generator.batch_key(edit.requests[0]) for edit in edits}) == 1
