@@ -28,11 +28,6 @@ def gaussian(rng: np.random.Generator, size: int) -> Statistics:
     return Statistics(rng.normal(size=size), root @ root.T / size)
 
 
-def test_frechet_of_equal_statistics_is_zero():
-    one = gaussian(np.random.default_rng(0), 40)
-    assert frechet_distance(one, one) < ROUNDING * np.trace(one.covariance)
-
-
 def test_frechet_of_shifted_and_scaled_gaussians():
     rng = np.random.default_rng(1)
     one = gaussian(rng, 30)
@@ -43,16 +38,10 @@ def test_frechet_of_shifted_and_scaled_gaussians():
     scaled = Statistics(one.mean, 9 * one.covariance)
     expected = 4 * np.trace(one.covariance)
     np.testing.assert_allclose(frechet_distance(one, scaled), expected, rtol=ROUNDING)
-
-
-def test_frechet_of_diagonal_gaussians():
-    rng = np.random.default_rng(2)
-    a, b = rng.uniform(0, 3, (2, 20))
-    b[:5] = 0  # singular
-    mean = rng.normal(size=(2, 20))
-    expected = np.square(mean[0] - mean[1]).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
-    one, other = Statistics(mean[0], np.diag(a)), Statistics(mean[1], np.diag(b))
-    np.testing.assert_allclose(frechet_distance(one, other), expected, rtol=ROUNDING)
+    still = Statistics(np.zeros(4), np.zeros((4, 4)))
+    other = Statistics(np.full(4, 2.0), np.diag([1.0, 4, 0, 0]))
+    assert frechet_distance(still, still) == 0
+    assert frechet_distance(still, other) == pytest.approx(16 + 5)
 
 
 def test_frechet_is_that_of_the_matrix_root():
@@ -160,10 +149,3 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     apart = np.linalg.norm(made[:, None] - true, axis=-1)
     slow = (apart <= radius(true)).any(1).mean(), (apart.T <= radius(made)).any(1).mean()
     assert whole == slow
-
-
-def test_frechet_of_sets_that_do_not_vary():
-    still = Statistics(np.zeros(4), np.zeros((4, 4)))
-    other = Statistics(np.full(4, 2.0), np.diag([1.0, 4, 0, 0]))
-    assert frechet_distance(still, still) == 0
-    assert frechet_distance(still, other) == pytest.approx(16 + 5)

@@ -31,21 +31,22 @@ def disc(x, y, radius):
     return 0.5 + radius - np.hypot(X - x, Y - y)
 
 
-def test_exact_on_true_clips_of_every_kind():
-    scenes = [SOURCE.scene(i) for i in range(500)]
-    wrong = [s for s in scenes if judge(render(s)) != truth(s)]
-    assert not wrong
-    held_out = ShapesConfig(split="held_out", seed=3)
-    assert all(judge(held_out[i]["video"]) == truth(held_out.scene(i)) for i in range(100))
-
-
-def test_exact_on_the_longest_and_shortest_clips_of_large_canvases():
-    source = ShapesConfig(sizes=((64, 96),), frames=(2, 33), image_fraction=0, seed=2)
-    assert all(judge(source[i]["video"]) == truth(source.scene(i)) for i in range(40))
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        (SOURCE, 200),
+        (ShapesConfig(split="held_out", seed=3), 40),
+        (ShapesConfig(sizes=((64, 96),), frames=(2, 33), image_fraction=0, seed=2), 12),
+    ],
+    ids=["every kind", "held out", "large, longest and shortest"],
+)
+def test_exact_on_true_clips(source, count):
+    scenes = [source.scene(i) for i in range(count)]
+    assert not [s for s in scenes if judge(render(s)) != truth(s)]
 
 
 def test_float_and_uint8_agree():
-    for i in range(20):
+    for i in range(5):
         video = SOURCE[i]["video"]
         assert judge(to_float(video)) == judge(video)
 
@@ -53,12 +54,12 @@ def test_float_and_uint8_agree():
 @pytest.mark.parametrize(
     ("noise", "blur", "shape_share"),
     # The other words are always right; a blur of 1 px rounds small crosses and triangles off.
-    [(0.03, 0.0, 1.0), (0.05, 0.0, 1.0), (0.03, 0.7, 0.98), (0.03, 1.0, 0.6)],
+    [(0.05, 0.0, 1.0), (0.03, 0.7, 0.98), (0.03, 1.0, 0.6)],
 )
 def test_sturdy_under_noise_blur_and_a_wobbling_background(noise, blur, shape_share):
     rng = np.random.default_rng(0)
     right = []
-    for i in range(150):
+    for i in range(60):
         scene = SOURCE.scene(i)
         video = ndimage.gaussian_filter(render(scene) / 255, (0, blur, blur, 0))
         wobble = ndimage.gaussian_filter(rng.normal(size=video.shape), (0, 4, 4, 0))
@@ -72,7 +73,7 @@ def test_sturdy_under_noise_blur_and_a_wobbling_background(noise, blur, shape_sh
 
 
 def test_reversal_flips_the_direction_and_nothing_else():
-    for i in range(60):
+    for i in range(30):
         scene = SOURCE.scene(i)
         expected = truth(scene)._replace(direction=REVERSED[scene.direction])
         assert judge(render(scene)[::-1]) == expected
@@ -81,36 +82,24 @@ def test_reversal_flips_the_direction_and_nothing_else():
 def test_resting_diagonal_and_erratic_motion():
     scene = Scene("cross", "cyan", "big", None, 9, 32, 32, 16.0, 16.0, 0.0, 7.5)
     assert judge(render(scene)) == Verdict("cyan", "cross", "still", "big")
+    assert prompt_following([render(scene)], [scene])["all"] == 1
     diagonal = np.concatenate([clip(disc(k - 4, k - 4, 4.5)) for k in range(9)])
     assert judge(diagonal) == Verdict("red", "circle", None, "small")
     places = np.random.default_rng(1).uniform(-10, 10, (9, 2))
     assert judge(np.concatenate([clip(disc(*p, 4.5)) for p in places])).direction is None
 
 
-def test_a_shape_missing_from_most_frames_is_nothing():
-    video = render(held_out_scenes(1, seed=0)[0]).copy()
-    video[3:] = video[:, :1, :1][3:]
-    assert judge(video) == Verdict()
-
-
 IMPOSTORS = {
     "gaussian 2": np.exp(-(X**2 + Y**2) / 8),
-    "gaussian 3": np.exp(-(X**2 + Y**2) / 18),
-    "gaussian 5": np.exp(-(X**2 + Y**2) / 50),
     "diamond": 0.5 - (abs(X) + abs(Y) - 9) / np.sqrt(2),
-    "small diamond": 0.5 - (abs(X) + abs(Y) - 5) / np.sqrt(2),
     "ellipse": 7.5 - np.hypot(X / 1.15, Y * 1.15),
-    "rectangle": 0.5 - np.maximum(abs(X) - 8, abs(Y) - 6),
     "triangle upside down": 0.5 - np.maximum((2 * abs(X) + Y - 8) / np.sqrt(5), -8 - Y),
     "ring": 2.5 - abs(np.hypot(X, Y) - 6),
     "half disc": 0.5 - np.maximum(np.hypot(X, Y) - 8, -Y),
-    "fat cross": 0.5
-    - np.minimum(np.maximum(abs(X) - 8, abs(Y) - 4.5), np.maximum(abs(X) - 4.5, abs(Y) - 8)),
     "thin cross": 0.5
     - np.minimum(np.maximum(abs(X) - 8, abs(Y) - 1.5), np.maximum(abs(X) - 1.5, abs(Y) - 8)),
     "letter T": 0.5
     - np.minimum(np.maximum(abs(X) - 2.5, abs(Y) - 7), np.maximum(abs(X) - 7, abs(Y + 4.5) - 2.5)),
-    "two discs": np.maximum(disc(-7, 0, 4.5), disc(7, 0, 4.5)),
     "a disc and a third": np.maximum(disc(-6, 0, 7), disc(9, 0, 4)),
 }
 
@@ -121,41 +110,37 @@ def test_impostors_have_a_colour_but_no_shape(name):
     assert (verdict.color, verdict.shape) == ("red", None)
 
 
-def test_two_colours_are_none():
+def test_two_colours_grey_and_between_colours_are_none():
     video = np.maximum(clip(disc(-7, 0, 5), "red"), clip(disc(7, 0, 5), "blue"))
-    verdict = judge(video)
-    assert (verdict.color, verdict.shape) == (None, None)
-
-
-def test_grey_and_between_colours_are_none():
+    assert judge(video)._replace(direction=None, size=None) == Verdict()
     grey = np.repeat(clip(disc(0, 0, 7))[..., :1], 3, axis=-1)
     assert judge(grey) == Verdict(None, "circle", None, "big")
     orange = clip(disc(0, 0, 7), rgb=(235, 129, 30))
     assert judge(orange).color is None
 
 
-@pytest.mark.parametrize("value", [0, 40, 255])
-def test_blank_is_nothing(value):
-    assert judge(np.full((9, 32, 32, 3), value, np.uint8)) == Verdict()
+def test_what_shows_nothing_is_nothing():
+    for value in (0, 40, 255):
+        assert judge(np.full((9, 32, 32, 3), value, np.uint8)) == Verdict()
+    video = render(held_out_scenes(1, seed=0)[0]).copy()
+    video[3:] = video[:, :1, :1][3:]  # missing from most frames
+    assert judge(video) == Verdict()
+    video = to_float(SOURCE[0]["video"])
+    video[0, 3, 3, 0] = np.nan
+    assert judge(video) == Verdict()
 
 
 def test_noise_has_no_colour_and_no_shape():
     rng = np.random.default_rng(0)
-    for k in range(40):
+    for k in range(10):
         smooth = ndimage.gaussian_filter(rng.normal(size=(5, 32, 32, 3)), (0, 3, 3, 0))
         assert judge(smooth / smooth.std() / 2).shape is None
         rough = judge(rng.uniform(-1, 1, (5 + k % 2, 32, 32, 3)))
         assert (rough.color, rough.shape) == (None, None)
 
 
-def test_not_a_number_is_nothing():
-    video = to_float(SOURCE[0]["video"])
-    video[0, 3, 3, 0] = np.nan
-    assert judge(video) == Verdict()
-
-
 def test_prompt_following_of_truth_blank_and_wrong_prompts():
-    scenes = [s for s in (SOURCE.scene(i) for i in range(700)) if s.direction]
+    scenes = [s for s in (SOURCE.scene(i) for i in range(250)) if s.direction]
     videos = [render(s) for s in scenes]
     perfect = {"color": 1.0, "shape": 1.0, "direction": 1.0, "size": 1.0, "all": 1.0}
     assert prompt_following(videos[:50], scenes[:50]) == {**perfect, "n": 50}
@@ -165,16 +150,11 @@ def test_prompt_following_of_truth_blank_and_wrong_prompts():
         scores = prompt_following([blank] * 60, [*scenes[:30], *images[:10], *scenes[30:50]])
         assert scores == {**dict.fromkeys(perfect, 0.0), "n": 60}
     chance = prompt_following(videos, scenes[1:] + scenes[:1])
-    # Four standard deviations at about 600 clips.
+    # Four standard deviations at about 200 clips.
     for name, share in (("color", 1 / 6), ("shape", 1 / 4), ("direction", 1 / 4), ("size", 1 / 2)):
         margin = 4 * np.sqrt(share * (1 - share) / len(scenes))
         assert abs(chance[name] - share) < margin, name
-    assert chance["all"] < 0.04
-
-
-def test_prompt_following_of_a_resting_clip():
-    scene = Scene("circle", "red", "big", None, 5, 32, 32, 16.0, 16.0, 0.0, 7.5)
-    assert prompt_following([render(scene)], [scene])["all"] == 1
+    assert chance["all"] < 0.05
 
 
 def test_refusals():

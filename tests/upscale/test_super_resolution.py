@@ -7,22 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dit_jax.codec.codec import PixelCodec
 from dit_jax.config import load_config
 from dit_jax.model import forward_flops, patchify, unpatchify
 from dit_jax.parallel import MeshConfig, global_batch, make_mesh
 from dit_jax.plan.abstract import abstract_task
-from dit_jax.sampling import (
-    Generator,
-    Request,
-    make_clips,
-    make_inputs,
-    plain,
-    to_float,
-    to_uint8,
-)
-from dit_jax.training import abstract_state, init_state, make_optimizer, make_step
+from dit_jax.sampling import Generator, Request, make_clips, make_inputs, plain, to_float, to_uint8
 from dit_jax.training.video_task import eval_requests, make_model, tokenize
 from dit_jax.upscale.low_res import LowRes, factor_of
 from dit_jax.upscale.resizing import enlarge, shrink
@@ -70,18 +62,11 @@ def batch(built):
 
 
 @pytest.fixture(scope="module")
-def trained(built, batch, mesh):
-    """The state after a few steps on one batch, and their losses."""
-    optimizer = make_optimizer(CONFIG.optimizer, 6)
-    _, shardings = abstract_state(built.init, optimizer, mesh)
-    state = init_state(built.init, optimizer, shardings, jax.random.key(0))
-    step = make_step(built.loss, optimizer, CONFIG.optimizer, 0, shardings)
-    placed = global_batch(mesh, batch, tuple(range(built.rows)), built.rows)
-    losses = []
-    for _ in range(6):
-        state, metrics = step(state, placed)
-        losses.append(float(metrics["loss"]))
-    return state, losses
+def params(built):
+    """Random ones, none of which is zero."""
+    shapes = nn.unbox(jax.eval_shape(built.init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
 
 
 # --- the data ---
@@ -133,9 +118,8 @@ def test_the_abstract_batch_is_as_the_loader_makes_it(built, batch, mesh):
     assert [x.dtype for x in jax.tree.leaves(placed)] == [
         x.dtype for x in jax.tree.leaves(abstract)
     ]
-    extra = forward_flops(CONFIG.model, np.array([10]), np.array([5])) - forward_flops(
-        PLAIN.model, np.array([10]), np.array([5])
-    )
+    counts = np.array([10]), np.array([5])
+    extra = forward_flops(CONFIG.model, *counts) - forward_flops(PLAIN.model, *counts)
     dim, width = 2 * 8 * 8 * 3, 32
     # Of its patches, and once of its noise level.
     assert extra == 2 * dim * width * 10 + 2 * (256 + width) * width
@@ -144,14 +128,14 @@ def test_the_abstract_batch_is_as_the_loader_makes_it(built, batch, mesh):
 # --- training and sampling ---
 
 
-def test_it_trains_and_learns_to_read_what_is_given(trained):
-    state, losses = trained
-    assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    moved = state.params["params"]["conditioners_low_res"]["embedding"]["kernel"]
-    assert np.isfinite(moved).all() and np.abs(moved).max() > 0
+def test_the_loss_has_a_gradient_of_what_is_given(built, params, batch, mesh):
+    placed = global_batch(mesh, batch, tuple(range(built.rows)), built.rows)
+    found = jax.jit(jax.grad(built.loss, has_aux=True))(params, {}, placed, jax.random.key(0))[0]
+    for layer in jax.tree.leaves(found["params"]["conditioners_low_res"]):
+        assert np.isfinite(layer).all() and np.abs(layer).max() > 0
 
 
-def requests(mesh, sizes=((5, 24, 24), (1, 24, 32))):
+def requests(sizes=((5, 24, 24), (1, 24, 32))):
     made = []
     for i, size in enumerate(sizes):
         fields = {"low_res": low_res_field(shrink(clip(i, *size), 2), 2, PixelCodec())}
@@ -165,30 +149,29 @@ def with_low_res(request, low_res):
     return dataclasses.replace(request, pixel_fields={"low_res": low_res})
 
 
-def test_a_clip_depends_on_its_own_input_alone_on_every_mesh(trained, mesh):
-    params = jax.device_get(trained[0].params)
+def test_a_clip_depends_on_its_own_input_alone_on_every_mesh(params, mesh):
     generator = Generator(make_model(CONFIG.model, mesh), CONFIG.diffusion, CONFIG.sampling)
 
     def sampled(requests, generator=generator, mesh=mesh):
         return make_clips(generator, params, [plain(one) for one in requests], mesh)
 
-    both = sampled(requests(mesh))
+    both = sampled(requests())
     assert [one.shape for one in both] == [(5, 24, 24, 3), (1, 24, 32, 3)]
     # Rows of other lengths are summed in another order: a level of 255 at most.
-    assert np.abs(sampled(requests(mesh)[1:])[0].astype(int) - both[1]).max() <= 1
-    other = [with_low_res(r, -r.pixel_fields["low_res"]) for r in requests(mesh)]
+    assert np.abs(sampled(requests()[1:])[0].astype(int) - both[1]).max() <= 1
+    other = [with_low_res(r, -r.pixel_fields["low_res"]) for r in requests()]
     assert np.abs(sampled(other)[0].astype(int) - both[0]).max() > 3
     many = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     spread = Generator(make_model(CONFIG.model, many), CONFIG.diffusion, CONFIG.sampling)
-    for one, another in zip(both, sampled(requests(mesh), spread, many), strict=True):
+    for one, another in zip(both, sampled(requests(), spread, many), strict=True):
         assert one.std() > 0 and np.abs(one.astype(int) - another).max() <= 1
 
 
-def test_inputs_have_the_clip_of_each_request(trained, mesh):
-    made = make_inputs(requests(mesh), CONFIG.model, 40)
+def test_inputs_have_the_clip_of_each_request(params, mesh):
+    made = make_inputs(requests(), CONFIG.model, 40)
     low_res = made.token_fields["low_res"]
     assert low_res.shape == made.tokens.shape
-    tokens = patchify(CONFIG.model.patch, requests(mesh)[1].pixel_fields["low_res"])
+    tokens = patchify(CONFIG.model.patch, requests()[1].pixel_fields["low_res"])
     assert np.array_equal(low_res[1, : len(tokens)], tokens)
     assert not low_res[1, len(tokens) :].any()
     # The generator noises it once, to the level that the requests say.
@@ -196,9 +179,9 @@ def test_inputs_have_the_clip_of_each_request(trained, mesh):
     noised = generator.prepare_fields(jax.tree.map(jnp.asarray, made))
     eps = (noised.token_fields["low_res"] - 0.9 * low_res)[made.segment_ids > 0] / 0.1
     assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
-    broken = dataclasses.replace(requests(mesh)[0], pixel_fields={})
+    broken = dataclasses.replace(requests()[0], pixel_fields={})
     with pytest.raises(ValueError, match="no token field 'low_res'"):
-        make_clips(generator, trained[0].params, [plain(broken)], mesh)
+        make_clips(generator, params, [plain(broken)], mesh)
 
 
 def test_what_is_given_at_low_resolution_is_noised_in_training():
@@ -221,12 +204,9 @@ def test_what_is_given_at_low_resolution_is_noised_in_training():
     n = level.size
     assert np.abs(np.sort(level.ravel()) / 0.2 - (np.arange(n) + 0.5) / n).max() < 2.23 / n**0.5
     at = np.repeat(level, 3, 1)[..., None]
-    eps = (rows.token_fields["low_res"] - (1 - at) * low_res)[at[..., 0] > 0.02] / at[
-        at[..., 0] > 0.02
-    ]
-    assert (
-        abs(eps.mean()) < 4.5 / eps.size**0.5 and abs(eps.var() - 1) < 4.5 * (2 / eps.size) ** 0.5
-    )
+    eps = ((rows.token_fields["low_res"] - (1 - at) * low_res) / at)[at[..., 0] > 0.02]
+    assert abs(eps.mean()) < 4.5 / eps.size**0.5
+    assert abs(eps.var() - 1) < 4.5 * (2 / eps.size) ** 0.5
 
 
 @pytest.mark.parametrize("level", [-0.1, 0.3])
@@ -299,9 +279,9 @@ def test_the_cascade_fits_together(mesh):
         assert tokens == config.data.packing.row_tokens
         assert config.data.transform.crop == config.sampling.height
         assert ("low_res" in task.batch.token_fields) == (factor_of(config.model) > 1)
-        params = jax.eval_shape(task.init, jax.random.key(0))
-        loss, totals = jax.eval_shape(task.loss, params, {}, task.batch, jax.random.key(0))
-        assert loss.shape == totals.weight.shape == ()
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    loss, totals = jax.eval_shape(task.loss, params, {}, task.batch, jax.random.key(0))
+    assert loss.shape == totals.weight.shape == ()
 
 
 def test_the_sprites_config_is_given_half_of_each_side():
