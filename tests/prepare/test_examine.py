@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from dit_jax.prepare.clips import ClipConfig
-from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig, examine, read_clip
 from dit_jax.prepare.measuring import FilterConfig
 from dit_jax.prepare.media import sampled
@@ -110,16 +109,6 @@ def test_bars_are_cropped(written):
     assert read_clip(path, clip).min(axis=(0, 2, 3)).mean() > 20
     (whole,) = examine(path, ExamineConfig(filters=FilterConfig(crop_bars=False))).clips
     assert whole.geometry is not None and whole.geometry.crop.height == 160
-
-
-def test_copies_are_found(written):
-    clip = moving(40, seed=6)
-    small = np.stack([cv2.resize(f, (96, 72), interpolation=cv2.INTER_AREA) for f in clip])
-    files = [written("a.mp4", clip), written("b.webm", small, codec="libvpx-vp9")]
-    files.append(written("c.mp4", moving(40, seed=7)))
-    clips = [(path.name, examine(path).clips[0].hashes) for path in files]
-    found = near_duplicates(clips)
-    assert set(found) == {"b.webm"} and found["b.webm"][0] == "a.mp4"
 
 
 def test_another_file_in_its_place_is_not_read(written):

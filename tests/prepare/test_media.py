@@ -35,12 +35,6 @@ def test_a_constant_rate_rounded_to_milliseconds_keeps_every_frame(written):
     assert numbers(path) == list(range(24))
 
 
-def test_another_rate_takes_the_nearest_frames(written):
-    path = written("rate.mp4", bright(24), 24)
-    assert numbers(path, 12) == list(range(0, 24, 2))
-    assert numbers(path, 48) == [(i + 1) // 2 for i in range(47)]
-
-
 def test_a_name_is_no_protocol_and_no_pattern(written):
     clip = moving(9, 48, 64)
     shown = displayed(written("%03d:concat|a.mov", clip, kind="yuv420p"))
