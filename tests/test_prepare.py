@@ -9,15 +9,12 @@ import sys
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from flax import linen as nn
 
-from dit_jax.codec.causal_autoencoder import CausalAutoencoder, CausalAutoencoderConfig
+from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.config import codec_copies
-from dit_jax.codec.folders import load_codec, write_codec
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.prepare import __main__ as verb
@@ -27,6 +24,7 @@ from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.workers import WorkersConfig
 from dit_jax.prepare.writing import _Split
 from dit_jax.text.folders import load_text_encoder
+from tests.codecs import make_codec
 from tests.prepare.chat_server import Response, serving, words
 from tests.prepare.made_media import moving, run_here, write_video
 from tests.runs import ROOT, free_port
@@ -190,17 +188,6 @@ def test_what_cannot_be_is_refused(media, tmp_path, capsys):
             PrepareConfig(str(media), str(tmp_path), **changes)
 
 
-def tiny_codec(folder):
-    """A codec with random weights, 2 x 2 x 2."""
-    shape = CausalAutoencoderConfig(
-        latent_channels=3, widths=(4, 4), strides=((2, 2),), layers=1, mid_attention=False
-    )
-    model = CausalAutoencoder(shape, shape.computation())
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1, 16, 16, 3)), mutable="params"))
-    write_codec(folder, shape, nn.unbox(init(jax.random.key(0))))
-    return load_codec(folder)
-
-
 @needs_tokenizers
 def test_latents_and_states_are_those_of_codec_and_encoder(tmp_path, monkeypatch, capsys):
     few = tmp_path / "few"
@@ -210,7 +197,9 @@ def test_latents_and_states_are_those_of_codec_and_encoder(tmp_path, monkeypatch
         if i:
             (few / f"{i}.txt").write_text("a red circle " + "moves " * i)
     (few / "4 is 0.mp4").write_bytes((few / "0.mp4").read_bytes())
-    codec = tiny_codec(tmp_path / "tiny")
+    # 2 x 2 x 2 pixels to a latent.
+    shape = {"latent_channels": 3, "widths": (4, 4), "strides": ((2, 2),), "layers": 1}
+    codec = make_codec(CausalAutoencoderConfig(**shape, mid_attention=False))
     encoder = load_text_encoder(write_t5(tmp_path / "t5"))
     # Opened once, so that they are compiled once.
     monkeypatch.setattr("dit_jax.codec.converting.load_codec", lambda path: codec)
