@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions
-
 Respond = Callable[[Mapping[str, Any], int], "Response"]
 """What to do with a request (its body) that comes for the so-many-th time, from 0."""
 
@@ -121,7 +119,10 @@ def serving(respond: Respond) -> Iterator[ChatServer]:
             thread.join()
 
 
-def client_of(url: str, cache: AnswerCache | None = None, model: str = "seer", **options: Any):
+def client_of(url: str, cache: Any = None, model: str = "seer", **options: Any) -> Any:
     """A client that waits shortly."""
+    # Here, for others start the server without a client of this package.
+    from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatOptions
+
     options = ChatOptions(**{"concurrency": 4, "timeout": 0.5, **options})
     return ChatClient(ChatConfig(url, model, options), cache)
