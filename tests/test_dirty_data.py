@@ -2,100 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
 import resource
 import shutil
 import socket
-import struct
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from dit_jax import train
 from dit_jax.config import load_config
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.prepare.writing import write_records
-from dit_jax.train import changes
-from tests.runs import Verbs, end, scalars, steps
+from dit_jax.training import Checkpointer
+from tests.runs import scalars, steps
+
+pytestmark = pytest.mark.usefixtures("cached")
 
 CONFIG = """
 from dit_jax.config import VideoRun, DataConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.model import ByteEncoderConfig, DiTConfig, ModelConfig, PatchConfig
-from dit_jax.parallel import MeshConfig
 from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 def get_config():
+    packing = PackingConfig(rows=2, row_tokens=64, row_text=64, row_segments=6, bins=2)
     return VideoRun(
         steps=20,
-        data=DataConfig(
-            source=RecordsConfig({path!r}),
-            packing=PackingConfig(rows=2, row_tokens=64, row_text=64, row_segments=6, bins=2),
-        ),
+        data=DataConfig(source=RecordsConfig({path!r}), packing=packing),
         model=ModelConfig(
             dit=DiTConfig(width=32, depth=1, heads=2),
             patch=PatchConfig(t=1, h=2, w=2, channels=4),
             text=ByteEncoderConfig(width=16, depth=0, heads=2, max_bytes=15),
         ),
-        mesh=MeshConfig(data=1),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
         checkpoint=CheckpointConfig(every=10),
         log=LogConfig(every=10, draw_every=0),
         evaluators=(),
     )
 """
-LONG, NOT_FINITE = (5, 17, 29), (8, 22)
-SENTINEL = struct.pack("<e", 77.0)
-NAN = struct.pack("<e", np.nan)
+LONG = {5, 17, 29}
 
 
-def write(directory: Path) -> Path:
-    """40 records of latents, four in a shard: three too long for a row, two with NaN, and a shard whose
-    end is missing."""
-    rng = np.random.default_rng(0)
-
-    def sample(index: int) -> dict:
-        video = rng.normal(size=(17 if index in LONG else 3, 4, 4, 4)).astype(np.float16)
-        if index in NOT_FINITE:
-            video[0, 0, 0, 0] = 77.0
-        caption = "a caption of more than fifteen bytes" if index == 0 else f"clip {index}"
-        return {"video": video, "caption": caption, "fps": 8.0}
-
-    path = write_records(
-        directory,
-        "dirty",
-        {"train": [sample(i) for i in range(40)]},
-        description="latents, some bad",
-        encoding="bytes",
-        latents=(4, "a codec"),
-        shard_bytes=2000,
-    )
-    # The writer refuses NaN: someone else's records have it.
-    for shard in sorted(path.glob("*.array_record*")):
-        reader = ArrayRecordReader(str(shard))
-        records = [bytes(one) for one in reader.read_all()]
-        reader.close()
-        if any(SENTINEL in one for one in records):
-            writer = ArrayRecordWriter(str(shard), "group_size:1")
-            for one in records:
-                writer.write(one.replace(SENTINEL, NAN))
-            writer.close()
-    shards = sorted(path.glob("*.array_record*"))
-    last = shards[-1].read_bytes()
-    shards[-1].write_bytes(last[: len(last) // 3])
-    return path
+def sample(index: int) -> dict:
+    rng = np.random.default_rng(index)
+    video = rng.normal(size=(17 if index in LONG else 3, 4, 4, 4)).astype(np.float16)
+    caption = "a caption of more than fifteen bytes" if index == 0 else f"clip {index}"
+    return {"video": video, "caption": caption, "fps": 8.0}
 
 
 @pytest.fixture(scope="module")
 def dirty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
-    """A config of the set, and the indices of the records in the truncated shard."""
+    """A config of 40 records of latents, four in a shard: three are too long for a row, and the end of
+    a shard is missing; with the indices of the records in that."""
     folder = tmp_path_factory.mktemp("dirty")
-    path = write(folder)
+    splits, more = {"train": [sample(i) for i in range(40)]}, {"latents": (4, "a codec")}
+    path = write_records(
+        folder, "dirty", splits, description="some bad", shard_bytes=2000, encoding="bytes", **more
+    )
+    last = max(path.glob("*.array_record*"))
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 3])
     (folder / "config.py").write_text(CONFIG.replace("{path!r}", repr(str(path))))
     source, lost = RecordsSource(RecordsConfig(str(path))), set()
     for index in range(len(source)):
@@ -103,94 +76,99 @@ def dirty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
             source[index]
         except ValueError:
             lost.add(index)
-    return folder / "config.py", lost - set(NOT_FINITE)
+    return folder / "config.py", lost
+
+
+def run(config: Path, output: Path, *extra) -> tuple[int, str]:
+    """Trains in this process on one device; the exit status and what was printed."""
+    arguments, first = ("--config", config, "--output", output, *extra), jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch, io.StringIO() as text:
+        patch.setattr(jax, "devices", lambda: first)
+        patch.setattr(jax, "local_devices", lambda: first)
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            status = train.main([str(one) for one in arguments])
+        return status, text.getvalue()
 
 
 @pytest.fixture(scope="module")
-def whole(dirty, verbs: Verbs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def whole(dirty, cached, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of several epochs that nothing interrupts, and what it printed."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    status, text = run(verbs, dirty[0], output)
+    status, text = run(dirty[0], output)
     assert status == 0 and steps(output) == [10, 20]
     return output, text
-
-
-def run(verbs: Verbs, config: Path, output: Path, *extra) -> tuple[int, str]:
-    """Trains on one device; the exit status and what was printed."""
-    (ended,) = end(verbs.start("train", ["--config", config, "--output", output, *extra]))
-    return ended.status, ended.text
 
 
 def test_what_cannot_be_used_is_left_out_and_named(dirty, whole):
     lost, (output, text) = dirty[1], whole
     assert lost and lost == set(range(min(lost), 40))
     report = json.loads((output / "report.json").read_text())
-    expected = {*LONG, *NOT_FINITE, *lost}
-    assert report["records_left_out"] == len(expected)
-    for index in expected:
+    assert report["records_left_out"] == len(LONG | lost)
+    for index in LONG | lost:
         assert sum(f"record {index} of" in line for line in report["left_out"]) == 1, index
     assert "3 of 40 records cannot be packed" in text and "record 5 of" in text
-    for index in {*NOT_FINITE, *lost}:
+    for index in lost:
         assert text.count(f"left out: record {index} of") == 1, index
     assert report["captions_cut"] > 0 and text.count("is cut to") == 1
-    assert scalars(output, "records_left_out")[20] == len({*NOT_FINITE, *lost})
+    assert scalars(output, "records_left_out")[20] == len(lost)
     losses = scalars(output, "loss")
     assert np.isfinite(list(losses.values())).all() and losses[20] < losses[1]
     assert set(scalars(output, "skipped").values()) == {0}
 
 
-def test_past_the_limit_the_save_under_way_is_finished_first(dirty, verbs: Verbs, tmp_path: Path):
+def test_past_the_limit_the_save_under_way_is_finished_first(dirty, tmp_path: Path):
     """Nor do logs that cannot be written end a run."""
     output = tmp_path / "run"
     output.mkdir()
     (output / "logs").write_text("a file, where a folder should be")
-    limit = ("--data.max-bad-records", 4)
-    status, text = run(verbs, dirty[0], output, "--checkpoint.every", 1, *limit)
+    status, text = run(
+        dirty[0], output, "--checkpoint.every", 1, "--data.max-bad-records", len(dirty[1]) - 1
+    )
     assert status == 1 and "data.max_bad_records" in text and "Traceback" not in text
     assert steps(output) and f"saved: {steps(output)}" in text
     assert text.count("logs cannot be written") == 1
 
 
-def test_a_full_disk_is_no_fault_of_the_user(dirty, whole, verbs: Verbs, tmp_path: Path):
+def test_a_full_disk_is_no_fault_of_the_user(dirty, whole, tmp_path: Path, monkeypatch):
     """A limit on the size of files stands for a disk without space: writing fails in the middle. The
     run then goes on under a config with changes, which are printed."""
-    output = tmp_path / "run"
+    output, save = tmp_path / "run", Checkpointer.save
     shutil.copytree(whole[0], output)
     shutil.rmtree(output / "checkpoints" / "20")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
-    try:
-        started = verbs.start("train", ["--config", dirty[0], "--output", output])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (ended,) = end(started)
-    assert ended.status == 1 and "Failed writing" in ended.text  # A long path may hide the cause.
-    assert len(re.findall("^Traceback", ended.text, re.MULTILINE)) <= 1, ended.text
-    status, text = run(verbs, dirty[0], output, "--data.packing.bins", 3)
-    assert status == 0 and steps(output) == [10, 20]
-    assert "resumed at step 10" in ended.text and "resumed at step 10" in text
+
+    def limited(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", limited)
+        try:
+            status, text = run(dirty[0], output)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1 and "resumed at step 10" in text
+    assert "Failed writing" in text  # A long path may hide the cause.
+    assert len(re.findall("^Traceback", text, re.MULTILINE)) <= 1, text
+    status, text = run(dirty[0], output, "--data.packing.bins", 3)
+    assert status == 0 and steps(output) == [10, 20] and "resumed at step 10" in text
     assert "data.packing.bins: 3 (it was 2)" in text and "packed anew" in text
 
 
 def test_a_change_of_the_learning_rate_is_printed(dirty):
     config = load_config(str(dirty[0]))
-    text = changes(dataclasses.replace(config, steps=12), config, 10)
+    text = train.changes(dataclasses.replace(config, steps=12), config, 10)
     assert "steps: 12 (it was 20)" in text
     rates = re.search(r"learning rate at step 10: (\S+) \(it was (\S+)\)", text)
     assert 0 < float(rates[1]) < float(rates[2])
-    assert not changes(config, config, 10)
+    assert not train.changes(config, config, 10)
 
 
-def test_records_known_not_to_fit_can_be_refused(dirty, tmp_path: Path, capsys):
-    output, mesh = tmp_path / "run", ("--mesh.data", 8, "--data.packing.rows", 8)
-    given = ("--config", dirty[0], "--output", output, "--data.bad-records", "refuse", *mesh)
-    assert train.main([str(one) for one in given]) == 2
-    assert "3 of 40 records cannot be packed" in capsys.readouterr().err
-    assert not (output / "checkpoints").exists() and not (output / "lock.json").exists()
-
-
-def test_a_directory_in_use_is_refused(dirty, tmp_path: Path, capsys):
+def test_records_known_not_to_fit_and_a_directory_in_use_are_refused(dirty, tmp_path: Path):
+    status, text = run(dirty[0], tmp_path, "--data.bad-records", "refuse")
+    assert status == 2 and "3 of 40 records cannot be packed" in text
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "lock.json").exists()
     holder = {"host": socket.gethostname(), "pid": os.getppid(), "time": 0.0}
     (tmp_path / "lock.json").write_text(json.dumps(holder))
-    assert train.main(["--config", str(dirty[0]), "--output", str(tmp_path)]) == 2
-    assert f"process {os.getppid()} on" in capsys.readouterr().err
+    status, text = run(dirty[0], tmp_path)
+    assert status == 2 and f"process {os.getppid()} on" in text

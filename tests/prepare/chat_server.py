@@ -48,65 +48,57 @@ def words(body: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else content[-1]["text"]
 
 
-class ChatServer:
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    server: ChatServer
+
+    def do_GET(self) -> None:
+        self.server.keys.append(self.headers["Authorization"])
+        self.send(self.server.models)
+
+    def do_POST(self) -> None:
+        server, raw = self.server, self.rfile.read(int(self.headers["Content-Length"])).decode()
+        body = json.loads(raw)
+        with server.lock:
+            turn = server.seen[raw]
+            server.seen[raw] += 1
+            server.bodies.append(body)
+            server.keys.append(self.headers["Authorization"])
+        known = self.path == "/v1/chat/completions"
+        response = server.respond(body, turn) if known else Response(status=404)
+        if response.status == 200 and response.body is None and response.cut is None:
+            with server.lock:
+                server.billed[raw] += 1
+        self.send(response)
+
+    def send(self, response: Response) -> None:
+        self.server.ended.wait(response.delay)
+        data = response.encoded()
+        with contextlib.suppress(OSError):
+            if response.cut != 0:
+                self.send_response(response.status)
+                for name, value in (*response.headers, ("Content-Length", str(len(data)))):
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data[: response.cut])
+            if response.cut is not None:
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class ChatServer(ThreadingHTTPServer):
     """Answers by ``respond``; ``billed`` counts the answers made to each distinct body."""
 
     def __init__(self, respond: Respond) -> None:
-        self.respond = respond
-        self.billed: Counter[str] = Counter()
-        self.seen: Counter[str] = Counter()
-        self.bodies: list[Any] = []
-        self.keys: list[str | None] = []
-        self.models: Response = Response(body='{"data": [{"id": "seer"}, {"id": "teller:latest"}]}')
-        self.lock = threading.Lock()
-        self.ended = threading.Event()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                owner.keys.append(self.headers["Authorization"])
-                owner.send(self, owner.models)
-
-            def do_POST(self) -> None:
-                raw = self.rfile.read(int(self.headers["Content-Length"]))
-                owner.keys.append(self.headers["Authorization"])
-                owner.answer(self, raw.decode())
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def answer(self, handler: BaseHTTPRequestHandler, raw: str) -> None:
-        body = json.loads(raw)
-        with self.lock:
-            turn = self.seen[raw]
-            self.seen[raw] += 1
-            self.bodies.append(body)
-        if handler.path != "/v1/chat/completions":
-            self.send(handler, Response(status=404))
-            return
-        response = self.respond(body, turn)
-        if response.status == 200 and response.body is None and response.cut is None:
-            with self.lock:
-                self.billed[raw] += 1
-        self.send(handler, response)
-
-    def send(self, handler: BaseHTTPRequestHandler, response: Response) -> None:
-        self.ended.wait(response.delay)
-        data = response.encoded()
-        with contextlib.suppress(OSError):
-            if response.cut == 0:
-                handler.connection.shutdown(socket.SHUT_RDWR)
-                return
-            handler.send_response(response.status)
-            for name, value in (*response.headers, ("Content-Length", str(len(data)))):
-                handler.send_header(name, value)
-            handler.end_headers()
-            handler.wfile.write(data[: response.cut])
-            if response.cut is not None:
-                handler.connection.shutdown(socket.SHUT_RDWR)
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.respond, self.url = respond, f"http://127.0.0.1:{self.server_port}"
+        self.billed, self.seen = Counter[str](), Counter[str]()
+        self.bodies, self.keys = [], []
+        self.models = Response(body='{"data": [{"id": "seer"}, {"id": "teller:latest"}]}')
+        self.lock, self.ended = threading.Lock(), threading.Event()
 
     @property
     def bill(self) -> int:
@@ -116,13 +108,21 @@ class ChatServer:
 @contextlib.contextmanager
 def serving(respond: Respond) -> Iterator[ChatServer]:
     """A server for as long as it is needed."""
-    server = ChatServer(respond)
-    thread = threading.Thread(target=server.http.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.ended.set()
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join()
+    with ChatServer(respond) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.ended.set()
+            server.shutdown()
+            thread.join()
+
+
+def client_of(url: str, cache: Any = None, model: str = "seer", **options: Any) -> Any:
+    """A client that waits shortly."""
+    # Here, for others start the server without a client of this package.
+    from dit_jax.prepare.chat import ChatClient, ChatConfig, ChatOptions
+
+    options = ChatOptions(**{"concurrency": 4, "timeout": 0.5, **options})
+    return ChatClient(ChatConfig(url, model, options), cache)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from made_media import moving
 
 from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.examining import ExamineConfig
@@ -11,9 +10,7 @@ from dit_jax.prepare.listing import find_media
 from dit_jax.prepare.stages import BeamConfig, Examined, examine_files
 from dit_jax.prepare.work import Progress
 from dit_jax.prepare.workers import WorkersConfig
-
-ONE = WorkersConfig(count=1, time_limit=60.0)
-CONFIG = ExamineConfig(clips=ClipConfig(area=32 * 32))
+from tests.prepare.made_media import moving
 
 
 def found(folder):
@@ -30,7 +27,8 @@ def test_direct_runner_makes_the_same_reports(written, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
     items = find_media(tmp_path).items
     progress = Progress(shown=False)
-    plain, beam = (Examined(tmp_path / name, CONFIG, ONE) for name in ("plain", "beam"))
+    how = ExamineConfig(clips=ClipConfig(area=32 * 32)), WorkersConfig(count=1)
+    plain, beam = (Examined(tmp_path / name, *how) for name in ("plain", "beam"))
     examine_files(items, plain, progress)
     examine_files(items, beam, progress, BeamConfig("DirectRunner"))
     assert len(found(tmp_path / "plain")) == 4

@@ -3,12 +3,12 @@
 import cv2
 import numpy as np
 import pytest
-from made_media import moving
 
 from dit_jax.prepare import measuring as f
 from dit_jax.prepare.clips import Rect
 from dit_jax.prepare.duplicates import hashed_frames, near_duplicates, perceptual_hash
 from dit_jax.prepare.measuring import FilterConfig, Rejection
+from tests.prepare.made_media import moving
 
 RNG = np.random.default_rng(0)
 
@@ -53,9 +53,7 @@ def framed(picture, height, width, top, left, level):
 
 STRIPES = np.full((180, 320), 120, np.uint8)
 STRIPES[::7] = 200
-NIGHT = np.tile(
-    np.clip(np.arange(160) - 30, 0, 255), (120, 1)
-)  # Grows bright slowly from the left.
+NIGHT = np.tile(np.clip(np.arange(160) - 30, 0, 255), (120, 1))  # Brighter to the right.
 
 
 @pytest.mark.parametrize(
@@ -87,16 +85,14 @@ def test_bars_are_found_exactly_and_what_is_dark_and_no_bar_is_kept(image, expec
     ],
 )
 def test_every_bound_rejects_with_its_score_and_can_be_off(scores, reason):
-    found = f.verdict(scores, FilterConfig())
+    good = {"side": 480.0, "aspect": 1.5, "bars": 0.0, "black": 0.1, "change": 2.0}
+    good |= {"motion": 0.03, "sharpness": 100.0}
+    assert f.verdict(good, FilterConfig()) is None
+    found = f.verdict(good | scores, FilterConfig())
     (name, bound) = f.REJECTIONS[reason]
     assert found == Rejection(reason, scores[name], float(getattr(FilterConfig(), bound)))
     assert str(found).startswith(f"{reason}: ")
-    assert f.verdict(scores, FilterConfig(**{bound: None})) is None
-
-
-def test_good_scores_are_kept():
-    scores = {"side": 480.0, "aspect": 1.5, "bars": 0.0, "black": 0.1, "change": 2.0}
-    assert f.verdict(scores | {"motion": 0.03, "sharpness": 100.0}, FilterConfig()) is None
+    assert f.verdict(good | scores, FilterConfig(**{bound: None})) is None
 
 
 def altered(image):
@@ -138,14 +134,11 @@ def test_near_duplicates_are_those_of_all_pairs():
     assert near_duplicates(clips, 6.0) == expected and len(expected) > 50
 
 
-def test_images_and_clips_are_not_compared():
+def test_images_are_not_compared_with_clips_and_equal_ones_are_of_the_first():
     clips = [("image", [5]), ("clip", [5, 5, 5, 5]), ("again", [4])]
     assert near_duplicates(clips, 7) == {"again": ("image", 1.0)}
     with pytest.raises(ValueError, match="below 8"):
         near_duplicates([], 8)
-
-
-def test_equal_clips_are_of_what_the_first_of_them_is():
     clips = [("a", [0]), ("b", [0]), ("c", [7]), ("d", [1 << 63 | 0xFF << 20]), ("e", [7])]
     expected = {"b": ("a", 0.0), "c": ("a", 3.0), "e": ("a", 3.0)}
     assert near_duplicates(clips, 4.0) == expected

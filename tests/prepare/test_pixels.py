@@ -6,10 +6,10 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from made_media import probe
 
 from dit_jax.prepare import pixels as p
 from dit_jax.prepare.media import pictures
+from tests.prepare.made_media import probe
 
 # Four quadrants: red, green / blue, white.
 QUADRANTS = np.zeros((48, 64, 3), np.uint8)
@@ -44,14 +44,8 @@ def test_all_eight_display_matrices_are_applied(written, matrix):
     assert np.abs(picture.lightness().astype(int) - shown @ [0.299, 0.587, 0.114]).mean() < 3
 
 
-@pytest.mark.parametrize("number", [0, -(1 << 31)])
-def test_a_matrix_that_is_damaged_is_taken_for_none(number):
-    frame = av.VideoFrame(16, 16, "gray")
-    assert p.display_turn(frame, struct.pack("=9i", *[number] * 9)) == (False, 0)
-
-
 def test_pixels_that_are_not_square_are_stretched(written):
-    path = written("wide.mp4", [QUADRANTS] * 2, aspect=Fraction(4, 3))
+    path = written("wide.mp4", [QUADRANTS] * 2, sample_aspect_ratio=Fraction(4, 3))
     found = probe(path)
     assert (found.height, found.width) == (48, 85)
     assert found.sample_aspect_ratio == pytest.approx(4 / 3)
@@ -113,22 +107,13 @@ def test_hdr_is_tone_mapped(written):
     assert np.ptp(shown) <= 1 and 200 <= shown[0] <= 245  # Below white: room for highlights.
 
 
-def test_configs_check_themselves():
-    with pytest.raises(ValueError, match="256"):
-        p.DecodingConfig(background=(0, 0, 256))
-
-
-@pytest.mark.parametrize(
-    "signal, light",
-    [(0.0, 0.0), (0.5081, 100.0), (0.5807, 203.0), (0.7518, 1000.0), (1.0, 10000.0)],
-)
-def test_pq_is_st_2084(signal, light):  # The codes are those of BT.2408, table 1, and BT.2390.
-    assert p.pq_to_light(signal) == pytest.approx(light, rel=2e-3, abs=1e-6)
-    assert p.light_to_pq(light) == pytest.approx(signal, abs=2e-4)
-
-
-def test_hlg_is_bt_2100():
-    # Half the signal is a twelfth of the light; diffuse white, 203 cd/m2 of 1,000, is at 0.75.
+def test_transfer_functions_are_st_2084_and_bt_2100():
+    # The codes of PQ are those of BT.2408, table 1, and BT.2390.
+    codes = {0.0: 0.0, 0.5081: 100.0, 0.5807: 203.0, 0.7518: 1000.0, 1.0: 10000.0}
+    for signal, light in codes.items():
+        assert p.pq_to_light(signal) == pytest.approx(light, rel=2e-3, abs=1e-6)
+        assert p.light_to_pq(light) == pytest.approx(signal, abs=2e-4)
+    # Half of HLG is a twelfth of the light; diffuse white, 203 cd/m2 of 1,000, is at 0.75.
     assert p.hlg_to_scene(0.5) == pytest.approx(1 / 12, rel=1e-4)
     assert p.hlg_to_scene(1.0) == pytest.approx(1.0, rel=1e-4)
     assert 1000 * p.hlg_to_scene(0.75) ** 1.2 == pytest.approx(203, rel=2e-3)
@@ -175,6 +160,9 @@ def test_greys_stay_grey_and_in_order(transfer):
 def test_the_tables_are_as_good_as_the_functions():
     signal = np.linspace(0.2, 0.75, 50)
     light = p.rolled_off(p.pq_to_light(signal), 1000.0) / p.WHITE
-    expected = 255 * light ** (1 / p.DISPLAY_GAMMA)
     grey = np.rint(signal * 65535).astype(np.uint16)[:, None, None].repeat(3, 2)
-    assert np.abs(p.to_sdr(grey, p.PQ, 9)[:, 0, 0] - expected).max() <= 1.5
+    error = p.to_sdr(grey, p.PQ, 9)[:, 0, 0] - 255 * light ** (1 / p.DISPLAY_GAMMA)
+    assert np.abs(error).max() <= 1.5
+    for wrong in ({"hdr": "maybe"}, {"background": (0, 0, 256)}):
+        with pytest.raises(ValueError, match="maybe|256"):
+            p.DecodingConfig(**wrong)

