@@ -15,16 +15,14 @@ from dit_jax.codec import folders
 from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.codec.run import CodecRun, run_of_codec
-from dit_jax.config import stored_config, to_dict
-from dit_jax.training import CheckpointConfig, Checkpointer, open_run
+from dit_jax.config import stored_config
+from dit_jax.training import open_run
 from tests.codecs import SMALL, random_params, tiny_images, write_images
-from tests.interop.published import authors_arrays
-from tests.test_convert import HEADS, converted, refused
+from tests.test_convert import WEIGHTS, converted, refused, same_folders
 from tests.tiny_codec_config import get_config
 
 LIKE_WAN = dataclasses.replace(SMALL, strides=((2, 2), (2, 2)))
 """A codec that Diffusers' class can say."""
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -42,32 +40,24 @@ def run_with(config: CausalAutoencoderConfig, run: Path, finished: bool = True) 
         get_config(), model=dataclasses.replace(config, shift=(), scale=())
     )
     params = random_params(config)
-    checkpointer = Checkpointer(run, CheckpointConfig())
-    checkpointer.save_weights({"params": {"autoencoder": params["params"]}}, to_dict(trained))
-    checkpointer.wait()
-    checkpointer.close()
+    convert.write_run(run, trained, {"params": {"autoencoder": params["params"]}})
     if finished:
         folders.write_codec(run / "codec", config, params)
     return run
 
 
-def same_folders(one: Path, other: Path) -> None:
-    for name in ("config.json", WEIGHTS):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-
-
-def test_diffusers_folder_is_rewritten_byte_for_byte(wan: Path, tmp_path: Path, capsys):
-    same_folders(wan, converted(wan, tmp_path / "again", "diffusers"))
-    assert "AutoencoderKLWan of 0.0 M parameters: diffusers in" in capsys.readouterr().out
-
-
 def test_folders_become_each_other_and_stay_one_codec(wan: Path, tmp_path: Path):
+    same_folders(wan, converted(wan, tmp_path / "again", "diffusers"))
     ours = converted(wan, tmp_path / "ours", "codec")
     assert json.loads((ours / "config.json").read_text())["_class_name"] == "CausalAutoencoder"
     back = converted(ours, tmp_path / "back", "diffusers")
     assert (back / WEIGHTS).read_bytes() == (wan / WEIGHTS).read_bytes()
-    digests = {folders.load_codec(folder).hash for folder in (wan, ours, back)}
-    assert len(digests) == 1
+    assert len({folders.load_codec(folder).hash for folder in (wan, ours, back)}) == 1
+    for folder in (wan, ours):
+        found = convert.find_codec(str(folder), 3)
+        assert found == LatentCodecConfig(path=str(folder), t=4, h=4, w=4)
+    with pytest.raises(ValueError, match="latents of 3 channels, and the model makes 4"):
+        convert.find_codec(str(wan), 4)
 
 
 def test_a_run_gives_the_codec_it_ended_with(tmp_path: Path):
@@ -81,10 +71,13 @@ def test_a_run_gives_the_codec_it_ended_with(tmp_path: Path):
     np.testing.assert_allclose(codec.scale, LIKE_WAN.scale, rtol=1e-6)
 
 
-def test_half_precision_is_written_where_asked_for(wan: Path, tmp_path: Path):
+def test_half_precision_is_written_where_asked_for_and_read(wan: Path, tmp_path: Path):
     half = converted(wan, tmp_path / "half", "codec", "--dtype", "bfloat16")
     arrays = interop.read_weights(half)[0]
     assert {array.dtype.name for array in arrays.values()} == {"bfloat16"}
+    params, full = (folders.load_codec(folder).params for folder in (half, wan))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), params, full)
 
 
 def test_a_folder_becomes_a_run_to_fine_tune_from(wan: Path, tmp_path: Path):
@@ -104,55 +97,23 @@ def test_a_folder_becomes_a_run_to_fine_tune_from(wan: Path, tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, found["params"]["autoencoder"], params)
 
 
-def test_codecs_that_a_layout_cannot_hold_are_refused(wan: Path, tmp_path: Path, capsys):
-    target = tmp_path / "out"
-    run = run_with(SMALL, tmp_path / "run")
-    said = refused(capsys, run, target, "diffusers")
-    assert "AutoencoderKLWan has no setting" in said and "strides is ((2, 2), (2, 1))" in said
-    assert "is a codec, and --to safetensors is of transformers" in refused(
-        capsys, wan, tmp_path / "out.safetensors", "safetensors"
-    )
-    assert "is a codec, and --to safetensors" in refused(
-        capsys, run, tmp_path / "out.safetensors", "safetensors"
-    )
+def test_what_a_layout_cannot_hold_is_refused(wan: Path, tmp_path: Path, capsys):
+    run, target = run_with(SMALL, tmp_path / "run"), tmp_path / "out"
+    unfinished = run_with(SMALL, tmp_path / "unfinished", finished=False)
     images = write_images(tmp_path / "images", tiny_images(4, 8))
-    for kind in ("codec", "run"):
-        said = refused(capsys, images, target, kind)
-        assert "is an autoencoder of images" in said and "--to diffusers writes it again" in said
-
-
-def test_runs_that_have_no_codec_are_refused(tmp_path: Path, capsys):
-    target = tmp_path / "out"
-    run = run_with(SMALL, tmp_path / "run", finished=False)
-    for kind in ("codec", "diffusers", "run"):
-        assert refused(capsys, run, target, kind)
-    assert "written when training ends" in refused(capsys, run, target, "codec")
-    said = refused(capsys, run, target, "codec", "--step", 0)
-    assert "--step is 0, and the run is of a codec" in said
-    _, table, arrays = authors_arrays()
-    interop.write_safetensors(
-        tmp_path / "DiT.safetensors", table.export(table.read(arrays, "made"))
-    )
-    said = refused(capsys, tmp_path / "DiT.safetensors", target, "codec", *HEADS)
-    assert "is no codec, and --to is 'codec'" in said
-
-
-def test_damaged_folders_are_refused(wan: Path, tmp_path: Path, capsys):
-    path = wan / WEIGHTS
-    path.write_bytes(path.read_bytes()[:1000])
-    assert WEIGHTS in refused(capsys, wan, tmp_path / "out", "codec")
-    values = json.loads((wan / "config.json").read_text())
-    (wan / "config.json").write_text(json.dumps(values | {"z_dim": 0}))
-    assert "z_dim is 0" in refused(capsys, wan, tmp_path / "out", "diffusers")
-
-
-@pytest.mark.parametrize("name", ["wan", "ours"])
-def test_models_name_codecs_of_video(wan: Path, tmp_path: Path, name: str):
-    folder = wan if name == "wan" else converted(wan, tmp_path / "ours", "codec")
-    found = convert.find_codec(str(folder), 3)
-    assert found == LatentCodecConfig(path=str(folder), t=4, h=4, w=4)
-    with pytest.raises(ValueError, match="latents of 3 channels, and the model makes 4"):
-        convert.find_codec(str(folder), 4)
+    for source, kind, more, said in (
+        (run, "diffusers", (), "strides is ((2, 2), (2, 1))"),
+        (wan, "safetensors", (), "is a codec, and --to safetensors is of transformers"),
+        (run, "safetensors", (), "is a codec, and --to safetensors is of transformers"),
+        (images, "codec", (), "is an autoencoder of images"),
+        (images, "run", (), "is an autoencoder of images"),
+        (unfinished, "codec", (), "written when training ends"),
+        (unfinished, "diffusers", (), "written when training ends"),
+        (unfinished, "run", (), "is a run already"),
+        (unfinished, "codec", ("--step", 0), "--step is 0, and the run is of a codec"),
+    ):
+        path = target.with_suffix(".safetensors" if kind == "safetensors" else "")
+        assert said in refused(capsys, source, path, kind, *more)
 
 
 def test_published_settings_are_of_a_run_too(tmp_path: Path):

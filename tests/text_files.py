@@ -4,22 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import pytest
-from flax import linen as nn
 
 from dit_jax import interop
 from dit_jax.text import folders
 from dit_jax.text.t5 import T5Encoder, T5EncoderConfig
-from tests.optional import optional
+from tests.codecs import normal_params
+from tests.interop.published import Lazy, needs
 
-sentencepiece: Any = optional("sentencepiece")
-tokenizers: Any = optional("tokenizers")
-needs_tokenizers = pytest.mark.skipif(
-    sentencepiece is None or tokenizers is None,
-    reason="sentencepiece or tokenizers is not installed: pip install -e '.[text]'",
-)
+sentencepiece: Any = Lazy("sentencepiece")
+needs_tokenizers = needs("sentencepiece", "tokenizers")
 
 CORPUS = [
     f"{article} {size} {colour} {shape} moves {way}"
@@ -57,7 +51,7 @@ def write_t5(folder: Path, config: T5EncoderConfig = TINY, seed: int = 0) -> Pat
     """A folder of a T5 or UMT5 with random weights and a tokenizer."""
     write_sentencepiece(folder)
     given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-    params = nn.unbox(T5Encoder(config).init(jax.random.key(seed), *given))
+    params = normal_params(T5Encoder(config), *given, seed=seed)
     arrays = folders.t5_map(config).export(params)
     interop.write_safetensors(folder / "model.safetensors", arrays)
     values = {

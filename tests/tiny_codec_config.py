@@ -11,7 +11,7 @@ from dit_jax.training import CheckpointConfig, OptimizerConfig
 
 def get_config() -> CodecRun:
     return CodecRun(
-        steps=8,
+        steps=16,
         data=CodecDataConfig(
             source=ShapesConfig(
                 num_examples=40, sizes=((24, 24),), frames=(5,), image_sizes=((24, 24),)
@@ -20,15 +20,15 @@ def get_config() -> CodecRun:
         ),
         model=CausalAutoencoderConfig(
             latent_channels=3,
-            widths=(4, 4, 4),
-            strides=((2, 1), (2, 1)),
+            widths=(4, 4),
+            strides=((2, 1),),
             layers=1,
             patch=4,
             mid_attention=False,
         ),
         loss=ReconstructionLossConfig(l1=1.0, l2=1.0, kl=1e-4),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="constant"),
-        checkpoint=CheckpointConfig(every=4, max_to_keep=20),
-        log=LogConfig(every=1, draw_every=4),
-        evaluation=CodecEvaluationConfig(clips=6, statistics=16),
+        checkpoint=CheckpointConfig(every=8, max_to_keep=20),
+        log=LogConfig(every=1, draw_every=16),
+        evaluation=CodecEvaluationConfig(clips=6, statistics=8),
     )

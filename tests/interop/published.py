@@ -1,6 +1,7 @@
 """Models of Diffusers' own classes with random weights, and what the tests need of PyTorch."""
 
 import copy
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,26 @@ from dit_jax.interop import dit as dit_files
 from dit_jax.interop.dit import grid_table
 from tests.optional import optional
 
-torch: Any = optional("torch")
-diffusers: Any = optional("diffusers")
-needs_diffusers = pytest.mark.skipif(
-    torch is None or diffusers is None, reason="PyTorch or Diffusers is not installed"
-)
+
+class Lazy:
+    """A module that is imported when it is first used: not by who only collects the tests."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(optional(self._name), name)
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skips a test where one of these modules is not installed."""
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
+
+
+torch: Any = Lazy("torch")
+diffusers: Any = Lazy("diffusers")
+needs_diffusers = needs("torch", "diffusers")
 
 
 def random_dit(

@@ -1,4 +1,4 @@
-"""T5's buckets and masks in closed form; parity with other code is in tests/interop."""
+"""T5's buckets in closed form, sizes and axes; parity is in test_folders.py."""
 
 import dataclasses
 
@@ -12,19 +12,12 @@ from dit_jax.text.t5 import (
     T5_PRESETS,
     T5Encoder,
     T5EncoderConfig,
-    masked_attention,
     relative_buckets,
 )
 
 TINY = T5EncoderConfig(
     vocabulary=20, width=8, depth=2, heads=2, head_dim=4, hidden=12, bias="layers"
 )
-
-
-@pytest.fixture(scope="module")
-def params():
-    given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-    return jax.jit(T5Encoder(TINY).init)(jax.random.key(0), *given)
 
 
 def test_buckets_are_single_steps_then_a_logarithm():
@@ -41,33 +34,14 @@ def test_buckets_are_single_steps_then_a_logarithm():
     np.testing.assert_array_equal(found[0, 1:], before[1:] + 16)
 
 
-def test_attention_is_not_scaled_and_padding_is_not_seen():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 3, 2, 4))
-    bias = jnp.broadcast_to(jnp.array([0.0, 1.0, -1e9]), (1, 1, 3, 3))
-    found = jax.jit(masked_attention)(q, k, v, bias)
-    logits = np.einsum("sad,tad->ast", q[0], k[0])[..., :2] + np.array([0.0, 1.0])
-    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    wanted = np.einsum("ast,tad->sad", weights, v[0, :2])
-    np.testing.assert_allclose(found[0], wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_states_do_not_depend_on_padding(params):
-    tokens = jnp.array([[5, 6, 7, 1]])
-    apply = jax.jit(T5Encoder(TINY).apply)
-    alone = apply(params, tokens, jnp.ones((1, 4), bool))
-    padded = jnp.pad(tokens, ((0, 1), (0, 5)), constant_values=9)
-    mask = jnp.zeros((2, 9), bool).at[0, :4].set(True)
-    found = apply(params, padded, mask)
-    assert found.dtype == jnp.float32 and np.isfinite(found).all()
-    np.testing.assert_allclose(found[0, :4], alone[0], rtol=1e-5, atol=1e-6)
+GIVEN = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
 
 
 # 21 width + 2 (4 width inner + 3 width hidden + 2 width) + tables of 32 buckets for 2 heads
 @pytest.mark.parametrize(("bias", "size"), [("shared", 1352), ("layers", 1416)])
 def test_parameters_are_counted_and_carry_axes(bias, size):
     config = dataclasses.replace(TINY, bias=bias)
-    given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-    boxed = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), *given)
+    boxed = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), *GIVEN)
     leaves = jax.tree.leaves(nn.unbox(boxed))
     assert sum(leaf.size for leaf in leaves) == size
     kernel = boxed["params"]["blocks"]["down"]["kernel"]
@@ -81,8 +55,7 @@ def test_parameters_are_counted_and_carry_axes(bias, size):
     [("t5-v1.1-small", 0.035), ("t5-v1.1-xl", 1.22), ("t5-v1.1-xxl", 4.76), ("umt5-xxl", 5.68)],
 )
 def test_presets_have_the_published_sizes(name, billions):
-    given = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-    params = jax.eval_shape(T5Encoder(T5_PRESETS[name]).init, jax.random.key(0), *given)
+    params = jax.eval_shape(T5Encoder(T5_PRESETS[name]).init, jax.random.key(0), *GIVEN)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert size / 1e9 == pytest.approx(billions, rel=0.01)
 

@@ -1,13 +1,11 @@
 """Tokenizers of the files that encoders come with, beside ``transformers``', id by id."""
 
+import sys
+
 import pytest
 
 from dit_jax.text.tokenizers import find_tokenizer, t5_tokenizer
-from tests.text.text_folders import (
-    CAPTIONS,
-    needs_transformers,
-    transformers,
-)
+from tests.text.text_folders import CAPTIONS, needs_transformers, transformers
 from tests.text_files import needs_tokenizers, write_sentencepiece
 
 pytestmark = needs_tokenizers
@@ -69,20 +67,10 @@ def test_files_that_are_none_are_said_to_be(pieces, tmp_path):
         t5_tokenizer(pieces, 9, 9)
 
 
-@pytest.mark.parametrize("name", ["sentencepiece", "tokenizers"])
-def test_a_library_that_is_not_there_is_named(name, pieces, monkeypatch):
-    import importlib
-
-    real = importlib.import_module
-
-    def absent(wanted, *given):
-        if wanted == name:
-            raise ImportError(f"No module named {wanted!r}")
-        return real(wanted, *given)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
-    message = rf"by '{name}' .*pip install -e '.\[text\]'"
-    with pytest.raises(ValueError, match=message):
-        t5_tokenizer(
-            pieces if name == "sentencepiece" else pieces.with_name("tokenizer.json"), 200, 9
-        )
+@pytest.mark.parametrize(
+    "name, file", [("sentencepiece", "spiece.model"), ("tokenizers", "tokenizer.json")]
+)
+def test_a_library_that_is_not_there_is_named(name, file, pieces, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"by '{name}' .*pip install -e '.\[text\]'"):
+        t5_tokenizer(pieces.with_name(file), 200, 9)

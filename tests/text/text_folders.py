@@ -4,14 +4,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.interop.published import Lazy, needs, torch
 
-from tests.interop.published import optional, torch
-
-transformers: Any = optional("transformers")
-needs_transformers = pytest.mark.skipif(
-    torch is None or transformers is None, reason="PyTorch or transformers is not installed"
-)
+transformers: Any = Lazy("transformers")
+needs_transformers = needs("torch", "transformers")
 
 CAPTIONS = [
     "",
@@ -21,14 +17,7 @@ CAPTIONS = [
     "「赤い丸」 moves ✨ " + "and a red circle moves right " * 4,
     " two  blanks around  ",
 ]
-T5_SIZES = {
-    "vocab_size": 160,
-    "d_model": 24,
-    "d_kv": 8,
-    "d_ff": 40,
-    "num_layers": 3,
-    "num_heads": 2,
-}
+T5_SIZES = dict(vocab_size=160, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=2)
 
 
 def random_model(name: str, config: Any) -> Any:
