@@ -295,12 +295,13 @@ OLDER = {"_class_name": "Transformer2DModel", "num_vector_embeds": None}
     [
         (OLDER | {"norm_type": "layer_norm"}, "norm_type is 'layer_norm'"),
         ({"_class_name": "UNet2DModel"}, "in is of 'UNet2DModel'"),
-        ({"activation_fn": "geglu", "norm_eps": 0.1}, "activation_fn is 'geglu'; norm_eps is 0.1"),
+        ({"activation_fn": "geglu"}, "activation_fn is 'geglu'"),
+        ({"norm_eps": 0.1}, "norm_eps is 0.1"),
         ({"num_attention_heads": None}, "num_attention_heads is None"),
         ({"sample_size": None}, "sample_size is None"),
         ({"in_channels": 0}, "in_channels is 0"),
         ({"out_channels": "8"}, "out_channels is '8'"),
-        ({"patch_size": [2, 2]}, r"patch_size is \[2, 2\]"),
+        ({"patch_size": [2, 2]}, r"patch_size is \(2, 2\)"),
         ({"num_layers": True}, "num_layers is True"),
     ],
 )

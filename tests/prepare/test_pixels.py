@@ -163,6 +163,5 @@ def test_the_tables_are_as_good_as_the_functions():
     grey = np.rint(signal * 65535).astype(np.uint16)[:, None, None].repeat(3, 2)
     error = p.to_sdr(grey, p.PQ, 9)[:, 0, 0] - 255 * light ** (1 / p.DISPLAY_GAMMA)
     assert np.abs(error).max() <= 1.5
-    for wrong in ({"hdr": "maybe"}, {"background": (0, 0, 256)}):
-        with pytest.raises(ValueError, match="maybe|256"):
-            p.DecodingConfig(**wrong)
+    with pytest.raises(ValueError, match="256"):
+        p.DecodingConfig(background=(0, 0, 256))
