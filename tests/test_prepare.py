@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 
 import jax
@@ -266,15 +267,37 @@ def test_clips_are_captioned_by_a_server_and_the_rest_next_time(media, tmp_path)
         run(media, tmp_path / "one", **{**asked, "caption_server": "http://127.0.0.1:9"})
 
 
-@pytest.mark.slow
-def test_two_processes_of_a_cluster_make_the_same_records(media, prepared, tmp_path):
-    flags = {"--input": media, "--output": tmp_path, "--captions.table": media / "table.csv"}
+def command(media, output):
+    """What starts the verb as ``run`` does, and its environment."""
+    flags = {"--input": media, "--output": output, "--captions.table": media / "table.csv"}
     flags |= {"--examine.clips.area": 1024, "--examine.clips.max-seconds": 2}
     flags |= {"--captions.licence": "mine", "--batch.files": 2, "--batch.clips": 2}
-    flags |= {"--workers.count": 1, "--coordinator": f"127.0.0.1:{free_port()}"}
-    line = [sys.executable, "-m", "dit_jax.prepare", "--num-processes", "2"]
+    line = [sys.executable, "-m", "dit_jax.prepare", "--workers.count", "1"]
     line += [str(one) for pair in flags.items() for one in pair]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return line, {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def test_records_after_sigkill_are_the_same_bytes(media, prepared, tmp_path):
+    line, env = command(media, tmp_path)
+    with subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL) as process:
+        while (
+            sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("work/examined/*/*.jsonl")) < 3
+        ):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "clips").exists()
+    # As if it had been killed again, while records were written.
+    (tmp_path / "work" / "writing" / "clips").mkdir(parents=True)
+    (tmp_path / "work" / "writing" / "clips" / "half").write_bytes(b"x")
+    assert run(media, tmp_path)["stages"]["examine"]["clips"] < 6
+    assert shards(tmp_path) == shards(prepared[0])
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_cluster_make_the_same_records(media, prepared, tmp_path):
+    line, env = command(media, tmp_path)
+    line += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
     started = [subprocess.Popen([*line, "--process-id", str(i)], env=env) for i in range(2)]
     try:
         assert [process.wait(120) for process in started] == [0, 0]

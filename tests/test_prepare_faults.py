@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import unicodedata
 from collections import Counter
 
@@ -258,3 +259,19 @@ def test_reports_of_many_files_are_some_files(tmp_path):
     assert [json.loads(line)["path"] for line in told] == [item.name for item in items]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<tr><td>0") == SAMPLE and "<b>xxx" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_pictures(folder, tmp_path):
+    """Listed, examined and written; what a file more takes of memory is told."""
+    for i in range(100_000):
+        if i % 1000 == 0:
+            (folder / f"{i:06d}").mkdir()
+        picture(folder / f"{i // 1000 * 1000:06d}" / f"{i:06d}.png", i)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    about = prepare(PrepareConfig(str(folder), str(tmp_path / "out")), shown=False)
+    assert about["files"] == 100_000 and about["pictures_kept"] > 90_000
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    print(f"{grown / 1e6:.0f} MB more")
+    assert grown < 100_000 * 4096
