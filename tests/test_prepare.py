@@ -288,8 +288,8 @@ def test_records_after_sigkill_are_the_same_bytes(media, prepared, tmp_path):
         process.kill()
     assert not (tmp_path / "clips").exists()
     # As if it had been killed again, while records were written.
-    (tmp_path / "work" / "writing" / "clips").mkdir(parents=True)
-    (tmp_path / "work" / "writing" / "clips" / "half").write_bytes(b"x")
+    (tmp_path / "clips" / "1.0.0.incomplete").mkdir(parents=True)
+    (tmp_path / "clips" / "1.0.0.incomplete" / "half").write_bytes(b"x")
     assert run(media, tmp_path)["stages"]["examine"]["clips"] < 6
     assert shards(tmp_path) == shards(prepared[0])
 
