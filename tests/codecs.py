@@ -81,22 +81,17 @@ def write_images(folder: Path, config: CausalAutoencoderConfig) -> Path:
     return folder
 
 
-def diffusers_config(config: CausalAutoencoderConfig, size: int = 256) -> dict[str, Any]:
-    """The ``config.json`` of an autoencoder; ``size`` is the image's that it was trained on."""
+def diffusers_config(config: CausalAutoencoderConfig) -> dict[str, Any]:
+    """The ``config.json`` of an autoencoder, but for what is Diffusers' default."""
     levels = len(config.widths)
     return {
         "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
         "block_out_channels": list(config.widths),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": config.channels,
         "latent_channels": config.latent_channels,
         "layers_per_block": config.layers,
         "mid_block_add_attention": config.mid_attention,
         "norm_num_groups": config.norm_groups,
-        "out_channels": config.channels,
-        "sample_size": size,
         "scaling_factor": config.scale[0],
         "shift_factor": config.shift[0] or None,
         "up_block_types": ["UpDecoderBlock2D"] * levels,

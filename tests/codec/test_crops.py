@@ -76,16 +76,12 @@ def test_windows_are_cut_out_of_clips_and_filled_by_their_last_frame():
     assert flipped == {False, True} and seen == set(range(8)) and len(starts) > 20
 
 
-def test_nothing_is_mirrored_that_is_not_to_be():
-    for batch in taken(loader(flip=False)):
-        assert (np.diff(np.asarray(batch.video)[..., 2].astype(int), axis=3) == 1).all()
-
-
 def test_the_seed_decides_and_nothing_else():
     once = taken(loader(3))
-    assert same(once, taken(loader(3)))
     assert same(once, taken(loader(3, threads=2)))
     assert not same(once, taken(loader(4)))
+    for batch in taken(loader(flip=False)):
+        assert (np.diff(np.asarray(batch.video)[..., 2].astype(int), axis=3) == 1).all()
 
 
 def test_processes_read_their_rows_of_the_same_batches():
@@ -119,12 +115,10 @@ def test_a_saved_stream_goes_on_as_if_never_stopped():
 def test_clips_that_hold_no_window_are_refused():
     rng = np.random.default_rng(0)
     sample: Any = {"video": np.zeros((5, 8, 5, 3), np.uint8), "caption": "", "fps": 8.0}
-    with pytest.raises(
-        ValueError, match="clip 7 is of 8 x 5 pixels, and data.crop takes 6 x 6: make"
-    ):
+    with pytest.raises(ValueError, match="clip 7 is of 8 x 5 pixels, and data.crop takes 6 x 6"):
         cut(CONFIG, TIME, sample, rng, "clip 7")
     sample["video"] = np.zeros((5, 8, 8, 3), np.float32)
-    with pytest.raises(ValueError, match="clip 7 is float32: an autoencoder learns from pixels"):
+    with pytest.raises(ValueError, match="clip 7 is float32"):
         cut(CONFIG, TIME, sample, rng, "clip 7")
     with pytest.raises(ValueError, match="the dataset is empty"):
         CropLoader(Clips(0), CONFIG, TIME, 0)

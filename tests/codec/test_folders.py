@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ from dit_jax.codec import folders
 from dit_jax.codec.causal_autoencoder import CausalAutoencoderConfig
 from dit_jax.codec.codec import TileConfig, VideoCodec
 from dit_jax.files import as_path, write_whole
-from tests.codecs import SMALL, noise, random_params
+from tests.codecs import SMALL, random_params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARAMS = random_params(SMALL)
@@ -35,27 +34,18 @@ def opened(folder: Path) -> VideoCodec:
     return codec
 
 
-def rewritten(folder: Path, **values: Any) -> None:
-    """Other values in ``config.json``; None removes one."""
-    path = folder / "config.json"
-    stored = json.loads(path.read_text()) | values
-    kept = {name: value for name, value in stored.items() if value is not None}
-    path.write_text(json.dumps(kept))
-
-
 def refused(folder: Path) -> str:
     with pytest.raises(ValueError) as error:
         folders.load_codec(folder)
     return str(error.value)
 
 
-# There and back.
-
 VARIANTS = {
     "small": SMALL,
     "point": dataclasses.replace(SMALL, variational=False, mid_attention=False, shift=(), scale=()),
-    "shortcuts": dataclasses.replace(SMALL, shortcuts=True, patch=2, dtype="float32"),
-    "wide decoder": dataclasses.replace(SMALL, decoder_widths=(8, 8, 4), strides=((1, 1), (2, 2))),
+    "other": dataclasses.replace(
+        SMALL, shortcuts=True, patch=2, dtype="float32", decoder_widths=(8, 8, 4)
+    ),
 }
 
 
@@ -68,18 +58,6 @@ def test_what_is_written_is_read_back(name: str, tmp_path: Path):
     assert isinstance(codec, VideoCodec)
     assert (codec.config, codec.name, codec.tiles.frames) == (config, "codec", 3)
     jax.tree.map(np.testing.assert_array_equal, codec.params, params)
-
-
-def test_a_codec_read_back_computes_the_same(folder: Path):
-    clip = noise(5, 8, 8, 3)
-    codec = opened(folder)
-    ours = VideoCodec("ours", "", SMALL, PARAMS)
-    latents = codec.encode(clip)
-    np.testing.assert_array_equal(latents, ours.encode(clip))
-    np.testing.assert_array_equal(codec.decode(latents), ours.decode(latents))
-
-
-# The hash.
 
 
 def digest(tmp_path: Path, config: CausalAutoencoderConfig, params: Any = PARAMS) -> str:
@@ -95,36 +73,14 @@ def test_the_hash_is_of_what_latents_mean(folder: Path, tmp_path: Path):
     assert digest(tmp_path, dataclasses.replace(SMALL, dtype="bfloat16")) == mine
     folder.rename(tmp_path / "elsewhere")
     assert opened(tmp_path / "elsewhere").hash == mine
+    changed = jax.tree.map(np.array, PARAMS)
+    changed["params"]["decoder"]["conv_out"]["bias"][0] += 1e-3
     others = {
         digest(tmp_path, dataclasses.replace(SMALL, shift=(0.1, -0.2, 0.5))),
         digest(tmp_path, dataclasses.replace(SMALL, scale=(0.5, 2.0, 1.5))),
-        digest(tmp_path, SMALL, random_params(SMALL, seed=1)),
-        digest(tmp_path, SMALL, jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-3), PARAMS)),
+        digest(tmp_path, SMALL, changed),
     }
-    assert len(others) == 4 and mine not in others
-
-
-def test_diffusers_folder_of_the_same_codec_has_the_same_hash(tmp_path: Path):
-    config = dataclasses.replace(SMALL, strides=((2, 2), (2, 2)), scale=(0.3, 1.7, 1.1))
-    params = random_params(config)
-    folders.write_codec(tmp_path / "ours", config, params)
-    values, arrays = folders.autoencoder_to_wan(config), folders.wan_map(config).export(params)
-    interop.write_folder(tmp_path / "theirs", values, arrays)
-    assert opened(tmp_path / "theirs").hash == opened(tmp_path / "ours").hash
-
-
-def test_half_precision_is_read(folder: Path, tmp_path: Path):
-    folders.write_codec(tmp_path / "half", SMALL, PARAMS, ml_dtypes.bfloat16)
-    sizes = [(path / WEIGHTS).stat().st_size for path in (tmp_path / "half", folder)]
-    assert sizes[0] < 0.8 * sizes[1]
-    for half, full in zip(
-        jax.tree.leaves(opened(tmp_path / "half").params), jax.tree.leaves(PARAMS), strict=True
-    ):
-        assert half.dtype == np.float32
-        np.testing.assert_allclose(half, full, rtol=2**-8)
-
-
-# Damaged and foreign.
+    assert len(others) == 3 and mine not in others
 
 
 def test_damaged_weights_are_refused_by_name(folder: Path):
@@ -138,7 +94,7 @@ def test_damaged_weights_are_refused_by_name(folder: Path):
 
 
 def test_every_key_that_is_not_there_or_too_many_is_named(folder: Path):
-    arrays = {key: np.asarray(a) for key, a in interop.read_safetensors(folder / WEIGHTS).items()}
+    arrays = dict(interop.read_safetensors(folder / WEIGHTS))
     absent, other = arrays.pop("encoder/conv_in/bias"), arrays.pop("encoder/quant/bias")
     arrays |= {"encoder/quant/bias": other[:-1], "encoder/foreign/bias": absent}
     interop.write_safetensors(folder / WEIGHTS, arrays)
@@ -152,36 +108,26 @@ def test_every_key_that_is_not_there_or_too_many_is_named(folder: Path):
 @pytest.mark.parametrize(
     "values, said",
     [
-        (
-            {"_class_name": "DiTTransformer2DModel"},
-            "is of 'DiTTransformer2DModel', which is no codec: ",
-        ),
-        ({"_class_name": None}, "is of None, which is no codec: give a folder of AutoencoderKL"),
+        ({"_class_name": "DiTTransformer2DModel"}, "is of 'DiTTransformer2DModel', which is no"),
+        ({"_class_name": None}, "is of None, which is no codec"),
         ({"widths": None}, "widths is (96, 192, 384, 384)"),
-        ({"widths": 4}, "widths is 4"),
-        ({"widths": [4, 4]}, "widths is (4, 4)"),
-        ({"strides": [[2, 3], [2, 1]]}, "strides is ((2, 3), (2, 1))"),
+        ({"widths": ["4", "4", "4"]}, "widths[0] is '4'"),
         ({"strides": [2, 2]}, "strides[0] is 2"),
-        ({"scale": [0, 1, 1]}, "scale is (0, 1, 1)"),
         ({"groups": 8}, "'groups'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"latent_channels": "3"}, "latent_channels is '3'"),
-        ({"widths": ["4", "4", "4"]}, "widths[0] is '4'"),
-        ({"shift": ["a", 0, 0]}, "shift[0] is 'a'"),
         ({"shortcuts": 1}, "shortcuts is 1"),
+        (
+            {"latent_channels": 5, "shift": [], "scale": []},
+            "decoder/body/conv_in/kernel: shape (3, 3, 3, 3, 4), wanted (3, 3, 3, 5, 4)",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(folder: Path, values: dict[str, Any], said: str):
-    rewritten(folder, **values)
+    stored = json.loads((folder / "config.json").read_text()) | values
+    kept = {name: value for name, value in stored.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
     message = refused(folder)
     assert said in message and "config.json" in message
-
-
-def test_settings_that_are_of_other_weights_are_refused(folder: Path):
-    rewritten(folder, latent_channels=5, shift=[], scale=[])
-    assert "decoder/body/conv_in/kernel: shape (3, 3, 3, 3, 4), wanted (3, 3, 3, 5, 4)" in refused(
-        folder
-    )
 
 
 def test_a_folder_without_settings_is_refused(folder: Path, tmp_path: Path):
