@@ -43,7 +43,7 @@ def model_on(fsdp: int = 1, **dit: Any) -> tuple[Any, TextToVideo, Any]:
 
 
 @functools.cache
-def generator(fsdp: int = 1, **fields: Any) -> Generator:
+def generator(fsdp: int, **fields: Any) -> Generator:
     model = model_on(fsdp)[1]
     return Generator(model, DiffusionConfig(), dataclasses.replace(SAMPLING, **fields))
 
@@ -60,14 +60,14 @@ def made(requests: Any = REQUESTS, fsdp: int = 1, **fields: Any) -> np.ndarray:
 
 
 def plan(**fields: Any) -> list[bool]:
-    one = generator(**fields)
+    one = generator(1, **fields)
     return one.plan(model_on()[2], one.levels(12))
 
 
 @functools.cache
 def between() -> float:
     """A threshold that skips some steps and not others, and that no sum of changes is near."""
-    one = generator(cache_threshold=1.0)
+    one = generator(1, cache_threshold=1.0)
     changes = np.asarray(one.changes(model_on()[2], one.levels(12)))[:-1]
     return float(1.5 * changes.mean())
 
@@ -149,7 +149,7 @@ def test_reusing_a_residual_at_the_same_input_gives_the_same_output():
 def test_the_planned_steps_run_the_blocks_and_two_are_compiled(monkeypatch: pytest.MonkeyPatch):
     traced, kept, traced_step = [], [], solvers.step
     fields: Any = {"cache_threshold": between(), "solver": "unipc"}  # which has a history
-    one, runs = generator(**fields), plan(**fields)
+    one, runs = generator(1, **fields), plan(**fields)
     step = one.step
     assert 2 < sum(runs) < 6
     monkeypatch.setattr(
