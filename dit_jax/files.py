@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -183,11 +184,12 @@ def _print(text: str) -> None:
 
 def silence_traces() -> None:
     """Leaves the line that matters in sight if arrays cannot be read or written: Orbax and TensorStore
-    log a trace for every array, and Python one for those that are still written afterwards."""
+    log a trace for every array, and Python one for those under way when one fails."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    closed = "Event loop is closed"
-    sys.unraisablehook = lambda x: str(x.exc_value) == closed or sys.__unraisablehook__(x)
+    closed, left = "Event loop is closed", inspect.iscoroutine
+    hook = sys.__unraisablehook__
+    sys.unraisablehook = lambda x: left(x.object) or str(x.exc_value) == closed or hook(x)
 
 
 def run_verb(

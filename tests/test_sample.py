@@ -337,6 +337,9 @@ def test_run_that_cannot_be_read_is_refused(whole: Run, refused: Refused, tmp_pa
     stored["model"]["dit"]["width"] = 64
     config.write_text(json.dumps(stored))
     assert "checkpoints/20' cannot be read" in message()
+    stored["model"]["dit"]["width"], stored["model"]["text"]["depth"] = 32, 2
+    config.write_text(json.dumps(stored))
+    assert "checkpoints/20' cannot be read" in message()
     stored["speed"] = 1
     config.write_text(json.dumps(stored))
     assert "holds no config" in (unknown := message()) and "'speed'" in unknown

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_jax.codec.crops import CropConfig, CropLoader
 from dit_jax.config import DataConfig, VideoRun, differences, from_dict, parse_config, to_dict
 from dit_jax.data import Loader, MixedSetConfig, MixtureConfig, PackingConfig
 from dit_jax.data.mixing import MixedSource, sample_order
@@ -98,6 +99,14 @@ def test_rows_are_the_same_in_any_number_of_processes_and_after_a_restart():
     # Images and clips share rows: text tokens are 1 + the set's number.
     rows = [set(row.tolist()) for batch in batches for row in np.asarray(batch.text)]
     assert any({1, 2} <= row for row in rows)
+
+
+def test_codecs_train_on_mixtures():
+    crop = CropConfig(rows=4, frames=3, height=1, width=2, flip=False)
+    loader = CropLoader(mixed(), crop, 1, 0)
+    frames = Counter(int(n) for _ in range(20) for n in next(loader).num_frames)
+    loader.close()
+    assert set(frames) == {1, 2, 3} and abs(frames[1] / 80 - 0.5) < 0.2
 
 
 def write(root, name, **given):

@@ -158,7 +158,10 @@ def test_sizes_of_mixed_sets_are_put_together_and_their_records_named_by_set():
     assert sample_name(mixed, 13) == "sample 7"
 
 
-def test_nothing_left_to_train_on_is_refused():
+def test_nothing_left_to_train_on_is_refused_soon():
+    source = Sized(10_000_000)
+    unfit = checked_reader(source, check, "skip", 0).unfit
+    assert unfit is not None and unfit.sum() == 1_000_001
     source = Sized(10)
     source.sizes[:, 0] = 9
     with pytest.raises(InputError, match="10 of 10"):
