@@ -187,8 +187,7 @@ def silence_traces() -> None:
     log a trace for every array, and Python one for those under way when one fails."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    closed, left = "Event loop is closed", inspect.iscoroutine
-    hook = sys.__unraisablehook__
+    closed, left, hook = "Event loop is closed", inspect.iscoroutine, sys.__unraisablehook__
     sys.unraisablehook = lambda x: left(x.object) or str(x.exc_value) == closed or hook(x)
 
 

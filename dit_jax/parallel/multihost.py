@@ -139,8 +139,7 @@ def joined(
     if not initialize(flags, prog):
         yield
         return
-    client = coordination()
-    done, index = threading.Event(), jax.process_index()
+    client, done, index = coordination(), threading.Event(), jax.process_index()
 
     def watch_for_failure() -> None:
         # It polls: a call that blocks can't be ended. If the service is gone, JAX ends this process.
