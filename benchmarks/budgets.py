@@ -3,7 +3,7 @@
     python benchmarks/budgets.py
 
 Counted from the source; the frames between the train step and a matrix product are read from the
-traceback of a product while a small step is traced. Exit status 1 if a bound of the core is passed.
+traceback of a product while a small step is traced. Exit status 1 if a bound is passed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"data", "model", "diffusion", "parallel", "training", "sampling"}
 SATELLITES = {
-    "codec": 1500,
+    "codec": 1600,
     "text": 450,
     "interop": 1500,
-    "evaluate": 1200,
-    "prepare": 2200,
+    "evaluate": 1400,
+    "prepare": 3700,
     "plan": 1400,
     "upscale": 250,
 }
-"""Satellites, and how many lines each may have. ``convert.py`` is interop's verb."""
+"""Satellites, and how many lines of code each may have; interop's with its verb, ``convert.py``."""
 
 
 class Row(NamedTuple):
@@ -36,8 +36,6 @@ class Row(NamedTuple):
     value: float
     bound: str
     within: bool
-    core: bool = True
-    """If the bound is one of the core's; the satellites' come later."""
 
 
 def sources(folder: str) -> dict[Path, str]:
@@ -164,8 +162,8 @@ def rows() -> list[Row]:
     package, tests = sources("dit_jax"), sources("tests")
     core = {path: text for path, text in package.items() if is_core(path)}
     loaded = len(modules_loaded(package))
-    total, core_code = lines(package), code(core)
-    share, ratio = comments(core), lines(tests) / total
+    total, core_code = code(package), code(core)
+    share, ratio = comments(core), lines(tests) / lines(package)
     frames = frames_to_product()
     files = len({file for file, _ in frames})
     table = [
@@ -176,23 +174,25 @@ def rows() -> list[Row]:
         Row("files of these frames", files, "4", files <= 4),
         Row("core, raises per 1,000 lines", raises(core), "8", raises(core) <= 8),
         Row("core, comment lines per code line", share, "0.05-0.10", 0.05 <= share <= 0.10),
-        Row("package, lines", total, "16,000", total <= 16000, core=False),
-        Row("package, raises per 1,000 lines", raises(package), "8", raises(package) <= 8, False),
-        Row("tests, lines per package line", ratio, "0.8", ratio <= 0.8, core=False),
+        Row("package, lines of code", total, "16,000", total <= 16000),
+        Row("package, raises per 1,000 lines", raises(package), "8", raises(package) <= 8),
+        Row("tests, lines per package line", ratio, "1.05", ratio <= 1.05),
     ]
     for name, bound in SATELLITES.items():
-        count = lines({path: text for path, text in package.items() if room(path) == name})
-        table.append(Row(f"{name}, lines", count, f"{bound:,}", count <= bound, core=False))
+        rooms = {"interop", "convert"} if name == "interop" else {name}
+        count = code({path: text for path, text in package.items() if room(path) in rooms})
+        table.append(Row(f"{name}, lines of code", count, f"{bound:,}", count <= bound))
     return table
 
 
 def main() -> int:
-    """Prints the table; 1 if a bound of the core is passed."""
+    """Prints the table; 1 if a bound is passed."""
     table = rows()
     for row in table:
         value = f"{row.value:,.0f}" if row.value >= 30 else f"{row.value:.3g}"
         print(f"{row.name:45} {value:>8}  bound {row.bound:>9}  {'ok' if row.within else 'ABOVE'}")
     package = sources("dit_jax")
+    print(f"package, with docstrings, comments and blank lines: {lines(package):,} lines")
     whole = lines({path: text for path, text in package.items() if is_core(path)})
     print(f"core, with docstrings, comments and blank lines: {whole:,} lines")
     for name in sorted({room(path) for path in package if is_core(path)}):
@@ -200,7 +200,7 @@ def main() -> int:
         print(
             f"  {name:12} {len(part):3} files {lines(part):6,} lines {raises(part):5.1f} raises/1,000"
         )
-    return int(any(row.core and not row.within for row in table))
+    return int(not all(row.within for row in table))
 
 
 if __name__ == "__main__":
