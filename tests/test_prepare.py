@@ -167,7 +167,8 @@ def test_records_go_on_after_a_full_disk_and_keep_what_was_left_out(media, tmp_p
         run(media, tmp_path / "cut")
     read.clear()
     # As if it had also been killed while records were written.
-    (tmp_path / "cut" / "work" / "writing" / "clips" / "half").write_bytes(b"x")
+    unfinished = tmp_path / "cut" / "clips" / "1.0.0.incomplete"
+    (unfinished / "half").write_bytes(b"x")
     about = run(media, tmp_path / "cut")
     assert read == ["deep/d.mp4#0", "deep/d.mp4#1"]
     assert about["stages"]["records"]["clips"] == 2
@@ -176,7 +177,7 @@ def test_records_go_on_after_a_full_disk_and_keep_what_was_left_out(media, tmp_p
     ]
     assert "truncated" in str(about["by_file"])
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
-    assert not (tmp_path / "cut" / "work" / "writing").exists()
+    assert not unfinished.exists()
 
 
 def test_what_cannot_be_is_refused(media, tmp_path, capsys):

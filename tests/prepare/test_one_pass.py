@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-from made_media import moving
 
 from dit_jax.prepare import examining, stages
 from dit_jax.prepare.__main__ import PrepareConfig, prepare
 from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.examining import ExamineConfig, examine, read_clip
 from dit_jax.prepare.workers import WorkersConfig
+from tests.prepare.made_media import moving
 
 SHORT = ExamineConfig(clips=ClipConfig(min_seconds=0.4, max_seconds=1.0, multiple=8))
 
