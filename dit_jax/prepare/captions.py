@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import eq
@@ -20,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from dit_jax.files import SURROGATES, MiB, refuse_if
 from dit_jax.prepare import tables
+from dit_jax.prepare.listing import SIDECARS, composed, stem
 from dit_jax.prepare.tables import encodable, find_column
 from dit_jax.types import PositiveInt
 
@@ -36,7 +36,6 @@ KINDS = {name: kind for kind, names in CAPTIONS.items() for name in names.split(
 FILES = "file file_name filename media clip video image video_path image_path path name video_id "
 FILES += "videoid id key"
 LICENCES = "licence license"
-SIDECARS = (".txt", ".json")  # In any case; captions of text come first.
 LARGEST = MiB  # Bytes of a sidecar.
 
 
@@ -106,15 +105,6 @@ def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
 
 
 # Sidecars
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def stem(path: str) -> str:
-    """What a media file and its sidecars have in common: the path without suffix, composed (NFC)."""
-    return _composed(os.path.splitext(path)[0])
 
 
 def list_sidecars(folder: str) -> dict[str, list[Path]]:
@@ -219,7 +209,7 @@ def match_table(rows: Iterable[TableRow], media: Iterable[str | os.PathLike]) ->
     files = {_normal(str(path)): str(path) for path in media}
     found: dict[str, TableRow] = {}
     left = list(rows)
-    for form, first in ((str, None), (_composed, None), (_composed, -1), (stem, -1)):
+    for form, first in ((str, None), (composed, None), (composed, -1), (stem, -1)):
         # By what two of one name have in common at least, lest every row is held against every file.
         named: dict[tuple[str, ...], list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
         for file in files if left else ():
@@ -227,7 +217,7 @@ def match_table(rows: Iterable[TableRow], media: Iterable[str | os.PathLike]) ->
             named[parts[first:]].append((file, parts))
         claims: dict[str, list[TableRow]] = defaultdict(list)
         for row in left:
-            parts = PurePosixPath(row.file if form is str else _composed(row.file)).parts
+            parts = PurePosixPath(row.file if form is str else composed(row.file)).parts
             alike = named.get(parts[first:], ())
             ends = [file for file, other in alike if all(map(eq, parts[::-1], other[::-1]))]
             if len(ends) == 1 and ends[0] not in found:

@@ -121,6 +121,8 @@ def _examined(path: str, config: ExamineConfig, keep: Keep | None, until: float)
     first = next(decoded)
     probe, target = log.probe, config.clips.fps
     assert probe is not None
+    if probe.kind == "image":
+        keep = None  # To read it again takes less than a file of its own.
     fps = target if target and probe.kind == "video" and probe.fps > target * 1.01 else probe.fps
     # All frames on the grid are measured, in runs without gaps.
     step = max(min(round(fps / SAMPLES), bounds(fps, config.clips)[0]), 1)

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from dit_jax.files import is_remote, refuse_if
-from dit_jax.prepare.captions import SIDECARS, stem
 from dit_jax.prepare.recorded import find_records, is_record
 from dit_jax.prepare.tables import read_lines
 from dit_jax.prepare.work import digest
 
 LISTS = (".txt", ".lst")
+
+
+SIDECARS = (".txt", ".json")  # In any case; captions of text come first.
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC), which file systems do not agree on."""
+    return unicodedata.normalize("NFC", name)
+
+
+def stem(path: str) -> str:
+    """What a media file and its sidecars have in common: the path without suffix, composed."""
+    return composed(os.path.splitext(path)[0])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
