@@ -136,9 +136,9 @@ def _examined(path: str, config: ExamineConfig, keep: Keep | None, until: float)
             new = list(_clips(run, len(shots), start, stop, first.time, probe, config))
             shots.append((start, stop))
             clips.extend(new)
-            for clip in new:
-                pixels = held.take(clip)
-                if keep is not None and pixels is not None and clip.rejection is None:
+            for clip in new if keep is not None else ():
+                pixels = held.take(clip) if clip.rejection is None else None
+                if keep is not None and pixels is not None:
                     keep(clip, pixels)
             held.drop(stop)
 

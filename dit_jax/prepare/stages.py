@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.files import atomic_path, checking_input, json_bytes
+from dit_jax.files import checking_input, json_bytes, write_whole
 from dit_jax.prepare.clips import Geometry, Rect
 from dit_jax.prepare.encoded import EncodedVideo, encode_video
 from dit_jax.prepare.examining import Clip, ExamineConfig, FileReport, examine, read_clip
@@ -24,7 +24,7 @@ from dit_jax.prepare.measuring import Rejection
 from dit_jax.prepare.media import Probe
 from dit_jax.prepare.pixels import DecodingConfig
 from dit_jax.prepare.refusals import MACHINE_REASONS
-from dit_jax.prepare.work import Logs, Progress, digest
+from dit_jax.prepare.work import Logs, Progress, digest, file_name
 from dit_jax.prepare.workers import Outcome, WorkersConfig, run
 
 AHEAD = 2
@@ -215,18 +215,15 @@ def _examine_one(
     path, key = job
 
     def keep(clip: Clip, frames: np.ndarray) -> None:
-        place = encoded_place(folder, key, clip)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(place) as fresh:
-            fresh.write_bytes(encode_video(frames, clip.fps).data)
+        write_whole(encoded_place(folder, key, clip), encode_video(frames, clip.fps).data)
 
     return examine(path, config, keep if seconds else None, seconds)
 
 
 def encoded_place(folder: Path, key: str, clip: Clip) -> Path:
     """Where a clip of a file is stored as encoded video; ``folder``: of the logs."""
-    name = digest(key, clip.start, clip.frames, clip.geometry)
-    return folder / "clips" / name[:2] / f"{name}.mkv"
+    made_of = digest(key, clip.start, clip.frames, clip.geometry)
+    return folder / "clips" / file_name(str(clip.start), made_of, ".mkv")
 
 
 def _examine_on_beam(items: Sequence[Item], shared: tuple[Any, ...], beam: BeamConfig) -> None:
