@@ -84,16 +84,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-@pytest.fixture(scope="module")
-def cached() -> Iterator[None]:
-    """Every call of a verb compiles anew: what it compiled before it finds in the cache."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, 0)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test runs in this process has one device: a step over eight takes longer to compile."""

@@ -24,8 +24,6 @@ from dit_jax.prepare.writing import write_records
 from dit_jax.training import Checkpointer
 from tests.runs import scalars, steps
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 CONFIG = """
 from dit_jax.config import VideoRun, DataConfig, LogConfig
 from dit_jax.data import PackingConfig, RecordsConfig
@@ -91,7 +89,7 @@ def run(config: Path, output: Path, *extra) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(dirty, cached, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def whole(dirty, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of several epochs that nothing interrupts, and what it printed."""
     output = tmp_path_factory.mktemp("whole") / "run"
     status, text = run(dirty[0], output)

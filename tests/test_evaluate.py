@@ -61,7 +61,7 @@ SMALL = {
 }
 """In place of the networks of full size, which take long to trace and to run: what the verb does with
 features is the same. tests/evaluate/test_networks.py has those."""
-pytestmark = pytest.mark.usefixtures("cached", "one_device", "small_networks")
+pytestmark = pytest.mark.usefixtures("one_device", "small_networks")
 
 
 @pytest.fixture

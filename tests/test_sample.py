@@ -36,7 +36,7 @@ ACROSS = 1
 Captured = pytest.CaptureFixture[str]
 Refused = Callable[..., str]
 Sampled = Callable[..., np.ndarray]
-pytestmark = pytest.mark.usefixtures("cached", "device")
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def sampled(run: Path, tmp_path: Path) -> Sampled:
 
 
 @pytest.fixture(scope="module")
-def plain(cached: None, device: Any, run: Path, tmp_path_factory: Any) -> np.ndarray:
+def plain(device: Any, run: Path, tmp_path_factory: Any) -> np.ndarray:
     """The strip of what is made of the prompt alone."""
     file = tmp_path_factory.mktemp("plain") / "clip.png"
     given = ["--checkpoint", str(run), "--output", str(file), "--prompt", PROMPT]
