@@ -246,7 +246,8 @@ def test_bad_value_is_refused(name, value, parts):
 
 def test_sizes_of_images_that_are_not_drawn_do_not_matter():
     source = ShapesConfig(frames=(3,), image_sizes=((160, 160),), image_fraction=0.0)
-    dataclasses.replace(built(), data=DataConfig(source, built().data.packing))
+    config = dataclasses.replace(built(), data=DataConfig(source, built().data.packing))
+    assert config.data.source == source
 
 
 def test_values_of_others_are_refused():

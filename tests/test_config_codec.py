@@ -73,7 +73,9 @@ def test_runs_that_cannot_be_are_refused(change: dict[str, Any], said: str):
 
 
 def test_small_windows_are_trained_on_where_nothing_is_measured():
-    dataclasses.replace(CONFIG, **change(evaluation={"clips": 0}), **crop(height=8, width=8))
+    changed = change(evaluation={"clips": 0}) | crop(height=8, width=8)
+    config = dataclasses.replace(CONFIG, **changed)
+    assert (config.data.crop.height, config.evaluation.clips) == (8, 0)
 
 
 def test_a_run_survives_json(tmp_path: Path):
