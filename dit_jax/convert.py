@@ -139,7 +139,7 @@ def _from_published(given: ConvertArguments, source: Path, target: Path) -> str:
             source = source / "transformer"
         values, kind = interop.read_config(source), "diffusers"
         named = repr(str(source / "config.json"))
-        tools = interop.transformer_tools(values.get("_class_name"), where=named)
+        tools = interop.transformer_of_class(values.get("_class_name"), named)
         file = tools.from_folder(values, named, given.family)
         arrays, path = interop.read_weights(source)
         where = repr(str(path))
@@ -150,7 +150,7 @@ def _from_published(given: ConvertArguments, source: Path, target: Path) -> str:
         )
         refuse_if([(source.suffix not in FILES, unknown)])
         arrays = interop.read_arrays(source)
-        tools = interop.transformer_tools(keys=arrays, where=where)
+        tools = interop.transformer_of_keys(arrays, where)
         file, arrays = tools.from_arrays(arrays, given.family, given.heads, given.part)
     _check_no_codec(given)
     table = file.table(kind)

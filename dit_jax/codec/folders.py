@@ -24,7 +24,13 @@ from dit_jax.codec.causal_autoencoder import WAN, CausalAutoencoderConfig, param
 from dit_jax.codec.codec import ImageCodec, TileConfig, VideoCodec
 from dit_jax.config import from_dict
 from dit_jax.files import checking_input, local_copy, refuse_if
-from dit_jax.interop.folders import read_config, read_weights, weights_hash, write_folder
+from dit_jax.interop.folders import (
+    read_config,
+    read_settings,
+    read_weights,
+    weights_hash,
+    write_folder,
+)
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Entry, Map
 from dit_jax.types import Params, PositiveInt, require
@@ -78,12 +84,6 @@ class WanSettings:
     patch_size: PositiveInt | None = None
 
 
-def _settings(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of the values of a ``config.json``; those that it does not know do not matter."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return from_dict(kind, {name: value for name, value in values.items() if name in names})
-
-
 def _ours(values: Mapping[str, Any]) -> CausalAutoencoderConfig:
     fields = {name: value for name, value in values.items() if not name.startswith("_")}
     return from_dict(CausalAutoencoderConfig, fields)
@@ -91,7 +91,7 @@ def _ours(values: Mapping[str, Any]) -> CausalAutoencoderConfig:
 
 def autoencoder_from_diffusers(values: Mapping[str, Any]) -> CausalAutoencoderConfig:
     """The autoencoder of a ``config.json`` of ``AutoencoderKL``."""
-    theirs = _settings(KLSettings, values)
+    theirs = read_settings(KLSettings, values)
     widths, z = theirs.block_out_channels, theirs.latent_channels
     require("", theirs, ("out_channels", theirs.out_channels == theirs.in_channels, "in_channels"))
     return CausalAutoencoderConfig(
@@ -112,7 +112,7 @@ def autoencoder_from_diffusers(values: Mapping[str, Any]) -> CausalAutoencoderCo
 
 def autoencoder_from_wan(values: Mapping[str, Any]) -> CausalAutoencoderConfig:
     """The autoencoder of a ``config.json`` of ``AutoencoderKLWan``."""
-    theirs = _settings(WanSettings, values)
+    theirs = read_settings(WanSettings, values)
     mult, halved, patch = theirs.dim_mult, theirs.temperal_downsample, theirs.patch_size or 1
     levels = mult[:1] == (1,) and len(mult) == len(halved) + 1
     require(

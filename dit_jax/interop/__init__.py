@@ -9,8 +9,9 @@ from dit_jax.interop.maps import Map as Map
 from dit_jax.interop.registry import CODECS as CODECS
 from dit_jax.interop.registry import codec_tools as codec_tools
 from dit_jax.interop.registry import text_tools as text_tools
+from dit_jax.interop.registry import transformer_of_class as transformer_of_class
+from dit_jax.interop.registry import transformer_of_keys as transformer_of_keys
 from dit_jax.interop.registry import transformer_of_run as transformer_of_run
-from dit_jax.interop.registry import transformer_tools as transformer_tools
 from dit_jax.interop.safetensors_files import read_safetensors as read_safetensors
 from dit_jax.interop.safetensors_files import write_safetensors as write_safetensors
 from dit_jax.interop.torch_files import read_torch as read_torch

@@ -27,10 +27,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dit_jax.config import CodecConfig, DataConfig, LogConfig, VideoRun, from_dict
+from dit_jax.config import CodecConfig, DataConfig, LogConfig, VideoRun
 from dit_jax.data import PackingConfig, RecordsConfig
 from dit_jax.diffusion import DiffusionConfig, MaskConfig, PathConfig, TimeConfig
 from dit_jax.files import checking_input, refuse_if
+from dit_jax.interop.folders import read_settings
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Arrays, Entry, Fixed, Map
 from dit_jax.model import PRESETS, ClassLabels, ModelConfig, NoTextConfig, PatchConfig
@@ -376,9 +377,8 @@ def from_diffusers(values: Mapping[str, Any], where: str) -> DiTFile:
     """The model of a ``config.json``; refused if it is set to what the published transformer is not."""
     name = values.get("_class_name")
     refuse_if([(name not in CLASSES, f"{where} is of {name!r}, not {CLASSES[0]!r}.")])
-    fields = {one.name for one in dataclasses.fields(Settings)}
     with checking_input(f"{where} is not the published transformer", "take the authors' folder"):
-        given = from_dict(Settings, {k: v for k, v in values.items() if k in fields})
+        given = read_settings(Settings, values)
         require("", given, ("norm_eps", given.norm_eps in (1e-5, 1e-6), "1e-5 or 1e-6"))
     channels, patch = given.in_channels, given.patch_size
     heads, width = given.num_attention_heads, given.num_attention_heads * given.attention_head_dim

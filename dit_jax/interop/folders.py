@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.config import from_dict
 from dit_jax.files import read_json, refuse_if
 from dit_jax.interop.safetensors_files import read_index, read_safetensors, write_safetensors
 from dit_jax.interop.torch_files import read_torch
@@ -44,6 +46,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     values = read_json(path)
     refuse_if([(not isinstance(values, dict), f"{str(path)!r} holds no JSON object.")])
     return values
+
+
+def read_settings(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass of the values of a ``config.json``; those that it does not know do not matter."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return from_dict(kind, {name: value for name, value in values.items() if name in names})
 
 
 def check_sizes(sizes: Mapping[str, Any], where: str) -> None:

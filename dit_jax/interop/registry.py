@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dit_jax.files import InputError, refuse_if
@@ -27,17 +28,22 @@ CODECS: dict[str, str] = dict.fromkeys(
 TEXT_ENCODERS = "dit_jax.text.config"
 
 
-def transformer_tools(name: Any = None, keys: Any = (), where: str = "") -> Any:
-    """The module of a transformer by the class of its folder, or by the keys of its file."""
-    found = TRANSFORMERS.get(name)
-    for end, module in KEYS.items() if name is None else ():
-        found = module if any(key.endswith(end) for key in keys) else found
-    known = ", ".join(TRANSFORMERS if name else KEYS)
-    what = f"is of {name!r}" if name else f"has none of the keys {known}"
-    refuse_if(
-        [(found is None, f"{where} {what}: known transformers are {', '.join(TRANSFORMERS)}.")]
+def transformer_of_class(name: Any, where: str) -> Any:
+    """The module of a transformer by the class of its folder."""
+    message = f"{where} is of {name!r}: known transformers are {', '.join(TRANSFORMERS)}."
+    refuse_if([(name not in TRANSFORMERS, message)])
+    return importlib.import_module(TRANSFORMERS[name])
+
+
+def transformer_of_keys(keys: Iterable[str], where: str) -> Any:
+    """The module of a transformer by the keys of its file."""
+    found = {KEYS[end] for end in KEYS for key in keys if key.endswith(end)}
+    message = (
+        f"{where} has none of the keys {', '.join(KEYS)}: known transformers are "
+        f"{', '.join(TRANSFORMERS)}."
     )
-    return importlib.import_module(str(found))
+    refuse_if([(not found, message)])
+    return importlib.import_module(found.pop())
 
 
 def transformer_of_run(config: VideoRun, kind: str) -> Any:
