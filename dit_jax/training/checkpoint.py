@@ -161,7 +161,7 @@ class Checkpointer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
-            return
+            return self.wait()
         try:  # The error that ends the run is the one to raise, not one of its last save.
             self._manager.wait_until_finished()
             text = f"saved: {self.steps()}"
