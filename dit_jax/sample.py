@@ -224,7 +224,8 @@ class Image(Text):
             message = f"{time or 'last'}={file} is frame {frame} of a clip of {count}: give others."
             refuse_if([(frame >= count or frame in images, message)])
             images[frame] = job.media[file][0]
-        return modes.image_to_video(job.space, template, images, self.noise)
+        reads = job.pipeline.config.model.conditioners
+        return modes.image_to_video(job.space, template, images, self.noise, reads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,10 @@ class Conditioner:
     def build(self, name: str, model: ModelConfig, runtime: Runtime) -> Any:
         """The module: a function of ``DenoiserInputs`` that returns a ``Conditioning``."""
 
+    def with_images(self, name: str, request: Any, space: Any, images: Any) -> Any:
+        """The request with the field made of known frames, ``{number: uint8 [h, w, 3]}``; None if it is
+        not made of images. With one that is, image-to-video has no known latents."""
+
     def derive(self, name: str, sample: Sample) -> Sample:
         """The sample with the field, if the field is computed from the clip (or a source lacks it)."""
         return sample
