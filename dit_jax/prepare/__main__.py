@@ -33,7 +33,7 @@ import tensorflow_datasets as tfds
 import tyro
 
 from dit_jax import files, interop
-from dit_jax.config import check_types, read_config
+from dit_jax.config import VideoRun, check_types, read_config
 from dit_jax.files import check_writable, is_remote, refuse_if
 from dit_jax.parallel import (
     PROCESS_HELP,
@@ -369,16 +369,27 @@ class Preparation:
                 shutil.copyfile(self.output / name, fresh)
 
 
-def defaults(words: Sequence[str]) -> PrepareConfig:
-    """What the options are if they are not given: those of the run that ``--for-run`` names."""
+def parse(words: Sequence[str]) -> PrepareConfig:
+    """The options, whose defaults are those of the run that ``--for-run`` names."""
     # Read ahead of the others: tyro shows and checks options by their defaults.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--for-run", "--for_run")
     run = parser.parse_known_args(list(words))[0].for_run
     config = PrepareConfig(tyro.MISSING, tyro.MISSING)
-    if run is None:
-        return config
-    of = read_config(files.check_exists(run, "--for-run") / "config.json")
+    if run is not None:
+        config = for_model(
+            config, read_config(files.check_exists(run, "--for-run") / "config.json")
+        )
+    text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
+    how: Any = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return tyro.cli(
+        PrepareConfig, args=words, prog=PROG, description=text, default=config, config=how
+    )
+
+
+def for_model(config: PrepareConfig, of: VideoRun) -> PrepareConfig:
+    """The config with what the model of a run needs: its codec and text encoder, and clips of its frame
+    rate, at most as long and large as those that it is sampled with."""
     codec, patch, size = of.codec, of.model.patch, of.sampling
     longest = size.frames / size.fps
     clips = ClipConfig(
@@ -390,8 +401,8 @@ def defaults(words: Sequence[str]) -> PrepareConfig:
         multiple=math.lcm(codec.h * patch.h, codec.w * patch.w),
     )
     examine = dataclasses.replace(config.examine, clips=clips)
-    made = {"codec": codec.path, "text_encoder": of.text_encoder.path, "examine": examine}
-    return dataclasses.replace(config, **made)
+    networks = {"codec": codec.path, "text_encoder": of.text_encoder.path}
+    return dataclasses.replace(config, examine=examine, **networks)
 
 
 def places(config: PrepareConfig) -> tuple[Path, Path]:
@@ -432,10 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tfds.disable_progress_bar()
 
     def work() -> int:
-        text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
-        ways = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        how: Any = {"prog": PROG, "description": text, "config": ways}
-        config = tyro.cli(PrepareConfig, args=words, default=defaults(words), **how)
+        config = parse(words)
         check_types(config)
         with joined(flags, PROG):
             about = prepare(config)
