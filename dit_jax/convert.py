@@ -131,17 +131,40 @@ def check_target(target: Path, kind: str) -> None:
 
 
 def _from_published(given: ConvertArguments, source: Path, target: Path) -> str:
-    """A file of authors', or a folder of Diffusers': its keys and shapes are checked before its weights
-    are read."""
+    """A file of authors', a folder of Diffusers', or that of a pipeline: keys and shapes are checked
+    before weights are read."""
+    folder = source.is_dir() and not (source / "config.json").exists()
+    pipeline = interop.pipeline_of(source, absolute(given.input)) if folder else None
+    pipeline = pipeline or interop.Pipeline({"": source})
+    _check_no_codec(given)
+    parts = {name: _read(given, part) for name, part in pipeline.transformers.items()}
+    file, table, arrays, where = parts[""]
+    if given.to != "run":
+        return _write_published(given, file, table.read(arrays, where), target)
+    codec = find_codec(given.codec or pipeline.codec, file.model.patch.channels, file.strides)
+    configs = {}
+    for name, (one, *_) in parts.items():
+        own = one.run(absolute(as_path(given.output) / name), codec, given.time_divisor)
+        configs[name] = pipeline.configure(name, own)
+
+    def write(path: Path) -> None:
+        for name, (_, table, arrays, where) in parts.items():
+            params = table.load(arrays, where, *_abstract(configs[name], given.mesh))
+            write_run(path / name, configs[name], params)
+
+    _write(target, write, run=True)
+    return f"{file}: a run in {target}/"
+
+
+def _read(given: ConvertArguments, source: Path) -> tuple[Any, interop.Map, Any, str]:
+    """What a file or folder of weights is, its table, its arrays, which the table can read, and their
+    file in messages."""
     where, kind = repr(str(source)), "safetensors"
     if source.is_dir():
-        if not (source / "config.json").exists() and (source / "transformer").is_dir():
-            source = source / "transformer"
-        values, kind = interop.read_config(source), "diffusers"
-        named = repr(str(source / "config.json"))
+        values, named = interop.read_config(source), repr(str(source / "config.json"))
         tools = interop.transformer_of_class(values.get("_class_name"), named)
-        file = tools.from_folder(values, named, given.family)
         arrays, path = interop.read_weights(source)
+        file, kind = tools.from_folder(values, named, given.family, arrays)
         where = repr(str(path))
     else:
         unknown = (
@@ -152,15 +175,9 @@ def _from_published(given: ConvertArguments, source: Path, target: Path) -> str:
         arrays = interop.read_arrays(source)
         tools = interop.transformer_of_keys(arrays, where)
         file, arrays = tools.from_arrays(arrays, given.family, given.heads, given.part)
-    _check_no_codec(given)
     table = file.table(kind)
-    if given.to != "run":
-        return _write_published(given, file, table.read(arrays, where), target)
-    codec = find_codec(given.codec, file.model.patch.channels)
-    config = file.run(absolute(given.output), codec, given.time_divisor)
-    params = table.load(arrays, where, *_abstract(config, given.mesh))
-    _write(target, lambda path: write_run(path, config, params), run=True)
-    return f"{file}: a run in {target}/"
+    table.check(table.named(arrays), where)
+    return file, table, arrays, where
 
 
 def _from_run(given: ConvertArguments, source: Path, target: Path) -> str:
@@ -195,12 +212,14 @@ def _write_published(given: ConvertArguments, file: Any, params: Params, target:
     return f"{file}: {len(written)} arrays in {target}"
 
 
-def find_codec(path: str | None, channels: int) -> CodecConfig:
-    """The strides of the latents, and the folder that they are known from."""
+def find_codec(
+    path: str | None, channels: int, strides: tuple[int, int, int] = (1, 8, 8)
+) -> CodecConfig:
+    """The strides of the latents, by themselves or with the folder that they are known from."""
     tools = interop.codec_tools()
     if path is None:
-        side = 1 if channels == 3 else 8
-        return tools.LatentCodecConfig(h=side, w=side)
+        t, h, w = strides
+        return tools.LatentCodecConfig(t=t, h=h, w=w)
     found, _ = tools.codec_config(local_copy(path))
     message = (
         f"--codec {path!r} has latents of {found.latent_channels} channels, and the model makes "

@@ -20,7 +20,17 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 FOREIGN = {"tensorflow", "torch"}
 CORE = {"train", "sample", "config", "types", "files", "video"}
 CORE |= {"data", "model", "diffusion", "parallel", "training", "sampling"}
-SATELLITES = {"codec", "text", "interop", "convert", "evaluate", "prepare", "plan", "upscale"}
+SATELLITES = {
+    "codec",
+    "text",
+    "interop",
+    "convert",
+    "evaluate",
+    "prepare",
+    "plan",
+    "upscale",
+    "wan",
+}
 VERBS = {"train", "sample", "convert"}
 
 

@@ -7,7 +7,9 @@ from dit_jax.interop.folders import weights_hash as weights_hash
 from dit_jax.interop.folders import write_folder as write_folder
 from dit_jax.interop.maps import Map as Map
 from dit_jax.interop.registry import CODECS as CODECS
+from dit_jax.interop.registry import Pipeline as Pipeline
 from dit_jax.interop.registry import codec_tools as codec_tools
+from dit_jax.interop.registry import pipeline_of as pipeline_of
 from dit_jax.interop.registry import text_tools as text_tools
 from dit_jax.interop.registry import transformer_of_class as transformer_of_class
 from dit_jax.interop.registry import transformer_of_keys as transformer_of_keys

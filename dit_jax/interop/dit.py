@@ -153,6 +153,12 @@ class DiTFile:
         words = "SiT" if self.family == "sit" else "DiT"
         return f"{words} {name}, {self.size} x {self.size} latents"
 
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of the latents that it was trained on, if no codec is named: frames, rows and columns."""
+        side = 1 if self.model.patch.channels == 3 else 8
+        return 1, side, side
+
     def table(self, kind: str) -> Map:
         """The keys of a file of the authors' ("safetensors"), or of Diffusers' folder ("diffusers")."""
         return diffusers_map(self) if kind == "diffusers" else dit_map(self)
@@ -280,10 +286,13 @@ def from_arrays(
     return infer_dit(picked, family, heads), picked
 
 
-def from_folder(values: Mapping[str, Any], where: str, family: Family = "dit") -> DiTFile:
-    """The model of a ``config.json`` of Diffusers'."""
+def from_folder(
+    values: Mapping[str, Any], where: str, family: Family, arrays: Arrays
+) -> tuple[DiTFile, str]:
+    """The model of a ``config.json`` of Diffusers', and the layout of the keys that are beside it."""
     file = from_diffusers(values, where)
-    return dataclasses.replace(file, family=family, model=with_clock(file.model, family))
+    model = with_clock(file.model, family)
+    return dataclasses.replace(file, family=family, model=model), "diffusers"
 
 
 def from_run(config: VideoRun, kind: str) -> DiTFile:

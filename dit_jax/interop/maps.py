@@ -56,7 +56,14 @@ class Entry:
         if not self.stacked:
             return self._read(arrays, 0, index, dtype)
         layers = range(*index[0].indices(self.shape[0]))
-        return np.stack([self._read(arrays, layer, index[1:], dtype) for layer in layers])
+        parts = (self._read(arrays, layer, index[1:], dtype) for layer in layers)
+        first = next(parts)
+        out = np.empty(
+            (len(layers), *first.shape), dtype
+        )  # Not a stack: that holds all of it twice.
+        for at, part in enumerate(itertools.chain([first], parts)):
+            out[at] = part
+        return out
 
     def _read(self, arrays: Arrays, layer: int, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         start = layer * self.layout.arrays
@@ -92,6 +99,11 @@ class Fixed:
     """Whether files may lack it; then none is written."""
 
 
+def rest_of(key: str, at: int) -> str:
+    """What a table calls the second part of an array (``Map.parts``)."""
+    return f"{key}[:, {at}:]"
+
+
 @dataclasses.dataclass(frozen=True)
 class Map:
     """All entries of a layout."""
@@ -106,6 +118,9 @@ class Map:
     """Names to write in place of keys: ``{the table's: theirs}``."""
     ignored: tuple[str, ...] = ()
     """How keys begin that files may have of another model beside this one: they are not read."""
+    parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Keys whose array is two of the table's, split along its second axis, and where: a key itself has
+    the first of them, and ``rest_of`` names the other."""
 
     @cached_property
     def _of_key(self) -> dict[str, Entry]:
@@ -125,6 +140,9 @@ class Map:
                 message = f"the file has both {key!r} and {name!r}, which are one."
                 refuse_if([(name in named, message)])
                 named[name] = array
+        for key, at in self.parts.items():
+            if key in named and named[key].ndim > 1:
+                named[key], named[rest_of(key, at)] = named[key][:, :at], named[key][:, at:]
         return named
 
     def check(self, arrays: Arrays, where: str) -> None:
@@ -210,6 +228,8 @@ class Pending:
     entry: Entry | Fixed
     ours: Any = None
     at: int = 0
+    rest: Pending | None = None
+    """What follows it along the second axis."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy
@@ -217,6 +237,8 @@ class Pending:
             made = self.entry.value.astype(self.dtype)
         else:
             made = self.entry.write(self.ours, self.at, self.dtype)
+        if self.rest is not None:
+            made = np.concatenate([made, np.asarray(self.rest)], 1)
         return made if dtype is None else made.astype(dtype)
 
 
@@ -238,6 +260,10 @@ class Written(Mapping[str, Pending]):
                         name = table.written.get(entry.keys[at], entry.keys[at])
                         ours, shape = leaves[entry.path], entry.layout.their_shape
                         self._made[name] = Pending(shape, dtype, entry, ours, at)
+        for key, at in table.parts.items():
+            first, rest = self._made[key], self._made.pop(rest_of(key, at))
+            shape = (first.shape[0], at + rest.shape[1], *first.shape[2:])
+            self._made[key] = dataclasses.replace(first, shape=shape, rest=rest)
 
     def __getitem__(self, key: str) -> Pending:
         return self._made[key]

@@ -3,12 +3,14 @@ of one model needs none of the others, and satellites do not import each other."
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_jax.files import InputError, refuse_if
+from dit_jax.interop.folders import read_config
 
 if TYPE_CHECKING:
     from dit_jax.config import VideoRun
@@ -16,12 +18,19 @@ if TYPE_CHECKING:
 TRANSFORMERS = {
     "DiTTransformer2DModel": "dit_jax.interop.dit",
     "Transformer2DModel": "dit_jax.interop.dit",
+    "WanTransformer3DModel": "dit_jax.wan.transformer",
+    "WanModel": "dit_jax.wan.transformer",
 }
 """By the class that a folder's ``config.json`` names. A module has ``from_arrays``, ``from_folder`` and
 ``from_run``, which give a file's ``DiTFile`` or a like: what can be said of it, and its ``model``,
-``table``, ``config_json`` and ``run``."""
-KEYS = {"x_embedder.proj.weight": "dit_jax.interop.dit"}
+``table``, ``config_json`` and ``run``. It may have ``from_pipeline``, which gives a ``Pipeline``."""
+KEYS = {
+    "x_embedder.proj.weight": "dit_jax.interop.dit",
+    "text_embedding.0.weight": "dit_jax.wan.transformer",
+}
 """The same by how a key ends that only one layout of files has."""
+FOLDERS = ("transformer", "high_noise_model")
+"""Of the (first) transformer in the folder of a pipeline."""
 CODECS: dict[str, str] = dict.fromkeys(
     ("AutoencoderKL", "AutoencoderKLWan", "CausalAutoencoder"), "dit_jax.codec.converting"
 )
@@ -49,11 +58,39 @@ def transformer_of_keys(keys: Iterable[str], where: str) -> Any:
 def transformer_of_run(config: VideoRun, kind: str) -> Any:
     """The published transformer that the model of a run is, to be written as ``kind``; refused if it
     is none."""
-    modules = list(dict.fromkeys(TRANSFORMERS.values()))
-    for name in modules[:-1]:
-        with contextlib.suppress(InputError):
+    refusals = []
+    for name in dict.fromkeys(TRANSFORMERS.values()):
+        try:
             return importlib.import_module(name).from_run(config, kind)
-    return importlib.import_module(modules[-1]).from_run(config, kind)
+        except InputError as error:
+            refusals.append(str(error))
+    raise InputError("\n".join(refusals))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What is in the folder of a whole pipeline."""
+
+    transformers: Mapping[str, Path]
+    """Folders of transformers, by where in the run each is put: "" is the run itself."""
+    codec: str | None = None
+    """Folder of the codec."""
+    configure: Callable[[str, VideoRun], VideoRun] = lambda name, config: config
+    """What the pipeline says of the run that is put there."""
+
+
+def pipeline_of(folder: Path, place: str) -> Pipeline | None:
+    """The pipeline in a folder, which lies at ``place``; None if there is none."""
+    found = [folder / name for name in FOLDERS if (folder / name / "config.json").exists()]
+    if not found:
+        return None
+    where = repr(str(found[0] / "config.json"))
+    tools = transformer_of_class(read_config(found[0]).get("_class_name"), where)
+    return (
+        tools.from_pipeline(folder, place)
+        if hasattr(tools, "from_pipeline")
+        else Pipeline({"": found[0]})
+    )
 
 
 def text_tools() -> Any:
