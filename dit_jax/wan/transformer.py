@@ -67,16 +67,16 @@ LINEAR: Rows = {
     "dit/time/up": ("time_embedding.0", f"{EMBED}time_embedder.linear_1", "d f -> f d"),
     "dit/time/out": ("time_embedding.2", f"{EMBED}time_embedder.linear_2", "d i -> i d"),
     "dit/modulation/linear": ("time_projection.1", f"{EMBED}time_proj", "(six d) i -> i (six d)"),
-    f"{SELF}qkv": ("self_attn.[q k v]", "attn1.[to_q to_k to_v]", "(x n e two) i -> i (n x two e)"),
+    f"{SELF}qkv": ("self_attn.{q k v}", "attn1.{to_q to_k to_v}", "(x n e two) i -> i (n x two e)"),
     f"{SELF}out": ("self_attn.o", "attn1.to_out.0", "d (n e two) -> (n two e) d"),
     f"{CROSS}q": ("cross_attn.q", "attn2.to_q", "d i -> i d"),
-    f"{CROSS}kv": ("cross_attn.[k v]", "attn2.[to_k to_v]", "(x n h) i -> i (n x h)"),
+    f"{CROSS}kv": ("cross_attn.{k v}", "attn2.{to_k to_v}", "(x n h) i -> i (n x h)"),
     f"{CROSS}out": ("cross_attn.o", "attn2.to_out.0", "d i -> i d"),
     f"{BLOCK}mlp/up": ("ffn.0", "ffn.net.0.proj", "m d -> d m"),
     f"{BLOCK}mlp/down": ("ffn.2", "ffn.net.2", "d m -> m d"),
     "dit/final": ("head.head", "proj_out", "(pt ph pw c) d -> d (pt ph pw c)"),
 }
-"""Our layer, its name in the authors' files and in Diffusers' (in brackets several that are joined to
+"""Our layer, its name in the authors' files and in Diffusers' (in braces several that are joined to
 ours), and what its weight becomes; its bias becomes the like."""
 VECTORS: Rows = {
     f"{SELF}q_norm/scale": ("self_attn.norm_q.weight", "attn1.norm_q.weight", PAIRS),
@@ -96,8 +96,8 @@ VECTORS: Rows = {
 # Of models that attend to states of images.
 IMAGE_LINEAR: Rows = {
     f"{CROSS}image_kv": (
-        "cross_attn.[k_img v_img]",
-        "attn2.[add_k_proj add_v_proj]",
+        "cross_attn.{k_img v_img}",
+        "attn2.{add_k_proj add_v_proj}",
         "(x n h) i -> i (n x h)",
     ),
     f"{STATE}up": ("img_emb.proj.1", f"{IMAGE}ff.net.0.proj", "j g -> g j"),
@@ -246,8 +246,8 @@ def wan_map(model: ModelConfig, diffusers: bool) -> Map:
 
     def entry(path: str, name: str, pattern: str, **other: int) -> Entry:
         blocks = range(dit.depth) if path.startswith(BLOCK) else None
-        first, _, rest = name.partition("[")
-        joined, _, last = rest.partition("]")
+        first, _, rest = name.partition("{")
+        joined, _, last = rest.partition("}")
         names = [f"{first}{part}{last}" for part in joined.split()] or [name]
         keys = names if blocks is None else [f"blocks.{b}.{key}" for b in blocks for key in names]
         axis = "x" if joined else None

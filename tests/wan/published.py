@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from einops import rearrange
+from flax import traverse_util
 
+from dit_jax import interop
 from dit_jax.model import ModelConfig, TextToVideo, patchify, positions, unpatchify
 from dit_jax.parallel import xla_attention
+from dit_jax.text.folders import t5_from_transformers, t5_map
 from dit_jax.types import Runtime
+from dit_jax.wan import transformer as wan
 from dit_jax.wan.conditioners import LATENTS, STATES
 from tests.denoiser import struct
 from tests.interop.published import diffusers, torch
@@ -116,3 +121,72 @@ def save(model: Any, folder: Path, **options: Any) -> Path:
     """The folder that Diffusers writes."""
     model.save_pretrained(folder, **options)
     return folder
+
+
+def random_file(layout: str, seed: int = 0) -> tuple[wan.WanFile, Any]:
+    """A model and random parameters of ours, without PyTorch."""
+    file = wan.WanFile(wan.model_of(wan.Settings(**SIZES | LAYOUTS[layout])))
+    rng, tree = np.random.default_rng(seed), {}
+    for entry in file.table("diffusers").entries:
+        tree[entry.path] = 0.1 * rng.normal(size=entry.shape).astype(np.float32)
+    return file, {"params": traverse_util.unflatten_dict(tree)}
+
+
+def write_diffusers(folder: Path, layout: str, seed: int = 0) -> Path:
+    file, params = random_file(layout, seed)
+    interop.write_folder(folder, file.config_json(), file.table("diffusers").export(params))
+    return folder
+
+
+def write_authors(folder: Path, layout: str, seed: int = 0) -> Path:
+    """The authors' folder: their keys in two shards, and their ``config.json``."""
+    file, params = random_file(layout, seed)
+    arrays = file.table("safetensors").export(params)
+    folder.mkdir(parents=True)
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    placed = {key: names[i % 2] for i, key in enumerate(arrays)}
+    for name in names:
+        shard = {key: arrays[key] for key, place in placed.items() if place == name}
+        interop.write_safetensors(folder / name, shard)
+    index = json.dumps({"metadata": {}, "weight_map": placed})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    about = {"_class_name": "WanModel", "num_heads": HEADS, "dim": HEADS * DIM}
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+def write_pipeline(folder: Path, layout: str, **scheduler: Any) -> Path:
+    """Diffusers' folder of a pipeline: of two experts if its transformer is one of two."""
+    parts = {"transformer": "diffusers", "vae": "diffusers", "text_encoder": "transformers"}
+    write_diffusers(folder / "transformer", layout)
+    if two := layout in ("2.2 T2V", "2.2 I2V"):
+        write_diffusers(folder / "transformer_2", layout, seed=1)
+        parts["transformer_2"] = "diffusers"
+    z = 48 if layout == "2.2 TI2V" else 16
+    vae = {"z_dim": z, "base_dim": 8, "latents_mean": [0.0] * z, "latents_std": [1.0] * z}
+    write_text_encoder(folder / "text_encoder", TEXT)
+    for name, values in {
+        "vae/config.json": {"_class_name": "AutoencoderKLWan"} | vae,
+        "scheduler/scheduler_config.json": scheduler,
+        "model_index.json": {"_class_name": "WanPipeline", "image_encoder": [None, None]}
+        | {name: [library, "-"] for name, library in parts.items()}
+        | ({"boundary_ratio": 0.9} if two else {}),
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+def write_text_encoder(folder: Path, dim: int) -> None:
+    """A tiny UMT5, without its tokenizer."""
+    sizes = dict(vocab_size=16, d_model=dim, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    values = {"model_type": "umt5", "feed_forward_proj": "gated-gelu"} | sizes
+    table = t5_map(t5_from_transformers(values, "in"))
+    arrays = {
+        key: np.ones(entry.layout.their_shape, np.float32)
+        for entry in table.entries
+        for key in entry.keys
+    }
+    folder.mkdir(parents=True)
+    interop.write_safetensors(folder / "model.safetensors", arrays)
+    (folder / "config.json").write_text(json.dumps(values))
