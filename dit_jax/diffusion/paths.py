@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dit_jax.types import PositiveFloat, PositiveInt, Range, require
+from dit_jax.types import PositiveFloat, PositiveInt, Range, UnitInterval, require
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 Points = Float[Array, "*b p"]
@@ -212,6 +212,9 @@ class TimeConfig:
     shift: PositiveFloat = 1.0  # r of (5): above 1 moves times towards noise
     # If set, r is ``shift`` for a segment of this many tokens and grows with the root of their number.
     reference_tokens: PositiveInt | None = None
+    # The noise levels that are trained, if not all: those of one of two experts.
+    lowest: UnitInterval = 0.0
+    highest: UnitInterval = 1.0
 
 
 def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Float[AnyArray, "*b"]:
@@ -235,4 +238,5 @@ def sample_time(config: TimeConfig, key: jax.Array, num_tokens: Int[Array, ""]) 
         t = 1.0 - jax.random.uniform(key)
     else:
         t = jax.nn.sigmoid(config.mean + config.std * jax.random.normal(key))
-    return shift_time(t, resolution_shift(config, num_tokens))
+    t = shift_time(t, resolution_shift(config, num_tokens))
+    return config.lowest + (config.highest - config.lowest) * t
