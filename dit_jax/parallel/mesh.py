@@ -244,15 +244,17 @@ def parameter_shardings(mesh: Mesh, boxed: Any, over_context: bool = True) -> An
 def state_shardings(mesh: Mesh, tree: Any, shardings: Any) -> Any:
     """Shardings of a state whose subtrees mirror the parameters, as optimizers' moments do.
 
-    A leaf whose path ends in the path of a parameter is sharded like it; all others are whole.
+    A leaf whose path ends in the path of a parameter is sharded like it, but along axes where it has
+    one number, as scales of rows and columns do; all others are whole.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(shardings)
     known = {path: leaf for path, leaf in flat}
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         parameters = (known.get(path[start:]) for start in range(len(path)))
-        fits = (x for x in parameters if x is not None and len(x.spec) <= leaf.ndim)
-        return next(fits, NamedSharding(mesh, P()))
+        fits = (x.spec for x in parameters if x is not None and len(x.spec) <= leaf.ndim)
+        spec = zip(next(fits, ()), leaf.shape, strict=False)
+        return NamedSharding(mesh, P(*(None if size == 1 else part for part, size in spec)))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
