@@ -42,11 +42,13 @@ from dit_jax.training import CheckpointConfig, ClipsEvaluator, HeldOutLoss, Opti
 from dit_jax.types import (
     Codec,
     FrameGrid,
+    NonNegativeFloat,
     NonNegativeInt,
     PixelCodec,
     PositiveInt,
     Range,
     TextEncoder,
+    UnitInterval,
 )
 
 # ---------------------------------------------------------------------------------------------------
@@ -200,6 +202,17 @@ class StatesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """A second run of the same model config, which takes over at low noise levels in sampling."""
+
+    paths: ClassVar[tuple[str, ...]] = ("path",)
+
+    path: str | None = None  # Its directory; None: there is none.
+    below: UnitInterval = 0.875  # The noise levels that are its.
+    cfg_scale: NonNegativeFloat | None = None  # Its guidance; unset: that of the first.
+
+
+@dataclasses.dataclass(frozen=True)
 class VideoRun(Run):
     """A run of training: a text-to-video model, or one of classes and images."""
 
@@ -211,6 +224,7 @@ class VideoRun(Run):
     attention: AttentionConfig = AttentionConfig()
     codec: CodecConfig = CodecConfig()
     text_encoder: StatesConfig = StatesConfig()
+    expert: ExpertConfig = ExpertConfig()
     sampling: SamplingConfig = SamplingConfig()
 
     def with_hashes(self) -> VideoRun:
@@ -267,6 +281,9 @@ class VideoRun(Run):
         folder, states = self.text_encoder.path, isinstance(model.text, TextStatesConfig)
         text = f"text_encoder.path is {folder!r}, and the model reads no states: leave it out, or give "
         yield bool(folder) and not states, text + "model.text a TextStatesConfig."
+        dropout, padded = self.diffusion.caption_dropout, getattr(model.text, "padded", False)
+        text = f"diffusion.caption_dropout is {dropout}: set it to 0, for the empty caption of a model "
+        yield padded and dropout > 0, text + "with text.padded has states of its own."
         fixed = self.diffusion.variance == "learned_range" and not model.learned_variance
         text = "diffusion.variance is 'learned_range': set model.learned_variance, or another variance."
         yield fixed, text

@@ -66,7 +66,8 @@ class Command:
     """A file with a prompt on every line, or a table or JSON with a column or key "prompt"."""
     label: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction] = ()
     """Classes, by number, for a model of classes: in place of prompts."""
-    negative_prompt: str = ""  # What guidance leads away from, in place of the empty prompt.
+    negative_prompt: str | None = None
+    """What guidance leads away from. Unset: what the run's config says, or the empty prompt."""
     output: str = "samples.mp4"
     """A file (.mp4, .gif, .png; several clips share it as a grid), or a directory for many."""
     format: Literal["mp4", "gif", "png"] = "mp4"  # Of the files in a directory.
@@ -93,7 +94,7 @@ class Command:
 
     def requests(self, pipeline: Pipeline, prompts: Prompts, more: Prompts = ()) -> list[Request]:
         """A plain request for each prompt; ``more`` are other texts that the model will read."""
-        config, negative = pipeline.config, self.negative_prompt
+        config, negative = pipeline.config, self.negative_prompt or ""
         labels = config.model.conditioners.get("label")
         classes = range(labels.classes if isinstance(labels, ClassLabels) else 0)
         reads = f"--label with numbers of 0 to {len(classes) - 1}" if classes else "--prompt"
@@ -105,6 +106,8 @@ class Command:
         other = f"{wrong!r:.60}: give {reads}, which {self.checkpoint!r} reads."
         guide = "--negative-prompt needs a model of text, and --cfg-scale not 1."
         refuse_if([(bool(broken), recode), (bool(wrong), other), (bool(negative) and deaf, guide)])
+        if self.negative_prompt is None and not deaf:
+            negative = config.sampling.negative_prompt
         note = cut_note(config, [*map(str, (*prompts, *more)), negative])
         if note and jax.process_index() == 0:
             print(f"dit_jax.sample: warning: {note}", file=sys.stderr, flush=True)
@@ -221,7 +224,8 @@ class Image(Text):
             message = f"{time or 'last'}={file} is frame {frame} of a clip of {count}: give others."
             refuse_if([(frame >= count or frame in images, message)])
             images[frame] = job.media[file][0]
-        return modes.image_to_video(job.space, template, images, self.noise)
+        reads = job.pipeline.config.model.conditioners
+        return modes.image_to_video(job.space, template, images, self.noise, reads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

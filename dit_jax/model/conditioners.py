@@ -6,6 +6,7 @@ conditioner is a small module that turns its field into one of these::
     tokens      [b, l, d]  added to the embedded patches
     modulation  [b, k, d]  added to the condition that modulates every block, by modulation group
     text        [b, m, e]  more text tokens, which every block attends to
+    image       [b, m, d]  states of images, to which blocks attend with keys of their own
 
 So a new condition is three places: the source that yields the field, a conditioner, and a line of a
 config (docs/conditions.md). A segment that is ``dropped`` is unconditional, in training and in
@@ -26,7 +27,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Shaped
 
 from dit_jax.files import InputError
-from dit_jax.model.layers import dense
+from dit_jax.model.layers import States, dense
 from dit_jax.types import DenoiserInputs, PositiveInt, Runtime, Sample, per_segment
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ class Conditioning(NamedTuple):
 
     tokens: Float[Array, "b l d"] | None = None
     modulation: Float[Array, "b #k d"] | None = None
-    # Text states, and the segments that they belong to.
-    text: tuple[Float[Array, "b m e"], Int[Array, "b m"]] | None = None
+    # States, and the segments that they belong to.
+    text: States | None = None
+    image: States | None = None  # For a model with ``dit.image_attention``.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Conditioner:
 
     def build(self, name: str, model: ModelConfig, runtime: Runtime) -> Any:
         """The module: a function of ``DenoiserInputs`` that returns a ``Conditioning``."""
+
+    def with_images(self, name: str, request: Any, space: Any, images: Any) -> Any:
+        """The request with the field made of known frames, ``{number: uint8 [h, w, 3]}``; None if it is
+        not made of images. With one that is, image-to-video has no known latents."""
 
     def derive(self, name: str, sample: Sample) -> Sample:
         """The sample with the field, if the field is computed from the clip (or a source lacks it)."""

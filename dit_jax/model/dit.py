@@ -25,13 +25,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from dit_jax.model.conditioners import Conditioner, Conditioning, group_segments, prepare_fields
-from dit_jax.model.layers import MLP, ZERO, Attention, Modulation, dense, gather_groups, layer_norm
+from dit_jax.model.layers import (
+    MLP,
+    ZERO,
+    Attention,
+    LayerNorm,
+    Modulation,
+    States,
+    dense,
+    gather_groups,
+    layer_norm,
+)
 from dit_jax.model.patches import PatchConfig, absolute_features, rotary_angles
 from dit_jax.model.text import ByteEncoderConfig, NoTextConfig, TextConfig, make_encoder
 from dit_jax.types import (
@@ -78,8 +87,9 @@ class DiTConfig:
     mlp_dim: PositiveInt | None = None  # Hidden width of the MLP; unset: four times the width.
     rope_theta: float = 1e4  # Ratio of rotary wavelengths (see ``model.patches``).
     rotary: bool = True  # Turn queries and keys by their token's coordinates.
-    # Normalise queries and keys (root mean square, a learned scale for each dimension of a head).
-    qk_norm: bool = True
+    # Normalise queries and keys (root mean square, a learned scale for each dimension): each head, or
+    # all heads together, as Wan does.
+    qk_norm: bool | Literal["width"] = True
     # Also add sines and cosines of the coordinates to the patches: of all, or of columns and rows
     # as DiT and MAE do, or (wht) of these and time, the first frame placed as in wh. A small model
     # learns where things are much sooner; sizes never trained on are then a little harder.
@@ -94,10 +104,15 @@ class DiTConfig:
     time_std: PositiveFloat | None = None
     # Attend to the text in every block; without it only ``pooled_text`` reads the text.
     cross_attention: bool = True
+    # A learned scale and bias of what enters cross-attention.
+    cross_norm: bool = False
+    # Cross-attention also to the image states of a conditioner, with keys and values of their own.
+    image_attention: bool = False
     pooled_text: bool = False  # Also condition the modulation on the mean of the text states.
     # A matrix for every layer (adaLN-Zero), or one for all, to whose product a layer adds a table
-    # (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters).
-    modulation: Literal["layer", "shared"] = "layer"
+    # (PixArt-alpha's adaLN-single: a quarter to a third fewer parameters). table: shared, and the last
+    # layer adds a table to the condition itself, with no matrix (as PixArt-alpha's and Wan's do).
+    modulation: Literal["layer", "shared", "table"] = "layer"
     # Local attention window: tokens on either side, in the row's order, that local layers attend to
     # (n tokens are n / (h w) latent frames of h w patches). Unset: every layer is global.
     window: PositiveInt | None = None
@@ -124,6 +139,11 @@ class DiTConfig:
             ("width", even or not self.rotary, "of an even number of dimensions a head, 6 or more"),
             ("width", not grid or self.width % 4 == 0, "a multiple of 4 for positions of rows"),
             ("depth", whole, f"a multiple of global_every {every}"),
+            (
+                "image_attention",
+                self.cross_attention or not self.image_attention,
+                "with cross_attention",
+            ),
             ("time_scale", self.time_scale != 0, "1000 (DiT), -1 (SiT) or another but 0"),
         )
 
@@ -235,6 +255,7 @@ class DiTBlock(nn.Module):
         rotary: tuple[jax.Array, jax.Array] | None,
         text: Float[Array, "b s e"] | None,
         text_segment_ids: Int[Array, "b s"] | None,
+        image: States | None = None,
     ) -> tuple[Tokens, None]:
         config, run, width = self.config, self.runtime, x.shape[-1]
         attention = partial(Attention, config.heads, run, qk_norm=config.qk_norm)
@@ -260,9 +281,11 @@ class DiTBlock(nn.Module):
         x = x + (gate1 * branch.astype(jnp.float32)).astype(x.dtype)
         if config.cross_attention:
             assert text is not None and text_segment_ids is not None
-            h = whole(layer_norm(x).astype(run.dtype))  # (2)
+            norm = LayerNorm(name="cross_attention_norm") if config.cross_norm else layer_norm
+            h = whole(norm(x).astype(run.dtype))  # (2)
             cross = attention(name="cross_attention")
-            x = x + whole(cross(h, segment_ids, None, (text, text_segment_ids))).astype(x.dtype)
+            branch = cross(h, segment_ids, None, (text, text_segment_ids), image)
+            x = x + whole(branch).astype(x.dtype)
         h = whole((layer_norm(x) * (1 + scale2) + shift2).astype(run.dtype))  # (3)
         branch = whole(MLP(config.hidden, run, name="mlp")(h))
         x = x + (gate2 * branch.astype(jnp.float32)).astype(x.dtype)
@@ -331,7 +354,7 @@ class DiT(nn.Module):
             pooled = jnp.einsum("bks,bse->bke", weights, states, precision="highest")
             condition += exact(width, ("embed", "embed_out"), name="pooled")(pooled)
         of_layers = condition = run.constrain(condition, "batch", None, "width")
-        if config.modulation == "shared":
+        if config.modulation != "layer":
             of_layers = Modulation(6 * width, name="modulation")(condition)
             of_layers = run.constrain(of_layers, "batch", None, None)
 
@@ -342,6 +365,7 @@ class DiT(nn.Module):
             states, ids = zip(*texts, strict=True)
             text, text_segment_ids = jnp.concatenate(states, 1), jnp.concatenate(ids, 1)
             text = text.astype(run.dtype)
+        image = next((one.image for one in added if one.image is not None), None)
 
         # The blocks, one after another: their parameters are stacked along a first axis.
         if residual is None:
@@ -365,12 +389,18 @@ class DiT(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             others = (of_layers, group_ids, inputs.segment_ids, rotary, text, text_segment_ids)
+            others = (*others, image) if config.image_attention else others
             start, (x, _) = x, stacked(*arguments, name="blocks")(x, *others)
             self.sow("intermediates", "residual", x - start)
         else:
             x = x + residual
 
-        groups = Modulation(2 * width, name="final_modulation")(condition)
+        if config.modulation == "table":
+            init = nn.with_logical_partitioning(ZERO, ("modulation_table",))
+            table: Any = self.param("final_modulation_table", init, (2 * width,))
+            groups = jnp.tile(condition, 2) + table
+        else:
+            groups = Modulation(2 * width, name="final_modulation")(condition)
         groups = run.constrain(groups, "batch", None, None)
         shift, scale = gather_groups(groups, group_ids, 2)
         x = (layer_norm(x) * (1 + scale) + shift).astype(run.dtype)
@@ -421,7 +451,7 @@ def blank_inputs(config: ModelConfig, l: int = 1, s: int = 1) -> DenoiserInputs:
         fields, count = (token_fields, l) if of == "token" else (segment_fields, 1)
         fields[name] = jnp.zeros((1, count, *shape), dtype)
     ids, text_ids = jnp.zeros((1, l), jnp.int32), jnp.zeros((1, s), jnp.int32)
-    empty = config.text.tokens("", np.empty(0))  # [1], or a state [1, e]
+    empty = config.text.tokens("")  # [1], or a state [1, e]
     inputs = DenoiserInputs(
         tokens=jnp.zeros((1, l, config.patch.dim)),
         positions=jnp.zeros((1, l, 3)),
@@ -462,7 +492,7 @@ def first_modulation(
     modulation: Any = Modulation(6 * config.width)
     first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     first = first if config.window is None else first["layer_0"]
-    own = params["modulation"] if config.modulation == "shared" else first["modulation"]
+    own = first["modulation"] if config.modulation == "layer" else params["modulation"]
     out = modulation.apply({"params": own}, time.apply({"params": params["time"]}, t[None]))
     shift, scale, *_ = jnp.split((out + first.get("modulation_table", 0))[0], 6, -1)
     return jnp.concatenate([shift, 1 + scale], -1)

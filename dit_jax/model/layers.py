@@ -29,6 +29,8 @@ Initializer = Callable[..., jax.Array]
 Tokens = Float[Array, "b l d"]
 Ids = Int[Array, "b l"]
 ByGroup = Float[Array, "b k d"]
+# Of text or images, and the segment that each is of.
+States = tuple[Float[Array, "b s e"], Int[Array, "b s"]]
 
 ZERO = nn.initializers.zeros_init()
 NORM_EPS = 1e-6
@@ -145,8 +147,8 @@ def gather_groups(per_group: ByGroup, group_ids: Ids, parts: int = 1) -> list[ja
 def as_computed(path: Sequence[str], leaf: jax.Array, dtype: Dtype) -> jax.Array:
     """A parameter in the dtype that its layer computes with (see ``dense``)."""
     # These are float32 whatever the dtype of activations, and conditioners compute in what they please.
-    own = {"time", "pooled", "modulation", "final_modulation"}.intersection(path)
-    own = own or any(part.startswith("conditioners_") for part in path)
+    wide = {"time", "pooled", "modulation", "final_modulation", "cross_attention_norm"}
+    own = any(part in wide or part.startswith("conditioners_") for part in path)
     return leaf if own or path[-1] not in ("kernel", "bias") else leaf.astype(dtype)
 
 
@@ -163,15 +165,29 @@ class Modulation(nn.Module):
         return linear(nn.silu(condition))
 
 
+class LayerNorm(nn.Module):
+    """Layer norm (1) with a learned scale and bias, in float32."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        def vector(name: str, init: Initializer) -> Any:
+            boxed = nn.with_logical_partitioning(init, (None,))
+            return self.param(name, boxed, (x.shape[-1],))
+
+        return layer_norm(x) * vector("scale", nn.initializers.ones_init()) + vector("bias", ZERO)
+
+
 class Attention(nn.Module):
     """Attention of tokens to those of their own segment, within ``window`` if there is one; with
-    ``text``, cross-attention to the segment's text, zero at initialisation."""
+    ``text``, cross-attention to the segment's text, zero at initialisation. With ``image`` too, its
+    states have keys and values of their own, and both results are added (Ye et al. 2023,
+    "IP-Adapter", section 3.2.2)."""
 
     heads: int
     runtime: Runtime
     window: int | None = None
     axis: str = "tokens"  # Logical axis of the tokens; those of text are whole on every device.
-    qk_norm: bool = True
+    qk_norm: bool | Literal["width"] = True
 
     @nn.compact
     def __call__(
@@ -179,10 +195,22 @@ class Attention(nn.Module):
         x: Tokens,
         segment_ids: Ids,
         rotary: tuple[jax.Array, jax.Array] | None = None,
-        text: tuple[Float[Array, "b s e"], Int[Array, "b s"]] | None = None,
+        text: States | None = None,
+        image: States | None = None,
     ) -> Tokens:
         run, (b, l, width) = self.runtime, x.shape
         linear = partial(dense, dtype=run.dtype, dot_general=run.dot_general)
+
+        def norm(y: jax.Array, name: str) -> jax.Array:
+            if self.qk_norm == "width":  # of all heads together
+                return RMSNorm(name=name)(y.reshape(b, -1, width)).reshape(y.shape)
+            return RMSNorm(name=name)(y) if self.qk_norm else y
+
+        def keys_and_values(states: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+            kv = linear(2 * width, ("embed", "heads"), name=name)(states)
+            kv = kv.reshape(b, states.shape[1], self.heads, 2, -1)
+            return kv[..., 0, :], kv[..., 1, :]  # [b, s, a, d]
+
         # Queries, keys and values of one head lie side by side, so that splitting the heads over
         # devices splits the kernel in whole heads. Named before the norms, whose backward pass needs
         # what enters them: kept after them alone, the product would be computed again.
@@ -195,16 +223,19 @@ class Attention(nn.Module):
         else:
             keys_axis, (states, keys) = "text_tokens", text
             q = linear(width, ("embed", "heads"), name="q")(x).reshape(b, l, self.heads, -1)
-            kv = linear(2 * width, ("embed", "heads"), name="kv")(states)
-            kv = kv.reshape(b, states.shape[1], self.heads, 2, -1)
-            k, v = kv[..., 0, :], kv[..., 1, :]  # [b, s, a, d]
-        if self.qk_norm:
-            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+            k, v = keys_and_values(states, "kv")
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q = run.constrain(q, "batch", self.axis, "heads", None)
         k, v = (run.constrain(y, "batch", keys_axis, "heads", None) for y in (k, v))
         out = run.attention(q, k, v, segment_ids, keys, window=self.window)
+        if image is not None:
+            states, ids = image
+            k, v = keys_and_values(states, "image_kv")
+            k = norm(k, "image_k_norm")
+            k, v = (run.constrain(y, "batch", keys_axis, "heads", None) for y in (k, v))
+            out = out + run.attention(q, k, v, segment_ids, ids, window=None)
         out = run.constrain(out, "batch", self.axis, "heads", None).reshape(b, l, width)
         init = None if text is None else ZERO
         return linear(width, ("heads", "embed"), name="out", init=init)(out)

@@ -78,12 +78,21 @@ class TextStatesConfig:
     dim: PositiveInt = 4096  # Numbers of a state.
     # The beginning and the states of a caption; longer captions are cut there.
     max_tokens: Annotated[int, Range(2)] = 512
+    # Every caption is ``max_tokens`` states, zeros behind its own, which are attended to as well, and
+    # there is no beginning: as Wan reads UMT5. The empty caption then has states, too.
+    padded: bool = False
+
+    @property
+    def begins(self) -> int:
+        """How many of the tokens stand for the beginning."""
+        return 0 if self.padded else 1
 
     def length(self, caption: str, states: np.ndarray | None = None) -> int:
-        return 1 if states is None else 1 + len(states)
+        return self.begins + (0 if states is None else len(states))
 
     def tokens(self, caption: str, states: np.ndarray | None = None) -> np.ndarray:
-        if not caption:  # None, or a dropped one: nothing is to be read.
+        if not caption and not (self.padded and states is not None):
+            # None, or a dropped one: nothing is to be read.
             states = np.zeros((0, self.dim), np.float32)
         if states is None or states.ndim != 2 or states.shape[1] != self.dim:
             actual = "none" if states is None else f"an array of shape {states.shape}"
@@ -93,8 +102,9 @@ class TextStatesConfig:
                 "have them (data.source.text_states_key), the encoder itself (text_encoder.path), or a "
                 "model with a byte encoder (model.text)."
             )
-        cut = states[: self.max_tokens - 1].astype(np.float32)
-        return np.concatenate([np.zeros((1, self.dim), np.float32), cut])
+        cut = states[: self.max_tokens - self.begins].astype(np.float32)
+        after = self.max_tokens - len(cut) if self.padded else 0
+        return np.pad(cut, ((self.begins, after), (0, 0)))
 
 
 TextConfig = ByteEncoderConfig | TextStatesConfig | NoTextConfig

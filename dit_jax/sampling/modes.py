@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.files import InputError, MiB, read_bytes, refuse_if
-from dit_jax.model import PatchConfig
+from dit_jax.model import Conditioner, PatchConfig
 from dit_jax.sampling.media import to_uint8
 from dit_jax.sampling.request import KnownLatents, Request, Space, check_request, filled
 from dit_jax.sampling.sampler import Decode, Generator, decode_loop, make_latents
@@ -83,15 +83,25 @@ def plain(template: Request) -> Generation:
 
 
 def image_to_video(
-    space: Space, template: Request, images: Mapping[int, np.ndarray], noise: float = 0.0
+    space: Space,
+    template: Request,
+    images: Mapping[int, np.ndarray],
+    noise: float = 0.0,
+    conditioners: Mapping[str, Conditioner] | None = None,
 ) -> Generation:
     """Some frames are known: ``{0: first, -1: last}`` or others, as uint8 ``[h, w, 3]``.
 
     An image that is not the first frame stands still for the frames of its token, because a token is
-    kept as a whole. A little ``noise`` (0.02 to 0.1) frees motion that is frozen.
+    kept as a whole. A little ``noise`` (0.02 to 0.1) frees motion that is frozen. A model whose
+    ``conditioners`` read images is shown them so.
     """
     numbers, part = range(space.grid.frames(template.frames)), space.patch.t
     frames = {numbers[number]: image for number, image in images.items()}
+    pasted, request = {at: image[None] for at, image in frames.items()}, template
+    for name, one in (conditioners or {}).items():
+        request = one.with_images(name, request, space, frames) or request
+    if request is not template:
+        return _pasting(request, pasted)
     # Token 0 holds frame 0 alone, and token j the frames up to j stride.
     tokens = {-(-frame // space.stride): image for frame, image in frames.items()}
     full = len(tokens) < len(frames) or len(tokens) > (len(numbers) - 1) // space.stride
@@ -106,8 +116,7 @@ def image_to_video(
         else (slice(1), space.encode(image[None]))
         for token, image in tokens.items()
     ]
-    request = _known(space.patch, template, parts, noise)
-    return _pasting(request, {at: image[None] for at, image in frames.items()})
+    return _pasting(_known(space.patch, template, parts, noise), pasted)
 
 
 def restyle(space: Space, template: Request, clip: Clip, strength: float) -> Generation:

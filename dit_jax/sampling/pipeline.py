@@ -25,7 +25,7 @@ from dit_jax.model import TextStatesConfig, TextToVideo
 from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling.modes import Generation, make_clips
 from dit_jax.sampling.request import Request, Space
-from dit_jax.sampling.sampler import Generator, SamplingConfig
+from dit_jax.sampling.sampler import Experts, Generator, SamplingConfig
 from dit_jax.training import Checkpointer, abstract_params, open_run, video_task
 from dit_jax.types import Codec, Params
 
@@ -61,13 +61,22 @@ class Pipeline:
         return Generator(self.model, self.config.diffusion, self.config.sampling)
 
     @cached_property
-    def params(self) -> Params:
-        """The averaged parameters, checked to be finite."""
+    def params(self) -> Params | Experts:
+        """The averaged parameters, checked to be finite; with those of the expert, if there is one."""
+        own, expert = self._restore(self.checkpointer, self.step), self.config.expert
+        if expert.path is None:
+            return own
+        checkpointer, step, config = stored_run(expert.path)
+        message = f"expert.path {expert.path!r} is a run of another model: give one of this model."
+        refuse_if([(config.model != self.config.model, message)])
+        return Experts(own, self._restore(checkpointer, step), expert.below, expert.cfg_scale)
+
+    def _restore(self, checkpointer: Checkpointer, step: int) -> Params:
         init = partial(video_task.init_params, self.model)
         shapes, shardings = abstract_params(init, self.mesh, over_context=self.over_context)
-        params = self.checkpointer.restore_ema(self.step, shapes, shardings)
-        check_finite(params, str(self.path), f", of {self.checkpointer.steps()}")
-        self.checkpointer.close()
+        params = checkpointer.restore_ema(step, shapes, shardings)
+        check_finite(params, str(checkpointer.path(step)), f", of {checkpointer.steps()}")
+        checkpointer.close()
         return params
 
     def request(self, prompt: str = "", seed: int = 0, **fields: Any) -> Request:

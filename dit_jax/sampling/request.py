@@ -200,7 +200,7 @@ def make_inputs(
     if any(r.loop for r in every):
         cycles = [_cycle(g) if r.loop else (0, 0, 0) for g, r in zip(grids, requests, strict=True)]
         arrays["cycles"] = np.array(cycles, np.float32)
-    if any(r.negative for r in every):
+    if any(r.negative for r in every) or getattr(model.text, "padded", False):
         negative = [model.text.tokens(r.negative, r.negative_states) for r in requests]
         arrays["negative"] = rows(negative, s)
         arrays["negative_segment_ids"] = segment_ids(negative, s)

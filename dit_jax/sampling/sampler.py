@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,17 @@ class SamplingConfig(SamplerConfig):
     height: Count = 256
     width: Count = 256
     fps: Positive = 24.0
+    negative_prompt: str = ""  # What guidance leads away from, if a command does not say.
+
+
+class Experts(NamedTuple):
+    """The parameters of two models of one config, of which the second takes over at low noise levels
+    (Balaji et al. 2022, "eDiff-I"; Wan 2.2)."""
+
+    high: Params
+    low: Params
+    below: float = 0.0  # The noise levels of the second.
+    cfg_scale: float | None = None  # Its guidance; None: that of the first.
 
 
 class Generator:
@@ -118,7 +129,7 @@ class Generator:
             config.solver, diffusion.variance, config.eta, config.sde_strength
         )
         self.begin = jax.jit(self._begin)
-        self.step = jax.jit(self._step, donate_argnums=1, static_argnames="keep")
+        self.step = jax.jit(self._step, donate_argnums=1, static_argnames=("keep", "scale"))
         self.prepare_fields = jax.jit(self._prepare_fields)
         self.cast = jax.jit(self._cast)
         self._encode = jax.jit(partial(model.apply, method="encode_text"))
@@ -140,16 +151,27 @@ class Generator:
         highest = 1.0 if request.known is None else float(request.known.noise_caps.max())
         return levels, highest, request.loop
 
-    def __call__(self, params: Params, inputs: SamplerInputs, on_steps=lambda n: None) -> Tokens:
+    def __call__(
+        self, params: Params | Experts, inputs: SamplerInputs, on_steps=lambda n: None
+    ) -> Tokens:
         """Clean tokens; ``on_steps(n)`` is called after n more steps of the solver."""
+        experts = params if isinstance(params, Experts) else Experts(params, params)
         if self.model.config.conditioners:
             inputs = self.prepare_fields(inputs)
-        if self.model.config.compute_dtype() != jnp.float32:
-            params = self.cast(params)  # once, in place of in every step
         read = [inputs, inputs.unconditioned()] if self.config.cfg_scale != 1 else [inputs]
         ids = [one.text_segment_ids for one in read]
-        texts = [(self._encode(params, one.text, i), i) for one, i in zip(read, ids, strict=True)]
-        both = [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]  # [2 b, s, ...]
+
+        def ready(params: Params) -> tuple[Params, Any, Any]:
+            """Parameters, and the states of the prompts alone and of both prompts."""
+            if self.model.config.compute_dtype() != jnp.float32:
+                params = self.cast(params)  # once, in place of in every step
+            texts = [
+                (self._encode(params, one.text, i), i) for one, i in zip(read, ids, strict=True)
+            ]
+            both = [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]  # [2 b, s, ...]
+            return params, texts[0], both
+
+        models = [ready(one) for one in (experts.high, experts.low) if one is not None]
 
         filled = inputs.segment_ids != PAD
         levels = self.levels(int(filled.sum(1).max()))
@@ -157,16 +179,19 @@ class Generator:
         highest = float(jnp.where(filled, inputs.noise_caps, 0).max())
         first = min(int((levels[1:] >= np.float32(highest)).sum()), len(levels) - 2)
         carry, residual = self.begin(inputs, levels[first]), []
-        caching = self.config.cache_threshold > 0 and inputs.cycles is None
-        runs = self.plan(params, levels[first:]) if caching else []
+        caching = self.config.cache_threshold > 0 and inputs.cycles is None and len(models) == 1
+        runs = self.plan(models[0][0], levels[first:]) if caching else []
         on_steps(first)
         for i, (t, t_next) in enumerate(itertools.pairwise(levels[first:]), first):
-            text = both if self._guided(t, t_next) else texts[0]
+            low = len(models) > 1 and bool(t < np.float32(experts.below))
+            params, alone, both = models[low]
+            text = both if self._guided(t, t_next) else alone
             at = params, carry, inputs, *text, t, t_next, np.int32(i)
             if caching and runs[i - first]:
                 carry, *residual = self.step(*at, keep=True)
             else:
-                carry, _ = self.step(*at, *residual)
+                scale = experts.cfg_scale if low else None
+                carry, _ = self.step(*at, *residual, scale=scale)
             carry[0].block_until_ready()
             on_steps(1)
         return carry[0]
@@ -197,13 +222,24 @@ class Generator:
         return objective.token_noise(keys, inputs.segment_ids, inputs.token_ids, dim)
 
     def _step(
-        self, params, carry, inputs, text, ids, t, t_next, index, residual=None, keep=False
+        self,
+        params,
+        carry,
+        inputs,
+        text,
+        ids,
+        t,
+        t_next,
+        index,
+        residual=None,
+        keep=False,
+        scale=None,
     ) -> tuple[Carry, Any]:
         """Step ``index`` of the solver, from level ``t`` to ``t_next``; with ``keep`` also what the
         blocks added ``[c, l, d]``, which another step takes in their place as ``residual``.
 
         It is guided if there is twice as much text ``[c, s, e]`` as clips (c = 2 b): the prompts, and
-        then the empty ones.
+        then the empty ones. ``scale`` is that of guidance, if not the config's.
         """
         diffusion, path = self._diffusion, self._diffusion.path
         (x, history), cycles = carry, inputs.cycles
@@ -236,7 +272,9 @@ class Generator:
             if guided:
                 with_text, without = jnp.split(prediction, 2)
                 channels = self.model.config.patch.channels
-                prediction = solvers.guide(self.config, with_text, without, t, channels)
+                config = self.config
+                config = config if scale is None else dataclasses.replace(config, cfg_scale=scale)
+                prediction = solvers.guide(config, with_text, without, t, channels)
                 fraction = None if fraction is None else fraction[:b]
             return objective.estimate(diffusion, prediction, x, tau, fraction)
 
@@ -332,7 +370,7 @@ def decode_loop(decode: Decode, latents: np.ndarray) -> np.ndarray:
 
 def make_latents(
     generator: Generator,
-    params: Params,
+    params: Params | Experts,
     requests: Sequence[Request],
     mesh: Mesh,
     progress: str = "",

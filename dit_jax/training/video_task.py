@@ -56,15 +56,14 @@ def with_states(requests: Sequence[Request], encoder: TextEncoder | None) -> lis
     if encoder is None:
         return list(requests)
     texts = [r.prompt for r in requests if r.text_states is None]
-    texts += [r.negative for r in requests if r.negative and r.negative_states is None]
+    texts += [r.negative for r in requests if r.negative_states is None]
     texts = list(dict.fromkeys(texts))
-    states: dict[str | None, Any] = dict(zip(texts, encoder.encode(texts), strict=True))
+    states: dict[str, Any] = dict(zip(texts, encoder.encode(texts), strict=True))
     out = []
     for r in requests:
         text, negative = r.text_states, r.negative_states
         text = states[r.prompt] if text is None else text
-        # An empty prompt has states, and an empty negative prompt is none.
-        negative = states.get(r.negative or None) if negative is None else negative
+        negative = states[r.negative] if negative is None else negative
         out.append(dataclasses.replace(r, text_states=text, negative_states=negative))
     return out
 
@@ -75,8 +74,8 @@ def prompt_length(config: VideoRun) -> tuple[Callable[[str], int], int] | None:
     text, counted = config.model.text, config.text_encoder.length()
     if isinstance(text, models.ByteEncoderConfig):
         return lambda prompt: text.length(prompt) - 1, text.max_bytes
-    # One of the model's tokens stands for the beginning.
-    return counted and (counted[0], min(counted[1], text.max_tokens - 1))
+    begins = text.begins if isinstance(text, models.TextStatesConfig) else 1
+    return counted and (counted[0], min(counted[1], text.max_tokens - begins))
 
 
 def cut_note(config: VideoRun, texts: Sequence[str]) -> str | None:

@@ -109,6 +109,17 @@ def test_states_follow_a_zero_state_and_are_cut(length, kept, dtype):
     assert np.array_equal(read[1:], states[:4].astype(np.float32))
 
 
+@pytest.mark.parametrize("length", [0, 3, 5, 9])
+def test_padded_states_are_as_many_as_there_can_be(length):
+    padded = dataclasses.replace(STATES, padded=True)
+    states = np.random.default_rng(0).normal(size=(length, 6)).astype(np.float16)
+    # The empty caption has states as others have, of the token that ends it.
+    read = padded.tokens("", states)
+    assert read.dtype == np.float32 and read.shape == (5, 6)
+    assert np.array_equal(read[:length], states[:5]) and not read[length:].any()
+    assert padded.length("", states) == length and not padded.tokens("").any()
+
+
 @pytest.mark.parametrize(
     ("states", "found"),
     [(None, "none"), (np.zeros((3, 7)), r"\(3, 7\)"), (np.zeros(6), r"\(6,\)")],

@@ -19,6 +19,7 @@ from dit_jax.diffusion.paths import alphas_cumprod
 from dit_jax.diffusion.solvers import SOLVERS
 from dit_jax.sampling import Generator, SamplingConfig
 from dit_jax.sampling.request import SamplerInputs
+from dit_jax.sampling.sampler import Experts
 
 pytestmark = pytest.mark.usefixtures("quickly")
 DIM, CHANNELS, TOKENS = 8, 4, 5
@@ -122,6 +123,22 @@ def by_hand(found, scale, heun=False):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_euler_with_guidance_by_hand(scale):
     by_hand(made(cfg_scale=scale), lambda t: scale)
+
+
+def test_a_second_model_takes_over_at_low_noise_levels_with_its_own_guidance():
+    experts = Experts(jnp.float32(0.5), jnp.float32(0.2), below=0.5, cfg_scale=2.0)
+    found = np.asarray(generator(cfg_scale=3.0)(experts, condition()))
+
+    def velocity(x, t):
+        # At the boundary itself the first model still computes, as in Wan 2.2.
+        factor, scale = (0.5, 3.0) if t >= 0.5 else (0.2, 2.0)
+        with_text, without = (output(x, t, word) + (factor - 0.5) * x for word in (WORDS, 0))
+        return without + scale * (with_text - without)
+
+    x = begin()
+    for t, t_next in itertools.pairwise(np.linspace(1, 0, 5)):
+        x = x + (t_next - t) * velocity(x, t)
+    np.testing.assert_allclose(found, x, atol=1e-5)  # float32
 
 
 def test_ddpm_with_the_conditionals_variance_and_three_of_four_channels():
