@@ -84,7 +84,8 @@ def keep_programs() -> None:
     ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. ``JAX_COMPILATION_CACHE_DIR`` names another
     directory, also one of Cloud Storage; its size and what goes there are then as JAX's variables say.
     """
-    config, base = jax.config, os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    config: Any = jax.config
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     # XLA loads what was compiled for another processor with no more than a message, to die by SIGILL
