@@ -10,11 +10,15 @@ divide stays whole: a tiny model on a large mesh is replicated, not refused, but
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import itertools
+import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +48,12 @@ PEAK_FLOPS = {
 }
 """Dense bfloat16 flops a second of one device, by what its ``device_kind`` begins with."""
 Size = PositiveInt | Literal[-1]
+PROGRAM_BYTES = 4 * 2**30  # of compiled programs that are kept; the least recently used go first
+
+
+def _beside_accelerator() -> bool:
+    devices = (Path("/dev").glob(name) for name in ("accel*", "nvidia[0-9]*", "vfio/[0-9]*"))
+    return any(itertools.chain(*devices))
 
 
 def tune_cpu() -> None:
@@ -55,8 +65,7 @@ def tune_cpu() -> None:
     step, took a fifth of the quickstart's time. Beside an accelerator nothing changes.
     """
     level = "--xla_backend_optimization_level"
-    devices = (Path("/dev").glob(name) for name in ("accel*", "nvidia[0-9]*", "vfio/[0-9]*"))
-    if any(itertools.chain(*devices)):
+    if _beside_accelerator():
         return
     if level not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} {level}=1"
@@ -67,6 +76,37 @@ def tune_cpu() -> None:
         # M_MMAP_MAX: no block is a mapping of its own; M_TRIM_THRESHOLD: the heap never shrinks.
         for parameter, value in ((-4, 0), (-1, -1)):
             ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def keep_programs() -> None:
+    """Keeps what is compiled in the user's cache, where the next process finds it.
+
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. ``JAX_COMPILATION_CACHE_DIR`` names another
+    directory, also one of Cloud Storage; its size and what goes there are then as JAX's variables say.
+    """
+    config: Any = jax.config
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        return
+    # XLA loads what was compiled for another processor with no more than a message, to die by SIGILL
+    # (jaxlib 0.10.2), and splits loops by the cores that there are: each kind of machine has its own.
+    with contextlib.suppress(OSError):  # Programs are kept on Linux, and by who may write there.
+        kind = re.findall(r"(?m)^(?:flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text())[:1]
+        digest = hashlib.sha256(f"{kind} {os.cpu_count()}".encode()).hexdigest()[:8]
+        place = Path(os.path.expanduser(base)) / "dit_jax" / "compiled" / digest
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for file in place.glob("*-cache"):
+            # What a full disk or a signal cut short: an entry without its time keeps others out.
+            if not file.with_name(file.name.removesuffix("cache") + "atime").exists():
+                file.unlink(missing_ok=True)
+        config.update("jax_compilation_cache_max_size", PROGRAM_BYTES)
+        config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        config.update("jax_compilation_cache_dir", str(place))
+        level, wide = config.jax_logging_level, "avx512" in str(kind)
+        if level == "NOTSET" and wide and not _beside_accelerator():
+            # That message comes on such processors for their own programs too (prefer-no-gather).
+            config.update("jax_logging_level", "CRITICAL")
+            logging.getLogger("jax").setLevel(logging.WARNING)
 
 
 def trim_memory() -> None:

@@ -132,7 +132,7 @@ class Generator:
         self.step = jax.jit(self._step, donate_argnums=1, static_argnames=("keep", "scale"))
         self.prepare_fields = jax.jit(self._prepare_fields)
         self.cast = jax.jit(self._cast)
-        self._encode = jax.jit(partial(model.apply, method="encode_text"))
+        self._encode, self._extent = jax.jit(self._encode_texts), jax.jit(extent)
         self.changes = jax.jit(self._changes)
 
     def levels(self, tokens: int) -> Float[np.ndarray, "k"]:
@@ -158,26 +158,19 @@ class Generator:
         experts = params if isinstance(params, Experts) else Experts(params, params)
         if self.model.config.conditioners:
             inputs = self.prepare_fields(inputs)
-        read = [inputs, inputs.unconditioned()] if self.config.cfg_scale != 1 else [inputs]
-        ids = [one.text_segment_ids for one in read]
 
         def ready(params: Params) -> tuple[Params, Any, Any]:
             """Parameters, and the states of the prompts alone and of both prompts."""
             if self.model.config.compute_dtype() != jnp.float32:
                 params = self.cast(params)  # once, in place of in every step
-            texts = [
-                (self._encode(params, one.text, i), i) for one, i in zip(read, ids, strict=True)
-            ]
-            both = [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]  # [2 b, s, ...]
-            return params, texts[0], both
+            return params, *self._encode(params, inputs)
 
         models = [ready(one) for one in (experts.high, experts.low) if one is not None]
 
-        filled = inputs.segment_ids != PAD
-        levels = self.levels(int(filled.sum(1).max()))
+        tokens, highest = jax.device_get(self._extent(inputs))
+        levels = self.levels(int(tokens))
         # Above the highest cap nothing moves: those steps are not made.
-        highest = float(jnp.where(filled, inputs.noise_caps, 0).max())
-        first = min(int((levels[1:] >= np.float32(highest)).sum()), len(levels) - 2)
+        first = min(int((levels[1:] >= highest).sum()), len(levels) - 2)
         carry, residual = self.begin(inputs, levels[first]), []
         caching = self.config.cache_threshold > 0 and inputs.cycles is None and len(models) == 1
         runs = self.plan(models[0][0], levels[first:]) if caching else []
@@ -202,6 +195,14 @@ class Generator:
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: layers.as_computed([key.key for key in path], leaf, dtype), params
         )
+
+    def _encode_texts(self, params: Params, inputs: SamplerInputs) -> tuple[Any, Any]:
+        """States and ids of the prompts alone, and of both prompts ``[2 b, s, ...]`` if guided."""
+        read = [inputs, inputs.unconditioned()] if self.config.cfg_scale != 1 else [inputs]
+        encode = partial(self.model.apply, params, method="encode_text")
+        ids = [one.text_segment_ids for one in read]
+        texts = [(encode(one.text, i), i) for one, i in zip(read, ids, strict=True)]
+        return texts[0], [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]
 
     def _prepare_fields(self, inputs: SamplerInputs) -> SamplerInputs:
         """The inputs with their fields as the model reads them (see ``Conditioner.prepare``)."""
@@ -324,6 +325,12 @@ class Generator:
             runs.append(must or total >= self.config.cache_threshold)
             total = 0.0 if runs[-1] else total
         return runs
+
+
+def extent(inputs: SamplerInputs) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """How many tokens the longest clip has, and the highest noise cap."""
+    filled = inputs.segment_ids != PAD
+    return filled.sum(1).max(), jnp.where(filled, inputs.noise_caps, 0).max()
 
 
 # --- Seamless loops from text ---

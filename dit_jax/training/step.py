@@ -200,7 +200,7 @@ def abstract_params(
     init: InitParams, mesh: Mesh, over_context: bool = True
 ) -> tuple[Params, Params]:
     """Shapes of the parameters and the sharding of each, without allocating any."""
-    boxed = jax.eval_shape(init, jax.random.key(0))
+    boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
     return nn.unbox(boxed), parameter_shardings(mesh, boxed, over_context)
 
 

@@ -19,7 +19,6 @@ Axis letters: n pictures, s tokens (the class, then patches row by row), e width
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,22 +32,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from dit_jax.files import as_path, local_copy, read_json, refuse_if
-from dit_jax.interop.folders import (
-    TRANSFORMERS,
-    check_sizes,
-    read_config,
-    read_settings,
-    read_weights,
-)
+from dit_jax.interop import folders
 from dit_jax.interop.layouts import Layout
 from dit_jax.interop.maps import Entry, Fixed, Map
-from dit_jax.parallel import (
-    MeshConfig,
-    batch_sharding,
-    make_constrain,
-    make_mesh,
-    parameter_shardings,
-)
+from dit_jax.parallel import MeshConfig, batch_sharding, make_constrain, make_mesh
+from dit_jax.parallel import parameter_shardings as shardings_of
 from dit_jax.types import Constrain, Params, unconstrained
 
 NORMAL = nn.initializers.lecun_normal()
@@ -79,7 +67,7 @@ class CLIPVisionConfig:
 
     def __post_init__(self) -> None:
         sizes = {name: n for name, n in vars(self).items() if type(n) is int}
-        check_sizes(sizes, f"{self}")
+        folders.check_sizes(sizes, f"{self}")
         odd = self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads
         odd = odd or self.num_channels != 3 or self.num_hidden_layers < 2
         rule = "image_size is a multiple of patch_size and hidden_size of num_attention_heads, "
@@ -107,7 +95,7 @@ class Preprocessing:
         out = resize(images, height, width)
         top, left = (height - self.crop) // 2, (width - self.crop) // 2
         out = out[:, top : top + self.crop, left : left + self.crop].astype(np.float32) / 255
-        return (out - np.float32(self.mean)) / np.float32(self.std)
+        return (out - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
 
 def resize(
@@ -232,28 +220,29 @@ def read_preprocessing(folder: Path, config: CLIPVisionConfig) -> Preprocessing:
     """What ``CLIPImageProcessor`` would do by its file in a folder of weights, or in the folder
     ``image_processor`` beside it; another processor's settings are refused."""
     places = [folder / PROCESSOR, folder.parent / "image_processor" / PROCESSOR]
-    file = next((one for one in places if one.exists()), None)
-    absent = (
-        f"no {PROCESSOR} in {[str(one.parent) for one in places]}: get the one published there."
-    )
-    refuse_if([(file is None, absent)])
-    values = STEPS | {"size": config.image_size, "crop_size": config.image_size}
-    assert file is not None
-    values |= read_json(file)
-    size, crop = values["size"], values["crop_size"]
-    if isinstance(size, Mapping) and [*size] == ["shortest_edge"]:
-        size = size["shortest_edge"]
-    if isinstance(crop, Mapping) and {*crop} == {"height", "width"}:
-        crop = crop["height"] if crop["height"] == crop["width"] else crop
-    means = [values.get(name) for name in ("image_mean", "image_std")]
-    faults = [f"{name} is {values[name]!r}" for name, v in STEPS.items() if values[name] != v]
-    faults += [f"crop_size is {crop!r}"] if crop != config.image_size else []
-    faults += [f"size is {size!r}"] if type(size) is not int or size < config.image_size else []
-    faults += [f"a mean or std is {m!r}" for m in means if not isinstance(m, list) or len(m) != 3]
-    about = f"read are the steps of CLIPImageProcessor, for squares of {config.image_size}"
+    file = next((one for one in places if one.exists()), places[0])
+    side = config.image_size
+    values: dict[str, Any] = {
+        "size": side,
+        "crop_size": side,
+        "image_mean": None,
+        "image_std": None,
+    } | STEPS
+    values |= read_json(file, f"{PROCESSOR}, there or in ../image_processor,")
+    size: Any = values["size"]
+    crop: Any = values["crop_size"]
+    if isinstance(size, dict):
+        size = size["shortest_edge"] if [*size] == ["shortest_edge"] else 0
+    if isinstance(crop, dict):
+        crop = crop.get("height") if crop.get("height") == crop.get("width") else None
+    wanted = [(name, values[name] == value) for name, value in STEPS.items()]
+    wanted += [("crop_size", crop == side), ("size", type(size) is int and size >= side)]
+    for name in ("image_mean", "image_std"):
+        wanted.append((name, isinstance(values[name], list) and len(values[name]) == 3))
+    faults = [f"{name} is {values[name]!r}" for name, right in wanted if not right]
+    about = f"read are the steps of CLIPImageProcessor, for squares of {side}"
     refuse_if([(bool(faults), f"{str(file)!r}: {'; '.join(faults)}: {about}.")])
-    mean, std = (tuple(map(float, one)) for one in means if one)
-    return Preprocessing(size, crop, mean, std)
+    return Preprocessing(size, side, tuple(values["image_mean"]), tuple(values["image_std"]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,9 +283,9 @@ def load_image_encoder(
     spread over ``mesh`` for all processes together, or lies on one device of this process.
     """
     folder = as_path(path)
-    config = read_settings(CLIPVisionConfig, read_config(local_copy(folder)))
+    config = folders.read_settings(CLIPVisionConfig, folders.read_config(local_copy(folder)))
     preprocess = read_preprocessing(folder, config)
-    arrays, file = read_weights(local_copy(folder), TRANSFORMERS)
+    arrays, file = folders.read_weights(local_copy(folder), folders.TRANSFORMERS)
     mesh = mesh or make_mesh(MeshConfig(1, 1, 1, 1), jax.local_devices()[:1])
     on_cpu = jax.default_backend() == "cpu"
     products = jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(dtype, dtype))
@@ -305,11 +294,10 @@ def load_image_encoder(
     boxed = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
 
     def stored(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            leaf.shape, products if path[-1].key == "kernel" else jnp.float32
-        )
+        kind = products if path[-1].key == "kernel" else jnp.float32
+        return jax.ShapeDtypeStruct(leaf.shape, kind)
 
     shapes = jax.tree_util.tree_map_with_path(stored, nn.unbox(boxed))
     table, where = vision_map(config), repr(str(file))
-    params = table.load(arrays, where, shapes, parameter_shardings(mesh, boxed))
+    params = table.load(arrays, where, shapes, shardings_of(mesh, boxed))
     return ImageEncoder(config, preprocess, network, params, mesh)

@@ -170,7 +170,7 @@ def test_keys_are_known_by_both_names_and_no_others(tower, tmp_path):
         ("preprocessor_config.json", {"resample": 2}, "resample is 2"),
         ("preprocessor_config.json", {"size": {"height": 28, "width": 28}}, "'height': 28"),
         ("preprocessor_config.json", {"crop_size": 32}, "crop_size is 32"),
-        ("preprocessor_config.json", {"image_mean": None}, "None"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "image_mean is [0.5]"),
         ("preprocessor_config.json", None, "image_processor"),
     ],
 )
