@@ -63,7 +63,8 @@ class SamplerConfig(solvers.GuidanceConfig):
     eta: UnitInterval = 0.0  # Noise of ddim: 0 is none, 1 as much as ddpm.
     sde_strength: NonNegative = 1.0  # Noise of sde: its diffusion is this times sigma.
     spacing: solvers.Spacing = "linear"
-    """Of the noise levels: trailing and linspace (DiT) pick indices of the discrete path."""
+    """Of the noise levels: trailing and linspace (DiT) pick indices of the discrete path. flow is of
+    published flow models, which are told whole thousandths of a level, rounded down."""
     last_step: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
     """Level from which the last of linear steps goes to 0 (SiT's sde: 0.04). None: all are alike."""
     shift: Positive | None = None
@@ -76,7 +77,7 @@ class SamplerConfig(solvers.GuidanceConfig):
     def check(self, diffusion: DiffusionConfig, channels: int) -> None:
         """Raises ``ValueError`` if a model trained like this cannot be sampled like this."""
         path, solver = diffusion.path, solvers.SOLVERS[self.solver]
-        linear, (low, high) = self.spacing == "linear", self.cfg_interval
+        linear, (low, high) = self.spacing in ("linear", "flow"), self.cfg_interval
         shifted = self.shift not in (None, 1) or self.last_step is not None
         enough = path.discrete and self.steps <= path.timesteps
         chain = f"path.kind {path.kind!r} of {path.timesteps} steps"
@@ -85,6 +86,11 @@ class SamplerConfig(solvers.GuidanceConfig):
             "sampling.",
             self,
             ("last_step", self.last_step is None or self.steps > 1, "None for a single step"),
+            (
+                "last_step",
+                self.last_step is None or self.spacing != "flow",
+                "None for spacing flow",
+            ),
             ("solver", not (solver.continuous and path.discrete), f"ddpm or ddim for {chain}"),
             ("spacing", linear or not shifted, "linear for a shift or a last_step"),
             ("spacing", linear or enough, f"linear for {self.steps} steps and {chain}"),
@@ -110,7 +116,7 @@ class Experts(NamedTuple):
     (Balaji et al. 2022, "eDiff-I"; Wan 2.2)."""
 
     high: Params
-    low: Params
+    low: Params | None  # None: the first makes all steps.
     below: float = 0.0  # The noise levels of the second.
     cfg_scale: float | None = None  # Its guidance; None: that of the first.
 
@@ -155,7 +161,7 @@ class Generator:
         self, params: Params | Experts, inputs: SamplerInputs, on_steps=lambda n: None
     ) -> Tokens:
         """Clean tokens; ``on_steps(n)`` is called after n more steps of the solver."""
-        experts = params if isinstance(params, Experts) else Experts(params, params)
+        experts = params if isinstance(params, Experts) else Experts(params, None)
         if self.model.config.conditioners:
             inputs = self.prepare_fields(inputs)
 
@@ -265,6 +271,8 @@ class Generator:
         def denoiser(x: Tokens, t: Array) -> paths.Estimate:
             tau = jnp.minimum(t, inputs.noise_caps)
             group_t = jnp.minimum(t, whole.group_t)
+            if self.config.spacing == "flow":
+                group_t = jnp.floor(group_t * solvers.FLOW_STEPS) / solvers.FLOW_STEPS
             seen = dataclasses.replace(whole, tokens=rows(x), group_t=group_t)
             prediction, fraction = objective.split_output(diffusion, evaluate(seen), x.shape[-1])
             if not path.discrete:  # Guidance is of velocities.

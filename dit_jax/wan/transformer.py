@@ -412,7 +412,11 @@ def sampling_of(model: ModelConfig) -> SamplingConfig:
         frames=81, height=480, width=832, steps=50, shift=3.0, cfg_scale=5.0
     )
     plain |= dict(
-        solver="unipc", batch=1, negative_prompt=NEGATIVE, fps=fps_of(model.patch.channels)
+        solver="unipc",
+        spacing="flow",
+        batch=1,
+        negative_prompt=NEGATIVE,
+        fps=fps_of(model.patch.channels),
     )
     return SamplingConfig(**plain | changes)
 
@@ -524,7 +528,9 @@ def from_pipeline(folder: Path, place: str) -> Pipeline:
             states: Any = model.conditioners[STATES]
             states = {STATES: dataclasses.replace(states, encoder=image)}
             model = dataclasses.replace(model, conditioners=model.conditioners | states)
-        sampling = dataclasses.replace(sampling, shift=float(shift), solver=solver)
+        spacing: Any = "flow" if solver == "unipc" else "linear"
+        settings: Any = dict(shift=float(shift), solver=solver, spacing=spacing)
+        sampling = dataclasses.replace(sampling, **settings)
         time = dataclasses.replace(config.diffusion.time, shift=float(shift))
         diffusion = dataclasses.replace(config.diffusion, time=time)
         parts |= dict(model=model, sampling=sampling, diffusion=diffusion)
