@@ -377,9 +377,9 @@ def parse(words: Sequence[str]) -> PrepareConfig:
     run = parser.parse_known_args(list(words))[0].for_run
     config = PrepareConfig(tyro.MISSING, tyro.MISSING)
     if run is not None:
-        config = for_model(
-            config, read_config(files.check_exists(run, "--for-run") / "config.json")
-        )
+        hint = "give a run (python -m dit_jax.convert --to run makes one of a published model)"
+        stored = files.check_exists(files.as_path(run) / "config.json", "--for-run", hint)
+        config = for_model(config, read_config(stored))
     text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
     how: Any = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(

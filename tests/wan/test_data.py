@@ -12,7 +12,14 @@ import pytest
 
 from dit_jax.codec.config import LatentCodecConfig
 from dit_jax.config import DataConfig, VideoRun, to_dict
-from dit_jax.data import Loader, PackingConfig, RecordsConfig, RecordsSource
+from dit_jax.data import (
+    Loader,
+    MixedSetConfig,
+    MixtureConfig,
+    PackingConfig,
+    RecordsConfig,
+    RecordsSource,
+)
 from dit_jax.files import write_json
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.prepare import __main__ as verb
@@ -22,6 +29,7 @@ from dit_jax.text.config import TextEncoderConfig
 from dit_jax.text.folders import load_text_encoder
 from dit_jax.training.video_task import tokenize
 from tests.prepare.made_media import moving, run_here, write_video
+from tests.runs import changed
 from tests.wan.small_pipeline import TEXT_DIM
 
 SmallWan = Callable[[str], Path]
@@ -125,3 +133,37 @@ def test_options_win_over_the_run(prepared: Any):
     assert other.examine.clips.fps == 8.0 and other.examine.clips.area == 64 * 96
     with pytest.raises(ValueError, match="nowhere"):
         verb.parse(["--for-run", "nowhere", *words[2:]])
+
+
+def test_what_does_not_belong_together_is_refused(prepared: Any):
+    """Each with the value that is wrong, and with what to do."""
+    config, path = prepared
+    source = RecordsConfig(str(path), text_states_key="text_states")
+    fits = changed(config, {"data.source": source})
+    assert fits.with_hashes().codec.hash
+    for field, remedy in (("codec", "--for-run"), ("text_encoder", "text_encoder.path")):
+        other = changed(fits, {f"{field}.hash": "0123456789abcdef"})
+        with pytest.raises(ValueError, match="0123456789abcdef") as error:
+            other.with_hashes()
+        assert remedy in str(error.value)
+    with pytest.raises(ValueError, match=r"caption_dropout is 0.1.*set it to 0"):
+        changed(config, {"diffusion.caption_dropout": 0.1})
+    bare = MixtureConfig((MixedSetConfig(str(path), captioned=False),))
+    with pytest.raises(ValueError, match="captioned False"):
+        changed(config, {"data.source": bare})
+    with pytest.raises(ValueError, match="row_text 32 is smaller"):
+        changed(config, {"data.packing.row_text": 32})
+    with pytest.raises(ValueError, match="60 x 96 pixels: give multiples of 8 x 8"):
+        changed(config, {"sampling.height": 60})
+
+
+def test_a_prior_is_mixed_in_by_weight(prepared: Any):
+    _, path = prepared
+    sets = [
+        MixedSetConfig(str(path), text_states_key="text_states", weight=weight)
+        for weight in (1.0, 0.5)
+    ]
+    source = MixtureConfig(tuple(sets)).open()
+    # That weights hold, tests/data/test_mixing.py says.
+    assert source.weights == (1.0, 0.5) and len(source) == 6
+    assert source[len(source) - 1]["caption"] == "sks style"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_jax import interop
 from dit_jax.config import read_config
 from dit_jax.sampling.media import read_video, write_png
 from tests.prepare.made_media import moving, run_here, write_video
@@ -36,7 +37,6 @@ SMALL = {
     "prepare": {"--workers.count": "1"},
 }
 """What every command of a verb gets, in place of its own: the small Wan is one in its weights alone."""
-LIMIT = 3  # Of pictures that the page makes a hundred of.
 
 
 def commands() -> list[list[str]]:
@@ -45,6 +45,10 @@ def commands() -> list[list[str]]:
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [one for one in words if one and one[0] == "python" and one[2] != "dit_jax.plan"]
+
+
+def words_of(line: str) -> list[str]:
+    return ["python", "-m", *shlex.split(line)]
 
 
 def run(words: list[str]) -> None:
@@ -96,8 +100,26 @@ def test_every_command_of_the_page_runs(folder: Path, one_device: None):
     for name in re.findall(r"--output (\S+\.mp4)", PAGE):
         clip, _ = read_video(folder / name)
         assert clip.shape == (5, 64, 96, 3) and np.ptp(clip) > 0
-    for name in re.findall(r"--output (\S+\.safetensors)", PAGE):
-        assert (folder / name).stat().st_size > 1000
+    assert exported_is_merged(folder) < 1e-3
+
+
+def exported_is_merged(folder: Path) -> float:
+    """How far the products of the file for Diffusers are from what merging changes, relatively."""
+    run(words_of("dit_jax.lora merge --base runs/wan_lora --output runs/merged"))
+    run(words_of("dit_jax.convert --input runs/merged --output merged --to diffusers"))
+    of_base = interop.read_weights(folder / next(iter(FOLDERS)) / "transformer")[0]
+    of_merged = interop.read_weights(folder / "merged")[0]
+    lora = interop.read_safetensors(folder / "style-diffusers.safetensors")
+    worst = 0.0
+    for key, weight in of_base.items():
+        change, name = of_merged[key] - weight, f"transformer.{key.removesuffix('.weight')}"
+        if f"{name}.lora_A.weight" in lora:
+            product = lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
+            worst = max(worst, np.abs(product - change).max() / np.abs(change).max())
+        else:
+            np.testing.assert_array_equal(change, 0)
+    assert len(lora) == 2 * 2 * 10  # A and B of ten matrices in two blocks.
+    return worst
 
 
 def test_the_page_names_what_it_has():
