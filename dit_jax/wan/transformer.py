@@ -152,7 +152,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         width, dim = self.num_attention_heads * self.attention_head_dim, self.attention_head_dim
-        states = width if self.image_dim else None
+        states, ends = width if self.image_dim else None, self.pos_embed_seq_len is not None
         require(
             "",
             self,
@@ -160,7 +160,7 @@ class Settings:
             ("attention_head_dim", dim % 2 == 0 and dim >= 6, "even, 6 or more"),
             ("in_channels", self.in_channels >= self.out_channels, f"{self.out_channels} or more"),
             ("added_kv_proj_dim", self.added_kv_proj_dim == states, f"{states}, as image_dim is"),
-            ("pos_embed_seq_len", not self.pos_embed_seq_len or states, "None without image_dim"),
+            ("pos_embed_seq_len", bool(states) or not ends, "None without image_dim"),
         )
 
 
@@ -337,10 +337,10 @@ def infer_wan(arrays: Arrays, heads: int | None = None) -> Settings:
 
     width, channels, *patch = shape(PATCHES, 5)
     outputs, odd = divmod(shape("head.head.weight", 2)[0], math.prod(patch))
-    heads = heads or width // 128
+    heads = width // 128 if heads is None else heads
     blocks = [int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, arrays) if m]
     image = "img_emb.proj.0.weight" in arrays
-    whole = heads and width % heads == 0 and not odd
+    whole = heads > 0 and width % heads == 0 and not odd
     message = (
         f"the file's model has width {width}, of which {heads} heads of 128 (or --heads) do not make "
         "up the whole, or no whole patches: say the number of heads with --heads."
