@@ -25,7 +25,7 @@ SATELLITES = {
     "prepare": 3700,
     "plan": 1400,
     "upscale": 250,
-    "wan": 250,
+    "wan": 800,
 }
 """Satellites, and how many lines of code each may have; interop's with its verb, ``convert.py``."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.config import from_dict
-from dit_jax.files import read_json, refuse_if
+from dit_jax.files import read_json, refuse_if, write_json
 from dit_jax.interop.safetensors_files import read_index, read_safetensors, write_safetensors
 from dit_jax.interop.torch_files import read_torch
 
@@ -25,6 +26,8 @@ CHOICES = (
     f"{WEIGHTS}.pt",
 )
 """Names of the weights, the first that is there is read."""
+SHARD = 10_000_000_000
+"""Bytes of a file at most, as Diffusers writes them."""
 TRANSFORMERS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -85,10 +88,25 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_folder(folder: Path, config: dict[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Writes ``config.json`` and one file of safetensors; the folder is made."""
+def write_folder(
+    folder: Path, config: dict[str, Any], arrays: Mapping[str, Any], limit: int = SHARD
+) -> None:
+    """Writes ``config.json`` and one file of safetensors, or several of at most ``limit`` bytes and
+    their index; the folder is made. Arrays of one file are in memory together."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / f"{WEIGHTS}.safetensors", arrays)
+    shards, room = [{}], limit
+    for name, array in arrays.items():
+        size = math.prod(array.shape) * array.dtype.itemsize
+        if shards[-1] and size > room:
+            shards, room = [*shards, {}], limit
+        shards[-1][name], room = array, room - size
+    many = [f"{WEIGHTS}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    files = dict(zip(many, shards, strict=True)) if len(shards) > 1 else {CHOICES[0]: arrays}
+    for file, part in files.items():
+        write_safetensors(folder / file, part)
+    if len(files) > 1:
+        placed = {name: file for file, part in files.items() for name in part}
+        write_json(folder / CHOICES[1], {"metadata": {}, "weight_map": placed})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

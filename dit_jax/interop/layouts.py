@@ -53,10 +53,26 @@ class Layout:
     def our_shape(self) -> tuple[int, ...]:
         return self._shape(self.ours)
 
-    def read(self, theirs: Sequence[np.ndarray], index: Any = ...) -> np.ndarray:
-        """Our array, or a part of it, copied out of theirs, which may be views of a mapped file."""
-        given: Any = list(theirs) if self.joined else theirs[0]
-        return rearrange(given, f"{self.theirs} -> {self.ours}", **self._known())[index].copy()
+    def read(
+        self, theirs: Sequence[np.ndarray], index: tuple[slice, ...] | None = None
+    ) -> np.ndarray:
+        """Our array, or a part of it, copied out of theirs, which may be views of a mapped file: of
+        those no more is read than the part needs, if it is whole along what follows the first of the
+        axes that are joined to one of ours."""
+        known, axes, cuts, rest = self._known(), _axes(self.theirs), {}, []
+        for group, part in zip(_groups(self.ours), index or (), strict=index is not None):
+            first, inner = group[0], math.prod(known[axis] for axis in group[1:])
+            start, stop, step = part.indices(known[first] * inner)
+            whole = step == 1 and start % inner == stop % inner == 0
+            if whole:
+                cuts[first] = slice(start // inner, stop // inner)
+            rest.append(slice(None) if whole else part)
+        own = [axis for axis in axes if axis != self.joined]
+        place, sizes = tuple(cuts.get(x, slice(None)) for x in own), [known[x] for x in own]
+        given = theirs[cuts.get(self.joined, slice(None))]
+        views: Any = [one.reshape(sizes)[place] for one in given]
+        views = views if self.joined else views[0]
+        return rearrange(views, f"{' '.join(axes)} -> {self.ours}")[tuple(rest)].copy()
 
     def write(self, ours: np.ndarray) -> list[np.ndarray]:
         """Their arrays, of all of ours."""
@@ -64,11 +80,14 @@ class Layout:
         return [np.ascontiguousarray(one) for one in (theirs if self.joined else [theirs])]
 
     def _shape(self, side: str) -> tuple[int, ...]:
-        groups = re.findall(r"\(([^()]*)\)|(\w+)", side)
-        return tuple(math.prod(self.sizes[x] for x in _axes(a or b)) for a, b in groups)
+        return tuple(math.prod(self.sizes[x] for x in group) for group in _groups(side))
 
     def _known(self) -> dict[str, int]:
         return {name: self.sizes[name] for name in _axes(self.ours)}
+
+
+def _groups(side: str) -> list[list[str]]:
+    return [_axes(a or b) for a, b in re.findall(r"\(([^()]*)\)|(\w+)", side)]
 
 
 def _axes(side: str) -> list[str]:

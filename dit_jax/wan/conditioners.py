@@ -18,7 +18,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -156,7 +156,9 @@ class ImageStatesEmbedding(nn.Module):
         x = states.astype(jnp.float32).reshape(b, n * m, e)
         if self.config.positions:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, None))
-            x = x + jnp.tile(self.param("positions", init, (m, e)), (n, 1))
+            # Flax types the boxed initial value; `param` returns it unboxed.
+            positions: Any = self.param("positions", init, (m, e))
+            x = x + jnp.tile(positions, (n, 1))
         x = norm(name="norm_in")(x).astype(run.dtype)
         x = nn.gelu(linear(e, ("text_states", "embed"), name="up")(x), approximate=False)
         x = norm(name="norm_out")(linear(self.width, ("embed", "text_out"), name="out")(x))

@@ -120,7 +120,7 @@ POSITIONS: Rows = {
 }
 
 FREE = "dtype matmul dit.scan dit.remat dit.time_std dit.mlp_dim text.encoder".split()
-FREE += [f"conditioners.{STATES}.encoder"]
+FREE += [f"conditioners.{STATES}.encoder", f"conditioners.{STATES}.tokens"]
 """Fields of a model that its files say nothing of: how it is computed, what makes its states."""
 
 # ---------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         width, dim = self.num_attention_heads * self.attention_head_dim, self.attention_head_dim
-        states = width if self.image_dim else None
+        states, ends = width if self.image_dim else None, self.pos_embed_seq_len is not None
         require(
             "",
             self,
@@ -160,7 +160,7 @@ class Settings:
             ("attention_head_dim", dim % 2 == 0 and dim >= 6, "even, 6 or more"),
             ("in_channels", self.in_channels >= self.out_channels, f"{self.out_channels} or more"),
             ("added_kv_proj_dim", self.added_kv_proj_dim == states, f"{states}, as image_dim is"),
-            ("pos_embed_seq_len", not self.pos_embed_seq_len or states, "None without image_dim"),
+            ("pos_embed_seq_len", bool(states) or not ends, "None without image_dim"),
         )
 
 
@@ -337,10 +337,10 @@ def infer_wan(arrays: Arrays, heads: int | None = None) -> Settings:
 
     width, channels, *patch = shape(PATCHES, 5)
     outputs, odd = divmod(shape("head.head.weight", 2)[0], math.prod(patch))
-    heads = heads or width // 128
+    heads = width // 128 if heads is None else heads
     blocks = [int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, arrays) if m]
     image = "img_emb.proj.0.weight" in arrays
-    whole = heads and width % heads == 0 and not odd
+    whole = heads > 0 and width % heads == 0 and not odd
     message = (
         f"the file's model has width {width}, of which {heads} heads of 128 (or --heads) do not make "
         "up the whole, or no whole patches: say the number of heads with --heads."
@@ -526,7 +526,10 @@ def from_pipeline(folder: Path, place: str) -> Pipeline:
             model = dataclasses.replace(model, text=reads)
         if image is not None and STATES in model.conditioners:
             states: Any = model.conditioners[STATES]
-            states = {STATES: dataclasses.replace(states, encoder=image)}
+            vision = read_config(folder / "image_encoder")
+            side = vision.get("image_size", 224) // vision.get("patch_size", 14)
+            tokens = states.tokens if states.positions else side**2 + 1  # With the class token.
+            states = {STATES: dataclasses.replace(states, encoder=image, tokens=tokens)}
             model = dataclasses.replace(model, conditioners=model.conditioners | states)
         spacing: Any = "flow" if solver == "unipc" else "linear"
         settings: Any = dict(shift=float(shift), solver=solver, spacing=spacing)

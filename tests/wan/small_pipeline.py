@@ -96,8 +96,8 @@ def write_pipeline(folder: Path, kind: str = "2.1-t2v") -> Path:
             patch_size=14,
         )
         parts["image_encoder"] = random_model("CLIPVisionModel", vision)
-        size = {"height": 28, "width": 28}
-        parts["image_processor"] = transformers.CLIPImageProcessor(size=size, crop_size=size)
+        size = {"shortest_edge": 28}
+        parts["image_processor"] = transformers.CLIPImageProcessor(size=size, crop_size=28)
     elif "-i2v" in kind:
         parts |= {"image_encoder": None, "image_processor": None}
     name = "WanImageToVideoPipeline" if "image_encoder" in parts else "WanPipeline"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import numpy as np
 import pytest
 
 from dit_jax import convert, interop
-from dit_jax.config import stored_config
+from dit_jax.config import stored_config, to_dict
+from dit_jax.files import InputError
+from dit_jax.sampling import Request
 from dit_jax.training import open_run
+from dit_jax.wan import conditioners
+from dit_jax.wan.conditioners import STATES
 from tests.wan.published import (
     random_file,
     write_authors,
@@ -87,6 +92,37 @@ def test_a_run_is_sampled_as_published(layout, shift, frames, steps, fps):
     assert sampling.negative_prompt.startswith("色调艳丽") and sampling.batch == 1
     with_first = config.diffusion.masks.first > 0
     assert with_first == (layout == "2.2 TI2V")
+
+
+def test_the_image_encoder_is_named_and_read(tmp_path, monkeypatch):
+    """Once for each set of images; one too many is refused."""
+    pipeline = write_pipeline(tmp_path / "wan", "2.1 I2V", _class_name="FlowMatchEuler", shift=3.0)
+    (pipeline / "image_encoder").mkdir()
+    (pipeline / "image_encoder" / "config.json").write_text("{}")
+    found = interop.pipeline_of(pipeline, str(pipeline))
+    assert found is not None and found.transformers == {"": pipeline / "transformer"}
+    file, _ = random_file("2.1 I2V")
+    codec = convert.find_codec(found.codec, 16)
+    config = found.configure("", file.run(str(tmp_path / "run"), codec))
+    assert stored_config(json.loads(json.dumps(to_dict(config))), "a") == config
+    states: Any = config.model.conditioners[STATES]
+    assert states.encoder == str(pipeline / "image_encoder")
+    reading = dataclasses.replace(states, dim=3)
+
+    def encode(encoder: str, shape: tuple[int, ...], pixels: bytes) -> np.ndarray:
+        assert encoder == states.encoder and len(pixels) == np.prod(shape)
+        return np.full((257 * shape[0], 3), pixels[0], np.float32)
+
+    monkeypatch.setattr(conditioners, "image_states", encode)
+    plain, red = Request("", 3, 4, 6, 4.0, 0), np.full((8, 12, 3), 7, np.uint8)
+    space: Any = None  # which it does not need
+    request = reading.with_images(STATES, plain, space, {0: red})
+    np.testing.assert_array_equal(request.segment_fields[STATES], np.full((257, 3), 7))
+    with pytest.raises(InputError, match="2 images"):
+        reading.with_images(STATES, plain, space, {0: red, 8: red})
+    unset = dataclasses.replace(reading, encoder=None)
+    with pytest.raises(InputError, match="encoder is unset"):
+        unset.with_images(STATES, plain, space, {0: red})
 
 
 def test_the_authors_folders_become_a_run_and_a_file(tmp_path):

@@ -8,10 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dit_jax import interop
+from dit_jax.model import PatchConfig, TextToVideo, blank_inputs, no_attention
+from dit_jax.sampling import Request
+from dit_jax.sampling.request import Space
+from dit_jax.types import Runtime
 from dit_jax.wan import transformer as wan
-from tests.interop.published import needs_diffusers, relative, torch
+from dit_jax.wan.conditioners import ImageLatents
+from tests.interop.published import diffusers, needs_diffusers, relative, torch
 from tests.optional import optional
 from tests.wan.published import LAYOUTS, denoise, random_inputs, random_wan, save, theirs
 
@@ -61,3 +67,71 @@ def test_published_files_compute_the_same_and_come_back(tmp_path, layout):
     converted = single_file.convert_wan_transformer_to_diffusers(named)
     assert converted.keys() == state.keys()
     assert all(torch.equal(converted[key], state[key]) for key in state)
+
+
+@needs_diffusers
+def test_shards_are_read_and_written(tmp_path):
+    model = random_wan("2.1 I2V")
+    whole, shards = save(model, tmp_path / "one"), tmp_path / "many"
+    save(model, shards, max_shard_size="30KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    (file, params, _), (other, same, _) = read_folder(whole), read_folder(shards)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    written = file.table("diffusers").export(params)
+    interop.write_folder(tmp_path / "out", other.config_json(), written, limit=30_000)
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(sizes) > 2 and max(sizes) < 40_000  # with their headers
+    again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
+
+
+PUBLISHED = {
+    "2.1 T2V 1.3B": (1.42, dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)),
+    "2.1 I2V 14B": (16.4, dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)),
+    "2.2 TI2V 5B": (
+        5.0,
+        dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
+    ),
+    "2.2 T2V A14B": (14.3, {}),
+}
+"""Billions of parameters, and the settings of the published ``config.json``."""
+
+
+@needs_diffusers
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_our_shapes(name):
+    billions, settings = PUBLISHED[name]
+    with torch.device("meta"):
+        state = diffusers.WanTransformer3DModel(**settings).state_dict()
+    arrays = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in state.items()}
+    file = wan.WanFile(wan.model_of(wan.Settings(**settings)))
+    table = file.table("diffusers")
+    table.check(table.named(arrays), name)
+    module = TextToVideo(file.model, Runtime(no_attention))
+    table.check_params(
+        nn.unbox(jax.eval_shape(module.init, jax.random.key(0), blank_inputs(file.model)))
+    )
+    count = sum(array.size for array in arrays.values())
+    assert abs(count / 1e9 - billions) < 0.05
+
+
+def test_a_clip_of_images_has_their_mask_and_latents():
+    """As the published pipeline: ones and grey elsewhere, the first latent frame's mask four times."""
+
+    class Codec:
+        strides, channels, hash = (4, 2, 2), 16, "codec"
+
+        def encode(self, video: np.ndarray) -> np.ndarray:
+            first = video[:1, ::2, ::2, :1]
+            rest = video[1:, ::2, ::2, :1].reshape(-1, 4, *first.shape[1:]).mean(1)
+            return np.repeat(np.concatenate([first, rest]), 16, -1)
+
+    space = Space(Codec(), PatchConfig(1, 2, 2, 16))
+    white = np.full((8, 12, 3), 255, np.uint8)
+    request = ImageLatents().with_images(
+        "it", Request("", 3, 4, 6, 4.0, 0), space, {0: white, 8: white}
+    )
+    field = request.pixel_fields["it"]
+    assert field.shape == (3, 4, 6, 20)
+    np.testing.assert_array_equal(field[:, 1, 2, :4], [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(field[:, 3, 5, 4:], [[1] * 16, [0] * 16, [0.25] * 16])
