@@ -18,7 +18,6 @@ import itertools
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ PEAK_FLOPS = {
 }
 """Dense bfloat16 flops a second of one device, by what its ``device_kind`` begins with."""
 Size = PositiveInt | Literal[-1]
-PROGRAM_BYTES = 4 * 2**30  # of compiled programs that are kept; the least recently used go first
 
 
 def _beside_accelerator() -> bool:
@@ -85,25 +83,21 @@ def keep_programs() -> None:
     directory, also one of Cloud Storage; its size and what goes there are then as JAX's variables say.
     """
     config: Any = jax.config
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     # XLA loads what was compiled for another processor with no more than a message, to die by SIGILL
     # (jaxlib 0.10.2), and splits loops by the cores that there are: each kind of machine has its own.
     with contextlib.suppress(OSError):  # Programs are kept on Linux, and by who may write there.
-        kind = re.findall(r"(?m)^(?:flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text())[:1]
+        lines = {*Path("/proc/cpuinfo").read_text().split("\n")}
+        kind = str(sorted(one for one in lines if one.startswith(("flags", "Features"))))
         digest = hashlib.sha256(f"{kind} {os.cpu_count()}".encode()).hexdigest()[:8]
-        place = Path(os.path.expanduser(base)) / "dit_jax" / "compiled" / digest
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        place = Path(base, "dit_jax", "compiled", digest)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for file in place.glob("*-cache"):
-            # What a full disk or a signal cut short: an entry without its time keeps others out.
-            if not file.with_name(file.name.removesuffix("cache") + "atime").exists():
-                file.unlink(missing_ok=True)
-        config.update("jax_compilation_cache_max_size", PROGRAM_BYTES)
+        config.update("jax_compilation_cache_max_size", 2**32)  # bytes; the oldest in use go first
         config.update("jax_persistent_cache_min_compile_time_secs", 0)
         config.update("jax_compilation_cache_dir", str(place))
-        level, wide = config.jax_logging_level, "avx512" in str(kind)
-        if level == "NOTSET" and wide and not _beside_accelerator():
+        if "avx512" in kind and config.jax_logging_level == "NOTSET" and not _beside_accelerator():
             # That message comes on such processors for their own programs too (prefer-no-gather).
             config.update("jax_logging_level", "CRITICAL")
             logging.getLogger("jax").setLevel(logging.WARNING)
