@@ -21,7 +21,7 @@ FOREIGN = {"tensorflow", "torch"}
 CORE = {"train", "sample", "config", "types", "files", "video"}
 CORE |= {"data", "model", "diffusion", "parallel", "training", "sampling"}
 SATELLITES = {"codec", "text", "interop", "convert", "evaluate", "prepare", "plan", "upscale"}
-SATELLITES |= {"wan"}
+SATELLITES |= {"wan", "lora"}
 VERBS = {"train", "sample", "convert"}
 
 
