@@ -139,8 +139,8 @@ def _from_published(given: ConvertArguments, source: Path, target: Path) -> str:
     _check_no_codec(given)
     folders = [path.name for path in pipeline.transformers.values()]
     message = (
-        f"--input {given.input!r} has the transformers {', '.join(folders)}: give the folder of one for "
-        f"--to {given.to}."
+        f"--input {given.input!r} has the transformers {', '.join(folders)}: give the folder of one "
+        f"for --to {given.to}."
     )
     refuse_if([(len(folders) > 1 and given.to != "run", message)])
     parts = {name: _read(given, part) for name, part in pipeline.transformers.items()}
