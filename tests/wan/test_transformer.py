@@ -34,7 +34,14 @@ def read_folder(folder: Path) -> tuple[wan.WanFile, Any, str]:
 
 
 @needs_diffusers
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "2.2 T2V"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "2.1 FLF2V" else ())
+        for name in LAYOUTS
+        if name != "2.2 T2V"  # in test_converting.py: two of the sizes of 2.1's
+    ],
+)
 def test_published_files_compute_the_same_and_come_back(tmp_path, layout):
     """A folder of Diffusers', and a file of the authors'."""
     model, inputs = random_wan(layout), random_inputs(layout)
