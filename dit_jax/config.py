@@ -236,7 +236,8 @@ class VideoRun(Run):
         known = list(dict.fromkeys(filter(None, hashes)))
         message = (
             f"codec.hash {codec.hash!r}, the latents of the data and the codec {codec.path!r} are of "
-            f"the codecs {', '.join(known)}: give the one that made the latents."
+            f"the codecs {', '.join(known)}: give the one that made the latents, or "
+            "make them anew for this run (python -m dit_jax.prepare --for-run)."
         )
         refuse_if([(len(known) > 1, message)])
         codec = dataclasses.replace(codec, hash=known[0] if known else None)
@@ -284,6 +285,11 @@ class VideoRun(Run):
         dropout, padded = self.diffusion.caption_dropout, getattr(model.text, "padded", False)
         text = f"diffusion.caption_dropout is {dropout}: set it to 0, for the empty caption of a model "
         yield padded and dropout > 0, text + "with text.padded has states of its own."
+        bare = [x.path for x in getattr(source, "record_sets", ()) if not x.captioned]
+        text = (
+            f"data.source: {', '.join(bare)!r} has captioned False, and a model with text.padded "
+        )
+        yield padded and bool(bare), text + "reads states: prepare those of the empty caption."
         fixed = self.diffusion.variance == "learned_range" and not model.learned_variance
         text = "diffusion.variance is 'learned_range': set model.learned_variance, or another variance."
         yield fixed, text

@@ -233,7 +233,8 @@ def find_codec(
     )
     refuse_if([(found.latent_channels != channels, message)])
     t, h, w = found.stride
-    return tools.LatentCodecConfig(path=absolute(path), t=t, h=h, w=w)
+    config = tools.LatentCodecConfig(path=absolute(path), t=t, h=h, w=w)
+    return dataclasses.replace(config, hash=config.weights_hash())
 
 
 def _abstract(config: VideoRun, mesh_config: MeshConfig) -> tuple[Params, Params]:

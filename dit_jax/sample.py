@@ -33,7 +33,7 @@ from dit_jax.types import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 PROG = "python -m dit_jax.sample"
 RARE = ("label", "format", "step", "codec", "text_encoder", "config", "sampling", "mesh")
-RARE += ("prompts_file", "negative_prompt", "spread_parameters")
+RARE += ("prompts_file", "negative_prompt", "spread_parameters", "unmerged")
 """Options that --help leaves to --help-all."""
 
 Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
@@ -78,6 +78,11 @@ class Command:
     codec: str | None = None  # Folder of the autoencoder, if not the one of the run's config.
     text_encoder: str | None = None  # Folder of the text encoder, if not the one of the config.
     config: str | None = None  # The run's config file, if it has conditioners of your own module.
+    lora: Annotated[Texts, tyro.conf.arg(metavar="PATH[:WEIGHT] [...]")] = ()
+    """Adapters to add: runs that train them, or files (docs/lora.md)."""
+    unmerged: bool = (
+        False  # Computes adapters beside the weights, in place of adding them to these.
+    )
     sampling: tyro.conf.OmitArgPrefixes[SamplerConfig] = SamplerConfig()
     """By default as the run's config says (``sampling``)."""
     mesh: parallel.MeshConfig = parallel.MeshConfig()
@@ -443,7 +448,9 @@ def sample(command: Text | Upscale) -> None:
     weights = command.step, command.codec, command.text_encoder
     where = parallel.make_mesh(command.mesh), command.spread_parameters
     own = load_config(command.config) if command.config else None
-    pipeline = load_run(command.checkpoint, *weights, *where, own, **vars(command.sampling))
+    adapters = [one for some in command.lora for one in some], command.unmerged
+    parts = *weights, *where, own, *adapters
+    pipeline = load_run(command.checkpoint, *parts, **vars(command.sampling))
     prompts, clips, rates = command.clips(pipeline)
     if jax.process_index() != 0:
         return

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import files, parallel, training
@@ -100,7 +99,8 @@ def train(config: Run) -> str | None:
 
             # The state, sharded from the start: no device ever holds the whole model.
             optimizer = training.make_optimizer(config.optimizer, config.steps)
-            shapes, shardings = training.abstract_state(task.init, optimizer, mesh, task.trainable)
+            of_state = {"trainable": task.trainable, "config": config.optimizer}
+            shapes, shardings = training.abstract_state(task.init, optimizer, mesh, **of_state)
             step_fn = training.make_step(
                 task.loss, optimizer, config.optimizer, config.seed, shardings
             )
@@ -109,7 +109,7 @@ def train(config: Run) -> str | None:
             checkpointer = training.Checkpointer(directory, config.checkpoint)
             latest, repacked = checkpointer.latest(), False
             if latest is None:
-                state = training.init_state(task.init, optimizer, shardings, key, task.trainable)
+                state = training.init_state(task.init, optimizer, shardings, key, **of_state)
                 state = init_from(config, state, shapes, shardings)
             else:
                 state, data_state = checkpointer.restore(latest, shapes, shardings)
@@ -220,7 +220,7 @@ def evaluate(
     step, name = int(state.step), evaluator.name
     parallel.trim_memory()
     try:
-        scalars, picture = evaluator.evaluate(state.ema, frozen, step, directory)
+        scalars, picture = evaluator.evaluate(state.ema or state.params, frozen, step, directory)
         progress.scalars(step, {k if "/" in k else f"{name}/{k}": x for k, x in scalars.items()})
         if picture is not None:
             progress.image(step, name, picture)
@@ -251,7 +251,7 @@ def data_report(loader: RowStreams[Any]) -> dict[str, Any]:
 # What a resumed run must have the same, but for fields that say where the data lies and how the same
 # numbers are computed; ``data.packing`` says which samples share a row.
 FIXED = ("model", "data.source", "data.transform", "data.crop", "seed", "optimizer.kind")
-FIXED += ("codec.hash", "text_encoder.hash")
+FIXED += ("optimizer.moments", "optimizer.ema", "codec.hash", "text_encoder.hash")
 MAY_CHANGE = ("path", "data_dir", "threads", "scan", "remat")
 # What a run that begins with another's parameters must have the same, but for how it is computed, what
 # shapes tell, how fresh parameters are drawn and where captions are cut.
@@ -309,9 +309,10 @@ def init_from(
     if "model.patch.t" in inflated:
         assert isinstance(config, VideoRun)
         read = partial(inflate, config, read)
-    params = read(shapes.ema, shardings.ema)
+    params = read(shapes.params, shardings.params)
     checkpointer.close()
-    return dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))
+    ema = training.begin_ema(params, config.optimizer)
+    return dataclasses.replace(fresh, params=params, ema=ema)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dit_jax.data import RecordsConfig, RecordsSource
 from dit_jax.files import as_path
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.prepare.captions import prefixed
 from dit_jax.prepare.writing import StatesOf, write_records
 from dit_jax.text.folders import load_text_encoder
 from dit_jax.types import TextEncoder
@@ -28,10 +29,11 @@ CHUNK = 256
 """Records whose captions are encoded together."""
 
 
-def encoded(source: RecordsSource, encoder: TextEncoder) -> Iterator[dict[str, Any]]:
-    """The samples of a source, in order, with the states of their captions."""
+def encoded(source: RecordsSource, encoder: TextEncoder, prefix: str) -> Iterator[dict[str, Any]]:
+    """The samples of a source in order, captions behind a prefix, with the states of these."""
     for start in range(0, len(source), CHUNK):
-        samples = [source[i] for i in range(start, min(start + CHUNK, len(source)))]
+        samples: Any = [source[i] for i in range(start, min(start + CHUNK, len(source)))]
+        samples = [{**one, "caption": prefixed(prefix, one["caption"])} for one in samples]
         captions = list(dict.fromkeys(sample["caption"] for sample in samples))
         states = dict(zip(captions, encoder.encode(captions), strict=True))
         for sample in samples:
@@ -69,7 +71,7 @@ def convert(args: argparse.Namespace) -> Path:
     with tqdm(total=sum(map(len, sources.values())), unit="clip", disable=None) as bar:
 
         def counted(split: str) -> Iterator[dict[str, Any]]:
-            for sample in encoded(sources[split], encoder):
+            for sample in encoded(sources[split], encoder, args.prefix):
                 bar.update()
                 yield sample
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--video-key", default="video")
     parser.add_argument("--caption-key", default="caption")
     parser.add_argument("--caption-template", help="as data.source.caption_template")
+    parser.add_argument("--prefix", default="", help="put before every caption: a trigger word")
     parser.add_argument("--label-key", help="class to keep, as label")
     parser.add_argument("--data-dir", help="where TFDS keeps the builder, if not in its own place")
     parser.add_argument("--max-tokens", type=int, default=512, help="where captions are cut")

@@ -20,17 +20,8 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 FOREIGN = {"tensorflow", "torch"}
 CORE = {"train", "sample", "config", "types", "files", "video"}
 CORE |= {"data", "model", "diffusion", "parallel", "training", "sampling"}
-SATELLITES = {
-    "codec",
-    "text",
-    "interop",
-    "convert",
-    "evaluate",
-    "prepare",
-    "plan",
-    "upscale",
-    "wan",
-}
+SATELLITES = {"codec", "text", "interop", "convert", "evaluate", "prepare", "plan", "upscale"}
+SATELLITES |= {"wan", "lora"}
 VERBS = {"train", "sample", "convert"}
 
 

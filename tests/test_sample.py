@@ -275,6 +275,36 @@ def test_a_prompt_that_is_cut_is_told_once(run: Path, tmp_path: Path, capfd: Cap
     assert all(strip.std() > 0 for strip in strips)
 
 
+COUNTED = """
+import atexit, collections, json, os, runpy, sys
+os.environ["XDG_CACHE_HOME"] = sys.argv.pop(1)
+for name in ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    del os.environ[f"JAX_{name}"]
+import jax
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.split("/")[-1]]))
+atexit.register(lambda: print(json.dumps(counts)))
+runpy.run_module("dit_jax.sample", run_name="__main__", alter_sys=True)
+"""
+"""Sampling as a user starts it, who keeps programs in a cache of their own; then what JAX counted."""
+
+
+def test_the_second_start_compiles_nothing(run: Path, verbs: Verbs, tmp_path: Path):
+    cache, counted = tmp_path / "cache", []
+    for name in ("first", "second"):
+        given = [cache, "--checkpoint", run, "--output", tmp_path / f"{name}.png"]
+        (ended,) = end(verbs.start("sample", [*given, "--prompt", PROMPT], code=COUNTED))
+        assert ended.status == 0
+        counts = json.loads(ended.text.splitlines()[-1])
+        found = (counts.get(f"cache_{what}", 0) for what in ("misses", "hits"))
+        counted.append((counts["compile_requests_use_cache"], *found))
+    programs = counted[0][0]
+    assert counted == [(programs, programs, 0), (programs, 0, programs)]
+    # What the host knows is computed there: these are the steps of sampling themselves.
+    assert programs <= 6
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
 # Bad input: refused at once, with the value, the constraint and the remedy.
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dit_jax.types import PositiveFloat, PositiveInt, Range, require
+from dit_jax.types import PositiveFloat, PositiveInt, Range, UnitInterval, require
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 Points = Float[Array, "*b p"]
@@ -212,6 +212,9 @@ class TimeConfig:
     shift: PositiveFloat = 1.0  # r of (5): above 1 moves times towards noise
     # If set, r is ``shift`` for a segment of this many tokens and grows with the root of their number.
     reference_tokens: PositiveInt | None = None
+    # The noise levels that are trained, if not all: those of one of two experts.
+    lowest: UnitInterval = 0.0
+    highest: UnitInterval = 1.0
 
 
 def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Float[AnyArray, "*b"]:
@@ -221,12 +224,14 @@ def shift_time(t: Float[AnyArray, "*b"], r: Float[AnyArray, "*b"] | float) -> Fl
 
 def resolution_shift(
     config: TimeConfig, num_tokens: Int[Array | np.ndarray, "*b"] | np.integer
-) -> Times:
+) -> Float[Array | np.ndarray, "*b"]:
     """r of (5) for segments of this many tokens."""
-    count = jnp.asarray(num_tokens, jnp.float32)
     if config.reference_tokens is None:
-        return jnp.full(count.shape, config.shift, jnp.float32)
-    return config.shift * jnp.sqrt(jnp.maximum(count, 1.0) / config.reference_tokens)
+        return np.full(num_tokens.shape, config.shift, np.float32)
+    # What is known on the host is computed there: nothing is compiled for it.
+    xp = jnp if isinstance(num_tokens, jax.Array) else np
+    count = xp.maximum(xp.asarray(num_tokens, np.float32), 1.0)
+    return xp.asarray(config.shift * xp.sqrt(count / config.reference_tokens))
 
 
 def sample_time(config: TimeConfig, key: jax.Array, num_tokens: Int[Array, ""]) -> Float[Array, ""]:
@@ -235,4 +240,5 @@ def sample_time(config: TimeConfig, key: jax.Array, num_tokens: Int[Array, ""]) 
         t = 1.0 - jax.random.uniform(key)
     else:
         t = jax.nn.sigmoid(config.mean + config.std * jax.random.normal(key))
-    return shift_time(t, resolution_shift(config, num_tokens))
+    t = shift_time(t, jnp.asarray(resolution_shift(config, num_tokens)))
+    return config.lowest + (config.highest - config.lowest) * t

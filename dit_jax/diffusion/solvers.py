@@ -48,7 +48,8 @@ from jaxtyping import Array, Bool, Float
 from dit_jax.diffusion.paths import Estimate, Level, PathConfig, Variance, level, shift_time
 from dit_jax.types import NonNegativeFloat, PositiveInt
 
-Spacing = Literal["linear", "trailing", "linspace"]
+Spacing = Literal["linear", "flow", "trailing", "linspace"]
+FLOW_STEPS = 1000  # in whole ones of which "flow" counts time
 Tokens = Float[Array, "b l p"]
 ByToken = Float[Array, "b l"]
 Scalar = Float[Array, ""]
@@ -233,8 +234,12 @@ def noise_levels(
 
     Linear ones are evenly spaced (with ``last``, to it, and then to 0: SiT's sampler, 0.04), then
     shifted towards noise (Esser et al. 2024, eq. 23). The others pick indices of the discrete chain
-    (Lin et al. 2023, table 2); linspace is how the code of DiT respaces its chain.
+    (Lin et al. 2023, table 2); linspace is how the code of DiT respaces its chain. flow is what the
+    schedulers of published flow models make: evenly from nearly 1 to 1/1000, the last left out.
     """
+    if spacing == "flow":
+        levels = shift_time(np.linspace(1.0, 1 / FLOW_STEPS, steps + 1)[:-1], shift)
+        return np.append(np.minimum(levels, 1 - 1e-6), 0.0).astype(np.float32)
     if spacing == "linear":
         levels = np.linspace(1.0, 0.0, steps + 1)
         if last is not None:

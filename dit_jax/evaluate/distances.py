@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.linalg import lapack
 
 from dit_jax.files import refuse_if
 
@@ -121,6 +120,8 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     rounding = ROUNDING * float(np.diag(symmetric).max())
     if rounding <= 0:
         return np.zeros((len(symmetric), 0))
+    from scipy.linalg import lapack  # Not for who only samples from a run with this evaluator.
+
     pivoted = lapack.dpstrf  # pyright: ignore[reportAttributeAccessIssue]
     lower, pivots, rank, _ = pivoted(symmetric, lower=1, tol=rounding)
     root = np.empty((len(symmetric), rank))

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from dit_jax.data.shapes import ARM, COLORS, EXTENTS, RADII, SHAPES, STEPS, Scene, coverage
 from dit_jax.files import refuse_if
@@ -212,6 +211,8 @@ def _shape(fg: _Foreground) -> str | None:
 
 def _second_blob(mask: np.ndarray) -> np.ndarray:
     """Mass of the second largest connected blob over that of the largest, [n]."""
+    from scipy import ndimage  # Not for who only samples from a run with this evaluator.
+
     ratios = np.zeros(len(mask))
     for k, frame in enumerate(mask):
         # SciPy has no stubs, and the checker sees the result of a call with `output` here.

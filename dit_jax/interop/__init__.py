@@ -14,6 +14,7 @@ from dit_jax.interop.registry import text_tools as text_tools
 from dit_jax.interop.registry import transformer_of_class as transformer_of_class
 from dit_jax.interop.registry import transformer_of_keys as transformer_of_keys
 from dit_jax.interop.registry import transformer_of_run as transformer_of_run
+from dit_jax.interop.safetensors_files import read_metadata as read_metadata
 from dit_jax.interop.safetensors_files import read_safetensors as read_safetensors
 from dit_jax.interop.safetensors_files import write_safetensors as write_safetensors
 from dit_jax.interop.torch_files import read_torch as read_torch

@@ -102,9 +102,17 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Any]) -> None:
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a ``.safetensors`` file says beside its arrays."""
+    with safetensors.safe_open(str(local_copy(path)), framework="numpy") as file:
+        return file.metadata() or {}
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes arrays, by name, to one file. All of them are in memory while it is written."""
     made = {name: np.ascontiguousarray(np.asarray(array)) for name, array in tensors.items()}
     # ascontiguousarray makes scalars vectors.
     made = {name: array.reshape(tensors[name].shape) for name, array in made.items()}
-    st.save_file(made, str(path), metadata=METADATA)
+    st.save_file(made, str(path), metadata={**METADATA, **(metadata or {})})

@@ -382,7 +382,7 @@ class DiT(nn.Module):
             stacked: Any = nn.scan(
                 unit,
                 variable_axes={"params": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # Flax infers int from 0
                 length=count,
                 unroll=1 if config.scan else count,

@@ -10,9 +10,12 @@ divide stays whole: a tiny model on a large mesh is replicated, not refused, but
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import itertools
+import logging
 import math
 import os
 from collections import Counter
@@ -46,6 +49,11 @@ PEAK_FLOPS = {
 Size = PositiveInt | Literal[-1]
 
 
+def _beside_accelerator() -> bool:
+    devices = (Path("/dev").glob(name) for name in ("accel*", "nvidia[0-9]*", "vfio/[0-9]*"))
+    return any(itertools.chain(*devices))
+
+
 def tune_cpu() -> None:
     """Sets how XLA compiles and allocates on CPUs; a program calls it before its first array.
 
@@ -55,8 +63,7 @@ def tune_cpu() -> None:
     step, took a fifth of the quickstart's time. Beside an accelerator nothing changes.
     """
     level = "--xla_backend_optimization_level"
-    devices = (Path("/dev").glob(name) for name in ("accel*", "nvidia[0-9]*", "vfio/[0-9]*"))
-    if any(itertools.chain(*devices)):
+    if _beside_accelerator():
         return
     if level not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{flags} {level}=1"
@@ -67,6 +74,33 @@ def tune_cpu() -> None:
         # M_MMAP_MAX: no block is a mapping of its own; M_TRIM_THRESHOLD: the heap never shrinks.
         for parameter, value in ((-4, 0), (-1, -1)):
             ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def keep_programs() -> None:
+    """Keeps what is compiled in the user's cache, where the next process finds it.
+
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off. ``JAX_COMPILATION_CACHE_DIR`` names another
+    directory, also one of Cloud Storage; its size and what goes there are then as JAX's variables say.
+    """
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        return
+    # XLA loads what was compiled for another processor with no more than a message, to die by SIGILL
+    # (jaxlib 0.10.2), and splits loops by the cores that there are: each kind of machine has its own.
+    with contextlib.suppress(OSError):  # Programs are kept on Linux, and by who may write there.
+        lines = {*Path("/proc/cpuinfo").read_text().split("\n")}
+        kind = str(sorted(one for one in lines if one.startswith(("flags", "Features"))))
+        digest = hashlib.sha256(f"{kind} {os.cpu_count()}".encode()).hexdigest()[:8]
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        place = Path(base, "dit_jax", "compiled", digest)
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config.update("jax_compilation_cache_max_size", 2**32)  # bytes; the oldest in use go first
+        config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        config.update("jax_compilation_cache_dir", str(place))
+        if "avx512" in kind and config.jax_logging_level == "NOTSET" and not _beside_accelerator():
+            # That message comes on such processors for their own programs too (prefer-no-gather).
+            config.update("jax_logging_level", "CRITICAL")
+            logging.getLogger("jax").setLevel(logging.WARNING)
 
 
 def trim_memory() -> None:
@@ -244,15 +278,17 @@ def parameter_shardings(mesh: Mesh, boxed: Any, over_context: bool = True) -> An
 def state_shardings(mesh: Mesh, tree: Any, shardings: Any) -> Any:
     """Shardings of a state whose subtrees mirror the parameters, as optimizers' moments do.
 
-    A leaf whose path ends in the path of a parameter is sharded like it; all others are whole.
+    A leaf whose path ends in the path of a parameter is sharded like it, but along axes where it has
+    one number, as scales of rows and columns do; all others are whole.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(shardings)
     known = {path: leaf for path, leaf in flat}
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         parameters = (known.get(path[start:]) for start in range(len(path)))
-        fits = (x for x in parameters if x is not None and len(x.spec) <= leaf.ndim)
-        return next(fits, NamedSharding(mesh, P()))
+        fits = (x.spec for x in parameters if x is not None and len(x.spec) <= leaf.ndim)
+        spec = zip(next(fits, ()), leaf.shape, strict=False)
+        return NamedSharding(mesh, P(*(None if size == 1 else part for part, size in spec)))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 

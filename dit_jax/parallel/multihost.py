@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.files import InputError, explain, refuse_if
-from dit_jax.parallel.mesh import batch_sharding, batch_shards, platform
+from dit_jax.parallel.mesh import batch_sharding, batch_shards, keep_programs, platform
 from dit_jax.types import is_token_field
 
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
@@ -137,6 +137,9 @@ def joined(
     status 2, which launchers do not start again, for ``user_errors``, and with 1 for any other.
     """
     if not initialize(flags, prog):
+        # Of several processes the first alone keeps programs: the others would come later, by what they
+        # compile, to a collective that does not wait for long. A shared directory is theirs to name.
+        keep_programs()
         yield
         return
     client, done, index = coordination(), threading.Event(), jax.process_index()

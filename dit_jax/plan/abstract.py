@@ -67,8 +67,9 @@ def _count(params: Any) -> int:
 
 
 def _bytes(tree: Any) -> float:
-    """Of a tree of abstract, sharded arrays on one device."""
-    shards = ((x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree))
+    """Of a tree of abstract, sharded arrays in the memory of one device."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    shards = ((x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in leaves)
     return float(sum(math.prod(shape) * size for shape, size in shards))
 
 
@@ -135,7 +136,8 @@ def train_step(config: Any, mesh: Mesh) -> AbstractStep:
     else:
         task = AbstractTask(**config.abstract_task(mesh))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shapes, shardings = abstract_state(task.init, optimizer, mesh, task.trainable)
+    of_state = {"trainable": task.trainable, "config": config.optimizer}
+    shapes, shardings = abstract_state(task.init, optimizer, mesh, **of_state)
     frozen = (split(one, task.trainable)[1] for one in abstract_params(task.init, mesh))
     state = _sharded(shapes, shardings)
     step = make_step(task.loss, optimizer, config.optimizer, config.seed, shardings)

@@ -10,12 +10,14 @@ however many machines there are, and so is every bit of the result.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import logging
+import math
 import shutil
 import sys
 import time
@@ -31,7 +33,7 @@ import tensorflow_datasets as tfds
 import tyro
 
 from dit_jax import files, interop
-from dit_jax.config import check_types
+from dit_jax.config import VideoRun, check_types, read_config
 from dit_jax.files import check_writable, is_remote, refuse_if
 from dit_jax.parallel import (
     PROCESS_HELP,
@@ -44,6 +46,7 @@ from dit_jax.parallel import (
 from dit_jax.prepare import report
 from dit_jax.prepare.captions import CaptionsConfig, clip_features, clip_texts, find_captions
 from dit_jax.prepare.chat import AnswerCache, ChatClient, ChatConfig, ChatOptions, user_cache
+from dit_jax.prepare.clips import ClipConfig
 from dit_jax.prepare.duplicates import near_duplicates
 from dit_jax.prepare.examining import ExamineConfig
 from dit_jax.prepare.listing import Item, find_media
@@ -74,6 +77,9 @@ class PrepareConfig:
     output: str
     """Gets NAME/1.0.0 (the records), report.json, report.html, files.jsonl, and work/, what the stages
     left. On Cloud Storage (gs://) it gets copies of all but work/, when they are finished."""
+    for_run: str | None = None
+    """The directory of a run: clips are made for its model. Its codec and text encoder, frame rate and
+    longest and largest clip are then the defaults of the options below."""
     work: str | None = None
     """A local folder, or one on a disk that the machines share, in place of OUTPUT/work. Of an output
     on Cloud Storage, one in the user's cache directory."""
@@ -363,6 +369,42 @@ class Preparation:
                 shutil.copyfile(self.output / name, fresh)
 
 
+def parse(words: Sequence[str]) -> PrepareConfig:
+    """The options, whose defaults are those of the run that ``--for-run`` names."""
+    # Read ahead of the others: tyro shows and checks options by their defaults.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--for-run", "--for_run")
+    run = parser.parse_known_args(list(words))[0].for_run
+    config = PrepareConfig(tyro.MISSING, tyro.MISSING)
+    if run is not None:
+        hint = "give a run (python -m dit_jax.convert --to run makes one of a published model)"
+        stored = files.check_exists(files.as_path(run) / "config.json", "--for-run", hint)
+        config = for_model(config, read_config(stored))
+    text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
+    how: Any = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return tyro.cli(
+        PrepareConfig, args=words, prog=PROG, description=text, default=config, config=how
+    )
+
+
+def for_model(config: PrepareConfig, of: VideoRun) -> PrepareConfig:
+    """The config with what the model of a run needs: its codec and text encoder, and clips of its frame
+    rate, at most as long and large as those that it is sampled with."""
+    codec, patch, size = of.codec, of.model.patch, of.sampling
+    longest = size.frames / size.fps
+    clips = ClipConfig(
+        min_seconds=min(ClipConfig.min_seconds, longest),
+        max_seconds=longest,
+        stride=codec.t,
+        fps=size.fps,
+        area=size.height * size.width,
+        multiple=math.lcm(codec.h * patch.h, codec.w * patch.w),
+    )
+    examine = dataclasses.replace(config.examine, clips=clips)
+    networks = {"codec": codec.path, "text_encoder": of.text_encoder.path}
+    return dataclasses.replace(config, examine=examine, **networks)
+
+
 def places(config: PrepareConfig) -> tuple[Path, Path]:
     """The local folders of the output and of the work; Cloud Storage gets a copy at the end."""
     output = check_writable(config.output)
@@ -401,9 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tfds.disable_progress_bar()
 
     def work() -> int:
-        text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
-        ways = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        config = tyro.cli(PrepareConfig, args=words, prog=PROG, description=text, config=ways)
+        config = parse(words)
         check_types(config)
         with joined(flags, PROG):
             about = prepare(config)

@@ -72,6 +72,9 @@ class CaptionsConfig:
     whole_text: bool = False  # A sidecar cat.txt is one caption, and not one on each line.
     given: PositiveInt = 1  # Captions that came with a file are kept, at most so many.
     licence: str = ""  # Of files of which neither table nor sidecar says one.
+    # Put before every caption, such as a trigger word, "sks style, "; a clip without captions has it
+    # alone.
+    prefix: str = ""
 
 
 def _captions(
@@ -302,4 +305,10 @@ def clip_texts(
     licences = (one.licence for one in captions if one.licence)
     texts = dict.fromkeys(features, "") | {name: one.text for name, one in found.items()}
     texts["caption_origin"] = "; ".join(f"{name}: {one.origin}" for name, one in found.items())
+    texts |= {name: prefixed(config.prefix, texts[name]) for name in ("caption", *found)}
     return {**texts, "licence": next(licences, encodable(config.licence))}
+
+
+def prefixed(prefix: str, caption: str) -> str:
+    """The caption behind a prefix; of an empty one the prefix alone, without what would join them."""
+    return encodable(prefix) + caption if caption else encodable(prefix).strip(" ,.:;")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -28,6 +29,9 @@ from dit_jax.sampling.request import Request, Space
 from dit_jax.sampling.sampler import Experts, Generator, SamplingConfig
 from dit_jax.training import Checkpointer, abstract_params, open_run, video_task
 from dit_jax.types import Codec, Params
+
+# Pipelines of models with adapters: a satellite, named and not imported.
+ADAPTED = "dit_jax.lora.pipeline"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,13 +109,16 @@ def load_run(
     mesh: Mesh | None = None,
     over_context: bool = False,
     own: VideoRun | None = None,
+    lora: Sequence[str] = (),
+    unmerged: bool = False,
     **sampling: Any,
 ) -> Pipeline:
     """Opens a checkpoint of a run: the step, or the newest.
 
     ``codec`` and ``text_encoder`` are folders in place of those that the run's config names,
     ``sampling`` are fields of its ``SamplingConfig`` in place of its own, and ``own`` is the config
-    that it was trained with, for conditioners of a user's own module, which are not stored.
+    that it was trained with, for conditioners of a user's own module, which are not stored. ``lora``
+    are adapters (docs/lora.md), which are added to the weights, or with ``unmerged`` computed beside.
     """
     checkpointer, step, config = stored_run(run, step)
     model, parts = config.model, {}
@@ -137,7 +144,10 @@ def load_run(
     if opened is None:
         message = f"{str(run)!r} makes latents of {model.patch.channels} channels: give --codec."
         raise InputError(message)
-    return Pipeline(config, mesh, opened, checkpointer, step, over_context)
+    arguments: Any = config, mesh, opened, checkpointer, step, over_context
+    if lora or hasattr(config, "lora"):
+        return importlib.import_module(ADAPTED).open_adapted(*arguments, lora, unmerged)
+    return Pipeline(*arguments)
 
 
 def stored_run(

@@ -63,7 +63,8 @@ class SamplerConfig(solvers.GuidanceConfig):
     eta: UnitInterval = 0.0  # Noise of ddim: 0 is none, 1 as much as ddpm.
     sde_strength: NonNegative = 1.0  # Noise of sde: its diffusion is this times sigma.
     spacing: solvers.Spacing = "linear"
-    """Of the noise levels: trailing and linspace (DiT) pick indices of the discrete path."""
+    """Of the noise levels: trailing and linspace (DiT) pick indices of the discrete path. flow is of
+    published flow models, which are told whole thousandths of a level, rounded down."""
     last_step: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = None
     """Level from which the last of linear steps goes to 0 (SiT's sde: 0.04). None: all are alike."""
     shift: Positive | None = None
@@ -76,7 +77,7 @@ class SamplerConfig(solvers.GuidanceConfig):
     def check(self, diffusion: DiffusionConfig, channels: int) -> None:
         """Raises ``ValueError`` if a model trained like this cannot be sampled like this."""
         path, solver = diffusion.path, solvers.SOLVERS[self.solver]
-        linear, (low, high) = self.spacing == "linear", self.cfg_interval
+        linear, (low, high) = self.spacing in ("linear", "flow"), self.cfg_interval
         shifted = self.shift not in (None, 1) or self.last_step is not None
         enough = path.discrete and self.steps <= path.timesteps
         chain = f"path.kind {path.kind!r} of {path.timesteps} steps"
@@ -85,6 +86,11 @@ class SamplerConfig(solvers.GuidanceConfig):
             "sampling.",
             self,
             ("last_step", self.last_step is None or self.steps > 1, "None for a single step"),
+            (
+                "last_step",
+                self.last_step is None or self.spacing != "flow",
+                "None for spacing flow",
+            ),
             ("solver", not (solver.continuous and path.discrete), f"ddpm or ddim for {chain}"),
             ("spacing", linear or not shifted, "linear for a shift or a last_step"),
             ("spacing", linear or enough, f"linear for {self.steps} steps and {chain}"),
@@ -110,7 +116,7 @@ class Experts(NamedTuple):
     (Balaji et al. 2022, "eDiff-I"; Wan 2.2)."""
 
     high: Params
-    low: Params
+    low: Params | None  # None: the first makes all steps.
     below: float = 0.0  # The noise levels of the second.
     cfg_scale: float | None = None  # Its guidance; None: that of the first.
 
@@ -132,7 +138,7 @@ class Generator:
         self.step = jax.jit(self._step, donate_argnums=1, static_argnames=("keep", "scale"))
         self.prepare_fields = jax.jit(self._prepare_fields)
         self.cast = jax.jit(self._cast)
-        self._encode = jax.jit(partial(model.apply, method="encode_text"))
+        self._encode, self._extent = jax.jit(self._encode_texts), jax.jit(extent)
         self.changes = jax.jit(self._changes)
 
     def levels(self, tokens: int) -> Float[np.ndarray, "k"]:
@@ -155,29 +161,22 @@ class Generator:
         self, params: Params | Experts, inputs: SamplerInputs, on_steps=lambda n: None
     ) -> Tokens:
         """Clean tokens; ``on_steps(n)`` is called after n more steps of the solver."""
-        experts = params if isinstance(params, Experts) else Experts(params, params)
+        experts = params if isinstance(params, Experts) else Experts(params, None)
         if self.model.config.conditioners:
             inputs = self.prepare_fields(inputs)
-        read = [inputs, inputs.unconditioned()] if self.config.cfg_scale != 1 else [inputs]
-        ids = [one.text_segment_ids for one in read]
 
         def ready(params: Params) -> tuple[Params, Any, Any]:
             """Parameters, and the states of the prompts alone and of both prompts."""
             if self.model.config.compute_dtype() != jnp.float32:
                 params = self.cast(params)  # once, in place of in every step
-            texts = [
-                (self._encode(params, one.text, i), i) for one, i in zip(read, ids, strict=True)
-            ]
-            both = [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]  # [2 b, s, ...]
-            return params, texts[0], both
+            return params, *self._encode(params, inputs)
 
         models = [ready(one) for one in (experts.high, experts.low) if one is not None]
 
-        filled = inputs.segment_ids != PAD
-        levels = self.levels(int(filled.sum(1).max()))
+        tokens, highest = jax.device_get(self._extent(inputs))
+        levels = self.levels(int(tokens))
         # Above the highest cap nothing moves: those steps are not made.
-        highest = float(jnp.where(filled, inputs.noise_caps, 0).max())
-        first = min(int((levels[1:] >= np.float32(highest)).sum()), len(levels) - 2)
+        first = min(int((levels[1:] >= highest).sum()), len(levels) - 2)
         carry, residual = self.begin(inputs, levels[first]), []
         caching = self.config.cache_threshold > 0 and inputs.cycles is None and len(models) == 1
         runs = self.plan(models[0][0], levels[first:]) if caching else []
@@ -202,6 +201,14 @@ class Generator:
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: layers.as_computed([key.key for key in path], leaf, dtype), params
         )
+
+    def _encode_texts(self, params: Params, inputs: SamplerInputs) -> tuple[Any, Any]:
+        """States and ids of the prompts alone, and of both prompts ``[2 b, s, ...]`` if guided."""
+        read = [inputs, inputs.unconditioned()] if self.config.cfg_scale != 1 else [inputs]
+        encode = partial(self.model.apply, params, method="encode_text")
+        ids = [one.text_segment_ids for one in read]
+        texts = [(encode(one.text, i), i) for one, i in zip(read, ids, strict=True)]
+        return texts[0], [jnp.concatenate(halves) for halves in zip(*texts, strict=True)]
 
     def _prepare_fields(self, inputs: SamplerInputs) -> SamplerInputs:
         """The inputs with their fields as the model reads them (see ``Conditioner.prepare``)."""
@@ -264,6 +271,8 @@ class Generator:
         def denoiser(x: Tokens, t: Array) -> paths.Estimate:
             tau = jnp.minimum(t, inputs.noise_caps)
             group_t = jnp.minimum(t, whole.group_t)
+            if self.config.spacing == "flow":
+                group_t = jnp.floor(group_t * solvers.FLOW_STEPS) / solvers.FLOW_STEPS
             seen = dataclasses.replace(whole, tokens=rows(x), group_t=group_t)
             prediction, fraction = objective.split_output(diffusion, evaluate(seen), x.shape[-1])
             if not path.discrete:  # Guidance is of velocities.
@@ -324,6 +333,12 @@ class Generator:
             runs.append(must or total >= self.config.cache_threshold)
             total = 0.0 if runs[-1] else total
         return runs
+
+
+def extent(inputs: SamplerInputs) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """How many tokens the longest clip has, and the highest noise cap."""
+    filled = inputs.segment_ids != PAD
+    return filled.sum(1).max(), jnp.where(filled, inputs.noise_caps, 0).max()
 
 
 # --- Seamless loops from text ---

@@ -8,6 +8,7 @@ from dit_jax.training.step import OptimizerConfig as OptimizerConfig
 from dit_jax.training.step import TrainState as TrainState
 from dit_jax.training.step import abstract_params as abstract_params
 from dit_jax.training.step import abstract_state as abstract_state
+from dit_jax.training.step import begin_ema as begin_ema
 from dit_jax.training.step import everything as everything
 from dit_jax.training.step import init_frozen as init_frozen
 from dit_jax.training.step import init_state as init_state

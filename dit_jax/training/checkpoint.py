@@ -2,7 +2,8 @@
 
 A run's directory, local or on Cloud Storage, holds ``config.json`` and ``checkpoints/<step>/`` with the
 items ``params``, ``ema``, ``opt`` (moments and counters), ``data`` (where every row's stream stands)
-and ``config``. Sampling restores ``ema`` alone.
+and ``config``. Sampling restores ``ema`` alone: in a run without averages it holds the parameters, and
+there is no ``params``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def gather_data_state(state: dict[str, Any]) -> dict[str, Any]:
     return merge_states([json.loads(bytes(row[:size])) for row, size in rows])
 
 
+def weights(state: TrainState) -> dict[str, Params]:
+    """The items of a state's parameters and their averages."""
+    return {"params": state.params, "ema": state.ema} if state.ema else {"ema": state.params}
+
+
 class Checkpointer:
     """Saves and restores the states of one run; as a context it ends when the last save has."""
 
@@ -85,10 +91,9 @@ class Checkpointer:
         if step == self.latest():
             return
         opt = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+        arrays = weights(state) | {"opt": opt}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            ema=ocp.args.StandardSave(state.ema),
-            opt=ocp.args.StandardSave(opt),
+            **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
             data=ocp.args.JsonSave(gather_data_state(data)),
             config=ocp.args.JsonSave(config),
         )
@@ -109,8 +114,9 @@ class Checkpointer:
         """The state at ``step``, sharded by ``shardings``, and the data state."""
         like = _placed(shapes, shardings)
         opt = {"opt_state": like.opt_state, "step": like.step, "skipped": like.skipped}
-        out = self._read(step, params=like.params, ema=like.ema, opt=opt, data=None)
-        return TrainState(params=out["params"], ema=out["ema"], **out["opt"]), out["data"]
+        out = self._read(step, **weights(like), opt=opt, data=None)
+        params, ema = (out["params"], out["ema"]) if like.ema else (out["ema"], {})
+        return TrainState(params=params, ema=ema, **out["opt"]), out["data"]
 
     def restore_ema(self, step: int, shapes: Params, shardings: Params) -> Params:
         """The averaged parameters alone."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -26,7 +27,9 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dit_jax.files import refuse_if
 from dit_jax.parallel import parameter_shardings, state_shardings
+from dit_jax.training.moments import compressed, round_to_bfloat16
 from dit_jax.types import (
     Fraction,
     NonNegativeFloat,
@@ -71,6 +74,20 @@ class OptimizerConfig:
     clip_norm: PositiveFloat | None = 1.0  # Gradients are scaled down to this global norm.
     ema_decay: Fraction = 0.999  # Of the weights that sampling uses; lower at the start of a run.
     accumulate: PositiveInt = 1  # Parts that the rows of a batch are split in, one after another.
+    # What takes memory (docs/memory.md says how much, and what it costs). Moments: int8 are of
+    # ``training.moments``; factored are Adafactor's second (Shazeer & Stern 2018) and a first of
+    # normalised gradients in bfloat16 (Zhai et al. 2022).
+    moments: Literal["float32", "bfloat16", "int8", "factored"] = "float32"
+    ema: Literal["float32", "bfloat16", "none"] = "float32"  # None: sampling takes the parameters.
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # Of the trainable matrices.
+    offload: bool = False  # Moments wait in the host's memory.
+
+    def __post_init__(self) -> None:
+        factored = self.kind == "muon" and self.moments == "factored"
+        text = (
+            "optimizer.moments is 'factored': it is of optimizer.kind adamw, and of muon int8 is."
+        )
+        refuse_if([(factored, text)])
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -112,6 +129,11 @@ def muon_axes(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def second_decay(step: jax.Array, b2: float) -> jax.Array:
+    """The decay that makes a moment which begins with zeros Adam's unbiased one."""
+    return b2 * (1 - b2**step) / (1 - b2 ** (step + 1.0))
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The update (2) for a run of ``steps`` steps."""
     rate, decay = learning_rate(config, steps), config.weight_decay
@@ -126,8 +148,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             muon_weight_dimension_numbers=muon_axes,
             consistent_rms=MUON_RMS,
         )
+    elif config.moments == "factored":
+        update = optax.chain(
+            optax.scale_by_factored_rms(decay_rate=config.b2, decay_rate_fn=second_decay),
+            optax.ema(config.b1, accumulator_dtype=jnp.bfloat16),
+            optax.add_decayed_weights(decay, decayed),
+            optax.scale_by_learning_rate(rate),
+        )
     else:
         update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay, mask=decayed)
+    if config.moments in ("bfloat16", "int8"):
+        update = compressed(update, config.moments)
     limit = config.clip_norm
     clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
     return optax.chain(clip, update)
@@ -145,7 +176,7 @@ class TrainState:
     step: jax.Array  # Batches seen; also what the randomness of the next step is made of.
     skipped: jax.Array  # Steps whose gradients were not finite, and which changed nothing else.
     params: Params  # The trainable ones.
-    ema: Params
+    ema: Params  # {} without averages.
     opt_state: Any
 
 
@@ -169,7 +200,7 @@ def abstract_params(
     init: InitParams, mesh: Mesh, over_context: bool = True
 ) -> tuple[Params, Params]:
     """Shapes of the parameters and the sharding of each, without allocating any."""
-    boxed = jax.eval_shape(init, jax.random.key(0))
+    boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
     return nn.unbox(boxed), parameter_shardings(mesh, boxed, over_context)
 
 
@@ -178,16 +209,40 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     trainable: Filter = everything,
+    config: OptimizerConfig = OptimizerConfig(),
 ) -> tuple[TrainState, TrainState]:
     """Shapes of a run's state and the shardings of each of its arrays, without allocating any."""
     params, of_params = (split(one, trainable)[0] for one in abstract_params(init, mesh))
-    opt_state = jax.eval_shape(optimizer.init, params)
+    shapes = jax.eval_shape(partial(begin_state, optimizer, config), params)
     whole: Any = NamedSharding(mesh, PartitionSpec())
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     # Moments and averages lie like the parameters they belong to.
-    of_opt = state_shardings(mesh, opt_state, of_params)
-    shapes = TrainState(scalar, scalar, params, params, opt_state)
-    return shapes, TrainState(whole, whole, of_params, of_params, of_opt)
+    of_ema = of_params if shapes.ema else {}
+    of_opt = state_shardings(mesh, shapes.opt_state, of_params)
+    if config.offload:
+        # But for counters, of which XLA wants none there.
+        of_opt = jax.tree.map(
+            lambda x, s: s.with_memory_kind("pinned_host") if x.ndim else s,
+            shapes.opt_state,
+            of_opt,
+        )
+    return shapes, TrainState(whole, whole, of_params, of_ema, of_opt)
+
+
+def begin_ema(params: Params, config: OptimizerConfig) -> Params:
+    """The averages that a run begins with, in memory of their own."""
+    if config.ema == "none":
+        return {}
+    return jax.tree.map(lambda x: jnp.copy(x).astype(config.ema), params)
+
+
+def begin_state(
+    optimizer: optax.GradientTransformation, config: OptimizerConfig, params: Params
+) -> TrainState:
+    """The state that a run begins with."""
+    zero, ema = jnp.zeros((), jnp.int32), begin_ema(params, config)
+    opt_state = optimizer.init(optax.tree.cast(params, jnp.float32))
+    params = jax.tree.map(lambda x: x.astype(config.param_dtype) if x.ndim > 1 else x, params)
+    return TrainState(zero, zero, params, ema, opt_state)
 
 
 def init_state(
@@ -196,13 +251,12 @@ def init_state(
     shardings: Any,
     key: jax.Array,
     trainable: Filter = everything,
+    config: OptimizerConfig = OptimizerConfig(),
 ) -> TrainState:
     """A fresh state; each device initialises its own part."""
 
     def fresh(key: jax.Array) -> TrainState:
-        params, _ = split(nn.unbox(init(key)), trainable)
-        zero, ema = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
-        return TrainState(zero, zero, params, ema, optimizer.init(params))
+        return begin_state(optimizer, config, split(nn.unbox(init(key)), trainable)[0])
 
     return jax.jit(fresh, out_shardings=shardings)(key)
 
@@ -243,7 +297,7 @@ def loss_and_gradients(
         (_, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
             params, frozen, rows, key, step
         )
-        return totals, gradients
+        return totals, optax.tree.cast(gradients, jnp.float32)
 
     def add(carry: Any, rows: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, part(rows)), None
@@ -262,6 +316,15 @@ def loss_and_gradients(
     terms = {name: x / weight for name, x in totals.parts.items()}
     mean = Totals(totals.loss / weight, weight, terms)
     return mean, jax.tree.map(lambda g: g / weight, gradients)
+
+
+def round_like(tree: Params, like: Params, key: jax.Array) -> Params:
+    """A float32 tree in the dtypes of another: to bfloat16 at random, so that small changes count."""
+
+    def one(x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
+        return x if x.dtype == y.dtype else round_to_bfloat16(x, key)
+
+    return jax.tree.map(one, tree, like, optax.tree.split_key_like(key, tree))
 
 
 def make_step(
@@ -283,14 +346,20 @@ def make_step(
         # Of a NaN anywhere the norm is NaN: one flag on the device, and no wait for it on the host.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        before = jax.device_put(state.opt_state, jax.memory.Space.Device)
+        full = optax.tree.cast(state.params, jnp.float32)
+        updates, opt_state = optimizer.update(gradients, before, full)
+        full = optax.apply_updates(full, updates)
+        params = round_like(full, state.params, key)
         taken = state.step - state.skipped
         # (3): the average of a short run forgets the initialisation.
         rate = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
-        ema = jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, state.ema, params)
+        ema = state.ema
+        if ema:
+            average = jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, ema, full)
+            ema = round_like(average, ema, key)
 
-        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+        new, old = (params, ema, opt_state), (state.params, state.ema, before)
         params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         metrics = {"loss": loss, **mean.parts, "gradient_norm": norm, "skipped": skipped}

@@ -359,8 +359,11 @@ def inflate(
 # ---------------------------------------------------------------------------------------------------
 
 
-def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
-    """The task of a config on a mesh; opens the data, and makes nothing else yet."""
+def build_text_to_video(
+    config: VideoRun, mesh: Mesh, make: Callable[..., models.TextToVideo] = make_model
+) -> Task:
+    """The task of a config on a mesh; opens the data, and makes nothing else yet. ``make`` makes the
+    model, of what ``make_model`` takes."""
     check_layout(config, mesh)
     limits, transform, text = config.data.packing, config.data.transform, config.model.text
     codec = config.codec.open(config.model.patch.channels, mesh)
@@ -419,7 +422,7 @@ def build_text_to_video(config: VideoRun, mesh: Mesh) -> Task:
     )
     to_counted, augment = partial(to_tokens, count_cut=True), make_augment(config.data)
     train = partial(load, reader, to_counted, seed=config.seed, augment=augment)
-    model = make_model(config.model, mesh, config.attention)
+    model = make(config.model, mesh, config.attention)
 
     # What is measured and pictured.
     generator = Generator(model, config.diffusion, config.sampling)

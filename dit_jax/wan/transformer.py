@@ -120,7 +120,7 @@ POSITIONS: Rows = {
 }
 
 FREE = "dtype matmul dit.scan dit.remat dit.time_std dit.mlp_dim text.encoder".split()
-FREE += [f"conditioners.{STATES}.encoder"]
+FREE += [f"conditioners.{STATES}.encoder", f"conditioners.{STATES}.tokens"]
 """Fields of a model that its files say nothing of: how it is computed, what makes its states."""
 
 # ---------------------------------------------------------------------------------------------------
@@ -413,7 +413,11 @@ def sampling_of(model: ModelConfig) -> SamplingConfig:
         frames=81, height=480, width=832, steps=50, shift=3.0, cfg_scale=5.0
     )
     plain |= dict(
-        solver="unipc", batch=1, negative_prompt=NEGATIVE, fps=fps_of(model.patch.channels)
+        solver="unipc",
+        spacing="flow",
+        batch=1,
+        negative_prompt=NEGATIVE,
+        fps=fps_of(model.patch.channels),
     )
     return SamplingConfig(**plain | changes)
 
@@ -524,9 +528,14 @@ def from_pipeline(folder: Path, place: str) -> Pipeline:
             model = dataclasses.replace(model, text=reads)
         if image is not None and STATES in model.conditioners:
             states: Any = model.conditioners[STATES]
-            states = {STATES: dataclasses.replace(states, encoder=image)}
+            vision = read_config(folder / "image_encoder")
+            side = vision.get("image_size", 224) // vision.get("patch_size", 14)
+            tokens = states.tokens if states.positions else side**2 + 1  # With the class token.
+            states = {STATES: dataclasses.replace(states, encoder=image, tokens=tokens)}
             model = dataclasses.replace(model, conditioners=model.conditioners | states)
-        sampling = dataclasses.replace(sampling, shift=float(shift), solver=solver)
+        spacing: Any = "flow" if solver == "unipc" else "linear"
+        settings: Any = dict(shift=float(shift), solver=solver, spacing=spacing)
+        sampling = dataclasses.replace(sampling, **settings)
         time = dataclasses.replace(config.diffusion.time, shift=float(shift))
         diffusion = dataclasses.replace(config.diffusion, time=time)
         parts |= dict(model=model, sampling=sampling, diffusion=diffusion)

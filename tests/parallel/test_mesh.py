@@ -3,9 +3,12 @@
 import dataclasses
 import itertools
 import mmap
+import os
 import random
 import subprocess
 import sys
+import types
+from pathlib import Path
 from platform import libc_ver
 
 import jax
@@ -25,7 +28,15 @@ from dit_jax.parallel import (
     parameter_shardings,
     state_shardings,
 )
-from dit_jax.parallel.mesh import ACTIVATION_RULES, AXES, LARGE, PARAMETER_RULES, ROWS, device_grid
+from dit_jax.parallel.mesh import (
+    ACTIVATION_RULES,
+    AXES,
+    LARGE,
+    PARAMETER_RULES,
+    ROWS,
+    device_grid,
+    keep_programs,
+)
 
 EMBED = ("fsdp", "context")
 
@@ -303,3 +314,28 @@ def test_a_tuned_step_on_a_cpu_takes_no_new_memory():
         faults[name] = int(out.stdout)
     pages = 64 * 2**20 // mmap.PAGESIZE
     assert faults["tuned"] < 0.25 * pages and faults["plain"] > 0.5 * pages
+
+
+def test_programs_are_kept_by_kind_of_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def kept(flags, cores=2, **settings):
+        names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_logging_level")
+        values = dict(zip(names, (None, True, "NOTSET"), strict=True)) | settings
+        config = types.SimpleNamespace(**values)
+        config.update = lambda name, value: setattr(config, name, value)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "config", config)
+            patch.setattr(os, "cpu_count", lambda: cores)
+            patch.setattr(Path, "read_text", lambda _: f"processor: 0\nflags\t: {flags}\n")
+            keep_programs()
+        return config.jax_compilation_cache_dir
+
+    place = Path(kept("avx avx2"))
+    assert place.is_relative_to(tmp_path) and place.stat().st_mode & 0o777 == 0o700
+    assert len({str(place), kept("avx avx2"), kept("avx"), kept("avx avx2", cores=4)}) == 3
+    assert kept("avx", jax_compilation_cache_dir="gs://bucket/programs") == "gs://bucket/programs"
+    assert kept("avx", jax_enable_compilation_cache=False) is None
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert kept("avx") is None
