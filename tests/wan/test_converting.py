@@ -64,7 +64,7 @@ def test_a_pipeline_of_two_experts_is_one_run(tmp_path):
     assert expert == (str(out / "low_noise"), 0.9, 3.0) and low.expert.path is None
     assert low.output == str(out / "low_noise")
     assert high.codec.path == str(pipeline / "vae")
-    assert (high.codec.t, high.codec.h, high.codec.w) == (4, 8, 8)
+    assert (high.codec.t, high.codec.h, high.codec.w) == (4, 8, 8) and high.codec.hash
     assert high.text_encoder.path == str(pipeline / "text_encoder") and high.text_encoder.hash
     assert high.model.text.encoder == "wan"  # of no known size: it is named as its pipeline
     sampling, diffusion = high.sampling, high.diffusion
