@@ -80,7 +80,7 @@ def open_adapted(
 
 
 def of_expert(path: str, config: VideoRun) -> bool:
-    """Whether the adapter at a path is of the second of two experts, as the run that trained it says."""
+    """Whether the adapter at a path is of the second expert, as the run that trained it says."""
     if (expert := config.expert.path) is None:
         return False
     place = as_path(path)

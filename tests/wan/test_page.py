@@ -14,8 +14,8 @@ import pytest
 
 from dit_jax import interop
 from dit_jax.config import read_config
-from dit_jax.sampling import load_run
 from dit_jax.sampling.media import read_video, write_png
+from dit_jax.sampling.pipeline import load_run
 from tests.prepare.made_media import moving, run_here, write_video
 from tests.runs import ROOT
 
