@@ -11,12 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_jax.config import VideoRun
-from dit_jax.files import check_exists, refuse_if
+from dit_jax.config import VideoRun, read_config
+from dit_jax.files import as_path, check_exists, refuse_if
 from dit_jax.lora import files
 from dit_jax.lora.adapters import Adapter, LoraModel, as_params, join, merge, together
 from dit_jax.lora.run import LoraRun, open_base, restore_adapter
 from dit_jax.sampling.pipeline import Pipeline, check_finite, stored_run
+from dit_jax.sampling.sampler import Experts
 from dit_jax.types import Params
 
 
@@ -27,6 +28,8 @@ class AdaptedPipeline(Pipeline):
     adapters: tuple[Adapter, ...] = ()
     merged: bool = True
     """Whether adapters are added to the weights, or computed beside them."""
+    low: tuple[Adapter, ...] = ()
+    """Those of the second expert, of a model that has two."""
 
     @cached_property
     def model(self) -> Any:
@@ -34,14 +37,20 @@ class AdaptedPipeline(Pipeline):
         return model if self.merged else LoraModel(model.config, model.runtime)
 
     @cached_property
-    def params(self) -> Params:
+    def params(self) -> Params | Experts:
         parts = self.config, self.mesh, self.codec, self.checkpointer, self.step, self.over_context
         params = Pipeline(*parts).params
+        if not isinstance(params, Experts):
+            return self._adapt(params, self.adapters)
+        high, low = self._adapt(params.high, self.adapters), self._adapt(params.low, self.low)
+        return params._replace(high=high, low=low)
+
+    def _adapt(self, params: Params, adapters: Sequence[Adapter]) -> Params:
         if self.merged:
-            return merge(params, self.adapters)
+            return merge(params, adapters)
         # Small beside the model, and whole on every device.
         whole = NamedSharding(self.mesh, PartitionSpec())
-        return join(jax.device_put(as_params(together(self.adapters)), whole), params)
+        return join(jax.device_put(as_params(together(adapters)), whole), params)
 
 
 def open_adapted(
@@ -56,7 +65,7 @@ def open_adapted(
 ) -> AdaptedPipeline:
     """The pipeline of a run, with its own adapters if it trained some and those at the paths ``lora``;
     reads and checks them, and not yet the base."""
-    adapters = []
+    adapters, low = [], []
     if isinstance(config, LoraRun):
         adapters.append(checked(restore_adapter(config, checkpointer, step, mesh), config.output))
         checkpointer.close()
@@ -64,9 +73,23 @@ def open_adapted(
     for one in lora:
         path, weight = split_weight(one)
         adapter = open_adapter(path, config, mesh)
-        adapters.append(dataclasses.replace(adapter, scale=weight * adapter.scale))
+        adapter = dataclasses.replace(adapter, scale=weight * adapter.scale)
+        (low if of_expert(path, config) else adapters).append(adapter)
     parts = config, mesh, codec, checkpointer, step, over_context
-    return AdaptedPipeline(*parts, tuple(adapters), not unmerged)
+    return AdaptedPipeline(*parts, tuple(adapters), not unmerged, tuple(low))
+
+
+def of_expert(path: str, config: VideoRun) -> bool:
+    """Whether the adapter at a path is of the second expert, as the run that trained it says."""
+    if (expert := config.expert.path) is None:
+        return False
+    place = as_path(path)
+    message = (
+        f"--lora {path!r} is a file, and the model has two experts: make a run of it (python -m "
+        f"dit_jax.lora import) with the one that it adapts as --base, {config.output!r} or {expert!r}."
+    )
+    refuse_if([(not (place / "checkpoints").is_dir(), message)])
+    return as_path(read_config(place / "config.json", LoraRun).base) == as_path(expert)
 
 
 def split_weight(text: str) -> tuple[str, float]:

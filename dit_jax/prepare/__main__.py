@@ -381,10 +381,8 @@ def parse(words: Sequence[str]) -> PrepareConfig:
         stored = files.check_exists(files.as_path(run) / "config.json", "--for-run", hint)
         config = for_model(config, read_config(stored))
     text = f"Turns a folder of media into records to train on. {PROCESS_HELP}"
-    how: Any = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(
-        PrepareConfig, args=words, prog=PROG, description=text, default=config, config=how
-    )
+    how: Any = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "prog": PROG}
+    return tyro.cli(PrepareConfig, args=words, description=text, default=config, **how)
 
 
 def for_model(config: PrepareConfig, of: VideoRun) -> PrepareConfig:

