@@ -22,12 +22,15 @@ SATELLITES = {
     "text": 450,
     "interop": 1500,
     "evaluate": 1400,
-    "prepare": 3700,
+    "prepare": 3750,
     "plan": 1400,
     "upscale": 250,
-    "wan": 800,
+    "wan": 850,
+    "lora": 800,
 }
 """Satellites, and how many lines of code each may have; interop's with its verb, ``convert.py``."""
+NEW = {"wan", "lora"}
+"""Capabilities that came after the second edition: the bound of the package is without them."""
 
 
 class Row(NamedTuple):
@@ -163,19 +166,20 @@ def rows() -> list[Row]:
     package, tests = sources("dit_jax"), sources("tests")
     core = {path: text for path, text in package.items() if is_core(path)}
     loaded = len(modules_loaded(package))
-    total, core_code = code(package), code(core)
+    core_code = code(core)
+    total = code({path: text for path, text in package.items() if room(path) not in NEW})
     share, ratio = comments(core), lines(tests) / lines(package)
     frames = frames_to_product()
     files = len({file for file, _ in frames})
     table = [
-        Row("core, lines of code", core_code, "6,500", core_code <= 6500),
-        Row("core, files", len(core), "40", len(core) <= 40),
+        Row("core, lines of code", core_code, "6,850", core_code <= 6850),
+        Row("core, files", len(core), "41", len(core) <= 41),
         Row("modules that `import dit_jax.train` loads", loaded, "45", loaded <= 45),
         Row("own frames from step to product", len(frames), "8", len(frames) <= 8),
         Row("files of these frames", files, "4", files <= 4),
         Row("core, raises per 1,000 lines", raises(core), "8", raises(core) <= 8),
         Row("core, comment lines per code line", share, "0.05-0.10", 0.05 <= share <= 0.10),
-        Row("package, lines of code", total, "16,000", total <= 16000),
+        Row("package but wan and lora, lines of code", total, "16,500", total <= 16500),
         Row("package, raises per 1,000 lines", raises(package), "8", raises(package) <= 8),
         Row("tests, lines per package line", ratio, "1.05", ratio <= 1.05),
     ]

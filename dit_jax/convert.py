@@ -51,8 +51,8 @@ class ConvertArguments:
     """Converts weights between runs, the authors' files and Diffusers' folders."""
 
     input: str
-    """A file of DiT's or SiT's authors (.pt, .safetensors), a folder of Diffusers' with a
-    config.json, the folder of a codec, or the directory of a run."""
+    """A file of a transformer's authors (.pt, .pth, .safetensors), a folder of Diffusers' with a
+    config.json, or that of a whole pipeline, the folder of a codec, or the directory of a run."""
     output: str
     """What to write; it must not be there yet."""
     to: Literal["run", "safetensors", "diffusers", "codec"]
@@ -137,6 +137,12 @@ def _from_published(given: ConvertArguments, source: Path, target: Path) -> str:
     pipeline = interop.pipeline_of(source, absolute(given.input)) if folder else None
     pipeline = pipeline or interop.Pipeline({"": source})
     _check_no_codec(given)
+    folders = [path.name for path in pipeline.transformers.values()]
+    message = (
+        f"--input {given.input!r} has the transformers {', '.join(folders)}: give the folder of one "
+        f"for --to {given.to}."
+    )
+    refuse_if([(len(folders) > 1 and given.to != "run", message)])
     parts = {name: _read(given, part) for name, part in pipeline.transformers.items()}
     file, table, arrays, where = parts[""]
     if given.to != "run":

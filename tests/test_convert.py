@@ -282,7 +282,7 @@ def test_files_and_folders_lie_on_cloud_storage(published, tmp_path, bucket, cap
 
 def test_paths_in_a_stored_config_are_absolute(published, tmp_path, monkeypatch):
     vae = tmp_path / "vae"
-    interop.write_folder(vae, diffusers_config(tiny_images(4, 4, 4, 4)), {})
+    write_images(vae, tiny_images(4, 4, 4, 4))
     shutil.copy(published, tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

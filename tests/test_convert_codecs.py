@@ -55,7 +55,8 @@ def test_folders_become_each_other_and_stay_one_codec(wan: Path, tmp_path: Path)
     assert len({folders.load_codec(folder).hash for folder in (wan, ours, back)}) == 1
     for folder in (wan, ours):
         found = convert.find_codec(str(folder), 3)
-        assert found == LatentCodecConfig(path=str(folder), t=4, h=4, w=4)
+        digest = folders.load_codec(folder).hash
+        assert found == LatentCodecConfig(path=str(folder), t=4, h=4, w=4, hash=digest)
     with pytest.raises(ValueError, match="latents of 3 channels, and the model makes 4"):
         convert.find_codec(str(wan), 4)
 

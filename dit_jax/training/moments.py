@@ -81,7 +81,8 @@ def compressed(
         return CompressedState(count, *(tree.unflatten(part) for part in zip(*packed, strict=True)))
 
     def init(params: Any) -> CompressedState:
-        return pack(inner.init(params), jnp.zeros((), jnp.int32))
+        # Else XLA computes the codes of its zeros while it compiles, for minutes.
+        return pack(*jax.lax.optimization_barrier((inner.init(params), jnp.zeros((), jnp.int32))))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, CompressedState]:
         whole = jax.tree.map(decode, state.codes, state.rows, state.columns)

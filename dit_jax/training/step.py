@@ -346,7 +346,11 @@ def make_step(
         # Of a NaN anywhere the norm is NaN: one flag on the device, and no wait for it on the host.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-        before = jax.device_put(state.opt_state, jax.memory.Space.Device)
+        before = state.opt_state
+        if config.offload:
+            # Fetched when the gradients are there: else XLA fetches beside the activations.
+            gradients, before = jax.lax.optimization_barrier((gradients, before))
+            before = jax.device_put(before, jax.memory.Space.Device)
         full = optax.tree.cast(state.params, jnp.float32)
         updates, opt_state = optimizer.update(gradients, before, full)
         full = optax.apply_updates(full, updates)

@@ -366,7 +366,8 @@ def from_folder(
 ) -> tuple[WanFile, str]:
     """The model of a ``config.json``, and the layout of the keys that are beside it."""
     if values.get("_class_name") == AUTHORS:
-        return from_arrays(arrays, heads=values.get("num_heads"))[0], "safetensors"
+        heads = values.get("num_heads")
+        return from_arrays(arrays, heads=heads if type(heads) is int else None)[0], "safetensors"
     with checking_input(f"{where} is not the published transformer", "take the authors' folder"):
         return WanFile(model_of(read_settings(Settings, values))), "diffusers"
 
@@ -444,6 +445,7 @@ def run_config(model: ModelConfig, output: str, codec: CodecConfig) -> VideoRun:
             caption_dropout=0.0,
         ),
         codec=codec,
+        text_encoder=text_tools().TextEncoderConfig(),
         log=LogConfig(draw_every=0),
         sampling=sampling,
     )

@@ -19,6 +19,7 @@ from dit_jax.config import VideoRun, read_config
 from dit_jax.files import InputError
 from dit_jax.lora import LoraConfig, LoraRun
 from dit_jax.lora.adapters import keep_base, merge
+from dit_jax.model.flops import traced_flops
 from dit_jax.parallel import MeshConfig, make_mesh
 from tests.lora.adapted import Steps, adapters_of, base_config, random_adapter, save_base
 from tests.runs import arrays, assert_same_run, steps
@@ -71,27 +72,14 @@ def test_fresh_adapter_is_the_base_and_merged_is_unmerged(base: VideoRun, alone:
     assert float(loss(merged, *rest)[0]) == pytest.approx(unmerged, rel=1e-5)
 
 
-def shapes_of_products(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield tuple(equation.outvars[0].aval.shape)
-        for value in equation.params.values():
-            for one in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(one, "jaxpr", one)
-                yield from shapes_of_products(inner) if hasattr(inner, "eqns") else ()
-
-
 def test_no_gradient_of_a_kernel_is_made(base: VideoRun, alone: Steps):
     batch = alone.next()
-    flat = traverse_util.flatten_dict(alone.frozen)
-    kernels = {x.shape[-2:] for path, x in flat.items() if path[-1] == "kernel"}
-    kernels |= {(e, d) for d, e in kernels}
     plain = base.build(one_mesh())
     grad: Any = jax.grad(lambda p: plain.loss(p, {}, batch, jax.random.key(0), 0)[0])
-    whole = set(shapes_of_products(jax.make_jaxpr(grad)(alone.frozen).jaxpr))
-    assert whole & kernels  # As in full fine-tuning.
+    whole = traced_flops(jax.make_jaxpr(grad)(alone.frozen))
     jaxpr = jax.make_jaxpr(alone.step)(alone.state, batch, alone.frozen)
-    assert not kernels & set(shapes_of_products(jaxpr.jaxpr))
+    # Of the three products of a linear layer two are left: its output and the gradient of its input.
+    assert 0.5 * whole < traced_flops(jaxpr) < 0.8 * whole
     # Frozen weights are arguments: none is a constant of the program.
     assert len(jaxpr.jaxpr.invars) == len(jax.tree.leaves((alone.state, batch, alone.frozen)))
     largest = max(x.size for x in jax.tree.leaves(alone.frozen))

@@ -13,12 +13,15 @@ from einops import rearrange
 from flax import traverse_util
 
 from dit_jax import interop
+from dit_jax.codec.folders import autoencoder_from_wan
+from dit_jax.codec.folders import wan_map as codec_map
 from dit_jax.model import ModelConfig, TextToVideo, patchify, positions, unpatchify
 from dit_jax.parallel import xla_attention
 from dit_jax.text.folders import t5_from_transformers, t5_map
 from dit_jax.types import Runtime
 from dit_jax.wan import transformer as wan
 from dit_jax.wan.conditioners import LATENTS, STATES
+from tests.codecs import random_params
 from tests.denoiser import struct
 from tests.interop.published import diffusers, torch
 
@@ -163,10 +166,13 @@ def write_pipeline(folder: Path, layout: str, **scheduler: Any) -> Path:
         write_diffusers(folder / "transformer_2", layout, seed=1)
         parts["transformer_2"] = "diffusers"
     z = 48 if layout == "2.2 TI2V" else 16
-    vae = {"z_dim": z, "base_dim": 8, "latents_mean": [0.0] * z, "latents_std": [1.0] * z}
+    vae = {"z_dim": z, "base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    vae |= {"latents_mean": [0.0] * z, "latents_std": [1.0] * z, "_class_name": "AutoencoderKLWan"}
+    config = autoencoder_from_wan(vae)
+    arrays = codec_map(config).export(random_params(config))
+    interop.write_folder(folder / "vae", vae, arrays)
     write_text_encoder(folder / "text_encoder", TEXT)
     for name, values in {
-        "vae/config.json": {"_class_name": "AutoencoderKLWan"} | vae,
         "scheduler/scheduler_config.json": scheduler,
         "model_index.json": {"_class_name": "WanPipeline", "image_encoder": [None, None]}
         | {name: [library, "-"] for name, library in parts.items()}

@@ -64,7 +64,7 @@ def test_a_pipeline_of_two_experts_is_one_run(tmp_path):
     assert expert == (str(out / "low_noise"), 0.9, 3.0) and low.expert.path is None
     assert low.output == str(out / "low_noise")
     assert high.codec.path == str(pipeline / "vae")
-    assert (high.codec.t, high.codec.h, high.codec.w) == (4, 8, 8)
+    assert (high.codec.t, high.codec.h, high.codec.w) == (4, 8, 8) and high.codec.hash
     assert high.text_encoder.path == str(pipeline / "text_encoder") and high.text_encoder.hash
     assert high.model.text.encoder == "wan"  # of no known size: it is named as its pipeline
     sampling, diffusion = high.sampling, high.diffusion
@@ -89,6 +89,7 @@ def test_a_run_is_sampled_as_published(layout, shift, frames, steps, fps):
     # A latent frame is a unit of time, as published positions count them.
     assert sampling.fps == fps
     assert config.codec.latent_fps(fps) == config.model.patch.reference_fps
+    assert "path" in vars(config.text_encoder)  # sample takes one with --text-encoder
     assert sampling.negative_prompt.startswith("色调艳丽") and sampling.batch == 1
     with_first = config.diffusion.masks.first > 0
     assert with_first == (layout == "2.2 TI2V")
@@ -190,6 +191,9 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, capsys, monke
         assert run(source, tmp_path / "run", "run") == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
+    two = write_pipeline(tmp_path / "two", "2.2 I2V")
+    assert run(two, tmp_path / "one", "diffusers") == 2
+    assert "has the transformers transformer, transformer_2" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_wans_stays_a_run(tmp_path, capsys):

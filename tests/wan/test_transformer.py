@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dit_jax.sampling.request import Space
 from dit_jax.types import Runtime
 from dit_jax.wan import transformer as wan
 from dit_jax.wan.conditioners import ImageLatents
+from dit_jax.wan.published import PUBLISHED
 from tests.interop.published import diffusers, needs_diffusers, relative, torch
 from tests.optional import optional
 from tests.wan.published import LAYOUTS, denoise, random_inputs, random_wan, save, theirs
@@ -34,7 +36,14 @@ def read_folder(folder: Path) -> tuple[wan.WanFile, Any, str]:
 
 
 @needs_diffusers
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "2.2 T2V"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "2.1 FLF2V" else ())
+        for name in LAYOUTS
+        if name != "2.2 T2V"  # in test_converting.py: two of the sizes of 2.1's
+    ],
+)
 def test_published_files_compute_the_same_and_come_back(tmp_path, layout):
     """A folder of Diffusers', and a file of the authors'."""
     model, inputs = random_wan(layout), random_inputs(layout)
@@ -85,26 +94,17 @@ def test_shards_are_read_and_written(tmp_path):
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())
 
 
-PUBLISHED = {
-    "2.1 T2V 1.3B": (1.42, dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)),
-    "2.1 I2V 14B": (16.4, dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)),
-    "2.2 TI2V 5B": (
-        5.0,
-        dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
-    ),
-    "2.2 T2V A14B": (14.3, {}),
-}
-"""Billions of parameters, and the settings of the published ``config.json``."""
+BILLIONS = {"2.1-t2v-1.3b": 1.42, "2.1-i2v-14b": 16.4, "2.2-ti2v-5b": 5.0, "2.2-t2v-a14b": 14.3}
 
 
 @needs_diffusers
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", BILLIONS)
 def test_published_sizes_have_our_shapes(name):
-    billions, settings = PUBLISHED[name]
+    settings = dataclasses.asdict(PUBLISHED[name])
     with torch.device("meta"):
         state = diffusers.WanTransformer3DModel(**settings).state_dict()
     arrays = {key: np.broadcast_to(np.float32(0), value.shape) for key, value in state.items()}
-    file = wan.WanFile(wan.model_of(wan.Settings(**settings)))
+    file = wan.WanFile(wan.model_of(PUBLISHED[name]))
     table = file.table("diffusers")
     table.check(table.named(arrays), name)
     module = TextToVideo(file.model, Runtime(no_attention))
@@ -112,7 +112,7 @@ def test_published_sizes_have_our_shapes(name):
         nn.unbox(jax.eval_shape(module.init, jax.random.key(0), blank_inputs(file.model)))
     )
     count = sum(array.size for array in arrays.values())
-    assert abs(count / 1e9 - billions) < 0.05
+    assert abs(count / 1e9 - BILLIONS[name]) < 0.05
 
 
 def test_a_clip_of_images_has_their_mask_and_latents():
