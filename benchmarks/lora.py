@@ -52,6 +52,7 @@ def whole(config: LoraRun, output: str, learning_rate: float) -> VideoRun:
 
 
 def main() -> None:
+    """Prints, and writes, how many clips are right."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default="runs/quickstart_lora")
     parser.add_argument("--base", default="runs/quickstart")

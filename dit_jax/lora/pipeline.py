@@ -1,4 +1,7 @@
-"""Sampling with adapters: of a run that trained them, and of others that are named beside it."""
+"""Sampling with adapters: of a run that trained them, and of others that are named beside it.
+
+They adapt the run's own model; of a model with an expert, those at ``expert=PATH`` adapt the expert.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from dit_jax.lora import files
 from dit_jax.lora.adapters import Adapter, LoraModel, as_params, join, merge, together
 from dit_jax.lora.run import LoraRun, open_base, restore_adapter
 from dit_jax.sampling.pipeline import Pipeline, check_finite, stored_run
+from dit_jax.sampling.sampler import Experts
 from dit_jax.types import Params
+
+EXPERT = "expert="  # Before the path of an adapter.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +31,7 @@ class AdaptedPipeline(Pipeline):
     """A pipeline of a model with adapters; ``checkpointer`` is that of the base."""
 
     adapters: tuple[Adapter, ...] = ()
+    of_expert: tuple[Adapter, ...] = ()
     merged: bool = True
     """Whether adapters are added to the weights, or computed beside them."""
 
@@ -34,14 +41,20 @@ class AdaptedPipeline(Pipeline):
         return model if self.merged else LoraModel(model.config, model.runtime)
 
     @cached_property
-    def params(self) -> Params:
+    def params(self) -> Params | Experts:
         parts = self.config, self.mesh, self.codec, self.checkpointer, self.step, self.over_context
         params = Pipeline(*parts).params
+        if not isinstance(params, Experts):
+            return self._adapt(params, self.adapters)
+        own, expert = self._adapt(params.high, self.adapters), params.low
+        return params._replace(high=own, low=self._adapt(expert, self.of_expert))
+
+    def _adapt(self, params: Params, adapters: Sequence[Adapter]) -> Params:
         if self.merged:
-            return merge(params, self.adapters)
+            return merge(params, adapters)
         # Small beside the model, and whole on every device.
         whole = NamedSharding(self.mesh, PartitionSpec())
-        return join(jax.device_put(as_params(together(self.adapters)), whole), params)
+        return join(jax.device_put(as_params(together(adapters)), whole), params)
 
 
 def open_adapted(
@@ -56,17 +69,22 @@ def open_adapted(
 ) -> AdaptedPipeline:
     """The pipeline of a run, with its own adapters if it trained some and those at the paths ``lora``;
     reads and checks them, and not yet the base."""
-    adapters = []
+    adapters: tuple[list[Adapter], list[Adapter]] = [], []  # Of the run's own model, of its expert.
     if isinstance(config, LoraRun):
-        adapters.append(checked(restore_adapter(config, checkpointer, step, mesh), config.output))
+        adapters[0].append(
+            checked(restore_adapter(config, checkpointer, step, mesh), config.output)
+        )
         checkpointer.close()
         checkpointer, step = open_base(config)
     for one in lora:
-        path, weight = split_weight(one)
+        path, weight = split_weight(one.removeprefix(EXPERT))
+        of_expert = one.startswith(EXPERT)
+        message = f"--lora {one!r}: the run has no expert (expert.path). Leave {EXPERT!r} out."
+        refuse_if([(of_expert and config.expert.path is None, message)])
         adapter = open_adapter(path, config, mesh)
-        adapters.append(dataclasses.replace(adapter, scale=weight * adapter.scale))
+        adapters[of_expert].append(dataclasses.replace(adapter, scale=weight * adapter.scale))
     parts = config, mesh, codec, checkpointer, step, over_context
-    return AdaptedPipeline(*parts, tuple(adapters), not unmerged)
+    return AdaptedPipeline(*parts, *map(tuple, adapters), not unmerged)
 
 
 def split_weight(text: str) -> tuple[str, float]:

@@ -17,9 +17,10 @@ from dit_jax.files import InputError
 from dit_jax.lora import files
 from dit_jax.lora.adapters import Adapter, merge
 from dit_jax.parallel import MeshConfig, make_mesh
+from dit_jax.wan import transformer as wan
 from tests.interop.published import diffusers, needs, relative, torch
 from tests.optional import optional
-from tests.wan.published import denoise, random_file, random_inputs, random_wan, theirs
+from tests.wan.published import denoise, random_file, random_inputs, random_wan, save, theirs
 
 LAYOUT, TOLERANCE = "2.1 T2V", 1e-4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
@@ -64,8 +65,6 @@ def write(path: Path, arrays: Any, **about: Any) -> Path:
 @needs_peft
 def test_adapters_of_peft_compute_the_same_and_come_back(tmp_path: Path):
     model, inputs = random_wan(LAYOUT), random_inputs(LAYOUT)
-    from tests.wan.published import save
-    from dit_jax.wan import transformer as wan
 
     folder = save(model, tmp_path / "in")
     arrays, _ = interop.read_weights(folder)
