@@ -34,6 +34,8 @@ COLORS = {
 }
 WHITE = {"white": (240, 240, 240)}  # No clip has it, but for a share that is asked for.
 DIRECTIONS = ("left", "right", "up", "down")
+# A quarter of the pairs, left for prompts of white shapes.
+NEVER_WHITE = tuple(zip(SHAPES, DIRECTIONS, strict=True))
 SIZES = ("small", "big")
 
 # Unit steps in (x, y); y grows downwards, as array rows do.
@@ -230,7 +232,8 @@ class ShapesConfig:
     speeds: tuple[Annotated[float, Range(MIN_SPEED)], float] = SPEEDS
     """Smallest and largest, in px a frame, if the canvas has room."""
     white: UnitInterval = 0.0
-    """Share of the clips that are white, and called so: something that a trained model never saw."""
+    """Share of the clips that are white, and called so: something that a trained model never saw.
+    Those of ``NEVER_WHITE`` keep their colours."""
     fps: PositiveFloat = 8.0
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     split: Literal["train", "held_out"] = "train"
@@ -271,7 +274,9 @@ class ShapesConfig:
         scene = _place(rng, triple, size, frames, canvas, self.jitter, self.speeds)
         if rng.random() < self.anywhere:
             scene = _place(rng, triple, size, frames, canvas, speeds=self.speeds)
-        return replace(scene, color="white") if rng.random() < self.white else scene
+        if triple[1:] not in NEVER_WHITE and rng.random() < self.white:
+            scene = replace(scene, color="white")
+        return scene
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
