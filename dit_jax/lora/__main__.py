@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -126,14 +126,14 @@ def write_run(path: str, config: VideoRun, params: Params) -> None:
     write_json(as_path(path) / "config.json", values)
 
 
-Commands = Annotated[Export, tyro.conf.subcommand("export")]
-Commands |= Annotated[Import, tyro.conf.subcommand("import")]
-Commands |= Annotated[Merge, tyro.conf.subcommand("merge")]
+COMMANDS = {"export": Export, "import": Import, "merge": Merge}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the command line says; returns the exit status."""
-    command = tyro.cli(Commands, args=arguments, prog=PROG, description=__doc__)
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, args=arguments, prog=PROG, description=__doc__
+    )
     logging.getLogger("absl").setLevel(logging.ERROR)
 
     def work() -> None:

@@ -120,7 +120,8 @@ def targeted(names: Iterable[str], config: LoraConfig) -> list[str]:
 def add_adapters(params: Params, config: LoraConfig, key: jax.Array) -> Params:
     """Boxed parameters with fresh adapters, boxed too: A's input axis and B's output axis lie as the
     kernel's."""
-    flat, layers = traverse_util.flatten_dict(params), layers_of(params)
+    layers = layers_of(params)
+    flat: dict[Path, Any] = traverse_util.flatten_dict(params)
     for name in targeted(layers, config):
         kernel: Any = flat[(*layers[name], "kernel")]
         *stack, d, e = kernel.value.shape
@@ -181,8 +182,8 @@ def keep_base(params: Params, kind: BaseDtype) -> Params:
     """Parameters, boxed or not, as a frozen base keeps them."""
     if kind == "float32":
         return params
-    out = {}
-    for path, leaf in traverse_util.flatten_dict(params).items():
+    out, flat = {}, dict[Path, Any](traverse_util.flatten_dict(params))
+    for path, leaf in flat.items():
         value = getattr(leaf, "value", leaf)
         boxed: Any = leaf if isinstance(leaf, nn.LogicallyPartitioned) else None
         if kind == "bfloat16":
@@ -273,7 +274,7 @@ def merge(params: Params, adapters: Sequence[Adapter]) -> Params:
             deltas.setdefault(path, []).append((a, b, one.scale))
 
     def add(params: Params, deltas: Any) -> Params:
-        flat = traverse_util.flatten_dict(params)
+        flat: dict[Path, Any] = traverse_util.flatten_dict(params)
         for path, parts in deltas.items():
             for a, b, scale in parts:
                 product = jnp.einsum("...dr,...re->...de", a, b, precision="highest")

@@ -133,9 +133,9 @@ def train_step(config: Any, mesh: Mesh) -> AbstractStep:
     """The step of ``dit_jax.train``; a run of another kind than a model's knows its own task."""
     if isinstance(config, VideoRun):
         task = abstract_task(config, mesh)
-        if hasattr(config, "adapt"):
+        if (adapt := getattr(config, "adapt", None)) is not None:
             # Kernels of a frozen base have no gradient, which is one product of three.
-            task = config.adapt(task, mesh)._replace(flops=task.flops * 2 / 3)
+            task = adapt(task, mesh)._replace(flops=task.flops * 2 / 3)
     else:
         task = AbstractTask(**config.abstract_task(mesh))
     optimizer = make_optimizer(config.optimizer, config.steps)

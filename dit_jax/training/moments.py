@@ -24,7 +24,7 @@ import optax
 class CompressedState(NamedTuple):
     """The state of another transformation, whose matrices are kept in few bits."""
 
-    count: jax.Array  # What the randomness of the next rounding is made of.
+    steps: jax.Array  # What the randomness of the next rounding is made of.
     codes: Any  # The state's own tree; int8 or, of what is never negative, uint8; or bfloat16.
     rows: Any  # [..., n, 1] for codes of 8 bits, else None.
     columns: Any  # [..., 1, m]
@@ -87,6 +87,6 @@ def compressed(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, CompressedState]:
         whole = jax.tree.map(decode, state.codes, state.rows, state.columns)
         updates, whole = inner.update(updates, whole, params)
-        return updates, pack(whole, state.count + 1)
+        return updates, pack(whole, state.steps + 1)
 
     return optax.GradientTransformation(init, update)

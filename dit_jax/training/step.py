@@ -129,7 +129,7 @@ def muon_axes(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def second_decay(step: jax.Array, b2: float) -> jax.Array:
+def second_decay(step: Any, b2: Any) -> Any:
     """The decay that makes a moment which begins with zeros Adam's unbiased one."""
     return b2 * (1 - b2**step) / (1 - b2 ** (step + 1.0))
 
