@@ -114,13 +114,14 @@ def test_base_in_less_moves_the_loss_a_little(
     def size(frozen: Any) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(frozen["params"]["dit"]["blocks"]))
 
-    assert size(less.frozen) < (0.7 if kind != "bfloat16" else 0.55) * size(alone.frozen)
+    # Modulation, a third of so small a model, stays in float32.
+    assert size(less.frozen) < 0.7 * size(alone.frozen)
     of_kernel = less.frozen["params"]["dit"]["blocks"]["mlp"]["up"]["kernel"]
     assert of_kernel.dtype.itemsize == (2 if kind == "bfloat16" else 1)
-    # What is loaded is what is kept of the float32 weights, but for the rounding on the way.
+    # What is loaded is what is kept of the float32 weights, but for one step of rounding on the way.
     kept = keep_base(alone.frozen, kind)["params"]["dit"]["blocks"]["mlp"]["up"]["kernel"]
     np.testing.assert_allclose(
-        np.asarray(kept, np.float32), np.asarray(of_kernel, np.float32), rtol=0.07, atol=1.01
+        np.asarray(kept, np.float32), np.asarray(of_kernel, np.float32), rtol=0.13, atol=1.01
     )
     first, last = less.losses(2)
     assert np.isfinite([first, last]).all()
@@ -166,7 +167,7 @@ def test_what_cannot_be_adapted_is_refused(base: VideoRun, tmp_path: Path):
             adapters_of(base, tmp_path, **lora).build(one_mesh())
 
     refused(r"lora.targets dit/blocks/attn.*layers are .*mlp/down", targets=("dit/blocks/attn*",))
-    refused(r"lora.rank 33 .* at most 32", rank=33)
+    refused(r"lora.rank 33 .* at most 16", rank=33)
     refused(r"lora.ranks names nope", ranks={"nope": 2})
     with pytest.raises(InputError, match=r"model.dit.depth = 2, and the config 3"):
         config = adapters_of(base, tmp_path)
