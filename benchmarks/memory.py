@@ -67,7 +67,8 @@ def main() -> None:
                 evaluators=(HeldOutLoss(),),
             )
             start = time.process_time()
-            train(config)
+            if train(config):  # Stopped by a signal.
+                return
             report = json.loads((Path(directory) / "report.json").read_text())
             loss = {key: value for key, value in report.items() if "loss" in key}
             print(f"{name}: {loss}, {time.process_time() - start:.0f} s of CPU", flush=True)

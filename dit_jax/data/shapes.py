@@ -32,7 +32,10 @@ COLORS = {
     "magenta": (225, 40, 225),
     "cyan": (30, 215, 225),
 }
+WHITE = {"white": (240, 240, 240)}  # No clip has it, but for a share that is asked for.
 DIRECTIONS = ("left", "right", "up", "down")
+# A quarter of the pairs, left for prompts of white shapes.
+NEVER_WHITE = tuple(zip(SHAPES, DIRECTIONS, strict=True))
 SIZES = ("small", "big")
 
 # Unit steps in (x, y); y grows downwards, as array rows do.
@@ -121,7 +124,7 @@ def render(scene: Scene) -> np.ndarray:
     alpha = coverage(scene.shape, x, y, scene.radius, scene.height, scene.width)
     shade = np.float32(255 * scene.shade)
     video = np.empty((*alpha.shape, 3), np.uint8)
-    for channel, value in enumerate(COLORS[scene.color]):
+    for channel, value in enumerate((COLORS | WHITE)[scene.color]):
         # +0.5 rounds to nearest in the cast to uint8.
         video[..., channel] = alpha * (np.float32(value) - shade) + (shade + np.float32(0.5))
     return video
@@ -228,6 +231,9 @@ class ShapesConfig:
     of moving shapes, which begins where it likes."""
     speeds: tuple[Annotated[float, Range(MIN_SPEED)], float] = SPEEDS
     """Smallest and largest, in px a frame, if the canvas has room."""
+    white: UnitInterval = 0.0
+    """Share of the clips that are white, and called so: something that a trained model never saw.
+    Those of ``NEVER_WHITE`` keep their colours."""
     fps: PositiveFloat = 8.0
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     split: Literal["train", "held_out"] = "train"
@@ -267,7 +273,9 @@ class ShapesConfig:
         canvas = self.sizes[rng.integers(len(self.sizes))]
         scene = _place(rng, triple, size, frames, canvas, self.jitter, self.speeds)
         if rng.random() < self.anywhere:
-            return _place(rng, triple, size, frames, canvas, speeds=self.speeds)
+            scene = _place(rng, triple, size, frames, canvas, speeds=self.speeds)
+        if triple[1:] not in NEVER_WHITE and rng.random() < self.white:
+            scene = replace(scene, color="white")
         return scene
 
     def __getitem__(self, index: int) -> Sample:

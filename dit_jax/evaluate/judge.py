@@ -27,6 +27,7 @@ MIN_CONTRAST = 0.25  # distance of foreground from background, in [0, 1] RGB: le
 MIN_AREA = 12.0  # px: the smallest triangle covers 35
 MIN_PRESENCE = 0.6  # share of the frames that must show something
 MIN_CHROMA = 0.25  # max - min of RGB in [0, 1]: less is grey
+MIN_WHITE = 0.7  # of the least of RGB in [0, 1], if it is grey
 MAX_HUE_ERROR = 25.0  # degrees; the palette's neighbours are 50 or more apart
 MIN_COLOR_VOTE = 0.7  # share of the foreground pixels that must agree
 MIN_SHAPE_IOU = 0.83  # of the best template; true clips score > 0.93
@@ -154,6 +155,8 @@ def _color(fg: _Foreground) -> str | None:
     """The palette colour that the foreground's pixels agree on."""
     rgb, palette = fg.pixels[fg.alpha > 0.7], np.array([*COLORS.values()], np.float32)
     chroma = rgb.max(-1) - rgb.min(-1)
+    if np.mean((chroma < MIN_CHROMA) & (rgb.min(-1) >= MIN_WHITE)) >= MIN_COLOR_VOTE:
+        return "white"
     error = np.abs((_hue(rgb)[:, None] - _hue(palette) + 180) % 360 - 180)
     sure = (chroma >= MIN_CHROMA) & (error.min(1) <= MAX_HUE_ERROR)
     counts = np.bincount(error.argmin(1)[sure], minlength=len(COLORS))

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from dit_jax.config import VideoRun, absolute_paths, check_types, to_dict
+from dit_jax.config import ExpertConfig, VideoRun, absolute_paths, check_types, to_dict
 from dit_jax.files import absolute, as_path, check_writable, refuse_if, run_verb, write_json
 from dit_jax.lora.adapters import Adapter, LoraConfig, as_params, together
 from dit_jax.lora.files import FileLayout, write_adapter
@@ -84,6 +84,9 @@ class Merge:
         names = [field.name for field in dataclasses.fields(VideoRun)]
         fields = {name: getattr(pipeline.config, name) for name in names}
         config = VideoRun(**{**fields, "output": absolute(self.output)})
+        # An expert is a run of its own, and stays what it is.
+        alone = dataclasses.replace(pipeline.config, expert=ExpertConfig())
+        pipeline = dataclasses.replace(pipeline, config=alone)
         write_run(self.output, config, pipeline.params)
         return f"a run in {self.output}/"
 

@@ -37,6 +37,7 @@ from dit_jax.training.video_task import batch_loss, build_text_to_video, init_pa
 from dit_jax.types import Params
 
 TAKEN = ("model", "diffusion", "attention", "codec", "text_encoder", "sampling", "data")
+TAKEN += ("expert",)
 # What must be as in the base, but for how it is computed and where captions are cut.
 SAME = ("model.", "diffusion.prediction", "diffusion.path.", "codec.hash", "text_encoder.hash")
 MAY_DIFFER = ("scan", "remat", "dtype", "matmul", "max_bytes", "max_tokens")

@@ -337,19 +337,19 @@ def infer_wan(arrays: Arrays, heads: int | None = None) -> Settings:
 
     width, channels, *patch = shape(PATCHES, 5)
     outputs, odd = divmod(shape("head.head.weight", 2)[0], math.prod(patch))
-    heads = width // 128 if heads is None else heads
+    count = heads or width // 128
     blocks = [int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, arrays) if m]
     image = "img_emb.proj.0.weight" in arrays
-    whole = heads > 0 and width % heads == 0 and not odd
+    whole = count > 0 and width % count == 0 and not odd
     message = (
-        f"the file's model has width {width}, of which {heads} heads of 128 (or --heads) do not make "
+        f"the file's model has width {width}, of which {count} heads of 128 (or --heads) do not make "
         "up the whole, or no whole patches: say the number of heads with --heads."
     )
     refuse_if([(not whole or not blocks, message)])
     return Settings(
         patch_size=(patch[0], patch[1], patch[2]),
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
+        num_attention_heads=count,
+        attention_head_dim=width // count,
         in_channels=channels,
         out_channels=outputs,
         text_dim=shape("text_embedding.0.weight", 2)[1],

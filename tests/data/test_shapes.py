@@ -14,6 +14,7 @@ from dit_jax.data.shapes import (
     DIRECTIONS,
     EXTENTS,
     MIN_SPEED,
+    NEVER_WHITE,
     RADII,
     SHAPES,
     SIZES,
@@ -205,3 +206,18 @@ def test_a_share_of_the_paths_lies_anywhere():
     moved = [i for i in range(400) if mixed.scene(i) != near.scene(i)]
     assert 0.33 < len(moved) / 400 < 0.47
     assert offsets([mixed.scene(i) for i in moved]).max() > 5
+
+
+def test_a_share_of_the_clips_is_white():
+    """In all else the clips are those without, and a quarter of the pairs is kept for prompts."""
+    old, new = (ShapesConfig(seed=4, white=share) for share in (0.0, 0.5))
+    scenes = [(old.scene(i), new.scene(i)) for i in range(600)]
+    white = [b for _, b in scenes if b.color == "white"]
+    assert all(dataclasses.replace(b, color=a.color) == a for a, b in scenes)
+    pairs = {(s.shape, s.direction) for s in white}
+    every = {(s, d) for s in SHAPES for d in DIRECTIONS}
+    assert pairs == every - set(NEVER_WHITE) and len(NEVER_WHITE) == 4
+    may = [b for _, b in scenes if (b.shape, b.direction) in pairs]
+    assert 0.43 < len(white) / len(may) < 0.57
+    video = render(white[0])
+    assert (video.max((0, 1, 2)) == 240).all() and "white" in caption(white[0])

@@ -37,8 +37,9 @@ def disc(x, y, radius):
         (SOURCE, 200),
         (ShapesConfig(split="held_out", seed=3), 40),
         (ShapesConfig(sizes=((64, 96),), frames=(2, 33), image_fraction=0, seed=2), 12),
+        (ShapesConfig(white=1.0, seed=5), 40),
     ],
-    ids=["every kind", "held out", "large, longest and shortest"],
+    ids=["every kind", "held out", "large, longest and shortest", "white"],
 )
 def test_exact_on_true_clips(source, count):
     scenes = [source.scene(i) for i in range(count)]
@@ -113,7 +114,7 @@ def test_impostors_have_a_colour_but_no_shape(name):
 def test_two_colours_grey_and_between_colours_are_none():
     video = np.maximum(clip(disc(-7, 0, 5), "red"), clip(disc(7, 0, 5), "blue"))
     assert judge(video)._replace(direction=None, size=None) == Verdict()
-    grey = np.repeat(clip(disc(0, 0, 7))[..., :1], 3, axis=-1)
+    grey = clip(disc(0, 0, 7), rgb=(160, 160, 160))
     assert judge(grey) == Verdict(None, "circle", None, "big")
     orange = clip(disc(0, 0, 7), rgb=(235, 129, 30))
     assert judge(orange).color is None

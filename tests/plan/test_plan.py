@@ -247,3 +247,16 @@ def test_a_small_step_is_planned(capsys, tmp_path):
     seconds = values["seconds"]
     assert seconds["roofline"] <= seconds["per_op"] <= seconds["scheduled"]
     assert values["budget"]["steps"] == 1e9 / values["tokens"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_offloaded_moments_wait_in_the_hosts_memory(tmp_path):
+    path = tmp_path / "plan.json"
+    assert verb.main([*map(str, GIVEN), "--optimizer.offload", "True", "--json", str(path)]) == 0
+    values = json.loads(path.read_text())
+    state, moments = values["state"], 2 * values["state"]["params"]
+    assert state["optimizer"] < 100
+    # Twice the parameters, there and back in each step; small arrays are padded to tiles.
+    assert 0.99 * moments <= values["memory"]["host"] < 1.5 * moments
+    assert 2 * 0.9 * moments <= values["host_bytes"] < 2 * 1.5 * moments

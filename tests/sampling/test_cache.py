@@ -152,9 +152,12 @@ def test_the_planned_steps_run_the_blocks_and_two_are_compiled(monkeypatch: pyte
     one, runs = generator(1, **fields), plan(**fields)
     step = one.step
     assert 2 < sum(runs) < 6
-    monkeypatch.setattr(
-        one, "step", lambda *given, keep=False: (kept.append(keep), step(*given, keep=keep))[1]
-    )
+
+    def counted(*given: Any, keep: bool = False, **more: Any) -> Any:
+        kept.append(keep)
+        return step(*given, keep=keep, **more)
+
+    monkeypatch.setattr(one, "step", counted)
     monkeypatch.setattr(solvers, "step", lambda *given: (traced.append(0), traced_step(*given))[1])
     clips = made(**fields)
     assert kept == runs
