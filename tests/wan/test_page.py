@@ -94,7 +94,7 @@ def folder(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # Some twenty processes' work, on a machine that is busy.
+@pytest.mark.timeout(1800)  # Twenty commands, each of which compiles.
 def test_every_command_of_the_page_runs(folder: Path, one_device: None):
     for words in commands():
         run(words)
