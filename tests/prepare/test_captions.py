@@ -175,5 +175,9 @@ def test_captions_as_features_of_a_record():
     assert texts["caption"] == texts["caption_descriptive"] == "d"
     assert texts["caption_origin"].startswith("caption: model:seer; caption_short: model:seer; ")
     assert clip_texts(model[:1])["caption"] == "s"
+    word = CaptionsConfig(prefix="sks style, ")
+    assert clip_texts(model[:1], word)["caption"] == "sks style, s"
+    alone = clip_texts([], word)
+    assert alone["caption"] == "sks style" and alone["caption_short"] == ""
     with pytest.raises(ValueError, match="given is 0"):
         check_types(CaptionsConfig(given=0))

@@ -46,7 +46,7 @@ def run_of(folder: Path, **sampling: Any) -> VideoRun:
     return VideoRun(
         model=ModelConfig(DiTConfig(width=48, depth=2, heads=2), patch, text),
         diffusion=dataclasses.replace(run.diffusion, caption_dropout=0.0),
-        codec=LatentCodecConfig(str(folder / "vae"), t=4, h=8, w=8),
+        codec=LatentCodecConfig(path=str(folder / "vae"), t=4, h=8, w=8),
         text_encoder=TextEncoderConfig(str(folder / "text_encoder")),
         sampling=dataclasses.replace(size, **sampling),
         data=DataConfig(RecordsConfig("none"), PackingConfig(row_text=512)),
@@ -82,7 +82,7 @@ def prepared(
 
 def test_clips_are_what_the_model_of_the_run_reads(prepared: Any):
     config, path = prepared
-    source = RecordsSource(RecordsConfig(str(path), text_states_key="text_states"))
+    source: Any = RecordsSource(RecordsConfig(str(path), text_states_key="text_states"))
     a, b, c = (source[i] for i in range(3))
     # 26 frames at 24 a second are 17 at 16, as many as the model's clips have. 96 x 160 pixels become
     # at most as many as 64 x 96 are, in multiples of two latents of eight pixels.
@@ -102,7 +102,7 @@ def test_clips_are_what_the_model_of_the_run_reads(prepared: Any):
 def test_padded_states_fill_their_share_of_a_row(prepared: Any):
     """Each caption takes all its states, also where its own end; the loader packs them so."""
     config, path = prepared
-    source = RecordsSource(RecordsConfig(str(path), text_states_key="text_states"))
+    source: Any = RecordsSource(RecordsConfig(str(path), text_states_key="text_states"))
     packing = PackingConfig(rows=1, row_tokens=128, row_text=3 * STATES, row_segments=3, bins=1)
     loader = Loader(source, lambda one: tokenize(config.model, one), packing, seed=0)
     batch = next(loader)
