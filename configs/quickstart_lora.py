@@ -25,11 +25,11 @@ def get_config() -> LoraRun:
         "runs/quickstart",
         template=base,
         output="runs/quickstart_lora",
-        steps=400,
+        steps=250,
         data=dataclasses.replace(base.data, source=source, packing=packing),
         lora=LoraConfig(rank=4, alpha=8.0),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, ema_decay=0.98),
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=CheckpointConfig(every=250),
         log=LogConfig(draw_every=0),
         evaluators=(HeldOutLoss(),),
     )
