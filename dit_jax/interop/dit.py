@@ -23,6 +23,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ from dit_jax.diffusion import DiffusionConfig, MaskConfig, PathConfig, TimeConfi
 from dit_jax.files import checking_input, refuse_if
 from dit_jax.interop.folders import read_settings
 from dit_jax.interop.layouts import Layout
-from dit_jax.interop.maps import Arrays, Entry, Fixed, Map
+from dit_jax.interop.maps import Arrays, Entry, Fixed, Map, shape_of
 from dit_jax.model import PRESETS, ClassLabels, ModelConfig, NoTextConfig, PatchConfig
 from dit_jax.model.dit import published
 from dit_jax.sampling import SamplingConfig
@@ -353,13 +354,7 @@ def infer_dit(arrays: Arrays, family: Family = "dit", heads: int | None = None) 
     The number of heads is in no shape: it is the preset's of that width and depth, or ``heads``.
     """
 
-    def shape(key: str, axes: int) -> tuple[Any, ...]:
-        found = arrays.get(key)
-        what = "absent" if found is None else f"of shape {tuple(found.shape)}"
-        message = f"{key!r} is {what}, and the config is read from its {axes} dimensions."
-        refuse_if([(found is None or found.ndim != axes, message)])
-        assert found is not None
-        return tuple(found.shape)
+    shape = partial(shape_of, arrays)
 
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     outputs = shape("final_layer.linear.weight", 2)[0] / (channels * patch * patch)

@@ -287,6 +287,16 @@ def _fixed_faults(fixed: Fixed, array: np.ndarray) -> list[str]:
     return []
 
 
+def shape_of(arrays: Arrays, key: str, axes: int) -> tuple[Any, ...]:
+    """The shape of a published array of so many axes, from which a config is read; refused if another."""
+    found = arrays.get(key)
+    what = "absent" if found is None else f"of shape {tuple(found.shape)}"
+    message = f"{key!r} is {what}, and the config is read from its {axes} dimensions."
+    refuse_if([(found is None or found.ndim != axes, message)])
+    assert found is not None
+    return tuple(found.shape)
+
+
 def _leaves(params: Params) -> list[tuple[tuple[str, ...], Any]]:
     """Every leaf and its path below "params"."""
     leaves = jax.tree_util.tree_flatten_with_path(params["params"])[0]

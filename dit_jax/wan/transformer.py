@@ -41,7 +41,7 @@ from dit_jax.files import absolute, checking_input, read_json, refuse_if
 from dit_jax.interop import Pipeline, text_tools
 from dit_jax.interop.folders import read_config, read_settings
 from dit_jax.interop.layouts import Layout
-from dit_jax.interop.maps import Arrays, Entry, Map, rest_of
+from dit_jax.interop.maps import Arrays, Entry, Map, rest_of, shape_of
 from dit_jax.model import DiTConfig, ModelConfig, PatchConfig, TextStatesConfig
 from dit_jax.model.dit import TIME_FREQUENCIES
 from dit_jax.sampling import SamplingConfig
@@ -327,13 +327,7 @@ def infer_wan(arrays: Arrays, heads: int | None = None) -> Settings:
     """The settings that the shapes of the authors' layout tell; heads, which are in no shape, have 128
     dimensions as in all published sizes, or are ``heads``."""
 
-    def shape(key: str, axes: int) -> tuple[Any, ...]:
-        found = arrays.get(key)
-        what = "absent" if found is None else f"of shape {tuple(found.shape)}"
-        message = f"{key!r} is {what}, and the config is read from its {axes} dimensions."
-        refuse_if([(found is None or found.ndim != axes, message)])
-        assert found is not None
-        return tuple(found.shape)
+    shape = functools.partial(shape_of, arrays)
 
     width, channels, *patch = shape(PATCHES, 5)
     outputs, odd = divmod(shape("head.head.weight", 2)[0], math.prod(patch))
