@@ -288,7 +288,7 @@ def _fixed_faults(fixed: Fixed, array: np.ndarray) -> list[str]:
 
 
 def shape_of(arrays: Arrays, key: str, axes: int) -> tuple[Any, ...]:
-    """The shape of a published array of so many axes, from which a config is read; refused if another."""
+    """The shape of a published array, from which a config is read; refused if it has other axes."""
     found = arrays.get(key)
     what = "absent" if found is None else f"of shape {tuple(found.shape)}"
     message = f"{key!r} is {what}, and the config is read from its {axes} dimensions."
