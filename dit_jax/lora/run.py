@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from dit_jax.config import Run, VideoRun, differences, stored_config
-from dit_jax.files import refuse_if
+from dit_jax.config import Run, VideoRun, differences, read_config, stored_config
+from dit_jax.files import as_path, check_exists, refuse_if
 from dit_jax.lora.adapters import (
     EIGHT_BITS,
     Adapter,
@@ -124,8 +124,10 @@ def lora_run(base: str, template: VideoRun | None = None, **fields: Any) -> Lora
     """A run of adapters of the run ``base``, with the model, the data and all that belongs to them of
     its stored config (or of a ``template``), but for the ``fields`` that are given."""
     if template is None:
-        checkpointer, step = open_run(base, fields.get("base_step"))
-        template = base_config(checkpointer, step)
+        # Not of a checkpoint, which cannot be opened before several processes have joined.
+        hint = "give the output directory of a training run"
+        where = check_exists(as_path(base) / "config.json", "base", hint)
+        template = as_base(read_config(where, Run), base)
     taken = {name: getattr(template, name) for name in TAKEN}
     # Objects of a user's own modules are not stored.
     external = isinstance(taken["data"].source, dict) and "data" not in fields
@@ -139,9 +141,13 @@ def lora_run(base: str, template: VideoRun | None = None, **fields: Any) -> Lora
 def base_config(checkpointer: Checkpointer, step: int) -> VideoRun:
     """The stored config of a run that can be a base."""
     where = checkpointer.path(step)
-    config = stored_config(checkpointer.config(step), where / "config", Run)
-    other = f"base {str(where)!r} is a {type(config).__name__}: give a run of a video model."
-    nested = f"base {str(where)!r} holds adapters: merge them first (python -m dit_jax.lora merge)."
+    return as_base(stored_config(checkpointer.config(step), where / "config", Run), str(where))
+
+
+def as_base(config: Run, where: str) -> VideoRun:
+    """The config of a run that can be a base; refused if it cannot."""
+    other = f"base {where!r} is a {type(config).__name__}: give a run of a video model."
+    nested = f"base {where!r} holds adapters: merge them first (python -m dit_jax.lora merge)."
     refuse_if([(isinstance(config, LoraRun), nested), (not isinstance(config, VideoRun), other)])
     assert isinstance(config, VideoRun)
     return config

@@ -11,6 +11,7 @@ import numpy as np
 
 from dit_jax import training
 from dit_jax.config import VideoRun, load_config, to_dict
+from dit_jax.files import write_json
 from dit_jax.lora import LoraConfig, LoraRun, lora_run
 from dit_jax.parallel import MeshConfig, global_batch, local_rows, make_mesh
 from dit_jax.training import CheckpointConfig, Checkpointer, HeldOutLoss, abstract_params
@@ -35,6 +36,7 @@ def save_base(config: VideoRun, seed: int = 0) -> VideoRun:
     params = jax.tree.map(lambda x: 0.15 * rng.normal(size=x.shape).astype(x.dtype), shapes)
     with Checkpointer(Path(config.output), CheckpointConfig()) as checkpointer:
         checkpointer.save_weights(jax.device_put(params, shardings), to_dict(config))
+    write_json(Path(config.output) / "config.json", to_dict(config))
     return config
 
 
