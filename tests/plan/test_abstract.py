@@ -110,7 +110,7 @@ def first_step(mesh):
         size = (made.frames, made.height, made.width, made.fps)
         seen = []
 
-        def step(*arguments):
+        def step(*arguments, **_):
             seen.append(arguments)
             raise Seen
 

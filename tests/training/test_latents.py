@@ -99,6 +99,6 @@ def test_latents_that_would_be_drawn_are_refused(latents, change):
 def test_text_states_survive_json(latents):
     values = json.loads(json.dumps(to_dict(latents)))
     kind = "dit_jax.model.text:TextStatesConfig"
-    text = {"type": kind, "encoder": "umt5-xxl", "dim": 8, "max_tokens": 6}
+    text = {"type": kind, "encoder": "umt5-xxl", "dim": 8, "max_tokens": 6, "padded": False}
     assert values["model"]["text"] == text
     assert from_dict(VideoRun, values) == latents
