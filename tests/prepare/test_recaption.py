@@ -86,7 +86,7 @@ def test_faults_lose_nothing_and_repeat_nothing(tmp_path):
 
     path = tmp_path / "answers.sqlite"
     with serving(respond) as server:
-        client = client_of(server.url, AnswerCache(path))
+        client = client_of(server.url, AnswerCache(path), timeout=10)
         results = list(recaption(map(clip, range(20)), client))
         assert [one.name for one in results] == [f"{i}.mp4" for i in range(20)]
         for i, one in enumerate(results):
@@ -95,7 +95,7 @@ def test_faults_lose_nothing_and_repeat_nothing(tmp_path):
             assert len(one.captions) == (of[kind] if kind in hard else 2)
             assert bool(one.error) == (kind in hard)
         assert set(server.billed.values()) == {1} and server.bill == 28
-        again = client_of(server.url, AnswerCache(path))
+        again = client_of(server.url, AnswerCache(path), timeout=10)
         assert list(recaption(map(clip, range(20)), again)) == results
         assert server.bill == 28 == again.counts["cached"] and again.counts["answered"] == 0
     assert len(failures(results).splitlines()) == 12
