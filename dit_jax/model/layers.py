@@ -30,7 +30,7 @@ Tokens = Float[Array, "b l d"]
 Ids = Int[Array, "b l"]
 ByGroup = Float[Array, "b k d"]
 # Of text or images, and the segment that each is of.
-States = tuple[Float[Array, "b s e"], Int[Array, "b s"]]
+States = tuple[Float[Array, "b _ _"], Int[Array, "b _"]]
 
 ZERO = nn.initializers.zeros_init()
 NORM_EPS = 1e-6

@@ -18,9 +18,9 @@ from dit_jax.parallel import MeshConfig, make_mesh
 from dit_jax.sampling import Generation, modes
 from dit_jax.sampling.pipeline import Pipeline, load_run
 from dit_jax.sampling.request import Request, make_inputs
-from tests.interop.published import diffusers, torch
+from tests.interop.published import diffusers, needs, torch
 
-pytestmark = pytest.mark.skipif(diffusers is None, reason="needs PyTorch and Diffusers")
+pytestmark = needs("torch", "diffusers", "transformers", "accelerate", "PIL")
 STEPS, SCALE, FRAMES = 4, 5.0, 9
 PROMPT, NEGATIVE = "a red circle moves", "blurred"
 

@@ -19,7 +19,7 @@ from dit_jax.types import Runtime
 from dit_jax.wan import transformer as wan
 from dit_jax.wan.conditioners import ImageLatents
 from dit_jax.wan.published import PUBLISHED
-from tests.interop.published import diffusers, needs_diffusers, relative, torch
+from tests.interop.published import diffusers, needs, needs_diffusers, relative, torch
 from tests.optional import optional
 from tests.wan.published import LAYOUTS, denoise, random_inputs, random_wan, save, theirs
 
@@ -79,6 +79,7 @@ def test_published_files_compute_the_same_and_come_back(tmp_path, layout):
 
 
 @needs_diffusers
+@needs("accelerate")  # Without it Diffusers does not read this class.
 def test_shards_are_read_and_written(tmp_path):
     model = random_wan("2.1 I2V")
     whole, shards = save(model, tmp_path / "one"), tmp_path / "many"
